@@ -1,0 +1,1 @@
+"""The round state machine, server strategies, the journal and the aggregation service."""

@@ -1,0 +1,5 @@
+"""``python -m edgeflame`` is ``edgeflame``."""
+
+from edgeflame.cli import main
+
+main()

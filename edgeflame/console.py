@@ -1,0 +1,130 @@
+"""What the commands print: results on standard output, progress and logs on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import msgspec
+
+LOGGER_NAME = "edgeflame"
+
+
+class Progress(Protocol):
+    """A task's progress; ``trainer`` and others report through it without knowing the terminal."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def no_progress(done: int, total: int, note: str = "") -> None:
+    """Report to nobody."""
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{key}={_short(value)}" for key, value in _fields(record).items())
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        text = f"{stamp} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(entry, enc_hook=str).decode()
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    fields = getattr(record, "fields", None)
+    return fields if isinstance(fields, dict) else {}
+
+
+def _short(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f'"{text}"' if " " in text else text
+
+
+def configure_logging(*, log_format: str, verbosity: int) -> None:
+    """Set up EdgeFlame's one logger on standard error.
+
+    Args:
+        log_format: ``text`` for people, ``json`` for one JSON object a line.
+        verbosity: 0 shows warnings and notable events, 1 and more shows details.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    root = logging.getLogger(LOGGER_NAME)
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if verbosity else logging.INFO)
+    root.propagate = False
+
+
+class EventLog:
+    """Logs an event name and fields: ``log.info("round_started", round=3, sites=5)``."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(f"{LOGGER_NAME}.{name}")
+
+    def debug(self, event: str, **fields: object) -> None:
+        self._logger.debug(event, extra={"fields": fields})
+
+    def info(self, event: str, **fields: object) -> None:
+        self._logger.info(event, extra={"fields": fields})
+
+    def warning(self, event: str, **fields: object) -> None:
+        self._logger.warning(event, extra={"fields": fields})
+
+    def error(self, event: str, **fields: object) -> None:
+        self._logger.error(event, extra={"fields": fields})
+
+
+@contextlib.contextmanager
+def progress_bar(description: str) -> Iterator[Progress]:
+    """A bar with the time left on standard error; silent unless that is a terminal (or ``FORCE_COLOR`` is set)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    console = Console(stderr=True)
+    if not (console.is_terminal or os.environ.get("FORCE_COLOR")):
+        yield no_progress
+        return
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=None, note="")
+
+        def report(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield report
+
+
+def print_json(value: object) -> None:
+    """One JSON document on standard output, indented only for a terminal."""
+    encoded = msgspec.json.encode(value)
+    if sys.stdout.isatty():
+        encoded = msgspec.json.format(encoded, indent=2)
+    sys.stdout.write(encoded.decode() + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,218 @@
+"""Data sets as folders: the MVTec layout, or a plain folder of good images.
+
+MVTec layout::
+
+    ROOT/train/good/*.png                     good images to train on
+    ROOT/test/good/*.png                      good images to test on
+    ROOT/test/<defect>/*.png                  defective ones
+    ROOT/ground_truth/<defect>/<stem>_mask.png  their masks (optional, per image)
+    ROOT/groups.csv                           which photographs show the same part (optional)
+
+Any other folder is read as good images to train on, subfolders included.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError
+from edgeflame.images import IMAGE_SUFFIXES, ImageU8, Preprocessing, read_image
+
+log = EventLog("dataset")
+
+GOOD = "good"
+GROUPS_FILES = ("groups.csv", "tiles.csv")
+"""Looked for in this order in the data set's root when no groups file is named."""
+
+UnreadablePolicy = Literal["skip", "refuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """One image file.
+
+    Attributes:
+        path: the file.
+        name: its path below the data set's root, with forward slashes.
+        label: ``good`` or the name of the defect.
+        group: the physical part it shows; photographs of one part are not independent.
+        mask: the file of its defect mask, or None.
+    """
+
+    path: Path
+    name: str
+    label: str
+    group: str
+    mask: Path | None = None
+
+    @property
+    def is_good(self) -> bool:
+        return self.label == GOOD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The images of a folder, sorted by name.
+
+    Attributes:
+        root: the folder.
+        train: good images.
+        test: good and defective images; empty for a plain folder.
+        groups_known: whether a groups file said which photographs show the same part. If not, every
+            photograph counts as a part of its own, and figures that rest on independence are optimistic.
+    """
+
+    root: Path
+    train: tuple[ImageRecord, ...]
+    test: tuple[ImageRecord, ...]
+    groups_known: bool
+
+
+def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
+    """Find the images below ``root``; no image is opened.
+
+    Args:
+        root: a folder in the MVTec layout or a plain folder of good images.
+        groups_file: CSV with a header, the image's path (below ``root``) in the first column and its part in
+            the second. Default: ``groups.csv`` or ``tiles.csv`` in ``root``, if there.
+
+    Raises:
+        DataError: the folder is not there or holds no image, or the groups file is wrong.
+    """
+    if not root.is_dir():
+        msg = f"{root}: no such folder"
+        raise DataError(msg)
+    groups = _read_groups(root, groups_file)
+    if (root / "train" / GOOD).is_dir() or (root / "test").is_dir():
+        train = [_record(root, path, GOOD, groups) for path in _image_files(root / "train" / GOOD)]
+        test = [
+            _record(root, path, folder.name, groups)
+            for folder in sorted((root / "test").glob("*"))
+            if folder.is_dir()
+            for path in _image_files(folder)
+        ]
+    else:
+        train = [_record(root, path, GOOD, groups) for path in _image_files(root)]
+        test = []
+    if not train and not test:
+        msg = f"{root}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        raise DataError(msg)
+    if groups:
+        missing = [record.name for record in (*train, *test) if record.name not in groups]
+        if missing:
+            log.warning("images_without_group", count=len(missing), first=missing[0])
+    return Dataset(root=root, train=tuple(train), test=tuple(test), groups_known=bool(groups))
+
+
+@dataclass
+class LoadReport:
+    """What happened while images were read: counts and the names of those that were left out."""
+
+    num_read: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def log_summary(self) -> None:
+        """Say once, as log lines, what a user should know about the images just read."""
+        if self.unreadable:
+            log.warning("unreadable_images_skipped", count=len(self.unreadable), first=self.unreadable[0])
+        if len(self.sizes) > 1:
+            common = ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.sizes.most_common(3))
+            log.warning("mixed_image_sizes", sizes=len(self.sizes), most_common=common, all_resized=True)
+
+
+def load_images(
+    records: Sequence[ImageRecord],
+    preprocessing: Preprocessing,
+    *,
+    on_unreadable: UnreadablePolicy = "skip",
+    report: LoadReport | None = None,
+) -> Iterator[tuple[ImageRecord, ImageU8]]:
+    """Read and pre-process images one after another.
+
+    An unreadable image is named in the log and skipped, or refused: ``on_unreadable``.
+
+    Yields:
+        The record and its image ``[height, width, 3]`` uint8, BGR.
+
+    Raises:
+        DataError: an image is unreadable and ``on_unreadable`` is ``refuse``.
+    """
+    report = report if report is not None else LoadReport()
+    for record in records:
+        try:
+            frame = read_image(record.path)
+        except DataError as exc:
+            if on_unreadable == "refuse":
+                raise
+            report.unreadable.append(record.name)
+            log.warning("unreadable_image", image=record.name, reason=str(exc))
+            continue
+        report.num_read += 1
+        report.sizes[(frame.shape[1], frame.shape[0])] += 1
+        yield record, preprocessing.apply(frame)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        DataError: the folder is not there or holds no image.
+    """
+    if not folder.is_dir():
+        msg = f"{folder}: no such folder"
+        raise DataError(msg)
+    files = _image_files(folder)
+    if not files:
+        msg = f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
+        raise DataError(msg)
+    return files
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _record(root: Path, path: Path, label: str, groups: dict[str, str]) -> ImageRecord:
+    name = path.relative_to(root).as_posix()
+    mask = None
+    if label != GOOD:
+        truth = root / "ground_truth" / label
+        candidates = (truth / f"{path.stem}_mask.png", truth / f"{path.stem}.png", truth / path.name)
+        mask = next((candidate for candidate in candidates if candidate.is_file()), None)
+    # A photograph without an entry is a part of its own; the prefix keeps it apart from named groups.
+    return ImageRecord(path=path, name=name, label=label, group=groups.get(name, f"file:{name}"), mask=mask)
+
+
+def _read_groups(root: Path, groups_file: Path | None) -> dict[str, str]:
+    path = groups_file
+    if path is None:
+        path = next((root / name for name in GROUPS_FILES if (root / name).is_file()), None)
+        if path is None:
+            return {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = [row for row in csv.reader(stream) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+        msg = f"{path}: cannot read the groups file ({exc})"
+        raise DataError(msg) from exc
+    groups: dict[str, str] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) < 2 or not row[0].strip() or not row[1].strip():
+            msg = f"{path}:{number}: expected `path,group`, got {','.join(row)!r}"
+            raise DataError(msg)
+        groups[row[0].strip().replace("\\", "/")] = row[1].strip()
+    if not groups:
+        msg = f"{path}: the groups file has no rows below its header"
+        raise DataError(msg)
+    return groups

@@ -1,0 +1,201 @@
+"""Reading photographs, and the one pre-processing that training, evaluation and the line share.
+
+What the trainer saw is what the line sees: every image, from whatever source, goes through
+:meth:`Preprocessing.apply` and nothing else; colour order and normalisation are inside the exported graph.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.errors import ConfigError, DataError, StorageError
+
+ImageU8 = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+
+MAX_INPUT_SIDE = 4096
+"""Largest model input side; larger ones are a mistake, not a camera (256 is the default)."""
+
+
+class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A rectangle in pixels of the camera frame: the region of interest that is cropped before resizing."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        if self.x < 0 or self.y < 0 or self.width < 1 or self.height < 1:
+            msg = f"region of interest must have x, y >= 0 and width, height >= 1, not {self}"
+            raise ConfigError(msg)
+
+    @classmethod
+    def parse(cls, text: str) -> Region:
+        """Read ``X,Y,WIDTH,HEIGHT``.
+
+        Raises:
+            ConfigError: it is not four integers that make a rectangle.
+        """
+        try:
+            x, y, width, height = (int(part) for part in text.split(","))
+        except ValueError as exc:
+            msg = f"region of interest is written X,Y,WIDTH,HEIGHT in pixels, not {text!r}"
+            raise ConfigError(msg) from exc
+        return cls(x=x, y=y, width=width, height=height)
+
+
+class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """From a camera frame to the model's input: crop to the region of interest, resize, nothing else."""
+
+    height: int = 256
+    width: int = 256
+    roi: Region | None = None
+
+    def __post_init__(self) -> None:
+        for name, side in (("height", self.height), ("width", self.width)):
+            if not 32 <= side <= MAX_INPUT_SIDE or side % 32:
+                msg = f"input {name} must be a multiple of 32 from 32 to {MAX_INPUT_SIDE}, not {side}"
+                raise ConfigError(msg)
+
+    def crop(self, frame: ImageU8) -> ImageU8:
+        """The region of interest of a frame (a view).
+
+        Raises:
+            DataError: the region reaches outside the frame.
+        """
+        roi = self.roi
+        if roi is None:
+            return frame
+        height, width = frame.shape[:2]
+        if roi.x + roi.width > width or roi.y + roi.height > height:
+            msg = (
+                f"the region of interest {roi.x},{roi.y},{roi.width},{roi.height} reaches outside "
+                f"the {width}x{height} image"
+            )
+            raise DataError(msg)
+        return frame[roi.y : roi.y + roi.height, roi.x : roi.x + roi.width]
+
+    def apply(self, frame: ImageU8) -> ImageU8:
+        """Crop and resize (``INTER_AREA``) a BGR frame.
+
+        Args:
+            frame: ``[frame_height, frame_width, 3]`` uint8, BGR.
+
+        Returns:
+            ``[height, width, 3]`` uint8, BGR, contiguous.
+
+        Raises:
+            DataError: wrong shape or type, or the region of interest does not fit.
+        """
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            msg = f"expected a uint8 BGR frame [height, width, 3], got {frame.dtype} {list(frame.shape)}"
+            raise DataError(msg)
+        cropped = self.crop(frame)
+        if cropped.shape[:2] == (self.height, self.width):
+            return np.ascontiguousarray(cropped)
+        resized = cv2.resize(cropped, (self.width, self.height), interpolation=cv2.INTER_AREA)
+        return np.asarray(resized, dtype=np.uint8)
+
+    def apply_to_mask(self, mask: ImageU8) -> ImageU8:
+        """The same crop and size for a defect mask ``[frame_height, frame_width]``; stays binary (0 or 255)."""
+        cropped = self.crop(mask)
+        resized = cv2.resize(cropped, (self.width, self.height), interpolation=cv2.INTER_NEAREST)
+        return np.where(resized > 0, 255, 0).astype(np.uint8)
+
+
+def decode_image(data: bytes, name: str) -> ImageU8:
+    """Decode a complete image file to BGR.
+
+    Grey becomes three equal channels, alpha is dropped, 16 bit is scaled by its full range (65535 -> 255),
+    EXIF orientation is applied. A file cut short is refused, where OpenCV alone would fill the rest with grey.
+
+    Args:
+        data: the whole file.
+        name: what to call it in errors.
+
+    Returns:
+        ``[height, width, 3]`` uint8, BGR.
+
+    Raises:
+        DataError: not an image, cut short, or of a sample type other than 8 or 16 bit.
+    """
+    if not data:
+        msg = f"{name}: the file is empty"
+        raise DataError(msg)
+    if _cut_short(data):
+        msg = f"{name}: the image file is cut short"
+        raise DataError(msg)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error as exc:
+        msg = f"{name}: not an image that can be decoded ({exc.err})"
+        raise DataError(msg) from exc
+    if image is None:
+        msg = f"{name}: not an image that can be decoded"
+        raise DataError(msg)
+    if image.dtype == np.uint16:
+        return np.asarray((image.astype(np.float32) / 257.0).round(), dtype=np.uint8)
+    if image.dtype != np.uint8:
+        msg = f"{name}: expected 8 or 16 bit samples, got {image.dtype}"
+        raise DataError(msg)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def read_image(path: Path) -> ImageU8:
+    """Read an image file to BGR; see :func:`decode_image`.
+
+    Raises:
+        DataError: the file cannot be read or decoded.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        msg = f"{path}: cannot be read ({exc.strerror})"
+        raise DataError(msg) from exc
+    return decode_image(data, str(path))
+
+
+def read_mask(path: Path) -> ImageU8:
+    """Read a defect mask: ``[height, width]`` uint8, 0 where good, 255 where any channel is above zero.
+
+    Raises:
+        DataError: the file cannot be read or decoded.
+    """
+    return np.where(read_image(path).max(axis=2) > 0, 255, 0).astype(np.uint8)
+
+
+def write_image(path: Path, image: ImageU8) -> None:
+    """Write an image in the format of the path's suffix, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be encoded or written.
+    """
+    encoded, data = cv2.imencode(path.suffix, image)
+    if not encoded:
+        msg = f"{path}: cannot encode an image as {path.suffix}"
+        raise StorageError(msg)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(data.tobytes())
+        partial.replace(path)
+    except OSError as exc:
+        msg = f"{path}: cannot be written ({exc.strerror})"
+        raise StorageError(msg) from exc
+
+
+def _cut_short(data: bytes) -> bool:
+    # Some cameras pad a JPEG after its end marker, so the marker is looked for in the last kilobytes.
+    if data.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in data[-4096:]
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return b"IEND" not in data[-4096:]
+    if data.startswith(b"BM") and len(data) >= 6:
+        return int.from_bytes(data[2:6], "little") > len(data)
+    return False

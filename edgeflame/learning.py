@@ -1,0 +1,132 @@
+"""What is learnt, and how: the configuration a site fits with, an aggregator hands to its fleet, and a package records.
+
+It is plain data, so that an aggregator without torch can check it; what it means lives in ``trainer``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edgeflame.errors import ConfigError
+from edgeflame.images import Preprocessing
+
+METHODS: dict[str, str] = {
+    "none": "the pre-trained backbone as it is, and Gaussian statistics",
+    "fade": "FADE: the backbone adapted against noised embeddings, at one site",
+    "fedavg": "FADE at each site, weights averaged",
+    "flame": "FADE at each site with FLAME's distillation between the global and the last local model",
+}
+"""Name and one line of each method; ``fit`` takes those that need no other site, ``aggregate`` the others."""
+
+SOLO_METHODS = ("none", "fade")
+FEDERATED_METHODS = ("fedavg", "flame")
+
+MAX_RANK = 512
+
+
+class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A timm feature network."""
+
+    name: str = "tf_efficientnet_lite0"
+    stages: tuple[int, ...] = (2, 3)
+    """timm ``out_indices``; their maps are resized to the finest of them and concatenated."""
+    weights: str = "auto"
+    """``auto`` (an installed weights package, then the timm hub), ``random``, or a .safetensors/.pth file."""
+
+    def __post_init__(self) -> None:
+        if not self.stages or any(stage < 0 for stage in self.stages) or list(self.stages) != sorted(set(self.stages)):
+            msg = f"backbone stages must be rising numbers >= 0, not {list(self.stages)}"
+            raise ConfigError(msg)
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One site's training: optimiser, FADE (Eq. 14-16) and FLAME (Eq. 19-21)."""
+
+    epochs: int = 1
+    """Passes over the site's images; in a federation, per round."""
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    batch_size: int = 16
+    noise_std: float = 0.3
+    """Standard deviation of the noise of Eq. 14, see ``noise_scale``."""
+    noise_scale: Literal["relative", "absolute"] = "relative"
+    """``relative``: in units of each channel's standard deviation; ``absolute``: as in the paper."""
+    margin: float = 0.5
+    """th+ = margin and th- = -margin of Eq. 16."""
+    distillation_weight: float = 0.5
+    """mu of Eq. 21; used by ``flame`` only."""
+    temperature: float = 0.5
+    """tau of Eq. 20, which the paper does not give; used by ``flame`` only."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "training.epochs must be >= 0", self.epochs)
+        _require(self.learning_rate > 0, "training.learning_rate must be > 0", self.learning_rate)
+        _require(0 <= self.momentum < 1, "training.momentum must be in [0, 1)", self.momentum)
+        _require(self.weight_decay >= 0, "training.weight_decay must be >= 0", self.weight_decay)
+        _require(self.batch_size >= 2, "training.batch_size must be >= 2", self.batch_size)
+        _require(self.noise_std > 0, "training.noise_std must be > 0", self.noise_std)
+        _require(self.margin > 0, "training.margin must be > 0", self.margin)
+        _require(self.distillation_weight >= 0, "training.distillation_weight must be >= 0", self.distillation_weight)
+        _require(self.temperature > 0, "training.temperature must be > 0", self.temperature)
+
+
+class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Gaussian statistics and the score made of them (Eq. 17, 18, 22, 23)."""
+
+    rank: int | Literal["auto"] = 24
+    """Eigenpairs kept per position; ``auto`` takes what held-out groups find most likely."""
+    max_rank: int = 32
+    """The most ``auto`` may take: the line's budget."""
+    ridge: float = 0.01
+    """Share of the mean variance added to every eigenvalue."""
+    smoothing_sigma: float = 2.0
+    """Standard deviation of the map's Gaussian smoothing, in cells of the patch grid; 0 for none."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank == "auto" or 0 <= self.rank <= MAX_RANK, f"scoring.rank: auto or 0..{MAX_RANK}", self.rank)
+        _require(1 <= self.max_rank <= MAX_RANK, f"scoring.max_rank must be 1..{MAX_RANK}", self.max_rank)
+        _require(self.ridge > 0, "scoring.ridge must be > 0", self.ridge)
+        _require(self.smoothing_sigma >= 0, "scoring.smoothing_sigma must be >= 0", self.smoothing_sigma)
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the threshold is set from good images alone."""
+
+    false_reject_rate: float = 0.01
+    """Share of good parts the line may reject, if the number of parts allows to promise it."""
+    confidence: float = 0.95
+    folds: int = 5
+    """Parts of the cross-fit: statistics of all folds but one score the one."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.false_reject_rate < 1, "calibration.false_reject_rate must be in (0, 1)", self.false_reject_rate
+        )
+        _require(0 < self.confidence < 1, "calibration.confidence must be in (0, 1)", self.confidence)
+        _require(2 <= self.folds <= 100, "calibration.folds must be 2..100", self.folds)
+
+
+class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it. The sections ``[backbone]``, ``[training]``, ... of a TOML file."""
+
+    method: str = "none"
+    seed: int = 0
+    backbone: Backbone = Backbone()
+    input: Preprocessing = Preprocessing()
+    training: Training = Training()
+    scoring: Scoring = Scoring()
+    calibration: Calibration = Calibration()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            msg = f"unknown method {self.method!r}; known are {', '.join(METHODS)}"
+            raise ConfigError(msg)
+
+
+def _require(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        msg = f"{rule}, not {value}"
+        raise ConfigError(msg)

