@@ -26,6 +26,12 @@ FEDERATED_METHODS = ("fedavg", "flame")
 MAX_RANK = 512
 
 
+def _require(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        msg = f"{rule}, not {value}"
+        raise ConfigError(msg)
+
+
 class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A timm feature network."""
 
@@ -124,9 +130,3 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.method not in METHODS:
             msg = f"unknown method {self.method!r}; known are {', '.join(METHODS)}"
             raise ConfigError(msg)
-
-
-def _require(condition: bool, rule: str, value: object) -> None:
-    if not condition:
-        msg = f"{rule}, not {value}"
-        raise ConfigError(msg)
