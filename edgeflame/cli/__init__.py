@@ -81,6 +81,12 @@ def main() -> None:
     except EdgeFlameError as exc:
         sys.stderr.write(f"edgeflame: {exc}\n")
         sys.exit(exc.exit_code)
+    except Exception:  # noqa: BLE001 - the outermost frame: an unexpected error must not look like exit code 1, "no"
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.write("edgeflame: this error was not expected; please report it with the lines above\n")
+        sys.exit(EdgeFlameError.exit_code)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

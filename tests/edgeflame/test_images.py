@@ -1,0 +1,132 @@
+"""Reading photographs of every mode, refusing what is no photograph, and the shared pre-processing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edgeflame.errors import ConfigError, DataError, StorageError
+from edgeflame.images import Preprocessing, Region, decode_image, read_image, read_mask, write_image
+
+
+def encode(image: np.ndarray, suffix: str) -> bytes:
+    ok, data = cv2.imencode(suffix, image)
+    assert ok
+    return data.tobytes()
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".webp", ".jpg"])
+def test_formats_decode_to_bgr_of_their_size(photo: np.ndarray, suffix: str) -> None:
+    smooth = cv2.GaussianBlur(photo, (0, 0), 4)
+    image = decode_image(encode(smooth, suffix), "photo")
+    assert image.shape == (48, 64, 3)
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - smooth).mean() < 6
+
+
+def test_grey_becomes_three_equal_channels(photo: np.ndarray) -> None:
+    image = decode_image(encode(photo[:, :, 0], ".png"), "grey")
+    assert np.array_equal(image, np.repeat(photo[:, :, :1], 3, axis=2))
+
+
+def test_alpha_is_dropped(photo: np.ndarray) -> None:
+    rgba = np.dstack([photo, np.full(photo.shape[:2], 7, np.uint8)])
+    assert np.array_equal(decode_image(encode(rgba, ".png"), "rgba"), photo)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_is_scaled_by_its_full_range(channels: int) -> None:
+    ramp = np.linspace(0, 65535, 48 * 64 * channels).reshape(48, 64, channels).astype(np.uint16)
+    image = decode_image(encode(ramp, ".png"), "deep")
+    assert image.dtype == np.uint8
+    assert image.min() == 0
+    assert image.max() == 255
+    assert np.abs(image[..., :1].astype(float) - ramp[..., :1] / 257).max() <= 0.5
+
+
+def test_float_samples_are_refused() -> None:
+    with pytest.raises(DataError, match="expected 8 or 16 bit samples"):
+        decode_image(encode(np.zeros((8, 8, 3), np.float32), ".tiff"), "float.tiff")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp"])
+def test_a_file_cut_short_is_refused_at_every_length(photo: np.ndarray, suffix: str) -> None:
+    data = encode(photo, suffix)
+    # The first bytes decide the format; from there to the last byte no prefix may pass as a photograph.
+    for length in range(0, len(data) - 2, max(1, len(data) // 150)):
+        with pytest.raises(DataError, match=r"cut short|empty|not an image"):
+            decode_image(data[:length], "part")
+
+
+def test_text_is_not_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "notes.png"
+    path.write_text("these are not pixels")
+    with pytest.raises(DataError, match=r"notes\.png: not an image"):
+        read_image(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png: cannot be read"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_masks_are_binary(tmp_path: Path) -> None:
+    mask = np.zeros((10, 12), np.uint8)
+    mask[2:4, 3:7] = 1
+    write_image(tmp_path / "mask.png", mask)
+    assert np.array_equal(read_mask(tmp_path / "mask.png"), mask * 255)
+
+
+def test_an_image_is_written_whole_or_not_at_all(tmp_path: Path, photo: np.ndarray) -> None:
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_image(tmp_path / "no" / "folder.png", photo)
+    write_image(tmp_path / "photo.png", photo)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+    assert np.array_equal(read_image(tmp_path / "photo.png"), photo)
+
+
+def test_preprocessing_crops_and_resizes(photo: np.ndarray) -> None:
+    roi = Region(x=8, y=4, width=32, height=40)
+    out = Preprocessing(height=32, width=64, roi=roi).apply(photo)
+    assert np.array_equal(out, cv2.resize(photo[4:44, 8:40], (64, 32), interpolation=cv2.INTER_AREA))
+    assert out.flags.c_contiguous
+
+
+def test_preprocessing_keeps_masks_binary_and_aligned() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:32, 32:48] = 255
+    out = Preprocessing(height=32, width=32).apply_to_mask(mask)
+    expected = np.zeros((32, 32), np.uint8)
+    expected[8:16, 16:24] = 255
+    assert np.array_equal(out, expected)
+
+
+def test_a_region_outside_the_frame_is_refused(photo: np.ndarray) -> None:
+    with pytest.raises(DataError, match="reaches outside the 64x48 image"):
+        Preprocessing(roi=Region(x=40, y=0, width=32, height=32)).apply(photo)
+
+
+@pytest.mark.parametrize("frame", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32)])
+def test_frames_of_the_wrong_kind_are_refused(frame: np.ndarray) -> None:
+    with pytest.raises(DataError, match="expected a uint8 BGR frame"):
+        Preprocessing().apply(frame)
+
+
+@pytest.mark.parametrize("side", [0, 31, 100, 8192])
+def test_impossible_input_sides_are_refused(side: int) -> None:
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        Preprocessing(height=side)
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3", "a,b,c,d", "0,0,0,5", "-1,0,5,5"])
+def test_impossible_regions_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="region of interest"):
+        Region.parse(text)
