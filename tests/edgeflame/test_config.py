@@ -29,7 +29,7 @@ def test_sections(tmp_path: Path) -> None:
         Learning,
     )
     assert (learning.method, learning.input.height, learning.scoring.rank) == ("fade", 128, "auto")
-    assert learning.backbone.stages == (1,)
+    assert learning.backbone.stages == (1, 2)
 
 
 @pytest.mark.parametrize(
