@@ -1,0 +1,143 @@
+"""Where things are said: the topic tree of a fleet, and the names that may appear in it.
+
+    edgeflame/v1/<fleet>/aggregator/presence        retained birth, will
+    edgeflame/v1/<fleet>/round                      retained: run, round, phase, base model
+    edgeflame/v1/<fleet>/site/<site>/presence       retained birth with boot id, will
+    edgeflame/v1/<fleet>/site/<site>/up/message     from the site
+    edgeflame/v1/<fleet>/site/<site>/up/blob/<sha256>/<chunk>
+    edgeflame/v1/<fleet>/site/<site>/down/message   to the site
+    edgeflame/v1/<fleet>/blob/<sha256>/<chunk>      from the aggregator to all sites
+
+Who sent a message is told by its topic, never by a field of it: the broker's access control can tie a topic to
+a certificate.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from edgeflame.errors import UsageError
+
+ROOT = "edgeflame/v1"
+MAX_NAME_CHARS = 64
+
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARS - 1}}}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_INDEX = re.compile(r"0|[1-9][0-9]{0,6}", re.ASCII)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may name a fleet or a site: a topic level, a file name and a log field without quoting."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_sha256(text: str) -> bool:
+    """Whether a text is a SHA-256 in lower-case hexadecimal."""
+    return _SHA256.fullmatch(text) is not None
+
+
+def check_name(kind: str, text: str) -> str:
+    """``text``, if it may name a ``kind`` (``fleet`` or ``site``).
+
+    Raises:
+        UsageError: it may not.
+    """
+    if not is_name(text):
+        msg = (
+            f"{kind} name {text[:80]!r}: expected 1 to {MAX_NAME_CHARS} letters, digits, '.', '_' or '-', "
+            "the first of them a letter or digit"
+        )
+        raise UsageError(msg)
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A chunk's address; ``site`` is None for one published to all sites."""
+
+    site: str | None
+    sha256: str
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """A message's address: what kind of topic it came on, and whose it is."""
+
+    kind: Literal["up", "down", "site_presence", "aggregator_presence", "round"]
+    site: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topics:
+    """The topics of one fleet."""
+
+    fleet: str
+
+    def __post_init__(self) -> None:
+        check_name("fleet", self.fleet)
+
+    @property
+    def base(self) -> str:
+        return f"{ROOT}/{self.fleet}"
+
+    @property
+    def aggregator_presence(self) -> str:
+        return f"{self.base}/aggregator/presence"
+
+    @property
+    def round(self) -> str:
+        return f"{self.base}/round"
+
+    def site_presence(self, site: str) -> str:
+        return f"{self.base}/site/{site}/presence"
+
+    def up(self, site: str) -> str:
+        return f"{self.base}/site/{site}/up/message"
+
+    def up_chunk(self, site: str, sha256: str, index: int) -> str:
+        return f"{self.base}/site/{site}/up/blob/{sha256}/{index}"
+
+    def down(self, site: str) -> str:
+        return f"{self.base}/site/{site}/down/message"
+
+    def chunk(self, sha256: str, index: int) -> str:
+        return f"{self.base}/blob/{sha256}/{index}"
+
+    def chunks(self, sha256: str) -> str:
+        """Filter for all chunks of a blob for all sites."""
+        return f"{self.base}/blob/{sha256}/+"
+
+    def all_up(self) -> str:
+        """Filter for everything sites send."""
+        return f"{self.base}/site/+/up/#"
+
+    def all_site_presences(self) -> str:
+        return f"{self.base}/site/+/presence"
+
+    def parse(self, topic: str) -> Chunk | Spoken | None:
+        """What a topic addresses; None for one that is not of this fleet's tree."""
+        prefix = self.base + "/"
+        if not topic.startswith(prefix):
+            return None
+        match topic[len(prefix) :].split("/"):
+            case ["round"]:
+                return Spoken(kind="round")
+            case ["aggregator", "presence"]:
+                return Spoken(kind="aggregator_presence")
+            case ["blob", sha256, index] if is_sha256(sha256) and _INDEX.fullmatch(index):
+                return Chunk(site=None, sha256=sha256, index=int(index))
+            case ["site", site, "presence"] if is_name(site):
+                return Spoken(kind="site_presence", site=site)
+            case ["site", site, "up", "message"] if is_name(site):
+                return Spoken(kind="up", site=site)
+            case ["site", site, "down", "message"] if is_name(site):
+                return Spoken(kind="down", site=site)
+            case ["site", site, "up", "blob", sha256, index] if (
+                is_name(site) and is_sha256(sha256) and _INDEX.fullmatch(index)
+            ):
+                return Chunk(site=site, sha256=sha256, index=int(index))
+            case _:
+                return None

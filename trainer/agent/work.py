@@ -1,0 +1,83 @@
+"""What a site does between messages: the interface between the protocol and the learning.
+
+The protocol side (this package) runs in one process and keeps the link alive; an implementation of
+:class:`SiteWork` runs in a worker process and may take hours. Models travel between them as safetensors files.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgeflame.console import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """Train one round.
+
+    Attributes:
+        round: 1 and up.
+        base: the global model of this round, safetensors.
+        history: this site's own model of the last round it trained in; None in its first.
+        out: where to write the trained model, with the tensors of ``base`` (names, shapes, types).
+        seed: of everything random; the same task with the same seed gives the same file, whatever was
+            interrupted before. That is what makes a run with crashes end like one without.
+    """
+
+    round: int
+    base: Path
+    history: Path | None
+    out: Path
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOutcome:
+    """``num_samples``, at least 1, is the update's weight in the average; ``metrics`` are finite."""
+
+    num_samples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishTask:
+    """Make this site's statistics, threshold and package.
+
+    Attributes:
+        model: the final global model, safetensors.
+        out_dir: an existing folder to write into; what an interrupted attempt left there may be overwritten.
+        ledger: who contributed what in which round; it goes into the package as its provenance.
+    """
+
+    model: Path
+    out_dir: Path
+    ledger: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishOutcome:
+    """Files written (below ``out_dir``), and a few figures for people: counts, threshold, AUROC, ..."""
+
+    package: Path | None
+    statistics: Path | None
+    summary: dict[str, float | str] = field(default_factory=dict)
+
+
+class SiteWork(Protocol):
+    """The learning of one site. Its errors are those of ``edgeflame.errors``."""
+
+    def write_initial_model(self, out: Path) -> None:
+        """Write the model every run starts from, as safetensors."""
+        ...
+
+    def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
+        """Train one round; ``report`` at least every few seconds: it is the sign of life others wait for."""
+        ...
+
+    def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
+        """Make this site's package from the final model."""
+        ...
