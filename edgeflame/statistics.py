@@ -1,4 +1,4 @@
-"""Per-position Gaussian statistics: streaming moments, the low-rank form, merging, and the distance.
+"""Per-position Gaussian statistics: the low-rank form, merging, the distance, and the map's smoothing.
 
 Axes: N images, P = grid height x grid width positions, C embedding channels, K rank.
 
@@ -20,130 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
+from edgeflame.moments import F32, F64, Moments, over_positions, require_same_shapes
 
 DEFAULT_RIDGE = 0.01
 """Ridge added to every eigenvalue, as a share of the mean variance over positions and channels."""
-
-
-class MomentAccumulator:
-    """Count, sum and sum of outer products per position, one batch after another.
-
-    Memory is P x C x C float64 and does not depend on the number of images. Sums are taken about the first
-    batch's mean, so that a large offset does not eat the precision.
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._shift: F32 | None = None
-        self._sum: F64 | None = None
-        self._outer: F64 | None = None
-
-    def add(self, embeddings: F32) -> None:
-        """Add a batch.
-
-        Args:
-            embeddings: ``[N, P, C]`` float32.
-
-        Raises:
-            NumericalError: a value is NaN or infinite.
-            DataError: the shape differs from earlier batches.
-        """
-        if embeddings.ndim != 3:
-            msg = f"expected embeddings [N, P, C], got {list(embeddings.shape)}"
-            raise DataError(msg)
-        if not np.isfinite(embeddings).all():
-            msg = "an embedding holds NaN or infinite values"
-            raise NumericalError(msg)
-        if self._shift is None or self._sum is None or self._outer is None:
-            self._shift = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-            num_positions, num_channels = embeddings.shape[1:]
-            self._sum = np.zeros((num_positions, num_channels))
-            self._outer = np.zeros((num_positions, num_channels, num_channels))
-        elif embeddings.shape[1:] != self._shift.shape:
-            msg = f"expected embeddings of {list(self._shift.shape)} per image, got {list(embeddings.shape[1:])}"
-            raise DataError(msg)
-        centred = np.ascontiguousarray((embeddings - self._shift).transpose(1, 0, 2))
-        self._count += embeddings.shape[0]
-        self._sum += centred.sum(axis=1, dtype=np.float64)
-        self._outer += np.matmul(centred.transpose(0, 2, 1), centred)
-
-    def moments(self) -> Moments:
-        """What was accumulated so far.
-
-        Raises:
-            DataError: nothing was added.
-        """
-        if self._shift is None or self._sum is None or self._outer is None:
-            msg = "no images were added to the statistics"
-            raise DataError(msg)
-        return Moments(count=self._count, shift=self._shift.astype(np.float64), total=self._sum, outer=self._outer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Raw moments about a shift; the moments of two data sets merge exactly.
-
-    Attributes:
-        count: number of images N.
-        shift: ``[P, C]`` the point about which sums were taken.
-        total: ``[P, C]`` sum of (x - shift).
-        outer: ``[P, C, C]`` sum of (x - shift)(x - shift)'.
-    """
-
-    count: int
-    shift: F64
-    total: F64
-    outer: F64
-
-    @property
-    def mean(self) -> F64:
-        """``[P, C]``."""
-        return self.shift + self.total / self.count
-
-    def covariance(self) -> F64:
-        """Sample covariance ``[P, C, C]`` with 1/(N - 1).
-
-        Raises:
-            DataError: fewer than two images.
-        """
-        if self.count < 2:
-            msg = f"statistics need at least 2 images, got {self.count}"
-            raise DataError(msg)
-        offset = self.total / self.count
-        scatter = self.outer - self.count * offset[:, :, None] * offset[:, None, :]
-        covariance: F64 = scatter / (self.count - 1)
-        return covariance
-
-    def about(self, shift: F64) -> Moments:
-        """The same moments about another point."""
-        step = self.shift - shift
-        cross = self.total[:, :, None] * step[:, None, :]
-        outer = self.outer + cross + cross.transpose(0, 2, 1)
-        outer += self.count * step[:, :, None] * step[:, None, :]
-        return Moments(count=self.count, shift=shift, total=self.total + self.count * step, outer=outer)
-
-
-def merge_moments(parts: Sequence[Moments]) -> Moments:
-    """Moments of the pooled images, exact up to float64 rounding.
-
-    Raises:
-        DataError: no parts, or their shapes differ.
-    """
-    if not parts:
-        msg = "no statistics to merge"
-        raise DataError(msg)
-    _same_shapes([part.shift.shape for part in parts])
-    shift = parts[0].shift
-    moved = [part.about(shift) for part in parts]
-    return Moments(
-        count=sum(part.count for part in moved),
-        shift=shift,
-        total=np.sum([part.total for part in moved], axis=0),
-        outer=np.sum([part.outer for part in moved], axis=0),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +151,40 @@ class LowRankGaussian:
         squared = self.distances(embeddings).astype(np.float64) ** 2
         return float(-0.5 * (log_det[None, :] + squared).mean())
 
+    def log_likelihoods(self, embeddings: F32) -> F64:
+        """:meth:`log_likelihood` of this Gaussian truncated to each rank 0..K at once.
+
+        Args:
+            embeddings: ``[N, P, C]`` float32 of images the statistics have not seen.
+
+        Returns:
+            ``[K + 1]`` float64.
+        """
+        ranks = np.arange(self.rank + 1)
+        ridge = self.ridge_variance
+        eigenvalues = self.eigenvalues.astype(np.float64)
+        rest = (self.num_channels - self.rank) * self.residual.astype(np.float64)
+        tails = np.concatenate([np.cumsum(eigenvalues[:, ::-1], axis=1)[:, ::-1], np.zeros((len(rest), 1))], axis=1)
+        residuals = (tails + rest[:, None]) / (self.num_channels - ranks) + ridge  # [P, K + 1]
+        eigenvalues = eigenvalues + ridge
+
+        delta = (embeddings - self.mean).transpose(1, 0, 2)  # [P, N, C]
+        along = (np.matmul(delta, self.basis).astype(np.float64) ** 2).mean(axis=1)  # [P, K] mean over images
+        # One orthonormal basis, so the residual's square is a difference; float64 keeps it exact enough to rank.
+        norm = (delta.astype(np.float64) ** 2).sum(axis=2).mean(axis=1)  # [P]
+        beyond = np.clip(norm[:, None] - _cumulative(along), 0.0, None)
+        squared = beyond / residuals + _cumulative(along / eigenvalues)
+        log_det = _cumulative(np.log(eigenvalues)) + (self.num_channels - ranks) * np.log(residuals)
+        likelihoods: F64 = -0.5 * (log_det + squared).mean(axis=0)
+        return likelihoods
+
+    def as_stored(self) -> LowRankGaussian:
+        """The same with the basis rounded to float16, as a package keeps it.
+
+        What calibrates a threshold and what the line runs are then one and the same.
+        """
+        return replace(self, basis=self.basis.astype(np.float16).astype(np.float32))
+
 
 def fit_gaussian(
     moments: Moments, *, grid: tuple[int, int], rank: int, ridge: float = DEFAULT_RIDGE
@@ -287,19 +201,31 @@ def fit_gaussian(
     if rank < 0:
         msg = f"the rank must not be negative, got {rank}"
         raise DataError(msg)
-    covariance = moments.covariance()
-    num_channels = covariance.shape[1]
+    if moments.count < 2:
+        msg = f"statistics need at least 2 images, got {moments.count}"
+        raise DataError(msg)
+    num_positions, num_channels = moments.shift.shape
     rank = min(rank, moments.count - 1, num_channels - 1)
-    values, vectors = np.linalg.eigh(covariance)  # ascending
-    values = np.clip(values[:, ::-1], 0.0, None)
+    basis = np.empty((num_positions, num_channels, rank), dtype=np.float32)
+    eigenvalues = np.empty((num_positions, rank), dtype=np.float32)
+    residual = np.empty(num_positions, dtype=np.float32)
+
+    def block(at: slice) -> None:
+        values, vectors = np.linalg.eigh(moments.covariance(at))  # ascending
+        values = np.clip(values[:, ::-1], 0.0, None)
+        basis[at] = vectors[:, :, ::-1][:, :, :rank]
+        eigenvalues[at] = values[:, :rank]
+        residual[at] = values[:, rank:].mean(axis=1)
+
+    over_positions(num_positions, block)
     return LowRankGaussian(
         grid=grid,
         count=moments.count,
         ridge=ridge,
         mean=moments.mean.astype(np.float32),
-        basis=np.ascontiguousarray(vectors[:, :, ::-1][:, :, :rank], dtype=np.float32),
-        eigenvalues=np.ascontiguousarray(values[:, :rank], dtype=np.float32),
-        residual=values[:, rank:].mean(axis=1).astype(np.float32),
+        basis=basis,
+        eigenvalues=eigenvalues,
+        residual=residual,
     )
 
 
@@ -316,7 +242,7 @@ def merge_gaussians(parts: Sequence[LowRankGaussian], *, rank: int) -> LowRankGa
     if not parts:
         msg = "no statistics to merge"
         raise DataError(msg)
-    _same_shapes([(*part.grid, part.num_channels) for part in parts])
+    require_same_shapes([(*part.grid, part.num_channels) for part in parts])
     first = parts[0]
     total = sum(part.count for part in parts)
     share = np.array([part.count / total for part in parts])
@@ -375,7 +301,8 @@ def smooth_maps(maps: npt.NDArray[np.floating], sigma: float) -> npt.NDArray[np.
     return smoothed
 
 
-def _same_shapes(shapes: Sequence[tuple[int, ...]]) -> None:
-    if len(set(shapes)) > 1:
-        msg = f"statistics of different embeddings cannot be merged: {sorted(set(shapes))}"
-        raise DataError(msg)
+def _cumulative(values: F64) -> F64:
+    """Sums of the first 0, 1, ... columns: ``[P, K]`` to ``[P, K + 1]``."""
+    sums = np.zeros((values.shape[0], values.shape[1] + 1))
+    np.cumsum(values, axis=1, out=sums[:, 1:])
+    return sums
