@@ -1,0 +1,105 @@
+"""The one interface of all runtimes, and the choice among them. What was asked for is what runs, or it is an error."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.errors import DataError, PackageError
+from edgeflame.images import ImageU8
+from edgeflame.package import Manifest
+
+Device = Literal["auto", "cpu", "cuda"]
+
+INPUT, SCORE, MAP = "image", "score", "anomaly_map"
+"""Names of the scoring graph's input and outputs."""
+
+
+class Scores(NamedTuple):
+    """What the graph says about a batch of N images."""
+
+    scores: npt.NDArray[np.float32]
+    """``[N]`` raw distance, the maximum of the map; NaN where something inside the graph went wrong."""
+    maps: npt.NDArray[np.float32]
+    """``[N, h, w]`` raw distance at every cell of the patch grid."""
+
+
+class Runtime(Protocol):
+    """A loaded scoring graph."""
+
+    @property
+    def provider(self) -> str:
+        """What really runs it, for instance ``CPUExecutionProvider``."""
+        ...
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images it takes."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of its anomaly maps."""
+        ...
+
+    def score(self, batch: ImageU8) -> Scores:
+        """Score pre-processed images.
+
+        Args:
+            batch: ``[N, H, W, 3]`` uint8, BGR, N >= 1.
+
+        Raises:
+            DataError: the batch has another shape or type.
+            RuntimeUnavailableError: the runtime failed, for instance out of memory.
+        """
+        ...
+
+
+def open_runtime(model_onnx: bytes, *, device: Device = "auto", num_threads: int | None = None) -> Runtime:
+    """Load a scoring graph.
+
+    Args:
+        model_onnx: the model; its bytes need not be trusted.
+        device: ``auto`` takes CUDA where the installed runtime offers and manages it, the CPU otherwise.
+        num_threads: of the CPU for one image; None for as many as there are cores.
+
+    Raises:
+        PackageError: the bytes are not a scoring graph this runtime can load.
+        RuntimeUnavailableError: the device asked for cannot be had.
+        MissingDependencyError: no runtime is installed.
+    """
+    from edge.runtimes.onnx_runtime import open_onnx_runtime
+
+    return open_onnx_runtime(model_onnx, device=device, num_threads=num_threads)
+
+
+def check_runtime_fits(runtime: Runtime, manifest: Manifest) -> None:
+    """A package whose graph is not the one its manifest describes is refused.
+
+    Raises:
+        PackageError: input size or grid differ.
+    """
+    expected = manifest.learning.input
+    if runtime.input_size != (expected.height, expected.width) or runtime.grid != manifest.grid:
+        msg = (
+            f"the package's graph takes {_size(runtime.input_size)} images and gives {_size(runtime.grid)} maps, its "
+            f"manifest says {_size((expected.height, expected.width))} and {_size(manifest.grid)}"
+        )
+        raise PackageError(msg)
+
+
+def check_batch(batch: ImageU8, input_size: tuple[int, int]) -> None:
+    """Refuse images the graph was not made for, rather than score what they might be resized to.
+
+    Raises:
+        DataError: wrong type or shape.
+    """
+    if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[0] < 1 or batch.shape[1:] != (*input_size, 3):
+        msg = f"expected uint8 images [N, {input_size[0]}, {input_size[1]}, 3], got {batch.dtype} {list(batch.shape)}"
+        raise DataError(msg)
+
+
+def _size(height_width: tuple[int, int]) -> str:
+    return f"{height_width[1]}x{height_width[0]}"
