@@ -1,0 +1,244 @@
+"""The demo's steps, one function each. All but the boards and the pictures are the public commands, as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeflame.cli.demo.children import POLL_INTERVAL_S, Children
+from edgeflame.cli.demo.plan import CONDITIONS, DemoPlan
+from edgeflame.cli.demo.report import Sample
+from edgeflame.cli.demo.results import SiteResult, read_inspected
+from edgeflame.console import Progress
+
+FLEET = "demo"
+SAMPLES_PER_DEFECT = 3
+
+
+def write_boards(plan: DemoPlan, progress: Progress) -> None:
+    """Each site's photographs, with its own camera and its own boards."""
+    from edgeflame.boards import Camera, write_dataset
+
+    for index, site in enumerate(plan.sites):
+
+        def report(done: int, total: int, note: str = "", index: int = index) -> None:
+            del note
+            progress(index * total + done, plan.num_sites * total)
+
+        write_dataset(
+            plan.data(site),
+            texture=plan.texture,
+            num_train_parts=plan.train_parts,
+            num_test_good_parts=plan.good_parts,
+            num_test_defective_parts=plan.defective_parts,
+            num_photos=plan.photos,
+            image_size=plan.image_size,
+            seed=plan.seed * 1000 + index,
+            camera=Camera.for_site(site, plan.seed),
+            progress=report,
+        )
+
+
+def train_together(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, Any]:
+    """A broker, an aggregator and the sites, each its own process, through all rounds; returns the ledger."""
+    from edgeflame.broker import free_port
+
+    port = free_port()
+    url = f"mqtt://127.0.0.1:{port}"
+    config = plan.out / "fleet.toml"
+    config.write_text(
+        f"rounds = {plan.rounds}\nmin_sites = {plan.num_sites}\n\n"
+        f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n'
+    )
+    common = ("--broker", url, "--fleet", FLEET)
+    state = plan.out / "state"
+    broker = children.start("broker", "broker", "--port", str(port), num_threads=1)
+    aggregator = children.start(
+        "aggregator",
+        *("aggregate", *common, "--state", str(state / "aggregator"), "--config", str(config)),
+        *("--out", str(plan.out / "models")),
+        num_threads=1,
+    )
+    sites = [
+        children.start(
+            site,
+            *("train", *common, "--site", site, "--data", str(plan.data(site)), "--state", str(state / site)),
+            *("--out", str(plan.package(site, "federated"))),
+            num_threads=max(1, (os.cpu_count() or 1) // plan.num_sites),
+        )
+        for site in plan.sites
+    ]
+    total = plan.num_sites * (plan.rounds + 1)
+    ended = False
+    while not ended:
+        broker.check()
+        ended = sum(child.check() for child in (aggregator, *sites)) == 1 + len(sites)
+        done, note = _fleet_progress(aggregator)
+        progress(min(done, total), total, note)
+        time.sleep(POLL_INTERVAL_S)
+    children.stop([broker])
+    ledger: dict[str, Any] = json.loads((plan.out / "models" / "ledger.json").read_bytes())
+    return ledger
+
+
+def fit_alone(plan: DemoPlan, children: Children, progress: Progress) -> None:
+    """The two comparisons at every site: no training at all, and FADE on its own images only."""
+    jobs = [
+        (
+            f"fit-{site}-{condition}",
+            (
+                *("fit", "--data", str(plan.data(site)), "--out", str(plan.package(site, condition))),
+                *("--method", method, "--product", plan.texture),
+            ),
+        )
+        for condition, method in (("none", "none"), ("alone", "fade"))
+        for site in plan.sites
+    ]
+    _run(children, jobs, progress)
+
+
+def export_models(plan: DemoPlan, children: Children, progress: Progress) -> None:
+    """The scoring graph of every site's federated model as an ONNX file."""
+    jobs = [
+        (
+            f"export-{site}",
+            (
+                *("export", "--model", str(plan.package(site, "federated"))),
+                *("--onnx", str(plan.out / "models" / f"{site}.onnx")),
+            ),
+        )
+        for site in plan.sites
+    ]
+    _run(children, jobs, progress)
+
+
+def evaluate_models(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, dict[str, dict[str, Any]]]:
+    """Site to condition to what `edgeflame evaluate --json` printed."""
+    jobs = [
+        (
+            f"evaluate-{site}-{condition}",
+            ("evaluate", "--model", str(plan.package(site, condition)), "--data", str(plan.data(site)), "--json"),
+        )
+        for site in plan.sites
+        for condition in CONDITIONS
+    ]
+    outputs = _run(children, jobs, progress)
+    return {
+        site: {
+            condition: msgspec.json.decode(outputs[f"evaluate-{site}-{condition}"].read_bytes())
+            for condition in CONDITIONS
+        }
+        for site in plan.sites
+    }
+
+
+def inspect_streams(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, Path]:
+    """Each site's line over a stream of boards it has never seen; site to the file of JSON lines."""
+    jobs = [
+        (
+            f"inspect-{site}",
+            (
+                *("inspect", "--model", str(plan.package(site, "federated")), "--json"),
+                *("--source", _stream_source(plan, site)),
+                *("--rejects", str(plan.out / "rejects" / site)),
+            ),
+        )
+        for site in plan.sites
+    ]
+    # One line at a time, so that the latency is that of a machine with nothing else to do.
+    outputs = _run(children, jobs, progress, parallel=1)
+    return {site: outputs[f"inspect-{site}"] for site in plan.sites}
+
+
+def collect_results(
+    plan: DemoPlan, metrics: dict[str, dict[str, dict[str, Any]]], streams: dict[str, Path]
+) -> list[SiteResult]:
+    """One :class:`SiteResult` a site."""
+    from edgeflame.package import read_package
+
+    results = []
+    for site in plan.sites:
+        manifest = read_package(plan.package(site, "federated")).manifest
+        threshold = manifest.threshold
+        results.append(
+            SiteResult(
+                site=site,
+                num_train_images=manifest.num_images,
+                metrics=metrics[site],
+                threshold=threshold.value,
+                promise=f"rejects at most {threshold.false_reject_rate:.1%} of good parts, with "
+                f"{threshold.confidence:.0%} confidence ({threshold.num_groups} parts)",
+                inspected=read_inspected(streams[site]),
+            )
+        )
+    return results
+
+
+def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
+    """Test photographs of the first site with their heat maps: every defect from glaring to faint, and good ones."""
+    import numpy as np
+    from edge.overlay import overlay
+    from edge.runtimes import open_runtime
+
+    from edgeflame.dataset import open_dataset
+    from edgeflame.images import read_image, read_mask
+    from edgeflame.package import read_package
+
+    package = read_package(plan.package(plan.sites[0], "federated"))
+    preprocessing, threshold = package.manifest.learning.input, package.manifest.threshold.value
+    root = plan.data(plan.sites[0])
+    severities = _severities(root)
+    by_label: dict[str, dict[str, Any]] = {}
+    for record in open_dataset(root).test:
+        by_label.setdefault(record.label, {}).setdefault(record.group, record)  # one photograph of each part
+    chosen = []
+    for _, parts in sorted(by_label.items()):
+        ordered = sorted(parts.values(), key=lambda record: -severities.get(record.name, 0.0))
+        steps = np.linspace(0, len(ordered) - 1, min(SAMPLES_PER_DEFECT, len(ordered)))
+        chosen += [ordered[round(step)] for step in steps]
+
+    runtime = open_runtime(package.model_onnx, device="cpu")
+    samples = []
+    for index, record in enumerate(chosen):
+        photo = read_image(record.path)
+        scores, maps = runtime.score(preprocessing.apply(photo)[None])
+        mask = read_mask(record.mask) if record.mask else None
+        samples.append(
+            Sample(
+                label=record.label,
+                severity=severities.get(record.name, 0.0),
+                photo=photo,
+                heat_map=overlay(photo, maps[0], threshold, mask),
+                ratio=float(scores[0]) / threshold,
+            )
+        )
+        progress(index + 1, len(chosen))
+    return samples
+
+
+def _stream_source(plan: DemoPlan, site: str) -> str:
+    return (
+        f"boards:{plan.texture}?site={site}&seed={plan.seed}&parts={plan.stream_parts}"
+        f"&defect_rate={plan.defect_rate}&size={plan.image_size}"
+    )
+
+
+def _severities(root: Path) -> dict[str, float]:
+    """How glaring each generated image's defect is, by the image's name."""
+    files = json.loads((root / "dataset.json").read_bytes())["files"]
+    return {name: entry.get("severity", 0.0) for name, entry in files.items()}
+
+
+def _run(
+    children: Children, jobs: list[tuple[str, tuple[str, ...]]], progress: Progress, parallel: int | None = None
+) -> dict[str, Path]:
+    outputs = {}
+    for child in children.run_all(jobs, parallel=parallel or max(1, min(len(jobs), os.cpu_count() or 1))):
+        outputs[child.name] = child.output
+        progress(len(outputs), len(jobs), child.name)
+    return outputs
