@@ -1,0 +1,325 @@
+"""One connection to a broker, from its CONNECT to its end: the only module that knows paho.
+
+It runs on its link's thread alone (see ``edgeflame.link``), which owns what outlives a connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from edgeflame.brokerurl import BrokerUrl
+from edgeflame.console import EventLog
+from edgeflame.errors import LinkError
+from edgeflame.messages import MAX_MESSAGE_BYTES
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES
+
+log = EventLog("link")
+
+KEEPALIVE_S = 15
+HANDSHAKE_TIMEOUT_S = 10.0
+"""For TCP, TLS and CONNACK together, roughly; a broker that takes longer is as good as not there."""
+MAX_IN_FLIGHT = 64
+"""Messages unacknowledged by us, or by the broker, at most: 16 MiB of chunks."""
+MAX_PACKET_BYTES = max(MAX_MESSAGE_BYTES, MAX_CHUNK_BYTES) + 4096
+"""What we accept: the largest payload and room for its topic."""
+WILL_DELAY_S = 2
+"""The broker publishes the last will so long after the connection broke, so that a blink is not a death."""
+
+# The broker understood us and says no: trying again will not change its mind.
+_REFUSALS = frozenset(
+    {
+        "Unsupported protocol version",
+        "Client identifier not valid",
+        "Bad user name or password",
+        "Not authorized",
+        "Banned",
+        "Bad authentication method",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Will:
+    """What the broker publishes, retained, when we vanish."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """Connected and subscribed. ``chunk_bytes`` is the largest chunk to send, within the broker's packet limit."""
+
+    chunk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Down:
+    """The connection broke; the link is already trying again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The link gave up; no further event comes."""
+
+    error: LinkError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """A message. Call ``done`` when it is dealt with, in the order of arrival."""
+
+    topic: str
+    payload: bytes
+    done: Callable[[], None] = field(repr=False)
+
+
+Event = Up | Down | Failed | Received
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publish:
+    topic: str
+    payload: bytes
+    retain: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subscribe:
+    topic_filter: str
+    wanted: bool
+
+
+@dataclass(kw_only=True)
+class Shared:
+    """What a link and its connections share; whatever is changed by both sides is safe to."""
+
+    url: BrokerUrl
+    client_id: str
+    ssl: ssl.SSLContext | None
+    will: Will | None
+    sink: Callable[[Event], None]
+    filters: dict[str, None]
+    """Subscriptions wanted, in order."""
+    outbox: deque[Publish | Subscribe] = field(default_factory=deque)
+    acks: deque[tuple[Connection, int]] = field(default_factory=deque)
+    closing: threading.Event = field(default_factory=threading.Event)
+    flush_until: float = 0.0
+    wake_read: socket.socket
+    wake_write: socket.socket
+
+    def wake(self) -> None:
+        """Make the connection look at the outbox, the acknowledgements and ``closing``."""
+        # A full pipe means that a wake-up is pending; a closed one that the link is.
+        with contextlib.suppress(OSError):
+            self.wake_write.send(b"w")
+
+
+class Connection:
+    """One connection; :meth:`run` it once."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._in_flight: dict[int, Publish] = {}
+        self._max_in_flight = MAX_IN_FLIGHT
+        self._max_packet_bytes: int | None = None
+        self._ready = False
+        self._first_suback: int | None = None
+        self._over: str | None = None
+        self._refused = False
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=shared.client_id,
+            protocol=mqtt.MQTTv5,
+            manual_ack=True,
+            reconnect_on_failure=False,
+        )
+        client.max_inflight_messages = MAX_IN_FLIGHT
+        client.connect_timeout = HANDSHAKE_TIMEOUT_S
+        if shared.ssl is not None:
+            client.tls_set_context(shared.ssl)
+        if shared.url.user is not None:
+            client.username_pw_set(shared.url.user, shared.url.password)
+        if shared.will is not None:
+            delay = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+            delay.WillDelayInterval = WILL_DELAY_S
+            client.will_set(shared.will.topic, shared.will.payload, qos=1, retain=True, properties=delay)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
+        client.on_message = self._on_message
+        self._client = client
+
+    def run(self) -> tuple[bool, str, bool]:
+        """Connect and serve until the connection is over: whether it came about, why it ended, if for good."""
+        url = self._shared.url
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.ReceiveMaximum = MAX_IN_FLIGHT
+        properties.MaximumPacketSize = MAX_PACKET_BYTES
+        try:
+            self._client.connect(url.host, url.port, keepalive=KEEPALIVE_S, clean_start=True, properties=properties)
+        except (OSError, ValueError) as exc:
+            # socket.gaierror, TimeoutError and ssl.SSLError are OSErrors; a bad certificate name is a ValueError.
+            return False, getattr(exc, "strerror", None) or str(exc), False
+        handshake_until = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._shared.wake_read, selectors.EVENT_READ)
+            registered: Any = None
+            while self._over is None:
+                sock = self._client.socket()
+                if sock is None:
+                    self._over = "the connection broke"
+                    break
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
+                if registered is None:
+                    registered = selector.register(sock, events)
+                elif registered.events != events:
+                    registered = selector.modify(sock, events)
+                self._poll(selector, sock)
+                if not self._ready and time.monotonic() > handshake_until:
+                    self._over = f"no answer within {HANDSHAKE_TIMEOUT_S:g} s"
+                if self._shared.closing.is_set() and (
+                    self._is_flushed() or time.monotonic() > self._shared.flush_until
+                ):
+                    self._client.disconnect()
+                    self._over = "closed"
+        self._shut()
+        return self._ready, self._over, self._refused
+
+    def unsent(self) -> list[Publish]:
+        """What the broker has not acknowledged, oldest first."""
+        return list(self._in_flight.values())
+
+    def _poll(self, selector: selectors.BaseSelector, sock: Any) -> None:
+        # TLS may hold decrypted bytes that select() cannot see.
+        pending = getattr(sock, "pending", None)
+        buffered = pending is not None and pending() > 0
+        readable = writable = False
+        for key, mask in selector.select(0 if buffered else 1.0):
+            if key.fileobj is self._shared.wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    self._shared.wake_read.recv(4096)
+            else:
+                readable = bool(mask & selectors.EVENT_READ)
+                writable = bool(mask & selectors.EVENT_WRITE)
+        if readable or buffered:
+            self._client.loop_read()
+        if writable:
+            self._client.loop_write()
+        self._client.loop_misc()
+        self._send_acks()
+        if self._ready:
+            self._send()
+
+    def _send_acks(self) -> None:
+        acks = self._shared.acks
+        while acks:
+            connection, mid = acks.popleft()
+            # An acknowledgement for an earlier connection would hit another message's number.
+            if connection is self:
+                self._client.ack(mid, 1)
+
+    def _send(self) -> None:
+        outbox = self._shared.outbox
+        while outbox and len(self._in_flight) < self._max_in_flight and self._client.socket() is not None:
+            item = outbox.popleft()
+            if isinstance(item, Subscribe):
+                self._change_subscription(item)
+                continue
+            size = len(item.payload) + len(item.topic.encode()) + 16
+            if self._max_packet_bytes is not None and size > self._max_packet_bytes:
+                log.error("message_too_large_for_broker", topic=item.topic, bytes=size, limit=self._max_packet_bytes)
+                continue
+            info = self._client.publish(item.topic, item.payload, qos=1, retain=item.retain)
+            self._in_flight[info.mid] = item
+
+    def _change_subscription(self, item: Subscribe) -> None:
+        if item.wanted:
+            self._shared.filters[item.topic_filter] = None
+            self._client.subscribe(item.topic_filter, qos=1)
+        else:
+            self._shared.filters.pop(item.topic_filter, None)
+            self._client.unsubscribe(item.topic_filter)
+
+    def _is_flushed(self) -> bool:
+        return not self._ready or (not self._shared.outbox and not self._in_flight and not self._client.want_write())
+
+    def _shut(self) -> None:
+        # paho has no other way to close its socket without saying goodbye.
+        sock = self._client.socket()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                self._client.loop_write()
+                sock.close()
+
+    def _on_connect(
+        self, client: mqtt.Client, _userdata: Any, _flags: Any, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if reason.is_failure:
+            self._over = reason.getName()
+            self._refused = self._over in _REFUSALS
+            return
+        self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
+        self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        topics = [(topic_filter, 1) for topic_filter in self._shared.filters]
+        self._first_suback = client.subscribe(topics)[1]
+
+    def _on_subscribe(
+        self, _client: mqtt.Client, _userdata: Any, mid: int, reasons: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        for reason in reasons:
+            if reason.is_failure:
+                log.error("subscription_refused", address=self._shared.url.address, reason=reason.getName())
+        if mid == self._first_suback and not self._ready:
+            self._ready = True
+            log.info("broker_connected", address=self._shared.url.address)
+            # A topic and the packet's own header share the packet with the chunk.
+            limit = DEFAULT_CHUNK_BYTES if self._max_packet_bytes is None else self._max_packet_bytes - 1024
+            self._shared.sink(Up(chunk_bytes=max(1024, min(DEFAULT_CHUNK_BYTES, limit))))
+
+    def _on_publish(
+        self, _client: mqtt.Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        item = self._in_flight.pop(mid, None)
+        if reason.is_failure and item is not None:
+            log.error("message_refused", topic=item.topic, reason=reason.getName())
+
+    def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        mid, qos = message.mid, message.qos
+
+        def done() -> None:
+            if qos:
+                self._shared.acks.append((self, mid))
+                self._shared.wake()
+
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            done()
+            return
+        self._shared.sink(Received(topic=topic, payload=bytes(message.payload), done=done))
+
+    def _on_disconnect(
+        self, _client: mqtt.Client, _userdata: Any, flags: Any, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        if self._over is None:
+            said = getattr(flags, "is_disconnect_packet_from_server", False)
+            self._over = reason.getName() if said else "the connection broke"

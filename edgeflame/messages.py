@@ -1,0 +1,291 @@
+"""Every message of the wire protocol, as JSON with a type and a version; and the one way to decode them.
+
+A message carries the protocol version its sender speaks, ``major.minor``. Another major version is refused with
+both versions named. Within a major version fields are only added, with defaults, and unknown ones are ignored;
+so minor versions understand each other. An unknown type of message is refused: the receiver logs and ignores it.
+
+Bytes from the network are hostile until they are decoded here: :func:`decode` checks the size first, and every
+number and text for its range, and raises one type of error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from edgeflame.errors import FederationError
+from edgeflame.topics import MAX_NAME_CHARS
+from edgeflame.transfer.manifest import MAX_CHUNKS, Manifest
+
+MAJOR, MINOR = 1, 0
+VERSION = f"{MAJOR}.{MINOR}"
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""The longest message is a manifest of ``MAX_CHUNKS`` chunks, about 350 kB; below any broker's packet limit."""
+
+MAX_ROUNDS = 100_000
+MAX_SAMPLES = 1_000_000_000
+
+Name = Annotated[str, msgspec.Meta(pattern=rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARS - 1}}}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}\Z")]
+Text = Annotated[str, msgspec.Meta(max_length=500)]
+Key = Annotated[str, msgspec.Meta(max_length=100)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
+RoundNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)]
+Metrics = Annotated[dict[Key, float], msgspec.Meta(max_length=100)]
+Summary = Annotated[dict[Key, float | Text], msgspec.Meta(max_length=100)]
+
+Phase = Literal["waiting", "initialise", "train", "finish", "done", "failed"]
+Purpose = Literal["initial", "update", "finish"]
+Reason = Literal[
+    "late",  # the round is closed
+    "stale_round",  # a round that is not the current one
+    "unknown_run",  # a run that is not this one
+    "unknown_site",  # a site that is not of this run
+    "not_asked",  # this site was not asked in this round
+    "duplicate",  # another update of this site was accepted already
+    "too_large",  # the blob is larger than it can be
+    "corrupt",  # the bytes do not have the announced hash, again and again
+    "not_tensors",  # not a safetensors file, or a damaged one
+    "schema",  # tensors of other names, shapes or types
+    "not_finite",  # NaN or infinite values
+    "norm",  # further from the base model than allowed
+    "samples",  # an impossible number of samples
+    "metrics",  # NaN or infinite metrics
+    "failed",  # the site said that it cannot
+]
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+    v: Version = VERSION
+
+
+class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
+    """A site asks to take part; sent on every connection until it is welcomed or refused."""
+
+    boot: Id
+    """Of this process; another after every start."""
+    install: Id
+    """Of this state directory; the same after every start. It tells a restarted site from a second one."""
+    software: Text = ""
+
+
+class Heartbeat(_Message, frozen=True, kw_only=True, tag="heartbeat"):
+    """A site lives, and how far it is. An unchanging ``step`` is a sign of life but not of progress."""
+
+    boot: Id
+    run: Id | None = None
+    ready: bool = False
+    """It has data, a worker and an initial model: rounds may begin."""
+    initial: Sha256 | None = None
+    """Its initial model."""
+    activity: Key = "idle"
+    round: RoundNumber = 0
+    step: Count = 0
+    num_steps: Count = 0
+
+
+class Offer(_Message, frozen=True, kw_only=True, tag="offer"):
+    """A site has a model to deliver: its initial one, or the update of a round. Answered with
+    :class:`BlobNeed`, :class:`Receipt` or :class:`Refusal`; repeated until it is.
+    """
+
+    run: Id
+    purpose: Literal["initial", "update"]
+    round: RoundNumber
+    manifest: Manifest
+    num_samples: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLES)] = 0
+    metrics: Metrics = {}
+
+
+class BlobNeed(_Message, frozen=True, kw_only=True, tag="need"):
+    """What a receiver still lacks of a blob: request, acknowledgement and repair in one."""
+
+    sha256: Sha256
+    missing: Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNKS // 8)]
+    """A bit for each chunk, lowest bit first; all zero: it has the blob."""
+    resend: bool = False
+    """Chunks on their way are to be considered lost; otherwise this acknowledges those no longer missing."""
+
+
+class Receipt(_Message, frozen=True, kw_only=True, tag="receipt"):
+    """Durable at the aggregator: the site may forget its own copy."""
+
+    run: Id
+    purpose: Purpose
+    round: RoundNumber
+    sha256: Sha256 | None = None
+
+
+class Refusal(_Message, frozen=True, kw_only=True, tag="refusal"):
+    """What the site sent does not count, and why."""
+
+    run: Id
+    purpose: Purpose
+    round: RoundNumber
+    sha256: Sha256 | None = None
+    reason: Reason
+    detail: Text = ""
+
+
+class TaskFailed(_Message, frozen=True, kw_only=True, tag="failed"):
+    """A site cannot do its part of a phase. Answered with :class:`Refusal`, reason ``failed``."""
+
+    run: Id
+    purpose: Purpose
+    round: RoundNumber
+    detail: Text
+
+
+class FinishReport(_Message, frozen=True, kw_only=True, tag="finished"):
+    """A site made its package from the final model. Answered with :class:`Receipt`."""
+
+    run: Id
+    model: Sha256
+    package: Sha256 | None = None
+    summary: Summary = {}
+
+
+class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
+    """The site of this boot may take part."""
+
+    boot: Id
+    aggregator: Id
+    """The aggregator's boot; a site says hello again to another one."""
+
+
+class Turned(_Message, frozen=True, kw_only=True, tag="turned_away"):
+    """The site of this boot may not take part."""
+
+    boot: Id
+    reason: Literal["name_in_use", "unknown_site"]
+    detail: Text
+
+
+class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
+    """Retained: what everyone is to do now. A site needs no other instruction."""
+
+    run: Id
+    phase: Phase
+    round: RoundNumber = 0
+    num_rounds: RoundNumber = 0
+    asked: tuple[Name, ...] = ()
+    """Who is to act in this phase."""
+    learning: msgspec.Raw = msgspec.Raw(b"{}")
+    """``edgeflame.learning.Learning``; decoded by the site, which refuses what it does not know."""
+    base: Manifest | None = None
+    """``train``: the model to train from; ``finish`` and ``done``: the final one."""
+    ledger: Manifest | None = None
+    """``finish``: the ledger so far, JSON."""
+    deadline_s: float = 0.0
+    """How long a site may be without progress before it is left out, seconds."""
+    detail: Text = ""
+    """``failed``: why."""
+
+
+class Presence(_Message, frozen=True, kw_only=True, tag="presence"):
+    """Retained: who is there. ``online`` false comes from the last will or a clean exit."""
+
+    boot: Id
+    online: bool
+    install: Id | None = None
+    run: Id | None = None
+
+
+UpMessage = Hello | Heartbeat | Offer | BlobNeed | TaskFailed | FinishReport
+DownMessage = Welcome | Turned | BlobNeed | Receipt | Refusal
+Message = UpMessage | DownMessage | RoundState | Presence
+
+_UP: msgspec.json.Decoder[UpMessage] = msgspec.json.Decoder(UpMessage)
+_DOWN: msgspec.json.Decoder[DownMessage] = msgspec.json.Decoder(DownMessage)
+_ROUND = msgspec.json.Decoder(RoundState)
+_PRESENCE = msgspec.json.Decoder(Presence)
+
+M = TypeVar("M")
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message.
+
+    Raises:
+        FederationError: it is longer than a receiver would read.
+    """
+    data = msgspec.json.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        msg = f"a {type(message).__name__} message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}"
+        raise FederationError(msg)
+    return data
+
+
+def decode_up(data: bytes) -> UpMessage:
+    """Decode what a site sent.
+
+    Raises:
+        FederationError: anything else, whatever it is.
+    """
+    return _decode(_UP, data)
+
+
+def decode_down(data: bytes) -> DownMessage:
+    """Decode what the aggregator sent to one site; errors as :func:`decode_up`."""
+    return _decode(_DOWN, data)
+
+
+def decode_round(data: bytes) -> RoundState:
+    """Decode the retained round state; errors as :func:`decode_up`."""
+    return _decode(_ROUND, data)
+
+
+def decode_presence(data: bytes) -> Presence:
+    """Decode a retained presence; errors as :func:`decode_up`."""
+    return _decode(_PRESENCE, data)
+
+
+class _Head(msgspec.Struct):
+    v: str
+
+
+_HEAD = msgspec.json.Decoder(_Head)
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
+
+
+def _decode(decoder: msgspec.json.Decoder[M], data: bytes) -> M:
+    if len(data) > MAX_MESSAGE_BYTES:
+        msg = f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are read"
+        raise FederationError(msg)
+    try:
+        # The version alone first: a later major version may have changed everything else.
+        version = _HEAD.decode(data).v
+        match = _VERSION.fullmatch(version)
+        if match is None:
+            msg = f"a message without a readable protocol version ({version[:20]!r})"
+            raise FederationError(msg)
+        if int(match[1]) != MAJOR:
+            msg = f"the sender speaks protocol {version}, we speak {VERSION}: update the older of the two"
+            raise FederationError(msg)
+        message = decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        msg = f"not a message of this protocol ({str(exc)[:200]})"
+        raise FederationError(msg) from exc
+    _check_finite(message)
+    return message
+
+
+def _check_finite(message: Any) -> None:
+    # JSON has no NaN, but 1e999 reads as infinity.
+    if isinstance(message, RoundState) and not (math.isfinite(message.deadline_s) and message.deadline_s >= 0):
+        msg = "a round state with an impossible deadline"
+        raise FederationError(msg)
+    values: dict[str, Any] = {}
+    if isinstance(message, Offer):
+        values = message.metrics
+    elif isinstance(message, FinishReport):
+        values = message.summary
+    if any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
+        msg = f"a {type(message).__name__} message with infinite figures"
+        raise FederationError(msg)

@@ -1,0 +1,72 @@
+"""A role's state directory: one process at a time, and files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeflame.errors import StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn the operating system's errors into :class:`StorageError`, naming the path and what was tried."""
+    try:
+        yield
+    except OSError as exc:
+        msg = f"{path}: cannot {doing} ({exc.strerror or exc})"
+        raise StorageError(msg) from exc
+
+
+@contextlib.contextmanager
+def locked_state_dir(path: Path) -> Iterator[Path]:
+    """Create a state directory if need be, and keep other processes out of it meanwhile.
+
+    The lock goes with the process, however it ends.
+
+    Raises:
+        StorageError: it cannot be written, or another process uses it.
+    """
+    with storage_errors(path, "use as a state directory"):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            msg = f"{path}: the state directory is in use by another process (pid {owner}); give this one its own"
+            raise StorageError(msg) from exc
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield path
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all, and onto the disk before returning.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storage_errors(path, "write"):
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Put a folder's entries (a file renamed into it, say) onto the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

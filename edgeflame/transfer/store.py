@@ -1,0 +1,180 @@
+"""Blobs on disk: whole ones by their SHA-256, and unfinished ones that a restart continues.
+
+ROOT/blobs/<sha256>              whole, verified, on the disk for good
+ROOT/partial/<owner>/<sha256>    arriving; which of its chunks are there, their checksums tell
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from edgeflame.errors import StorageError
+from edgeflame.statedir import fsync_folder, storage_errors
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, Mask, describe_file
+from edgeflame.transfer.receiver import ChunkKind, Receiver
+from edgeflame.transfer.sender import Sender
+
+SPARE_BYTES = 64 << 20
+"""What must stay free on the disk beside an arriving blob."""
+
+
+class BlobStore:
+    """A folder of blobs, used by one process.
+
+    Raises:
+        StorageError: here and in every method, when the disk fails.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs"
+        self._partial = root / "partial"
+        with storage_errors(root, "create the blob store"):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+            self._partial.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        """Where a blob is, if it is there."""
+        return self._blobs / sha256
+
+    def __contains__(self, sha256: str) -> bool:
+        return self.path(sha256).is_file()
+
+    def add(self, source: Path, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Manifest:
+        """Move a file in under its hash, durably."""
+        manifest = describe_file(source, chunk_bytes=chunk_bytes)
+        with storage_errors(source, "move into the blob store"):
+            _fsync_file(source)
+            source.replace(self.path(manifest.sha256))
+            fsync_folder(self._blobs)
+        return manifest
+
+    def receive(self, manifest: Manifest, *, owner: str, now: float) -> Incoming:
+        """Begin to receive a blob, or continue: chunks already on disk are found by their checksums.
+
+        Args:
+            manifest: the blob.
+            owner: who sends it; a file name. Two owners' unfinished blobs never mix, whatever they claim to be.
+            now: monotonic clock, seconds.
+        """
+        folder = self._partial / owner
+        path = folder / manifest.sha256
+        with storage_errors(path, "prepare for a blob"):
+            folder.mkdir(exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            present = path.stat().st_blocks * 512 if path.exists() else 0
+            if free + present < manifest.size_bytes + SPARE_BYTES:
+                msg = f"{folder}: {free >> 20} MiB free, a blob of {manifest.size_bytes >> 20} MiB does not fit"
+                raise StorageError(msg)
+            stream = path.open("r+b" if path.exists() else "w+b")
+            have = _chunks_on_disk(stream, manifest)
+            # Sparse: nothing is allocated before it arrives.
+            stream.truncate(manifest.size_bytes)
+        return Incoming(
+            stream=stream, partial=path, final=self.path(manifest.sha256), manifest=manifest, have=have, now=now
+        )
+
+    def prune(self, keep: Collection[str]) -> None:
+        """Delete all whole blobs but these."""
+        for path in self._blobs.iterdir():
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def drop_partial(self) -> None:
+        """Delete all unfinished blobs; none may be open."""
+        for folder in self._partial.iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Incoming:
+    """A blob on its way to the disk. Close it when it is whole, or when it is no longer wanted."""
+
+    def __init__(
+        self, *, stream: BinaryIO, partial: Path, final: Path, manifest: Manifest, have: Mask, now: float
+    ) -> None:
+        self.manifest = manifest
+        self.receiver = Receiver(manifest, have=have, now=now)
+        self._stream = stream
+        self._partial = partial
+        self._final = final
+
+    def chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
+        """Take a chunk, and write it if it is new."""
+        kind = self.receiver.chunk(index, data, now=now)
+        if kind is ChunkKind.NEW:
+            with storage_errors(self._partial, "write"):
+                self._stream.seek(self.manifest.offset(index))
+                self._stream.write(data)
+                # Not kept in this process: what was acknowledged must survive it.
+                self._stream.flush()
+        return kind
+
+    def finish(self) -> bool:
+        """Hash the complete blob; if it is what was announced, it is in the store, durably. Else False."""
+        with storage_errors(self._partial, "finish"):
+            self._stream.seek(0)
+            digest = hashlib.sha256()
+            while block := self._stream.read(1 << 20):
+                digest.update(block)
+            if digest.hexdigest() != self.manifest.sha256:
+                return False
+            os.fsync(self._stream.fileno())
+            self._partial.replace(self._final)
+            fsync_folder(self._final.parent)
+            self._stream.close()
+        return True
+
+    def close(self) -> None:
+        """Stop; what has come stays on disk."""
+        self._stream.close()
+
+    def discard(self) -> None:
+        """Stop and delete what has come."""
+        self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class Outgoing:
+    """A file on its way to others: reads the chunks its sender asks for."""
+
+    def __init__(self, path: Path, manifest: Manifest, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.sender = Sender(manifest)
+        self._path = path
+        self._clock = clock
+        with storage_errors(path, "open"):
+            self._stream = path.open("rb")
+
+    def pump(self, publish: Callable[[int, bytes], None]) -> None:
+        """Publish chunks until the window is full."""
+        manifest = self.sender.manifest
+        while (index := self.sender.next_chunk(self._clock())) is not None:
+            with storage_errors(self._path, "read"):
+                self._stream.seek(manifest.offset(index))
+                data = self._stream.read(manifest.length(index))
+            publish(index, data)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _chunks_on_disk(stream: BinaryIO, manifest: Manifest) -> Mask:
+    have = np.zeros(manifest.num_chunks, dtype=np.bool_)
+    stream.seek(0)
+    for index in range(manifest.num_chunks):
+        data = stream.read(manifest.length(index))
+        if not data:
+            break
+        have[index] = manifest.matches(index, data)
+    return have
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
