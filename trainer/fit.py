@@ -1,0 +1,200 @@
+"""Fitting one site's model from its good images: backbone, optional training, statistics, threshold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from edgeflame.console import EventLog, Progress, no_progress
+from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
+from edgeflame.errors import DataError, UsageError
+from edgeflame.learning import SOLO_METHODS, Learning
+from edgeflame.package import Threshold, WeightsOrigin
+from edgeflame.statistics import LowRankGaussian
+from trainer.backbone import EmbeddingNetwork
+from trainer.embedding import Embeddings
+from trainer.gaussian import cross_fit, require_enough
+from trainer.imageset import ImageSet
+from trainer.model import SiteModel, build_model
+from trainer.threshold import set_threshold
+from trainer.training import train
+
+log = EventLog("fit")
+
+Stage = Callable[[str], AbstractContextManager[Progress]]
+"""Opens the progress of one stage of the work by its name."""
+
+
+@contextmanager
+def quiet_stage(name: str) -> Iterator[Progress]:
+    """A stage that reports to nobody."""
+    del name
+    yield no_progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteStatistics:
+    """What a site adds to a backbone.
+
+    Attributes:
+        statistics: of all its good images, as a package stores them.
+        threshold: by cross-fitting over its parts.
+        details: for the package's provenance: rank, likelihoods, counts, seconds.
+    """
+
+    statistics: LowRankGaussian
+    threshold: Threshold
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A model that can be exported and can inspect.
+
+    Attributes:
+        network: the embedding network, on the CPU, in evaluation mode.
+        site: statistics and threshold.
+        weights: where the backbone's weights came from before any training.
+        learning: the configuration it was fitted with.
+        report: what happened while the images were read.
+        training: metrics of the training, empty without one.
+        seconds: by stage.
+    """
+
+    network: EmbeddingNetwork
+    site: SiteStatistics
+    weights: WeightsOrigin
+    learning: Learning
+    report: LoadReport
+    training: dict[str, Any]
+    seconds: dict[str, float]
+
+    def provenance(self) -> dict[str, Any]:
+        """How this fit went, for the package's manifest."""
+        return {
+            "kind": "fit",
+            "method": self.learning.method,
+            "num_images": self.report.num_read,
+            "num_unreadable": len(self.report.unreadable),
+            "unreadable": self.report.unreadable[:20],
+            "training": self.training,
+            "statistics": self.site.details,
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+        }
+
+
+def fit(
+    dataset: Dataset,
+    learning: Learning,
+    *,
+    on_unreadable: UnreadablePolicy = "skip",
+    device: torch.device | None = None,
+    stage: Stage = quiet_stage,
+) -> Fitted:
+    """Fit a model from the good training images of a data set.
+
+    Raises:
+        UsageError: the method needs other sites.
+        DataError: too few images, or an unreadable one where that is refused.
+        MissingDependencyError: no weights can be had.
+        NumericalError: an embedding or a loss is not finite.
+    """
+    device = device or torch.device("cpu")
+    if learning.method not in SOLO_METHODS:
+        msg = f"method {learning.method} needs other sites; fit takes {', '.join(SOLO_METHODS)}"
+        raise UsageError(msg)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "reading"), stage("Reading images") as progress:
+        images = read_training_images(dataset, learning, on_unreadable=on_unreadable, progress=progress)
+    model, weights = build_model(learning)
+    model.to(device)
+    training: dict[str, Any] = {}
+    if learning.method != "none":
+        with _timed(seconds, "training"), stage("Training") as progress:
+            training = train(model, images, learning, seed=learning.seed, progress=progress).details()
+    with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
+        site = fit_statistics(
+            model, images, learning, groups_known=dataset.groups_known, device=device, progress=progress
+        )
+    return Fitted(
+        network=model.backbone.cpu(),
+        site=site,
+        weights=weights,
+        learning=learning,
+        report=images.report,
+        training=training,
+        seconds=seconds,
+    )
+
+
+def read_training_images(
+    dataset: Dataset,
+    learning: Learning,
+    *,
+    on_unreadable: UnreadablePolicy = "skip",
+    progress: Progress = no_progress,
+) -> ImageSet:
+    """The readable good training images.
+
+    Raises:
+        DataError: too few of them, or an unreadable one where that is refused.
+    """
+    images = ImageSet(dataset.train, learning.input, on_unreadable=on_unreadable, progress=progress)
+    try:
+        require_enough(len(images), len(set(images.groups)))
+    except DataError as exc:
+        unreadable = len(images.report.unreadable)
+        msg = f"{dataset.root}: {exc}" + (f" ({unreadable} could not be read)" if unreadable else "")
+        raise DataError(msg) from exc
+    return images
+
+
+def fit_statistics(
+    model: SiteModel,
+    images: ImageSet,
+    learning: Learning,
+    *,
+    groups_known: bool,
+    device: torch.device,
+    progress: Progress = no_progress,
+) -> SiteStatistics:
+    """Statistics and threshold of a finished backbone.
+
+    Raises:
+        DataError: too few images or parts.
+        NumericalError: an embedding is not finite, or nothing varies between the images.
+    """
+    model.eval()
+    embeddings = Embeddings(model.backbone, images, device=device)
+    result = cross_fit(embeddings, images.groups, learning, progress=progress)
+    threshold = set_threshold(result.held_out_scores, images.groups, learning.calibration, groups_known=groups_known)
+    details: dict[str, Any] = {
+        "rank": result.statistics.rank,
+        "num_forward_passes": embeddings.num_forward,
+        "held_out_score_median": float(sorted(result.held_out_scores)[len(images) // 2]),
+        "held_out_score_max": float(result.held_out_scores.max()),
+    }
+    if result.likelihoods is not None:
+        details["held_out_log_likelihood_by_rank"] = [round(float(value), 3) for value in result.likelihoods]
+    log.info(
+        "statistics",
+        images=len(images),
+        rank=result.statistics.rank,
+        threshold=threshold.value,
+        parts=threshold.num_groups,
+        promised_false_reject_rate=round(threshold.false_reject_rate, 4),
+        confidence=threshold.confidence,
+    )
+    return SiteStatistics(statistics=result.statistics, threshold=threshold, details=details)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start

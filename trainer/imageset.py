@@ -1,0 +1,75 @@
+"""The images of one site: read once, kept as uint8 within a memory budget, otherwise read again when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgeflame.console import Progress, no_progress
+from edgeflame.dataset import ImageRecord, LoadReport, UnreadablePolicy, load_images
+from edgeflame.images import ImageU8, Preprocessing, read_image
+
+MAX_CACHE_BYTES = 1 << 30
+"""Pre-processed images kept in memory: 5461 of 256 x 256. The rest is read from disk each time."""
+
+
+class ImageSet:
+    """Pre-processed images by index.
+
+    Attributes:
+        records: the readable ones; an index means the same image everywhere.
+        report: what happened while they were read.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        preprocessing: Preprocessing,
+        *,
+        on_unreadable: UnreadablePolicy = "skip",
+        max_cache_bytes: int = MAX_CACHE_BYTES,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Read every image once, so that what cannot be read is known before any work starts.
+
+        Raises:
+            DataError: an image is unreadable and ``on_unreadable`` is ``refuse``.
+        """
+        self.preprocessing = preprocessing
+        self.report = LoadReport()
+        readable: list[ImageRecord] = []
+        self._cache: dict[int, ImageU8] = {}
+        room = max_cache_bytes // (preprocessing.height * preprocessing.width * 3)
+        for record, image in load_images(records, preprocessing, on_unreadable=on_unreadable, report=self.report):
+            if len(self._cache) < room:
+                self._cache[len(readable)] = image
+            readable.append(record)
+            progress(self.report.num_read + len(self.report.unreadable), len(records))
+        self.records = tuple(readable)
+        self.report.log_summary()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def groups(self) -> list[str]:
+        """The part that each image shows."""
+        return [record.group for record in self.records]
+
+    def batch(self, indices: Sequence[int]) -> ImageU8:
+        """Images ``[N, height, width, 3]`` uint8, BGR."""
+        return np.stack([self._image(index) for index in indices])
+
+    def _image(self, index: int) -> ImageU8:
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        return self.preprocessing.apply(read_image(self.records[index].path))
+
+
+def rgb_tensor(images_bgr: ImageU8, device: torch.device) -> Tensor:
+    """``[N, H, W, 3]`` uint8 BGR to ``[N, 3, H, W]`` float32 RGB 0..255, channels last in memory."""
+    return torch.from_numpy(images_bgr).to(device).flip(-1).permute(0, 3, 1, 2).float()
