@@ -94,7 +94,7 @@ def _import_library() -> ModuleType:
 
 
 def _failures(library: ModuleType) -> tuple[type[Exception], ...]:
-    """Every error ONNX Runtime raises; they have no base of their own below Exception. ValueError from its Python part."""
+    """Every error ONNX Runtime raises; they share no base but Exception. ValueError is from its Python part."""
     state = library.capi.onnxruntime_pybind11_state
     kinds = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*kinds, ValueError)

@@ -17,6 +17,10 @@ from edgeflame.errors import EXIT_INTERRUPTED, EdgeFlameError
 # imports no command module.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo-data": ("edgeflame.cli.demo_data", "Write generated furniture boards with defects and masks."),
+    "fit": ("edgeflame.cli.fit", "Fit a model to good images at one site and write its package."),
+    "export": ("edgeflame.cli.export", "Write a package's model for other runtimes."),
+    "inspect": ("edgeflame.cli.inspect", "Judge the parts that pass a camera: pass, fail or unknown."),
+    "model": ("edgeflame.cli.model", "Look into model packages."),
 }
 
 

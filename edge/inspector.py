@@ -1,0 +1,86 @@
+"""From a captured frame to its result: pre-processing, health, score, verdict. No I/O of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from edge.capture import Captured
+from edge.config import InspectConfig
+from edge.health import image_faults
+from edge.results import Inspected, Result
+from edge.runtimes import Runtime
+from edge.verdict import Reason, decide
+from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
+from edgeflame.package import Package
+
+
+class Inspector:
+    """One package on one runtime with one set of rules."""
+
+    def __init__(
+        self,
+        package: Package,
+        runtime: Runtime,
+        config: InspectConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        threshold = config.verdict.threshold
+        self.threshold = package.manifest.threshold.value if threshold is None else threshold
+        self.model_id = package.sha256[:12]
+        self._preprocessing = package.manifest.learning.input
+        self._runtime = runtime
+        self._config = config
+        self._clock = clock
+
+    def warm_up(self) -> None:
+        """Score a grey image, so that the first part does not pay for the runtime's allocations."""
+        self._runtime.score(np.full((1, *self._runtime.input_size, 3), 127, dtype=np.uint8))
+
+    def inspect(self, captured: Captured) -> Inspected:
+        """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
+        frame = captured.frame
+        faults: list[Reason] = []
+        details: list[str] = []
+        image = anomaly_map = score = None
+        if frame.image_bgr is None:
+            faults.append(Reason.UNREADABLE)
+            details.append(frame.error or "the source gave no image")
+        else:
+            try:
+                image = self._preprocessing.apply(frame.image_bgr)
+            except DataError as exc:
+                faults.append(Reason.UNFIT_IMAGE)
+                details.append(str(exc))
+        if image is not None:
+            faults.extend(image_faults(image, self._config.health))
+            try:
+                scores, maps = self._runtime.score(image[None])
+            except (DataError, PackageError, RuntimeUnavailableError) as exc:
+                faults.append(Reason.RUNTIME_FAILED)
+                details.append(str(exc))
+            else:
+                anomaly_map = maps[0]
+                score = float(scores[0]) if np.isfinite(anomaly_map).all() else math.nan
+        decision = decide(
+            score=score, threshold=self.threshold, review_band=self._config.verdict.review_band, faults=faults
+        )
+        result = Result(
+            sequence=captured.sequence,
+            part_id=frame.part_id,
+            source=frame.source,
+            captured=frame.captured_utc,
+            verdict=decision.verdict.value,
+            reasons=tuple(reason.value for reason in decision.reasons),
+            detail="; ".join(details) or None,
+            score=score if score is not None and math.isfinite(score) else None,
+            threshold=self.threshold,
+            latency_ms=round(1000 * (self._clock() - frame.captured_monotonic_s), 3),
+            label=frame.label,
+            model=self.model_id,
+        )
+        return Inspected(result=result, image=image, anomaly_map=anomaly_map)

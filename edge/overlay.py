@@ -1,0 +1,89 @@
+"""The picture of a verdict: the image, heat where the model sees something, its outline, and the score."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.images import ImageU8
+
+MIN_SIDE = 384
+"""Smaller images are enlarged to this, so that the score can be read."""
+
+HEAT_FROM, HEAT_FULL = 0.6, 1.6
+"""Anomaly over threshold at which the heat begins to show and at which it is full."""
+
+MOST_HEAT = 0.62
+"""Opacity of full heat; the defect must stay visible beneath it."""
+
+_OUTLINE = (255, 255, 255)
+_TRUTH = (255, 214, 64)
+_FAIL, _PASS, _NEUTRAL = (64, 64, 232), (96, 176, 48), (128, 128, 128)
+
+
+def overlay(
+    image_bgr: ImageU8, anomaly_map: npt.NDArray[np.floating], threshold: float, mask: ImageU8 | None = None
+) -> ImageU8:
+    """Draw an anomaly map over its image.
+
+    Below ``HEAT_FROM`` of the threshold the image stays as it is; heat rises to full at ``HEAT_FULL``. The white
+    line is the threshold, the blue one the mask. A map with NaN or infinite values is not drawn, and the label
+    says "unknown".
+
+    Args:
+        image_bgr: ``[height, width, 3]`` uint8, the area the model saw.
+        anomaly_map: ``[h, w]`` raw distance over the same area.
+        threshold: raw distance.
+        mask: ``[height, width]`` uint8, above 0 on the true defect, or None.
+
+    Returns:
+        BGR uint8 of the image's shape, enlarged by a whole factor where a side is below ``MIN_SIDE``.
+    """
+    scale = max(1, math.ceil(MIN_SIDE / min(image_bgr.shape[:2])))
+    size = (image_bgr.shape[1] * scale, image_bgr.shape[0] * scale)
+    canvas = np.asarray(cv2.resize(image_bgr, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+    finite = bool(np.isfinite(anomaly_map).all()) and math.isfinite(threshold) and threshold > 0
+    ratio = float(anomaly_map.max() / threshold) if finite else math.nan
+    line_width = max(1, round(min(size) / 320))
+    if finite:
+        relative = cv2.resize((anomaly_map / threshold).astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
+        canvas = _blend_heat(canvas, np.asarray(relative, dtype=np.float32))
+        _outline(canvas, np.asarray(relative) > 1.0, _OUTLINE, line_width)
+    if mask is not None:
+        _outline(canvas, cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) > 0, _TRUTH, line_width)
+    return _label(canvas, ratio)
+
+
+def _blend_heat(canvas: ImageU8, relative: npt.NDArray[np.float32]) -> ImageU8:
+    strength = np.clip((relative - HEAT_FROM) / (HEAT_FULL - HEAT_FROM), 0.0, 1.0)
+    # The lower third of the map is nearly black: it would darken the picture, not colour it.
+    colours = cv2.applyColorMap((255 * (0.35 + 0.65 * strength)).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    # Smoothstep: heat fades in without an edge of its own.
+    opacity = (MOST_HEAT * strength * strength * (3.0 - 2.0 * strength))[..., None]
+    return np.asarray(canvas * (1.0 - opacity) + colours * opacity, dtype=np.uint8)
+
+
+def _outline(canvas: ImageU8, region: npt.NDArray[np.bool_], colour: tuple[int, int, int], width: int) -> None:
+    contours, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    # A dark line beneath keeps the bright one visible on a bright board.
+    cv2.drawContours(canvas, contours, -1, (0, 0, 0), width + 2, cv2.LINE_AA)
+    cv2.drawContours(canvas, contours, -1, colour, width, cv2.LINE_AA)
+
+
+def _label(canvas: ImageU8, ratio: float) -> ImageU8:
+    if math.isnan(ratio):
+        text, colour = "unknown", _NEUTRAL
+    else:
+        text, colour = f"{ratio:.2f} x threshold", _FAIL if ratio > 1.0 else _PASS
+    unit = min(canvas.shape[:2]) / 384
+    font, size, weight = cv2.FONT_HERSHEY_SIMPLEX, 0.5 * unit, max(1, round(unit))
+    (width, height), _ = cv2.getTextSize(text, font, size, weight)
+    pad, left, top = round(7 * unit), round(8 * unit), round(8 * unit)
+    box = canvas[top : top + height + 2 * pad, left : left + width + 3 * pad]
+    box[:] = (0.28 * box + 0.72 * np.array((24, 24, 24))).astype(np.uint8)
+    cv2.rectangle(canvas, (left, top), (left + round(4 * unit), top + height + 2 * pad - 1), colour, cv2.FILLED)
+    cv2.putText(canvas, text, (left + 2 * pad, top + pad + height), font, size, (245, 245, 245), weight, cv2.LINE_AA)
+    return canvas

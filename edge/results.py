@@ -1,0 +1,61 @@
+"""What the line says about one part, and how it is written down."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.images import ImageU8
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of ``edgeflame inspect --json``."""
+
+    sequence: int
+    """Place in the order of capture, from 0; a gap is a dropped frame."""
+    part_id: str
+    source: str
+    captured: dt.datetime
+    """UTC."""
+    verdict: str
+    """``pass``, ``fail`` or ``unknown``."""
+    reasons: tuple[str, ...]
+    """Why it was not passed; words of :class:`edge.verdict.Reason`."""
+    detail: str | None
+    """What happened, for people, where a fault has more to say."""
+    score: float | None
+    """Raw distance; null where there is none or it is no finite number."""
+    threshold: float
+    latency_ms: float
+    """From capture to verdict."""
+    label: str | None
+    """``good`` or the defect, where the source knows the truth."""
+    model: str
+    """First 12 digits of the package's SHA-256."""
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the verdict agrees with the truth; None where either is not known."""
+        if self.label is None or self.verdict == "unknown":
+            return None
+        return (self.verdict == "pass") == (self.label == "good")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inspected:
+    """A result with its evidence."""
+
+    result: Result
+    image: ImageU8 | None
+    """``[H, W, 3]`` uint8 BGR, what the model saw."""
+    anomaly_map: npt.NDArray[np.float32] | None
+    """``[h, w]`` raw distance."""
+
+
+def json_line(result: Result) -> bytes:
+    """One line, with its line end."""
+    return msgspec.json.encode(result) + b"\n"

@@ -1,0 +1,50 @@
+"""USB cameras, through OpenCV."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from edge.sources.interface import Frame, make_frame
+from edge.sources.reconnect import reconnecting
+from edgeflame.errors import DataError
+from edgeflame.images import ImageU8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraSource:
+    """The camera ``/dev/video<index>``. One that is unplugged is waited for."""
+
+    index: int
+    is_live: bool = True
+    is_endless: bool = True
+    num_frames: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"camera:{self.index}"
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        for number, image in enumerate(reconnecting(self.name, self._read, stop)):
+            yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image)
+
+    def _read(self, stop: threading.Event) -> Iterator[ImageU8]:
+        capture = cv2.VideoCapture(self.index)
+        try:
+            if not capture.isOpened():
+                msg = f"{self.name}: no such camera, or it is in use (looked for /dev/video{self.index})"
+                raise DataError(msg)
+            # The newest picture, not the oldest the driver still holds; not every driver obeys.
+            capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+            while not stop.is_set():
+                received, image = capture.read()
+                if not received or image is None:
+                    msg = f"{self.name}: the camera gave no picture"
+                    raise DataError(msg)
+                yield np.asarray(image, dtype=np.uint8)
+        finally:
+            capture.release()

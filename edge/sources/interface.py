@@ -1,0 +1,85 @@
+"""What every source gives: frames, one a part, the unreadable ones among them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgeflame.images import ImageU8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frame:
+    """One image of one part, or the reason why there is none."""
+
+    part_id: str
+    source: str
+    """The file, or the camera or stream; without passwords."""
+    image_bgr: ImageU8 | None
+    """``[height, width, 3]`` uint8 as the source gave it; None with an ``error``."""
+    error: str | None = None
+    captured_monotonic_s: float
+    captured_utc: dt.datetime
+    label: str | None = None
+    """``good`` or the defect, where the source knows the truth."""
+    mask: ImageU8 | None = None
+    """``[height, width]`` uint8, 255 on the defect, where the source knows it."""
+
+
+class Source(Protocol):
+    """A sequence of frames, read once, by one thread."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages; without passwords."""
+        ...
+
+    @property
+    def is_live(self) -> bool:
+        """Whether parts pass whether or not we look: then late frames are dropped, not waited for."""
+        ...
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether it ends only when it is stopped, so that stopping it is no interruption."""
+        ...
+
+    @property
+    def num_frames(self) -> int | None:
+        """How many frames it will give, where that is known."""
+        ...
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        """Yield frames until the source ends or ``stop`` is set.
+
+        Raises:
+            DataError: the source cannot be opened.
+            MissingDependencyError: what reads it is not installed.
+        """
+        ...
+
+
+def make_frame(
+    *,
+    part_id: str,
+    source: str,
+    image_bgr: ImageU8 | None = None,
+    error: str | None = None,
+    label: str | None = None,
+    mask: ImageU8 | None = None,
+) -> Frame:
+    """A frame captured now."""
+    return Frame(
+        part_id=part_id,
+        source=source,
+        image_bgr=image_bgr,
+        error=error,
+        captured_monotonic_s=time.monotonic(),
+        captured_utc=dt.datetime.now(dt.timezone.utc),
+        label=label,
+        mask=mask,
+    )

@@ -1,0 +1,143 @@
+"""Video files and RTSP cameras, through PyAV: its time-outs are real, where OpenCV's capture can hang."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from edge.sources.interface import Frame, make_frame
+from edge.sources.reconnect import reconnecting
+from edgeflame.errors import DataError, MissingDependencyError
+from edgeflame.images import ImageU8
+
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
+
+OPEN_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFileSource:
+    """Every frame of a video file is a part. A damaged stretch gives a frame with an error, then the rest."""
+
+    name: str
+    is_live: bool = False
+    is_endless: bool = False
+    num_frames: int | None = None
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        av = _import_av()
+        number = 0
+        for image, error in _decode(av, self.name, self.name, stop, timeout=None, options={}):
+            yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image, error=error)
+            number += 1
+        if number == 0 and not stop.is_set():
+            msg = f"{self.name}: no video frame in it"
+            raise DataError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RtspSource:
+    """A network camera. An outage is waited for; what passes meanwhile is not seen, and the log says so."""
+
+    url: str
+    is_live: bool = True
+    is_endless: bool = True
+    num_frames: int | None = None
+
+    @property
+    def name(self) -> str:
+        return without_password(self.url)
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        av = _import_av()
+        for number, image in enumerate(reconnecting(self.name, lambda event: self._read(av, event), stop)):
+            yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image)
+
+    def _read(self, av: ModuleType, stop: threading.Event) -> Iterator[ImageU8]:
+        decoded = _decode(
+            av,
+            self.url,
+            self.name,
+            stop,
+            timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
+            # Over UDP a lost packet smears the picture, and a smear looks like a defect.
+            options={"rtsp_transport": "tcp", "fflags": "nobuffer", "flags": "low_delay"},
+        )
+        for image, error in decoded:
+            if image is None:
+                raise DataError(error)
+            yield image
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    parts = urlsplit(url)
+    if parts.username is None and parts.password is None:
+        return url
+    return parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}").geturl()
+
+
+def _decode(
+    av: ModuleType,
+    address: str,
+    name: str,
+    stop: threading.Event,
+    *,
+    timeout: tuple[float, float] | None,
+    options: dict[str, str],
+) -> Iterator[tuple[ImageU8 | None, str | None]]:
+    """Decoded frames, or the error in place of one. Raises DataError if it cannot be opened or reading breaks."""
+    failures = (av.error.FFmpegError, OSError, ValueError)
+    try:
+        container = av.open(address, timeout=timeout, options=options)
+    except failures as exc:
+        msg = f"{name}: cannot be opened as video ({_plain(exc)})"
+        raise DataError(msg) from exc
+    with container:
+        if not container.streams.video:
+            msg = f"{name}: no video stream in it"
+            raise DataError(msg)
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        packets = container.demux(stream)
+        while not stop.is_set():
+            try:
+                packet = next(packets, None)
+            except failures as exc:
+                msg = f"{name}: reading failed ({_plain(exc)})"
+                raise DataError(msg) from exc
+            if packet is None:
+                return
+            try:
+                images = [_to_bgr(frame) for frame in packet.decode()]
+            except failures as exc:
+                yield None, f"{name}: a frame cannot be decoded ({_plain(exc)})"
+                continue
+            for image in images:
+                yield image, None
+
+
+def _to_bgr(frame: Any) -> ImageU8:
+    return np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
+
+
+def _plain(error: BaseException) -> str:
+    # FFmpeg's message repeats the address, password included.
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def _import_av() -> ModuleType:
+    try:
+        import av
+    except ImportError as exc:
+        msg = f"reading video needs PyAV ({exc}): pip install 'edgeflame[video]'"
+        raise MissingDependencyError(msg) from exc
+    module: ModuleType = av
+    return module

@@ -1,0 +1,213 @@
+"""``edgeflame inspect``: judge the parts that pass a camera."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from edge.config import InspectConfig
+    from edge.sinks import Sink
+    from edge.summary import Summary
+
+
+@click.command("inspect")
+@click.option("--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Model package.")
+@click.option(
+    "--source",
+    "address",
+    required=True,
+    metavar="SRC",
+    help="Folder of images, image, video file, camera:0, rtsp://..., or generated boards: "
+    "boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML with the sections [verdict], [health], [capture], [rejects]; options given here win.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
+@click.option(
+    "--threshold", type=float, metavar="X", help="Raw distance above which a part fails.  [default: the package's]"
+)
+@click.option(
+    "--review-band",
+    type=float,
+    metavar="SHARE",
+    help="Leave scores this near the threshold to a person: 0.1 is from 90% to 110% of it.",
+)
+@click.option(
+    "--results", type=click.Path(path_type=Path), metavar="FILE", help="Append the JSON lines to this file as well."
+)
+@click.option(
+    "--rejects",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep pictures of failed and unknown parts here, with heat maps.",
+)
+@click.option(
+    "--summary",
+    "summary_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the summary of the run as JSON.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N parts.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model; one that cannot be had is an error.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one image.  [default: one a core]"
+)
+def command(
+    model: Path,
+    address: str,
+    config: Path | None,
+    as_json: bool,
+    threshold: float | None,
+    review_band: float | None,
+    results: Path | None,
+    rejects: Path | None,
+    summary_file: Path | None,
+    limit: int | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Inspect parts: pass, fail, or unknown where something went wrong.
+
+    An image that cannot be read or is no picture of a part gets the verdict "unknown" with the reason; none is
+    skipped. Ctrl-C or SIGTERM ends the run after the part in hand, with the summary. The exit code is 0 when
+    all was inspected, whatever the verdicts, and 130 when the run was stopped before its source ended.
+    """
+    from typing import cast
+
+    from edge.config import InspectConfig
+    from edge.daemon import run_inspection, stop_on_signals
+    from edge.inspector import Inspector
+    from edge.runtimes import Device, check_runtime_fits, open_runtime
+    from edge.sources import open_source
+    from edgeflame.config import load_config
+    from edgeflame.console import EventLog
+    from edgeflame.errors import EXIT_INTERRUPTED
+    from edgeflame.package import read_package
+
+    log = EventLog("inspect")
+    settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
+    source = open_source(address)
+    package = read_package(model)
+    runtime = open_runtime(package.model_onnx, device=cast(Device, device), num_threads=threads)
+    check_runtime_fits(runtime, package.manifest)
+    inspector = Inspector(package, runtime, settings)
+    log.info(
+        "inspecting",
+        source=source.name,
+        product=package.manifest.product,
+        model=inspector.model_id,
+        threshold=inspector.threshold,
+        provider=runtime.provider,
+    )
+    sinks = _sinks(settings, as_json=as_json, results=results, rejects=rejects)
+    try:
+        with stop_on_signals() as stop:
+            summary = run_inspection(source, inspector, sinks, capture=settings.capture, limit=limit, stop=stop)
+            stopped = stop.is_set()
+    finally:
+        for sink in sinks:
+            sink.close()
+    _show(summary, as_json=as_json)
+    if summary_file is not None:
+        _write(summary_file, summary)
+    if stopped and not source.is_endless:
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def _with_options(config: InspectConfig, threshold: float | None, review_band: float | None) -> InspectConfig:
+    import msgspec
+
+    from edgeflame.errors import ConfigError, UsageError
+
+    given = {"threshold": threshold, "review_band": review_band}
+    try:
+        verdict = msgspec.structs.replace(
+            config.verdict, **{name: value for name, value in given.items() if value is not None}
+        )
+    except ConfigError as exc:
+        raise UsageError(str(exc).replace("verdict.", "--").replace("_", "-")) from exc
+    return msgspec.structs.replace(config, verdict=verdict)
+
+
+def _sinks(config: InspectConfig, *, as_json: bool, results: Path | None, rejects: Path | None) -> list[Sink]:
+    from edge.rejects import RejectsSink
+    from edge.sinks import ConsoleSink, JsonLinesSink, ResultsFileSink
+
+    sinks: list[Sink] = []
+    # The file first: what a reader of standard output has seen is then on disk as well.
+    if results is not None:
+        sinks.append(ResultsFileSink(results))
+    if as_json:
+        sinks.append(JsonLinesSink())
+    else:
+        from rich.console import Console
+
+        sinks.append(ConsoleSink(Console()))
+    if rejects is not None:
+        sinks.append(RejectsSink(rejects, config.rejects))
+    return sinks
+
+
+def _show(summary: Summary, *, as_json: bool) -> None:
+    """For programs a log line, since standard output holds parts alone; for people a few lines of text."""
+    from edgeflame.console import EventLog
+
+    if as_json:
+        truth = {} if summary.truth is None else {"right": summary.truth.right, "wrong": summary.truth.wrong}
+        EventLog("inspect").info(
+            "inspected",
+            parts=summary.parts,
+            passed=summary.passed,
+            failed=summary.failed,
+            unknown=summary.unknown,
+            dropped=sum(summary.dropped.values()),
+            latency_p95_ms=summary.latency_ms.p95 if summary.latency_ms else None,
+            **truth,
+        )
+        return
+    click.echo()
+    click.echo(
+        f"{summary.parts} parts in {summary.duration_s:.1f} s: {summary.passed} pass, {summary.failed} fail, "
+        f"{summary.unknown} unknown"
+    )
+    for title, counts in (("reasons", summary.reasons), ("dropped frames", summary.dropped)):
+        if counts:
+            click.echo(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    if summary.latency_ms is not None:
+        latency = summary.latency_ms
+        click.echo(f"latency: p50 {latency.p50:.1f} ms, p95 {latency.p95:.1f} ms, p99 {latency.p99:.1f} ms")
+    if summary.truth is not None:
+        truth_counts = summary.truth
+        click.echo(
+            f"against the labels: {truth_counts.right} right, {truth_counts.wrong} wrong "
+            f"({truth_counts.missed} missed, {truth_counts.false_rejects} false rejects), "
+            f"{truth_counts.undecided} undecided"
+        )
+    if summary.evidence_lost:
+        click.echo(f"pictures of {summary.evidence_lost} rejected parts could not be stored")
+
+
+def _write(path: Path, summary: Summary) -> None:
+    import msgspec
+
+    from edgeflame.errors import StorageError
+
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    except OSError as exc:
+        msg = f"{path}: the summary cannot be written ({exc.strerror})"
+        raise StorageError(msg) from exc

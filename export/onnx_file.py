@@ -1,0 +1,75 @@
+"""A package's graph as an ONNX file of its own, for runtimes other than EdgeFlame's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import google.protobuf.message
+import onnx
+import onnx.checker
+import onnx.helper
+import onnx.shape_inference
+
+from edgeflame.errors import PackageError, StorageError
+from edgeflame.package import Package
+
+
+def onnx_with_metadata(package: Package) -> bytes:
+    """The package's graph, checked, with what a stranger to the package must know in its ``metadata_props``.
+
+    Raises:
+        PackageError: the graph is not valid ONNX.
+    """
+    try:
+        model = onnx.load_from_string(package.model_onnx)
+        onnx.checker.check_model(model, full_check=True)
+    except (
+        google.protobuf.message.DecodeError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as exc:
+        msg = f"the package's graph is not valid ONNX ({str(exc).strip().splitlines()[0]})"
+        raise PackageError(msg) from exc
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {**known, **describe(package)})
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def describe(package: Package) -> dict[str, str]:
+    """Metadata of the exported file, each key with the prefix ``edgeflame.``."""
+    manifest = package.manifest
+    given = manifest.learning.input
+    roi = given.roi
+    facts = {
+        "package_sha256": package.sha256,
+        "version": manifest.edgeflame_version,
+        "created": manifest.created,
+        "product": manifest.product,
+        "method": manifest.learning.method,
+        "threshold": repr(manifest.threshold.value),
+        "input": f"uint8 BGR [N, {given.height}, {given.width}, 3], cropped to the roi, resized by area",
+        "roi": "" if roi is None else f"{roi.x},{roi.y},{roi.width},{roi.height}",
+    }
+    return {f"edgeflame.{key}": value for key, value in facts.items()}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as exc:
+        partial.unlink(missing_ok=True)
+        msg = f"{path}: cannot be written ({exc.strerror})"
+        raise StorageError(msg) from exc
