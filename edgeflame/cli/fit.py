@@ -1,0 +1,143 @@
+"""``edgeflame fit``: one site's model from its good images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+import msgspec
+
+from edgeflame.config import load_config
+from edgeflame.console import EventLog, progress_bar
+from edgeflame.errors import UsageError
+from edgeflame.images import MAX_INPUT_SIDE, Region
+from edgeflame.learning import METHODS, SOLO_METHODS, Learning
+
+if TYPE_CHECKING:
+    from edgeflame.package import Manifest
+
+log = EventLog("fit")
+
+
+@click.command()
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of good images, or a data set in the MVTec layout (its train/good is used).",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The package to write (.edgeflame).")
+@click.option(
+    "--method",
+    help=f"{'; '.join(f'{name}: {METHODS[name]}' for name in SOLO_METHODS)}.  [default: {Learning().method}]",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the learning's settings.")
+@click.option("--product", default="product", show_default=True, help="Name of the kind of part.")
+@click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
+@click.option("--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="Side of the square model input, in pixels.")
+@click.option("--roi", metavar="X,Y,WIDTH,HEIGHT", help="Region of the camera image to look at, in its pixels.")
+@click.option(
+    "--groups",
+    type=click.Path(path_type=Path),
+    help="CSV that says which images show the same part.  [default: groups.csv or tiles.csv in the folder]",
+)
+@click.option("--seed", type=int, help="Of everything random.")
+@click.option("--false-reject-rate", type=float, help="Share of good parts the threshold may reject.")
+@click.option("--confidence", type=float, help="With which this is promised.")
+@click.option(
+    "--on-unreadable",
+    type=click.Choice(["skip", "refuse"]),
+    default="skip",
+    show_default=True,
+    help="Skip and count images that cannot be read, or stop at the first.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+def command(
+    data: Path,
+    out: Path,
+    method: str | None,
+    config: Path | None,
+    product: str,
+    groups: Path | None,
+    on_unreadable: Literal["skip", "refuse"],
+    device: str,
+    **settings: Any,
+) -> None:
+    """Fit a model to the good images of one product, with statistics and a threshold, and write it as a package.
+
+    No defective image is needed. The package can inspect at once.
+    """
+    learning = _learning(config, method, settings)
+    if not out.parent.is_dir():
+        msg = f"{out.parent}: no such folder to write {out.name} into"
+        raise UsageError(msg)
+
+    from edgeflame.dataset import open_dataset
+
+    # Before the heavy imports: a wrong path should not take seconds to be told.
+    dataset = open_dataset(data, groups)
+
+    from export.graph import scoring_graph
+    from trainer.device import pick_device
+    from trainer.fit import fit
+    from trainer.packaging import save_package
+
+    fitted = fit(dataset, learning, on_unreadable=on_unreadable, device=pick_device(device), stage=progress_bar)
+    manifest = save_package(
+        out,
+        network=fitted.network,
+        site_statistics=fitted.site,
+        learning=learning,
+        weights=fitted.weights,
+        provenance=fitted.provenance(),
+        exporter=scoring_graph,
+        product=product,
+        site=None,
+    )
+    _print_summary(out, manifest, unreadable=len(fitted.report.unreadable))
+
+
+def _learning(config: Path | None, method: str | None, settings: dict[str, Any]) -> Learning:
+    """The configuration file, with what the command line says put over it."""
+    learning = load_config(config, Learning)
+    replace = msgspec.structs.replace
+    if method is not None:
+        learning = replace(learning, method=method)
+    if settings["seed"] is not None:
+        learning = replace(learning, seed=settings["seed"])
+    if settings["rank"] is not None:
+        learning = replace(learning, scoring=replace(learning.scoring, rank=_rank(settings["rank"])))
+    image_input = learning.input
+    if settings["size"] is not None:
+        image_input = replace(image_input, height=settings["size"], width=settings["size"])
+    if settings["roi"] is not None:
+        image_input = replace(image_input, roi=Region.parse(settings["roi"]))
+    calibration = learning.calibration
+    for name in ("false_reject_rate", "confidence"):
+        if settings[name] is not None:
+            calibration = replace(calibration, **{name: settings[name]})
+    return replace(learning, input=image_input, calibration=calibration)
+
+
+def _rank(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as exc:
+        msg = f"--rank takes a number or auto, not {text!r}"
+        raise UsageError(msg) from exc
+
+
+def _print_summary(out: Path, manifest: Manifest, *, unreadable: int) -> None:
+    threshold = manifest.threshold
+    parts = "parts" if threshold.groups_known else "images, each taken for a part of its own"
+    skipped = f", {unreadable} unreadable skipped" if unreadable else ""
+    click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, rank {manifest.rank}")
+    click.echo(
+        f"threshold {threshold.value:.4g}: at most {threshold.false_reject_rate:.2%} of good parts rejected, "
+        f"with {threshold.confidence:.0%} confidence, from {threshold.num_groups} {parts}"
+    )
+    if threshold.false_reject_rate > threshold.requested_false_reject_rate:
+        click.echo(f"({threshold.requested_false_reject_rate:.2%} was asked for; that takes more parts than there are)")

@@ -1,0 +1,86 @@
+"""From a fitted model to a package file. The exporter is handed in: the trainer knows no export format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from edgeflame.images import Preprocessing
+from edgeflame.learning import Learning
+from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
+from edgeflame.statistics import LowRankGaussian
+from trainer.backbone import EmbeddingNetwork
+from trainer.fit import SiteStatistics
+
+
+class Exporter(Protocol):
+    """Makes the scoring graph of a network and its statistics."""
+
+    def __call__(
+        self,
+        network: nn.Module,
+        statistics: LowRankGaussian,
+        *,
+        preprocessing: Preprocessing,
+        smoothing_sigma: float,
+        metadata: Mapping[str, str],
+    ) -> bytes: ...
+
+
+def save_package(
+    path: Path,
+    *,
+    network: EmbeddingNetwork,
+    site_statistics: SiteStatistics,
+    learning: Learning,
+    weights: WeightsOrigin,
+    provenance: dict[str, Any],
+    exporter: Exporter,
+    product: str,
+    site: str | None,
+) -> Manifest:
+    """Export the scoring graph and write the package, whole or not at all.
+
+    Args:
+        path: of the package.
+        network: the embedding network, on the CPU.
+        site_statistics: statistics and threshold.
+        learning: how it was learnt.
+        weights: where the backbone's weights came from.
+        provenance: how the learning went.
+        exporter: makes the graph.
+        product: the kind of part.
+        site: where it was fitted, if that has a name.
+
+    Raises:
+        StorageError: the package cannot be written.
+    """
+    manifest = new_manifest(
+        product=product,
+        site=site,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        learning=learning,
+        weights=weights,
+        statistics=site_statistics.statistics,
+        threshold=site_statistics.threshold,
+        provenance=provenance,
+    )
+    graph = exporter(
+        network,
+        site_statistics.statistics,
+        preprocessing=learning.input,
+        smoothing_sigma=learning.scoring.smoothing_sigma,
+        metadata={
+            "edgeflame_version": manifest.edgeflame_version,
+            "product": product,
+            "method": learning.method,
+            "backbone": learning.backbone.name,
+            "weights_sha256": weights.sha256,
+        },
+    )
+    write_package(path, manifest=manifest, model_onnx=graph, statistics=site_statistics.statistics)
+    return manifest
