@@ -1,0 +1,182 @@
+"""A site's part in a federation: train one round, and in the end make the site's own package.
+
+The implementation of :class:`trainer.agent.work.SiteWork` that learns with torch; it runs in the site's worker
+process. Everything it needs between rounds is in the files its tasks name, so it may be killed at any time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from edgeflame.console import EventLog, Progress, no_progress
+from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
+from edgeflame.errors import StorageError, UsageError
+from edgeflame.learning import FEDERATED_METHODS, Learning
+from edgeflame.package import WeightsOrigin, encode_statistics
+from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTask
+from trainer.device import pick_device
+from trainer.fit import fit_statistics, read_training_images
+from trainer.imageset import ImageSet
+from trainer.model import WEIGHTS_SHA256_KEY, WEIGHTS_SOURCE_KEY, build_model, load_model, save_model
+from trainer.packaging import Exporter, save_package
+from trainer.training import train
+from trainer.weights import tensors_sha256
+
+log = EventLog("work")
+
+PACKAGE_FILE = "model.edgeflame"
+STATISTICS_FILE = "statistics.safetensors"
+
+
+class TorchSiteWork:
+    """The learning of one site.
+
+    Args:
+        learning: the fleet's configuration.
+        data: the site's images.
+        site: its name, written into its package.
+        state: the site's folder for durable state; nothing is kept there between tasks so far.
+        groups_file: which images show the same part; None looks for one in ``data``.
+        exporter: makes the scoring graph; None leaves out the package.
+        product: the kind of part, written into the package.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        on_unreadable: skip images that cannot be read, or refuse to go on.
+
+    Raises:
+        UsageError: the method is not a federated one.
+        DataError: the folder holds no images, or its groups file is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        learning: Learning,
+        data: Path,
+        site: str,
+        state: Path,
+        groups_file: Path | None = None,
+        exporter: Exporter | None = None,
+        product: str = "product",
+        device: str = "auto",
+        on_unreadable: UnreadablePolicy = "skip",
+    ) -> None:
+        if learning.method not in FEDERATED_METHODS:
+            msg = f"method {learning.method} is not a federated one; those are {', '.join(FEDERATED_METHODS)}"
+            raise UsageError(msg)
+        self._learning = learning
+        self._site = site
+        self._state = state
+        self._exporter = exporter
+        self._product = product
+        self._device: torch.device = pick_device(device)
+        self._on_unreadable: UnreadablePolicy = on_unreadable
+        self._dataset: Dataset = open_dataset(data, groups_file)
+        self._images: ImageSet | None = None
+
+    def write_initial_model(self, out: Path) -> None:
+        """Write the pre-trained backbone and a seeded discriminator; the same at every site with the same weights.
+
+        Raises:
+            MissingDependencyError: no weights can be had here.
+            StorageError: the file cannot be written.
+        """
+        model, origin = build_model(self._learning)
+        save_model(out, model, {WEIGHTS_SOURCE_KEY: origin.source, WEIGHTS_SHA256_KEY: origin.sha256})
+
+    def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
+        """Train the global model on this site's images for one round.
+
+        Raises:
+            DataError: too few images.
+            FederationError: a model file is not of this configuration.
+            NumericalError: the loss is not finite.
+            StorageError: a file cannot be read or written.
+        """
+        images = self._training_images(report)
+        model, metadata = load_model(task.base, self._learning)
+        model.to(self._device)
+        teacher = history = None
+        if self._learning.method == "flame" and task.history is not None:
+            teacher = load_model(task.base, self._learning)[0].backbone.to(self._device)
+            history = load_model(task.history, self._learning)[0].backbone.to(self._device)
+        run = train(
+            model,
+            images,
+            self._learning,
+            seed=task.seed,
+            global_network=teacher,
+            historical_network=history,
+            progress=report,
+        )
+        save_model(task.out, model, metadata)
+        return TrainOutcome(num_samples=len(images), metrics=run.metrics())
+
+    def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
+        """Fit this site's statistics and threshold on the global model, and write its package.
+
+        Raises:
+            DataError: too few images.
+            FederationError: the model file is not of this configuration.
+            NumericalError: an embedding is not finite.
+            StorageError: a file cannot be read or written.
+        """
+        images = self._training_images(report)
+        model, metadata = load_model(task.model, self._learning)
+        model.to(self._device)
+        result = fit_statistics(
+            model,
+            images,
+            self._learning,
+            groups_known=self._dataset.groups_known,
+            device=self._device,
+            progress=report,
+        )
+        statistics = task.out_dir / STATISTICS_FILE
+        try:
+            statistics.write_bytes(encode_statistics(result.statistics))
+        except OSError as exc:
+            msg = f"{statistics}: cannot write the statistics ({exc.strerror})"
+            raise StorageError(msg) from exc
+        package = None
+        if self._exporter is not None:
+            package = task.out_dir / PACKAGE_FILE
+            network = model.backbone.cpu()
+            # The initial model says where its weights came from; averaging may have dropped that.
+            weights = WeightsOrigin(
+                source=metadata.get(WEIGHTS_SOURCE_KEY, "federated rounds"),
+                sha256=metadata.get(WEIGHTS_SHA256_KEY) or tensors_sha256(network.network.state_dict()),
+            )
+            save_package(
+                package,
+                network=network,
+                site_statistics=result,
+                learning=self._learning,
+                weights=weights,
+                provenance={"kind": "federated", "ledger": dict(task.ledger), "statistics": result.details},
+                exporter=self._exporter,
+                product=self._product,
+                site=self._site,
+            )
+        threshold = result.threshold
+        return FinishOutcome(
+            package=package,
+            statistics=statistics,
+            summary={
+                "num_images": float(len(images)),
+                "num_unreadable": float(len(images.report.unreadable)),
+                "num_parts": float(threshold.num_groups),
+                "rank": float(result.statistics.rank),
+                "threshold": threshold.value,
+                "promised_false_reject_rate": threshold.false_reject_rate,
+                "confidence": threshold.confidence,
+            },
+        )
+
+    def _training_images(self, report: Progress = no_progress) -> ImageSet:
+        if self._images is None:
+            self._images = read_training_images(
+                self._dataset, self._learning, on_unreadable=self._on_unreadable, progress=report
+            )
+        return self._images
