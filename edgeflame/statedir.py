@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def write_durably(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         partial.replace(path)
         fsync_folder(path.parent)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file whole or not at all, and onto the disk before returning.
+
+    Raises:
+        StorageError: it cannot be read or written; an old file at ``target`` is intact.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with storage_errors(target, f"copy {source.name} to"):
+        with source.open("rb") as reader, partial.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            writer.flush()
+            os.fsync(writer.fileno())
+        partial.replace(target)
+        fsync_folder(target.parent)
 
 
 def fsync_folder(folder: Path) -> None:

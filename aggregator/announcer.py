@@ -1,0 +1,131 @@
+"""What everybody may know: the retained state of the run, and the blobs it names, served to whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from aggregator.facts import RunState
+from aggregator.ledger import ledger
+from edgeflame.messages import BlobNeed, RoundState
+from edgeflame.statedir import write_durably
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
+from edgeflame.transfer.store import BlobStore, Outgoing
+
+
+class Announcer:
+    """Describes a run, and sends out what the description names.
+
+    Args:
+        store: where the blobs are.
+        drafts: a folder on the store's file system.
+    """
+
+    def __init__(self, store: BlobStore, drafts: Path) -> None:
+        self._store = store
+        self._draft = drafts / ".ledger.draft"
+        self._chunk_bytes = DEFAULT_CHUNK_BYTES
+        self._manifests: dict[str, Manifest] = {}
+        self._outgoing: dict[str, Outgoing] = {}
+        self._ledger: str | None = None
+
+    def use_chunks_of(self, chunk_bytes: int) -> None:
+        """Describe blobs in chunks of another size from now on: there is a new connection."""
+        if chunk_bytes != self._chunk_bytes:
+            self._chunk_bytes = chunk_bytes
+            self._manifests.clear()
+            self._stop_all_but(set())
+
+    def describe(self, state: RunState, available: tuple[str, ...]) -> RoundState:
+        """The message to announce; the blobs it names are served from now on, and no others.
+
+        Args:
+            state: the run.
+            available: sites that are not lost.
+        """
+        current, config = state.round, state.config
+        base = ledger_manifest = None
+        asked: tuple[str, ...] = ()
+        match state.phase:
+            case "initialise":
+                asked = state.sources[-1:]
+            case "train" if current is not None:
+                base, asked = self._manifest(current.base), current.asked
+            case "finish" if state.model is not None:
+                base, asked = self._manifest(state.model), available
+                ledger_manifest = self._manifest(self._ledger_blob(state))
+            case "done" if state.model is not None:
+                base = self._manifest(state.model)
+            case _:
+                pass
+        self._stop_all_but({manifest.sha256 for manifest in (base, ledger_manifest) if manifest is not None})
+        return RoundState(
+            run=state.run,
+            phase=state.phase,
+            round=current.number if current is not None else 0,
+            num_rounds=config.rounds,
+            asked=asked,
+            learning=msgspec.Raw(msgspec.json.encode(config.learning)),
+            base=base,
+            ledger=ledger_manifest,
+            deadline_s=config.deadline_s,
+            detail=state.ended.reason[:500] if state.ended else "",
+        )
+
+    def needed(self, site: str, need: BlobNeed, *, now: float) -> bool:
+        """Take a site's bitmap; False if it is not of a blob that is served.
+
+        Raises:
+            FederationError: it does not fit the blob.
+        """
+        manifest = self._manifests.get(need.sha256)
+        if manifest is None:
+            return False
+        missing = unpack_mask(need.missing, manifest.num_chunks)
+        outgoing = self._outgoing.get(need.sha256)
+        if outgoing is None:
+            outgoing = self._outgoing[need.sha256] = Outgoing(self._store.path(need.sha256), manifest)
+        outgoing.sender.need(site, missing, resend=need.resend, now=now)
+        return True
+
+    def pump(self, publish: Callable[[str, int, bytes], None]) -> None:
+        """Publish what may be on its way: SHA-256, chunk number, bytes."""
+        for sha256, outgoing in self._outgoing.items():
+
+            def send(index: int, data: bytes, sha256: str = sha256) -> None:
+                publish(sha256, index, data)
+
+            outgoing.pump(send)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._stop_all_but(set())
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """What is described, and must stay in the store."""
+        return frozenset(self._manifests)
+
+    def _ledger_blob(self, state: RunState) -> str:
+        if self._ledger is None or self._ledger not in self._store:
+            # As it was when training ended: a restarted aggregator must name the same blob.
+            trained = replace(state, finished={}, not_finished={}, ended=None)
+            write_durably(self._draft, msgspec.json.encode(ledger(trained)))
+            self._ledger = self._store.add(self._draft).sha256
+        return self._ledger
+
+    def _manifest(self, sha256: str) -> Manifest:
+        manifest = self._manifests.get(sha256)
+        if manifest is None:
+            manifest = describe_file(self._store.path(sha256), chunk_bytes=self._chunk_bytes)
+            self._manifests[sha256] = manifest
+        return manifest
+
+    def _stop_all_but(self, wanted: set[str]) -> None:
+        for sha256 in self._outgoing.keys() - wanted:
+            self._outgoing.pop(sha256).close()
+        for sha256 in self._manifests.keys() - wanted:
+            del self._manifests[sha256]

@@ -1,0 +1,87 @@
+"""What an offer is worth by the state of the run alone, before its bytes are looked at. Pure.
+
+The same offer gets the same answer, however often it comes; so a site may repeat itself until it hears one.
+"""
+
+from __future__ import annotations
+
+from aggregator.facts import RunState
+from aggregator.models import Verdict
+from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
+
+HEADER_SLACK_BYTES = 64 << 10
+"""An update may be so much larger than the initial model: safetensors headers differ by their metadata."""
+
+
+def known_answer(state: RunState, site: str, offer: Offer) -> DownMessage | None:
+    """The answer to an offer that needs no look at the blob; None if it does."""
+    if offer.run != state.run:
+        return refusal(offer, "unknown_run", f"this run is {state.run}")
+    if site not in state.members:
+        return refusal(offer, "unknown_site", "not ready when it was offered")
+    return _known_initial(state, site, offer) if offer.purpose == "initial" else _known_update(state, site, offer)
+
+
+def _known_initial(state: RunState, site: str, offer: Offer) -> DownMessage | None:
+    sha256 = offer.manifest.sha256
+    if state.initial is not None:
+        if (state.initial.site, state.initial.sha256) == (site, sha256):
+            return receipt(offer)
+        return refusal(offer, "late", "the run has its initial model")
+    if (refused := state.refused_sources.get(site)) is not None:
+        return refusal(offer, refused.reason, refused.detail)
+    if state.phase != "initialise" or state.sources[-1] != site:
+        return refusal(offer, "not_asked", "another site is asked for the initial model")
+    return None
+
+
+def _known_update(state: RunState, site: str, offer: Offer) -> DownMessage | None:
+    sha256 = offer.manifest.sha256
+    asked = next((r for r in state.rounds if r.number == offer.round), None)
+    if asked is None or state.initial is None:
+        return refusal(offer, "stale_round", f"round {offer.round} has not begun")
+    if (accepted := asked.accepted.get(site)) is not None:
+        if accepted.sha256 == sha256:
+            return receipt(offer)
+        return refusal(offer, "duplicate", f"{accepted.sha256} was accepted")
+    if site not in asked.asked:
+        return refusal(offer, "not_asked", f"round {offer.round} was given to {len(asked.asked)} other sites")
+    if asked.is_closed:
+        reason: Reason = "late" if asked is state.round else "stale_round"
+        return refusal(offer, reason, f"round {offer.round} is closed")
+    refused = asked.refused.get(site)
+    if refused is not None and refused.sha256 == sha256:
+        return refusal(offer, refused.reason, refused.detail)
+    return None
+
+
+def implausible(state: RunState, offer: Offer) -> Verdict | None:
+    """The verdict on an offer that cannot count, whatever its bytes are; they need not come."""
+    size, config = offer.manifest.size_bytes, state.config
+    if offer.purpose == "initial":
+        if size > config.max_model_bytes:
+            return Verdict(reason="too_large", detail=f"{size} bytes; at most {config.max_model_bytes} are taken")
+        return None
+    if not 1 <= offer.num_samples <= config.max_samples:
+        return Verdict(reason="samples", detail=f"{offer.num_samples}; expected 1 to {config.max_samples}")
+    expected = state.initial.size_bytes if state.initial is not None else 0
+    if size > expected + HEADER_SLACK_BYTES:
+        return Verdict(reason="too_large", detail=f"{size} bytes; the base model has {expected}")
+    return None
+
+
+def receipt(offer: Offer) -> Receipt:
+    """What a site gets for an offer that was accepted."""
+    return Receipt(run=offer.run, purpose=offer.purpose, round=offer.round, sha256=offer.manifest.sha256)
+
+
+def refusal(offer: Offer, reason: Reason, detail: str) -> Refusal:
+    """What a site gets for one that was not."""
+    return Refusal(
+        run=offer.run,
+        purpose=offer.purpose,
+        round=offer.round,
+        sha256=offer.manifest.sha256,
+        reason=reason,
+        detail=detail[:500],
+    )

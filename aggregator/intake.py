@@ -1,0 +1,104 @@
+"""Blobs on their way from the sites to the aggregator: at most one for each site at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgeflame.console import EventLog
+from edgeflame.messages import BlobNeed, Offer
+from edgeflame.transfer.receiver import ChunkKind
+from edgeflame.transfer.store import BlobStore, Incoming
+
+log = EventLog("aggregator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """An offer whose blob is whole; ``intact`` if its hash is the announced one, else it was given up."""
+
+    offer: Offer
+    intact: bool
+
+
+@dataclass(kw_only=True)
+class _Arrival:
+    offer: Offer
+    incoming: Incoming
+
+
+class Intake:
+    """Receives offered blobs.
+
+    Args:
+        store: where they go.
+        need: sends a :class:`BlobNeed` to a site.
+    """
+
+    def __init__(self, store: BlobStore, need: Callable[[str, BlobNeed], None]) -> None:
+        self._store = store
+        self._need = need
+        self._arrivals: dict[str, _Arrival] = {}
+
+    def offer(self, site: str, offer: Offer, *, now: float) -> Arrived | None:
+        """Begin or continue to receive a blob; what :class:`Arrived` if it is there already."""
+        arrival = self._arrivals.get(site)
+        if arrival is not None and arrival.offer.manifest != offer.manifest:
+            # The same blob in other chunks goes on where it was; another one supersedes it.
+            if arrival.offer.manifest.sha256 == offer.manifest.sha256:
+                arrival.incoming.close()
+            else:
+                arrival.incoming.discard()
+            arrival = None
+        if arrival is None:
+            if offer.manifest.sha256 in self._store:
+                self._arrivals.pop(site, None)
+                return Arrived(offer=offer, intact=True)
+            incoming = self._store.receive(offer.manifest, owner=site, now=now)
+            arrival = _Arrival(offer=offer, incoming=incoming)
+        # The latest offer counts: the same bytes may be offered for another round.
+        arrival.offer = offer
+        self._arrivals[site] = arrival
+        if arrival.incoming.receiver.is_complete:
+            return self._finish(site, arrival)
+        self._need(site, arrival.incoming.receiver.need(resend=True))
+        return None
+
+    def chunk(self, site: str, sha256: str, index: int, data: bytes, *, now: float) -> tuple[bool, Arrived | None]:
+        """Take a chunk: whether it is new, and what has :class:`Arrived` with it."""
+        arrival = self._arrivals.get(site)
+        if arrival is None or arrival.offer.manifest.sha256 != sha256:
+            return False, None
+        kind = arrival.incoming.chunk(index, data, now=now)
+        if kind is ChunkKind.DAMAGED:
+            log.warning("chunk_damaged", site=site, sha256=sha256[:12], chunk=index)
+        receiver = arrival.incoming.receiver
+        if kind is ChunkKind.NEW and receiver.is_complete:
+            return True, self._finish(site, arrival)
+        if receiver.ack_due:
+            self._need(site, receiver.need(resend=False))
+        return kind is ChunkKind.NEW, None
+
+    def drop(self, site: str) -> None:
+        """A site's blob is no longer wanted."""
+        arrival = self._arrivals.pop(site, None)
+        if arrival is not None:
+            arrival.incoming.discard()
+
+    def close(self) -> None:
+        """Stop; what has come stays on disk."""
+        for arrival in self._arrivals.values():
+            arrival.incoming.close()
+        self._arrivals.clear()
+
+    def _finish(self, site: str, arrival: _Arrival) -> Arrived | None:
+        receiver = arrival.incoming.receiver
+        if arrival.incoming.finish():
+            del self._arrivals[site]
+            return Arrived(offer=arrival.offer, intact=True)
+        log.warning("blob_damaged", site=site, sha256=arrival.offer.manifest.sha256[:12])
+        if receiver.start_over():
+            self._need(site, receiver.need(resend=True))
+            return None
+        self.drop(site)
+        return Arrived(offer=arrival.offer, intact=False)

@@ -1,0 +1,84 @@
+"""The facts of all runs, in an SQLite file: written down, on the disk, before anything is done about them."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from aggregator.facts import Fact, RunStarted, RunState, apply, begin
+from edgeflame.errors import EdgeFlameError, StorageError
+
+# The time is for those who read the file; nothing is decided by it.
+_SCHEMA = """CREATE TABLE IF NOT EXISTS facts (
+    number INTEGER PRIMARY KEY,
+    run TEXT NOT NULL,
+    fact BLOB NOT NULL,
+    time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
+)"""
+_FACT: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Fact)
+
+
+class Journal:
+    """A journal file, used by one thread; a context manager.
+
+    Raises:
+        StorageError: here and in every method, when the file or the disk fails.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._translated("open"):
+            self._db = sqlite3.connect(path, isolation_level=None)
+            # WAL with FULL: a committed transaction survives a power cut, not only a crash of this process.
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(_SCHEMA)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    def append(self, run: str, facts: Sequence[Fact]) -> None:
+        """Add facts, all or none, durably."""
+        with self._translated("write"):
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(
+                "INSERT INTO facts (run, fact) VALUES (?, ?)", [(run, msgspec.json.encode(fact)) for fact in facts]
+            )
+            self._db.execute("COMMIT")
+
+    def last_run(self) -> RunState | None:
+        """The newest run as its facts leave it; None in a new journal."""
+        with self._translated("read"):
+            row = self._db.execute("SELECT run FROM facts ORDER BY number DESC LIMIT 1").fetchone()
+            if row is None:
+                return None
+            rows = self._db.execute("SELECT fact FROM facts WHERE run = ? ORDER BY number", row).fetchall()
+            facts = [_FACT.decode(fact) for (fact,) in rows]
+        state: RunState | None = None
+        for fact in facts:
+            if isinstance(fact, RunStarted):
+                state = begin(fact)
+            elif state is not None:
+                state = apply(state, fact)
+        return state
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            msg = f"{self._path}: cannot {doing} the journal ({exc})"
+            raise StorageError(msg) from exc
+        except (msgspec.DecodeError, EdgeFlameError) as exc:
+            msg = f"{self._path}: the journal is damaged, or of another version of EdgeFlame ({exc})"
+            raise StorageError(msg) from exc
