@@ -18,6 +18,8 @@ from edgeflame.errors import EXIT_INTERRUPTED, EdgeFlameError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo-data": ("edgeflame.cli.demo_data", "Write generated furniture boards with defects and masks."),
     "fit": ("edgeflame.cli.fit", "Fit a model to good images at one site and write its package."),
+    "evaluate": ("edgeflame.cli.evaluate", "Measure a package on test images."),
+    "calibrate": ("edgeflame.cli.calibrate", "Set a package's threshold from good images of the line."),
     "export": ("edgeflame.cli.export", "Write a package's model for other runtimes."),
     "inspect": ("edgeflame.cli.inspect", "Judge the parts that pass a camera: pass, fail or unknown."),
     "model": ("edgeflame.cli.model", "Look into model packages."),
