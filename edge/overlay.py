@@ -13,7 +13,7 @@ from edgeflame.images import ImageU8
 MIN_SIDE = 384
 """Smaller images are enlarged to this, so that the score can be read."""
 
-HEAT_FROM, HEAT_FULL = 0.6, 1.6
+HEAT_FROM, HEAT_FULL = 0.7, 1.5
 """Anomaly over threshold at which the heat begins to show and at which it is full."""
 
 MOST_HEAT = 0.62
@@ -59,8 +59,8 @@ def overlay(
 
 def _blend_heat(canvas: ImageU8, relative: npt.NDArray[np.float32]) -> ImageU8:
     strength = np.clip((relative - HEAT_FROM) / (HEAT_FULL - HEAT_FROM), 0.0, 1.0)
-    # The lower third of the map is nearly black: it would darken the picture, not colour it.
-    colours = cv2.applyColorMap((255 * (0.35 + 0.65 * strength)).astype(np.uint8), cv2.COLORMAP_INFERNO)
+    # From magenta to yellow: the map's blue beginning would read as a shadow.
+    colours = cv2.applyColorMap((255 * (0.4 + 0.52 * strength)).astype(np.uint8), cv2.COLORMAP_PLASMA)
     # Smoothstep: heat fades in without an edge of its own.
     opacity = (MOST_HEAT * strength * strength * (3.0 - 2.0 * strength))[..., None]
     return np.asarray(canvas * (1.0 - opacity) + colours * opacity, dtype=np.uint8)

@@ -12,6 +12,7 @@ Nothing in it is executed on loading, and nothing is read before its size is kno
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zipfile
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     groups_known: bool
     requested_false_reject_rate: float
     """What was asked for; lower than ``false_reject_rate`` when there were too few parts to promise it."""
+
+    def __post_init__(self) -> None:
+        # Against NaN every comparison is false: such a threshold would pass every part.
+        if not (math.isfinite(self.value) and self.value > 0):
+            msg = f"a threshold must be a finite number above 0, not {self.value}"
+            raise NumericalError(msg)
 
 
 class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,10 +193,20 @@ def read_package(path: Path) -> Package:
     except (DataError, NumericalError) as exc:
         msg = f"{path}: {exc}"
         raise PackageError(msg) from exc
-    if (gaussian.grid, gaussian.num_channels) != (manifest.grid, manifest.num_channels):
+    described = (manifest.grid, manifest.num_channels, manifest.rank)
+    if (gaussian.grid, gaussian.num_channels, gaussian.rank) != described:
         msg = f"{path}: the statistics are not those the manifest describes"
         raise PackageError(msg)
     return Package(manifest=manifest, model_onnx=model_onnx, statistics=gaussian, sha256=digest.hexdigest())
+
+
+_HEADER = "low_rank_gaussian"
+
+
+class _StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True):
+    count: int
+    ridge: float
+    grid: tuple[int, int]
 
 
 def encode_statistics(statistics: LowRankGaussian) -> bytes:
@@ -200,13 +217,9 @@ def encode_statistics(statistics: LowRankGaussian) -> bytes:
         "eigenvalues": statistics.eigenvalues,
         "residual": statistics.residual,
     }
-    metadata = {
-        "kind": "low_rank_gaussian",
-        "count": str(statistics.count),
-        "ridge": repr(statistics.ridge),
-        "grid": f"{statistics.grid[0]}x{statistics.grid[1]}",
-    }
-    return safetensors.numpy.save(tensors, metadata=metadata)
+    header = _StatisticsHeader(count=statistics.count, ridge=statistics.ridge, grid=statistics.grid)
+    # One entry only: safetensors writes several in no fixed order, and the same model must give the same bytes.
+    return safetensors.numpy.save(tensors, metadata={_HEADER: msgspec.json.encode(header).decode()})
 
 
 def decode_statistics(data: bytes) -> LowRankGaussian:
@@ -218,13 +231,12 @@ def decode_statistics(data: bytes) -> LowRankGaussian:
     """
     try:
         tensors = safetensors.numpy.load(data)
-        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header["__metadata__"]
-        height, width = (int(part) for part in metadata["grid"].split("x"))
+        metadata = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        header = msgspec.json.decode(metadata[_HEADER], type=_StatisticsHeader)
         return LowRankGaussian(
-            grid=(height, width),
-            count=int(metadata["count"]),
-            ridge=float(metadata["ridge"]),
+            grid=header.grid,
+            count=header.count,
+            ridge=header.ridge,
             mean=tensors["mean"].astype(np.float32),
             basis=tensors["basis"].astype(np.float32),
             eigenvalues=tensors["eigenvalues"].astype(np.float32),

@@ -95,7 +95,6 @@ def command(
     from edge.sources import open_source
     from edgeflame.config import load_config
     from edgeflame.console import EventLog
-    from edgeflame.errors import EXIT_INTERRUPTED
     from edgeflame.package import read_package
 
     log = EventLog("inspect")
@@ -125,7 +124,7 @@ def command(
     if summary_file is not None:
         _write(summary_file, summary)
     if stopped and not source.is_endless:
-        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+        raise KeyboardInterrupt
 
 
 def _with_options(config: InspectConfig, threshold: float | None, review_band: float | None) -> InspectConfig:

@@ -1,0 +1,111 @@
+"""Capture ahead of scoring: order, drop policies, failures, and a clean end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from small_model import good_image
+
+from edge.capture import SUPERSEDED, Capture, CaptureConfig
+from edge.sources import Frame
+from edge.sources.interface import make_frame
+from edgeflame.errors import ConfigError, DataError
+
+IMAGE = good_image(0)
+
+
+class FakeSource:
+    """So many frames; tells when it is through, and may wait for leave before each."""
+
+    name = "fake"
+    is_endless = False
+    num_frames = None
+
+    def __init__(self, count: int, *, is_live: bool = False, failure: Exception | None = None) -> None:
+        self.count, self.is_live, self.failure = count, is_live, failure
+        self.through = threading.Event()
+        self.given = 0
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        for index in range(self.count):
+            if stop.is_set():
+                break
+            self.given += 1
+            yield make_frame(part_id=str(index), source=self.name, image_bgr=IMAGE)
+        self.through.set()
+        if self.failure is not None:
+            raise self.failure
+
+
+def capture(source: FakeSource, **config: object) -> Capture:
+    return Capture(source, CaptureConfig(**config), threading.Event())  # type: ignore[arg-type]
+
+
+def test_files_wait_and_none_is_dropped() -> None:
+    source = FakeSource(50)
+    with capture(source, depth=2) as frames:
+        taken = []
+        for captured in frames:
+            taken.append(captured.sequence)
+            assert source.given <= len(taken) + 3  # two queued, one in hand
+    assert taken == list(range(50))
+    assert not frames.dropped
+
+
+def test_live_frames_give_way_to_newer_ones_and_are_counted() -> None:
+    source = FakeSource(10, is_live=True)
+    with capture(source, depth=2) as frames:
+        assert source.through.wait(10)
+        taken = [captured.sequence for captured in frames]
+    assert taken == [8, 9]
+    assert frames.dropped == {SUPERSEDED: 8}
+
+
+def test_a_policy_by_name_wins_over_the_kind_of_source() -> None:
+    with capture(FakeSource(10, is_live=True), policy="wait") as frames:
+        assert len(list(frames)) == 10
+    source = FakeSource(10)
+    with capture(source, policy="latest", depth=1) as frames:
+        assert source.through.wait(10)
+        assert [captured.sequence for captured in frames] == [9]
+
+
+def test_what_the_source_raises_comes_after_its_frames() -> None:
+    with capture(FakeSource(3, failure=DataError("unplugged"))) as frames:
+        iterator = iter(frames)
+        assert [next(iterator).sequence for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(DataError, match="unplugged"):
+            next(iterator)
+
+
+def test_the_stop_event_ends_the_iteration_and_leaving_ends_the_thread() -> None:
+    stop = threading.Event()
+    with Capture(FakeSource(10**9), CaptureConfig(), stop) as frames:
+        for captured in frames:
+            if captured.sequence == 5:
+                stop.set()
+    assert captured.sequence == 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "edgeflame-capture"]
+
+
+def test_leaving_early_ends_the_thread() -> None:
+    with capture(FakeSource(10**9)) as frames:
+        next(iter(frames))
+    assert not [thread for thread in threading.enumerate() if thread.name == "edgeflame-capture"]
+
+
+def test_a_file_waits_for_us_but_a_camera_does_not() -> None:
+    waiting, live = FakeSource(1), FakeSource(1, is_live=True)
+    for source, restamped in ((waiting, True), (live, False)):
+        with capture(source) as frames:
+            assert source.through.wait(10)
+            before = make_frame(part_id="", source="").captured_monotonic_s
+            (captured,) = frames
+        assert (captured.frame.captured_monotonic_s >= before) is restamped
+
+
+def test_an_impossible_depth_is_refused() -> None:
+    with pytest.raises(ConfigError, match="depth"):
+        CaptureConfig(depth=0)

@@ -1,0 +1,228 @@
+"""The model package: written whole, read back the same, and everything foreign, cut or altered refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_model import random_gaussian, small_manifest
+
+from edgeflame.errors import DataError, PackageError, StorageError
+from edgeflame.package import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MODEL,
+    STATISTICS,
+    decode_statistics,
+    encode_statistics,
+    read_package,
+    write_package,
+)
+
+STATS = random_gaussian(grid=(2, 3), channels=5, rank=2)
+GRAPH = b"no real graph: reading a package does not look into it" * 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    target = tmp_path / "m.edgeflame"
+    write_package(target, manifest=small_manifest(STATS, threshold=2.5), model_onnx=GRAPH, statistics=STATS)
+    return target
+
+
+def refused(path: Path, *patterns: str) -> None:
+    """Refused in one line that names the file."""
+    with pytest.raises(PackageError) as raised:
+        read_package(path)
+    message = str(raised.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    for pattern in patterns:
+        assert re.search(pattern, message), message
+
+
+def rewrite(path: Path, change: Callable[[dict[str, bytes]], None], compression: int = zipfile.ZIP_STORED) -> None:
+    """Repack with other members."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def edit_manifest(path: Path, **fields: Any) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        members[MANIFEST] = json.dumps({**json.loads(members[MANIFEST]), **fields}).encode()
+
+    rewrite(path, change)
+
+
+def test_it_reads_back_what_was_written(path: Path) -> None:
+    package = read_package(path)
+    assert package.model_onnx == GRAPH
+    assert package.manifest.threshold.value == 2.5
+    assert package.manifest.product == "test piece"
+    assert package.manifest.grid == (2, 3)
+    for name in ("mean", "basis", "eigenvalues", "residual"):
+        np.testing.assert_array_equal(getattr(package.statistics, name), getattr(STATS, name))
+    assert (package.statistics.ridge, package.statistics.count) == (STATS.ridge, STATS.count)
+
+
+def test_the_same_model_gives_the_same_file(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.edgeflame"
+    write_package(other, manifest=small_manifest(STATS, threshold=2.5), model_onnx=GRAPH, statistics=STATS)
+    assert other.read_bytes() == path.read_bytes()
+
+
+def test_cut_short_anywhere(path: Path) -> None:
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        refused(path)
+
+
+def test_any_altered_byte_that_matters_is_noticed(path: Path) -> None:
+    """A changed byte is refused, or lies where it changes nothing that is read (a zip's own dates, say)."""
+    whole, expected = path.read_bytes(), read_package(path)
+    unnoticed = 0
+    for offset in range(0, len(whole), 7):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x10]) + whole[offset + 1 :])
+        try:
+            package = read_package(path)
+        except PackageError as exc:
+            assert str(exc).startswith(str(path))  # noqa: PT017 - either outcome is right
+            continue
+        unnoticed += 1
+        assert package.model_onnx == expected.model_onnx
+        np.testing.assert_array_equal(package.statistics.basis, expected.statistics.basis)
+        assert package.manifest == expected.manifest
+    assert unnoticed < 0.1 * len(whole) / 7
+
+
+@pytest.mark.parametrize("name", [MODEL, STATISTICS])
+def test_an_altered_member(path: Path, name: str) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        members[name] = members[name][:-1] + bytes([members[name][-1] ^ 1])
+
+    rewrite(path, change)
+    refused(path, f"{name} was altered or damaged")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MODEL, STATISTICS])
+def test_a_missing_member(path: Path, name: str) -> None:
+    rewrite(path, lambda members: members.__delitem__(name))
+    refused(path, name)
+
+
+def test_compressed_members_are_not_unpacked(path: Path) -> None:
+    """A few kilobytes could otherwise ask for gigabytes."""
+    rewrite(path, lambda members: members.update({MODEL: bytes(10_000_000)}), zipfile.ZIP_DEFLATED)
+    refused(path, "compressed")
+
+
+@pytest.mark.parametrize("claimed", [MAX_MANIFEST_BYTES + 1, 2**32 - 2])
+def test_a_manifest_that_claims_to_be_huge(path: Path, claimed: int) -> None:
+    data = path.read_bytes()
+    entry = data.index(b"PK\x01\x02")  # the central directory's first entry, the manifest's
+    size = struct.pack("<I", claimed)
+    path.write_bytes(data[: entry + 20] + size + size + data[entry + 28 :])
+    refused(path, "too large|cut short")
+
+
+def test_a_manifest_that_is_huge(path: Path) -> None:
+    edit_manifest(path, provenance={"x": "y" * MAX_MANIFEST_BYTES})
+    refused(path, "too large")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "other"}, "not a model package of EdgeFlame"),
+        ({"format_version": 2}, r"package format 2, this EdgeFlame \S+ reads 1"),
+        ({"format_version": "1"}, "package format '1'"),
+        ({"threshold": None}, "manifest.json is wrong"),
+        ({"learning": {"method": "magic"}}, "unknown method 'magic'"),
+        ({"sha256": {}}, "altered or damaged"),
+        ({"grid": [3, 2]}, "not those the manifest describes"),
+        ({"rank": 7}, "not those the manifest describes"),
+    ],
+)
+def test_a_manifest_of_another_kind(path: Path, fields: dict[str, Any], message: str) -> None:
+    edit_manifest(path, **fields)
+    refused(path, message)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "0", "-3"])
+def test_a_threshold_that_cannot_be(path: Path, value: str) -> None:
+    """With NaN every comparison is false: such a package must never get to judge."""
+
+    def change(members: dict[str, bytes]) -> None:
+        members[MANIFEST] = re.sub(rb'("value":\s*)2\.5', rb"\g<1>" + value.encode(), members[MANIFEST])
+
+    rewrite(path, change)
+    refused(path, "manifest.json is")
+
+
+@pytest.mark.parametrize("data", [b"{}", b"[]", b"no json", b"\xff\xfe", b"", b"[" * 100_000])
+def test_a_manifest_that_is_no_manifest(path: Path, data: bytes) -> None:
+    rewrite(path, lambda members: members.update({MANIFEST: data}))
+    refused(path)
+
+
+def test_files_that_are_no_packages(tmp_path: Path) -> None:
+    path = tmp_path / "x.edgeflame"
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("word/document.xml", "<xml/>")
+    for data in (b"", b"hello", b"PK\x05\x06" + bytes(18), other.getvalue()):
+        path.write_bytes(data)
+        refused(path, "not a model package")
+
+
+def test_a_path_that_is_no_file(tmp_path: Path) -> None:
+    refused(tmp_path / "none.edgeflame", "no such model package")
+    refused(tmp_path, "cannot be read")
+
+
+def test_an_old_package_survives_a_failed_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(StorageError, match="No space left"):
+        write_package(path, manifest=small_manifest(STATS, threshold=1.0), model_onnx=b"new", statistics=STATS)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+class TestStatistics:
+    """The safetensors member alone."""
+
+    def test_cut_short_at_every_byte(self) -> None:
+        data = encode_statistics(STATS)
+        for length in range(len(data)):
+            with pytest.raises(DataError):
+                decode_statistics(data[:length])
+
+    @given(st.binary(max_size=200))
+    def test_any_bytes(self, data: bytes) -> None:
+        with pytest.raises(DataError):
+            decode_statistics(data)
+
+    def test_a_header_that_promises_more_than_there_is(self) -> None:
+        header = json.dumps({"mean": {"dtype": "F32", "shape": [2**40, 5], "data_offsets": [0, 2**40 * 20]}}).encode()
+        with pytest.raises(DataError):
+            decode_statistics(len(header).to_bytes(8, "little") + header)

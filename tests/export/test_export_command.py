@@ -1,0 +1,59 @@
+"""`edgeflame export` as a user calls it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from small_model import bad_image, good_image
+
+from edge.runtimes import open_runtime
+from edgeflame.cli import cli
+from edgeflame.errors import PackageError, StorageError
+from edgeflame.package import Package
+
+
+def export(model: Path, target: Path) -> str:
+    result = CliRunner().invoke(cli, ["export", "--model", str(model), "--onnx", str(target)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_the_file_scores_as_the_package_does_and_says_what_it_is(
+    package_file: Path, package: Package, tmp_path: Path
+) -> None:
+    target = tmp_path / "model.onnx"
+    output = export(package_file, target)
+    assert "uint8 [N, 64, 64, 3], BGR" in output
+    assert f"{package.manifest.threshold.value:.6g}" in output
+    images = np.stack([good_image(5), bad_image(6)])
+    session = onnxruntime.InferenceSession(target.read_bytes(), providers=["CPUExecutionProvider"])
+    scores, maps = session.run(None, {"image": images})
+    expected = open_runtime(package.model_onnx, device="cpu").score(images)
+    np.testing.assert_array_equal(scores, expected.scores)
+    np.testing.assert_array_equal(maps, expected.maps)
+    metadata = {entry.key: entry.value for entry in onnx.load(target).metadata_props}
+    assert metadata["edgeflame.package_sha256"] == package.sha256
+    assert float(metadata["edgeflame.threshold"]) == package.manifest.threshold.value
+    assert metadata["edgeflame.method"] == "none"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_damaged_package_leaves_the_old_file_alone(package_file: Path, tmp_path: Path) -> None:
+    damaged, target = tmp_path / "damaged.edgeflame", tmp_path / "model.onnx"
+    shutil.copy(package_file, damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    target.write_bytes(b"the old one")
+    with pytest.raises(PackageError):
+        export(damaged, target)
+    assert target.read_bytes() == b"the old one"
+
+
+def test_a_folder_that_is_not_there(package_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be written"):
+        export(package_file, tmp_path / "no" / "model.onnx")

@@ -1,0 +1,173 @@
+"""The exported graph against the network and a float64 reference, and its contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from small_model import GRID, PREPROCESSING, SIZE, bad_image, embed, good_image, random_gaussian, small_network
+from torch import Tensor, nn
+
+from edgeflame.errors import DataError, NumericalError
+from edgeflame.images import Preprocessing
+from edgeflame.learning import Backbone
+from edgeflame.statistics import LowRankGaussian, smooth_maps
+from export.graph import scoring_graph
+
+IMAGES = np.stack([good_image(1), bad_image(2), good_image(3)])
+
+RELATIVE_TOLERANCE = 1e-4
+"""Float32 against float64; 1e-5 is typical."""
+
+
+def export(network: object, statistics: LowRankGaussian, **options: object) -> bytes:
+    arguments = {"preprocessing": PREPROCESSING, "smoothing_sigma": 1.0, "metadata": {"key": "value"}, **options}
+    return scoring_graph(network, statistics, **arguments)  # type: ignore[arg-type]
+
+
+def run(graph: bytes, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    scores, maps = session.run(["score", "anomaly_map"], {"image": images})
+    return scores, maps
+
+
+def reference(network: object, statistics: LowRankGaussian, images: np.ndarray, sigma: float) -> np.ndarray:
+    distances = statistics.distances(embed(network, images).astype(np.float64))
+    return smooth_maps(distances.reshape(-1, *statistics.grid), sigma)
+
+
+def small_statistics(rank: int = 3) -> LowRankGaussian:
+    mean = embed(small_network(), IMAGES[:1])[0] + 0.1
+    return random_gaussian(grid=(GRID, GRID), channels=6, rank=rank, mean=mean)
+
+
+@pytest.fixture(scope="module")
+def graph() -> bytes:
+    return export(small_network(), small_statistics())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_agrees_with_a_float64_reference(graph: bytes, batch: int) -> None:
+    scores, maps = run(graph, IMAGES[:batch])
+    expected = reference(small_network(), small_statistics(), IMAGES[:batch], sigma=1.0)
+    np.testing.assert_allclose(maps, expected, rtol=RELATIVE_TOLERANCE)
+    np.testing.assert_allclose(scores, expected.max(axis=(1, 2)), rtol=RELATIVE_TOLERANCE)
+    assert scores.dtype == maps.dtype == np.float32
+
+
+@pytest.mark.parametrize(("rank", "sigma"), [(0, 0.0), (5, 2.0)])
+def test_any_rank_and_smoothing(rank: int, sigma: float) -> None:
+    statistics = small_statistics(rank)
+    _, maps = run(export(small_network(), statistics, smoothing_sigma=sigma), IMAGES)
+    np.testing.assert_allclose(
+        maps, reference(small_network(), statistics, IMAGES, sigma), rtol=RELATIVE_TOLERANCE, atol=1e-5
+    )
+
+
+def test_the_trained_network_and_the_exported_one_agree() -> None:
+    from trainer.backbone import build_network
+
+    preprocessing = Preprocessing(height=64, width=96)
+    network, _ = build_network(Backbone(weights="random"), preprocessing, seed=1)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+    embeddings = embed(network, images)
+    statistics = random_gaussian(
+        grid=network.grid, channels=network.num_channels, rank=24, mean=embeddings[0] + 0.1 * embeddings[1]
+    )
+    graph = export(network, statistics, preprocessing=preprocessing)
+    expected = reference(network, statistics, images, sigma=1.0)
+    for batch in (1, 3):
+        np.testing.assert_allclose(run(graph, images[:batch])[1], expected[:batch], rtol=1e-3)
+
+
+def test_its_contract(graph: bytes) -> None:
+    model = onnx.load_from_string(graph)
+    onnx.checker.check_model(model, full_check=True)
+
+    def shape(value: onnx.ValueInfoProto) -> list[object]:
+        return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+    (image,), (score, anomaly_map) = model.graph.input, model.graph.output
+    assert (image.name, image.type.tensor_type.elem_type, shape(image)) == ("image", 2, ["N", SIZE, SIZE, 3])
+    assert (score.name, score.type.tensor_type.elem_type, shape(score)) == ("score", 1, ["N"])
+    assert (anomaly_map.name, shape(anomaly_map)) == ("anomaly_map", ["N", GRID, GRID])
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"key": "value"}
+
+
+def test_it_carries_no_trace_of_the_machine_that_made_it(graph: bytes) -> None:
+    for trace in (str(Path.home()), str(Path(__file__).parent), ".py", "site-packages"):
+        assert trace.encode() not in graph
+
+
+def test_the_basis_is_stored_in_float16_and_widened_once_at_load(graph: bytes, tmp_path: Path) -> None:
+    stored = {entry.name: entry.data_type for entry in onnx.load_from_string(graph).graph.initializer}
+    assert stored["edgeflame.basis_float16"] == onnx.TensorProto.FLOAT16
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx").graph
+    assert [node.name for node in optimised.node if node.op_type == "Cast"] == ["edgeflame.rgb"]
+    assert not any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in optimised.initializer)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.0])
+@pytest.mark.parametrize(("fault", "pixel"), [("nan", 0), ("inf", 255)])
+def test_a_fault_at_one_position_makes_score_and_map_nan(sigma: float, fault: str, pixel: int) -> None:
+    class Faulty(nn.Module):
+        def forward(self, rgb: Tensor) -> Tensor:
+            mean = nn.functional.avg_pool2d(rgb, SIZE // GRID)
+            hidden = torch.sqrt(mean - 1.0) if fault == "nan" else 1.0 / (255.0 - mean)
+            return torch.cat([hidden, mean], dim=1)
+
+    images = np.full((2, SIZE, SIZE, 3), 128, dtype=np.uint8)
+    images[1, 24:32, 40:48] = pixel  # one cell, away from where a maximum begins
+    statistics = random_gaussian(grid=(GRID, GRID), channels=6, rank=2)
+    scores, maps = run(export(Faulty(), statistics, smoothing_sigma=sigma), images)
+    assert np.isfinite(scores[0])
+    assert np.isfinite(maps[0]).all()
+    assert np.isnan(scores[1])
+    assert np.isnan(maps[1]).all()
+
+
+def test_a_rounded_basis_and_a_wide_range_of_variances_keep_the_distance() -> None:
+    """Of the order of 10^4 between largest and residual variance, where a form with a difference has lost digits."""
+    statistics = small_statistics(4)
+    wide = LowRankGaussian(
+        grid=statistics.grid,
+        count=9,
+        ridge=1e-6,
+        mean=statistics.mean,
+        basis=statistics.basis,
+        eigenvalues=statistics.eigenvalues * 1e3,
+        residual=statistics.residual,
+    )
+    _, maps = run(export(small_network(), wide), IMAGES)
+    np.testing.assert_allclose(maps, reference(small_network(), wide, IMAGES, 1.0), rtol=RELATIVE_TOLERANCE)
+
+
+def test_statistics_of_another_network_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\[6, 8, 8\] \(C, h, w\), the statistics describe \[5, 8, 8\]"):
+        export(small_network(), random_gaussian(grid=(GRID, GRID), channels=5, rank=2))
+
+
+def test_a_broken_weight_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 8, 8), nn.ReLU6())
+    with torch.no_grad():
+        network[0].bias[0] = torch.nan
+    with pytest.raises(NumericalError, match=r"0\.bias"):
+        export(network, small_statistics())
+
+
+def test_the_network_is_left_as_it_was() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 8, 8), nn.BatchNorm2d(6)).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    export(network, small_statistics())
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())

@@ -1,0 +1,138 @@
+"""A model small enough for tests: block means of a 64x64 image instead of a backbone, in a real package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.images import ImageU8, Preprocessing, write_image
+from edgeflame.learning import Learning, Scoring
+from edgeflame.package import Manifest, Threshold, WeightsOrigin, new_manifest, write_package
+from edgeflame.statistics import LowRankGaussian
+
+SIZE, GRID = 64, 8
+PREPROCESSING = Preprocessing(height=SIZE, width=SIZE)
+LEARNING = Learning(input=PREPROCESSING, scoring=Scoring(smoothing_sigma=1.0))
+
+
+def good_image(seed: int, size: int = SIZE) -> ImageU8:
+    """Noise about a grey ramp."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(90, 160, size)[None, :, None]
+    return np.clip(ramp + rng.normal(0, 2, (size, size, 3)), 0, 255).astype(np.uint8)
+
+
+def bad_image(seed: int, size: int = SIZE) -> ImageU8:
+    """The same with a dark hole."""
+    image = good_image(seed, size)
+    image[size // 4 : size // 2, size // 4 : size // 2] //= 8
+    return image
+
+
+def small_network() -> object:
+    """``[N, 3, 64, 64]`` to ``[N, 6, 8, 8]``: mean and spread of each block."""
+    import torch
+    from torch import Tensor, nn
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AvgPool2d(SIZE // GRID)
+
+        def forward(self, rgb: Tensor) -> Tensor:
+            x = rgb / 64.0
+            mean = self.pool(x)
+            return torch.cat([mean, torch.sqrt(torch.relu(self.pool(x * x) - mean * mean) + 0.01)], dim=1)
+
+    return Blocks().eval()
+
+
+def embed(network: object, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """``[N, H, W, 3]`` BGR to embeddings ``[N, P, C]``."""
+    import torch
+
+    rgb = torch.from_numpy(np.ascontiguousarray(images[..., ::-1].transpose(0, 3, 1, 2))).float()
+    with torch.no_grad():
+        maps = network(rgb).numpy()  # type: ignore[operator]
+    return np.ascontiguousarray(maps.reshape(*maps.shape[:2], -1).transpose(0, 2, 1))
+
+
+def random_gaussian(
+    *, grid: tuple[int, int], channels: int, rank: int, mean: npt.NDArray[np.floating] | None = None, seed: int = 0
+) -> LowRankGaussian:
+    """Statistics of no images in particular, with eigenvalues from 0.5 to 30 and residuals near 0.1."""
+    rng = np.random.default_rng(seed)
+    positions = grid[0] * grid[1]
+    basis = np.linalg.qr(rng.normal(size=(positions, channels, max(rank, 1))))[0][:, :, :rank]
+    return LowRankGaussian(
+        grid=grid,
+        count=100,
+        ridge=0.01,
+        mean=(rng.normal(size=(positions, channels)) if mean is None else mean).astype(np.float32),
+        # As a package holds it.
+        basis=np.ascontiguousarray(basis).astype(np.float16).astype(np.float32),
+        eigenvalues=-np.sort(-rng.uniform(0.5, 30, (positions, rank)), axis=1).astype(np.float32),
+        residual=rng.uniform(0.05, 0.2, positions).astype(np.float32),
+    )
+
+
+def write_small_package(path: Path) -> Path:
+    """A package whose threshold lies between good and bad images."""
+    from edgeflame.statistics import smooth_maps
+    from export.graph import scoring_graph
+
+    network = small_network()
+    good = embed(network, np.stack([good_image(seed) for seed in range(40)]))
+    mean = good.mean(axis=0)
+    statistics = LowRankGaussian(
+        grid=(GRID, GRID),
+        count=len(good),
+        ridge=0.01,
+        mean=mean,
+        basis=np.tile(np.eye(good.shape[2], 2, dtype=np.float32), (GRID * GRID, 1, 1)),
+        eigenvalues=good.var(axis=0)[:, :2],
+        residual=good.var(axis=0)[:, 2:].mean(axis=1),
+    )
+    maps = smooth_maps(statistics.distances(good).reshape(-1, GRID, GRID), LEARNING.scoring.smoothing_sigma)
+    graph = scoring_graph(
+        network,  # type: ignore[arg-type]
+        statistics,
+        preprocessing=PREPROCESSING,
+        smoothing_sigma=LEARNING.scoring.smoothing_sigma,
+        metadata={},
+    )
+    manifest = small_manifest(statistics, threshold=5 * float(maps.max()))
+    write_package(path, manifest=manifest, model_onnx=graph, statistics=statistics)
+    return path
+
+
+def small_manifest(statistics: LowRankGaussian, *, threshold: float) -> Manifest:
+    return new_manifest(
+        product="test piece",
+        site=None,
+        created="2026-01-02T03:04:05Z",
+        learning=LEARNING,
+        weights=WeightsOrigin(source="none", sha256="0" * 64),
+        statistics=statistics,
+        threshold=Threshold(
+            value=threshold,
+            false_reject_rate=0.08,
+            confidence=0.95,
+            num_groups=40,
+            num_images=40,
+            groups_known=True,
+            requested_false_reject_rate=0.01,
+        ),
+        provenance={"kind": "test"},
+    )
+
+
+def write_images(folder: Path, *, good: int = 3, bad: int = 2) -> Path:
+    """``good/`` and ``hole/`` as in a test folder of the MVTec layout."""
+    for name, make, count in (("good", good_image, good), ("hole", bad_image, bad)):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            write_image(folder / name / f"{index}.png", make(1000 + index, 96))
+    return folder
