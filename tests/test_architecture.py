@@ -1,0 +1,192 @@
+"""What each folder may import, read from the source: a breach fails here and not on an edge box."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROLES = ("trainer", "aggregator", "export", "edge")
+PACKAGES = ("edgeflame", *ROLES)
+LEARNING_LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "sklearn")
+PICKLES = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, by its full name."""
+
+    path: Path
+    line: int
+    module: str
+    is_lazy: bool
+    """Inside a function, so that it happens on use."""
+
+    @property
+    def top(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def in_command_line(self) -> bool:
+        return self.path.is_relative_to(REPOSITORY / "edgeflame" / "cli")
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(REPOSITORY)}:{self.line} imports {self.module}"
+
+
+def sources(*packages: str) -> list[Path]:
+    files = [path for package in packages for path in sorted((REPOSITORY / package).rglob("*.py"))]
+    assert files
+    return files
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Imports that run; those for the type checker alone do not."""
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for child in node.orelse:
+                yield from visit(child, lazy)
+            return
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(path, node.lineno, alias.name, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                # Relative imports stay within their package, whatever their depth here.
+                package = path.relative_to(REPOSITORY).with_suffix("").parts[: -node.level]
+                yield Import(path, node.lineno, ".".join((*package, node.module or "")), lazy)
+            else:
+                yield Import(path, node.lineno, node.module or "", lazy)
+        inner = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inner)
+
+    yield from visit(ast.parse(path.read_text()), lazy=False)
+
+
+def all_imports(*packages: str) -> list[Import]:
+    return [found for path in sources(*packages) for found in imports_of(path)]
+
+
+def report(breaches: list[Import]) -> str:
+    return "\n".join(map(str, breaches))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_folders_never_import_one_another(role: str) -> None:
+    others = set(ROLES) - {role}
+    breaches = [found for found in all_imports(role) if found.top in others]
+    assert not breaches, report(breaches)
+
+
+def test_the_shared_folder_imports_no_role_except_inside_functions_of_the_command_line() -> None:
+    breaches = [
+        found
+        for found in all_imports("edgeflame")
+        if found.top in ROLES and not (found.in_command_line and found.is_lazy)
+    ]
+    assert not breaches, report(breaches)
+
+
+def test_the_command_line_is_imported_by_no_one_else() -> None:
+    breaches = [
+        found for found in all_imports(*PACKAGES) if found.module.startswith("edgeflame.cli")
+        and not found.in_command_line and found.path.name != "__main__.py"
+    ]  # fmt: skip
+    assert not breaches, report(breaches)
+
+
+def test_what_runs_without_learning_libraries_imports_none() -> None:
+    breaches = [
+        found
+        for found in all_imports("edgeflame", "aggregator", "edge")
+        if found.top in LEARNING_LIBRARIES and not (found.in_command_line and found.is_lazy)
+    ]
+    assert not breaches, report(breaches)
+
+
+def test_nothing_is_pickled() -> None:
+    breaches = [found for found in all_imports(*PACKAGES) if found.top in PICKLES]
+    assert not breaches, report(breaches)
+
+
+def calls(path: Path) -> Iterator[tuple[str, dict[str, object], int]]:
+    """Dotted name, constant keyword arguments and line of every call."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            keywords = {
+                word.arg: word.value.value
+                for word in node.keywords
+                if word.arg is not None and isinstance(word.value, ast.Constant)
+            }
+            yield ast.unparse(node.func), keywords, node.lineno
+
+
+def test_tensors_are_loaded_without_running_code() -> None:
+    breaches = []
+    for path in sources(*PACKAGES):
+        for name, keywords, line in calls(path):
+            unsafe_torch = name == "torch.load" and keywords.get("weights_only") is not True
+            unsafe_numpy = name in {"np.load", "numpy.load"} and keywords.get("allow_pickle", False) is not False
+            if unsafe_torch or unsafe_numpy or name == "torch.save":
+                breaches.append(f"{path.relative_to(REPOSITORY)}:{line} {name}")
+    assert not breaches, "\n".join(breaches)
+
+
+def test_no_source_names_a_pickle_in_passing() -> None:
+    """Text too: `getattr(torch, "load")` and the like would escape the tree walk."""
+    pattern = re.compile(
+        r"\b(cloudpickle|dill|pickle\.(loads?|dumps?)|allow_pickle\s*=\s*True|weights_only\s*=\s*False)\b"
+    )
+    breaches = [str(path.relative_to(REPOSITORY)) for path in sources(*PACKAGES) if pattern.search(path.read_text())]
+    assert not breaches
+
+
+def loaded_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint('\\n'.join(sys.modules))"],
+        capture_output=True, text=True, check=True, cwd=REPOSITORY, timeout=60,
+    )  # fmt: skip
+    return set(done.stdout.splitlines())
+
+
+def test_help_loads_neither_numpy_nor_torch() -> None:
+    help_of_all = "from edgeflame.cli import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass"
+    assert not loaded_after(help_of_all) & {"numpy", "torch", "cv2", "onnxruntime", "rich", "msgspec"}
+
+
+@pytest.mark.parametrize("module", ["edge.daemon", "edge.sources.locate", "edge.runtimes", "edgeflame.cli.inspect"])
+def test_the_line_side_loads_no_torch(module: str) -> None:
+    assert not loaded_after(f"import {module}") & set(LEARNING_LIBRARIES)
+
+
+class TestTheTestItself:
+    """It sees what it should."""
+
+    def test_it_finds_every_kind_of_import(self, tmp_path: Path) -> None:
+        path = REPOSITORY / "edge" / "never_written.py"
+        source = (
+            "from typing import TYPE_CHECKING\nimport torch.nn as nn\nfrom trainer.fit import fit\n"
+            "if TYPE_CHECKING:\n    import sklearn\nelse:\n    import timm\n"
+            "class A:\n    import onnx\ndef f():\n    import pickle\nfrom . import health\n"
+        )
+        copy = tmp_path / "source.py"
+        copy.write_text(source)
+
+        class At(type(path)):  # type: ignore[misc]
+            def read_text(self, *_: object, **__: object) -> str:
+                return source
+
+        found = {entry.module: entry.is_lazy for entry in imports_of(At(path))}
+        assert found == {
+            "typing": False, "torch.nn": False, "trainer.fit": False, "timm": False, "onnx": False, "pickle": True,
+            "edge.": False,
+        }  # fmt: skip
