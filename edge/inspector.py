@@ -46,13 +46,15 @@ class Inspector:
         frame = captured.frame
         faults: list[Reason] = []
         details: list[str] = []
-        image = anomaly_map = score = None
+        image = evidence = anomaly_map = score = None
         if frame.image_bgr is None:
             faults.append(Reason.UNREADABLE)
             details.append(frame.error or "the source gave no image")
         else:
+            evidence = frame.image_bgr
             try:
                 image = self._preprocessing.apply(frame.image_bgr)
+                evidence = self._preprocessing.crop(frame.image_bgr)
             except DataError as exc:
                 faults.append(Reason.UNFIT_IMAGE)
                 details.append(str(exc))
@@ -83,4 +85,4 @@ class Inspector:
             label=frame.label,
             model=self.model_id,
         )
-        return Inspected(result=result, image=image, anomaly_map=anomaly_map)
+        return Inspected(result=result, image=evidence, anomaly_map=anomaly_map)

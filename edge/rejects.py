@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cv2
 import msgspec
+import numpy as np
 
 from edge.overlay import overlay
 from edge.results import Inspected
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, StorageError
-from edgeflame.images import write_image
+from edgeflame.images import ImageU8, write_image
 
 log = EventLog("rejects")
+
+MAX_SIDE = 1024
+"""Larger pictures are shrunk to this: evidence for people, a hundred kilobytes each and not many megabytes."""
 
 _OURS = re.compile(r"\d{8}T\d{12}Z-\d{8}-.*-(fail|unknown)\.png")
 """Only files named like this are ever deleted."""
@@ -56,9 +61,9 @@ class RejectsSink:
         result, image = inspected.result, inspected.image
         if result.verdict == "pass" or image is None:
             return
-        picture = image
+        picture = _shrunk(image)
         if inspected.anomaly_map is not None:
-            picture = overlay(image, inspected.anomaly_map, result.threshold)
+            picture = overlay(picture, inspected.anomaly_map, result.threshold)
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
         name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{part}-{result.verdict}.png"
         try:
@@ -72,3 +77,11 @@ class RejectsSink:
 
     def close(self) -> None:
         pass
+
+
+def _shrunk(image: ImageU8) -> ImageU8:
+    factor = MAX_SIDE / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)

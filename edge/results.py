@@ -51,9 +51,10 @@ class Inspected:
 
     result: Result
     image: ImageU8 | None
-    """``[H, W, 3]`` uint8 BGR, what the model saw."""
+    """``[height, width, 3]`` uint8 BGR: the area the model saw, as sharp as the camera gave it; the whole frame
+    where that area does not fit into it, None where there is no frame."""
     anomaly_map: npt.NDArray[np.float32] | None
-    """``[h, w]`` raw distance."""
+    """``[h, w]`` raw distance over the same area, or None."""
 
 
 def json_line(result: Result) -> bytes:

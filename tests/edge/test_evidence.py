@@ -14,6 +14,7 @@ from edge.overlay import MIN_SIDE, overlay
 from edge.rejects import RejectsConfig, RejectsSink
 from edge.results import Inspected, Result
 from edgeflame.errors import StorageError
+from edgeflame.images import read_image
 
 IMAGE = good_image(0, 128)
 
@@ -109,6 +110,12 @@ class TestRejects:
         sink = RejectsSink(tmp_path, RejectsConfig())
         sink.accept(Inspected(result=result(0, "unknown"), image=None, anomaly_map=None))
         assert not list(tmp_path.iterdir())
+
+    def test_large_pictures_are_shrunk(self, tmp_path: Path) -> None:
+        large = np.zeros((300, 3000, 3), np.uint8)
+        RejectsSink(tmp_path, RejectsConfig()).accept(Inspected(result=result(0), image=large, anomaly_map=None))
+        (picture,) = tmp_path.iterdir()
+        assert read_image(picture).shape == (102, 1024, 3)
 
     def test_a_lost_picture_is_counted_and_the_line_goes_on(self, tmp_path: Path) -> None:
         folder = tmp_path / "rejects"
