@@ -3,13 +3,13 @@
 Axes: N images, H x W the input, h x w the patch grid, P = h * w positions, C embedding channels, K rank.
 
     image [N, H, W, 3] uint8, BGR
-      -> RGB, planes, float32                 -> network -> embeddings [N, C, h, w]
+      -> float32, planes, RGB                 -> network -> embeddings [N, C, h, w]
       -> distance of every position           [P, N, C] x [P, C, K] and back, see `edgeflame.statistics`
       -> Gaussian smoothing                   two products with constant matrices, no padding
       -> anomaly_map [N, h, w], score [N] = its maximum
 
 The backbone is written by PyTorch's exporter, the rest by hand, node by node: the order of axes below is what
-ONNX Runtime runs fastest. Opset 18 is the exporter's lowest, and TensorRT 10.3 takes it.
+ONNX Runtime runs fastest. Opset 18 is the exporter's lowest, and one that TensorRT 10.3 takes.
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ class _Builder:
 
 
 def _to_rgb_planes(g: _Builder) -> None:
-    """Image ``[N, H, W, 3]`` uint8 BGR to ``rgb [N, 3, H, W]`` float32; bytes are moved before they are widened."""
-    planes = g.node("Transpose", INPUT, result="bgr_planes", perm=[0, 3, 1, 2])
-    reversed_planes = g.node("Gather", planes, g.integers("rgb_order", 2, 1, 0), result="rgb_planes", axis=1)
-    g.node("Cast", reversed_planes, result=_RGB, to=onnx.TensorProto.FLOAT)
+    """Image ``[N, H, W, 3]`` uint8 BGR to ``rgb [N, 3, H, W]`` float32. TensorRT only ever casts bytes."""
+    pixels = g.node("Cast", INPUT, result="pixels", to=onnx.TensorProto.FLOAT)
+    planes = g.node("Transpose", pixels, result="bgr_planes", perm=[0, 3, 1, 2])
+    g.node("Gather", planes, g.integers("rgb_order", 2, 1, 0), result=_RGB, axis=1)
 
 
 def _score(g: _Builder, statistics: LowRankGaussian, sigma: float) -> None:

@@ -113,7 +113,7 @@ def test_the_basis_is_stored_in_float16_and_widened_once_at_load(graph: bytes, t
     options.log_severity_level = 3
     onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     optimised = onnx.load(tmp_path / "optimised.onnx").graph
-    assert [node.name for node in optimised.node if node.op_type == "Cast"] == ["edgeflame.rgb"]
+    assert [node.name for node in optimised.node if node.op_type == "Cast"] == ["edgeflame.pixels"]
     assert not any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in optimised.initializer)
 
 
