@@ -90,7 +90,7 @@ def check_update(path: Path, base: Path, *, max_relative_change: float) -> Verdi
 
 
 def merge(strategy: Strategy, base: Path, contributions: Sequence[Contribution], out: Path) -> None:
-    """Write the next global model, in canonical form, durably.
+    """Write the next global model, in canonical form and with the base's metadata, durably.
 
     The result depends on the set of contributions alone: sites are taken in sorted order, whatever theirs is here.
 
@@ -103,7 +103,7 @@ def merge(strategy: Strategy, base: Path, contributions: Sequence[Contribution],
         updates = [(c.weight, stack.enter_context(TensorFile(c.path))) for c in ordered]
         stack.enter_context(storage_errors(out, "write"))
         stream = stack.enter_context(out.open("wb"))
-        writer = TensorWriter(stream, before.schema)
+        writer = TensorWriter(stream, before.schema, before.metadata)
         for name, spec in before.schema.items():
             for start, stop in block_ranges(spec):
                 old = before.read(name, start, stop).astype(np.float64)

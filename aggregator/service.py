@@ -20,7 +20,7 @@ import msgspec
 
 from aggregator.announcer import Announcer
 from aggregator.config import AggregateConfig
-from aggregator.facts import RunStarted, RunState, begin
+from aggregator.facts import Fact, RunStarted, RunState, begin
 from aggregator.hall import Hall
 from aggregator.intake import Arrived, Intake
 from aggregator.journal import Journal
@@ -307,8 +307,7 @@ class _Service:
         for output in outputs:
             match output:
                 case Record():
-                    fields = msgspec.structs.asdict(output.fact)
-                    log.info(str(output.fact.__struct_config__.tag), **{k: v for k, v in fields.items() if v})
+                    _log_fact(output.fact)
                 case Announce():
                     self._announce()
                 case Tell():
@@ -359,3 +358,21 @@ class _Service:
         # While the link is down nothing is queued: all of it is said again when it is up, or asked for again.
         if self._is_up and self._link is not None:
             self._link.publish(topic, payload, retain=retain)
+
+
+def _log_fact(fact: Fact) -> None:
+    fields: dict[str, object] = {}
+    for name, value in msgspec.structs.asdict(fact).items():
+        match value:
+            case None | "" | () | {}:
+                continue
+            case tuple():
+                fields[name] = ",".join(map(str, value))
+            case dict():
+                fields.update({f"{name}_{key}": figure for key, figure in value.items()})
+            case str() if len(value) >= 32 and " " not in value:
+                # A hash or an id; the ledger has it whole.
+                fields[name] = value[:12]
+            case _:
+                fields[name] = value
+    log.info(str(fact.__struct_config__.tag), **fields)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import tempfile
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,6 +68,7 @@ class EmbeddedBroker:
         except ImportError as exc:
             msg = "the embedded broker is not installed: pip install 'edgeflame[broker]', or use Mosquitto"
             raise MissingDependencyError(msg) from exc
+        self._ended = threading.Event()
         self.bind = bind
         self.port = _claim(bind, port)
         self._folder = tempfile.TemporaryDirectory(prefix="edgeflame-broker-")
@@ -100,10 +102,31 @@ class EmbeddedBroker:
     ) -> None:
         self.close()
 
+    def wait(self) -> None:
+        """Wait until :meth:`close` is called (by another thread, or by a signal handler's exception).
+
+        Raises:
+            LinkError: the broker's process ended by itself.
+        """
+        while not self._ended.wait(1.0):
+            if not self.is_running:
+                msg = f"the embedded broker on {self.bind}:{self.port} ended unexpectedly"
+                raise LinkError(msg)
+
     def close(self) -> None:
         """Stop the broker and release its port."""
+        self._ended.set()
         self._broker.stop()
         self._folder.cleanup()
+
+
+def free_port(bind: str = "127.0.0.1") -> int:
+    """A TCP port that is free now.
+
+    Raises:
+        UsageError: ``bind`` is not an address of this machine.
+    """
+    return _claim(bind, 0)
 
 
 def _claim(bind: str, port: int) -> int:

@@ -1,7 +1,7 @@
 """Model weights as safetensors files, read and written tensor by tensor, and checked before anything is allocated.
 
-A *canonical* file has its tensors in name order, back to back, and no metadata: the same weights are the same
-bytes at every site, so their SHA-256 names them.
+A *canonical* file has its tensors in name order, back to back, and its metadata in key order: the same weights are
+the same bytes at every site, so their SHA-256 names them.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class TensorFile:
             self._stream: BinaryIO = path.open("rb")
         try:
             self._offsets: dict[str, int] = {}
+            self.metadata: dict[str, str] = {}
             self.schema: Schema = self._read_header()
         except BaseException:
             self._stream.close()
@@ -138,7 +139,8 @@ class TensorFile:
             header = self._stream.read(length)
         try:
             raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-            raw.pop("__metadata__", None)
+            if "__metadata__" in raw:
+                self.metadata = msgspec.json.decode(raw.pop("__metadata__"), type=dict[str, str])
             entries = {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items()}
         except (msgspec.DecodeError, RecursionError) as exc:
             msg = f"{self.path}: not a safetensors file ({exc})"
@@ -172,9 +174,11 @@ class TensorFile:
 class TensorWriter:
     """Writes a canonical file: every tensor of ``schema``, in name order, in blocks."""
 
-    def __init__(self, stream: BinaryIO, schema: Schema) -> None:
+    def __init__(self, stream: BinaryIO, schema: Schema, metadata: Mapping[str, str]) -> None:
         self._stream = stream
-        header: dict[str, _Entry] = {}
+        header: dict[str, _Entry | dict[str, str]] = {}
+        if metadata:
+            header["__metadata__"] = dict(sorted(metadata.items()))
         position = 0
         for name, spec in sorted(schema.items()):
             header[name] = _Entry(spec.dtype, spec.shape, (position, position + spec.size_bytes))
@@ -197,7 +201,7 @@ def canonicalise(source: Path, target: Path) -> None:
         StorageError: the disk fails.
     """
     with TensorFile(source) as tensors, storage_errors(target, "write"), target.open("wb") as stream:
-        writer = TensorWriter(stream, tensors.schema)
+        writer = TensorWriter(stream, tensors.schema, tensors.metadata)
         for name in tensors.schema:
             for block in tensors.blocks(name):
                 writer.write(block)

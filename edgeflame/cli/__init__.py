@@ -16,7 +16,11 @@ from edgeflame.errors import EXIT_INTERRUPTED, EdgeFlameError
 # name: (module that holds `command`, short help). The short help stands here so that `edgeflame --help`
 # imports no command module.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("edgeflame.cli.demo", "See all of EdgeFlame work on this machine, and read the report."),
     "demo-data": ("edgeflame.cli.demo_data", "Write generated furniture boards with defects and masks."),
+    "broker": ("edgeflame.cli.broker", "Run the embedded MQTT 5 broker."),
+    "aggregate": ("edgeflame.cli.aggregate", "Serve the training rounds of a fleet."),
+    "train": ("edgeflame.cli.train", "Take part in a fleet's training rounds."),
     "fit": ("edgeflame.cli.fit", "Fit a model to good images at one site and write its package."),
     "evaluate": ("edgeflame.cli.evaluate", "Measure a package on test images."),
     "calibrate": ("edgeflame.cli.calibrate", "Set a package's threshold from good images of the line."),

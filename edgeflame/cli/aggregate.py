@@ -1,0 +1,110 @@
+"""``edgeflame aggregate``: serve the rounds of a fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeflame.cli.link_options import broker_url, link_options
+
+if TYPE_CHECKING:
+    from aggregator.config import AggregateConfig
+    from aggregator.service import RunResult
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command(short_help="Serve the training rounds of a fleet.")
+@link_options()
+@click.option("--fleet", required=True, metavar="NAME", help="Which fleet; sites name the same.")
+@click.option("--state", required=True, type=_FOLDER, help="Journal and models; an interrupted run continues from it.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with the run's settings.")
+@click.option("--rounds", type=int, help="Number of rounds [default: 2].")
+@click.option("--sites", type=int, help="Begin when so many sites are ready [default: 2].")
+@click.option("--method", help="fedavg or flame [default: flame].")
+@click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
+@click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
+def command(
+    broker: str,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str,
+    state: Path,
+    config: Path | None,
+    rounds: int | None,
+    sites: int | None,
+    method: str | None,
+    out: Path | None,
+    new_run: bool,
+    as_json: bool,
+) -> None:
+    """Serve the training rounds of a fleet: wait for sites, average their models, hand out the result.
+
+    Ends when every site has its package, or exits with 1 when a round misses its quorum. Killed and started again
+    with the same --state, it continues where it was.
+    """
+    from aggregator.service import aggregate
+    from edgeflame.console import print_json, progress_bar
+    from edgeflame.errors import NegativeAnswerError
+
+    settings = _settings(config, rounds=rounds, sites=sites, method=method)
+    url = broker_url(broker, ca=ca, cert=cert, key=key)
+    with progress_bar(f"fleet {fleet}: rounds") as report:
+        result = aggregate(
+            broker=url,
+            fleet=fleet,
+            state_dir=state,
+            out_dir=out or state,
+            config=settings,
+            report=report,
+            new_run=new_run,
+            connect_timeout_s=connect_timeout,
+        )
+    if as_json:
+        print_json(result.ledger)
+    else:
+        _print_summary(result)
+    if not result.succeeded:
+        msg = f"{result.reason}; see {result.ledger_path}"
+        raise NegativeAnswerError(msg)
+
+
+def _settings(path: Path | None, *, rounds: int | None, sites: int | None, method: str | None) -> AggregateConfig:
+    """The file's settings; the command line wins over them."""
+    import msgspec
+
+    from aggregator.config import AggregateConfig
+    from edgeflame.config import load_config
+
+    settings = load_config(path, AggregateConfig)
+    changes: dict[str, Any] = {}
+    if rounds is not None:
+        changes["rounds"] = rounds
+    if sites is not None:
+        changes["min_sites"] = sites
+    if method is not None:
+        changes["learning"] = msgspec.structs.replace(settings.learning, method=method)
+    return msgspec.structs.replace(settings, **changes) if changes else settings
+
+
+def _print_summary(result: RunResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table(title=f"run {result.ledger['run'][:8]}: {result.ledger['outcome']}")
+    for heading in ("round", "contributed", "left out", "model"):
+        table.add_column(heading)
+    for entry in result.ledger["rounds"]:
+        came = ", ".join(f"{c['site']} ({c['num_samples']})" for c in entry["contributed"])
+        missed = ", ".join(f"{m['site']}: {m['reason']}" for m in entry["left_out"])
+        table.add_row(str(entry["round"]), came, missed, (entry["model_sha256"] or "")[:12])
+    console.print(table)
+    if result.model_path is not None:
+        console.print(f"global model: {result.model_path}", highlight=False)
+    console.print(f"ledger: {result.ledger_path}", highlight=False)

@@ -1,0 +1,113 @@
+"""``edgeflame train``: a site's part in a fleet's rounds."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from edgeflame.cli.link_options import broker_url, link_options
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``--config`` may say instead of the options. What is learnt is the aggregator's to say."""
+
+    broker: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    fleet: str | None = None
+    site: str | None = None
+    data: str | None = None
+    state: str | None = None
+    groups: str | None = None
+    out: str | None = None
+
+
+@click.command(short_help="Take part in a fleet's training rounds.")
+@link_options(broker_required=False)
+@click.option("--fleet", metavar="NAME", help="Which fleet.")
+@click.option("--site", metavar="ID", help="This site's name in it.")
+@click.option("--data", type=_FOLDER, help="This site's images; they stay here.")
+@click.option("--state", type=_FOLDER, help="What the site remembers [default: runs/FLEET/SITE].")
+@click.option("--config", type=_FILE, help="TOML file with any of these options.")
+@click.option("--out", type=_FILE, help="Where to write the package [default: left in the state folder].")
+@click.option("--groups", type=_FILE, help="CSV: which photographs show the same part.")
+@click.option("--worker", hidden=True, help="Command line of another worker program.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    config: Path | None,
+    worker: str | None,
+    as_json: bool,
+    connect_timeout: float | None,
+    **given: Any,
+) -> None:
+    """Take part in a fleet's training rounds, and make this site's package from the result.
+
+    The images stay here; model weights and figures go to the aggregator, whose configuration says what is learnt.
+    Killed and started again with the same --state, it continues where it was.
+    """
+    from edgeflame.config import load_config
+    from edgeflame.console import print_json, progress_bar
+    from edgeflame.errors import UsageError
+    from edgeflame.statedir import copy_durably
+    from edgeflame.topics import check_name
+    from trainer.agent.service import SiteOptions, take_part
+
+    options = {**msgspec.structs.asdict(load_config(config, SiteFile)), **{k: v for k, v in given.items() if v}}
+    missing = [f"--{name}" for name in ("broker", "fleet", "site", "data") if not options[name]]
+    if missing:
+        msg = f"{', '.join(missing)}: missing, as an option and in the configuration file"
+        raise UsageError(msg)
+    paths = {k: Path(options[k]) if options[k] else None for k in ("ca", "cert", "key", "state", "groups", "out")}
+    fleet, site = check_name("fleet", options["fleet"]), check_name("site", options["site"])
+    url = broker_url(options["broker"], ca=paths["ca"], cert=paths["cert"], key=paths["key"])
+    with progress_bar(f"site {site}") as report:
+        result = take_part(
+            SiteOptions(
+                broker=url,
+                fleet=fleet,
+                site=site,
+                data=Path(options["data"]),
+                state_dir=paths["state"] or Path("runs") / fleet / site,
+                worker_command=shlex.split(worker) if worker else _worker_command(ctx),
+                groups_file=paths["groups"],
+                connect_timeout_s=connect_timeout,
+            ),
+            report=report,
+        )
+    package = result.package
+    if package is not None and paths["out"] is not None:
+        paths["out"].parent.mkdir(parents=True, exist_ok=True)
+        copy_durably(package, paths["out"])
+        package = paths["out"]
+    if as_json:
+        print_json(
+            {
+                "site": site,
+                "run": result.run,
+                "model_sha256": result.model_sha256,
+                "package": None if package is None else str(package),
+                "summary": result.summary,
+            }
+        )
+        return
+    figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.summary.items())
+    click.echo(f"{site}: {package or 'no package'}{': ' if figures else ''}{figures}")
+
+
+def _worker_command(ctx: click.Context) -> list[str]:
+    # The worker writes to the same terminal or log file; it writes it the same way.
+    general = ctx.find_root().params
+    command_line = [sys.executable, "-m", "edgeflame.cli.train_worker", str(general.get("log_format", "text"))]
+    return command_line + ["-v"] * int(general.get("verbose", 0))

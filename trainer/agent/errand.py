@@ -1,0 +1,243 @@
+"""A step of the plan being taken: the orders, transfers and messages it consists of."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edgeflame.console import EventLog
+from edgeflame.learning import Learning
+from edgeflame.messages import BlobNeed, FinishReport, Offer, TaskFailed
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
+from edgeflame.transfer.store import Outgoing
+from trainer.agent.exchange import REPEAT_S, Download, Upload
+from trainer.agent.labour import Labour
+from trainer.agent.memory import Finished, Memory, Outcome
+from trainer.agent.orders import Done, FinishOrder, InitialOrder, Setup, TrainOrder
+from trainer.agent.plan import (
+    Fetch,
+    Finish,
+    OfferInitial,
+    OfferUpdate,
+    Prepare,
+    Report,
+    Step,
+    TellFailure,
+    Train,
+    Wait,
+)
+from trainer.agent.voice import Voice
+
+log = EventLog("site")
+
+
+class Errand:
+    """Takes one step at a time.
+
+    Args:
+        voice: speaks to the aggregator.
+        memory: the state directory.
+        labour: the worker.
+        data: the site's images.
+        groups_file: see :func:`edgeflame.dataset.open_dataset`.
+    """
+
+    def __init__(self, *, voice: Voice, memory: Memory, labour: Labour, data: Path, groups_file: Path | None) -> None:
+        self._voice = voice
+        self._memory = memory
+        self._labour = labour
+        self._data = data
+        self._groups_file = groups_file
+        self.learning = Learning()
+        self.chunk_bytes = DEFAULT_CHUNK_BYTES
+        self.step: Step = Wait(why="not connected")
+        self._download: Download | None = None
+        self._upload: Upload | None = None
+        self._said_at = 0.0
+
+    def begin(self, step: Step, now: float) -> None:
+        """Leave the step at hand and take another."""
+        self.stop()
+        self.step = step
+        memory = self._memory
+        match step:
+            case Wait(why=why):
+                log.info("waiting", why=why)
+            case Prepare(run=run):
+                memory.forget_other_runs(run)
+                self._labour.begin(self._setup(), InitialOrder(out=str(memory.draft("initial"))))
+            case Fetch(run=run, keep=keep, manifest=manifest):
+                memory.store.prune({memory.initial(run) or "", *keep})
+                self._voice.listen(manifest.sha256)
+                self._download = Download(memory.store, manifest, send=self._voice.send, now=now)
+            case Train(run=run, round=number, base=base):
+                self._labour.begin(self._setup(), self._train_order(run, number, base))
+            case OfferInitial(run=run):
+                self._upload = self._offer_initial(run)
+            case OfferUpdate(run=run, round=number):
+                self._upload = self._offer_update(run, number)
+            case Finish(run=run, model=model, ledger=ledger):
+                order = FinishOrder(
+                    model=str(memory.store.path(model).resolve()),
+                    out_dir=str(memory.finish_dir(run).resolve()),
+                    ledger=self._read_ledger(run, model, ledger),
+                )
+                self._labour.begin(self._setup(), order)
+            case _:
+                pass
+        self.say(now)
+
+    def stop(self) -> None:
+        """Leave the step at hand."""
+        if self._download is not None:
+            self._voice.listen_no_more(self._download.manifest.sha256)
+            self._download.close()
+            self._download = None
+        if self._upload is not None:
+            self._upload.close()
+            self._upload = None
+        if self._labour.is_busy:
+            # The announcement changed under the work: it is for nothing now.
+            self._labour.stop()
+
+    def say(self, now: float) -> None:
+        """Tell or ask the aggregator what the step needs; again on a new connection, and until it is answered."""
+        self._said_at = now
+        if self._voice.welcomed_by is None:
+            return
+        if self._download is not None:
+            self._download.ask()
+        if self._upload is not None:
+            self._upload.ask(now=now)
+        match self.step:
+            case Report(run=run, model=model):
+                finished = self._memory.finished(run)
+                assert finished is not None
+                self._voice.send(
+                    FinishReport(run=run, model=model, package=finished.package_sha256, summary=finished.summary)
+                )
+            case TellFailure(run=run, round=number, purpose=purpose, detail=detail):
+                self._voice.send(TaskFailed(run=run, purpose=purpose, round=number, detail=detail[:500]))
+            case _:
+                pass
+
+    def tick(self, now: float) -> None:
+        """Send what may be sent, and repeat what was not answered; while we are welcome."""
+        if self._download is not None:
+            self._download.tick(now)
+        if self._upload is not None:
+            self._upload.tick(now)
+            self._upload.pump()
+        if isinstance(self.step, Report | TellFailure) and now - self._said_at >= REPEAT_S:
+            self.say(now)
+
+    def chunk(self, sha256: str, index: int, data: bytes, *, now: float) -> None:
+        """A chunk arrived."""
+        if self._download is not None and self._download.manifest.sha256 == sha256:
+            self._download.chunk(index, data, now=now)
+
+    def need(self, need: BlobNeed, *, now: float) -> None:
+        """The aggregator's bitmap arrived."""
+        if self._upload is not None:
+            self._upload.need(need, now=now)
+
+    def done(self, done: Done) -> None:
+        """The worker carried the step's order out; remember what it made."""
+        memory = self._memory
+        match self.step:
+            case Prepare(run=run):
+                memory.keep_initial(run, memory.draft("initial"))
+            case Train(run=run, round=number):
+                outcome = Outcome(num_samples=done.num_samples, metrics=done.metrics)
+                memory.keep_update(run, number, memory.draft("update"), outcome)
+                log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
+            case Finish(run=run, model=model):
+                package = None if done.package is None else Path(done.package)
+                finished = Finished(
+                    model=model,
+                    package=None if package is None else package.name,
+                    package_sha256=None if package is None else describe_file(package).sha256,
+                    summary=done.summary,
+                )
+                memory.keep_finished(run, finished)
+                log.info("package_made", **done.summary)
+            case _:
+                pass
+
+    @property
+    def activity(self) -> tuple[str, int, int]:
+        """What is being done, how far it is and how far it goes; 0 of 0 where that is unknown."""
+        name = type(self.step).__name__.lower()
+        if self._download is not None:
+            return (name, *self._download.progress)
+        if self._upload is not None:
+            return (name, *self._upload.progress)
+        if self._labour.is_busy:
+            return name, max(self._labour.step.done, 0), max(self._labour.step.total, 0)
+        return name, 0, 0
+
+    def _offer_initial(self, run: str) -> Upload:
+        sha256 = self._memory.initial(run)
+        assert sha256 is not None
+        return self._offer(self._memory.store.path(sha256), run, "initial", 0, Outcome(num_samples=0, metrics={}))
+
+    def _offer_update(self, run: str, number: int) -> Upload:
+        kept = self._memory.update(run, number)
+        assert kept is not None
+        return self._offer(kept[0], run, "update", number, kept[1])
+
+    def _offer(
+        self, path: Path, run: str, purpose: Literal["initial", "update"], number: int, outcome: Outcome
+    ) -> Upload:
+        manifest = describe_file(path, chunk_bytes=self.chunk_bytes)
+        offer = Offer(
+            run=run,
+            purpose=purpose,
+            round=number,
+            manifest=manifest,
+            num_samples=outcome.num_samples,
+            metrics=outcome.metrics,
+        )
+
+        def publish(index: int, data: bytes) -> None:
+            self._voice.send_chunk(manifest.sha256, index, data)
+
+        return Upload(Outgoing(path, manifest), offer, send=self._voice.send, publish=publish)
+
+    def _train_order(self, run: str, number: int, base: str) -> TrainOrder:
+        history = self._memory.history(run, number)
+        return TrainOrder(
+            round=number,
+            base=str(self._memory.store.path(base).resolve()),
+            history=None if history is None else str(history.resolve()),
+            out=str(self._memory.draft("update")),
+            seed=task_seed(self.learning.seed, self._voice.site, number),
+        )
+
+    def _setup(self) -> Setup:
+        return Setup(
+            learning=self.learning,
+            site=self._voice.site,
+            data=str(self._data.resolve()),
+            state=str(self._memory.work_dir.resolve()),
+            groups_file=None if self._groups_file is None else str(self._groups_file.resolve()),
+        )
+
+    def _read_ledger(self, run: str, model: str, sha256: str | None) -> dict[str, Any]:
+        if sha256 is not None:
+            try:
+                data = self._memory.store.path(sha256).read_bytes()
+                ledger: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+            except (OSError, msgspec.DecodeError) as exc:
+                log.warning("ledger_unreadable", reason=str(exc))
+            else:
+                return ledger
+        return {"run": run, "model_sha256": model}
+
+
+def task_seed(seed: int, site: str, number: int) -> int:
+    """The seed of a site's round: 32 bits, which every generator takes, and another for each site and round."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}:{number}".encode()).digest()[:4], "big")

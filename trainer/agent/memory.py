@@ -1,0 +1,166 @@
+"""What a site remembers across restarts and power cuts.
+
+    STATE/install                                who we are: one id for the life of this directory
+    STATE/blobs, STATE/partial                   global models and the ledger
+    STATE/runs/<run>/initial.json                the SHA-256 of our initial model (in blobs)
+    STATE/runs/<run>/round-<n>/update.safetensors, outcome.json
+    STATE/runs/<run>/finish/...                  the package and what else the work wrote
+    STATE/runs/<run>/finish.json
+    STATE/work                                   the work's own
+
+A JSON file is written last and stands for what lies beside it. Nothing here says what the aggregator has: that is
+asked again, and answered again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from edgeflame.errors import StorageError
+from edgeflame.messages import Sha256
+from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.tensors import canonicalise
+from edgeflame.transfer.store import BlobStore
+
+KEPT_ROUNDS = 2
+"""The current round's update, and the one before: the historical model."""
+
+T = TypeVar("T")
+
+
+class _Initial(msgspec.Struct, frozen=True, kw_only=True):
+    sha256: Sha256
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished training; the model lies beside it."""
+
+    num_samples: int
+    metrics: dict[str, float]
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished site: what it made of which final model."""
+
+    model: Sha256
+    package: str | None
+    """Path below the run's ``finish`` folder."""
+    package_sha256: str | None
+    summary: dict[str, float | str]
+
+
+class Memory:
+    """A site's state directory, used by one process.
+
+    Raises:
+        StorageError: here and in every method, when the disk fails or a file of ours is damaged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root = root.resolve()
+        self.store = BlobStore(root)
+        self.work_dir = root / "work"
+        path = root / "install"
+        with storage_errors(root, "create"):
+            self.work_dir.mkdir(exist_ok=True)
+        if not path.exists():
+            write_durably(path, uuid.uuid4().hex.encode())
+        with storage_errors(path, "read"):
+            self.install = path.read_text("ascii", "replace").strip()
+
+    def initial(self, run: str) -> str | None:
+        """SHA-256 of our initial model in a run; None if it was not made, or is not in the store any more."""
+        record = self._load(self._run(run) / "initial.json", _Initial)
+        return None if record is None else record.sha256
+
+    def keep_initial(self, run: str, draft: Path) -> None:
+        """Take a new initial model into the store."""
+        canonical = self.draft("initial.canonical")
+        canonicalise(draft, canonical)
+        manifest = self.store.add(canonical)
+        draft.unlink(missing_ok=True)
+        self._save(self._run(run) / "initial.json", _Initial(sha256=manifest.sha256))
+
+    def update(self, run: str, number: int) -> tuple[Path, Outcome] | None:
+        """The update of a round, if it was trained."""
+        folder = self._round(run, number)
+        outcome = self._load(folder / "outcome.json", Outcome)
+        return None if outcome is None else (folder / "update.safetensors", outcome)
+
+    def keep_update(self, run: str, number: int, draft: Path, outcome: Outcome) -> None:
+        """Keep the update of a round, and forget those no longer needed."""
+        folder = self._round(run, number)
+        with storage_errors(folder, "create"):
+            folder.mkdir(parents=True, exist_ok=True)
+        canonicalise(draft, folder / "update.safetensors")
+        draft.unlink(missing_ok=True)
+        self._save(folder / "outcome.json", outcome)
+        for old in self._trained_rounds(run)[:-KEPT_ROUNDS]:
+            shutil.rmtree(self._round(run, old), ignore_errors=True)
+
+    def history(self, run: str, number: int) -> Path | None:
+        """This site's own model of the last round before ``number`` it trained in."""
+        earlier = [trained for trained in self._trained_rounds(run) if trained < number]
+        return self._round(run, earlier[-1]) / "update.safetensors" if earlier else None
+
+    def finish_dir(self, run: str) -> Path:
+        """Where the work writes the package; exists."""
+        folder = self._run(run) / "finish"
+        with storage_errors(folder, "create"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finished(self, run: str) -> Finished | None:
+        return self._load(self._run(run) / "finish.json", Finished)
+
+    def keep_finished(self, run: str, finished: Finished) -> None:
+        self._save(self._run(run) / "finish.json", finished)
+
+    def took_part(self, run: str) -> bool:
+        """Whether this site has begun with a run."""
+        return self._run(run).is_dir()
+
+    def forget_other_runs(self, run: str) -> None:
+        """Delete what belongs to runs before this one."""
+        runs = self._root / "runs"
+        if runs.is_dir():
+            for folder in runs.iterdir():
+                if folder.name != run:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def draft(self, name: str) -> Path:
+        """A path for the worker to write to."""
+        return self._root / f".{name}.draft"
+
+    def _run(self, run: str) -> Path:
+        return self._root / "runs" / run
+
+    def _round(self, run: str, number: int) -> Path:
+        return self._run(run) / f"round-{number:06d}"
+
+    def _trained_rounds(self, run: str) -> list[int]:
+        return sorted(int(path.parent.name[6:]) for path in self._run(run).glob("round-*/outcome.json"))
+
+    def _load(self, path: Path, kind: type[T]) -> T | None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            msg = f"{path}: cannot read ({exc.strerror})"
+            raise StorageError(msg) from exc
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.DecodeError as exc:
+            msg = f"{path}: damaged ({exc}); remove {path.parent} to begin this part again"
+            raise StorageError(msg) from exc
+
+    def _save(self, path: Path, record: msgspec.Struct) -> None:
+        with storage_errors(path.parent, "create"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, msgspec.json.encode(record))

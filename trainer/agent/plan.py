@@ -1,0 +1,201 @@
+"""What a site does now: a pure function of what was announced and of what it has. No history, no I/O.
+
+The aggregator's retained round state says what everyone is to do. The site compares it with what it remembers and
+takes the first step that is missing; when that is done, or the announcement changes, it looks again. A site that
+crashed, or slept through half a run, therefore needs no special treatment: it looks, and goes on.
+
+    announced    missing                                   step
+    ---------    -------                                   ----
+    any          an initial model                          Prepare
+    initialise   its receipt, if this site is asked        OfferInitial
+    train        if this site is asked: the base model     Fetch
+                 ... the update                            Train
+                 ... the aggregator's answer to it         OfferUpdate
+    finish       final model, ledger                       Fetch
+                 package                                   Finish
+                 the aggregator's answer to the report     Report
+    done         package                                   Finish, if the final model is here
+                 nothing                                   Leave
+    failed       -                                         Leave
+
+Otherwise it waits. After a failure of the work the step is TellFailure until the aggregator has heard it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeflame.messages import Purpose, RoundState
+from edgeflame.transfer.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What the plan depends on.
+
+    Attributes:
+        site: our name.
+        announced: the last round state; None before there is one.
+        took_part: this site has begun with the announced run.
+        initial: SHA-256 of our initial model in it.
+        has_update: the announced round's update is trained.
+        blobs: SHA-256 of those of the announcement's blobs that are here.
+        is_finished: the package is made of the announced final model.
+        answered: what the aggregator has receipted or refused in this run.
+        failure: what the work could not do, and why.
+    """
+
+    site: str
+    announced: RoundState | None = None
+    took_part: bool = False
+    initial: str | None = None
+    has_update: bool = False
+    blobs: frozenset[str] = frozenset()
+    is_finished: bool = False
+    answered: frozenset[tuple[Purpose, int]] = frozenset()
+    failure: tuple[Purpose, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Nothing to do until something is announced. ``why`` is for people."""
+
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Write the initial model."""
+
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch:
+    """Get a blob; of the others only those in ``keep`` are still needed."""
+
+    run: str
+    manifest: Manifest
+    keep: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    run: str
+    round: int
+    base: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfferInitial:
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfferUpdate:
+    run: str
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Make the package. ``ledger`` is None where it could not be had any more."""
+
+    run: str
+    model: str
+    ledger: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    run: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TellFailure:
+    run: str
+    round: int
+    purpose: Purpose
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """The run is over; ``problem`` if it is not over well for this site."""
+
+    run: str
+    problem: str | None = None
+    run_failed: bool = False
+
+
+Step = Wait | Prepare | Fetch | Train | OfferInitial | OfferUpdate | Finish | Report | TellFailure | Leave
+
+
+def plan(known: Knowledge) -> Step:
+    """The step to take now."""
+    announced = known.announced
+    if announced is None:
+        return Wait(why="no run is announced")
+    run = announced.run
+    if announced.phase in ("done", "failed"):
+        return _after_the_end(known, announced)
+    if known.failure is not None:
+        purpose, detail = known.failure
+        number = announced.round if purpose == "update" else 0
+        if (purpose, number) in known.answered:
+            return Leave(run=run, problem=detail)
+        return TellFailure(run=run, round=number, purpose=purpose, detail=detail)
+    if known.initial is None:
+        return Prepare(run=run)
+    match announced.phase:
+        case "initialise" if known.site in announced.asked:
+            if ("initial", 0) not in known.answered:
+                return OfferInitial(run=run)
+        case "train" if known.site in announced.asked and announced.base is not None:
+            return _in_a_round(known, announced, announced.base)
+        case "finish" if announced.base is not None:
+            return _at_the_finish(known, announced, announced.base)
+        case _:
+            pass
+    return Wait(why="others are at work")
+
+
+def _in_a_round(known: Knowledge, announced: RoundState, base: Manifest) -> Step:
+    run, number = announced.run, announced.round
+    if ("update", number) in known.answered:
+        return Wait(why="others are at work")
+    if known.has_update:
+        return OfferUpdate(run=run, round=number)
+    if base.sha256 not in known.blobs:
+        return Fetch(run=run, manifest=base, keep=known.blobs)
+    return Train(run=run, round=number, base=base.sha256)
+
+
+def _at_the_finish(known: Knowledge, announced: RoundState, model: Manifest) -> Step:
+    run = announced.run
+    if known.is_finished:
+        if ("finish", 0) in known.answered:
+            return Wait(why="others are at work")
+        return Report(run=run, model=model.sha256)
+    for manifest in (announced.ledger, model):
+        if manifest is not None and manifest.sha256 not in known.blobs:
+            return Fetch(run=run, manifest=manifest, keep=known.blobs)
+    ledger = announced.ledger.sha256 if announced.ledger is not None else None
+    return Finish(run=run, model=model.sha256, ledger=ledger)
+
+
+def _after_the_end(known: Knowledge, announced: RoundState) -> Step:
+    run = announced.run
+    if not known.took_part:
+        # The broker keeps the last run's end until the next run begins.
+        return Wait(why=f"run {run[:8]} is over; waiting for the next")
+    if known.failure is not None:
+        return Leave(run=run, problem=known.failure[1])
+    if announced.phase == "failed":
+        return Leave(run=run, problem=f"the run failed: {announced.detail}", run_failed=True)
+    if known.is_finished:
+        return Leave(run=run)
+    if announced.base is not None and announced.base.sha256 in known.blobs:
+        return Finish(run=run, model=announced.base.sha256, ledger=None)
+    return Leave(run=run, problem="the run ended before this site had its final model; its deadline had passed")

@@ -1,0 +1,308 @@
+"""The site's service: one thread between the link, the worker process and the state directory.
+
+It looks (:mod:`~trainer.agent.plan`), takes the step, and looks again whenever something arrived. All waiting is
+on one queue, so the link stays alive whatever the worker does.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edgeflame import __version__
+from edgeflame.brokerurl import BrokerUrl
+from edgeflame.console import EventLog, Progress
+from edgeflame.errors import ConfigError, EdgeFlameError, FederationError, NegativeAnswerError
+from edgeflame.learning import Learning
+from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
+from edgeflame.messages import (
+    BlobNeed,
+    DownMessage,
+    Heartbeat,
+    Purpose,
+    Receipt,
+    Refusal,
+    RoundState,
+    Turned,
+    Welcome,
+    decode_down,
+    decode_presence,
+    decode_round,
+)
+from edgeflame.statedir import locked_state_dir
+from edgeflame.topics import Chunk, Spoken, Topics, check_name
+from trainer.agent.errand import Errand
+from trainer.agent.labour import Labour
+from trainer.agent.memory import Memory
+from trainer.agent.orders import Done
+from trainer.agent.plan import Finish, Knowledge, Leave, Prepare, Step, Train, plan
+from trainer.agent.process import Died, Said
+from trainer.agent.voice import Voice
+
+log = EventLog("site")
+
+TICK_S = 0.25
+FAREWELL_S = 10.0
+"""A site that failed waits so long for the aggregator to hear of it before it leaves anyway, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """A site's part in a fleet.
+
+    Attributes:
+        broker: where the fleet meets.
+        fleet, site: names.
+        data: the site's images; they never leave it.
+        state_dir: what the site remembers; one process at a time.
+        worker_command: starts the worker process.
+        groups_file: see :func:`edgeflame.dataset.open_dataset`.
+        connect_timeout_s: give up if the broker was not reached within this time; None: never.
+    """
+
+    broker: BrokerUrl
+    fleet: str
+    site: str
+    data: Path
+    state_dir: Path
+    worker_command: Sequence[str]
+    groups_file: Path | None = None
+    connect_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteResult:
+    """What a site takes home. ``package`` is a file in the state directory, or None if the work makes none."""
+
+    run: str
+    model_sha256: str
+    package: Path | None
+    summary: dict[str, float | str]
+
+
+def take_part(options: SiteOptions, *, report: Progress) -> SiteResult:
+    """Take part in one run, from wherever it stands to its end.
+
+    Raises:
+        NegativeAnswerError: the run failed.
+        FederationError: the name is in use, or the run went on without this site.
+        LinkError: the broker refuses us, or was not reached in time.
+        UsageError: a name cannot be one.
+        StorageError, DataError, ...: what stopped this site's own work; the aggregator was told.
+    """
+    check_name("site", options.site)
+    with ExitStack() as stack:
+        stack.enter_context(locked_state_dir(options.state_dir))
+        return _Site(options, Topics(fleet=options.fleet), report).serve()
+
+
+class _Site:
+    def __init__(self, options: SiteOptions, topics: Topics, report: Progress) -> None:
+        self._options = options
+        self._report = report
+        self._memory = Memory(options.state_dir)
+        self._inbox: queue.SimpleQueue[Event | Said | Died] = queue.SimpleQueue()
+        self._labour = Labour(options.worker_command, self._inbox.put)
+        self._voice = Voice(topics, site=options.site, boot=uuid.uuid4().hex, install=self._memory.install)
+        self._errand = Errand(
+            voice=self._voice,
+            memory=self._memory,
+            labour=self._labour,
+            data=options.data,
+            groups_file=options.groups_file,
+        )
+        self._announced: RoundState | None = None
+        self._answered: frozenset[tuple[Purpose, int]] = frozenset()
+        self._failure: tuple[Purpose, EdgeFlameError, float] | None = None
+        self._turned_away: str | None = None
+
+    def serve(self) -> SiteResult:
+        """Until the run is over."""
+        options, voice = self._options, self._voice
+        topics = voice.topics
+        presence = topics.site_presence(options.site)
+        link = Link(
+            options.broker,
+            client_id=f"edgeflame-site-{options.fleet}-{options.site}-{voice.boot[:8]}",
+            filters=[topics.round, topics.aggregator_presence, topics.down(options.site), presence],
+            sink=self._inbox.put,
+            will=Will(topic=presence, payload=voice.farewell()),
+            connect_timeout_s=options.connect_timeout_s,
+        )
+        with link:
+            voice.link = link
+            try:
+                return self._loop()
+            finally:
+                self._errand.stop()
+                self._labour.stop()
+                if voice.welcomed_by is not None:
+                    link.publish(presence, voice.farewell(), retain=True)
+
+    def _loop(self) -> SiteResult:
+        while True:
+            try:
+                event = self._inbox.get(timeout=TICK_S)
+            except queue.Empty:
+                event = None
+            now = time.monotonic()
+            if event is not None:
+                self._on_event(event, now)
+            if self._turned_away is not None:
+                raise FederationError(self._turned_away)
+            if self._failure is not None and now >= self._failure[2]:
+                raise self._failure[1]
+            step = plan(self._knowledge())
+            if isinstance(step, Leave):
+                return self._leave(step)
+            if step != self._errand.step:
+                self._errand.begin(step, now)
+            self._voice.tick(now)
+            if self._voice.welcomed_by is not None:
+                self._errand.tick(now)
+                self._heartbeat(now)
+
+    def _on_event(self, event: Event | Said | Died, now: float) -> None:
+        match event:
+            case Up():
+                self._errand.chunk_bytes = event.chunk_bytes
+                self._voice.connection_changed(is_up=True)
+            case Down():
+                self._voice.connection_changed(is_up=False)
+            case Failed():
+                raise event.error
+            case Received():
+                try:
+                    self._on_message(event, now)
+                except FederationError as exc:
+                    log.warning("message_refused", topic=event.topic, reason=str(exc))
+                event.done()
+            case Said() | Died():
+                outcome = self._labour.on_event(event)
+                if isinstance(outcome, Done):
+                    self._errand.done(outcome)
+                elif outcome is not None:
+                    self._on_failure(outcome, now)
+
+    def _on_message(self, event: Received, now: float) -> None:
+        voice = self._voice
+        match voice.topics.parse(event.topic):
+            case Chunk(site=None, sha256=sha256, index=index):
+                self._errand.chunk(sha256, index, event.payload, now=now)
+            case Spoken(kind="round") if event.payload:
+                self._on_announcement(decode_round(event.payload))
+            case Spoken(kind="aggregator_presence") if event.payload:
+                presence = decode_presence(event.payload)
+                log.info("aggregator_online" if presence.online else "aggregator_offline")
+                if presence.online and presence.boot != voice.welcomed_by:
+                    voice.say_hello_again()
+            case Spoken(kind="site_presence") if event.payload:
+                # Another process of our name that was turned away left its last will in our place.
+                if voice.welcomed_by is not None and decode_presence(event.payload).boot != voice.boot:
+                    voice.publish_presence()
+            case Spoken(kind="down"):
+                self._on_down(decode_down(event.payload), now)
+            case _:
+                pass
+
+    def _on_announcement(self, announced: RoundState) -> None:
+        if self._announced is None or self._announced.run != announced.run:
+            self._answered = frozenset()
+            self._failure = None
+            try:
+                self._errand.learning = msgspec.json.decode(announced.learning, type=Learning)
+            except (msgspec.DecodeError, EdgeFlameError) as exc:
+                msg = f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
+                raise ConfigError(msg) from exc
+        self._announced = announced
+        log.info(
+            "announced", run=announced.run[:8], phase=announced.phase, round=announced.round, of=announced.num_rounds
+        )
+
+    def _on_down(self, message: DownMessage, now: float) -> None:
+        voice = self._voice
+        match message:
+            case Welcome(boot=voice.boot):
+                if voice.welcomed_by != message.aggregator:
+                    voice.welcomed(message.aggregator)
+                    self._errand.say(now)
+            case Turned(boot=voice.boot):
+                self._turned_away = message.detail
+            case BlobNeed():
+                self._errand.need(message, now=now)
+            case Receipt() | Refusal() if self._announced is not None and message.run == self._announced.run:
+                if isinstance(message, Refusal) and message.reason != "failed":
+                    log.warning(
+                        "refused",
+                        what=message.purpose,
+                        round=message.round,
+                        reason=message.reason,
+                        detail=message.detail,
+                    )
+                self._answered |= {(message.purpose, message.round)}
+            case _:
+                pass
+
+    def _on_failure(self, error: EdgeFlameError, now: float) -> None:
+        purposes: dict[type[Step], Purpose] = {Prepare: "initial", Train: "update", Finish: "finish"}
+        purpose = purposes.get(type(self._errand.step), "update")
+        log.error("work_failed", what=purpose, reason=str(error))
+        self._failure = (purpose, error, now + FAREWELL_S)
+
+    def _knowledge(self) -> Knowledge:
+        announced, memory, site = self._announced, self._memory, self._options.site
+        if announced is None:
+            return Knowledge(site=site)
+        run = announced.run
+        initial = memory.initial(run)
+        if announced.phase in ("waiting", "initialise") and initial is not None and initial not in memory.store:
+            initial = None
+        finished = memory.finished(run)
+        named = [manifest.sha256 for manifest in (announced.base, announced.ledger) if manifest is not None]
+        return Knowledge(
+            site=site,
+            announced=announced,
+            took_part=memory.took_part(run),
+            initial=initial,
+            has_update=memory.update(run, announced.round) is not None,
+            blobs=frozenset(sha256 for sha256 in named if sha256 in memory.store),
+            is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
+            answered=self._answered,
+            failure=None if self._failure is None else (self._failure[0], str(self._failure[1])),
+        )
+
+    def _heartbeat(self, now: float) -> None:
+        activity, done, total = self._errand.activity
+        self._report(done, total, activity)
+        announced = self._announced
+        initial = None if announced is None else self._memory.initial(announced.run)
+        beat = Heartbeat(
+            boot=self._voice.boot,
+            run=None if announced is None else announced.run,
+            ready=initial is not None and self._failure is None,
+            initial=initial,
+            activity=activity,
+            round=0 if announced is None else announced.round,
+            step=done,
+            num_steps=total,
+        )
+        self._voice.heartbeat(beat, now)
+
+    def _leave(self, leave: Leave) -> SiteResult:
+        if leave.run_failed:
+            raise NegativeAnswerError(leave.problem or "the run failed")
+        if self._failure is not None:
+            raise self._failure[1]
+        if leave.problem is not None:
+            raise FederationError(leave.problem)
+        finished = self._memory.finished(leave.run)
+        assert finished is not None
+        package = None if finished.package is None else self._memory.finish_dir(leave.run) / finished.package
+        return SiteResult(run=leave.run, model_sha256=finished.model, package=package, summary=finished.summary)

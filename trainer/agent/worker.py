@@ -1,0 +1,138 @@
+"""The worker process: carries out orders from its standard input, one after another, with one :class:`SiteWork`."""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NoReturn, TypeVar
+
+from edgeflame.errors import EdgeFlameError
+from trainer.agent.orders import (
+    TO_WORKER,
+    Done,
+    FinishOrder,
+    FromWorker,
+    InitialOrder,
+    Order,
+    Problem,
+    Ready,
+    Setup,
+    Step,
+    TrainOrder,
+    encode_line,
+)
+from trainer.agent.work import FinishTask, SiteWork, TrainTask
+
+V = TypeVar("V", bound=float | str)
+
+STEP_INTERVAL_S = 0.2
+"""Progress is reported no more often than this; the parent forwards it once a second."""
+
+
+def serve(build: Callable[[Setup], SiteWork]) -> NoReturn:
+    """Serve orders until standard input ends; then, or when the parent dies, the process exits at once.
+
+    Args:
+        build: makes the work; its errors are reported like those of the work.
+    """
+    # Ctrl-C goes to the whole terminal; it is the parent that decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Libraries print; what they print must not end up between our lines.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin.buffer, orders), name="edgeflame-orders", daemon=True).start()
+    try:
+        _serve(build, orders, out)
+    except BaseException:  # noqa: BLE001 - the outermost loop of this process
+        traceback.print_exc()
+    finally:
+        # Not through the interpreter's own end, which trips over a thread that reads standard input.
+        os._exit(1)
+
+
+def _serve(build: Callable[[Setup], SiteWork], orders: queue.SimpleQueue[bytes], out: BinaryIO) -> None:
+    try:
+        setup = TO_WORKER.decode(orders.get())
+        assert isinstance(setup, Setup)
+        work = build(setup)
+    except EdgeFlameError as exc:
+        _say(out, Problem(error=type(exc).__name__, message=str(exc)))
+        return
+    _say(out, Ready())
+    while True:
+        order = TO_WORKER.decode(orders.get())
+        assert not isinstance(order, Setup)
+        try:
+            answer: FromWorker = _carry_out(work, order, _Reporter(out))
+        except EdgeFlameError as exc:
+            answer = Problem(error=type(exc).__name__, message=str(exc))
+        _say(out, answer)
+
+
+def _carry_out(work: SiteWork, order: Order, report: _Reporter) -> Done:
+    match order:
+        case InitialOrder():
+            work.write_initial_model(Path(order.out))
+            return Done()
+        case TrainOrder():
+            outcome = work.train(
+                TrainTask(
+                    round=order.round,
+                    base=Path(order.base),
+                    history=None if order.history is None else Path(order.history),
+                    out=Path(order.out),
+                    seed=order.seed,
+                ),
+                report,
+            )
+            return Done(num_samples=outcome.num_samples, metrics=_finite(outcome.metrics))
+        case FinishOrder():
+            finish = work.finish(
+                FinishTask(model=Path(order.model), out_dir=Path(order.out_dir), ledger=order.ledger), report
+            )
+            return Done(
+                package=None if finish.package is None else str(finish.package),
+                statistics=None if finish.statistics is None else str(finish.statistics),
+                summary=_finite(finish.summary),
+            )
+
+
+class _Reporter:
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._last = 0.0
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last >= STEP_INTERVAL_S or done >= total:
+            self._last = now
+            _say(self._out, Step(done=done, total=total, note=note))
+
+
+def _finite(values: dict[str, V]) -> dict[str, V]:
+    # JSON has no NaN; a figure that is none says nothing either.
+    return {key: value for key, value in values.items() if isinstance(value, str) or math.isfinite(value)}
+
+
+def _say(out: BinaryIO, message: FromWorker) -> None:
+    try:
+        out.write(encode_line(message))
+    except BrokenPipeError:
+        # The parent is gone; nobody is left to work for.
+        os._exit(0)
+
+
+def _read(stream: BinaryIO, orders: queue.SimpleQueue[bytes]) -> None:
+    for line in stream:
+        orders.put(line)
+    # Also in the middle of a task: a worker must never outlive its parent.
+    os._exit(0)
