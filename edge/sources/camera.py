@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -33,10 +35,15 @@ class CameraSource:
             yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image)
 
     def _read(self, stop: threading.Event) -> Iterator[ImageU8]:
+        device = Path(f"/dev/video{self.index}")
+        # OpenCV would try every driver it has and print a warning of each.
+        if sys.platform == "linux" and not device.exists():
+            msg = f"{self.name}: no such camera (looked for {device})"
+            raise DataError(msg)
         capture = cv2.VideoCapture(self.index)
         try:
             if not capture.isOpened():
-                msg = f"{self.name}: no such camera, or it is in use (looked for /dev/video{self.index})"
+                msg = f"{self.name}: the camera cannot be opened; is it in use, or may only another user read {device}?"
                 raise DataError(msg)
             # The newest picture, not the oldest the driver still holds; not every driver obeys.
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeflame.console import configure_logging
 from edgeflame.errors import MissingDependencyError
-from trainer.agent.orders import Setup
-from trainer.agent.work import SiteWork
-from trainer.agent.worker import serve
+
+if TYPE_CHECKING:
+    from trainer.agent.orders import Setup
+    from trainer.agent.work import SiteWork
 
 
 def build(setup: Setup) -> SiteWork:
@@ -41,6 +43,8 @@ def main() -> None:
     """Serve orders until standard input ends. Arguments: the log format, and ``-v`` for details."""
     arguments = sys.argv[1:]
     configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
+    from trainer.agent.worker import serve
+
     serve(build)
 
 
