@@ -1,0 +1,162 @@
+"""The training loop: determinism, a golden curve, frozen batch norm, cached teachers."""
+
+from __future__ import annotations
+
+import copy
+
+import msgspec
+import pytest
+import torch
+
+from edgeflame.errors import NumericalError
+from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning, Training
+from trainer.flame import Teacher
+from trainer.imageset import ImageSet, rgb_tensor
+from trainer.model import SiteModel, build_model
+from trainer.objectives import OBJECTIVES
+from trainer.training import TrainingRun, train
+
+CPU = torch.device("cpu")
+
+
+def with_method(learning: Learning, method: str, **training: object) -> Learning:
+    return msgspec.structs.replace(
+        learning, method=method, training=msgspec.structs.replace(learning.training, **training)
+    )
+
+
+def run(learning: Learning, images: ImageSet, seed: int = 3, **teachers: object) -> tuple[SiteModel, TrainingRun]:
+    model, _ = build_model(learning)
+    return model, train(model, images, learning, seed=seed, **teachers)  # type: ignore[arg-type]
+
+
+def teachers_of(learning: Learning) -> dict[str, object]:
+    """Two networks that differ from the one in training."""
+    networks = []
+    for seed in (11, 12):
+        network = build_model(msgspec.structs.replace(learning, seed=seed))[0].backbone
+        networks.append(network)
+    return {"global_network": networks[0], "historical_network": networks[1]}
+
+
+def test_every_method_that_trains_has_an_objective() -> None:
+    assert set(OBJECTIVES) == set(METHODS) - {"none"}
+    assert set(FEDERATED_METHODS) <= set(OBJECTIVES)
+
+
+def test_a_short_training_follows_its_golden_curve(small_learning: Learning, images: ImageSet) -> None:
+    """Recorded with torch 2.15 on x86-64; a change of the loss, the noise or the order shows here."""
+    _, training = run(with_method(small_learning, "fade", epochs=3, learning_rate=0.03), images)
+    losses = [epoch["loss"] for epoch in training.epochs]
+    assert losses == pytest.approx(GOLDEN_FADE, rel=1e-3)
+
+
+GOLDEN_FADE = [0.98324, 0.95775, 0.94383]
+
+
+def test_the_same_seed_gives_the_same_weights(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "fade", epochs=1)
+    first, second, other = (run(learning, images, seed)[0].exchanged() for seed in (3, 3, 4))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_the_backbone_learns_and_its_batch_norm_statistics_stay(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "fade", epochs=1)
+    before = build_model(learning)[0].exchanged()
+    after = run(learning, images)[0].exchanged()
+    for name, tensor in after.items():
+        if name.startswith("backbone.") and "running_" in name:
+            assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(
+        after["backbone.network.conv_stem.weight"], before["backbone.network.conv_stem.weight"]
+    )
+    assert not torch.equal(after["discriminator.hidden.weight"], before["discriminator.hidden.weight"])
+
+
+def test_training_does_not_touch_the_global_random_state(small_learning: Learning, images: ImageSet) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(with_method(small_learning, "fade", epochs=1), images)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_first_round_without_history_is_fade(small_learning: Learning, images: ImageSet) -> None:
+    fade = run(with_method(small_learning, "fedavg"), images)[1]
+    flame = run(with_method(small_learning, "flame"), images)[1]
+    assert flame.epochs == fade.epochs
+    assert flame.num_teacher_forward == 0
+
+
+def test_flame_adds_mu_times_the_distillation(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "flame", epochs=1, distillation_weight=0.7)
+    epoch = run(learning, images, **teachers_of(learning))[1].epochs[0]
+    assert epoch["loss"] == pytest.approx(epoch["fade"] + 0.7 * epoch["distillation"], rel=1e-5)
+    assert epoch["distillation"] > 0
+
+
+def test_cached_teachers_teach_the_same_and_save_passes(
+    small_learning: Learning, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning = with_method(small_learning, "flame", epochs=3)
+    cached = run(learning, images, **teachers_of(learning))[1]
+    monkeypatch.setattr(Teacher.__init__, "__kwdefaults__", {"max_cache_bytes": 0})
+    uncached = run(learning, images, **teachers_of(learning))[1]
+    for one, other in zip(cached.epochs, uncached.epochs, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert cached.num_teacher_forward == 2 * len(images)
+    assert uncached.num_teacher_forward == 3 * 2 * len(images)
+    # (E + 2) / 3E of all passes remain.
+    total = cached.num_forward + cached.num_teacher_forward
+    assert total / (uncached.num_forward + uncached.num_teacher_forward) == pytest.approx(5 / 9)
+
+
+def test_a_teachers_cache_is_bounded_and_changes_nothing(small_learning: Learning, images: ImageSet) -> None:
+    network = build_model(small_learning)[0].backbone
+    one_image = network.grid[0] * network.grid[1] * network.num_channels * 4
+    small, none = Teacher(network, max_cache_bytes=3 * one_image), Teacher(network, max_cache_bytes=0)
+    for indices in ([0, 1, 2, 3], [3, 2, 1, 0], [5, 1]):
+        rgb = rgb_tensor(images.batch(indices), CPU)
+        torch.testing.assert_close(
+            small.log_probabilities(indices, rgb), none.log_probabilities(indices, rgb), rtol=1e-4, atol=1e-4
+        )
+    assert small.num_forward == 4 + 1 + 1
+    assert none.num_forward == 10
+
+
+def test_teachers_are_not_trained(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "flame", epochs=1)
+    teachers = teachers_of(learning)
+    before = copy.deepcopy(teachers)
+    run(learning, images, **teachers)
+    for name, network in teachers.items():
+        for key, tensor in network.state_dict().items():  # type: ignore[attr-defined]
+            assert torch.equal(tensor, before[name].state_dict()[key])  # type: ignore[attr-defined]
+
+
+def test_a_loss_that_is_no_number_stops_the_training(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "fade")
+    model, _ = build_model(learning)
+    with torch.no_grad():
+        model.discriminator.score.weight.fill_(float("nan"))
+    with pytest.raises(NumericalError, match="learning_rate"):
+        train(model, images, learning, seed=0)
+
+
+def test_progress_counts_images_over_epochs(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "fade")
+    seen: list[tuple[int, int]] = []
+    model, _ = build_model(learning)
+    train(model, images, learning, seed=0, progress=lambda done, total, note="": seen.append((done, total)))
+    assert seen[-1] == (2 * len(images), 2 * len(images))
+    assert seen == sorted(seen)
+
+
+def test_no_epochs_change_nothing(small_learning: Learning, images: ImageSet) -> None:
+    learning = msgspec.structs.replace(small_learning, method="fade", training=Training(epochs=0))
+    model, training = run(learning, images)
+    assert training.epochs == ()
+    for name, tensor in build_model(learning)[0].exchanged().items():
+        assert torch.equal(tensor, model.exchanged()[name])
