@@ -171,7 +171,7 @@ class _Service:
         link = Link(
             broker,
             client_id=f"edgeflame-aggregator-{self._topics.fleet}-{self._boot[:8]}",
-            filters=[self._topics.all_up(), self._topics.all_site_presences()],
+            filters=[self._topics.all_up(), self._topics.all_site_presences(), self._topics.aggregator_presence],
             sink=self._inbox.put,
             will=will,
             connect_timeout_s=connect_timeout_s,
@@ -254,10 +254,21 @@ class _Service:
                 presence = decode_presence(event.payload)
                 if not presence.online and self._hall.left(site, presence, now):
                     log.info("site_offline", site=site)
+            case Spoken(kind="aggregator_presence") if event.payload:
+                self._on_own_presence(decode_presence(event.payload))
             case Spoken(kind="up", site=str(site)):
                 self._on_up(site, decode_up(event.payload), now)
             case _:
                 log.warning("message_on_unknown_topic", topic=event.topic[:200])
+
+    def _on_own_presence(self, presence: Presence) -> None:
+        if presence.boot == self._boot:
+            return
+        if presence.online:
+            log.warning("another_aggregator", fleet=self._topics.fleet, boot=presence.boot[:12], run=presence.run)
+        else:
+            # The last will of the process before us came late, and stands where our birth was.
+            self._publish(self._topics.aggregator_presence, encode(self._presence(online=True)), retain=True)
 
     def _on_up(self, site: str, message: Any, now: float) -> None:
         machine = self._machine

@@ -260,7 +260,7 @@ class Connection:
             self._client.unsubscribe(item.topic_filter)
 
     def _is_flushed(self) -> bool:
-        return not self._ready or (not self._shared.outbox and not self._in_flight and not self._client.want_write())
+        return not self._shared.outbox and not self._in_flight and not self._client.want_write()
 
     def _shut(self) -> None:
         # paho has no other way to close its socket without saying goodbye.

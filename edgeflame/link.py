@@ -127,12 +127,12 @@ class Link:
         started = time.monotonic()
         ever_up = False
         attempt = 0
-        while not self._shared.closing.is_set():
+        while True:
             connection = Connection(self._shared)
             was_up, reason, refused = connection.run()
             self._shared.outbox.extendleft(reversed(connection.unsent()))
             if self._shared.closing.is_set():
-                return
+                break
             ever_up = ever_up or was_up
             attempt = 1 if was_up else attempt + 1
             if was_up:
@@ -160,4 +160,8 @@ class Link:
                     retry_in_s=round(delay_s, 1),
                     reason=reason,
                 )
-            self._shared.closing.wait(delay_s)
+            if self._shared.closing.wait(delay_s):
+                break
+        unsent = sum(isinstance(item, Publish) for item in self._shared.outbox)
+        if unsent:
+            log.warning("closed_with_unsent_messages", address=self._shared.url.address, count=unsent)

@@ -204,8 +204,9 @@ class _Site:
                 if presence.online and presence.boot != voice.welcomed_by:
                     voice.say_hello_again()
             case Spoken(kind="site_presence") if event.payload:
-                # Another process of our name that was turned away left its last will in our place.
-                if voice.welcomed_by is not None and decode_presence(event.payload).boot != voice.boot:
+                # The last will of the process before us, or of one that was turned away, stands in our place.
+                presence = decode_presence(event.payload)
+                if voice.welcomed_by is not None and presence.boot != voice.boot and not presence.online:
                     voice.publish_presence()
             case Spoken(kind="down"):
                 self._on_down(decode_down(event.payload), now)

@@ -1,0 +1,275 @@
+"""Blob transfer over a fake link that drops, doubles, reorders, damages and cuts; and on a real disk."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edgeflame.errors import StorageError
+from edgeflame.messages import BlobNeed
+from edgeflame.transfer.manifest import Manifest, describe_file, unpack_mask
+from edgeflame.transfer.receiver import MAX_ATTEMPTS, ChunkKind, Receiver
+from edgeflame.transfer.sender import Sender
+from edgeflame.transfer.store import BlobStore
+
+
+def describe(blob: bytes, chunk_bytes: int, folder: Path) -> Manifest:
+    path = folder / "blob"
+    path.write_bytes(blob)
+    return describe_file(path, chunk_bytes=chunk_bytes)
+
+
+@dataclass
+class Faults:
+    """Chances of what happens to a message, and until which step of the transfer; then the link is perfect."""
+
+    drop: float
+    double: float
+    damage: float
+    cut: float
+    reorder: float
+    until: int
+
+
+@dataclass
+class Side:
+    """A receiver with its memory for a disk."""
+
+    receiver: Receiver
+    data: bytearray
+    done: bool = False
+    given_up: bool = False
+
+
+@dataclass
+class FakeLink:
+    random: random.Random
+    faults: Faults
+    step: int = 0
+    to_receivers: list[tuple[int, bytes]] = field(default_factory=list)
+    to_sender: list[tuple[str, BlobNeed]] = field(default_factory=list)
+
+    def chunk(self, index: int, data: bytes) -> None:
+        self._put(self.to_receivers, (index, self._hurt(data)))
+
+    def need(self, name: str, need: BlobNeed) -> None:
+        self._put(self.to_sender, (name, need))
+
+    def _put(self, queue: list, item: object) -> None:
+        chance, faults = self.random.random, self.faults
+        broken = self.step < faults.until
+        if broken and chance() < faults.drop:
+            return
+        for _ in range(2 if broken and chance() < faults.double else 1):
+            at = self.random.randint(0, len(queue)) if broken and chance() < faults.reorder else len(queue)
+            queue.insert(at, item)
+
+    def _hurt(self, data: bytes) -> bytes:
+        if self.step < self.faults.until and data:
+            if self.random.random() < self.faults.damage:
+                at = self.random.randrange(len(data))
+                data = data[:at] + bytes([data[at] ^ (1 << self.random.randrange(8))]) + data[at + 1 :]
+            if self.random.random() < self.faults.cut:
+                data = data[: self.random.randrange(len(data))]
+        return data
+
+
+def run_transfer(blob: bytes, manifest: Manifest, sides: dict[str, Side], link: FakeLink) -> int:
+    """Everyone talks until all have it; returns the number of chunks sent. Time passes only when all is quiet."""
+    sender = Sender(manifest, window_chunks=4)
+    now, sent = 0.0, 0
+    for name, side in sides.items():
+        link.need(name, side.receiver.need(resend=True))
+    while not all(side.done or side.given_up for side in sides.values()):
+        link.step += 1
+        assert link.step < 20_000, "the transfer never ends"
+        progress = False
+        if link.to_sender:
+            name, need = link.to_sender.pop(0)
+            sender.need(name, unpack_mask(need.missing, manifest.num_chunks), resend=need.resend, now=now)
+            progress = True
+        if (index := sender.next_chunk(now)) is not None:
+            sent += 1
+            link.chunk(index, blob[manifest.offset(index) : manifest.offset(index) + manifest.length(index)])
+            progress = True
+        if link.to_receivers:
+            index, data = link.to_receivers.pop(0)
+            for name, side in sides.items():
+                take(side, manifest, index, data, now)
+                if side.receiver.ack_due:
+                    link.need(name, side.receiver.need(resend=False))
+            progress = True
+        if not progress:
+            now += 1.0
+            for name, side in sides.items():
+                if not side.done and side.receiver.stalled(now):
+                    link.need(name, side.receiver.need(resend=True))
+    return sent
+
+
+def take(side: Side, manifest: Manifest, index: int, data: bytes, now: float) -> None:
+    if side.receiver.chunk(index, data, now=now) is ChunkKind.NEW:
+        side.data[manifest.offset(index) : manifest.offset(index) + len(data)] = data
+        if side.receiver.is_complete and not side.done:
+            side.done = hashlib.sha256(side.data).hexdigest() == manifest.sha256
+            if not side.done:
+                side.given_up = not side.receiver.start_over()
+
+
+def new_side(manifest: Manifest, now: float = 0.0) -> Side:
+    have = np.zeros(manifest.num_chunks, dtype=np.bool_)
+    return Side(receiver=Receiver(manifest, have=have, now=now), data=bytearray(manifest.size_bytes))
+
+
+chance = st.floats(0, 0.6)
+faults = st.builds(
+    Faults, drop=chance, double=chance, damage=chance, cut=chance, reorder=chance, until=st.integers(0, 400)
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blob=st.binary(min_size=1, max_size=3000),
+    chunk_bytes=st.integers(1, 700).filter(lambda n: n > 20),
+    names=st.sets(st.sampled_from("abc"), min_size=1),
+    trouble=faults,
+    seed=st.integers(0, 2**32),
+)
+def test_a_bad_link_costs_time_and_never_gives_wrong_bytes(
+    tmp_path: Path, blob: bytes, chunk_bytes: int, names: set[str], trouble: Faults, seed: int
+) -> None:
+    manifest = describe(blob, chunk_bytes, tmp_path)
+    sides = {name: new_side(manifest) for name in sorted(names)}
+    run_transfer(blob, manifest, sides, FakeLink(random.Random(seed), trouble))
+    assert all(bytes(side.data) == blob for side in sides.values())
+
+
+PERFECT = Faults(drop=0, double=0, damage=0, cut=0, reorder=0, until=0)
+
+
+def test_a_perfect_link_sends_each_chunk_once_for_all(tmp_path: Path) -> None:
+    blob = random.Random(1).randbytes(10_000)
+    manifest = describe(blob, 100, tmp_path)
+    sides = {name: new_side(manifest) for name in "abcde"}
+    sent = run_transfer(blob, manifest, sides, FakeLink(random.Random(0), PERFECT))
+    # The first asks a moment before the others, and its first chunks are sent to the rest once more.
+    assert manifest.num_chunks <= sent <= manifest.num_chunks + 5
+
+
+def test_a_receiver_that_has_it_moves_nothing(tmp_path: Path) -> None:
+    manifest = describe(b"x" * 1000, 100, tmp_path)
+    sender = Sender(manifest)
+    sender.need("a", np.zeros(10, dtype=np.bool_), resend=True, now=0.0)
+    assert sender.next_chunk(0.0) is None
+    assert not sender.receivers
+
+
+def test_the_window_bounds_what_is_on_its_way(tmp_path: Path) -> None:
+    manifest = describe(b"x" * 1000, 10, tmp_path)
+    sender = Sender(manifest, window_chunks=7)
+    missing = np.ones(100, dtype=np.bool_)
+    sender.need("a", missing, resend=True, now=0.0)
+    sent = [sender.next_chunk(0.0) for _ in range(20)]
+    assert sent == [0, 1, 2, 3, 4, 5, 6] + [None] * 13
+    missing[:4] = False
+    sender.need("a", missing, resend=False, now=0.0)
+    assert [sender.next_chunk(0.0) for _ in range(5)] == [7, 8, 9, 10, None]
+
+
+def test_one_silent_receiver_does_not_stop_the_others(tmp_path: Path) -> None:
+    manifest = describe(b"x" * 100, 10, tmp_path)
+    sender = Sender(manifest, window_chunks=2, silence_s=5.0)
+    missing = np.ones(10, dtype=np.bool_)
+    sender.need("dead", missing, resend=True, now=0.0)
+    sender.need("alive", missing, resend=True, now=0.0)
+    assert [sender.next_chunk(0.0) for _ in range(3)] == [0, 1, None]
+    missing[:2] = False
+    sender.need("alive", missing, resend=False, now=4.0)
+    assert sender.next_chunk(4.0) is None
+    assert sender.next_chunk(6.0) == 2
+    assert sender.receivers == {"alive"}
+
+
+def test_a_false_manifest_is_given_up(tmp_path: Path) -> None:
+    blob = b"y" * 500
+    honest = describe(blob, 100, tmp_path)
+    false = Manifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
+    sides = {"a": new_side(false)}
+    sent = run_transfer(blob, false, sides, FakeLink(random.Random(0), PERFECT))
+    assert sides["a"].given_up
+    assert not sides["a"].done
+    assert sent == 5 * MAX_ATTEMPTS
+
+
+def test_an_unfinished_blob_continues_after_a_restart(tmp_path: Path) -> None:
+    blob = random.Random(2).randbytes(5000)
+    manifest = describe(blob, 512, tmp_path)
+    store = BlobStore(tmp_path / "store")
+    incoming = store.receive(manifest, owner="a", now=0.0)
+    for index in (0, 3, 9):
+        data = blob[manifest.offset(index) :][: manifest.length(index)]
+        assert incoming.chunk(index, data, now=0.0) is ChunkKind.NEW
+    # No close: the process was killed.
+    again = BlobStore(tmp_path / "store").receive(manifest, owner="a", now=0.0)
+    assert again.receiver.num_missing == 7
+    for index in range(10):
+        again.chunk(index, blob[manifest.offset(index) :][: manifest.length(index)], now=0.0)
+    assert again.finish()
+    assert manifest.sha256 in store
+    assert store.path(manifest.sha256).read_bytes() == blob
+    incoming.close()
+
+
+def test_chunks_whose_bytes_were_lost_in_a_power_cut_are_asked_for_again(tmp_path: Path) -> None:
+    blob = random.Random(3).randbytes(3000)
+    manifest = describe(blob, 1000, tmp_path)
+    store = BlobStore(tmp_path / "store")
+    incoming = store.receive(manifest, owner="a", now=0.0)
+    for index in range(3):
+        incoming.chunk(index, blob[index * 1000 : index * 1000 + 1000], now=0.0)
+    incoming.close()
+    partial = tmp_path / "store" / "partial" / "a" / manifest.sha256
+    with partial.open("r+b") as stream:
+        stream.seek(1000)
+        stream.write(bytes(1000))
+    again = store.receive(manifest, owner="a", now=0.0)
+    assert unpack_mask(again.receiver.need(resend=True).missing, 3).tolist() == [False, True, False]
+    again.close()
+
+
+def test_the_same_blob_in_other_chunks_continues_too(tmp_path: Path) -> None:
+    blob = random.Random(4).randbytes(4000)
+    manifest = describe(blob, 1000, tmp_path)
+    store = BlobStore(tmp_path / "store")
+    incoming = store.receive(manifest, owner="a", now=0.0)
+    incoming.chunk(1, blob[1000:2000], now=0.0)
+    incoming.close()
+    finer = describe(blob, 500, tmp_path)
+    again = store.receive(finer, owner="a", now=0.0)
+    assert unpack_mask(again.receiver.need(resend=True).missing, 8).tolist() == [True, True, False, False] + [True] * 4
+    again.close()
+
+
+def test_a_blob_larger_than_the_disk_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "store")
+    huge = Manifest(sha256="0" * 64, size_bytes=65536 << 20, chunk_bytes=1 << 20, crc32s=bytes(4 * 65536))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1 << 30})())
+        with pytest.raises(StorageError, match="1024 MiB free, a blob of 65536 MiB does not fit"):
+            store.receive(huge, owner="a", now=0.0)
+    assert not (tmp_path / "store" / "partial" / "a" / huge.sha256).exists()
+
+
+def test_an_empty_or_unreadable_file_cannot_be_described(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(StorageError, match="0 bytes"):
+        describe_file(tmp_path / "empty")
+    with pytest.raises(StorageError, match="No such file"):
+        describe_file(tmp_path / "missing")
