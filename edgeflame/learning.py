@@ -25,6 +25,9 @@ FEDERATED_METHODS = ("fedavg", "flame")
 
 MAX_RANK = 512
 
+MAX_NEIGHBOURHOOD = 9
+"""Cells; averaged more widely, an embedding no longer tells where it is."""
+
 
 def _require(condition: bool, rule: str, value: object) -> None:
     if not condition:
@@ -40,8 +43,15 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """timm ``out_indices``; their maps are resized to the finest of them and concatenated."""
     weights: str = "auto"
     """``auto`` (an installed weights package, then the timm hub), ``random``, or a .safetensors/.pth file."""
+    neighbourhood: int = 3
+    """Side, in cells of the patch grid, of the square that each embedding is averaged over; 1 for none."""
 
     def __post_init__(self) -> None:
+        _require(
+            1 <= self.neighbourhood <= MAX_NEIGHBOURHOOD and self.neighbourhood % 2 == 1,
+            f"backbone.neighbourhood must be odd, 1..{MAX_NEIGHBOURHOOD}",
+            self.neighbourhood,
+        )
         if not self.stages or any(stage < 0 for stage in self.stages) or list(self.stages) != sorted(set(self.stages)):
             msg = f"backbone stages must be rising numbers >= 0, not {list(self.stages)}"
             raise ConfigError(msg)

