@@ -132,10 +132,14 @@ class RoundMachine:
         joined = self._record(SiteJoined(site=site, install=install, initial=initial))
         return [*joined, *self._start_if_enough(now)]
 
-    def progressed(self, site: str, now: float) -> None:
-        """A site is a step further: it trained, sent or fetched something new."""
+    def progressed(self, site: str, now: float, *, is_ready: bool = True) -> None:
+        """A site is a step further: it trained, sent or fetched something new.
+
+        ``is_ready`` is false while it prepares, or on its way out after a failure: that brings no lost site back.
+        """
         self._progress[site] = now
-        self._returned.add(site)
+        if is_ready:
+            self._returned.add(site)
 
     def offered(self, site: str, offer: Offer, now: float) -> list[Output]:
         """A site has a model for us; maybe not for the first time."""
@@ -277,15 +281,14 @@ class RoundMachine:
         return [*self._record(RoundStarted(round=number, asked=tuple(asked))), Announce()]
 
     def available_sites(self) -> list[str]:
-        """Members that may be asked, sorted: all but those lost in the last round and not heard of since."""
-        current = self._state.round
+        """Members that may be asked, sorted: all but those that were lost and not heard of since."""
         lost: set[str] = set()
-        if current is not None:
-            failed = {site for site, refusal in current.refused.items() if refusal.reason == "failed"}
-            lost = (set(current.left_out) | failed) - self._returned
+        for entry in self._state.rounds:
+            failed = {site for site, refusal in entry.refused.items() if refusal.reason == "failed"}
+            lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | set(entry.left_out)
         members = set(self._state.members)
         # If all are lost they are asked all the same; the deadline will tell.
-        return sorted(members - lost or members)
+        return sorted(members - (lost - self._returned) or members)
 
     def _close_if_complete(self, now: float) -> list[Output]:
         current = self._state.round

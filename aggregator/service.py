@@ -280,7 +280,7 @@ class _Service:
                 if not self._hall.heartbeat(site, message, now):
                     return
                 if self._hall.is_step(site, message):
-                    machine.progressed(site, now)
+                    machine.progressed(site, now, is_ready=message.ready)
                 install = self._hall.install_of(site)
                 if message.ready and message.run == machine.state.run and message.initial and install:
                     self._carry_out(machine.ready(site, install=install, initial=message.initial, now=now), now)

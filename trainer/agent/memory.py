@@ -103,6 +103,10 @@ class Memory:
         for old in self._trained_rounds(run)[:-KEPT_ROUNDS]:
             shutil.rmtree(self._round(run, old), ignore_errors=True)
 
+    def forget_update(self, run: str, number: int) -> None:
+        """An update was refused for what it is: it is no model to learn from either."""
+        shutil.rmtree(self._round(run, number), ignore_errors=True)
+
     def history(self, run: str, number: int) -> Path | None:
         """This site's own model of the last round before ``number`` it trained in."""
         earlier = [trained for trained in self._trained_rounds(run) if trained < number]

@@ -49,6 +49,8 @@ from trainer.agent.voice import Voice
 log = EventLog("site")
 
 TICK_S = 0.25
+_BAD_MODEL = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
+"""Refusals that say that the update itself is bad, not only that it does not count."""
 FAREWELL_S = 10.0
 """A site that failed waits so long for the aggregator to hear of it before it leaves anyway, seconds."""
 
@@ -248,6 +250,9 @@ class _Site:
                         detail=message.detail,
                     )
                 self._answered |= {(message.purpose, message.round)}
+                if isinstance(message, Refusal) and message.purpose == "update" and message.reason in _BAD_MODEL:
+                    self._errand.stop()
+                    self._memory.forget_update(message.run, message.round)
             case _:
                 pass
 
