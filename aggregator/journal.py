@@ -79,6 +79,6 @@ class Journal:
         except sqlite3.Error as exc:
             msg = f"{self._path}: cannot {doing} the journal ({exc})"
             raise StorageError(msg) from exc
-        except (msgspec.DecodeError, EdgeFlameError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
             msg = f"{self._path}: the journal is damaged, or of another version of EdgeFlame ({exc})"
             raise StorageError(msg) from exc

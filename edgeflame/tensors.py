@@ -142,7 +142,7 @@ class TensorFile:
             if "__metadata__" in raw:
                 self.metadata = msgspec.json.decode(raw.pop("__metadata__"), type=dict[str, str])
             entries = {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items()}
-        except (msgspec.DecodeError, RecursionError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             msg = f"{self.path}: not a safetensors file ({exc})"
             raise DataError(msg) from exc
         begin = 8 + length

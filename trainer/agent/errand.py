@@ -231,7 +231,7 @@ class Errand:
             try:
                 data = self._memory.store.path(sha256).read_bytes()
                 ledger: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-            except (OSError, msgspec.DecodeError) as exc:
+            except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
                 log.warning("ledger_unreadable", reason=str(exc))
             else:
                 return ledger

@@ -160,7 +160,7 @@ class Memory:
             raise StorageError(msg) from exc
         try:
             return msgspec.json.decode(data, type=kind)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             msg = f"{path}: damaged ({exc}); remove {path.parent} to begin this part again"
             raise StorageError(msg) from exc
 

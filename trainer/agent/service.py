@@ -221,7 +221,7 @@ class _Site:
             self._failure = None
             try:
                 self._errand.learning = msgspec.json.decode(announced.learning, type=Learning)
-            except (msgspec.DecodeError, EdgeFlameError) as exc:
+            except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
                 msg = f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
                 raise ConfigError(msg) from exc
         self._announced = announced

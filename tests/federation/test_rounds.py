@@ -1,0 +1,311 @@
+"""The round machine, without a broker: transitions, deadlines, refusals, and that its journal is enough."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from aggregator.config import AggregateConfig
+from aggregator.facts import Fact, RunStarted, RunState, begin
+from aggregator.journal import Journal
+from aggregator.ledger import ledger
+from aggregator.models import Verdict
+from aggregator.rounds import Announce, Merge, Output, Receive, Record, RoundMachine, Tell
+from edgeflame.errors import ConfigError, StorageError
+from edgeflame.learning import Learning
+from edgeflame.messages import FinishReport, Offer, Receipt, Refusal, TaskFailed
+from edgeflame.transfer.manifest import Manifest
+
+RUN = "0" * 32
+DEADLINE_S = 100.0
+
+
+def sha(number: int) -> str:
+    return f"{number:064x}"
+
+
+class Driver:
+    """A machine and the facts it recorded; plays every site."""
+
+    def __init__(self, *, sites: int = 3, rounds: int = 2, quorum: float = 0.6, **more: object) -> None:
+        config = AggregateConfig(rounds=rounds, min_sites=sites, quorum=quorum, deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
+        self.facts: list[Fact] = [RunStarted(run=RUN, config=config, time="2026-01-01T00:00:00Z")]
+        assert isinstance(self.facts[0], RunStarted)
+        self.machine = RoundMachine(begin(self.facts[0]), now=0.0)
+        self.said: list[Output] = []
+        self.counter = itertools.count(1)
+        self.made = 0
+
+    @property
+    def state(self) -> RunState:
+        return self.machine.state
+
+    def take(self, outputs: list[Output]) -> list[Output]:
+        self.said += outputs
+        self.facts += [output.fact for output in outputs if isinstance(output, Record)]
+        for output in outputs:
+            if isinstance(output, Merge):
+                self.made += 1
+                self.take(
+                    self.machine.merged(output.round.number, sha256=sha(1000 + self.made), size_bytes=500, now=0.0)
+                )
+        return outputs
+
+    def ready(self, *sites: str, now: float = 0.0) -> None:
+        for site in sites:
+            self.take(self.machine.ready(site, install="1" * 32, initial=sha(0), now=now))
+
+    def offer(self, purpose: str, number: int, sha256: str, *, samples: int = 10, size: int = 500) -> Offer:
+        manifest = Manifest(sha256=sha256, size_bytes=size, chunk_bytes=size, crc32s=bytes(4))
+        return Offer(run=RUN, purpose=purpose, round=number, manifest=manifest, num_samples=samples)  # type: ignore[arg-type]
+
+    def deliver(self, site: str, offer: Offer, verdict: Verdict | None = None, now: float = 0.0) -> Receipt | Refusal:
+        """Offer, and let the blob arrive if it is wanted; the answer."""
+        outputs = self.take(self.machine.offered(site, offer, now))
+        if any(isinstance(output, Receive) for output in outputs):
+            outputs = self.take(self.machine.checked(site, offer, verdict or Verdict(), now))
+        answers = [o.message for o in outputs if isinstance(o, Tell) and o.site == site]
+        assert len(answers) == 1
+        assert isinstance(answers[0], Receipt | Refusal)
+        return answers[0]
+
+    def start(self, *sites: str) -> None:
+        self.ready(*sites)
+        assert isinstance(self.deliver(sites[0], self.offer("initial", 0, sha(0))), Receipt)
+
+    def update(self, site: str, number: int, *, now: float = 0.0) -> Receipt | Refusal:
+        return self.deliver(site, self.offer("update", number, sha(next(self.counter))), now=now)
+
+    def finish(self, *sites: str) -> None:
+        assert self.state.model is not None
+        for site in sites:
+            self.take(self.machine.finish_reported(site, FinishReport(run=RUN, model=self.state.model), 0.0))
+
+
+def test_a_whole_run() -> None:
+    run = Driver()
+    run.ready("c", "b")
+    assert run.state.phase == "waiting"
+    run.ready("a")
+    assert (run.state.phase, run.state.sources) == ("initialise", ("a",))
+    run.deliver("a", run.offer("initial", 0, sha(0)))
+    for number in (1, 2):
+        assert run.state.round is not None
+        assert (run.state.phase, run.state.round.number) == ("train", number)
+        for site in "bca":
+            assert isinstance(run.update(site, number), Receipt)
+    assert run.state.phase == "finish"
+    run.finish("a", "b", "c")
+    assert run.state.phase == "done"
+    assert run.state.ended is not None
+    assert run.state.ended.succeeded
+
+
+def test_every_decision_is_recorded_before_it_is_acted_upon() -> None:
+    run = Driver()
+    run.start("a", "b", "c")
+    outputs = run.take(run.machine.checked("a", run.offer("update", 1, sha(1)), Verdict(), 0.0))
+    kinds = [type(output) for output in outputs]
+    assert kinds.index(Record) < kinds.index(Tell)
+
+
+def test_the_facts_alone_give_the_same_state_at_every_point(tmp_path: Path) -> None:
+    run = Driver()
+    run.start("a", "b", "c")
+    run.update("b", 1)
+    run.deliver("a", run.offer("update", 1, sha(77)), Verdict(reason="norm", detail="far"))
+    run.update("c", 1)
+    run.take(run.machine.task_failed("a", TaskFailed(run=RUN, purpose="update", round=2, detail="x"), 0.0))
+    run.update("b", 2)
+    run.update("c", 2)
+    run.finish("b", "c", "a")
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        for fact in run.facts:
+            journal.append(RUN, [fact])
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        assert journal.last_run() == run.state
+    assert ledger(run.state)["outcome"] == "done"
+
+
+def test_a_restarted_machine_asks_for_what_is_missing() -> None:
+    run = Driver(sites=2)
+    run.start("a", "b")
+    run.update("a", 1)
+    state = run.state
+    # Killed after the second acceptance was journalled and before the model was made.
+    outputs = run.machine.checked("b", run.offer("update", 1, sha(9)), Verdict(), 0.0)
+    assert any(isinstance(output, Merge) for output in outputs)
+    again = RoundMachine(run.state, now=50.0)
+    kinds = [type(output) for output in again.resume(50.0)]
+    assert kinds == [Announce, Merge]
+    assert [type(output) for output in RoundMachine(state, now=0.0).resume(0.0)] == [Announce]
+
+
+def test_an_accepted_update_gets_its_first_receipt_again_and_another_is_a_duplicate() -> None:
+    run = Driver()
+    run.start("a", "b", "c")
+    offer = run.offer("update", 1, sha(5))
+    first = run.deliver("a", offer)
+    recorded = len(run.facts)
+    assert run.deliver("a", offer) == first
+    second = run.deliver("a", run.offer("update", 1, sha(6)))
+    assert isinstance(second, Refusal)
+    assert second.reason == "duplicate"
+    assert len(run.facts) == recorded
+    run.update("b", 1)
+    run.update("c", 1)
+    assert run.deliver("a", offer) == first, "also when the round is long over"
+
+
+def test_refusals_say_why() -> None:
+    run = Driver(sites=2, rounds=3, max_samples=50)
+    run.start("a", "b")
+    other = Offer(run="f" * 32, purpose="update", round=1, manifest=run.offer("update", 1, sha(1)).manifest)
+
+    def reason(site: str, offer: Offer) -> str:
+        answer = run.deliver(site, offer)
+        assert isinstance(answer, Refusal)
+        assert answer.detail
+        return answer.reason
+
+    assert reason("a", other) == "unknown_run"
+    assert reason("stranger", run.offer("update", 1, sha(1))) == "unknown_site"
+    assert reason("a", run.offer("update", 2, sha(1))) == "stale_round"
+    assert reason("a", run.offer("initial", 0, sha(3))) == "late"
+    run.ready("later")
+    assert reason("later", run.offer("update", 1, sha(1))) == "not_asked"
+    assert reason("a", run.offer("update", 1, sha(1), samples=51)) == "samples"
+    assert reason("b", run.offer("update", 1, sha(1), size=500 + (64 << 10) + 1)) == "too_large"
+    # Both are settled now; nobody contributed.
+    assert run.state.phase == "failed"
+    assert reason("a", run.offer("update", 1, sha(1))) == "late"
+
+
+def test_quorum_missed_fails_and_says_so() -> None:
+    run = Driver(quorum=1.0)
+    run.start("a", "b", "c")
+    run.update("a", 1)
+    run.update("b", 1)
+    run.deliver("c", run.offer("update", 1, sha(3)), Verdict(reason="not_finite", detail="NaN"))
+    assert run.state.phase == "failed"
+    assert run.state.ended is not None
+    assert run.state.ended.reason == "quorum missed in round 1: 2 of 3 sites contributed, 3 needed"
+    assert isinstance(run.said[-1], Announce)
+
+
+def test_deadlines_are_about_progress_and_not_about_time() -> None:
+    run = Driver()
+    run.start("a", "b", "c")
+    run.update("a", 1)
+    run.update("b", 1)
+    now = 0.0
+    for _ in range(50):
+        now += DEADLINE_S - 1
+        run.machine.progressed("c", now)
+        assert run.take(run.machine.tick(now)) == []
+    assert isinstance(run.update("c", 1, now=now), Receipt)
+
+
+def test_a_silent_site_is_left_out_and_not_asked_until_it_shows_progress() -> None:
+    run = Driver(rounds=4)
+    run.start("a", "b", "c")
+    run.update("a", 1)
+    run.update("b", 1)
+    run.take(run.machine.tick(DEADLINE_S - 1))
+    assert run.state.round is not None
+    assert run.state.round.number == 1
+    run.take(run.machine.tick(DEADLINE_S))
+    assert run.state.rounds[0].left_out == ("c",)
+    assert run.state.rounds[1].asked == ("a", "b")
+    late = run.deliver("c", run.offer("update", 1, sha(99)))
+    assert isinstance(late, Refusal)
+    assert late.reason == "stale_round"
+    run.update("a", 2)
+    run.update("b", 2)
+    assert run.state.rounds[2].asked == ("a", "b"), "lost for more than one round"
+    run.machine.progressed("c", DEADLINE_S + 5)
+    run.update("a", 3)
+    run.update("b", 3)
+    assert run.state.rounds[3].asked == ("a", "b", "c")
+
+
+def test_the_next_site_is_asked_when_the_first_has_no_initial_model() -> None:
+    run = Driver()
+    run.ready("a", "b", "c")
+    run.take(run.machine.tick(DEADLINE_S))
+    assert run.state.sources == ("a", "b")
+    bad = run.deliver("b", run.offer("initial", 0, sha(0)), Verdict(reason="not_tensors", detail="x"))
+    assert isinstance(bad, Refusal)
+    run.take(run.machine.task_failed("c", TaskFailed(run=RUN, purpose="initial", round=0, detail="no data"), 0.0))
+    assert run.state.phase == "failed"
+
+
+def test_sampling_is_seeded_and_asks_a_share() -> None:
+    def asked(seed: int) -> list[tuple[str, ...]]:
+        run = Driver(sites=10, rounds=5, sampling=0.3, seed=seed)
+        sites = [f"s{number}" for number in range(10)]
+        run.start(*sites)
+        for number in range(1, 6):
+            assert run.state.round is not None
+            for site in run.state.round.asked:
+                run.update(site, number)
+        return [entry.asked for entry in run.state.rounds]
+
+    assert asked(1) == asked(1)
+    assert asked(1) != asked(2)
+    assert {len(sites) for sites in asked(1)} == {3}
+
+
+def test_expected_sites_are_waited_for_by_name() -> None:
+    run = Driver(expected_sites=("a", "b"))
+    run.ready("a", "x")
+    assert run.state.phase == "waiting"
+    run.ready("b")
+    assert run.state.phase == "initialise"
+
+
+def test_any_order_of_arrival_gives_the_same_contributors_and_weights() -> None:
+    ledgers = set()
+    for seed in range(6):
+        run = Driver(sites=3, rounds=1)
+        run.start("a", "b", "c")
+        order = list("abc")
+        random.Random(seed).shuffle(order)
+        for site in order:
+            run.deliver(site, run.offer("update", 1, sha(ord(site)), samples=ord(site)))
+        ledgers.add(str(ledger(run.state)["rounds"]))
+    assert len(ledgers) == 1
+
+
+def test_a_journal_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes(b"this is not a database, and long enough to be sure of that" * 20)
+    with pytest.raises(StorageError, match="journal"):
+        Journal(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"rounds": 0}, "rounds"),
+        ({"quorum": 0.0}, "quorum"),
+        ({"sampling": 1.5}, "sampling"),
+        ({"deadline_s": 0.0}, "deadline_s"),
+        ({"strategy": "magic"}, "fedavg"),
+        ({"expected_sites": ("a/b",)}, "expected_sites"),
+        ({"learning": Learning(method="none")}, "flame"),
+    ],
+)
+def test_a_wrong_configuration_names_its_key(wrong: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        AggregateConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("quorum", "asked", "needed"), [(0.6, 5, 3), (0.6, 3, 2), (0.1, 3, 1), (1.0, 7, 7), (0.3, 10, 3)]
+)
+def test_quorum_arithmetic(quorum: float, asked: int, needed: int) -> None:
+    assert AggregateConfig(quorum=quorum).replies_needed(asked) == needed
