@@ -13,13 +13,19 @@ import onnx.shape_inference
 
 from edgeflame.errors import PackageError, StorageError
 from edgeflame.package import Package
+from export.precision import Precision, with_precision
 
 
-def onnx_with_metadata(package: Package) -> bytes:
+def onnx_with_metadata(package: Package, precision: Precision = "fp32") -> bytes:
     """The package's graph, checked, with what a stranger to the package must know in its ``metadata_props``.
+
+    Args:
+        package: whose graph.
+        precision: of its backbone, see :func:`export.precision.with_precision`.
 
     Raises:
         PackageError: the graph is not valid ONNX.
+        NumericalError: a weight does not fit the precision.
     """
     try:
         model = onnx.load_from_string(package.model_onnx)
@@ -31,6 +37,7 @@ def onnx_with_metadata(package: Package) -> bytes:
     ) as exc:
         msg = f"the package's graph is not valid ONNX ({str(exc).strip().splitlines()[0]})"
         raise PackageError(msg) from exc
+    model = with_precision(model, precision)
     known = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {**known, **describe(package)})

@@ -1,0 +1,104 @@
+"""The backbone in float16 and the scoring head in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnxruntime
+import pytest
+from small_model import bad_image, embed, good_image, random_gaussian
+
+from edgeflame.errors import NumericalError
+from edgeflame.images import Preprocessing
+from edgeflame.learning import Backbone
+from edgeflame.package import Package
+from export.graph import scoring_graph
+from export.precision import backbone_borders, backbone_nodes, with_precision
+
+FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+
+
+def run(model: onnx.ModelProto, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    scores, maps = session.run(["score", "anomaly_map"], {"image": images})
+    return scores, maps
+
+
+@pytest.fixture(scope="module")
+def convolutional() -> tuple[onnx.ModelProto, np.ndarray]:
+    """A real backbone with random weights, and images for it."""
+    from trainer.backbone import build_network
+
+    preprocessing = Preprocessing(height=64, width=64)
+    network, _ = build_network(Backbone(weights="random", stages=(1, 2)), preprocessing, seed=1)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    embeddings = embed(network, images)
+    statistics = random_gaussian(
+        grid=network.grid, channels=network.num_channels, rank=8, mean=embeddings[0] + 0.1 * embeddings[1]
+    )
+    graph = scoring_graph(network, statistics, preprocessing=preprocessing, smoothing_sigma=1.0, metadata={"a": "b"})
+    return onnx.load_from_string(graph), images
+
+
+def test_float16_scores_alike_and_the_original_is_left_alone(
+    convolutional: tuple[onnx.ModelProto, np.ndarray],
+) -> None:
+    model, images = convolutional
+    before = model.SerializeToString()
+    half = with_precision(model, "fp16")
+    assert model.SerializeToString() == before
+    np.testing.assert_allclose(run(half, images)[0], run(model, images)[0], rtol=0.01)
+    assert not np.array_equal(run(half, images)[1], run(model, images)[1])
+
+
+def test_every_weight_of_the_backbone_is_halved_and_none_of_the_head(
+    convolutional: tuple[onnx.ModelProto, np.ndarray],
+) -> None:
+    model, _ = convolutional
+    half = with_precision(model, "fp16")
+    before = {entry.name: entry.data_type for entry in model.graph.initializer}
+    after = {entry.name: entry.data_type for entry in half.graph.initializer}
+    assert before.keys() == after.keys()
+    for name, kind in after.items():
+        expected = HALF if before[name] == FLOAT and not name.startswith("edgeflame.") else before[name]
+        assert kind == expected, name
+    inferred = onnx.shape_inference.infer_shapes(half, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    body = {name for node in backbone_nodes(half.graph) for name in node.output}
+    assert FLOAT not in {types[name] for name in body}
+    assert types["edgeflame.squared"] == types["edgeflame.delta"] == FLOAT
+
+
+def test_inputs_outputs_and_metadata(convolutional: tuple[onnx.ModelProto, np.ndarray]) -> None:
+    model, _ = convolutional
+    assert backbone_borders(model.graph)[0] == ["rgb"]
+    for precision in ("fp32", "fp16"):
+        typed = with_precision(model, precision)  # type: ignore[arg-type]
+        assert list(typed.graph.input) == list(model.graph.input)
+        assert list(typed.graph.output) == list(model.graph.output)
+        metadata = {entry.key: entry.value for entry in typed.metadata_props}
+        assert metadata == {"a": "b", "edgeflame.precision": precision}
+
+
+def test_constants_in_attributes_are_halved_too(package: Package) -> None:
+    images = np.stack([good_image(5), bad_image(6)])
+    model = onnx.load_from_string(package.model_onnx)
+    scores = run(with_precision(model, "fp16"), images)[0]
+    # The spread of a block is a difference of squares: this network loses far more than a real one.
+    assert scores[0] < package.manifest.threshold.value < scores[1]
+
+
+def test_a_weight_beyond_float16_is_refused(convolutional: tuple[onnx.ModelProto, np.ndarray]) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(convolutional[0])
+    entry = next(
+        item for item in model.graph.initializer if item.data_type == FLOAT and not item.name.startswith("edgeflame.")
+    )
+    array = onnx.numpy_helper.to_array(entry).copy()
+    array.flat[0] = 1e5
+    entry.CopyFrom(onnx.numpy_helper.from_array(array, entry.name))
+    with pytest.raises(NumericalError, match=r"holds 1e\+05, beyond float16's 65504"):
+        with_precision(model, "fp16")
