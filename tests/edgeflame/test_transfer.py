@@ -197,6 +197,32 @@ def test_one_silent_receiver_does_not_stop_the_others(tmp_path: Path) -> None:
     assert sender.receivers == {"alive"}
 
 
+def test_a_repair_request_counts_what_is_on_its_way_as_lost(tmp_path: Path) -> None:
+    manifest = describe(b"x" * 50, 10, tmp_path)
+    sender = Sender(manifest)
+    missing = np.ones(5, dtype=np.bool_)
+    sender.need("a", missing, resend=True, now=0.0)
+    assert [sender.next_chunk(0.0) for _ in range(6)] == [0, 1, 2, 3, 4, None]
+    missing[[0, 2]] = False
+    sender.need("a", missing, resend=False, now=0.0)
+    assert sender.next_chunk(0.0) is None
+    sender.need("a", missing, resend=True, now=0.0)
+    assert [sender.next_chunk(0.0) for _ in range(4)] == [1, 3, 4, None]
+
+
+def test_a_blob_with_another_hash_never_gets_into_the_store(tmp_path: Path) -> None:
+    honest = describe(b"z" * 500, 100, tmp_path)
+    false = Manifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
+    store = BlobStore(tmp_path / "store")
+    incoming = store.receive(false, owner="a", now=0.0)
+    for index in range(5):
+        incoming.chunk(index, b"z" * 100, now=0.0)
+    assert incoming.receiver.is_complete
+    assert not incoming.finish()
+    assert false.sha256 not in store
+    incoming.discard()
+
+
 def test_a_false_manifest_is_given_up(tmp_path: Path) -> None:
     blob = b"y" * 500
     honest = describe(blob, 100, tmp_path)

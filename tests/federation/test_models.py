@@ -157,6 +157,13 @@ HOSTILE = {
         bytes(4),
     ),
     "gap": raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)),
+    "lying": raw(
+        {
+            "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 12]},
+        },
+        bytes(12),
+    ),
     "trailing": raw({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(8)),
     "type": raw({"a": {"dtype": "F8", "shape": [4], "data_offsets": [0, 4]}}, bytes(4)),
     "extra": raw({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4], "x": 1}}, bytes(4)),
