@@ -92,27 +92,28 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Gaussian statistics and the score made of them (Eq. 17, 18, 22, 23)."""
 
-    rank: int | Literal["auto"] = 24
+    rank: int | Literal["auto"] = "auto"
     """Eigenpairs kept per position; ``auto`` takes what held-out groups find most likely."""
-    max_rank: int = 32
+    max_rank: int = 24
     """The most ``auto`` may take: the line's budget."""
-    ridge: float = 0.01
-    """Share of the mean variance added to every eigenvalue."""
+    ridge: float | Literal["auto"] = "auto"
+    """Share of the mean variance added to every eigenvalue; ``auto`` as for the rank. Few images need much."""
     smoothing_sigma: float = 2.0
     """Standard deviation of the map's Gaussian smoothing, in cells of the patch grid; 0 for none."""
 
     def __post_init__(self) -> None:
         _require(self.rank == "auto" or 0 <= self.rank <= MAX_RANK, f"scoring.rank: auto or 0..{MAX_RANK}", self.rank)
         _require(1 <= self.max_rank <= MAX_RANK, f"scoring.max_rank must be 1..{MAX_RANK}", self.max_rank)
-        _require(self.ridge > 0, "scoring.ridge must be > 0", self.ridge)
+        _require(self.ridge == "auto" or self.ridge > 0, "scoring.ridge: auto or > 0", self.ridge)
         _require(self.smoothing_sigma >= 0, "scoring.smoothing_sigma must be >= 0", self.smoothing_sigma)
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the threshold is set from good images alone."""
 
-    false_reject_rate: float = 0.01
-    """Share of good parts the line may reject, if the number of parts allows to promise it."""
+    false_reject_rate: float = 0.05
+    """Share of good parts the line may reject, if the number of parts allows to promise it: 5% takes 59, 1% takes 299
+    of them. With fewer, the threshold is the highest score of all, where one odd part can hide real defects."""
     confidence: float = 0.95
     folds: int = 5
     """Parts of the cross-fit: statistics of all folds but one score the one."""

@@ -151,32 +151,35 @@ class LowRankGaussian:
         squared = self.distances(embeddings).astype(np.float64) ** 2
         return float(-0.5 * (log_det[None, :] + squared).mean())
 
-    def log_likelihoods(self, embeddings: F32) -> F64:
-        """:meth:`log_likelihood` of this Gaussian truncated to each rank 0..K at once.
+    def log_likelihoods(self, embeddings: F32, ridges: Sequence[float] | None = None) -> F64:
+        """:meth:`log_likelihood` of this Gaussian truncated to each rank 0..K at once, and with each ridge.
 
         Args:
             embeddings: ``[N, P, C]`` float32 of images the statistics have not seen.
+            ridges: shares of the mean variance to try in place of ``ridge``; by default that alone.
 
         Returns:
-            ``[K + 1]`` float64.
+            ``[len(ridges), K + 1]`` float64.
         """
         ranks = np.arange(self.rank + 1)
-        ridge = self.ridge_variance
         eigenvalues = self.eigenvalues.astype(np.float64)
         rest = (self.num_channels - self.rank) * self.residual.astype(np.float64)
         tails = np.concatenate([np.cumsum(eigenvalues[:, ::-1], axis=1)[:, ::-1], np.zeros((len(rest), 1))], axis=1)
-        residuals = (tails + rest[:, None]) / (self.num_channels - ranks) + ridge  # [P, K + 1]
-        eigenvalues = eigenvalues + ridge
+        residuals = (tails + rest[:, None]) / (self.num_channels - ranks)  # [P, K + 1]
 
         delta = (embeddings - self.mean).transpose(1, 0, 2)  # [P, N, C]
         along = (np.matmul(delta, self.basis).astype(np.float64) ** 2).mean(axis=1)  # [P, K] mean over images
         # One orthonormal basis, so the residual's square is a difference; float64 keeps it exact enough to rank.
         norm = (delta.astype(np.float64) ** 2).sum(axis=2).mean(axis=1)  # [P]
         beyond = np.clip(norm[:, None] - _cumulative(along), 0.0, None)
-        squared = beyond / residuals + _cumulative(along / eigenvalues)
-        log_det = _cumulative(np.log(eigenvalues)) + (self.num_channels - ranks) * np.log(residuals)
-        likelihoods: F64 = -0.5 * (log_det + squared).mean(axis=0)
-        return likelihoods
+        likelihoods = []
+        for ridge in (self.ridge,) if ridges is None else ridges:
+            added = ridge * self.mean_variance
+            squared = beyond / (residuals + added) + _cumulative(along / (eigenvalues + added))
+            log_det = _cumulative(np.log(eigenvalues + added))
+            log_det = log_det + (self.num_channels - ranks) * np.log(residuals + added)
+            likelihoods.append(-0.5 * (log_det + squared).mean(axis=0))
+        return np.stack(likelihoods)
 
     def as_stored(self) -> LowRankGaussian:
         """The same with the basis rounded to float16, as a package keeps it.
@@ -198,14 +201,8 @@ def fit_gaussian(
         DataError: fewer than two images, or a rank below zero.
         NumericalError: nothing varies between the images.
     """
-    if rank < 0:
-        msg = f"the rank must not be negative, got {rank}"
-        raise DataError(msg)
-    if moments.count < 2:
-        msg = f"statistics need at least 2 images, got {moments.count}"
-        raise DataError(msg)
     num_positions, num_channels = moments.shift.shape
-    rank = min(rank, moments.count - 1, num_channels - 1)
+    rank = _possible_rank(rank, moments.count, num_channels)
     basis = np.empty((num_positions, num_channels, rank), dtype=np.float32)
     eigenvalues = np.empty((num_positions, rank), dtype=np.float32)
     residual = np.empty(num_positions, dtype=np.float32)
@@ -223,6 +220,57 @@ def fit_gaussian(
         count=moments.count,
         ridge=ridge,
         mean=moments.mean.astype(np.float32),
+        basis=basis,
+        eigenvalues=eigenvalues,
+        residual=residual,
+    )
+
+
+def fit_gaussian_to_samples(
+    embeddings: F32, *, grid: tuple[int, int], rank: int, ridge: float = DEFAULT_RIDGE
+) -> LowRankGaussian:
+    """What :func:`fit_gaussian` gives for the moments of ``embeddings``, for fewer images than channels.
+
+    The N x N products between images have the same non-zero eigenvalues as the C x C covariance, so that with a
+    third as many images as channels the work is a tenth.
+
+    Args:
+        embeddings: ``[N, P, C]`` float32.
+        grid: height and width of the patch grid.
+        rank: as in :func:`fit_gaussian`.
+        ridge: as in :func:`fit_gaussian`.
+
+    Raises:
+        DataError: fewer than two images, or a rank below zero.
+        NumericalError: a value is NaN or infinite, or nothing varies between the images.
+    """
+    num_images, num_positions, num_channels = embeddings.shape
+    rank = _possible_rank(rank, num_images, num_channels)
+    if not np.isfinite(embeddings).all():
+        msg = "an embedding holds NaN or infinite values"
+        raise NumericalError(msg)
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    basis = np.zeros((num_positions, num_channels, rank), dtype=np.float32)
+    eigenvalues = np.empty((num_positions, rank), dtype=np.float32)
+    residual = np.empty(num_positions, dtype=np.float32)
+
+    def block(at: slice) -> None:
+        centred = (embeddings[:, at] - mean[at]).transpose(1, 0, 2) / np.sqrt(num_images - 1)  # [block, N, C]
+        values, vectors = np.linalg.eigh(centred @ centred.transpose(0, 2, 1))  # ascending
+        values = np.clip(values[:, ::-1], 0.0, None)
+        leading = vectors[:, :, ::-1][:, :, :rank]
+        # A direction without variance has no column to normalise; QR completes the basis there.
+        columns, _ = np.linalg.qr(centred.transpose(0, 2, 1) @ leading)
+        basis[at] = columns
+        eigenvalues[at] = values[:, :rank]
+        residual[at] = values[:, rank:].sum(axis=1) / (num_channels - rank)
+
+    over_positions(num_positions, block)
+    return LowRankGaussian(
+        grid=grid,
+        count=num_images,
+        ridge=ridge,
+        mean=mean.astype(np.float32),
         basis=basis,
         eigenvalues=eigenvalues,
         residual=residual,
@@ -306,3 +354,13 @@ def _cumulative(values: F64) -> F64:
     sums = np.zeros((values.shape[0], values.shape[1] + 1))
     np.cumsum(values, axis=1, out=sums[:, 1:])
     return sums
+
+
+def _possible_rank(rank: int, num_images: int, num_channels: int) -> int:
+    if rank < 0:
+        msg = f"the rank must not be negative, got {rank}"
+        raise DataError(msg)
+    if num_images < 2:
+        msg = f"statistics need at least 2 images, got {num_images}"
+        raise DataError(msg)
+    return min(rank, num_images - 1, num_channels - 1)

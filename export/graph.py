@@ -110,6 +110,10 @@ def _export_network(network: nn.Module, preprocessing: Preprocessing) -> onnx.Mo
             msg = f"the network's {name} holds NaN or infinite values"
             raise NumericalError(msg)
     frozen = copy.deepcopy(network).cpu().eval()
+    for module in frozen.modules():
+        if hasattr(module, "inplace"):
+            # The exporter has to take in-place activations apart again, which takes it as long as all the rest.
+            module.inplace = False
     # With an example batch of one the exporter would make the batch axis static.
     example = torch.zeros(2, 3, preprocessing.height, preprocessing.width)
     with torch.no_grad():

@@ -13,14 +13,17 @@ import torch
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
 from edgeflame.errors import DataError, UsageError
+from edgeflame.images import ImageU8
 from edgeflame.learning import SOLO_METHODS, Learning
 from edgeflame.package import Threshold, WeightsOrigin
+from edgeflame.references import DEFAULT_REFERENCES
 from edgeflame.statistics import LowRankGaussian
 from trainer.backbone import EmbeddingNetwork
 from trainer.embedding import Embeddings
 from trainer.gaussian import cross_fit, require_enough
 from trainer.imageset import ImageSet
 from trainer.model import SiteModel, build_model
+from trainer.references import choose_references
 from trainer.threshold import set_threshold
 from trainer.training import train
 
@@ -64,6 +67,7 @@ class Fitted:
         report: what happened while the images were read.
         training: metrics of the training, empty without one.
         seconds: by stage.
+        references: good images for the package, ``[R, height, width, 3]``.
     """
 
     network: EmbeddingNetwork
@@ -73,6 +77,7 @@ class Fitted:
     report: LoadReport
     training: dict[str, Any]
     seconds: dict[str, float]
+    references: ImageU8
 
     def provenance(self) -> dict[str, Any]:
         """How this fit went, for the package's manifest."""
@@ -94,9 +99,10 @@ def fit(
     *,
     on_unreadable: UnreadablePolicy = "skip",
     device: torch.device | None = None,
+    num_references: int = DEFAULT_REFERENCES,
     stage: Stage = quiet_stage,
 ) -> Fitted:
-    """Fit a model from the good training images of a data set.
+    """Fit a model from the good training images of a data set; ``num_references`` of them go into the package.
 
     Raises:
         UsageError: the method needs other sites.
@@ -129,6 +135,7 @@ def fit(
         report=images.report,
         training=training,
         seconds=seconds,
+        references=choose_references(images, num_references),
     )
 
 
@@ -175,16 +182,18 @@ def fit_statistics(
     threshold = set_threshold(result.held_out_scores, images.groups, learning.calibration, groups_known=groups_known)
     details: dict[str, Any] = {
         "rank": result.statistics.rank,
+        "ridge": result.statistics.ridge,
         "num_forward_passes": embeddings.num_forward,
         "held_out_score_median": float(sorted(result.held_out_scores)[len(images) // 2]),
         "held_out_score_max": float(result.held_out_scores.max()),
     }
     if result.likelihoods is not None:
-        details["held_out_log_likelihood_by_rank"] = [round(float(value), 3) for value in result.likelihoods]
+        details["held_out_log_likelihood_by_ridge_and_rank"] = result.likelihoods
     log.info(
         "statistics",
         images=len(images),
         rank=result.statistics.rank,
+        ridge=result.statistics.ridge,
         threshold=threshold.value,
         parts=threshold.num_groups,
         promised_false_reject_rate=round(threshold.false_reject_rate, 4),

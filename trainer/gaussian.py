@@ -1,14 +1,15 @@
 """Fitting the Gaussian statistics, choosing their rank, and scoring good images as if they had not been seen.
 
 Cross-fitting: the parts are dealt into folds; the statistics of all folds but one score the one. Every image gets
-an honest score, and still serves the final statistics. A fold is left out by taking its moments from the whole, so
-two sets of moments are in memory at most, whatever the number of folds.
+an honest score, and still serves the final statistics. The same held-out images choose rank and ridge, where the
+configuration leaves them open, by their likelihood.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,8 @@ import numpy.typing as npt
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import DataError
 from edgeflame.learning import Learning, Scoring
-from edgeflame.moments import MomentAccumulator, Moments
-from edgeflame.statistics import LowRankGaussian, fit_gaussian, smooth_maps
+from edgeflame.moments import MomentAccumulator
+from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
 from trainer.embedding import Embeddings
 
 log = EventLog("gaussian")
@@ -32,6 +33,10 @@ MIN_GROUPS = 2
 """With one part nothing can be held out."""
 
 
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Tried when the ridge is chosen automatically; few images call for much of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CrossFit:
     """Statistics of all images, and what the images look like to statistics that did not see them.
@@ -39,13 +44,13 @@ class CrossFit:
     Attributes:
         statistics: of all images, as a package stores them.
         held_out_scores: ``[N]`` raw image scores by the statistics of the other folds.
-        likelihoods: mean held-out log-likelihood per image and position for rank 0, 1, ...; None if the rank was
-            given.
+        likelihoods: mean held-out log-likelihood per image and position, by ridge (text), then by rank 0, 1, ...
+            (where the rank was given, only that one); None if neither was to be chosen.
     """
 
     statistics: LowRankGaussian
     held_out_scores: F64
-    likelihoods: F64 | None
+    likelihoods: dict[str, list[float]] | None
 
 
 def require_enough(num_images: int, num_groups: int) -> None:
@@ -81,40 +86,49 @@ def cross_fit(
     num_images = len(groups)
     require_enough(num_images, len(set(groups)))
     folds = make_folds(groups, learning.calibration.folds, learning.seed)
-    grid = embeddings.network.grid
-    automatic = scoring.rank == "auto"
+    automatic = scoring.rank == "auto" or scoring.ridge == "auto"
     rank = scoring.max_rank if scoring.rank == "auto" else scoring.rank
+    ridges = RIDGES if scoring.ridge == "auto" else (scoring.ridge,)
     counter = _Counter(progress, total=num_images * (4 if automatic else 3))
-
-    accumulator = MomentAccumulator()
-    for indices, batch in embeddings.batches(range(num_images)):
-        accumulator.add(batch)
-        counter.add(len(indices), "moments")
-    whole = accumulator.moments()
+    few = num_images <= embeddings.network.num_channels
+    fitter: _Fitter = _Samples(embeddings, counter) if few else _Streaming(embeddings, counter)
 
     without: list[LowRankGaussian] = []
-    likelihoods = np.zeros(rank + 1)
+    likelihoods = np.zeros((len(ridges), rank + 1))
     for fold in folds:
-        moments = _leave_out(whole, embeddings, fold, counter)
-        gaussian = fit_gaussian(moments, grid=grid, rank=rank, ridge=scoring.ridge)
+        gaussian = fitter.fit(leave_out=fold, rank=rank, ridge=ridges[0])
         without.append(gaussian)
-        likelihoods = likelihoods[: gaussian.rank + 1]
+        likelihoods = likelihoods[:, : gaussian.rank + 1]
         if automatic:
             for indices, batch in embeddings.batches(fold):
-                likelihoods += len(indices) / num_images * gaussian.log_likelihoods(batch)[: len(likelihoods)]
-                counter.add(len(indices), "choosing the rank")
+                share = len(indices) / num_images
+                likelihoods += share * gaussian.log_likelihoods(batch, ridges)[:, : likelihoods.shape[1]]
+                counter.add(len(indices), "choosing rank and ridge")
+    ridge = ridges[0]
     if automatic:
-        rank = int(np.argmax(likelihoods))
-        log.info("rank_chosen", rank=rank, max_rank=scoring.max_rank, log_likelihood=float(likelihoods[rank]))
+        if scoring.rank != "auto":
+            likelihoods[:, :-1] = -np.inf
+        row, rank = (int(index) for index in np.unravel_index(np.argmax(likelihoods), likelihoods.shape))
+        ridge = ridges[row]
+        log.info("rank_and_ridge_chosen", rank=rank, ridge=ridge, log_likelihood=float(likelihoods[row, rank]))
 
     scores = np.zeros(num_images)
     for fold, gaussian in zip(folds, without, strict=True):
-        stored = gaussian.truncated(rank).as_stored()
+        stored = replace(gaussian.truncated(rank), ridge=ridge).as_stored()
         for indices, batch in embeddings.batches(fold):
             scores[indices] = image_scores(score_maps(stored, batch, scoring))
             counter.add(len(indices), "scoring held-out parts")
-    statistics = fit_gaussian(whole, grid=grid, rank=rank, ridge=scoring.ridge).as_stored()
-    return CrossFit(statistics=statistics, held_out_scores=scores, likelihoods=likelihoods if automatic else None)
+    statistics = fitter.fit(leave_out=[], rank=rank, ridge=ridge).as_stored()
+    return CrossFit(
+        statistics=statistics,
+        held_out_scores=scores,
+        likelihoods={
+            f"{value:g}": [round(float(one), 3) for one in row if np.isfinite(one)]
+            for value, row in zip(ridges, likelihoods, strict=True)
+        }
+        if automatic
+        else None,
+    )
 
 
 def score_maps(statistics: LowRankGaussian, embeddings: F32, scoring: Scoring) -> F32:
@@ -164,12 +178,56 @@ class _Counter:
         self._progress(self._done, self._total, note)
 
 
-def _leave_out(whole: Moments, embeddings: Embeddings, fold: Iterable[int], counter: _Counter) -> Moments:
-    accumulator = MomentAccumulator(whole)
-    for indices, batch in embeddings.batches(list(fold)):
-        accumulator.remove(batch)
-        counter.add(len(indices), "leaving parts out")
-    if accumulator.count < 2:
+class _Fitter(Protocol):
+    def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
+        """Statistics of all images but some."""
+        ...
+
+
+class _Samples:
+    """From the embeddings themselves: for fewer images than channels, where that is far less work."""
+
+    def __init__(self, embeddings: Embeddings, counter: _Counter) -> None:
+        self._grid = embeddings.network.grid
+        self._counter = counter
+        batches = []
+        for indices, batch in embeddings.batches(range(len(embeddings))):
+            batches.append(batch)
+            counter.add(len(indices), "embeddings")
+        self._all = np.concatenate(batches)
+
+    def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
+        samples = np.delete(self._all, list(leave_out), axis=0)
+        _require_kept(len(samples))
+        self._counter.add(len(leave_out), "leaving parts out")
+        return fit_gaussian_to_samples(samples, grid=self._grid, rank=rank, ridge=ridge)
+
+
+class _Streaming:
+    """From moments, whose memory does not grow with the images; a fold is left out by taking it from the whole."""
+
+    def __init__(self, embeddings: Embeddings, counter: _Counter) -> None:
+        self._embeddings = embeddings
+        self._counter = counter
+        accumulator = MomentAccumulator()
+        for indices, batch in embeddings.batches(range(len(embeddings))):
+            accumulator.add(batch)
+            counter.add(len(indices), "moments")
+        self._whole = accumulator.moments()
+
+    def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
+        moments = self._whole
+        if len(leave_out):
+            accumulator = MomentAccumulator(self._whole)
+            for indices, batch in self._embeddings.batches(leave_out):
+                accumulator.remove(batch)
+                self._counter.add(len(indices), "leaving parts out")
+            _require_kept(accumulator.count)
+            moments = accumulator.moments()
+        return fit_gaussian(moments, grid=self._embeddings.network.grid, rank=rank, ridge=ridge)
+
+
+def _require_kept(count: int) -> None:
+    if count < 2:
         msg = "one part holds nearly all the images; the statistics need other parts to be tested on"
         raise DataError(msg)
-    return accumulator.moments()

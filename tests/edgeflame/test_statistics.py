@@ -17,6 +17,7 @@ from edgeflame.package import decode_statistics, encode_statistics
 from edgeflame.statistics import (
     LowRankGaussian,
     fit_gaussian,
+    fit_gaussian_to_samples,
     merge_gaussians,
     smooth_maps,
     smoothing_matrix,
@@ -217,9 +218,40 @@ def test_a_fault_is_never_a_pass() -> None:
 
 def test_log_likelihoods_of_all_ranks_are_those_of_each() -> None:
     held_out = embeddings(20, seed=3)
-    by_rank = NARROW.log_likelihoods(held_out)
-    each = [NARROW.truncated(rank).log_likelihood(held_out) for rank in range(C)]
-    np.testing.assert_allclose(by_rank, each, rtol=1e-5)
+    ridges = (NARROW.ridge, 0.3)
+    by_rank = NARROW.log_likelihoods(held_out, ridges)
+    for row, ridge in zip(by_rank, ridges, strict=True):
+        each = [replace(NARROW, ridge=ridge).truncated(rank).log_likelihood(held_out) for rank in range(C)]
+        np.testing.assert_allclose(row, each, rtol=1e-5)
+    np.testing.assert_array_equal(NARROW.log_likelihoods(held_out), by_rank[:1])
+
+
+@pytest.mark.parametrize(("count", "rank"), [(2, 1), (5, 2), (C, 3), (C + 3, C - 1)])
+def test_statistics_of_samples_are_those_of_their_moments(count: int, rank: int) -> None:
+    data, query = embeddings(count, seed=count), embeddings(9, seed=99)
+    from_moments = fit_gaussian(accumulate(data), grid=GRID, rank=rank, ridge=0.05)
+    from_samples = fit_gaussian_to_samples(data, grid=GRID, rank=rank, ridge=0.05)
+    assert (from_samples.rank, from_samples.count) == (from_moments.rank, count)
+    np.testing.assert_allclose(from_samples.distances(query), from_moments.distances(query), rtol=1e-4)
+    np.testing.assert_allclose(from_samples.residual, from_moments.residual, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_with_a_position_that_never_varies() -> None:
+    data = embeddings(6)
+    data[:, 0] = data[0, 0]
+    gaussian = fit_gaussian_to_samples(data, grid=GRID, rank=3)
+    assert np.isfinite(gaussian.distances(embeddings(4, seed=5))).all()
+    gram = gaussian.basis.transpose(0, 2, 1) @ gaussian.basis
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=1e-5)
+
+
+def test_samples_that_are_no_numbers_or_too_few_are_refused() -> None:
+    data = embeddings(4)
+    with pytest.raises(DataError, match="at least 2 images"):
+        fit_gaussian_to_samples(data[:1], grid=GRID, rank=1)
+    data[0, 0, 0] = np.nan
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        fit_gaussian_to_samples(data, grid=GRID, rank=1)
 
 
 def test_the_likelihood_finds_the_true_rank() -> None:

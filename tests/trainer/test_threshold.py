@@ -66,7 +66,7 @@ def test_the_part_is_the_unit_not_the_photograph(caplog: pytest.LogCaptureFixtur
     parts = [str(index // 4) for index in range(400)]
     np.testing.assert_array_equal(np.sort(highest_per_group(scores, parts)), np.arange(3.0, 400.0, 4.0))
     with caplog.at_level(logging.WARNING, logger="edgeflame"):
-        threshold = set_threshold(scores, parts, Calibration(), groups_known=True)
+        threshold = set_threshold(scores, parts, Calibration(false_reject_rate=0.01), groups_known=True)
     # 100 parts cannot promise one percent: the tightest promise instead, and a log line that says so.
     assert threshold.value == 399.0
     assert (threshold.num_groups, threshold.num_images) == (100, 400)
@@ -77,7 +77,8 @@ def test_the_part_is_the_unit_not_the_photograph(caplog: pytest.LogCaptureFixtur
 
 
 def test_enough_parts_get_what_was_asked_for() -> None:
-    threshold = set_threshold(np.arange(1000.0), [str(i) for i in range(1000)], Calibration(), groups_known=False)
+    calibration = Calibration(false_reject_rate=0.01)
+    threshold = set_threshold(np.arange(1000.0), [str(i) for i in range(1000)], calibration, groups_known=False)
     assert threshold.false_reject_rate == 0.01
     assert threshold.value < 999
     assert not threshold.groups_known

@@ -76,6 +76,7 @@ def write_report(contents: ReportContents) -> Path:
         results=contents.results,
         conditions=CONDITIONS,
         samples_by_label=_by_label(contents.samples),
+        contributions=_contributions(contents.ledger),
         auroc=_auroc_chart(contents.results),
         strips=[_strip_chart(result) for result in contents.results],
         total=sum(len(result.inspected) for result in contents.results),
@@ -130,8 +131,12 @@ def _by_label(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return grouped
 
 
+def _contributions(ledger: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"round": entry["round"], **update} for entry in ledger["rounds"] for update in entry["contributed"]]
+
+
 def _mean(results: Sequence[SiteResult], condition: str) -> float:
-    return sum(result.metrics[condition]["image_AUROC"] for result in results) / len(results)
+    return float(sum(result.metrics[condition]["image_AUROC"] for result in results) / len(results))
 
 
 def _auroc_chart(results: Sequence[SiteResult]) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def _auroc_chart(results: Sequence[SiteResult]) -> dict[str, Any]:
     ]
     low = min(0.9, math.floor(min(value for value in values if value is not None) * 20) / 20)
     x = _scale(low, 1.0, 150, CHART_WIDTH - 30)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for result in results:
         for kind, name in (("image_AUROC", "image"), ("pixel_AUROC", "pixel")):
             dots = [

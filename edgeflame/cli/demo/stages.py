@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from edgeflame.cli.demo.children import POLL_INTERVAL_S, Children
+from edgeflame.cli.demo.children import POLL_INTERVAL_S, Child, Children
 from edgeflame.cli.demo.plan import CONDITIONS, DemoPlan
 from edgeflame.cli.demo.report import Sample
 from edgeflame.cli.demo.results import SiteResult, read_inspected
@@ -46,42 +47,36 @@ def write_boards(plan: DemoPlan, progress: Progress) -> None:
 
 def train_together(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, Any]:
     """A broker, an aggregator and the sites, each its own process, through all rounds; returns the ledger."""
-    from edgeflame.broker import free_port
+    from edgeflame.broker import EmbeddedBroker
 
-    port = free_port()
-    url = f"mqtt://127.0.0.1:{port}"
     config = plan.out / "fleet.toml"
     config.write_text(
-        f"rounds = {plan.rounds}\nmin_sites = {plan.num_sites}\n\n"
+        f"rounds = {plan.rounds}\nmin_sites = {plan.num_sites}\nquorum = 1.0\n\n"
         f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n'
     )
-    common = ("--broker", url, "--fleet", FLEET)
     state = plan.out / "state"
-    broker = children.start("broker", "broker", "--port", str(port), num_threads=1)
-    aggregator = children.start(
-        "aggregator",
-        *("aggregate", *common, "--state", str(state / "aggregator"), "--config", str(config)),
-        *("--out", str(plan.out / "models")),
-        num_threads=1,
-    )
-    sites = [
-        children.start(
-            site,
-            *("train", *common, "--site", site, "--data", str(plan.data(site)), "--state", str(state / site)),
-            *("--out", str(plan.package(site, "federated"))),
-            num_threads=max(1, (os.cpu_count() or 1) // plan.num_sites),
+    with EmbeddedBroker(port=0) as broker:
+        common = ("--broker", broker.url, "--fleet", FLEET)
+        aggregator = children.start(
+            "aggregator",
+            *("aggregate", *common, "--state", str(state / "aggregator"), "--config", str(config)),
+            *("--out", str(plan.out / "models")),
+            num_threads=1,
         )
-        for site in plan.sites
-    ]
-    total = plan.num_sites * (plan.rounds + 1)
-    ended = False
-    while not ended:
-        broker.check()
-        ended = sum(child.check() for child in (aggregator, *sites)) == 1 + len(sites)
-        done, note = _fleet_progress(aggregator)
-        progress(min(done, total), total, note)
-        time.sleep(POLL_INTERVAL_S)
-    children.stop([broker])
+        sites = [
+            children.start(
+                site,
+                *("train", *common, "--site", site, "--data", str(plan.data(site)), "--state", str(state / site)),
+                *("--out", str(plan.package(site, "federated"))),
+                num_threads=max(1, (os.cpu_count() or 1) // plan.num_sites),
+            )
+            for site in plan.sites
+        ]
+        ended = False
+        while not ended:
+            ended = sum(child.check() for child in (aggregator, *sites)) == 1 + len(sites)
+            _report_fleet(plan, aggregator, progress)
+            time.sleep(POLL_INTERVAL_S)
     ledger: dict[str, Any] = json.loads((plan.out / "models" / "ledger.json").read_bytes())
     return ledger
 
@@ -182,9 +177,9 @@ def collect_results(
 def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
     """Test photographs of the first site with their heat maps: every defect from glaring to faint, and good ones."""
     import numpy as np
+
     from edge.overlay import overlay
     from edge.runtimes import open_runtime
-
     from edgeflame.dataset import open_dataset
     from edgeflame.images import read_image, read_mask
     from edgeflame.package import read_package
@@ -221,6 +216,21 @@ def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
     return samples
 
 
+def _report_fleet(plan: DemoPlan, aggregator: Child, progress: Progress) -> None:
+    """Progress from what the aggregator logs: joined sites, accepted updates, finished packages."""
+    notes = {"site_joined": "joined", "update_accepted": "trained", "site_finished": "has its package"}
+    done, note = 0, "starting"
+    for line in aggregator.log.read_bytes().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the last line may be half written
+        if entry.get("event") in notes:
+            done += 1
+            note = f"{entry['site']} {notes[entry['event']]}"
+    progress(done, plan.num_sites * (plan.rounds + 2), note)
+
+
 def _stream_source(plan: DemoPlan, site: str) -> str:
     return (
         f"boards:{plan.texture}?site={site}&seed={plan.seed}&parts={plan.stream_parts}"
@@ -235,7 +245,7 @@ def _severities(root: Path) -> dict[str, float]:
 
 
 def _run(
-    children: Children, jobs: list[tuple[str, tuple[str, ...]]], progress: Progress, parallel: int | None = None
+    children: Children, jobs: Sequence[tuple[str, Sequence[str]]], progress: Progress, parallel: int | None = None
 ) -> dict[str, Path]:
     outputs = {}
     for child in children.run_all(jobs, parallel=parallel or max(1, min(len(jobs), os.cpu_count() or 1))):

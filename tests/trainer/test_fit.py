@@ -1,0 +1,260 @@
+"""Fitting from a folder to a package, and what happens to bad folders."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from edgeflame.cli import cli
+from edgeflame.dataset import open_dataset
+from edgeflame.errors import DataError, EdgeFlameError, UsageError
+from edgeflame.learning import Learning
+from edgeflame.package import read_package
+from trainer.fit import fit
+
+SETTINGS = """
+[backbone]
+name = "test_efficientnet"
+stages = [1, 2]
+weights = "random"
+
+[input]
+height = 64
+width = 64
+
+[scoring]
+rank = 6
+smoothing_sigma = 1.0
+
+[training]
+epochs = 1
+batch_size = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "learning.toml"
+    path.write_text(SETTINGS)
+    return path
+
+
+@pytest.fixture
+def folder(parts_folder: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    shutil.copytree(parts_folder, root)
+    return root
+
+
+def edgeflame(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(one) for one in arguments])
+
+
+def error_of(result: Result) -> EdgeFlameError:
+    assert isinstance(result.exception, EdgeFlameError), result.output
+    assert "\n" not in str(result.exception)
+    return result.exception
+
+
+@pytest.fixture(scope="module")
+def fitted_package(parts_folder: Path, settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fitted") / "m.edgeflame"
+    result = edgeflame("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
+    assert result.exit_code == 0, result.output
+    assert "24 images" in result.output
+    assert "12 parts" in result.output
+    assert "was asked for" in result.output
+    return out
+
+
+def test_a_fitted_package_says_what_it_is(fitted_package: Path) -> None:
+    manifest = read_package(fitted_package).manifest
+    assert manifest.product == "plate"
+    assert (manifest.num_images, manifest.rank, manifest.weights.source) == (24, 6, "random")
+    assert manifest.threshold.num_groups == 12
+    assert manifest.threshold.groups_known
+    assert manifest.provenance["kind"] == "fit"
+    assert manifest.provenance["num_unreadable"] == 0
+
+
+def test_evaluate_runs_the_packages_own_graph(fitted_package: Path, parts_folder: Path) -> None:
+    result = edgeflame("evaluate", "--model", fitted_package, "--data", parts_folder, "--json")
+    assert result.exit_code == 0, result.output
+    report = msgspec.json.decode(result.stdout)
+    assert report["image_AUROC"] > 0.8
+    assert report["per_class"]["hole"]["num_images"] == 6
+    assert report["threshold"] == read_package(fitted_package).manifest.threshold.value
+    table = edgeflame("evaluate", "--model", fitted_package, "--data", parts_folder)
+    assert table.exit_code == 0
+    assert "hole" in table.output
+    assert "image AUROC" in table.output
+
+
+def test_the_graph_scores_as_the_trainer_does(fitted_package: Path, parts_folder: Path) -> None:
+    from edge.runtimes import open_runtime
+    from trainer.embedding import embed
+    from trainer.fit import read_training_images
+    from trainer.gaussian import image_scores, score_maps
+    from trainer.imageset import rgb_tensor
+    from trainer.model import build_model
+
+    torch = pytest.importorskip("torch")
+    package = read_package(fitted_package)
+    learning = package.manifest.learning
+    images = read_training_images(open_dataset(parts_folder), learning).batch(range(8))
+    model, _ = build_model(learning)
+    embeddings = embed(model.backbone, rgb_tensor(images, torch.device("cpu")))
+    maps = score_maps(package.statistics, embeddings, learning.scoring)
+    result = open_runtime(package.model_onnx, device="cpu").score(images)
+    np.testing.assert_allclose(result.maps, maps, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(result.scores, image_scores(maps), rtol=1e-3)
+
+
+def test_calibrate_sets_the_threshold_from_images_not_seen(
+    fitted_package: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "calibrated.edgeflame"
+    arguments = ("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", out)
+    result = edgeflame(*arguments, "--false-reject-rate", 0.4, "--confidence", 0.9)
+    assert result.exit_code == 0, result.output
+    before, after = read_package(fitted_package), read_package(out)
+    threshold = after.manifest.threshold
+    assert (threshold.num_images, threshold.num_groups) == (6, 6)  # test/good
+    assert (threshold.false_reject_rate, threshold.confidence) == (0.4, 0.9)
+    assert threshold.value != before.manifest.threshold.value
+    assert after.model_onnx == before.model_onnx
+    assert after.manifest.provenance["calibrated"]["previous_threshold"] == before.manifest.threshold.value
+
+
+def test_fade_trains_the_backbone(parts_folder: Path, settings_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fade.edgeflame"
+    result = edgeflame(
+        "fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--method", "fade", "--rank", "auto"
+    )
+    assert result.exit_code == 0, result.output
+    provenance = read_package(out).manifest.provenance
+    assert len(provenance["training"]["epochs"]) == 1
+    assert len(provenance["statistics"]["held_out_log_likelihood_by_ridge_and_rank"]) > 1
+
+
+def test_settings_on_the_command_line_win(parts_folder: Path, settings_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.edgeflame"
+    result = edgeflame(
+        "fit", "--data", parts_folder, "--out", out, "--config", settings_file,
+        "--rank", 2, "--size", 96, "--roi", "4,4,56,48", "--seed", 9, "--false-reject-rate", 0.3,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    learning = read_package(out).manifest.learning
+    assert (learning.scoring.rank, learning.input.width, learning.seed) == (2, 96, 9)
+    assert learning.input.roi is not None
+    assert learning.input.roi.height == 48
+    assert learning.calibration.false_reject_rate == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("--method", "magic"), 5, "unknown method 'magic'"),
+        (("--method", "flame"), 2, "needs other sites"),
+        (("--rank", "many"), 2, "--rank takes a number or auto"),
+        (("--size", "100"), 5, "multiple of 32"),
+        (("--roi", "1,2"), 5, "X,Y,WIDTH,HEIGHT"),
+        (("--roi", "0,0,500,500"), 3, "outside"),
+        (("--false-reject-rate", "2"), 5, "false_reject_rate"),
+        (("--device", "quantum"), 2, "quantum"),
+        (("--groups", "/no/such/file.csv"), 3, "groups file"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    parts_folder: Path, settings_file: Path, tmp_path: Path, arguments: tuple[str, ...], exit_code: int, message: str
+) -> None:
+    out = tmp_path / "m.edgeflame"
+    result = edgeflame("fit", "--data", parts_folder, "--out", out, "--config", settings_file, *arguments)
+    error = error_of(result)
+    assert error.exit_code == exit_code
+    assert message in str(error)
+    assert not out.exists()
+
+
+def test_an_empty_folder_and_one_of_non_images(tmp_path: Path, settings_file: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    arguments = ("fit", "--data", folder, "--out", tmp_path / "m.edgeflame", "--config", settings_file)
+    assert "no images found" in str(error_of(edgeflame(*arguments)))
+    (folder / "notes.txt").write_text("hello")
+    assert "no images found" in str(error_of(edgeflame(*arguments)))
+    for index in range(6):
+        (folder / f"{index}.png").write_text("hello")
+    error = error_of(edgeflame(*arguments))
+    assert "at least 4 readable good images" in str(error)
+    assert "6 could not be read" in str(error)
+
+
+def test_a_package_cannot_go_into_a_folder_that_is_not_there(parts_folder: Path, tmp_path: Path) -> None:
+    error = error_of(edgeflame("fit", "--data", parts_folder, "--out", tmp_path / "no" / "m.edgeflame"))
+    assert isinstance(error, UsageError)
+
+
+def test_one_unreadable_image_is_skipped_and_counted_or_refused(folder: Path, small_learning: Learning) -> None:
+    (folder / "train/good/07.png").write_bytes((folder / "train/good/07.png").read_bytes()[:200])
+    fitted = fit(open_dataset(folder), small_learning)
+    assert fitted.report.unreadable == ["train/good/07.png"]
+    assert fitted.site.statistics.count == 23
+    assert fitted.provenance()["num_unreadable"] == 1
+    with pytest.raises(DataError, match=r"07\.png"):
+        fit(open_dataset(folder), small_learning, on_unreadable="refuse")
+
+
+def test_images_of_mixed_size_and_mode_are_taken(folder: Path, small_learning: Learning) -> None:
+    good = folder / "train/good"
+    for index, convert in enumerate(
+        (
+            lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2GRAY),
+            lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2BGRA),
+            lambda image: image.astype(np.uint16) * 257,
+            lambda image: cv2.resize(image, (200, 90)),
+        )
+    ):
+        path = good / f"{index:02}.png"
+        cv2.imwrite(str(path), convert(cv2.imread(str(path))))
+    fitted = fit(open_dataset(folder), small_learning)
+    assert fitted.report.num_read == 24
+    assert len(fitted.report.sizes) == 2
+
+
+def test_too_few_images_and_too_few_parts(folder: Path, small_learning: Learning) -> None:
+    (folder / "groups.csv").write_text(
+        "path,part\n" + "".join(f"train/good/{index:02}.png,one\n" for index in range(24))
+    )
+    with pytest.raises(DataError, match="24 of 1"):
+        fit(open_dataset(folder), small_learning)
+    for path in sorted((folder / "train/good").iterdir())[3:]:
+        path.unlink()
+    with pytest.raises(DataError, match="got 3"):
+        fit(open_dataset(folder), small_learning)
+
+
+def test_the_same_images_again_and_again_are_refused(folder: Path, small_learning: Learning) -> None:
+    first = (folder / "train/good/00.png").read_bytes()
+    for path in (folder / "train/good").iterdir():
+        path.write_bytes(first)
+    with pytest.raises(EdgeFlameError, match="same picture"):
+        fit(open_dataset(folder), small_learning)
+
+
+def test_the_command_prints_an_error_in_one_line(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "edgeflame", "fit", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "m")],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 3
+    assert result.stderr.strip() == f"edgeflame: {tmp_path / 'no'}: no such folder"

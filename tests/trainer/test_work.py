@@ -1,0 +1,164 @@
+"""A site's rounds: files in, files out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+
+from edgeflame.console import no_progress
+from edgeflame.errors import DataError, FederationError, StorageError, UsageError
+from edgeflame.learning import Learning
+from edgeflame.package import WeightsOrigin, decode_statistics, read_package
+from export.graph import scoring_graph
+from trainer.agent.work import FinishTask, SiteWork, TrainTask
+from trainer.model import build_model, load_model, save_model
+from trainer.work import TorchSiteWork
+
+
+@pytest.fixture
+def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteWork:
+    return TorchSiteWork(
+        learning=msgspec.structs.replace(small_learning, method="flame"),
+        data=parts_folder,
+        site="west",
+        state=tmp_path,
+        groups_file=None,
+        exporter=scoring_graph,
+        product="plate",
+        device="cpu",
+    )
+
+
+def task(folder: Path, number: int, *, history: Path | None = None, seed: int = 1) -> TrainTask:
+    return TrainTask(
+        round=number, base=folder / "initial.safetensors", history=history, out=folder / f"{number}.safetensors",
+        seed=seed,
+    )  # fmt: skip
+
+
+def test_two_rounds_and_a_package(work: TorchSiteWork, tmp_path: Path) -> None:
+    site: SiteWork = work  # it has the shape the agent expects
+    initial = tmp_path / "initial.safetensors"
+    site.write_initial_model(initial)
+    seen: list[int] = []
+    first = site.train(task(tmp_path, 1), lambda done, total, note="": seen.append(done))
+    assert first.num_samples == 24
+    assert seen
+    assert first.metrics["num_teacher_forward"] == 0
+    second = site.train(task(tmp_path, 2, history=tmp_path / "1.safetensors"), no_progress)
+    assert second.metrics["num_teacher_forward"] == 48
+    assert second.metrics["distillation"] > 0
+
+    base, trained = (safetensors.torch.load_file(path) for path in (initial, tmp_path / "2.safetensors"))
+    assert {name: (one.shape, one.dtype) for name, one in base.items()} == {
+        name: (one.shape, one.dtype) for name, one in trained.items()
+    }
+    assert all(tensor.dtype == torch.float32 for tensor in base.values())
+    assert any(name.startswith("discriminator.") for name in base)
+    assert any(name.endswith("running_var") for name in base)
+
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    outcome = site.finish(
+        FinishTask(model=tmp_path / "2.safetensors", out_dir=out_dir, ledger={"rounds": [{"sites": ["west"]}]}),
+        no_progress,
+    )
+    assert outcome.package is not None
+    assert outcome.statistics is not None
+    package = read_package(outcome.package)
+    assert (package.manifest.site, package.manifest.product) == ("west", "plate")
+    assert package.manifest.provenance["ledger"] == {"rounds": [{"sites": ["west"]}]}
+    assert package.manifest.weights.source == "random"
+    assert decode_statistics(outcome.statistics.read_bytes()).count == 24
+    assert outcome.summary["threshold"] == package.manifest.threshold.value
+
+
+def test_the_same_task_gives_the_same_file(work: TorchSiteWork, tmp_path: Path) -> None:
+    work.write_initial_model(tmp_path / "initial.safetensors")
+    files = []
+    for seed in (5, 5, 6):
+        work.train(task(tmp_path, 1, seed=seed), no_progress)
+        files.append((tmp_path / "1.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_the_initial_model_is_the_same_at_every_site(work: TorchSiteWork, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        work.write_initial_model(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safetensors.safe_open(str(tmp_path / "a"), framework="pt") as stream:
+        assert "random" in stream.metadata()["weights"]
+
+
+def test_without_an_exporter_there_are_statistics_but_no_package(
+    parts_folder: Path, small_learning: Learning, tmp_path: Path
+) -> None:
+    learning = msgspec.structs.replace(small_learning, method="fedavg")
+    work = TorchSiteWork(learning=learning, data=parts_folder, site="west", state=tmp_path)
+    work.write_initial_model(tmp_path / "m")
+    outcome = work.finish(FinishTask(model=tmp_path / "m", out_dir=tmp_path, ledger={}), no_progress)
+    assert outcome.package is None
+    assert outcome.statistics is not None
+
+
+def test_a_site_that_cannot_take_part(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a federated one"):
+        TorchSiteWork(learning=small_learning, data=parts_folder, site="west", state=tmp_path)
+    federated = msgspec.structs.replace(small_learning, method="fedavg")
+    with pytest.raises(DataError, match="no such folder"):
+        TorchSiteWork(learning=federated, data=tmp_path / "no", site="west", state=tmp_path)
+
+
+def spoil(path: Path, how: str) -> None:
+    tensors = safetensors.torch.load_file(path)
+    name = "discriminator.hidden.weight"
+    if how == "missing":
+        del tensors[name]
+    elif how == "extra":
+        tensors["else"] = torch.zeros(1)
+    elif how == "shape":
+        tensors[name] = tensors[name][:1]
+    elif how == "type":
+        tensors[name] = tensors[name].half()
+    elif how == "nan":
+        tensors[name][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, path)
+
+
+@pytest.mark.parametrize("how", ["missing", "extra", "shape", "type", "nan"])
+def test_a_model_of_another_configuration_is_refused(small_learning: Learning, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "m.safetensors"
+    save_model(path, build_model(small_learning)[0])
+    load_model(path, small_learning)
+    spoil(path, how)
+    with pytest.raises(FederationError, match=r"m\.safetensors"):
+        load_model(path, small_learning)
+
+
+def test_damaged_and_missing_model_files(small_learning: Learning, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(StorageError):
+        load_model(path, small_learning)
+    save_model(path, build_model(small_learning)[0])
+    whole = path.read_bytes()
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FederationError, match="safetensors"):
+            load_model(path, small_learning)
+    with pytest.raises(StorageError):
+        save_model(tmp_path / "no" / "m", build_model(small_learning)[0])
+
+
+def test_saving_and_loading_keeps_every_number(small_learning: Learning, tmp_path: Path) -> None:
+    model, _ = build_model(small_learning)
+    origin = WeightsOrigin(source="x", sha256="y")
+    save_model(tmp_path / "m", model, origin)
+    loaded, loaded_origin = load_model(tmp_path / "m", small_learning)
+    assert loaded_origin == origin
+    for name, tensor in model.exchanged().items():
+        assert torch.equal(tensor, loaded.exchanged()[name])
