@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 import click
 
 T = TypeVar("T")
+
+TABLE_WIDTH = 150
 
 
 @click.command("demo")
@@ -79,7 +82,8 @@ def run_demo(plan: Any) -> None:
             finished=time.strftime("%Y-%m-%d %H:%M"),
         )
     )
-    console = Console()
+    # A pipe has no width of its own; the table must not be cut to the 80 columns assumed for it.
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     console.print(results_table(results))
     console.print(f"Done in {sum(seconds for _, seconds in timings):.0f} s. Report: [bold]{report}[/bold]")
     console.print(f"Models and their ONNX graphs: {plan.out / 'models'}, rejected boards: {plan.out / 'rejects'}")

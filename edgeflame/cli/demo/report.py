@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeflame.cli.demo.plan import CONDITIONS, DemoPlan
 from edgeflame.cli.demo.results import Inspected, SiteResult
+from edgeflame.dataset import GOOD
 from edgeflame.errors import MissingDependencyError, StorageError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _framed(image: ImageU8) -> ImageU8:
 
 def _by_label(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     grouped: dict[str, list[Sample]] = {}
-    for sample in sorted(samples, key=lambda sample: (sample.label, -sample.severity)):
+    for sample in sorted(samples, key=lambda sample: (sample.label == GOOD, sample.label, -sample.severity)):
         grouped.setdefault(sample.label, []).append(sample)
     return grouped
 
@@ -150,14 +151,15 @@ def _auroc_chart(results: Sequence[SiteResult]) -> dict[str, Any]:
     for result in results:
         for kind, name in (("image_AUROC", "image"), ("pixel_AUROC", "pixel")):
             dots = [
-                {"condition": condition, "x": x(value), "value": value}
-                for condition in CONDITIONS
+                # A little apart, or equal figures would hide each other.
+                {"condition": condition, "x": x(value), "dy": 7 * (index - 1), "value": value}
+                for index, condition in enumerate(CONDITIONS)
                 if (value := result.metrics[condition][kind]) is not None
             ]
-            rows.append({"site": result.site, "kind": name, "y": 34 + 30 * len(rows), "dots": dots})
+            rows.append({"site": result.site, "kind": name, "y": 38 + 36 * len(rows), "dots": dots})
     step = 0.05 if 1 - low <= 0.3 else 0.1
     ticks = [low + step * index for index in range(round((1 - low) / step) + 1)]
-    return {"rows": rows, "ticks": [(x(tick), f"{tick:.2f}") for tick in ticks], "height": 34 + 30 * len(rows)}
+    return {"rows": rows, "ticks": [(x(tick), f"{tick:.2f}") for tick in ticks], "height": 38 + 36 * len(rows)}
 
 
 def _strip_chart(result: SiteResult) -> dict[str, Any]:
