@@ -55,7 +55,6 @@ Reason = Literal[
     "not_finite",  # NaN or infinite values
     "norm",  # further from the base model than allowed
     "samples",  # an impossible number of samples
-    "metrics",  # NaN or infinite metrics
     "failed",  # the site said that it cannot
 ]
 

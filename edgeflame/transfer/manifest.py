@@ -15,7 +15,6 @@ from edgeflame.errors import FederationError, StorageError
 
 DEFAULT_CHUNK_BYTES = 256 << 10
 """Small enough for every broker's packet limit and for a smooth bounded window, large enough to be fast."""
-MIN_CHUNK_BYTES = 1 << 10
 MAX_CHUNK_BYTES = 1 << 20
 MAX_CHUNKS = 1 << 16
 """Keeps a manifest (4 bytes of checksum a chunk) and a need bitmap (a bit a chunk) short; 16 GiB at 256 KiB."""
