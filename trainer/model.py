@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import safetensors
 import safetensors.torch
 import torch
@@ -21,10 +22,9 @@ from edgeflame.package import WeightsOrigin
 from trainer.backbone import EmbeddingNetwork, build_network
 from trainer.fade import Discriminator
 
-WEIGHTS_SOURCE_KEY = "weights_source"
-"""Metadata of an initial model: where its backbone's weights came from."""
-
-WEIGHTS_SHA256_KEY = "weights_sha256"
+WEIGHTS_KEY = "weights"
+"""The one metadata key of a model file: where its backbone's weights came from, as JSON. safetensors writes several
+keys in an order of chance, and the same model should give the same file."""
 
 
 class SiteModel(nn.Module):
@@ -70,13 +70,14 @@ def empty_model(learning: Learning) -> SiteModel:
     return SiteModel(backbone.to(memory_format=torch.channels_last), Discriminator(backbone.num_channels))
 
 
-def save_model(path: Path, model: SiteModel, metadata: dict[str, str] | None = None) -> None:
-    """Write the exchanged tensors, whole or not at all.
+def save_model(path: Path, model: SiteModel, weights: WeightsOrigin | None = None) -> None:
+    """Write the exchanged tensors, whole or not at all; the same model gives the same bytes.
 
     Raises:
         StorageError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    metadata = {WEIGHTS_KEY: msgspec.json.encode(weights).decode()} if weights else None
     try:
         partial.write_bytes(safetensors.torch.save(model.exchanged(), metadata=metadata))
         partial.replace(path)
@@ -86,8 +87,8 @@ def save_model(path: Path, model: SiteModel, metadata: dict[str, str] | None = N
         raise StorageError(msg) from exc
 
 
-def load_model(path: Path, learning: Learning) -> tuple[SiteModel, dict[str, str]]:
-    """Read a model of the given configuration, and its metadata.
+def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin | None]:
+    """Read a model of the given configuration, and where its weights came from, if the file says so.
 
     Raises:
         StorageError: the file cannot be read.
@@ -96,12 +97,13 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, dict[str, str
     model = empty_model(learning)
     try:
         with safetensors.safe_open(str(path), framework="pt") as stream:
-            metadata = dict(stream.metadata() or {})
+            origin = (stream.metadata() or {}).get(WEIGHTS_KEY)
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+        weights = msgspec.json.decode(origin, type=WeightsOrigin) if origin else None
     except (FileNotFoundError, PermissionError) as exc:
         msg = f"{path}: cannot read the model ({exc})"
         raise StorageError(msg) from exc
-    except (safetensors.SafetensorError, OSError, ValueError) as exc:
+    except (safetensors.SafetensorError, msgspec.DecodeError, OSError, ValueError) as exc:
         msg = f"{path}: not a model in safetensors format, or damaged ({exc})"
         raise FederationError(msg) from exc
     wanted = model.exchanged()
@@ -120,4 +122,4 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, dict[str, str
             msg = f"{path}: {name} holds NaN or infinite values"
             raise FederationError(msg)
     model.load_state_dict(tensors, strict=False)  # only the counters are missing, as just checked
-    return model, metadata
+    return model, weights

@@ -19,7 +19,7 @@ from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTas
 from trainer.device import pick_device
 from trainer.fit import fit_statistics, read_training_images
 from trainer.imageset import ImageSet
-from trainer.model import WEIGHTS_SHA256_KEY, WEIGHTS_SOURCE_KEY, build_model, load_model, save_model
+from trainer.model import build_model, load_model, save_model
 from trainer.packaging import Exporter, save_package
 from trainer.training import train
 from trainer.weights import tensors_sha256
@@ -83,7 +83,7 @@ class TorchSiteWork:
             StorageError: the file cannot be written.
         """
         model, origin = build_model(self._learning)
-        save_model(out, model, {WEIGHTS_SOURCE_KEY: origin.source, WEIGHTS_SHA256_KEY: origin.sha256})
+        save_model(out, model, origin)
 
     def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
         """Train the global model on this site's images for one round.
@@ -95,7 +95,7 @@ class TorchSiteWork:
             StorageError: a file cannot be read or written.
         """
         images = self._training_images(report)
-        model, metadata = load_model(task.base, self._learning)
+        model, origin = load_model(task.base, self._learning)
         model.to(self._device)
         teacher = history = None
         if self._learning.method == "flame" and task.history is not None:
@@ -110,7 +110,7 @@ class TorchSiteWork:
             historical_network=history,
             progress=report,
         )
-        save_model(task.out, model, metadata)
+        save_model(task.out, model, origin)
         return TrainOutcome(num_samples=len(images), metrics=run.metrics())
 
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
@@ -123,7 +123,7 @@ class TorchSiteWork:
             StorageError: a file cannot be read or written.
         """
         images = self._training_images(report)
-        model, metadata = load_model(task.model, self._learning)
+        model, origin = load_model(task.model, self._learning)
         model.to(self._device)
         result = fit_statistics(
             model,
@@ -144,9 +144,8 @@ class TorchSiteWork:
             package = task.out_dir / PACKAGE_FILE
             network = model.backbone.cpu()
             # The initial model says where its weights came from; averaging may have dropped that.
-            weights = WeightsOrigin(
-                source=metadata.get(WEIGHTS_SOURCE_KEY, "federated rounds"),
-                sha256=metadata.get(WEIGHTS_SHA256_KEY) or tensors_sha256(network.network.state_dict()),
+            weights = origin or WeightsOrigin(
+                source="federated rounds", sha256=tensors_sha256(network.network.state_dict())
             )
             save_package(
                 package,
