@@ -5,6 +5,8 @@ A zip without compression of
     manifest.json            what it is: method, input, threshold, provenance, SHA-256 of the other members
     model.onnx               the scoring graph: uint8 image in, score and anomaly map out
     statistics.safetensors   the Gaussian statistics inside the graph, for merging and calibration
+    reference/0.png ...      optional: good images whose scores the manifest tells, see ``edgeflame.references``
+    signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
 
 Nothing in it is executed on loading, and nothing is read before its size is known to be plausible.
 """
@@ -13,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ import safetensors
 import safetensors.numpy
 
 from edgeflame import __version__
-from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError, StorageError
+from edgeflame.archive import read_member, read_small_member, write_archive
+from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.learning import Learning
+from edgeflame.references import MAX_REFERENCES, Reference, ReferenceScore
 from edgeflame.statistics import LowRankGaussian
 
 FORMAT = "edgeflame-package"
@@ -36,9 +40,11 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 STATISTICS = "statistics.safetensors"
+SIGNATURE = "signature.json"
 
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest is kilobytes; the round ledger in it grows with rounds and sites, never to this."""
+MAX_SIGNATURE_BYTES = 64 << 10
 
 
 class Threshold(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +99,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     provenance: dict[str, Any]
     """The round ledger of a federated model, or how a local fit went; for people and for `model show`."""
     sha256: dict[str, str]
-    """Of every other member."""
+    """Of every other member but the signature."""
+    references: tuple[ReferenceScore, ...] = ()
+    """What the model says of the reference images, in their order."""
+
+    def __post_init__(self) -> None:
+        if len(self.references) > MAX_REFERENCES:
+            msg = f"a package holds at most {MAX_REFERENCES} reference images, not {len(self.references)}"
+            raise PackageError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,32 +118,42 @@ class Package:
     statistics: LowRankGaussian
     sha256: str
     """Of the package file."""
+    references: tuple[Reference, ...] = ()
+    manifest_json: bytes = b""
+    """The manifest as it lies in the file: what a signature is over."""
+    signature_json: bytes | None = None
+    """As it lies in the file; not verified here."""
 
 
-def write_package(path: Path, *, manifest: Manifest, model_onnx: bytes, statistics: LowRankGaussian) -> None:
-    """Write a package, whole or not at all; an existing file is replaced atomically.
+def write_package(
+    path: Path,
+    *,
+    manifest: Manifest,
+    model_onnx: bytes,
+    statistics: LowRankGaussian,
+    references: Sequence[Reference] = (),
+) -> None:
+    """Write a package without signature, whole or not at all; an existing file is replaced atomically.
 
-    ``manifest.sha256`` is filled in here.
+    ``manifest.sha256`` and ``manifest.references`` are filled in here.
 
     Raises:
+        PackageError: more than ``MAX_REFERENCES`` reference images.
         StorageError: it cannot be written; an old file at ``path`` is intact.
     """
     members = {MODEL: model_onnx, STATISTICS: encode_statistics(statistics)}
+    members.update({reference_member(index): one.png for index, one in enumerate(references)})
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
-    manifest = msgspec.structs.replace(manifest, sha256=digests)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            _write_member(archive, MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2))
-            for name, data in members.items():
-                _write_member(archive, name, data)
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        msg = f"{path}: cannot write the model package ({exc.strerror})"
-        raise StorageError(msg) from exc
+    manifest = msgspec.structs.replace(
+        manifest, sha256=digests, references=tuple(reference.expected for reference in references)
+    )
+    document = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    write_archive(path, {MANIFEST: document, **members})
+
+
+def reference_member(index: int) -> str:
+    """Name of a reference image's member."""
+    return f"reference/{index}.png"
 
 
 def new_manifest(
@@ -172,9 +195,13 @@ def read_package(path: Path) -> Package:
     """
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            manifest = _read_manifest(path, archive)
-            model_onnx = _read_member(path, archive, manifest, MODEL)
-            statistics = _read_member(path, archive, manifest, STATISTICS)
+            document, manifest = _read_manifest(path, archive)
+            digests = manifest.sha256
+            model_onnx = read_member(path, archive, MODEL, sha256=digests.get(MODEL))
+            statistics = read_member(path, archive, STATISTICS, sha256=digests.get(STATISTICS))
+            names = [reference_member(index) for index in range(len(manifest.references))]
+            pngs = [read_member(path, archive, name, sha256=digests.get(name)) for name in names]
+            signature = read_small_member(path, archive, SIGNATURE, MAX_SIGNATURE_BYTES)
             stream.seek(0)
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):
@@ -197,7 +224,17 @@ def read_package(path: Path) -> Package:
     if (gaussian.grid, gaussian.num_channels, gaussian.rank) != described:
         msg = f"{path}: the statistics are not those the manifest describes"
         raise PackageError(msg)
-    return Package(manifest=manifest, model_onnx=model_onnx, statistics=gaussian, sha256=digest.hexdigest())
+    return Package(
+        manifest=manifest,
+        model_onnx=model_onnx,
+        statistics=gaussian,
+        sha256=digest.hexdigest(),
+        references=tuple(
+            Reference(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
+        ),
+        manifest_json=document,
+        signature_json=signature,
+    )
 
 
 _HEADER = "low_rank_gaussian"
@@ -218,6 +255,8 @@ def encode_statistics(statistics: LowRankGaussian) -> bytes:
         "residual": statistics.residual,
     }
     header = _StatisticsHeader(count=statistics.count, ridge=statistics.ridge, grid=statistics.grid)
+    # safetensors writes the memory of an array as it lies there, strides or not.
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     # One entry only: safetensors writes several in no fixed order, and the same model must give the same bytes.
     return safetensors.numpy.save(tensors, metadata={_HEADER: msgspec.json.encode(header).decode()})
 
@@ -249,21 +288,11 @@ def decode_statistics(data: bytes) -> LowRankGaussian:
         raise DataError(msg) from exc
 
 
-def _write_member(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    # A fixed time stamp: the same model gives the same file.
-    archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
-
-
-def _read_manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
-    try:
-        info = archive.getinfo(MANIFEST)
-    except KeyError as exc:
+def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifest]:
+    data = read_small_member(path, archive, MANIFEST, MAX_MANIFEST_BYTES)
+    if data is None:
         msg = f"{path}: not a model package (no {MANIFEST} in it)"
-        raise PackageError(msg) from exc
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_MANIFEST_BYTES:
-        msg = f"{path}: not a model package (its {MANIFEST} is compressed or too large)"
         raise PackageError(msg)
-    data = archive.read(info)
     try:
         head = msgspec.json.decode(data, type=dict[str, Any])
     except msgspec.DecodeError as exc:
@@ -279,25 +308,7 @@ def _read_manifest(path: Path, archive: zipfile.ZipFile) -> Manifest:
         )
         raise PackageError(msg)
     try:
-        return msgspec.json.decode(data, type=Manifest)
+        return data, msgspec.json.decode(data, type=Manifest)
     except (msgspec.ValidationError, EdgeFlameError) as exc:
         msg = f"{path}: its {MANIFEST} is wrong ({exc})"
         raise PackageError(msg) from exc
-
-
-def _read_member(path: Path, archive: zipfile.ZipFile, manifest: Manifest, name: str) -> bytes:
-    expected = manifest.sha256.get(name)
-    try:
-        info = archive.getinfo(name)
-    except KeyError as exc:
-        msg = f"{path}: {name} is missing"
-        raise PackageError(msg) from exc
-    # Members are stored, so none can be larger than the file that holds it.
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
-        msg = f"{path}: {name} is compressed or larger than the package"
-        raise PackageError(msg)
-    data = archive.read(info)
-    if hashlib.sha256(data).hexdigest() != expected:
-        msg = f"{path}: {name} was altered or damaged (its SHA-256 is not the manifest's)"
-        raise PackageError(msg)
-    return data

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgeflame.images import ImageU8, Preprocessing, write_image
 from edgeflame.learning import Learning, Scoring
-from edgeflame.package import Manifest, Threshold, WeightsOrigin, new_manifest, write_package
+from edgeflame.package import Manifest, Package, Threshold, WeightsOrigin, new_manifest, write_package
 from edgeflame.statistics import LowRankGaussian
 
 SIZE, GRID = 64, 8
@@ -105,6 +105,24 @@ def write_small_package(path: Path) -> Path:
     )
     manifest = small_manifest(statistics, threshold=5 * float(maps.max()))
     write_package(path, manifest=manifest, model_onnx=graph, statistics=statistics)
+    return path
+
+
+def with_references(package: Package, path: Path, count: int = 3) -> Path:
+    """The small package once more, with reference images scored by the network itself."""
+    from edgeflame.references import make_references
+    from edgeflame.statistics import smooth_maps
+
+    images = np.stack([good_image(seed) for seed in range(count)])
+    distances = package.statistics.distances(embed(small_network(), images).astype(np.float64))
+    maps = smooth_maps(distances.reshape(-1, GRID, GRID), LEARNING.scoring.smoothing_sigma)
+    write_package(
+        path,
+        manifest=package.manifest,
+        model_onnx=package.model_onnx,
+        statistics=package.statistics,
+        references=make_references(images, maps),
+    )
     return path
 
 

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from edgeflame.images import Preprocessing
+from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.learning import Learning
 from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
 from edgeflame.statistics import LowRankGaussian
 from trainer.backbone import EmbeddingNetwork
 from trainer.fit import SiteStatistics
+from trainer.references import score_references
 
 
 class Exporter(Protocol):
@@ -42,6 +43,7 @@ def save_package(
     exporter: Exporter,
     product: str,
     site: str | None,
+    references: ImageU8 | None = None,
 ) -> Manifest:
     """Export the scoring graph and write the package, whole or not at all.
 
@@ -55,6 +57,7 @@ def save_package(
         exporter: makes the graph.
         product: the kind of part.
         site: where it was fitted, if that has a name.
+        references: good images ``[R, height, width, 3]`` that go into the package; None for none.
 
     Raises:
         StorageError: the package cannot be written.
@@ -82,5 +85,15 @@ def save_package(
             "weights_sha256": weights.sha256,
         },
     )
-    write_package(path, manifest=manifest, model_onnx=graph, statistics=site_statistics.statistics)
+    smoothing = learning.scoring.smoothing_sigma
+    statistics = site_statistics.statistics
+    write_package(
+        path,
+        manifest=manifest,
+        model_onnx=graph,
+        statistics=statistics,
+        references=()
+        if references is None
+        else score_references(network, statistics, references, smoothing_sigma=smoothing),
+    )
     return manifest

@@ -15,12 +15,14 @@ from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import StorageError, UsageError
 from edgeflame.learning import FEDERATED_METHODS, Learning
 from edgeflame.package import WeightsOrigin, encode_statistics
+from edgeflame.references import DEFAULT_REFERENCES
 from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTask
 from trainer.device import pick_device
 from trainer.fit import fit_statistics, read_training_images
 from trainer.imageset import ImageSet
 from trainer.model import build_model, load_model, save_model
 from trainer.packaging import Exporter, save_package
+from trainer.references import choose_references
 from trainer.training import train
 from trainer.weights import tensors_sha256
 
@@ -43,6 +45,7 @@ class TorchSiteWork:
         product: the kind of part, written into the package.
         device: ``auto``, ``cpu``, ``cuda``, ...
         on_unreadable: skip images that cannot be read, or refuse to go on.
+        num_references: good images put into the package; with 0 no image ever leaves with it.
 
     Raises:
         UsageError: the method is not a federated one.
@@ -61,6 +64,7 @@ class TorchSiteWork:
         product: str = "product",
         device: str = "auto",
         on_unreadable: UnreadablePolicy = "skip",
+        num_references: int = DEFAULT_REFERENCES,
     ) -> None:
         if learning.method not in FEDERATED_METHODS:
             msg = f"method {learning.method} is not a federated one; those are {', '.join(FEDERATED_METHODS)}"
@@ -74,6 +78,7 @@ class TorchSiteWork:
         self._on_unreadable: UnreadablePolicy = on_unreadable
         self._dataset: Dataset = open_dataset(data, groups_file)
         self._images: ImageSet | None = None
+        self._num_references = num_references
 
     def write_initial_model(self, out: Path) -> None:
         """Write the pre-trained backbone and a seeded discriminator; the same at every site with the same weights.
@@ -157,6 +162,7 @@ class TorchSiteWork:
                 exporter=self._exporter,
                 product=self._product,
                 site=self._site,
+                references=choose_references(images, self._num_references),
             )
         threshold = result.threshold
         return FinishOutcome(

@@ -16,6 +16,9 @@ Device = Literal["auto", "cpu", "cuda"]
 INPUT, SCORE, MAP = "image", "score", "anomaly_map"
 """Names of the scoring graph's input and outputs."""
 
+PRECISION_KEY = "edgeflame.precision"
+"""Key in the graph's metadata."""
+
 
 class Scores(NamedTuple):
     """What the graph says about a batch of N images."""
@@ -32,6 +35,11 @@ class Runtime(Protocol):
     @property
     def provider(self) -> str:
         """What really runs it, for instance ``CPUExecutionProvider``."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """What the graph says of itself: ``fp32`` unless its metadata name another."""
         ...
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edge.runtimes.interface import INPUT, MAP, SCORE, Device, Scores, check_batch
+from edge.runtimes.interface import INPUT, MAP, PRECISION_KEY, SCORE, Device, Scores, check_batch
 from edgeflame.console import EventLog
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import MAX_INPUT_SIDE, ImageU8
@@ -28,10 +28,15 @@ class OnnxRuntime:
         self._failures = failures
         self._input_size, self._grid = _read_signature(session)
         self._provider: str = session.get_providers()[0]
+        self._precision: str = session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, "fp32")
 
     @property
     def provider(self) -> str:
         return self._provider
+
+    @property
+    def precision(self) -> str:
+        return self._precision
 
     @property
     def input_size(self) -> tuple[int, int]:

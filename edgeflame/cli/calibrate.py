@@ -89,7 +89,13 @@ def command(
             "calibrated": {"previous_threshold": manifest.threshold.value, "num_images": len(kept)},
         },
     )
-    write_package(target, manifest=updated, model_onnx=package.model_onnx, statistics=package.statistics)
+    write_package(
+        target,
+        manifest=updated,
+        model_onnx=package.model_onnx,
+        statistics=package.statistics,
+        references=package.references,
+    )
     parts = "parts" if threshold.groups_known else "images, each taken for a part of its own"
     click.echo(
         f"{target}: threshold {threshold.value:.4g} (was {manifest.threshold.value:.4g}): at most "

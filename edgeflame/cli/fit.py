@@ -13,6 +13,7 @@ from edgeflame.console import EventLog, progress_bar
 from edgeflame.errors import UsageError
 from edgeflame.images import MAX_INPUT_SIDE, Region
 from edgeflame.learning import METHODS, SOLO_METHODS, Learning
+from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
@@ -52,6 +53,13 @@ log = EventLog("fit")
     show_default=True,
     help="Skip and count images that cannot be read, or stop at the first.",
 )
+@click.option(
+    "--reference-images",
+    type=click.IntRange(0, MAX_REFERENCES),
+    default=DEFAULT_REFERENCES,
+    show_default=True,
+    help="Good images put into the package, against which what runs it is checked; 0 keeps all images here.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
 def command(
     data: Path,
@@ -61,6 +69,7 @@ def command(
     product: str,
     groups: Path | None,
     on_unreadable: Literal["skip", "refuse"],
+    reference_images: int,
     device: str,
     **settings: Any,
 ) -> None:
@@ -83,7 +92,14 @@ def command(
     from trainer.fit import fit
     from trainer.packaging import save_package
 
-    fitted = fit(dataset, learning, on_unreadable=on_unreadable, device=pick_device(device), stage=progress_bar)
+    fitted = fit(
+        dataset,
+        learning,
+        on_unreadable=on_unreadable,
+        device=pick_device(device),
+        num_references=reference_images,
+        stage=progress_bar,
+    )
     manifest = save_package(
         out,
         network=fitted.network,
@@ -94,6 +110,7 @@ def command(
         exporter=scoring_graph,
         product=product,
         site=None,
+        references=fitted.references,
     )
     _print_summary(out, manifest, unreadable=len(fitted.report.unreadable))
 

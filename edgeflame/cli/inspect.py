@@ -91,6 +91,7 @@ def command(
     from edge.config import InspectConfig
     from edge.daemon import run_inspection, stop_on_signals
     from edge.inspector import Inspector
+    from edge.parity import require_parity
     from edge.runtimes import Device, check_runtime_fits, open_runtime
     from edge.sources import open_source
     from edgeflame.config import load_config
@@ -103,6 +104,11 @@ def command(
     package = read_package(model)
     runtime = open_runtime(package.model_onnx, device=cast(Device, device), num_threads=threads)
     check_runtime_fits(runtime, package.manifest)
+    if package.references:
+        parity = require_parity(runtime, package)
+        log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
+    else:
+        log.warning("parity_unchecked", reason="the package holds no reference images")
     inspector = Inspector(package, runtime, settings)
     log.info(
         "inspecting",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import msgspec
 
 from edgeflame.cli.link_options import broker_url, link_options
+from edgeflame.cli.train_worker import REFERENCES_OPTION
+from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -29,6 +31,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     state: str | None = None
     groups: str | None = None
     out: str | None = None
+    reference_images: Annotated[int, msgspec.Meta(ge=0, le=MAX_REFERENCES)] | None = None
 
 
 @click.command(short_help="Take part in a fleet's training rounds.")
@@ -40,6 +43,11 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 @click.option("--config", type=_FILE, help="TOML file with any of these options.")
 @click.option("--out", type=_FILE, help="Where to write the package [default: left in the state folder].")
 @click.option("--groups", type=_FILE, help="CSV: which photographs show the same part.")
+@click.option(
+    "--reference-images",
+    type=click.IntRange(0, MAX_REFERENCES),
+    help=f"Good images put into the package, to check what runs it; 0 for none [default: {DEFAULT_REFERENCES}].",
+)
 @click.option("--worker", hidden=True, help="Command line of another worker program.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
@@ -54,8 +62,8 @@ def command(
 ) -> None:
     """Take part in a fleet's training rounds, and make this site's package from the result.
 
-    The images stay here; model weights and figures go to the aggregator, whose configuration says what is learnt.
-    Killed and started again with the same --state, it continues where it was.
+    The images stay here, but for the few that the package holds; model weights and figures go to the aggregator,
+    whose configuration says what is learnt. Killed and started again with the same --state, it continues where it was.
     """
     from edgeflame.config import load_config
     from edgeflame.console import print_json, progress_bar
@@ -64,13 +72,18 @@ def command(
     from edgeflame.topics import check_name
     from trainer.agent.service import SiteOptions, take_part
 
-    options = {**msgspec.structs.asdict(load_config(config, SiteFile)), **{k: v for k, v in given.items() if v}}
+    options = {
+        **msgspec.structs.asdict(load_config(config, SiteFile)),
+        **{k: v for k, v in given.items() if v not in (None, "")},
+    }
     missing = [f"--{name}" for name in ("broker", "fleet", "site", "data") if not options[name]]
     if missing:
         msg = f"{', '.join(missing)}: missing, as an option and in the configuration file"
         raise UsageError(msg)
     paths = {k: Path(options[k]) if options[k] else None for k in ("ca", "cert", "key", "state", "groups", "out")}
     fleet, site = check_name("fleet", options["fleet"]), check_name("site", options["site"])
+    given_references = options["reference_images"]
+    references = DEFAULT_REFERENCES if given_references is None else int(given_references)
     url = broker_url(options["broker"], ca=paths["ca"], cert=paths["cert"], key=paths["key"])
     with progress_bar(f"site {site}") as report:
         result = take_part(
@@ -80,7 +93,7 @@ def command(
                 site=site,
                 data=Path(options["data"]),
                 state_dir=paths["state"] or Path("runs") / fleet / site,
-                worker_command=shlex.split(worker) if worker else _worker_command(ctx),
+                worker_command=shlex.split(worker) if worker else _worker_command(ctx, references),
                 groups_file=paths["groups"],
                 connect_timeout_s=connect_timeout,
             ),
@@ -106,8 +119,9 @@ def command(
     click.echo(f"{site}: {package or 'no package'}{': ' if figures else ''}{figures}")
 
 
-def _worker_command(ctx: click.Context) -> list[str]:
+def _worker_command(ctx: click.Context, num_references: int) -> list[str]:
     # The worker writes to the same terminal or log file; it writes it the same way.
     general = ctx.find_root().params
     command_line = [sys.executable, "-m", "edgeflame.cli.train_worker", str(general.get("log_format", "text"))]
+    command_line.append(f"{REFERENCES_OPTION}{num_references}")
     return command_line + ["-v"] * int(general.get("verbose", 0))

@@ -6,18 +6,24 @@ Not for people: it speaks JSON lines on standard input and output (``trainer.age
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeflame.console import configure_logging
 from edgeflame.errors import MissingDependencyError
+from edgeflame.references import DEFAULT_REFERENCES
 
 if TYPE_CHECKING:
     from trainer.agent.orders import Setup
     from trainer.agent.work import SiteWork
 
 
-def build(setup: Setup) -> SiteWork:
+REFERENCES_OPTION = "--reference-images="
+"""How many good images the package gets; the rest of the set-up comes on standard input."""
+
+
+def build(setup: Setup, *, num_references: int) -> SiteWork:
     """The learning, in torch.
 
     Raises:
@@ -36,16 +42,18 @@ def build(setup: Setup) -> SiteWork:
         state=Path(setup.state),
         groups_file=None if setup.groups_file is None else Path(setup.groups_file),
         exporter=scoring_graph,
+        num_references=num_references,
     )
 
 
 def main() -> None:
-    """Serve orders until standard input ends. Arguments: the log format, and ``-v`` for details."""
+    """Serve orders until standard input ends. Arguments: the log format, reference images, ``-v``."""
     arguments = sys.argv[1:]
     configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
     from trainer.agent.worker import serve
 
-    serve(build)
+    given = [a.removeprefix(REFERENCES_OPTION) for a in arguments if a.startswith(REFERENCES_OPTION)]
+    serve(partial(build, num_references=int(given[0]) if given else DEFAULT_REFERENCES))
 
 
 if __name__ == "__main__":

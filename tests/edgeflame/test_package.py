@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -221,6 +222,14 @@ class TestStatistics:
         for length in range(len(data)):
             with pytest.raises(DataError):
                 decode_statistics(data[:length])
+
+    def test_arrays_that_are_views_keep_their_values(self) -> None:
+        """Safetensors alone would write the memory behind the view."""
+        wide = np.random.default_rng(0).uniform(1, 2, (6, 4)).astype(np.float32)
+        sliced = dataclasses.replace(STATS, eigenvalues=wide[:, :2], mean=np.asfortranarray(STATS.mean))
+        back = decode_statistics(encode_statistics(sliced))
+        np.testing.assert_array_equal(back.eigenvalues, wide[:, :2])
+        np.testing.assert_array_equal(back.mean, STATS.mean)
 
     @given(st.binary(max_size=200))
     def test_any_bytes(self, data: bytes) -> None:
