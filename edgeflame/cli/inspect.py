@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.option("--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Model package.")
 @click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Refuse a package that this key did not sign.",
+)
+@click.option(
     "--source",
     "address",
     required=True,
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
 )
 def command(
     model: Path,
+    public_key: Path | None,
     address: str,
     config: Path | None,
     as_json: bool,
@@ -97,11 +104,14 @@ def command(
     from edgeflame.config import load_config
     from edgeflame.console import EventLog
     from edgeflame.package import read_package
+    from edgeflame.signing import verify_signature
 
     log = EventLog("inspect")
     settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
     source = open_source(address)
     package = read_package(model)
+    if public_key is not None:
+        log.info("signature_verified", key=verify_signature(package, public_key))
     runtime = open_runtime(package.model_onnx, device=cast(Device, device), num_threads=threads)
     check_runtime_fits(runtime, package.manifest)
     if package.references:

@@ -1,4 +1,4 @@
-"""``edgeflame model``: what a package is."""
+"""``edgeflame model``: what packages are, and whether to trust them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,78 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeflame.cli.model_trust import keygen, sign, verify
+
 if TYPE_CHECKING:
     from edgeflame.package import Package
 
 
 @click.group("model")
 def command() -> None:
-    """Look into model packages."""
+    """Look into model packages, sign and verify them."""
+
+
+for _other in (keygen, sign, verify):
+    command.add_command(_other)
+
+
+@command.command("list")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def list_packages(folder: Path, as_json: bool) -> None:
+    """List the packages in a folder; what is broken is listed with its fault."""
+    from edgeflame.console import print_json
+    from edgeflame.errors import DataError, PackageError
+    from edgeflame.package import read_package
+    from edgeflame.signing import read_signature
+
+    if not folder.is_dir():
+        msg = f"{folder}: no such folder"
+        raise DataError(msg)
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.edgeflame")):
+        try:
+            package = read_package(path)
+            signature = read_signature(package)
+        except PackageError as exc:
+            rows.append({"file": path.name, "error": str(exc)})
+            continue
+        manifest = package.manifest
+        rows.append(
+            {
+                "file": path.name,
+                "product": manifest.product,
+                "site": manifest.site,
+                "method": manifest.learning.method,
+                "created": manifest.created,
+                "threshold": manifest.threshold.value,
+                "signed_by": None if signature is None else signature.key_id,
+                "sha256": package.sha256,
+            }
+        )
+    if as_json:
+        print_json({"packages": rows})
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("file", "product", "site", "method", "created", "threshold", "signed by (unverified)", "sha256"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        if "error" in row:
+            table.add_row(Text(row["file"]), Text("unreadable", style="red"))
+            continue
+        cells = (row["file"], row["product"], row["site"] or "", row["method"], row["created"])
+        table.add_row(
+            *map(Text, cells), f"{row['threshold']:.4g}", Text((row["signed_by"] or "–")[:16]), row["sha256"][:12]
+        )
+    console = Console(width=max(Console().width, 140))
+    console.print(table if rows else Text(f"no packages in {folder}"))
+    for row in rows:
+        if "error" in row:
+            console.print(Text(row["error"], style="red"), soft_wrap=True)
 
 
 @command.command("show")

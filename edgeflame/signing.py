@@ -1,0 +1,224 @@
+"""Signed packages: Ed25519 over the manifest, which holds the SHA-256 of every other member.
+
+The signature covers the manifest's bytes as they lie in the package, after a prefix that no other signature of
+EdgeFlame shares. It is a member of its own, ``signature.json``, so that signing changes nothing that is signed. Keys
+are PEM files: PKCS #8 for the private key, SubjectPublicKeyInfo for the public one, as OpenSSL writes them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgeflame.archive import write_archive
+from edgeflame.errors import MissingDependencyError, PackageError, StorageError, UsageError
+from edgeflame.package import SIGNATURE, Package, read_package
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+ALGORITHM = "ed25519"
+PREFIX = b"EdgeFlame package manifest 1\n"
+
+PRIVATE_KEY, PUBLIC_KEY = "edgeflame-key.pem", "edgeflame-key.pub"
+"""Names of the files that :func:`write_keys` makes."""
+
+_MAX_KEY_BYTES = 1 << 16
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
+    """The member ``signature.json``."""
+
+    algorithm: str
+    key_id: str
+    """First 16 hexadecimal digits of the SHA-256 of the raw public key."""
+    signature: str
+    """Base64 of 64 bytes."""
+
+
+def write_keys(folder: Path) -> str:
+    """Make a key pair; the private key is readable by its owner alone. Neither file is ever overwritten.
+
+    Returns:
+        The key's id.
+
+    Raises:
+        StorageError: a file is there already, or cannot be written.
+        MissingDependencyError: cryptography is not installed.
+    """
+    _require_cryptography()
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    private = Ed25519PrivateKey.generate()
+    secret = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    files = ((folder / PRIVATE_KEY, secret, 0o600), (folder / PUBLIC_KEY, public, 0o644))
+    for path, _, _ in files:
+        if path.exists():
+            msg = f"{path}: there is a key already; it is not overwritten"
+            raise StorageError(msg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, data, mode in files:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+    except OSError as exc:
+        msg = f"{folder}: the keys cannot be written ({exc.strerror})"
+        raise StorageError(msg) from exc
+    return key_id(private.public_key())
+
+
+def sign_package(path: Path, private_key: Path) -> str:
+    """Sign a package in place, atomically; an earlier signature is replaced.
+
+    Returns:
+        The key's id.
+
+    Raises:
+        PackageError: not a sound package.
+        UsageError: not a private Ed25519 key.
+        StorageError: it cannot be written; the old file is intact.
+        MissingDependencyError: cryptography is not installed.
+    """
+    key = _read_private(private_key)
+    package = read_package(path)
+    identity = key_id(key.public_key())
+    signature = Signature(
+        algorithm=ALGORITHM,
+        key_id=identity,
+        signature=base64.b64encode(key.sign(PREFIX + package.manifest_json)).decode(),
+    )
+    # Only what the manifest vouches for is carried over.
+    with zipfile.ZipFile(path) as archive:
+        kept = [name for name in archive.namelist() if name in package.manifest.sha256]
+        members = {name: archive.read(name) for name in kept}
+    for name, data in members.items():
+        if hashlib.sha256(data).hexdigest() != package.manifest.sha256[name]:
+            msg = f"{path}: {name} changed while it was being signed"
+            raise PackageError(msg)
+    document = msgspec.json.format(msgspec.json.encode(signature), indent=2)
+    write_archive(path, {"manifest.json": package.manifest_json, **members, SIGNATURE: document})
+    return identity
+
+
+def read_signature(package: Package) -> Signature | None:
+    """A package's signature, unverified; None if it has none.
+
+    Raises:
+        PackageError: there is one that cannot be read.
+    """
+    if package.signature_json is None:
+        return None
+    try:
+        return msgspec.json.decode(package.signature_json, type=Signature)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        msg = f"the package's {SIGNATURE} cannot be read ({exc})"
+        raise PackageError(msg) from exc
+
+
+def verify_signature(package: Package, public_key: Path) -> str:
+    """Make sure that the holder of a key signed exactly this package.
+
+    What was verified is the package in memory: the file may change afterwards without effect.
+
+    Returns:
+        The key's id.
+
+    Raises:
+        PackageError: unsigned, signed by another key, or altered since.
+        UsageError: not a public Ed25519 key.
+        MissingDependencyError: cryptography is not installed.
+    """
+    key = _read_public(public_key)
+    from cryptography.exceptions import InvalidSignature
+
+    expected = key_id(key)
+    signature = read_signature(package)
+    if signature is None:
+        msg = f"the package is not signed; a signature of key {expected} is asked for (edgeflame model sign)"
+        raise PackageError(msg)
+    if signature.algorithm != ALGORITHM:
+        msg = f"the package is signed with {signature.algorithm!r}; this version verifies {ALGORITHM}"
+        raise PackageError(msg)
+    if signature.key_id != expected:
+        msg = f"the package is signed with key {signature.key_id!r}, not with {expected}"
+        raise PackageError(msg)
+    try:
+        key.verify(base64.b64decode(signature.signature, validate=True), PREFIX + package.manifest_json)
+    except (InvalidSignature, binascii.Error, ValueError) as exc:
+        msg = f"the package was altered after key {expected} signed it: the signature does not fit its manifest"
+        raise PackageError(msg) from exc
+    return expected
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of the raw public key."""
+    from cryptography.hazmat.primitives import serialization
+
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _read_private(path: Path) -> Ed25519PrivateKey:
+    data = _read_key(path)
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(data, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        msg = f"{path}: not an unencrypted private key in PEM form (edgeflame model keygen makes one)"
+        raise UsageError(msg) from exc
+    if not isinstance(key, Ed25519PrivateKey):
+        msg = f"{path}: not an Ed25519 key"
+        raise UsageError(msg)
+    return key
+
+
+def _read_public(path: Path) -> Ed25519PublicKey:
+    data = _read_key(path)
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        msg = f"{path}: not a public key in PEM form"
+        raise UsageError(msg) from exc
+    if not isinstance(key, Ed25519PublicKey):
+        msg = f"{path}: not an Ed25519 key"
+        raise UsageError(msg)
+    return key
+
+
+def _read_key(path: Path) -> bytes:
+    _require_cryptography()
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MAX_KEY_BYTES)
+    except OSError as exc:
+        msg = f"{path}: the key cannot be read ({exc.strerror})"
+        raise UsageError(msg) from exc
+
+
+def _require_cryptography() -> None:
+    try:
+        import cryptography  # noqa: F401 - asked for by name, with one message for all its parts
+    except ImportError as exc:
+        msg = f"signatures need cryptography ({exc}): pip install 'edgeflame[sign]'"
+        raise MissingDependencyError(msg) from exc
