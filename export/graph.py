@@ -113,7 +113,7 @@ def _export_network(network: nn.Module, preprocessing: Preprocessing) -> onnx.Mo
     for module in frozen.modules():
         if hasattr(module, "inplace"):
             # The exporter has to take in-place activations apart again, which takes it as long as all the rest.
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]  # torch types every attribute as a tensor
     # With an example batch of one the exporter would make the batch axis static.
     example = torch.zeros(2, 3, preprocessing.height, preprocessing.width)
     with torch.no_grad():

@@ -61,6 +61,12 @@ class OnnxRuntime:
 
 def open_onnx_runtime(model_onnx: bytes, *, device: Device, num_threads: int | None) -> OnnxRuntime:
     """Load a scoring graph into ONNX Runtime; see :func:`edge.runtimes.open_runtime`."""
+    session = open_session(model_onnx, device=device, num_threads=num_threads)
+    return OnnxRuntime(session, failures=_failures(_import_library()))
+
+
+def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) -> Any:
+    """Load any graph, with what :func:`open_onnx_runtime` asks of the device, but without looking at its signature."""
     library = _import_library()
     failures = _failures(library)
     providers = _providers(library, device)
@@ -82,7 +88,7 @@ def open_onnx_runtime(model_onnx: bytes, *, device: Device, num_threads: int | N
             msg = f"asked for {device}, but ONNX Runtime falls back to {running}; is the CUDA driver installed?"
             raise RuntimeUnavailableError(msg)
         log.info("runtime_fell_back", wanted=providers[0], running=running)
-    return OnnxRuntime(session, failures=failures)
+    return session
 
 
 def _import_library() -> ModuleType:

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("edgeflame.cli.calibrate", "Set a package's threshold from good images of the line."),
     "export": ("edgeflame.cli.export", "Write a package's model for other runtimes."),
     "inspect": ("edgeflame.cli.inspect", "Judge the parts that pass a camera: pass, fail or unknown."),
+    "bench": ("edgeflame.cli.bench", "Time a package on this machine."),
     "model": ("edgeflame.cli.model", "Look into model packages."),
 }
 
