@@ -63,7 +63,7 @@ def test_demo_shows_the_whole_way(tmp_path: Path) -> None:
     assert page.count("data:image/jpeg;base64,") > 20
     assert not re.search(r"""(src|href)=["']?(https?:|//|/|[a-z]+/)""", page), "the report must be self-contained"
     for site in ("site-1", "site-2", "site-3"):
-        assert (out / "models" / f"{site}-federated.edgeflame").stat().st_size > 1e6
+        assert (out / "models" / f"{site}.edgeflame").stat().st_size > 1e6
         assert (out / "models" / f"{site}.onnx").stat().st_size > 1e6
     assert (out / "heat-maps.png").is_file()
     assert processes_that_mention(str(out)) == []

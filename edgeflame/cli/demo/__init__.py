@@ -64,11 +64,13 @@ def run_demo(plan: Any) -> None:
     with Children(plan.logs) as children:
         step("Photograph boards", lambda bar: stages.write_boards(plan, bar))
         ledger = step("Train together over MQTT", lambda bar: stages.train_together(plan, children, bar))
-        step("Fit alone, for comparison", lambda bar: stages.fit_alone(plan, children, bar))
+        metrics = step("Compare with each alone", lambda bar: stages.compare_alone(plan, children, bar))
         step("Export to ONNX", lambda bar: stages.export_models(plan, children, bar))
-        metrics = step("Evaluate", lambda bar: stages.evaluate_models(plan, children, bar))
+        evaluated = step("Evaluate", lambda bar: stages.evaluate_models(plan, children, bar))
         streams = step("Inspect a stream", lambda bar: stages.inspect_streams(plan, children, bar))
         samples = step("Draw heat maps", lambda bar: stages.draw_samples(plan, bar))
+    for site, report_of_site in evaluated.items():
+        metrics[site]["federated"] = report_of_site
     results = stages.collect_results(plan, metrics, streams)
     (plan.out / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2))
     report = write_report(

@@ -16,6 +16,7 @@ from typing import IO
 
 from edgeflame.errors import EdgeFlameError
 
+EDGEFLAME = ("edgeflame", "--log-format", "json")
 PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.1
@@ -80,20 +81,23 @@ class Children:
     ) -> None:
         self.stop()
 
-    def start(self, name: str, *arguments: str, num_threads: int) -> Child:
-        """Start ``edgeflame ARGUMENTS`` with JSON logs.
+    def start(self, name: str, *arguments: str, num_threads: int, program: Sequence[str] = EDGEFLAME) -> Child:
+        """Start ``edgeflame ARGUMENTS`` with JSON logs, or another program of ours.
 
         Args:
             name: names the log files and the messages about it.
             arguments: the command and its arguments.
             num_threads: threads its numerical libraries may use.
+            program: the Python module to run, and its first arguments.
         """
         log, output = self._logs / f"{name}.log", self._logs / f"{name}.out"
         environment = dict(os.environ)
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             environment[variable] = str(num_threads)
+        # Memory of tensors is kept for the next batch; handing each back costs a training a third of its time.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "268435456", "MALLOC_TRIM_THRESHOLD_": "536870912"}
         with log.open("wb") as log_stream, output.open("wb") as output_stream:
-            process = _spawn(arguments, environment, log_stream, output_stream)
+            process = _spawn((*program, *arguments), environment, log_stream, output_stream)
         child = Child(name=name, process=process, log=log, output=output)
         self._children.append(child)
         return child
@@ -117,7 +121,9 @@ class Children:
                 child.process.wait()
         self._children = [child for child in self._children if child not in stopping]
 
-    def run_all(self, jobs: Sequence[tuple[str, Sequence[str]]], *, parallel: int) -> Iterator[Child]:
+    def run_all(
+        self, jobs: Sequence[tuple[str, Sequence[str]]], *, parallel: int, program: Sequence[str] = EDGEFLAME
+    ) -> Iterator[Child]:
         """Run jobs ``(name, arguments)`` to their end, so many at a time; yields each as it ends.
 
         Raises:
@@ -129,7 +135,7 @@ class Children:
         while waiting or running:
             while waiting and len(running) < parallel:
                 name, arguments = waiting.pop()
-                running.append(self.start(name, *arguments, num_threads=num_threads))
+                running.append(self.start(name, *arguments, num_threads=num_threads, program=program))
             ended = [child for child in running if child.check()]
             running = [child for child in running if child not in ended]
             yield from ended
@@ -141,7 +147,7 @@ def _spawn(
     arguments: Sequence[str], environment: dict[str, str], log: IO[bytes], output: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "edgeflame", "--log-format", "json", *arguments],
+        [sys.executable, "-m", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=log,

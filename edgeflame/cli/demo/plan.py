@@ -31,6 +31,9 @@ class DemoPlan:
     stream_parts: int
     photos: int = 2
     image_size: int = 256
+    """Side of the photographs, pixels."""
+    input_size: int
+    """Side of what the model sees, pixels."""
     defect_rate: float = 0.3
 
     @property
@@ -40,8 +43,8 @@ class DemoPlan:
     def data(self, site: str) -> Path:
         return self.out / "data" / site
 
-    def package(self, site: str, condition: str) -> Path:
-        return self.out / "models" / f"{site}-{condition}.edgeflame"
+    def package(self, site: str) -> Path:
+        return self.out / "models" / f"{site}.edgeflame"
 
     @property
     def logs(self) -> Path:
@@ -53,7 +56,7 @@ class DemoPlan:
 
 
 def make_plan(*, out: Path, texture: str, seed: int, num_sites: int, quick: bool) -> DemoPlan:
-    """The full demo, or one a third of its size.
+    """The full demo, or one of a third of the boards, seen more coarsely.
 
     Raises:
         UsageError: there is no such texture.
@@ -70,8 +73,9 @@ def make_plan(*, out: Path, texture: str, seed: int, num_sites: int, quick: bool
         num_sites=num_sites,
         rounds=2,
         epochs=1 if quick else 2,
-        train_parts=24 if quick else 48,
-        good_parts=8 if quick else 16,
+        train_parts=20 if quick else 60,
+        good_parts=8 if quick else 20,
         defective_parts=10 if quick else 30,
         stream_parts=20 if quick else 60,
+        input_size=192 if quick else 256,
     )

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from edgeflame.cli.demo.children import POLL_INTERVAL_S, Child, Children
-from edgeflame.cli.demo.plan import CONDITIONS, DemoPlan
+from edgeflame.cli.demo.children import EDGEFLAME, POLL_INTERVAL_S, Child, Children
+from edgeflame.cli.demo.plan import DemoPlan
 from edgeflame.cli.demo.report import Sample
 from edgeflame.cli.demo.results import SiteResult, read_inspected
 from edgeflame.console import Progress
@@ -52,7 +52,8 @@ def train_together(plan: DemoPlan, children: Children, progress: Progress) -> di
     config = plan.out / "fleet.toml"
     config.write_text(
         f"rounds = {plan.rounds}\nmin_sites = {plan.num_sites}\nquorum = 1.0\n\n"
-        f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n'
+        f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n\n'
+        f"[learning.input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
     )
     state = plan.out / "state"
     with EmbeddedBroker(port=0) as broker:
@@ -67,7 +68,7 @@ def train_together(plan: DemoPlan, children: Children, progress: Progress) -> di
             children.start(
                 site,
                 *("train", *common, "--site", site, "--data", str(plan.data(site)), "--state", str(state / site)),
-                *("--out", str(plan.package(site, "federated"))),
+                *("--out", str(plan.package(site))),
                 num_threads=max(1, (os.cpu_count() or 1) // plan.num_sites),
             )
             for site in plan.sites
@@ -81,20 +82,16 @@ def train_together(plan: DemoPlan, children: Children, progress: Progress) -> di
     return ledger
 
 
-def fit_alone(plan: DemoPlan, children: Children, progress: Progress) -> None:
-    """The two comparisons at every site: no training at all, and FADE on its own images only."""
-    jobs = [
-        (
-            f"fit-{site}-{condition}",
-            (
-                *("fit", "--data", str(plan.data(site)), "--out", str(plan.package(site, condition))),
-                *("--method", method, "--product", plan.texture),
-            ),
-        )
-        for condition, method in (("none", "none"), ("alone", "fade"))
-        for site in plan.sites
-    ]
-    _run(children, jobs, progress)
+def compare_alone(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, dict[str, dict[str, Any]]]:
+    """No training at all, and FADE on its own images, at every site: site to condition to report."""
+    config = plan.out / "alone.toml"
+    config.write_text(
+        f"seed = {plan.seed}\n\n[training]\nepochs = {plan.rounds * plan.epochs}\n\n"
+        f"[input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
+    )
+    jobs = [(f"compare-{site}", (str(plan.data(site)), str(config))) for site in plan.sites]
+    outputs = _run(children, jobs, progress, program=("edgeflame.cli.demo.compare",))
+    return {site: msgspec.json.decode(outputs[f"compare-{site}"].read_bytes()) for site in plan.sites}
 
 
 def export_models(plan: DemoPlan, children: Children, progress: Progress) -> None:
@@ -103,7 +100,7 @@ def export_models(plan: DemoPlan, children: Children, progress: Progress) -> Non
         (
             f"export-{site}",
             (
-                *("export", "--model", str(plan.package(site, "federated"))),
+                *("export", "--model", str(plan.package(site))),
                 *("--onnx", str(plan.out / "models" / f"{site}.onnx")),
             ),
         )
@@ -112,24 +109,17 @@ def export_models(plan: DemoPlan, children: Children, progress: Progress) -> Non
     _run(children, jobs, progress)
 
 
-def evaluate_models(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, dict[str, dict[str, Any]]]:
-    """Site to condition to what `edgeflame evaluate --json` printed."""
+def evaluate_models(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Site to what `edgeflame evaluate --json` printed of its federated model."""
     jobs = [
         (
-            f"evaluate-{site}-{condition}",
-            ("evaluate", "--model", str(plan.package(site, condition)), "--data", str(plan.data(site)), "--json"),
+            f"evaluate-{site}",
+            ("evaluate", "--model", str(plan.package(site)), "--data", str(plan.data(site)), "--json"),
         )
         for site in plan.sites
-        for condition in CONDITIONS
     ]
     outputs = _run(children, jobs, progress)
-    return {
-        site: {
-            condition: msgspec.json.decode(outputs[f"evaluate-{site}-{condition}"].read_bytes())
-            for condition in CONDITIONS
-        }
-        for site in plan.sites
-    }
+    return {site: msgspec.json.decode(outputs[f"evaluate-{site}"].read_bytes()) for site in plan.sites}
 
 
 def inspect_streams(plan: DemoPlan, children: Children, progress: Progress) -> dict[str, Path]:
@@ -138,7 +128,7 @@ def inspect_streams(plan: DemoPlan, children: Children, progress: Progress) -> d
         (
             f"inspect-{site}",
             (
-                *("inspect", "--model", str(plan.package(site, "federated")), "--json"),
+                *("inspect", "--model", str(plan.package(site)), "--json"),
                 *("--source", _stream_source(plan, site)),
                 *("--rejects", str(plan.out / "rejects" / site)),
             ),
@@ -158,7 +148,7 @@ def collect_results(
 
     results = []
     for site in plan.sites:
-        manifest = read_package(plan.package(site, "federated")).manifest
+        manifest = read_package(plan.package(site)).manifest
         threshold = manifest.threshold
         results.append(
             SiteResult(
@@ -184,7 +174,7 @@ def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
     from edgeflame.images import read_image, read_mask
     from edgeflame.package import read_package
 
-    package = read_package(plan.package(plan.sites[0], "federated"))
+    package = read_package(plan.package(plan.sites[0]))
     preprocessing, threshold = package.manifest.learning.input, package.manifest.threshold.value
     root = plan.data(plan.sites[0])
     severities = _severities(root)
@@ -245,10 +235,16 @@ def _severities(root: Path) -> dict[str, float]:
 
 
 def _run(
-    children: Children, jobs: Sequence[tuple[str, Sequence[str]]], progress: Progress, parallel: int | None = None
+    children: Children,
+    jobs: Sequence[tuple[str, Sequence[str]]],
+    progress: Progress,
+    *,
+    parallel: int | None = None,
+    program: Sequence[str] = EDGEFLAME,
 ) -> dict[str, Path]:
-    outputs = {}
-    for child in children.run_all(jobs, parallel=parallel or max(1, min(len(jobs), os.cpu_count() or 1))):
+    outputs: dict[str, Path] = {}
+    at_a_time = parallel or max(1, min(len(jobs), os.cpu_count() or 1))
+    for child in children.run_all(jobs, parallel=at_a_time, program=program):
         outputs[child.name] = child.output
         progress(len(outputs), len(jobs), child.name)
     return outputs
