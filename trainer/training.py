@@ -85,8 +85,16 @@ def train(
         historical_network=historical_network,
     )
     objective = OBJECTIVES[learning.method](setting)
+    discriminator_rate = training.discriminator_learning_rate or training.learning_rate
+    parameters: list[dict[str, Any]] = [
+        {"params": list(model.backbone.parameters())},
+        {"params": list(model.discriminator.parameters()), "lr": discriminator_rate},
+    ]
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        parameters,
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
     )
     model.requires_grad_(True)
     model.backbone.eval()

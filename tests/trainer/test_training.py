@@ -158,3 +158,18 @@ def test_no_epochs_change_nothing(small_learning: Learning, images: ImageSet) ->
     assert training.epochs == ()
     for name, tensor in build_model(learning)[0].exchanged().items():
         assert torch.equal(tensor, model.exchanged()[name])
+
+
+def test_the_discriminator_may_learn_at_a_rate_of_its_own(small_learning: Learning, images: ImageSet) -> None:
+    before = build_model(small_learning)[0].exchanged()
+    moved = {}
+    for rate in (None, 0.1):
+        learning = with_method(
+            small_learning, "fade", epochs=1, learning_rate=1e-12, discriminator_learning_rate=rate, weight_decay=0.0
+        )
+        after = run(learning, images)[0].exchanged()
+        moved[rate] = (after["discriminator.hidden.weight"] - before["discriminator.hidden.weight"]).norm().item()
+        name = "backbone.network.conv_stem.weight"
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+    assert moved[None] < 1e-6
+    assert moved[0.1] > 1e-3
