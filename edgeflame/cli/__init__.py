@@ -76,7 +76,7 @@ def main() -> None:
     """Run the command line; expected errors become one line and the exit code of their family."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="edgeflame", standalone_mode=False)
         # Without standalone mode click returns what a command gave to `ctx.exit`.
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as exc:

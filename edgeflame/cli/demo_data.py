@@ -21,20 +21,44 @@ _TEXTURES = (
 
 
 @click.command("demo-data")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR",
-              help="New or empty folder to write to.")
-@click.option("--texture", type=click.Choice(_TEXTURES), show_default="warm_wood",
-              help="Laminate of the boards.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New or empty folder to write to."
+)
+@click.option("--texture", type=click.Choice(_TEXTURES), show_default="warm_wood", help="Laminate of the boards.")
 @click.option("--all-textures", is_flag=True, help="A data set of each laminate, in DIR/<texture>.")
-@click.option("--parts", "num_parts", type=click.IntRange(min=1), default=40, show_default=True,
-              help="Good boards to train on; as many defective and half as many good ones to test on.")
-@click.option("--photos", "num_photos", type=click.IntRange(1, 100), default=2, show_default=True,
-              help="Photographs of each board.")
-@click.option("--size", "image_size", type=click.IntRange(64, 2048), default=256, show_default=True,
-              help="Side of the photographs in pixels.")
+@click.option(
+    "--parts",
+    "num_parts",
+    type=click.IntRange(min=1),
+    default=40,
+    show_default=True,
+    help="Good boards to train on; as many defective and half as many good ones to test on.",
+)
+@click.option(
+    "--photos",
+    "num_photos",
+    type=click.IntRange(1, 100),
+    default=2,
+    show_default=True,
+    help="Photographs of each board.",
+)
+@click.option(
+    "--size",
+    "image_size",
+    type=click.IntRange(64, 2048),
+    default=256,
+    show_default=True,
+    help="Side of the photographs in pixels.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which boards.")
-@click.option("--sites", "num_sites", type=click.IntRange(1, 100), default=1, show_default=True,
-              help="More than one: DIR/site-1 and so on, each with its own camera and boards.")
+@click.option(
+    "--sites",
+    "num_sites",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help="More than one: DIR/site-1 and so on, each with its own camera and boards.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
     out: Path,

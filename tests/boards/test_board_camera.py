@@ -62,9 +62,7 @@ def test_the_whole_board_stays_in_view() -> None:
     [("gain", 1.3, 0.8), ("gamma", 2.6, 1.9), ("vignetting", 0.0, 0.6)],
 )
 def test_exposure_fields_do_what_they_say(field: str, brighter: float, darker: float) -> None:
-    bright, dark = (
-        Camera(**{field: value}).photograph(GOOD, generator(0))[0].mean() for value in (brighter, darker)
-    )
+    bright, dark = (Camera(**{field: value}).photograph(GOOD, generator(0))[0].mean() for value in (brighter, darker))
     assert bright > dark + 3
 
 
@@ -74,18 +72,14 @@ def test_noise_blur_and_colour_do_what_they_say() -> None:
 
     clean = picture(noise_std=0.0)
     assert np.std(picture(noise_std=6.0) - clean) == pytest.approx(6.0, rel=0.1)
-    sharp, soft = (
-        np.abs(np.diff(picture(noise_std=0.0, blur_sigma_px=sigma), axis=1)).mean() for sigma in (0.3, 2.5)
-    )
+    sharp, soft = (np.abs(np.diff(picture(noise_std=0.0, blur_sigma_px=sigma), axis=1)).mean() for sigma in (0.3, 2.5))
     assert soft < 0.8 * sharp
     warm, cold = (picture(colour_temperature_k=kelvin).mean(axis=(0, 1)) for kelvin in (3500.0, 8000.0))
     assert warm[2] / warm[0] > 1.3 * cold[2] / cold[0]
 
 
 def test_a_dent_turned_to_the_lamp_is_bright_on_its_far_side() -> None:
-    board = make_board(
-        texture="warm_white_grid", seed=3, image_size=256, defect="surface_indentation", severity=0.8
-    )
+    board = make_board(texture="warm_white_grid", seed=3, image_size=256, defect="surface_indentation", severity=0.8)
     for azimuth, axis in ((0.0, 1), (90.0, 0)):
         camera = Camera(noise_std=0.0, light_azimuth_deg=azimuth, light_strength=0.8)
         image, mask = camera.photograph(board, generator(0))

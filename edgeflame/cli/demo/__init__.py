@@ -24,7 +24,9 @@ TABLE_WIDTH = 150
     help="Folder for data, models, logs and the report; an earlier demo's is replaced.",
 )
 @click.option("--quick", is_flag=True, help="A third of the boards and less training.")
-@click.option("--texture", default="warm_white_grid", show_default=True, help="Which product; see `edgeflame demo-data`.")
+@click.option(
+    "--texture", default="warm_white_grid", show_default=True, help="Which product; see `edgeflame demo-data`."
+)
 @click.option("--sites", type=click.IntRange(2, 8), default=3, show_default=True, help="How many sites train together.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of boards, cameras and training.")
 def command(out: Path, quick: bool, texture: str, sites: int, seed: int) -> None:
