@@ -19,6 +19,7 @@ from edgeflame.package import Threshold, WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
 from edgeflame.statistics import LowRankGaussian
 from trainer.backbone import EmbeddingNetwork
+from trainer.device import keep_freed_memory
 from trainer.embedding import Embeddings
 from trainer.gaussian import cross_fit, require_enough
 from trainer.imageset import ImageSet
@@ -110,6 +111,7 @@ def fit(
         MissingDependencyError: no weights can be had.
         NumericalError: an embedding or a loss is not finite.
     """
+    keep_freed_memory()
     device = device or torch.device("cpu")
     if learning.method not in SOLO_METHODS:
         msg = f"method {learning.method} needs other sites; fit takes {', '.join(SOLO_METHODS)}"

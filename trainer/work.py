@@ -17,7 +17,7 @@ from edgeflame.learning import FEDERATED_METHODS, Learning
 from edgeflame.package import WeightsOrigin, encode_statistics
 from edgeflame.references import DEFAULT_REFERENCES
 from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTask
-from trainer.device import pick_device
+from trainer.device import keep_freed_memory, pick_device
 from trainer.fit import fit_statistics, read_training_images
 from trainer.imageset import ImageSet
 from trainer.model import build_model, load_model, save_model
@@ -69,6 +69,7 @@ class TorchSiteWork:
         if learning.method not in FEDERATED_METHODS:
             msg = f"method {learning.method} is not a federated one; those are {', '.join(FEDERATED_METHODS)}"
             raise UsageError(msg)
+        keep_freed_memory()
         self._learning = learning
         self._site = site
         self._state = state
