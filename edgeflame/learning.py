@@ -62,14 +62,14 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     epochs: int = 1
     """Passes over the site's images; in a federation, per round."""
-    learning_rate: float = 1e-3
-    """Of the backbone."""
-    discriminator_learning_rate: float | None = None
-    """Of FADE's discriminator, which starts from nothing; None for the backbone's, as in the paper."""
+    learning_rate: float = 1e-4
+    """Of the backbone; gentle, because a long or fast adaptation makes the embedding collapse."""
+    discriminator_learning_rate: float = 0.1
+    """Of FADE's discriminator, which starts from nothing; the paper has one rate for both."""
     momentum: float = 0.9
     weight_decay: float = 1e-5
     batch_size: int = 16
-    noise_std: float = 0.3
+    noise_std: float = 1.0
     """Standard deviation of the noise of Eq. 14, see ``noise_scale``."""
     noise_scale: Literal["relative", "absolute"] = "relative"
     """``relative``: in units of each channel's standard deviation; ``absolute``: as in the paper."""
@@ -84,7 +84,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _require(self.epochs >= 0, "training.epochs must be >= 0", self.epochs)
         _require(self.learning_rate > 0, "training.learning_rate must be > 0", self.learning_rate)
         rate = self.discriminator_learning_rate
-        _require(rate is None or rate > 0, "training.discriminator_learning_rate must be > 0", rate)
+        _require(rate > 0, "training.discriminator_learning_rate must be > 0", rate)
         _require(0 <= self.momentum < 1, "training.momentum must be in [0, 1)", self.momentum)
         _require(self.weight_decay >= 0, "training.weight_decay must be >= 0", self.weight_decay)
         _require(self.batch_size >= 2, "training.batch_size must be >= 2", self.batch_size)

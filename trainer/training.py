@@ -85,10 +85,9 @@ def train(
         historical_network=historical_network,
     )
     objective = OBJECTIVES[learning.method](setting)
-    discriminator_rate = training.discriminator_learning_rate or training.learning_rate
     parameters: list[dict[str, Any]] = [
         {"params": list(model.backbone.parameters())},
-        {"params": list(model.discriminator.parameters()), "lr": discriminator_rate},
+        {"params": list(model.discriminator.parameters()), "lr": training.discriminator_learning_rate},
     ]
     optimiser = torch.optim.SGD(
         parameters,

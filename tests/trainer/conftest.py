@@ -69,7 +69,7 @@ def small_learning() -> Learning:
     return Learning(
         backbone=Backbone(name="test_efficientnet", stages=(1, 2), weights="random"),
         input=Preprocessing(height=SIZE, width=SIZE),
-        training=Training(epochs=2, learning_rate=1e-3, batch_size=8),
+        training=Training(epochs=2, learning_rate=1e-3, discriminator_learning_rate=1e-3, batch_size=8, noise_std=0.3),
         scoring=Scoring(rank=6, max_rank=8, ridge=0.01, smoothing_sigma=1.0),
         calibration=Calibration(folds=3),
     )
