@@ -73,9 +73,9 @@ def make_plan(*, out: Path, texture: str, seed: int, num_sites: int, quick: bool
         num_sites=num_sites,
         rounds=2,
         epochs=1 if quick else 2,
-        train_parts=20 if quick else 60,
-        good_parts=8 if quick else 20,
+        train_parts=20 if quick else 48,
+        good_parts=8 if quick else 16,
         defective_parts=10 if quick else 30,
-        stream_parts=20 if quick else 60,
+        stream_parts=20 if quick else 50,
         input_size=192 if quick else 256,
     )
