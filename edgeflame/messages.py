@@ -2,7 +2,9 @@
 
 A message carries the protocol version its sender speaks, ``major.minor``. Another major version is refused with
 both versions named. Within a major version fields are only added, with defaults, and unknown ones are ignored;
-so minor versions understand each other. An unknown type of message is refused: the receiver logs and ignores it.
+so minor versions understand each other. Words of a later minor version that a reader need not understand (a reason,
+a phase it takes no part in) are read as they are. An unknown type of message is refused: the receiver logs and
+ignores it.
 
 Bytes from the network are hostile until they are decoded here: :func:`decode` checks the size first, and every
 number and text for its range, and raises one type of error.
@@ -34,6 +36,7 @@ Id = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}\Z")]
 Text = Annotated[str, msgspec.Meta(max_length=500)]
 Key = Annotated[str, msgspec.Meta(max_length=100)]
+Word = Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,40}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 RoundNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)]
 Metrics = Annotated[dict[Key, float], msgspec.Meta(max_length=100)]
@@ -127,7 +130,8 @@ class Refusal(_Message, frozen=True, kw_only=True, tag="refusal"):
     purpose: Purpose
     round: RoundNumber
     sha256: Sha256 | None = None
-    reason: Reason
+    reason: Word
+    """A :data:`Reason`, or one of a later minor version; it is for people, and ``detail`` says it in words."""
     detail: Text = ""
 
 
@@ -161,7 +165,8 @@ class Turned(_Message, frozen=True, kw_only=True, tag="turned_away"):
     """The site of this boot may not take part."""
 
     boot: Id
-    reason: Literal["name_in_use", "unknown_site"]
+    reason: Word
+    """``name_in_use``, ``unknown_site``, or one of a later minor version."""
     detail: Text
 
 
@@ -169,7 +174,8 @@ class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
     """Retained: what everyone is to do now. A site needs no other instruction."""
 
     run: Id
-    phase: Phase
+    phase: Word
+    """A :data:`Phase`; a site waits in one it does not know."""
     round: RoundNumber = 0
     num_rounds: RoundNumber = 0
     asked: tuple[Name, ...] = ()

@@ -1,0 +1,100 @@
+"""Records the messages of real runs, one of each kind, as files that later versions must read.
+
+    python tests/recorded/record.py
+
+writes ``<version>/up.jsonl``, ``down.jsonl``, ``round.jsonl`` and ``presence.jsonl`` beside this file, for the
+protocol version of the code it runs. A version is recorded once, when it is new; its files are never changed after.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "federation"), str(HERE.parent.parent)]
+
+from brokers import BrokerProcess, wait_for  # noqa: E402
+from fleet import Fleet  # noqa: E402
+
+from edgeflame.messages import VERSION  # noqa: E402
+from edgeflame.topics import Spoken, Topics  # noqa: E402
+
+
+class Recorder:
+    """Keeps the first message of each kind: its type, which fields it has, and what tells them apart."""
+
+    def __init__(self, port: int) -> None:
+        self.kept: dict[str, dict[tuple[Any, ...], bytes]] = {}
+        subscribed = threading.Event()
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="recorder", protocol=mqtt.MQTTv5)
+        client.on_connect = lambda *_: client.subscribe("edgeflame/v1/#", qos=1)
+        client.on_subscribe = lambda *_: subscribed.set()
+        client.on_message = self._on_message
+        client.connect("127.0.0.1", port)
+        client.loop_start()
+        subscribed.wait(10)
+        self._client = client
+
+    def close(self) -> None:
+        self._client.loop_stop()
+        self._client.disconnect()
+
+    def _on_message(self, _client: Any, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        fleet = message.topic.split("/")[2]
+        match Topics(fleet=fleet).parse(message.topic):
+            case Spoken(kind=kind) if message.payload:
+                fields = msgspec.json.decode(message.payload)
+                telling = [fields.get(name) for name in ("purpose", "reason", "phase", "online", "ready", "activity")]
+                empty = [name for name, value in sorted(fields.items()) if value in (None, 0, {}, [], "")]
+                name = "presence" if kind.endswith("presence") else kind
+                key = (fields["type"], *telling, *empty)
+                self.kept.setdefault(name, {}).setdefault(key, message.payload)
+            case _:
+                pass
+
+
+def scenes(broker: BrokerProcess, folder: Path) -> None:
+    """A run in which nearly everything is said: models, bad models, failures, a second site of a name."""
+    gate = folder / "gate"
+    gate.mkdir()
+    with Fleet(broker, folder, config="min_sites = 3\nquorum = 0.3") as fleet:
+        aggregator = fleet.aggregator()
+        sites = [fleet.site("a", TINY_GATE=str(gate)), fleet.site("b", TINY_FAIL="b:1:nan")]
+        sites.append(fleet.site("c", TINY_FAIL="c:2:data"))
+        wait_for((gate / "waiting-a-1").exists, "a trains")
+        second = fleet.site("a", process="second")
+        second.wait()
+        (gate / "go").touch()
+        for process in (aggregator, *sites):
+            process.wait()
+    missed = folder / "missed"
+    missed.mkdir()
+    with Fleet(broker, missed, config="min_sites = 1\nquorum = 1.0") as fleet:
+        for process in (fleet.aggregator(), fleet.site("a", TINY_FAIL="a:1:shape")):
+            process.wait()
+
+
+def main() -> None:
+    """Record, and write what was kept."""
+    os.environ["PYTHONPATH"] = str(HERE.parent.parent)
+    with tempfile.TemporaryDirectory() as name, BrokerProcess("embedded", Path(name)) as broker:
+        recorder = Recorder(broker.port)
+        scenes(broker, Path(name))
+        recorder.close()
+    out = HERE / VERSION
+    out.mkdir()
+    for kind, messages in recorder.kept.items():
+        (out / f"{kind}.jsonl").write_bytes(b"".join(line + b"\n" for _, line in sorted(messages.items(), key=str)))
+
+
+if __name__ == "__main__":
+    main()
