@@ -5,8 +5,12 @@ The same offer gets the same answer, however often it comes; so a site may repea
 
 from __future__ import annotations
 
+import math
+
+from aggregator.config import AggregateConfig
 from aggregator.facts import RunState
 from aggregator.models import Verdict
+from aggregator.strategies import STRATEGIES, rule_name
 from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
 
 HEADER_SLACK_BYTES = 64 << 10
@@ -64,9 +68,23 @@ def implausible(state: RunState, offer: Offer) -> Verdict | None:
         return None
     if not 1 <= offer.num_samples <= config.max_samples:
         return Verdict(reason="samples", detail=f"{offer.num_samples}; expected 1 to {config.max_samples}")
+    if (problem := _implausible_steps(offer, config)) is not None:
+        return Verdict(reason="samples", detail=problem)
     expected = state.initial.size_bytes if state.initial is not None else 0
     if size > expected + HEADER_SLACK_BYTES:
         return Verdict(reason="too_large", detail=f"{size} bytes; the base model has {expected}")
+    return None
+
+
+def _implausible_steps(offer: Offer, config: AggregateConfig) -> str | None:
+    if offer.num_steps == 0:
+        rule = rule_name(config.strategy, config.learning.method)
+        needed = STRATEGIES[rule].needs_steps
+        return f"the update does not say how many steps it took; {rule} needs that" if needed else None
+    training = config.learning.training
+    most = training.epochs * math.ceil(offer.num_samples / training.batch_size)
+    if offer.num_steps > most:
+        return f"{offer.num_steps} steps; {offer.num_samples} images allow at most {most}"
     return None
 
 

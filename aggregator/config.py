@@ -6,9 +6,9 @@ import math
 
 import msgspec
 
-from aggregator.strategies import STRATEGIES
+from aggregator.strategies import AUTO, STRATEGIES
 from edgeflame.errors import ConfigError, UsageError
-from edgeflame.learning import FEDERATED_METHODS, Learning
+from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning
 from edgeflame.messages import MAX_ROUNDS
 from edgeflame.topics import check_name
 
@@ -29,8 +29,8 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Share of the sites asked in each round; rounded up."""
     seed: int = 0
     """Of the sampling."""
-    strategy: str = "fedavg"
-    """How updates become the next global model."""
+    strategy: str = AUTO
+    """How updates become the next global model; ``auto`` is the learning method's own rule."""
     max_relative_change: float = 10.0
     """An update may be so far from the base model, in units of the base model's norm; a diverged one is not."""
     max_samples: int = 10_000_000
@@ -49,7 +49,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             (self.max_relative_change > 0, "max_relative_change must be > 0", self.max_relative_change),
             (self.max_samples >= 1, "max_samples must be >= 1", self.max_samples),
             (self.max_model_bytes >= 1, "max_model_bytes must be >= 1", self.max_model_bytes),
-            (self.strategy in STRATEGIES, f"strategy: one of {', '.join(STRATEGIES)}", self.strategy),
+            (
+                self.strategy in (AUTO, *STRATEGIES),
+                f"strategy: one of {', '.join((AUTO, *STRATEGIES))}",
+                self.strategy,
+            ),
             (
                 self.learning.method in FEDERATED_METHODS,
                 f"learning.method must be one that federates ({', '.join(FEDERATED_METHODS)})",
@@ -60,12 +64,23 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             if not holds:
                 msg = f"{rule}, not {value}"
                 raise ConfigError(msg)
+        self._check_exchange()
         try:
             for name in self.expected_sites:
                 check_name("site", name)
         except UsageError as exc:
             msg = f"expected_sites: {exc}"
             raise ConfigError(msg) from exc
+
+    def _check_exchange(self) -> None:
+        sent = METHODS[self.learning.method].exchange
+        if self.strategy != AUTO and STRATEGIES[self.strategy].exchange != sent:
+            fitting = ", ".join((AUTO, *(name for name, rule in STRATEGIES.items() if rule.exchange == sent)))
+            msg = (
+                f"strategy {self.strategy} aggregates {STRATEGIES[self.strategy].exchange}, but the sites of "
+                f"method {self.learning.method} send {sent}; choose one of {fitting}"
+            )
+            raise ConfigError(msg)
 
     def replies_needed(self, num_asked: int) -> int:
         """The quorum of a round with so many asked sites."""

@@ -65,6 +65,8 @@ class UpdateAccepted(_Fact, frozen=True, kw_only=True, tag="update_accepted"):
     site: str
     sha256: str
     num_samples: int
+    num_steps: int = 0
+    """0: the site did not say."""
     metrics: dict[str, float]
     relative_change: float
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from aggregator.facts import Round, RunState
+from aggregator.strategies import rule_name
+from aggregator.strategies.interface import Contribution
 
 
 def ledger(state: RunState) -> dict[str, Any]:
@@ -15,7 +19,7 @@ def ledger(state: RunState) -> dict[str, Any]:
         "outcome": "running" if state.ended is None else "done" if state.ended.succeeded else "failed",
         "reason": state.ended.reason if state.ended else "",
         "method": state.config.learning.method,
-        "strategy": state.config.strategy,
+        "strategy": rule_name(state.config.strategy, state.config.learning.method),
         "rounds_planned": state.config.rounds,
         "members": sorted(state.members),
         "initial_model": None
@@ -46,6 +50,22 @@ def shares(entry: Round) -> dict[str, float]:
     return {site: update.num_samples / total for site, update in sorted(entry.accepted.items())}
 
 
+def contributions(entry: Round, path_of: Callable[[str], Path]) -> list[Contribution]:
+    """The accepted updates of a round as a strategy gets them; ``path_of`` tells where a blob is by its SHA-256."""
+    accepted = entry.accepted
+    return [
+        Contribution(
+            site=site,
+            path=path_of(accepted[site].sha256),
+            weight=weight,
+            num_samples=accepted[site].num_samples,
+            num_steps=accepted[site].num_steps,
+            relative_change=accepted[site].relative_change,
+        )
+        for site, weight in shares(entry).items()
+    ]
+
+
 def _round(entry: Round, state: RunState) -> dict[str, Any]:
     weights = shares(entry)
     left_out = [{"site": site, "reason": "no progress until the deadline", "detail": ""} for site in entry.left_out]
@@ -63,6 +83,7 @@ def _round(entry: Round, state: RunState) -> dict[str, Any]:
                 "site": site,
                 "sha256": update.sha256,
                 "num_samples": update.num_samples,
+                "num_steps": update.num_steps,
                 # Until the round is closed nobody's share is known.
                 "weight": weights[site] if entry.is_closed else None,
                 "relative_change": update.relative_change,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from aggregator.strategies import Strategy
+from aggregator.config import AggregateConfig
+from aggregator.strategies import STRATEGIES, rule_name
+from aggregator.strategies.interface import BlockRule, BlockStrategy, Contribution, FileRule, RoundInputs
 from edgeflame.errors import DataError
 from edgeflame.messages import Reason
 from edgeflame.statedir import storage_errors
@@ -35,15 +37,6 @@ class Verdict:
     reason: Reason | None = None
     detail: str = ""
     relative_change: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contribution:
-    """An accepted update. ``weight`` is its share of the round; a round's sum to 1."""
-
-    site: str
-    path: Path
-    weight: float
 
 
 def check_initial(path: Path) -> Verdict:
@@ -89,35 +82,67 @@ def check_update(path: Path, base: Path, *, max_relative_change: float) -> Verdi
     return Verdict(relative_change=relative)
 
 
-def merge(strategy: Strategy, base: Path, contributions: Sequence[Contribution], out: Path) -> None:
-    """Write the next global model, in canonical form and with the base's metadata, durably.
+def merge(
+    config: AggregateConfig, base: Path, contributions: Iterable[Contribution], out: Path, *, num_members: int
+) -> None:
+    """Write the next global model by the configuration's rule, in canonical form, durably.
 
     The result depends on the set of contributions alone: sites are taken in sorted order, whatever theirs is here.
+
+    Args:
+        config: of the run.
+        base: the round's base model.
+        contributions: the accepted updates.
+        out: where to write.
+        num_members: sites of the run.
 
     Raises:
         DataError, StorageError: a blob on disk is not what was checked, or the disk fails.
     """
-    ordered = sorted(contributions, key=lambda contribution: contribution.site)
+    ordered = tuple(sorted(contributions, key=lambda contribution: contribution.site))
+    rule = STRATEGIES[rule_name(config.strategy, config.learning.method)]
+    inputs = RoundInputs(config=config, contributions=ordered, num_members=num_members)
+    match rule:
+        case BlockRule():
+            merge_blocks(rule.build(inputs), base, ordered, out)
+        case FileRule():
+            rule.build(inputs).merge_files(base, ordered, out)
+            with storage_errors(out, "write"), out.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+
+def merge_blocks(strategy: BlockStrategy, base: Path, contributions: Sequence[Contribution], out: Path) -> None:
+    """Write what a block strategy makes of updates, with the base's tensors and metadata, durably.
+
+    Args:
+        strategy: the rule.
+        base: the round's base model.
+        contributions: in sorted site order.
+        out: where to write.
+
+    Raises:
+        DataError, StorageError: a blob on disk is not what was checked, or the disk fails.
+    """
     with contextlib.ExitStack() as stack:
         before = stack.enter_context(TensorFile(base))
-        updates = [(c.weight, stack.enter_context(TensorFile(c.path))) for c in ordered]
+        updates = [(c, stack.enter_context(TensorFile(c.path))) for c in contributions]
         stack.enter_context(storage_errors(out, "write"))
         stream = stack.enter_context(out.open("wb"))
         writer = TensorWriter(stream, before.schema, before.metadata)
         for name, spec in before.schema.items():
             for start, stop in block_ranges(spec):
                 old = before.read(name, start, stop).astype(np.float64)
-                combined = strategy.combine(old, _blocks(updates, name, start, stop))
+                combined = strategy.combine(name, old, _blocks(updates, name, start, stop))
                 writer.write(_as_type(combined, spec))
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def _blocks(
-    updates: Sequence[tuple[float, TensorFile]], name: str, start: int, stop: int
-) -> Iterator[tuple[float, F64]]:
-    for weight, file in updates:
-        yield weight, file.read(name, start, stop).astype(np.float64)
+    updates: Sequence[tuple[Contribution, TensorFile]], name: str, start: int, stop: int
+) -> Iterator[tuple[Contribution, F64]]:
+    for contribution, file in updates:
+        yield contribution, file.read(name, start, stop).astype(np.float64)
 
 
 def _as_type(values: F64, spec: TensorSpec) -> Array:

@@ -168,6 +168,7 @@ class RoundMachine:
                 site=site,
                 sha256=sha256,
                 num_samples=offer.num_samples,
+                num_steps=offer.num_steps,
                 metrics=offer.metrics,
                 relative_change=verdict.relative_change,
             )

@@ -24,10 +24,9 @@ from aggregator.facts import Fact, RunStarted, RunState, begin
 from aggregator.hall import Hall
 from aggregator.intake import Arrived, Intake
 from aggregator.journal import Journal
-from aggregator.ledger import ledger, shares
-from aggregator.models import Contribution, Verdict, check_initial, check_update, merge
+from aggregator.ledger import contributions, ledger
+from aggregator.models import Verdict, check_initial, check_update, merge
 from aggregator.rounds import Announce, Merge, Output, Receive, Record, RoundMachine, Tell
-from aggregator.strategies import STRATEGIES
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
 from edgeflame.errors import ConfigError, FederationError
@@ -331,14 +330,15 @@ class _Service:
                     self._merge(output)
 
     def _merge(self, output: Merge) -> None:
-        entry = output.round
-        contributions = [
-            Contribution(site=site, weight=weight, path=self._store.path(entry.accepted[site].sha256))
-            for site, weight in shares(entry).items()
-        ]
-        strategy = STRATEGIES[self._machine.state.config.strategy]
+        entry, state = output.round, self._machine.state
         draft = self._state_dir / ".model.draft"
-        merge(strategy, self._store.path(entry.base), contributions, draft)
+        merge(
+            state.config,
+            self._store.path(entry.base),
+            contributions(entry, self._store.path),
+            draft,
+            num_members=len(state.members),
+        )
         manifest = self._store.add(draft)
         # Whatever came in meanwhile waits in the queue, so the deadlines must not run from before.
         now = time.monotonic()

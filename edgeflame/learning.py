@@ -12,16 +12,47 @@ import msgspec
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 
-METHODS: dict[str, str] = {
-    "none": "the pre-trained backbone as it is, and Gaussian statistics",
-    "fade": "FADE: the backbone adapted against noised embeddings, at one site",
-    "fedavg": "FADE at each site, weights averaged",
-    "flame": "FADE at each site with FLAME's distillation between the global and the last local model",
-}
-"""Name and one line of each method; ``fit`` takes those that need no other site, ``aggregate`` the others."""
+Exchange = Literal["weights"]
+"""What sites send: the model's tensors."""
 
-SOLO_METHODS = ("none", "fade")
-FEDERATED_METHODS = ("fedavg", "flame")
+
+class Method(msgspec.Struct, frozen=True, kw_only=True):
+    """A learning method: what a site minimises, and how a server makes one model of many."""
+
+    summary: str
+    objective: str | None = "fade"
+    """A key of ``trainer.objectives.OBJECTIVES``; None trains nothing."""
+    alone: bool = False
+    """``fit`` takes it: it needs no other site."""
+    strategy: str | None = None
+    """A key of ``aggregator.strategies.STRATEGIES``, its own rule at the server; None: it does not federate."""
+    exchange: Exchange = "weights"
+
+
+METHODS: dict[str, Method] = {
+    "none": Method(
+        summary="the pre-trained backbone as it is, and Gaussian statistics",
+        objective=None,
+        alone=True,
+    ),
+    "fade": Method(
+        summary="FADE: the backbone adapted against noised embeddings, at one site",
+        alone=True,
+    ),
+    "fedavg": Method(
+        summary="FADE at each site, weights averaged",
+        strategy="fedavg",
+    ),
+    "flame": Method(
+        summary="FADE at each site with FLAME's distillation between the global and the last local model",
+        objective="flame",
+        strategy="fedavg",
+    ),
+}
+"""By name; a method is one entry here, an objective of the trainer and a rule of the aggregator."""
+
+SOLO_METHODS = tuple(name for name, method in METHODS.items() if method.alone)
+FEDERATED_METHODS = tuple(name for name, method in METHODS.items() if method.strategy is not None)
 
 MAX_RANK = 512
 

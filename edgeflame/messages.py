@@ -21,7 +21,7 @@ from edgeflame.errors import FederationError
 from edgeflame.topics import MAX_NAME_CHARS
 from edgeflame.transfer.manifest import MAX_CHUNKS, Manifest
 
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 VERSION = f"{MAJOR}.{MINOR}"
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -29,6 +29,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 
 MAX_ROUNDS = 100_000
 MAX_SAMPLES = 1_000_000_000
+MAX_STEPS = 1_000_000_000
 
 Name = Annotated[str, msgspec.Meta(pattern=rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARS - 1}}}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -102,6 +103,8 @@ class Offer(_Message, frozen=True, kw_only=True, tag="offer"):
     manifest: Manifest
     num_samples: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLES)] = 0
     metrics: Metrics = {}
+    num_steps: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)] = 0
+    """Optimiser steps of the update; 0: not said. Since 1.1."""
 
 
 class BlobNeed(_Message, frozen=True, kw_only=True, tag="need"):

@@ -1,4 +1,4 @@
-"""What a site minimises, by method: one entry in ``OBJECTIVES`` each.
+"""What a site minimises: one entry in ``OBJECTIVES`` each.
 
 A method is an objective here and, in a federation, a rule of the aggregator; the training loop knows neither.
 """
@@ -121,7 +121,6 @@ class Flame:
 
 OBJECTIVES: dict[str, Callable[[Setting], LocalObjective]] = {
     "fade": Fade,
-    "fedavg": Fade,
     "flame": Flame,
 }
-"""By the method's name in ``edgeflame.learning.METHODS``; ``none`` trains nothing."""
+"""By the name that ``edgeflame.learning.METHODS`` uses."""

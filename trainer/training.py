@@ -9,7 +9,7 @@ import torch
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import NumericalError
-from edgeflame.learning import Learning
+from edgeflame.learning import METHODS, Learning
 from trainer.backbone import EmbeddingNetwork
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel
@@ -26,11 +26,13 @@ class TrainingRun:
         epochs: mean of each loss term in each epoch.
         num_forward: images sent through the network in training.
         num_teacher_forward: images sent through frozen teachers.
+        num_steps: optimiser steps.
     """
 
     epochs: tuple[dict[str, float], ...]
     num_forward: int
     num_teacher_forward: int
+    num_steps: int
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last epoch, and counts."""
@@ -84,7 +86,9 @@ def train(
         global_network=global_network,
         historical_network=historical_network,
     )
-    objective = OBJECTIVES[learning.method](setting)
+    name = METHODS[learning.method].objective
+    assert name is not None, f"{learning.method} trains nothing"
+    objective = OBJECTIVES[name](setting)
     parameters: list[dict[str, Any]] = [
         {"params": list(model.backbone.parameters())},
         {"params": list(model.discriminator.parameters()), "lr": training.discriminator_learning_rate},
@@ -99,7 +103,7 @@ def train(
     model.backbone.eval()
     model.discriminator.train()
     epochs: list[dict[str, float]] = []
-    num_forward = 0
+    num_forward = num_steps = 0
     for epoch in range(training.epochs):
         sums: dict[str, float] = {}
         shuffled = torch.randperm(len(images), generator=order).tolist()
@@ -113,6 +117,7 @@ def train(
             optimiser.zero_grad(set_to_none=True)
             losses[TOTAL].backward()  # type: ignore[no-untyped-call]
             optimiser.step()
+            num_steps += 1
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
             num_forward += len(indices)
@@ -121,4 +126,9 @@ def train(
         log.info("epoch", number=epoch + 1, of=training.epochs, **epochs[-1])
     model.eval()
     model.requires_grad_(False)
-    return TrainingRun(epochs=tuple(epochs), num_forward=num_forward, num_teacher_forward=objective.num_teacher_forward)
+    return TrainingRun(
+        epochs=tuple(epochs),
+        num_forward=num_forward,
+        num_teacher_forward=objective.num_teacher_forward,
+        num_steps=num_steps,
+    )

@@ -117,7 +117,7 @@ class TorchSiteWork:
             progress=report,
         )
         save_model(task.out, model, origin)
-        return TrainOutcome(num_samples=len(images), metrics=run.metrics())
+        return TrainOutcome(num_samples=len(images), num_steps=run.num_steps, metrics=run.metrics())
 
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
         """Fit this site's statistics and threshold on the global model, and write its package.

@@ -31,7 +31,7 @@ log = EventLog("fit")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The package to write (.edgeflame).")
 @click.option(
     "--method",
-    help=f"{'; '.join(f'{name}: {METHODS[name]}' for name in SOLO_METHODS)}.  [default: {Learning().method}]",
+    help=f"{'; '.join(f'{name}: {METHODS[name].summary}' for name in SOLO_METHODS)}.  [default: {Learning().method}]",
 )
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with the learning's settings.")
 @click.option("--product", default="product", show_default=True, help="Name of the kind of part.")

@@ -60,9 +60,15 @@ GOLDEN = (
 )
 
 
-def test_wire_bytes_of_the_first_version() -> None:
-    assert m.encode(OFFER) == GOLDEN
-    assert m.decode_up(GOLDEN) == OFFER
+def test_wire_bytes_of_the_first_version_are_read() -> None:
+    assert m.decode_up(GOLDEN) == msgspec.structs.replace(OFFER, v="1.0")
+
+
+def test_what_is_added_since_does_not_disturb_the_first_version() -> None:
+    # A 1.0 receiver ignores what it does not know; all else stands where it stood.
+    now = m.encode(OFFER).replace(b'"v":"' + m.VERSION.encode() + b'"', b'"v":"1.0"')
+    assert now.startswith(GOLDEN[:-1])
+    assert m.decode_up(now) == msgspec.structs.replace(OFFER, v="1.0")
 
 
 def test_a_newer_minor_version_is_understood() -> None:
@@ -71,7 +77,7 @@ def test_a_newer_minor_version_is_understood() -> None:
 
 
 def test_another_major_version_is_refused_with_both_named() -> None:
-    with pytest.raises(FederationError, match=r"2\.0.*1\.0"):
+    with pytest.raises(FederationError, match=rf"2\.0.*{m.VERSION}"):
         m.decode_up(b'{"v":"2.0","everything":"else"}')
 
 

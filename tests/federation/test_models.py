@@ -14,8 +14,10 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator.models import Contribution, check_initial, check_update, merge
-from aggregator.strategies import FedAvg
+from aggregator.config import AggregateConfig
+from aggregator.models import check_initial, check_update, merge, merge_blocks
+from aggregator.strategies import STRATEGIES
+from aggregator.strategies.interface import Contribution, FileRule, RoundInputs
 from edgeflame.errors import DataError
 from edgeflame.tensors import BLOCK_ELEMENTS, TensorFile, TensorSpec, canonicalise, schema_difference
 
@@ -47,7 +49,7 @@ def test_the_merge_is_the_weighted_average(tmp_path: Path) -> None:
     contributions = [
         Contribution(site=site, weight=weights[site], path=save(tmp_path / site, updates[site])) for site in weights
     ]
-    merge(FedAvg(), base, contributions, tmp_path / "out")
+    merge(AggregateConfig(), base, contributions, tmp_path / "out", num_members=3)
     merged = safetensors.numpy.load_file(tmp_path / "out")
     for name, values in merged.items():
         expected = sum(weights[site] * updates[site][name].astype(np.float64) for site in weights)
@@ -60,6 +62,22 @@ def test_the_merge_is_the_weighted_average(tmp_path: Path) -> None:
         assert out.metadata == {"origin": "x", "b": "y"}
 
 
+def test_a_rule_on_whole_files_gets_them_in_site_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Last:
+        def __init__(self, inputs: RoundInputs) -> None:
+            assert inputs.num_members == 5
+
+        def merge_files(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
+            assert [contribution.site for contribution in contributions] == ["a", "b"]
+            out.write_bytes(contributions[-1].path.read_bytes())
+
+    monkeypatch.setitem(STRATEGIES, "last", FileRule(build=Last))
+    base = save(tmp_path / "base", model(0))
+    updates = [Contribution(site=site, weight=0.5, path=save(tmp_path / site, model(ord(site)))) for site in "ba"]
+    merge(AggregateConfig(strategy="last"), base, updates, tmp_path / "out", num_members=5)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_the_merge_is_bit_identical_for_any_order(tmp_path: Path) -> None:
     base = save(tmp_path / "base", model(0))
     contributions = [
@@ -68,21 +86,22 @@ def test_the_merge_is_bit_identical_for_any_order(tmp_path: Path) -> None:
     ]
     results = set()
     for order in (contributions, contributions[::-1], contributions[2:] + contributions[:2]):
-        merge(FedAvg(), base, order, tmp_path / "out")
+        merge(AggregateConfig(), base, order, tmp_path / "out", num_members=4)
         results.add((tmp_path / "out").read_bytes())
     assert len(results) == 1
 
 
 def test_the_merge_holds_one_block_of_one_site_at_a_time(tmp_path: Path) -> None:
     class Watcher:
-        held = 0
-
-        def combine(self, base: np.ndarray, updates: Iterable[tuple[float, np.ndarray]]) -> np.ndarray:
+        def combine(
+            self, name: str, base: np.ndarray, updates: Iterable[tuple[Contribution, np.ndarray]]
+        ) -> np.ndarray:
+            assert name in model(0)
             assert base.size <= BLOCK_ELEMENTS
-            return sum((weight * values for weight, values in updates), np.zeros_like(base))
+            return sum((update.weight * values for update, values in updates), np.zeros_like(base))
 
     base = save(tmp_path / "base", model(0))
-    merge(Watcher(), base, [Contribution(site="a", weight=1.0, path=base)], tmp_path / "out")
+    merge_blocks(Watcher(), base, [Contribution(site="a", weight=1.0, path=base)], tmp_path / "out")
     canonicalise(base, tmp_path / "canonical")
     assert (tmp_path / "out").read_bytes() == (tmp_path / "canonical").read_bytes()
 

@@ -58,9 +58,18 @@ class Driver:
         for site in sites:
             self.take(self.machine.ready(site, install="1" * 32, initial=sha(0), now=now))
 
-    def offer(self, purpose: str, number: int, sha256: str, *, samples: int = 10, size: int = 500) -> Offer:
+    def offer(
+        self, purpose: str, number: int, sha256: str, *, samples: int = 10, size: int = 500, steps: int = 0
+    ) -> Offer:
         manifest = Manifest(sha256=sha256, size_bytes=size, chunk_bytes=size, crc32s=bytes(4))
-        return Offer(run=RUN, purpose=purpose, round=number, manifest=manifest, num_samples=samples)  # type: ignore[arg-type]
+        return Offer(
+            run=RUN,
+            purpose=purpose,  # type: ignore[arg-type]
+            round=number,
+            manifest=manifest,
+            num_samples=samples,
+            num_steps=steps,
+        )
 
     def deliver(self, site: str, offer: Offer, verdict: Verdict | None = None, now: float = 0.0) -> Receipt | Refusal:
         """Offer, and let the blob arrive if it is wanted; the answer."""
@@ -178,6 +187,8 @@ def test_refusals_say_why() -> None:
     run.ready("later")
     assert reason("later", run.offer("update", 1, sha(1))) == "not_asked"
     assert reason("a", run.offer("update", 1, sha(1), samples=51)) == "samples"
+    # One epoch in batches of 16: 33 images take three steps. Not saying how many is allowed where no rule needs it.
+    assert reason("a", run.offer("update", 1, sha(1), samples=33, steps=4)) == "samples"
     assert reason("b", run.offer("update", 1, sha(1), size=500 + (64 << 10) + 1)) == "too_large"
     # Both are settled now; nobody contributed.
     assert run.state.phase == "failed"

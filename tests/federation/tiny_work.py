@@ -33,6 +33,8 @@ class TinyWork:
         self._setup = setup
         self._dir = Path(setup.state)
         self._num_samples = 10 + sum(map(ord, setup.site)) % 40
+        training = setup.learning.training
+        self._num_steps = training.epochs * -(-self._num_samples // training.batch_size)
         if not Path(setup.data).is_dir():
             msg = f"{setup.data}: no such folder"
             raise DataError(msg)
@@ -74,7 +76,8 @@ class TinyWork:
             "count": np.asarray(base["count"] + self._num_samples, dtype=np.int64),
         }
         safetensors.numpy.save_file(tensors, task.out)
-        return TrainOutcome(num_samples=self._num_samples, metrics={"loss": float(np.square(weight).mean())})
+        loss = float(np.square(weight).mean())
+        return TrainOutcome(num_samples=self._num_samples, num_steps=self._num_steps, metrics={"loss": loss})
 
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
         report(1, 1)

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from edgeflame.errors import NumericalError
-from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning, Training
+from edgeflame.learning import Learning, Training
 from trainer.flame import Teacher
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel, build_model
-from trainer.objectives import OBJECTIVES
 from trainer.training import TrainingRun, train
 
 CPU = torch.device("cpu")
@@ -37,11 +36,6 @@ def teachers_of(learning: Learning) -> dict[str, object]:
         network = build_model(msgspec.structs.replace(learning, seed=seed))[0].backbone
         networks.append(network)
     return {"global_network": networks[0], "historical_network": networks[1]}
-
-
-def test_every_method_that_trains_has_an_objective() -> None:
-    assert set(OBJECTIVES) == set(METHODS) - {"none"}
-    assert set(FEDERATED_METHODS) <= set(OBJECTIVES)
 
 
 def test_a_short_training_follows_its_golden_curve(small_learning: Learning, images: ImageSet) -> None:

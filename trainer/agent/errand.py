@@ -151,7 +151,7 @@ class Errand:
             case Prepare(run=run):
                 memory.keep_initial(run, memory.draft("initial"))
             case Train(run=run, round=number):
-                outcome = Outcome(num_samples=done.num_samples, metrics=done.metrics)
+                outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics)
                 memory.keep_update(run, number, memory.draft("update"), outcome)
                 log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
             case Finish(run=run, model=model):
@@ -199,6 +199,7 @@ class Errand:
             round=number,
             manifest=manifest,
             num_samples=outcome.num_samples,
+            num_steps=outcome.num_steps,
             metrics=outcome.metrics,
         )
 

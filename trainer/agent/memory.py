@@ -41,6 +41,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """A finished training; the model lies beside it."""
 
     num_samples: int
+    num_steps: int = 0
     metrics: dict[str, float]
 
 

@@ -66,6 +66,7 @@ class Done(_Line, frozen=True, kw_only=True, tag="done"):
     """The order is carried out; which fields are set depends on it."""
 
     num_samples: int = 0
+    num_steps: int = 0
     metrics: dict[str, float] = {}
     package: str | None = None
     statistics: str | None = None

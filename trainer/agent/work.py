@@ -37,9 +37,16 @@ class TrainTask:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome:
-    """``num_samples``, at least 1, is the update's weight in the average; ``metrics`` are finite."""
+    """What came of it.
+
+    Attributes:
+        num_samples: images trained on, at least 1; the update's weight in the average.
+        num_steps: optimiser steps taken; 0 is "not said", and rules that need them refuse the update.
+        metrics: finite.
+    """
 
     num_samples: int
+    num_steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
 

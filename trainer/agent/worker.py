@@ -94,7 +94,7 @@ def _carry_out(work: SiteWork, order: Order, report: _Reporter) -> Done:
                 ),
                 report,
             )
-            return Done(num_samples=outcome.num_samples, metrics=_finite(outcome.metrics))
+            return Done(num_samples=outcome.num_samples, num_steps=outcome.num_steps, metrics=_finite(outcome.metrics))
         case FinishOrder():
             finish = work.finish(
                 FinishTask(model=Path(order.model), out_dir=Path(order.out_dir), ledger=order.ledger), report

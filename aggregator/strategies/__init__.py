@@ -1,0 +1,24 @@
+"""How accepted updates become the next global model: one small module per rule, one line each in ``STRATEGIES``."""
+
+from __future__ import annotations
+
+from aggregator.strategies.fedavg import FedAvg
+from aggregator.strategies.interface import BlockRule, Rule
+from edgeflame.learning import METHODS
+
+AUTO = "auto"
+"""The rule that belongs to the learning method."""
+
+STRATEGIES: dict[str, Rule] = {
+    "fedavg": BlockRule(build=FedAvg),
+}
+"""By the name a configuration uses."""
+
+
+def rule_name(strategy: str, method: str) -> str:
+    """The rule's own name: ``strategy``, or what ``auto`` means for a federated method."""
+    if strategy != AUTO:
+        return strategy
+    own = METHODS[method].strategy
+    assert own is not None, f"{method} federates nothing"
+    return own
