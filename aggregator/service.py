@@ -12,24 +12,21 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from aggregator.announcer import Announcer
+from aggregator.conduct import RunResult, judge, log_fact, make_model, open_run, write_results
 from aggregator.config import AggregateConfig
-from aggregator.facts import Fact, RunStarted, RunState, begin
+from aggregator.facts import RunState
 from aggregator.hall import Hall
 from aggregator.intake import Arrived, Intake
 from aggregator.journal import Journal
-from aggregator.ledger import contributions, ledger
-from aggregator.models import Verdict, check_initial, check_update, merge
+from aggregator.models import Verdict
 from aggregator.rounds import Announce, Merge, Output, Receive, Record, RoundMachine, Tell
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
-from edgeflame.errors import ConfigError, FederationError
+from edgeflame.errors import FederationError
 from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
 from edgeflame.messages import (
     BlobNeed,
@@ -44,31 +41,13 @@ from edgeflame.messages import (
     decode_up,
     encode,
 )
-from edgeflame.statedir import copy_durably, locked_state_dir, storage_errors, write_durably
+from edgeflame.statedir import locked_state_dir, storage_errors
 from edgeflame.topics import Chunk, Spoken, Topics
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")
 
 TICK_S = 0.5
-LEDGER = "ledger.json"
-MODEL = "global-model.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        ledger: as plain data; also in ``ledger_path``.
-        model_path: the final global model; None if the run failed before it had one.
-    """
-
-    succeeded: bool
-    reason: str
-    ledger: dict[str, Any]
-    ledger_path: Path
-    model_path: Path | None
 
 
 def aggregate(
@@ -106,34 +85,12 @@ def aggregate(
         with storage_errors(out_dir, "create the output folder"):
             out_dir.mkdir(parents=True, exist_ok=True)
         journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))
-        state = _open_run(journal, config, new_run=new_run)
+        state = open_run(journal, config, new_run=new_run)
         service = _Service(
             topics=topics, state=state, journal=journal, state_dir=state_dir, out_dir=out_dir, report=report
         )
         service.serve(broker, connect_timeout_s)
         return service.result()
-
-
-def _open_run(journal: Journal, config: AggregateConfig, *, new_run: bool) -> RunState:
-    state = journal.last_run()
-    if state is not None and not (new_run and state.ended):
-        if state.ended is None and state.config != config:
-            changed = [
-                name
-                for name in AggregateConfig.__struct_fields__
-                if getattr(state.config, name) != getattr(config, name)
-            ]
-            msg = (
-                f"the state directory holds an unfinished run with another configuration ({', '.join(changed)}); "
-                "continue it with the same one, or use another --state"
-            )
-            raise ConfigError(msg)
-        log.info("run_over" if state.ended else "run_continued", run=state.run, rounds_done=len(state.rounds))
-        return state
-    fact = RunStarted(run=uuid.uuid4().hex, config=config, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    journal.append(fact.run, [fact])
-    log.info("run_started", run=fact.run, rounds=config.rounds, method=config.learning.method)
-    return begin(fact)
 
 
 class _Service:
@@ -186,22 +143,7 @@ class _Service:
 
     def result(self) -> RunResult:
         """How it went; writes the ledger and the model."""
-        state = self._machine.state
-        entries = ledger(state)
-        ledger_path = self._out_dir / LEDGER
-        write_durably(ledger_path, msgspec.json.format(msgspec.json.encode(entries), indent=2) + b"\n")
-        model_path: Path | None = None
-        if state.model is not None and state.rounds and state.rounds[-1].model is not None:
-            model_path = self._out_dir / MODEL
-            copy_durably(self._store.path(state.model), model_path)
-        assert state.ended is not None
-        return RunResult(
-            succeeded=state.ended.succeeded,
-            reason=state.ended.reason,
-            ledger=entries,
-            ledger_path=ledger_path,
-            model_path=model_path,
-        )
+        return write_results(self._machine.state, self._store, self._out_dir)
 
     def _loop(self) -> None:
         now = time.monotonic()
@@ -295,20 +237,18 @@ class _Service:
                     machine.progressed(site, now)
 
     def _on_arrival(self, site: str, arrived: Arrived, now: float) -> None:
-        offer, state = arrived.offer, self._machine.state
-        path = self._store.path(offer.manifest.sha256)
-        if not arrived.intact:
-            verdict = Verdict(reason="corrupt", detail="the bytes do not have the announced SHA-256")
-        elif offer.purpose == "initial":
-            verdict = check_initial(path)
+        verdict: Verdict | None
+        if arrived.intact:
+            verdict = judge(self._machine.state, arrived.offer, self._store)
         else:
-            base = next((entry.base for entry in state.rounds if entry.number == offer.round), None)
-            if base is None or base not in self._store:
-                return
-            verdict = check_update(path, self._store.path(base), max_relative_change=state.config.max_relative_change)
+            verdict = Verdict(reason="corrupt", detail="the bytes do not have the announced SHA-256")
+        if verdict is None:
+            return
         if verdict.reason is not None:
-            log.warning("model_refused", site=site, round=offer.round, reason=verdict.reason, detail=verdict.detail)
-        self._carry_out(self._machine.checked(site, offer, verdict, now), now)
+            log.warning(
+                "model_refused", site=site, round=arrived.offer.round, reason=verdict.reason, detail=verdict.detail
+            )
+        self._carry_out(self._machine.checked(site, arrived.offer, verdict, now), now)
 
     def _carry_out(self, outputs: Sequence[Output], now: float) -> None:
         facts = [output.fact for output in outputs if isinstance(output, Record)]
@@ -317,7 +257,7 @@ class _Service:
         for output in outputs:
             match output:
                 case Record():
-                    _log_fact(output.fact)
+                    log_fact(output.fact)
                 case Announce():
                     self._announce()
                 case Tell():
@@ -330,16 +270,8 @@ class _Service:
                     self._merge(output)
 
     def _merge(self, output: Merge) -> None:
-        entry, state = output.round, self._machine.state
-        draft = self._state_dir / ".model.draft"
-        merge(
-            state.config,
-            self._store.path(entry.base),
-            contributions(entry, self._store.path),
-            draft,
-            num_members=len(state.members),
-        )
-        manifest = self._store.add(draft)
+        entry = output.round
+        manifest = make_model(self._machine.state, entry, self._store, self._state_dir / ".model.draft")
         # Whatever came in meanwhile waits in the queue, so the deadlines must not run from before.
         now = time.monotonic()
         self._carry_out(
@@ -369,21 +301,3 @@ class _Service:
         # While the link is down nothing is queued: all of it is said again when it is up, or asked for again.
         if self._is_up and self._link is not None:
             self._link.publish(topic, payload, retain=retain)
-
-
-def _log_fact(fact: Fact) -> None:
-    fields: dict[str, object] = {}
-    for name, value in msgspec.structs.asdict(fact).items():
-        match value:
-            case None | "" | () | {}:
-                continue
-            case tuple():
-                fields[name] = ",".join(map(str, value))
-            case dict():
-                fields.update({f"{name}_{key}": figure for key, figure in value.items()})
-            case str() if len(value) >= 32 and " " not in value:
-                # A hash or an id; the ledger has it whole.
-                fields[name] = value[:12]
-            case _:
-                fields[name] = value
-    log.info(str(fact.__struct_config__.tag), **fields)

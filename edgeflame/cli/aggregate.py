@@ -10,8 +10,8 @@ import click
 from edgeflame.cli.link_options import broker_url, link_options
 
 if TYPE_CHECKING:
+    from aggregator.conduct import RunResult
     from aggregator.config import AggregateConfig
-    from aggregator.service import RunResult
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 

@@ -18,7 +18,7 @@ from edgeflame.learning import Learning
 from edgeflame.messages import RoundState
 from edgeflame.statedir import locked_state_dir, write_durably
 from edgeflame.transfer.manifest import Manifest
-from trainer.agent.errand import task_seed
+from trainer.agent.chores import task_seed
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Finished, Memory, Outcome
 from trainer.agent.orders import Done, FinishOrder, InitialOrder, Setup, TrainOrder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +12,11 @@ from edgeflame.learning import Learning
 from edgeflame.messages import BlobNeed, FinishReport, Offer, TaskFailed
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
 from edgeflame.transfer.store import Outgoing
+from trainer.agent.chores import finish_order, initial_order, keep_finished, keep_update, train_order
 from trainer.agent.exchange import REPEAT_S, Download, Upload
 from trainer.agent.labour import Labour
-from trainer.agent.memory import Finished, Memory, Outcome
-from trainer.agent.orders import Done, FinishOrder, InitialOrder, Setup, TrainOrder
+from trainer.agent.memory import Memory, Outcome
+from trainer.agent.orders import Done, Setup
 from trainer.agent.plan import (
     Fetch,
     Finish,
@@ -68,24 +68,25 @@ class Errand:
                 log.info("waiting", why=why)
             case Prepare(run=run):
                 memory.forget_other_runs(run)
-                self._labour.begin(self._setup(), InitialOrder(out=str(memory.draft("initial"))))
+                self._labour.begin(self._setup(), initial_order(memory))
             case Fetch(run=run, keep=keep, manifest=manifest):
                 memory.store.prune({memory.initial(run) or "", *keep})
                 self._voice.listen(manifest.sha256)
                 self._download = Download(memory.store, manifest, send=self._voice.send, now=now)
             case Train(run=run, round=number, base=base):
-                self._labour.begin(self._setup(), self._train_order(run, number, base))
+                order = train_order(
+                    memory, self.learning, self._voice.site, run=run, number=number, base=memory.store.path(base)
+                )
+                self._labour.begin(self._setup(), order)
             case OfferInitial(run=run):
                 self._upload = self._offer_initial(run)
             case OfferUpdate(run=run, round=number):
                 self._upload = self._offer_update(run, number)
             case Finish(run=run, model=model, ledger=ledger):
-                order = FinishOrder(
-                    model=str(memory.store.path(model).resolve()),
-                    out_dir=str(memory.finish_dir(run).resolve()),
-                    ledger=self._read_ledger(run, model, ledger),
+                record = self._read_ledger(run, model, ledger)
+                self._labour.begin(
+                    self._setup(), finish_order(memory, run=run, model=memory.store.path(model), ledger=record)
                 )
-                self._labour.begin(self._setup(), order)
             case _:
                 pass
         self.say(now)
@@ -151,19 +152,9 @@ class Errand:
             case Prepare(run=run):
                 memory.keep_initial(run, memory.draft("initial"))
             case Train(run=run, round=number):
-                outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics)
-                memory.keep_update(run, number, memory.draft("update"), outcome)
-                log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
+                keep_update(memory, done, run=run, number=number)
             case Finish(run=run, model=model):
-                package = None if done.package is None else Path(done.package)
-                finished = Finished(
-                    model=model,
-                    package=None if package is None else package.name,
-                    package_sha256=None if package is None else describe_file(package).sha256,
-                    summary=done.summary,
-                )
-                memory.keep_finished(run, finished)
-                log.info("package_made", **done.summary)
+                keep_finished(memory, done, run=run, model=model)
             case _:
                 pass
 
@@ -208,16 +199,6 @@ class Errand:
 
         return Upload(Outgoing(path, manifest), offer, send=self._voice.send, publish=publish)
 
-    def _train_order(self, run: str, number: int, base: str) -> TrainOrder:
-        history = self._memory.history(run, number)
-        return TrainOrder(
-            round=number,
-            base=str(self._memory.store.path(base).resolve()),
-            history=None if history is None else str(history.resolve()),
-            out=str(self._memory.draft("update")),
-            seed=task_seed(self.learning.seed, self._voice.site, number),
-        )
-
     def _setup(self) -> Setup:
         return Setup(
             learning=self.learning,
@@ -237,8 +218,3 @@ class Errand:
             else:
                 return ledger
         return {"run": run, "model_sha256": model}
-
-
-def task_seed(seed: int, site: str, number: int) -> int:
-    """The seed of a site's round: 32 bits, which every generator takes, and another for each site and round."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{site}:{number}".encode()).digest()[:4], "big")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
 
+from edgeflame.console import Progress
 from edgeflame.errors import EdgeFlameError
 from trainer.agent.orders import (
     TO_WORKER,
@@ -72,13 +73,14 @@ def _serve(build: Callable[[Setup], SiteWork], orders: queue.SimpleQueue[bytes],
         order = TO_WORKER.decode(orders.get())
         assert not isinstance(order, Setup)
         try:
-            answer: FromWorker = _carry_out(work, order, _Reporter(out))
+            answer: FromWorker = carry_out(work, order, _Reporter(out))
         except EdgeFlameError as exc:
             answer = Problem(error=type(exc).__name__, message=str(exc))
         _say(out, answer)
 
 
-def _carry_out(work: SiteWork, order: Order, report: _Reporter) -> Done:
+def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
+    """Let the work do what an order says."""
     match order:
         case InitialOrder():
             work.write_initial_model(Path(order.out))

@@ -1,0 +1,132 @@
+"""What a run's decisions come to on disk, whoever carries them out: the service over MQTT, or a simulation."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aggregator.config import AggregateConfig
+from aggregator.facts import Fact, Round, RunStarted, RunState, begin
+from aggregator.journal import Journal
+from aggregator.ledger import contributions, ledger
+from aggregator.models import Verdict, check_initial, check_update, merge
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError
+from edgeflame.messages import Offer
+from edgeflame.statedir import copy_durably, write_durably
+from edgeflame.transfer.manifest import Manifest
+from edgeflame.transfer.store import BlobStore
+
+log = EventLog("aggregator")
+
+LEDGER = "ledger.json"
+MODEL = "global-model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        ledger: as plain data; also in ``ledger_path``.
+        model_path: the final global model; None if the run failed before it had one.
+    """
+
+    succeeded: bool
+    reason: str
+    ledger: dict[str, Any]
+    ledger_path: Path
+    model_path: Path | None
+
+
+def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False) -> RunState:
+    """The run the journal holds, or a new one in it; ``new_run`` asks for another where the last has ended.
+
+    Raises:
+        ConfigError: the unfinished run has another configuration.
+        StorageError: the journal fails.
+    """
+    state = journal.last_run()
+    if state is not None and not (new_run and state.ended):
+        if state.ended is None and state.config != config:
+            changed = [
+                name
+                for name in AggregateConfig.__struct_fields__
+                if getattr(state.config, name) != getattr(config, name)
+            ]
+            msg = (
+                f"the state directory holds an unfinished run with another configuration ({', '.join(changed)}); "
+                "continue it with the same one, or use another --state"
+            )
+            raise ConfigError(msg)
+        log.info("run_over" if state.ended else "run_continued", run=state.run, rounds_done=len(state.rounds))
+        return state
+    fact = RunStarted(run=uuid.uuid4().hex, config=config, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    journal.append(fact.run, [fact])
+    log.info("run_started", run=fact.run, rounds=config.rounds, method=config.learning.method)
+    return begin(fact)
+
+
+def judge(state: RunState, offer: Offer, store: BlobStore) -> Verdict | None:
+    """What the checks say of an offered model that lies in the store; None if the offer is of no round of this run."""
+    path = store.path(offer.manifest.sha256)
+    if offer.purpose == "initial":
+        return check_initial(path)
+    base = next((entry.base for entry in state.rounds if entry.number == offer.round), None)
+    if base is None or base not in store:
+        return None
+    return check_update(path, store.path(base), max_relative_change=state.config.max_relative_change)
+
+
+def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> Manifest:
+    """Make a round's model of its accepted updates, into the store; ``draft`` is a path on the store's file system."""
+    merge(
+        state.config,
+        store.path(entry.base),
+        contributions(entry, store.path),
+        draft,
+        num_members=len(state.members),
+    )
+    return store.add(draft)
+
+
+def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult:
+    """Write the ledger and the final model of a run that is over."""
+    entries = ledger(state)
+    ledger_path = out_dir / LEDGER
+    write_durably(ledger_path, msgspec.json.format(msgspec.json.encode(entries), indent=2) + b"\n")
+    model_path: Path | None = None
+    if state.model is not None and state.rounds and state.rounds[-1].model is not None:
+        model_path = out_dir / MODEL
+        copy_durably(store.path(state.model), model_path)
+    assert state.ended is not None
+    return RunResult(
+        succeeded=state.ended.succeeded,
+        reason=state.ended.reason,
+        ledger=entries,
+        ledger_path=ledger_path,
+        model_path=model_path,
+    )
+
+
+def log_fact(fact: Fact) -> None:
+    """Log a decision, hashes shortened: the ledger has them whole."""
+    fields: dict[str, object] = {}
+    for name, value in msgspec.structs.asdict(fact).items():
+        match value:
+            case None | "" | () | {}:
+                continue
+            case tuple():
+                fields[name] = ",".join(map(str, value))
+            case dict():
+                fields.update({f"{name}_{key}": figure for key, figure in value.items()})
+            case str() if len(value) >= 32 and " " not in value:
+                fields[name] = value[:12]
+            case _:
+                fields[name] = value
+    log.info(str(fact.__struct_config__.tag), **fields)

@@ -1,0 +1,63 @@
+"""What a site asks of its worker, and what it keeps of the answer; the same over MQTT and in a simulation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeflame.console import EventLog
+from edgeflame.learning import Learning
+from edgeflame.transfer.manifest import describe_file
+from trainer.agent.memory import Finished, Memory, Outcome
+from trainer.agent.orders import Done, FinishOrder, InitialOrder, TrainOrder
+
+log = EventLog("site")
+
+
+def initial_order(memory: Memory) -> InitialOrder:
+    """The order for the initial model."""
+    return InitialOrder(out=str(memory.draft("initial")))
+
+
+def train_order(memory: Memory, learning: Learning, site: str, *, run: str, number: int, base: Path) -> TrainOrder:
+    """The order for a round's update; the same however often it is given."""
+    history = memory.history(run, number)
+    return TrainOrder(
+        round=number,
+        base=str(base.resolve()),
+        history=None if history is None else str(history.resolve()),
+        out=str(memory.draft("update")),
+        seed=task_seed(learning.seed, site, number),
+    )
+
+
+def finish_order(memory: Memory, *, run: str, model: Path, ledger: Mapping[str, Any]) -> FinishOrder:
+    """The order for the site's package."""
+    return FinishOrder(model=str(model.resolve()), out_dir=str(memory.finish_dir(run).resolve()), ledger=dict(ledger))
+
+
+def keep_update(memory: Memory, done: Done, *, run: str, number: int) -> None:
+    """Keep what a train order gave."""
+    outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics)
+    memory.keep_update(run, number, memory.draft("update"), outcome)
+    log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
+
+
+def keep_finished(memory: Memory, done: Done, *, run: str, model: str) -> None:
+    """Keep what a finish order gave; ``model`` is the final model's SHA-256."""
+    package = None if done.package is None else Path(done.package)
+    finished = Finished(
+        model=model,
+        package=None if package is None else package.name,
+        package_sha256=None if package is None else describe_file(package).sha256,
+        summary=done.summary,
+    )
+    memory.keep_finished(run, finished)
+    log.info("package_made", **done.summary)
+
+
+def task_seed(seed: int, site: str, number: int) -> int:
+    """The seed of a site's round: 32 bits, which every generator takes, and another for each site and round."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}:{number}".encode()).digest()[:4], "big")
