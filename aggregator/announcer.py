@@ -10,7 +10,7 @@ import msgspec
 
 from aggregator.facts import RunState
 from aggregator.ledger import ledger
-from edgeflame.messages import BlobNeed, RoundState
+from edgeflame.messages import BlobNeed, RoundState, StatisticsWanted
 from edgeflame.statedir import write_durably
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore, Outgoing
@@ -47,13 +47,17 @@ class Announcer:
             available: sites that are not lost.
         """
         current, config = state.round, state.config
-        base = ledger_manifest = None
+        base = ledger_manifest = statistics = wanted = None
         asked: tuple[str, ...] = ()
         match state.phase:
             case "initialise":
                 asked = state.sources[-1:]
             case "train" if current is not None:
                 base, asked = self._manifest(current.base), current.asked
+            case "statistics" if state.model is not None and state.statistics is not None:
+                base, asked = self._manifest(state.model), state.statistics.asked
+                form, rank = config.statistics_form, config.statistics_rank
+                wanted = StatisticsWanted(form=form, rank=rank if form == "low_rank" else 0)
             case "finish" if state.model is not None:
                 base, asked = self._manifest(state.model), available
                 ledger_manifest = self._manifest(self._ledger_blob(state))
@@ -61,7 +65,10 @@ class Announcer:
                 base = self._manifest(state.model)
             case _:
                 pass
-        self._stop_all_but({manifest.sha256 for manifest in (base, ledger_manifest) if manifest is not None})
+        if state.phase in ("finish", "done") and state.statistics is not None and state.statistics.model is not None:
+            statistics = self._manifest(state.statistics.model)
+        named = (base, ledger_manifest, statistics)
+        self._stop_all_but({manifest.sha256 for manifest in named if manifest is not None})
         return RoundState(
             run=state.run,
             phase=state.phase,
@@ -70,6 +77,8 @@ class Announcer:
             asked=asked,
             learning=msgspec.Raw(msgspec.json.encode(config.learning)),
             base=base,
+            wanted=wanted,
+            statistics=statistics,
             ledger=ledger_manifest,
             deadline_s=config.deadline_s,
             detail=state.ended.reason[:500] if state.ended else "",

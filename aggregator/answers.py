@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from aggregator.config import AggregateConfig
-from aggregator.facts import RunState
+from aggregator.facts import Round, RunState
 from aggregator.models import Verdict
 from aggregator.strategies import STRATEGIES, rule_name
 from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
@@ -23,7 +23,7 @@ def known_answer(state: RunState, site: str, offer: Offer) -> DownMessage | None
         return refusal(offer, "unknown_run", f"this run is {state.run}")
     if site not in state.members:
         return refusal(offer, "unknown_site", "not ready when it was offered")
-    return _known_initial(state, site, offer) if offer.purpose == "initial" else _known_update(state, site, offer)
+    return _known_initial(state, site, offer) if offer.purpose == "initial" else _known_gathered(state, site, offer)
 
 
 def _known_initial(state: RunState, site: str, offer: Offer) -> DownMessage | None:
@@ -39,24 +39,32 @@ def _known_initial(state: RunState, site: str, offer: Offer) -> DownMessage | No
     return None
 
 
-def _known_update(state: RunState, site: str, offer: Offer) -> DownMessage | None:
+def _known_gathered(state: RunState, site: str, offer: Offer) -> DownMessage | None:
     sha256 = offer.manifest.sha256
-    asked = next((r for r in state.rounds if r.number == offer.round), None)
+    asked = round_of(state, offer)
+    what = "the statistics phase" if offer.purpose == "statistics" else f"round {offer.round}"
     if asked is None or state.initial is None:
-        return refusal(offer, "stale_round", f"round {offer.round} has not begun")
+        return refusal(offer, "stale_round", f"{what} has not begun")
     if (accepted := asked.accepted.get(site)) is not None:
         if accepted.sha256 == sha256:
             return receipt(offer)
         return refusal(offer, "duplicate", f"{accepted.sha256} was accepted")
     if site not in asked.asked:
-        return refusal(offer, "not_asked", f"round {offer.round} was given to {len(asked.asked)} other sites")
+        return refusal(offer, "not_asked", f"{what} was given to {len(asked.asked)} other sites")
     if asked.is_closed:
-        reason: Reason = "late" if asked is state.round else "stale_round"
-        return refusal(offer, reason, f"round {offer.round} is closed")
+        reason: Reason = "late" if asked is state.gathering else "stale_round"
+        return refusal(offer, reason, f"{what} is closed")
     refused = asked.refused.get(site)
     if refused is not None and refused.sha256 == sha256:
         return refusal(offer, refused.reason, refused.detail)
     return None
+
+
+def round_of(state: RunState, offer: Offer) -> Round | None:
+    """The round an update was trained in, or the gathering of statistics; None if there is none such."""
+    if offer.purpose == "statistics":
+        return state.statistics if offer.round == 0 else None
+    return next((r for r in state.rounds if r.number == offer.round), None)
 
 
 def implausible(state: RunState, offer: Offer) -> Verdict | None:
@@ -68,6 +76,10 @@ def implausible(state: RunState, offer: Offer) -> Verdict | None:
         return None
     if not 1 <= offer.num_samples <= config.max_samples:
         return Verdict(reason="samples", detail=f"{offer.num_samples}; expected 1 to {config.max_samples}")
+    if offer.purpose == "statistics":
+        if size > config.max_model_bytes:
+            return Verdict(reason="too_large", detail=f"{size} bytes; at most {config.max_model_bytes} are taken")
+        return None
     if (problem := _implausible_steps(offer, config)) is not None:
         return Verdict(reason="samples", detail=problem)
     expected = state.initial.size_bytes if state.initial is not None else 0

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from aggregator.answers import round_of
 from aggregator.config import AggregateConfig
 from aggregator.facts import Fact, Round, RunStarted, RunState, begin
 from aggregator.journal import Journal
 from aggregator.ledger import contributions, ledger
-from aggregator.models import Verdict, check_initial, check_update, merge
+from aggregator.models import Verdict, check_initial, check_statistics, check_update, merge
+from aggregator.rounds import Output, RoundMachine
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError
 from edgeflame.messages import Offer
+from edgeflame.pooling import pool_statistics
 from edgeflame.statedir import copy_durably, write_durably
 from edgeflame.transfer.manifest import Manifest
 from edgeflame.transfer.store import BlobStore
@@ -77,10 +81,37 @@ def judge(state: RunState, offer: Offer, store: BlobStore) -> Verdict | None:
     path = store.path(offer.manifest.sha256)
     if offer.purpose == "initial":
         return check_initial(path)
-    base = next((entry.base for entry in state.rounds if entry.number == offer.round), None)
-    if base is None or base not in store:
+    entry = round_of(state, offer)
+    if entry is None or entry.base not in store:
         return None
-    return check_update(path, store.path(base), max_relative_change=state.config.max_relative_change)
+    if entry.purpose == "statistics":
+        like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
+        return check_statistics(path, model=entry.base, num_samples=offer.num_samples, like=like)
+    return check_update(path, store.path(entry.base), max_relative_change=state.config.max_relative_change)
+
+
+def settle(
+    machine: RoundMachine, entry: Round, store: BlobStore, folder: Path, clock: Callable[[], float]
+) -> list[Output]:
+    """Make of a closed round what it is to give, its model or the pooled statistics, and tell the machine.
+
+    Args:
+        machine: asked for it by a :class:`~aggregator.rounds.Merge`.
+        entry: the round.
+        store: holds the blobs, and gets the result.
+        folder: for drafts, on the store's file system.
+        clock: the machine's; read when the work is done, so that deadlines do not run from before it.
+    """
+    if entry.purpose == "update":
+        model = make_model(machine.state, entry, store, folder / ".model.draft")
+        return machine.merged(entry.number, sha256=model.sha256, size_bytes=model.size_bytes, now=clock())
+    draft = folder / ".statistics.draft"
+    parts = {site: store.path(part.sha256) for site, part in entry.accepted.items()}
+    truncation = pool_statistics(parts, draft, rank=machine.state.config.statistics_rank)
+    pooled = store.add(draft)
+    return machine.pooled(
+        sha256=pooled.sha256, size_bytes=pooled.size_bytes, truncation=truncation.figures(), now=clock()
+    )
 
 
 def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> Manifest:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
 from aggregator.strategies import AUTO, STRATEGIES
 from edgeflame.errors import ConfigError, UsageError
-from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning
+from edgeflame.learning import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
 from edgeflame.messages import MAX_ROUNDS
 from edgeflame.topics import check_name
 
@@ -36,7 +37,16 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_samples: int = 10_000_000
     """No site has more images than this; an update that says so is refused, for it would outweigh all others."""
     max_model_bytes: int = 4 << 30
-    """Of the initial model; updates are as large as it is."""
+    """Of the initial model; updates are as large as it is. Also of a site's statistics."""
+    statistics: Literal["site", "federated"] = "site"
+    """``site``: each site's package has statistics of its own images; ``federated``: of all sites' images, pooled
+    after the last round without moving an image. Thresholds are each site's own in either."""
+    statistics_form: Literal["low_rank", "moments"] = "low_rank"
+    """What sites send of ``federated`` statistics: an approximation whose error the ledger states, or all of it
+    (48 MB a site by default), which pools exactly."""
+    statistics_rank: int = 48
+    """Of ``low_rank``: eigenpairs per position that are sent and handed out (16 MB a site by default). More than a
+    package uses (``learning.scoring.max_rank``), because what each site cuts off is lost to all."""
     learning: Learning = Learning(method="flame")
 
     def __post_init__(self) -> None:
@@ -53,6 +63,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 self.strategy in (AUTO, *STRATEGIES),
                 f"strategy: one of {', '.join((AUTO, *STRATEGIES))}",
                 self.strategy,
+            ),
+            (
+                1 <= self.statistics_rank <= MAX_RANK,
+                f"statistics_rank must be 1..{MAX_RANK}",
+                self.statistics_rank,
             ),
             (
                 self.learning.method in FEDERATED_METHODS,

@@ -7,11 +7,16 @@ killed knows exactly what it knew, and nothing it had not yet written down was a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import msgspec
 
 from aggregator.config import AggregateConfig
 from edgeflame.messages import Phase, Reason
+
+Gathered = Literal["update", "statistics"]
+"""What sites are asked for: the updates of a round, or their statistics after the last. Facts about the latter have
+round 0."""
 
 
 class _Fact(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
@@ -58,6 +63,7 @@ class RoundStarted(_Fact, frozen=True, kw_only=True, tag="round_started"):
     round: int
     asked: tuple[str, ...]
     """In sorted order."""
+    purpose: Gathered = "update"
 
 
 class UpdateAccepted(_Fact, frozen=True, kw_only=True, tag="update_accepted"):
@@ -69,6 +75,7 @@ class UpdateAccepted(_Fact, frozen=True, kw_only=True, tag="update_accepted"):
     """0: the site did not say."""
     metrics: dict[str, float]
     relative_change: float
+    purpose: Gathered = "update"
 
 
 class UpdateRefused(_Fact, frozen=True, kw_only=True, tag="update_refused"):
@@ -77,6 +84,7 @@ class UpdateRefused(_Fact, frozen=True, kw_only=True, tag="update_refused"):
     sha256: str | None
     reason: Reason
     detail: str
+    purpose: Gathered = "update"
 
 
 class RoundClosed(_Fact, frozen=True, kw_only=True, tag="round_closed"):
@@ -84,6 +92,7 @@ class RoundClosed(_Fact, frozen=True, kw_only=True, tag="round_closed"):
 
     round: int
     left_out: tuple[str, ...]
+    purpose: Gathered = "update"
 
 
 class ModelMade(_Fact, frozen=True, kw_only=True, tag="model_made"):
@@ -92,6 +101,14 @@ class ModelMade(_Fact, frozen=True, kw_only=True, tag="model_made"):
     round: int
     sha256: str
     size_bytes: int
+
+
+class StatisticsMade(_Fact, frozen=True, kw_only=True, tag="statistics_made"):
+    """The pooled statistics are on disk. ``truncation``: see :class:`edgeflame.statistics_blob.Truncation`."""
+
+    sha256: str
+    size_bytes: int
+    truncation: dict[str, float]
 
 
 class SiteFinished(_Fact, frozen=True, kw_only=True, tag="site_finished"):
@@ -124,6 +141,7 @@ Fact = (
     | UpdateRefused
     | RoundClosed
     | ModelMade
+    | StatisticsMade
     | SiteFinished
     | SiteNotFinished
     | RunEnded
@@ -132,7 +150,7 @@ Fact = (
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """A round as it stands."""
+    """A round as it stands; or, as round 0, the gathering of the sites' statistics."""
 
     number: int
     base: str
@@ -144,6 +162,8 @@ class Round:
     left_out: tuple[str, ...] = ()
     is_closed: bool = False
     model: str | None = None
+    """SHA-256 of what was made of it: the next model, or the pooled statistics."""
+    purpose: Gathered = "update"
 
     @property
     def open_sites(self) -> tuple[str, ...]:
@@ -167,14 +187,32 @@ class RunState:
     model: str | None = None
     """SHA-256 of the newest global model."""
     rounds: tuple[Round, ...] = ()
+    statistics: Round | None = None
+    truncation: dict[str, float] = field(default_factory=dict)
     finished: dict[str, SiteFinished] = field(default_factory=dict)
     not_finished: dict[str, str] = field(default_factory=dict)
     ended: RunEnded | None = None
 
     @property
     def round(self) -> Round | None:
-        """The newest round."""
+        """The newest round of training."""
         return self.rounds[-1] if self.rounds else None
+
+    @property
+    def gathering(self) -> Round | None:
+        """What was last asked for: the statistics, or the newest round's updates."""
+        return self.statistics or self.round
+
+    @property
+    def results(self) -> frozenset[str]:
+        """SHA-256 of the blobs that sites may still ask for: the newest model and the pooled statistics."""
+        statistics = None if self.statistics is None else self.statistics.model
+        return frozenset(sha256 for sha256 in (self.model, statistics) if sha256 is not None)
+
+    @property
+    def is_trained(self) -> bool:
+        """The final model is made."""
+        return bool(self.rounds) and self.rounds[-1].model is not None and len(self.rounds) == self.config.rounds
 
 
 def begin(fact: RunStarted) -> RunState:
@@ -197,8 +235,14 @@ def apply(state: RunState, fact: Fact) -> RunState:
             return replace(state, refused_sources={**state.refused_sources, fact.site: fact})
         case RoundStarted():
             assert state.model is not None
-            new = Round(number=fact.round, base=state.model, asked=fact.asked)
+            new = Round(number=fact.round, base=state.model, asked=fact.asked, purpose=fact.purpose)
+            if fact.purpose == "statistics":
+                return replace(state, phase="statistics", statistics=new)
             return replace(state, phase="train", rounds=(*state.rounds, new))
+        case StatisticsMade():
+            assert state.statistics is not None
+            pooled = replace(state.statistics, model=fact.sha256)
+            return replace(state, phase="finish", statistics=pooled, truncation=fact.truncation)
         case SiteFinished():
             return replace(state, finished={**state.finished, fact.site: fact})
         case SiteNotFinished():
@@ -210,7 +254,15 @@ def apply(state: RunState, fact: Fact) -> RunState:
 
 
 def _apply_to_round(state: RunState, fact: UpdateAccepted | UpdateRefused | RoundClosed | ModelMade) -> RunState:
-    current = state.rounds[-1]
+    if isinstance(fact, ModelMade):
+        current = replace(state.rounds[-1], model=fact.sha256)
+        state = replace(state, model=fact.sha256, rounds=(*state.rounds[:-1], current))
+        # Where statistics are shared, these are gathered next.
+        finishes = state.is_trained and state.config.statistics == "site"
+        return replace(state, phase="finish" if finishes else state.phase)
+    gathered = state.statistics if fact.purpose == "statistics" else state.round
+    assert gathered is not None
+    current = gathered
     match fact:
         case UpdateAccepted():
             refused = {site: refusal for site, refusal in current.refused.items() if site != fact.site}
@@ -219,8 +271,6 @@ def _apply_to_round(state: RunState, fact: UpdateAccepted | UpdateRefused | Roun
             current = replace(current, refused={**current.refused, fact.site: fact})
         case RoundClosed():
             current = replace(current, left_out=fact.left_out, is_closed=True)
-        case ModelMade():
-            current = replace(current, model=fact.sha256)
-            last = fact.round == state.config.rounds
-            state = replace(state, model=fact.sha256, phase="finish" if last else state.phase)
+    if fact.purpose == "statistics":
+        return replace(state, statistics=current)
     return replace(state, rounds=(*state.rounds[:-1], current))

@@ -31,6 +31,7 @@ def ledger(state: RunState) -> dict[str, Any]:
         ],
         "rounds": [_round(entry, state) for entry in state.rounds],
         "model_sha256": state.model,
+        "statistics": None if state.statistics is None else _statistics(state.statistics, state),
         "packages": [
             {"site": fact.site, "sha256": fact.package, "summary": fact.summary}
             for _, fact in sorted(state.finished.items())
@@ -66,13 +67,41 @@ def contributions(entry: Round, path_of: Callable[[str], Path]) -> list[Contribu
     ]
 
 
-def _round(entry: Round, state: RunState) -> dict[str, Any]:
+def _statistics(entry: Round, state: RunState) -> dict[str, Any]:
     weights = shares(entry)
+    return {
+        "form": state.config.statistics_form,
+        "rank": state.config.statistics_rank if state.config.statistics_form == "low_rank" else None,
+        "asked": list(entry.asked),
+        "quorum": state.config.replies_needed(len(entry.asked)),
+        "contributed": [
+            {
+                "site": site,
+                "sha256": part.sha256,
+                "num_samples": part.num_samples,
+                "weight": weights[site] if entry.is_closed else None,
+                "metrics": part.metrics,
+            }
+            for site, part in sorted(entry.accepted.items())
+        ],
+        "left_out": _left_out(entry),
+        "sha256": entry.model,
+        # Of the covariances, relative to their Frobenius norm; over the positions.
+        "truncation_error": state.truncation or None,
+    }
+
+
+def _left_out(entry: Round) -> list[dict[str, str]]:
     left_out = [{"site": site, "reason": "no progress until the deadline", "detail": ""} for site in entry.left_out]
     refused = [
         {"site": site, "reason": refusal.reason, "detail": refusal.detail}
         for site, refusal in sorted(entry.refused.items())
     ]
+    return sorted(left_out + refused, key=lambda item: item["site"])
+
+
+def _round(entry: Round, state: RunState) -> dict[str, Any]:
+    weights = shares(entry)
     return {
         "round": entry.number,
         "base_sha256": entry.base,
@@ -91,6 +120,6 @@ def _round(entry: Round, state: RunState) -> dict[str, Any]:
             }
             for site, update in sorted(entry.accepted.items())
         ],
-        "left_out": sorted(left_out + refused, key=lambda item: item["site"]),
+        "left_out": _left_out(entry),
         "model_sha256": entry.model,
     }

@@ -18,9 +18,10 @@ import numpy as np
 from aggregator.config import AggregateConfig
 from aggregator.strategies import STRATEGIES, rule_name
 from aggregator.strategies.interface import BlockRule, BlockStrategy, Contribution, FileRule, RoundInputs
-from edgeflame.errors import DataError
+from edgeflame.errors import DataError, NumericalError
 from edgeflame.messages import Reason
 from edgeflame.statedir import storage_errors
+from edgeflame.statistics_blob import StatisticsFile, difference
 from edgeflame.tensors import DTYPES, F64, Array, TensorFile, TensorSpec, TensorWriter, block_ranges, schema_difference
 
 
@@ -80,6 +81,36 @@ def check_update(path: Path, base: Path, *, max_relative_change: float) -> Verdi
         detail = f"{relative:.3g} times the base model's norm away from it; {max_relative_change:g} is allowed"
         return Verdict(reason="norm", detail=detail, relative_change=relative)
     return Verdict(relative_change=relative)
+
+
+def check_statistics(path: Path, *, model: str, num_samples: int, like: Path | None) -> Verdict:
+    """Whether a site's statistics can be pooled.
+
+    Args:
+        path: the blob.
+        model: SHA-256 of the final model, whose embeddings they must be of.
+        num_samples: what the offer says.
+        like: statistics that were accepted before, of which these must have the shape; None for the first.
+    """
+    try:
+        with StatisticsFile(path) as blob:
+            header = blob.header
+            if header.model != model:
+                detail = f"statistics of the embeddings of model {header.model[:12]}; the final model is {model[:12]}"
+                return Verdict(reason="space", detail=detail)
+            if header.count != num_samples or header.sites:
+                detail = f"statistics of {header.count} images of {len(header.sites) or 1} sites; {num_samples} offered"
+                return Verdict(reason="samples", detail=detail)
+            if like is not None:
+                with StatisticsFile(like) as other:
+                    if reason := difference(other.header, header):
+                        return Verdict(reason="schema", detail=reason)
+            blob.verify()
+    except DataError as exc:
+        return Verdict(reason="not_tensors", detail=_without_path(exc, path))
+    except NumericalError as exc:
+        return Verdict(reason="impossible", detail=str(exc))
+    return Verdict()
 
 
 def merge(

@@ -8,13 +8,15 @@ A run goes through these phases::
                                             │                                    │
                                             │ no site can give one               │ round R's model is made
                                             v                                    v
-                                          failed <──quorum missed in a round── finish ──> done
+                                          failed <──quorum missed── (statistics) ──> finish ──> done
 
     waiting     Sites say that they are ready (data, worker and an initial model at hand).
     initialise  One site, the first by name, is asked for its initial model. If it is refused or silent, the next.
     train       A sample of the members is asked. Each asked site ends up accepted, refused (bad update, or it says
                 that it cannot), or left out (no progress for ``deadline_s``). When none is open the round closes:
                 with a quorum of accepted updates the next model is made of them, without one the run fails.
+    statistics  Only where statistics are federated. Each member is asked for its own with the final model, and ends
+                up as in a round: round 0 of the journal, with the same quorum. Then they are pooled.
     finish      Each member makes its package from the final model, and says so; who is silent is left out.
     done/failed Nothing more happens.
 
@@ -51,6 +53,7 @@ from aggregator.facts import (
     SiteJoined,
     SiteNotFinished,
     SourceChosen,
+    StatisticsMade,
     UpdateAccepted,
     UpdateRefused,
     apply,
@@ -89,7 +92,9 @@ class Receive:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Make the round's model from its accepted updates, and report :meth:`RoundMachine.merged`."""
+    """Make the round's model from its accepted updates, and report :meth:`RoundMachine.merged`; or pool the accepted
+    statistics, and report :meth:`RoundMachine.pooled`.
+    """
 
     round: Round
 
@@ -118,8 +123,9 @@ class RoundMachine:
     def resume(self, now: float) -> list[Output]:
         """Ask again for what the state waits for; call it once after construction."""
         outputs: list[Output] = [Announce()]
-        current = self._state.round
-        if self._state.phase == "train" and current is not None and current.is_closed and current.model is None:
+        current = self._state.gathering
+        is_open = self._state.phase in ("train", "statistics")
+        if is_open and current is not None and current.is_closed and current.model is None:
             outputs.append(Merge(round=current))
         return outputs + self._start_if_enough(now)
 
@@ -159,7 +165,12 @@ class RoundMachine:
         sha256 = offer.manifest.sha256
         if verdict.reason is not None:
             fact: Fact = UpdateRefused(
-                round=offer.round, site=site, sha256=sha256, reason=verdict.reason, detail=verdict.detail
+                round=offer.round,
+                site=site,
+                sha256=sha256,
+                reason=verdict.reason,
+                detail=verdict.detail,
+                purpose=offer.purpose,
             )
             answer: DownMessage = refusal(offer, verdict.reason, verdict.detail)
         else:
@@ -171,13 +182,14 @@ class RoundMachine:
                 num_steps=offer.num_steps,
                 metrics=offer.metrics,
                 relative_change=verdict.relative_change,
+                purpose=offer.purpose,
             )
             answer = receipt(offer)
         return [*self._record(fact), Tell(site=site, message=answer), *self._close_if_complete(now)]
 
     def task_failed(self, site: str, message: TaskFailed, now: float) -> list[Output]:
         """A site says that it cannot do its part."""
-        state, current = self._state, self._state.round
+        state, current = self._state, self._state.gathering
         reply = Refusal(
             run=message.run, purpose=message.purpose, round=message.round, reason="failed", detail=message.detail
         )
@@ -187,14 +199,18 @@ class RoundMachine:
                 refused = InitialRefused(site=site, reason="failed", detail=message.detail)
                 outputs = [*self._record(refused), *self._next_source(now)]
             elif (
-                message.purpose == "update"
-                and current is not None
-                and current.number == message.round
+                current is not None
+                and (message.purpose, message.round) == (current.purpose, current.number)
                 and not current.is_closed
                 and site in current.open_sites
             ):
                 fact = UpdateRefused(
-                    round=current.number, site=site, sha256=None, reason="failed", detail=message.detail
+                    round=current.number,
+                    site=site,
+                    sha256=None,
+                    reason="failed",
+                    detail=message.detail,
+                    purpose=current.purpose,
                 )
                 self._returned.discard(site)
                 outputs = [*self._record(fact), *self._close_if_complete(now)]
@@ -211,7 +227,17 @@ class RoundMachine:
         if self._state.phase == "finish":
             self._restart_deadlines(now)
             return [*outputs, Announce()]
+        if self._state.is_trained:
+            self._restart_deadlines(now)
+            asked = tuple(self.available_sites())
+            return [*outputs, *self._record(RoundStarted(round=0, asked=asked, purpose="statistics")), Announce()]
         return [*outputs, *self._start_round(number + 1, now)]
+
+    def pooled(self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float) -> list[Output]:
+        """The pooled statistics are on disk."""
+        self._restart_deadlines(now)
+        made = StatisticsMade(sha256=sha256, size_bytes=size_bytes, truncation=truncation)
+        return [*self._record(made), Announce()]
 
     def finish_reported(self, site: str, report: FinishReport, now: float) -> list[Output]:
         """A site made its package."""
@@ -229,11 +255,11 @@ class RoundMachine:
 
     def tick(self, now: float) -> list[Output]:
         """Time passes; call it at least every second."""
-        state, current = self._state, self._state.round
+        state, current = self._state, self._state.gathering
         match state.phase:
             case "initialise" if state.initial is None and self._is_silent(state.sources[-1], now):
                 return self._next_source(now)
-            case "train" if current is not None and not current.is_closed:
+            case "train" | "statistics" if current is not None and not current.is_closed:
                 if all(self._is_silent(site, now) for site in current.open_sites):
                     return self._close(now)
             case "finish":
@@ -284,7 +310,7 @@ class RoundMachine:
     def available_sites(self) -> list[str]:
         """Members that may be asked, sorted: all but those that were lost and not heard of since."""
         lost: set[str] = set()
-        for entry in self._state.rounds:
+        for entry in (*self._state.rounds, *filter(None, [self._state.statistics])):
             failed = {site for site, refusal in entry.refused.items() if refusal.reason == "failed"}
             lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | set(entry.left_out)
         members = set(self._state.members)
@@ -292,23 +318,24 @@ class RoundMachine:
         return sorted(members - (lost - self._returned) or members)
 
     def _close_if_complete(self, now: float) -> list[Output]:
-        current = self._state.round
+        current = self._state.gathering
         assert current is not None
         return [] if current.is_closed or current.open_sites else self._close(now)
 
     def _close(self, now: float) -> list[Output]:
-        current = self._state.round
+        current = self._state.gathering
         assert current is not None
         self._returned -= set(current.open_sites)
-        outputs = self._record(RoundClosed(round=current.number, left_out=current.open_sites))
+        outputs = self._record(RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose))
         needed = self._state.config.replies_needed(len(current.asked))
         if len(current.accepted) < needed:
             came, asked = len(current.accepted), len(current.asked)
-            reason = f"quorum missed in round {current.number}: {came} of {asked} sites contributed, {needed} needed"
+            which = "the statistics phase" if current.purpose == "statistics" else f"round {current.number}"
+            reason = f"quorum missed in {which}: {came} of {asked} sites contributed, {needed} needed"
             return [*outputs, *self._end(succeeded=False, reason=reason)]
         self._restart_deadlines(now)
-        assert self._state.round is not None
-        return [*outputs, Merge(round=self._state.round)]
+        assert self._state.gathering is not None
+        return [*outputs, Merge(round=self._state.gathering)]
 
     def _end_if_finished(self, now: float) -> list[Output]:
         state = self._state

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.announcer import Announcer
-from aggregator.conduct import RunResult, judge, log_fact, make_model, open_run, write_results
+from aggregator.conduct import RunResult, judge, log_fact, open_run, settle, write_results
 from aggregator.config import AggregateConfig
 from aggregator.facts import RunState
 from aggregator.hall import Hall
@@ -270,14 +270,10 @@ class _Service:
                     self._merge(output)
 
     def _merge(self, output: Merge) -> None:
-        entry = output.round
-        manifest = make_model(self._machine.state, entry, self._store, self._state_dir / ".model.draft")
-        # Whatever came in meanwhile waits in the queue, so the deadlines must not run from before.
-        now = time.monotonic()
-        self._carry_out(
-            self._machine.merged(entry.number, sha256=manifest.sha256, size_bytes=manifest.size_bytes, now=now), now
-        )
-        self._store.prune({manifest.sha256, *self._announcer.blobs})
+        outputs = settle(self._machine, output.round, self._store, self._state_dir, time.monotonic)
+        self._carry_out(outputs, time.monotonic())
+        # What the state names now is needed, and what is being sent; the parts are not.
+        self._store.prune({*self._machine.state.results, *self._announcer.blobs})
 
     def _announce(self) -> None:
         state = self._machine.state

@@ -43,8 +43,8 @@ RoundNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)]
 Metrics = Annotated[dict[Key, float], msgspec.Meta(max_length=100)]
 Summary = Annotated[dict[Key, float | Text], msgspec.Meta(max_length=100)]
 
-Phase = Literal["waiting", "initialise", "train", "finish", "done", "failed"]
-Purpose = Literal["initial", "update", "finish"]
+Phase = Literal["waiting", "initialise", "train", "statistics", "finish", "done", "failed"]
+Purpose = Literal["initial", "update", "statistics", "finish"]
 Reason = Literal[
     "late",  # the round is closed
     "stale_round",  # a round that is not the current one
@@ -56,6 +56,8 @@ Reason = Literal[
     "corrupt",  # the bytes do not have the announced hash, again and again
     "not_tensors",  # not a safetensors file, or a damaged one
     "schema",  # tensors of other names, shapes or types
+    "space",  # statistics of the embeddings of another model
+    "impossible",  # values that no statistics have
     "not_finite",  # NaN or infinite values
     "norm",  # further from the base model than allowed
     "samples",  # an impossible number of samples
@@ -93,12 +95,12 @@ class Heartbeat(_Message, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class Offer(_Message, frozen=True, kw_only=True, tag="offer"):
-    """A site has a model to deliver: its initial one, or the update of a round. Answered with
-    :class:`BlobNeed`, :class:`Receipt` or :class:`Refusal`; repeated until it is.
+    """A site has a model to deliver: its initial one, or the update of a round; or its statistics, as of round 0.
+    Answered with :class:`BlobNeed`, :class:`Receipt` or :class:`Refusal`; repeated until it is.
     """
 
     run: Id
-    purpose: Literal["initial", "update"]
+    purpose: Literal["initial", "update", "statistics"]
     round: RoundNumber
     manifest: Manifest
     num_samples: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLES)] = 0
@@ -173,6 +175,14 @@ class Turned(_Message, frozen=True, kw_only=True, tag="turned_away"):
     detail: Text
 
 
+class StatisticsWanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What a site is to send of its statistics, see :mod:`edgeflame.statistics_blob`."""
+
+    form: Literal["moments", "low_rank"]
+    rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 14)] = 0
+    """Of ``low_rank``: eigenpairs per position."""
+
+
 class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
     """Retained: what everyone is to do now. A site needs no other instruction."""
 
@@ -186,7 +196,11 @@ class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
     learning: msgspec.Raw = msgspec.Raw(b"{}")
     """``edgeflame.learning.Learning``; decoded by the site, which refuses what it does not know."""
     base: Manifest | None = None
-    """``train``: the model to train from; ``finish`` and ``done``: the final one."""
+    """``train``: the model to train from; ``statistics``, ``finish`` and ``done``: the final one."""
+    wanted: StatisticsWanted | None = None
+    """``statistics``: what each asked site is to send."""
+    statistics: Manifest | None = None
+    """``finish`` and ``done``: the pooled statistics of the fleet, where its sites share them."""
     ledger: Manifest | None = None
     """``finish``: the ledger so far, JSON."""
     deadline_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0

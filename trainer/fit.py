@@ -21,7 +21,7 @@ from edgeflame.statistics import LowRankGaussian
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory
 from trainer.embedding import Embeddings
-from trainer.gaussian import cross_fit, require_enough
+from trainer.gaussian import Pooled, cross_fit, require_enough
 from trainer.imageset import ImageSet
 from trainer.model import SiteModel, build_model
 from trainer.references import choose_references
@@ -170,9 +170,10 @@ def fit_statistics(
     *,
     groups_known: bool,
     device: torch.device,
+    pooled: Pooled | None = None,
     progress: Progress = no_progress,
 ) -> SiteStatistics:
-    """Statistics and threshold of a finished backbone.
+    """Statistics and threshold of a finished backbone; with ``pooled`` statistics only the threshold is of the images.
 
     Raises:
         DataError: too few images or parts.
@@ -180,7 +181,7 @@ def fit_statistics(
     """
     model.eval()
     embeddings = Embeddings(model.backbone, images, device=device)
-    result = cross_fit(embeddings, images.groups, learning, progress=progress)
+    result = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
     threshold = set_threshold(result.held_out_scores, images.groups, learning.calibration, groups_known=groups_known)
     details: dict[str, Any] = {
         "rank": result.statistics.rank,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import DataError
 from edgeflame.learning import Learning, Scoring
-from edgeflame.moments import MomentAccumulator
+from edgeflame.moments import MomentAccumulator, Moments
 from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
 from trainer.embedding import Embeddings
 
@@ -35,6 +35,19 @@ MIN_GROUPS = 2
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Tried when the ridge is chosen automatically; few images call for much of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """Statistics of a fleet.
+
+    Attributes:
+        moments: of the images of all sites that contributed.
+        holds_these: this site did, so that its parts have to be taken out where they are to be scored unseen.
+    """
+
+    moments: Moments
+    holds_these: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +81,12 @@ def require_enough(num_images: int, num_groups: int) -> None:
 
 
 def cross_fit(
-    embeddings: Embeddings, groups: Sequence[str], learning: Learning, *, progress: Progress = no_progress
+    embeddings: Embeddings,
+    groups: Sequence[str],
+    learning: Learning,
+    *,
+    pooled: Pooled | None = None,
+    progress: Progress = no_progress,
 ) -> CrossFit:
     """Fit the statistics and score every image by those that did not see it.
 
@@ -76,6 +94,7 @@ def cross_fit(
         embeddings: of the N good images.
         groups: the part that each image shows.
         learning: ``scoring``, ``calibration.folds`` and ``seed`` are used.
+        pooled: statistics of more images than these, to be used instead of these images' own.
         progress: counts images, over all passes.
 
     Raises:
@@ -90,8 +109,8 @@ def cross_fit(
     rank = scoring.max_rank if scoring.rank == "auto" else scoring.rank
     ridges = RIDGES if scoring.ridge == "auto" else (scoring.ridge,)
     counter = _Counter(progress, total=num_images * (4 if automatic else 3))
-    few = num_images <= embeddings.network.num_channels
-    fitter: _Fitter = _Samples(embeddings, counter) if few else _Streaming(embeddings, counter)
+    few = pooled is None and num_images <= embeddings.network.num_channels
+    fitter: _Fitter = _Samples(embeddings, counter) if few else _Streaming(embeddings, counter, pooled)
 
     without: list[LowRankGaussian] = []
     likelihoods = np.zeros((len(ridges), rank + 1))
@@ -206,9 +225,13 @@ class _Samples:
 class _Streaming:
     """From moments, whose memory does not grow with the images; a fold is left out by taking it from the whole."""
 
-    def __init__(self, embeddings: Embeddings, counter: _Counter) -> None:
+    def __init__(self, embeddings: Embeddings, counter: _Counter, pooled: Pooled | None) -> None:
         self._embeddings = embeddings
         self._counter = counter
+        self._holds_these = pooled is None or pooled.holds_these
+        if pooled is not None:
+            self._whole = pooled.moments
+            return
         accumulator = MomentAccumulator()
         for indices, batch in embeddings.batches(range(len(embeddings))):
             accumulator.add(batch)
@@ -217,7 +240,7 @@ class _Streaming:
 
     def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
         moments = self._whole
-        if len(leave_out):
+        if len(leave_out) and self._holds_these:
             accumulator = MomentAccumulator(self._whole)
             for indices, batch in self._embeddings.batches(leave_out):
                 accumulator.remove(batch)

@@ -14,11 +14,15 @@ from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import StorageError, UsageError
 from edgeflame.learning import FEDERATED_METHODS, Learning
+from edgeflame.moments import MomentAccumulator
 from edgeflame.package import WeightsOrigin, encode_statistics
 from edgeflame.references import DEFAULT_REFERENCES
-from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTask
+from edgeflame.statistics_blob import read_moments, write_site_statistics
+from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
 from trainer.device import keep_freed_memory, pick_device
+from trainer.embedding import Embeddings
 from trainer.fit import fit_statistics, read_training_images
+from trainer.gaussian import Pooled
 from trainer.imageset import ImageSet
 from trainer.model import build_model, load_model, save_model
 from trainer.packaging import Exporter, save_package
@@ -119,6 +123,30 @@ class TorchSiteWork:
         save_model(task.out, model, origin)
         return TrainOutcome(num_samples=len(images), num_steps=run.num_steps, metrics=run.metrics())
 
+    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
+        """Moments of this site's images under the final model, in the form that is wanted.
+
+        Raises:
+            As :meth:`finish`.
+        """
+        images = self._training_images(report)
+        model, _ = load_model(task.model, self._learning)
+        embeddings = Embeddings(model.to(self._device).backbone, images, device=self._device)
+        accumulator, done = MomentAccumulator(), 0
+        for indices, batch in embeddings.batches(range(len(images))):
+            accumulator.add(batch)
+            done += len(indices)
+            report(done, len(images), "statistics")
+        truncation = write_site_statistics(
+            task.out,
+            accumulator.moments(),
+            grid=model.backbone.grid,
+            model=task.model_sha256,
+            form=task.wanted.form,
+            rank=task.wanted.rank,
+        )
+        return TrainOutcome(num_samples=len(images), metrics=truncation.figures())
+
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
         """Fit this site's statistics and threshold on the global model, and write its package.
 
@@ -137,6 +165,7 @@ class TorchSiteWork:
             self._learning,
             groups_known=self._dataset.groups_known,
             device=self._device,
+            pooled=None if task.statistics is None else self._pooled(task.statistics),
             progress=report,
         )
         statistics = task.out_dir / STATISTICS_FILE
@@ -171,6 +200,7 @@ class TorchSiteWork:
             statistics=statistics,
             summary={
                 "num_images": float(len(images)),
+                "num_images_in_statistics": float(result.statistics.count),
                 "num_unreadable": float(len(images.report.unreadable)),
                 "num_parts": float(threshold.num_groups),
                 "rank": float(result.statistics.rank),
@@ -179,6 +209,11 @@ class TorchSiteWork:
                 "confidence": threshold.confidence,
             },
         )
+
+    def _pooled(self, path: Path) -> Pooled:
+        moments, header = read_moments(path)
+        log.info("pooled_statistics", images=header.count, sites=len(header.sites), own=header.sites.get(self._site, 0))
+        return Pooled(moments=moments, holds_these=self._site in header.sites)
 
     def _training_images(self, report: Progress = no_progress) -> ImageSet:
         if self._images is None:

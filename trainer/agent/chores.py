@@ -9,9 +9,10 @@ from typing import Any
 
 from edgeflame.console import EventLog
 from edgeflame.learning import Learning
+from edgeflame.messages import StatisticsWanted
 from edgeflame.transfer.manifest import describe_file
 from trainer.agent.memory import Finished, Memory, Outcome
-from trainer.agent.orders import Done, FinishOrder, InitialOrder, TrainOrder
+from trainer.agent.orders import Done, FinishOrder, InitialOrder, StatisticsOrder, TrainOrder
 
 log = EventLog("site")
 
@@ -33,9 +34,26 @@ def train_order(memory: Memory, learning: Learning, site: str, *, run: str, numb
     )
 
 
-def finish_order(memory: Memory, *, run: str, model: Path, ledger: Mapping[str, Any]) -> FinishOrder:
-    """The order for the site's package."""
-    return FinishOrder(model=str(model.resolve()), out_dir=str(memory.finish_dir(run).resolve()), ledger=dict(ledger))
+def statistics_order(memory: Memory, *, model: str, wanted: StatisticsWanted) -> StatisticsOrder:
+    """The order for what the fleet is to have of the site's statistics; ``model`` is the final model's SHA-256."""
+    return StatisticsOrder(
+        model=str(memory.store.path(model).resolve()),
+        model_sha256=model,
+        wanted=wanted,
+        out=str(memory.draft("statistics")),
+    )
+
+
+def finish_order(
+    memory: Memory, *, run: str, model: Path, ledger: Mapping[str, Any], statistics: Path | None = None
+) -> FinishOrder:
+    """The order for the site's package; ``statistics`` are the fleet's, where it shares them."""
+    return FinishOrder(
+        model=str(model.resolve()),
+        out_dir=str(memory.finish_dir(run).resolve()),
+        ledger=dict(ledger),
+        statistics=None if statistics is None else str(statistics.resolve()),
+    )
 
 
 def keep_update(memory: Memory, done: Done, *, run: str, number: int) -> None:
@@ -43,6 +61,13 @@ def keep_update(memory: Memory, done: Done, *, run: str, number: int) -> None:
     outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics)
     memory.keep_update(run, number, memory.draft("update"), outcome)
     log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
+
+
+def keep_statistics(memory: Memory, done: Done, *, run: str) -> None:
+    """Keep what a statistics order gave."""
+    outcome = Outcome(num_samples=done.num_samples, metrics=done.metrics)
+    memory.keep_statistics(run, memory.draft("statistics"), outcome)
+    log.info("statistics_made", num_samples=done.num_samples, **done.metrics)
 
 
 def keep_finished(memory: Memory, done: Done, *, run: str, model: str) -> None:

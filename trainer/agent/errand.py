@@ -12,7 +12,15 @@ from edgeflame.learning import Learning
 from edgeflame.messages import BlobNeed, FinishReport, Offer, TaskFailed
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
 from edgeflame.transfer.store import Outgoing
-from trainer.agent.chores import finish_order, initial_order, keep_finished, keep_update, train_order
+from trainer.agent.chores import (
+    finish_order,
+    initial_order,
+    keep_finished,
+    keep_statistics,
+    keep_update,
+    statistics_order,
+    train_order,
+)
 from trainer.agent.exchange import REPEAT_S, Download, Upload
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Memory, Outcome
@@ -20,7 +28,9 @@ from trainer.agent.orders import Done, Setup
 from trainer.agent.plan import (
     Fetch,
     Finish,
+    Gather,
     OfferInitial,
+    OfferStatistics,
     OfferUpdate,
     Prepare,
     Report,
@@ -82,10 +92,18 @@ class Errand:
                 self._upload = self._offer_initial(run)
             case OfferUpdate(run=run, round=number):
                 self._upload = self._offer_update(run, number)
-            case Finish(run=run, model=model, ledger=ledger):
+            case Gather(run=run, model=model, wanted=wanted):
+                self._labour.begin(self._setup(), statistics_order(memory, model=model, wanted=wanted))
+            case OfferStatistics(run=run):
+                shared = memory.statistics(run)
+                assert shared is not None
+                self._upload = self._offer(shared[0], run, "statistics", 0, shared[1])
+            case Finish(run=run, model=model, ledger=ledger, statistics=statistics):
                 record = self._read_ledger(run, model, ledger)
+                pooled = None if statistics is None else memory.store.path(statistics)
+                path = memory.store.path(model)
                 self._labour.begin(
-                    self._setup(), finish_order(memory, run=run, model=memory.store.path(model), ledger=record)
+                    self._setup(), finish_order(memory, run=run, model=path, ledger=record, statistics=pooled)
                 )
             case _:
                 pass
@@ -153,6 +171,8 @@ class Errand:
                 memory.keep_initial(run, memory.draft("initial"))
             case Train(run=run, round=number):
                 keep_update(memory, done, run=run, number=number)
+            case Gather(run=run):
+                keep_statistics(memory, done, run=run)
             case Finish(run=run, model=model):
                 keep_finished(memory, done, run=run, model=model)
             case _:
@@ -181,7 +201,7 @@ class Errand:
         return self._offer(kept[0], run, "update", number, kept[1])
 
     def _offer(
-        self, path: Path, run: str, purpose: Literal["initial", "update"], number: int, outcome: Outcome
+        self, path: Path, run: str, purpose: Literal["initial", "update", "statistics"], number: int, outcome: Outcome
     ) -> Upload:
         manifest = describe_file(path, chunk_bytes=self.chunk_bytes)
         offer = Offer(

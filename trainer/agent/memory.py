@@ -4,6 +4,7 @@
     STATE/blobs, STATE/partial                   global models and the ledger
     STATE/runs/<run>/initial.json                the SHA-256 of our initial model (in blobs)
     STATE/runs/<run>/round-<n>/update.safetensors, outcome.json
+    STATE/runs/<run>/statistics/statistics.safetensors, outcome.json
     STATE/runs/<run>/finish/...                  the package and what else the work wrote
     STATE/runs/<run>/finish.json
     STATE/work                                   the work's own
@@ -112,6 +113,21 @@ class Memory:
         """This site's own model of the last round before ``number`` it trained in."""
         earlier = [trained for trained in self._trained_rounds(run) if trained < number]
         return self._round(run, earlier[-1]) / "update.safetensors" if earlier else None
+
+    def statistics(self, run: str) -> tuple[Path, Outcome] | None:
+        """What the fleet is to have of our statistics, if it was made."""
+        folder = self._run(run) / "statistics"
+        outcome = self._load(folder / "outcome.json", Outcome)
+        return None if outcome is None else (folder / "statistics.safetensors", outcome)
+
+    def keep_statistics(self, run: str, draft: Path, outcome: Outcome) -> None:
+        """Keep them until the run is over."""
+        folder = self._run(run) / "statistics"
+        with storage_errors(folder, "create"):
+            folder.mkdir(parents=True, exist_ok=True)
+        canonicalise(draft, folder / "statistics.safetensors")
+        draft.unlink(missing_ok=True)
+        self._save(folder / "outcome.json", outcome)
 
     def finish_dir(self, run: str) -> Path:
         """Where the work writes the package; exists."""

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from edgeflame.learning import Learning
+from edgeflame.messages import StatisticsWanted
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
@@ -40,13 +41,21 @@ class TrainOrder(_Line, frozen=True, kw_only=True, tag="train"):
     seed: int
 
 
+class StatisticsOrder(_Line, frozen=True, kw_only=True, tag="statistics"):
+    model: str
+    model_sha256: str
+    wanted: StatisticsWanted
+    out: str
+
+
 class FinishOrder(_Line, frozen=True, kw_only=True, tag="finish"):
     model: str
     out_dir: str
     ledger: dict[str, Any]
+    statistics: str | None = None
 
 
-Order = InitialOrder | TrainOrder | FinishOrder
+Order = InitialOrder | TrainOrder | StatisticsOrder | FinishOrder
 ToWorker = Setup | Order
 
 

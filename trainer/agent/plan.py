@@ -11,7 +11,10 @@ crashed, or slept through half a run, therefore needs no special treatment: it l
     train        if this site is asked: the base model     Fetch
                  ... the update                            Train
                  ... the aggregator's answer to it         OfferUpdate
-    finish       final model, ledger                       Fetch
+    statistics   if this site is asked: the final model    Fetch
+                 its statistics                            Gather
+                 ... the aggregator's answer to them       OfferStatistics
+    finish       final model, ledger, pooled statistics    Fetch
                  package                                   Finish
                  the aggregator's answer to the report     Report
     done         package                                   Finish, if the final model is here
@@ -25,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgeflame.messages import Purpose, RoundState
+from edgeflame.messages import Purpose, RoundState, StatisticsWanted
 from edgeflame.transfer.manifest import Manifest
 
 
@@ -39,6 +42,7 @@ class Knowledge:
         took_part: this site has begun with the announced run.
         initial: SHA-256 of our initial model in it.
         has_update: the announced round's update is trained.
+        has_statistics: what the fleet is to have of our statistics is made.
         blobs: SHA-256 of those of the announcement's blobs that are here.
         is_finished: the package is made of the announced final model.
         answered: what the aggregator has receipted or refused in this run.
@@ -50,6 +54,7 @@ class Knowledge:
     took_part: bool = False
     initial: str | None = None
     has_update: bool = False
+    has_statistics: bool = False
     blobs: frozenset[str] = frozenset()
     is_finished: bool = False
     answered: frozenset[tuple[Purpose, int]] = frozenset()
@@ -98,12 +103,27 @@ class OfferUpdate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Make what the fleet is to have of our statistics."""
+
+    run: str
+    model: str
+    wanted: StatisticsWanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfferStatistics:
+    run: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finish:
-    """Make the package. ``ledger`` is None where it could not be had any more."""
+    """Make the package. ``ledger`` is None where it could not be had any more, ``statistics`` where none are shared."""
 
     run: str
     model: str
     ledger: str | None
+    statistics: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +149,20 @@ class Leave:
     run_failed: bool = False
 
 
-Step = Wait | Prepare | Fetch | Train | OfferInitial | OfferUpdate | Finish | Report | TellFailure | Leave
+Step = (
+    Wait
+    | Prepare
+    | Fetch
+    | Train
+    | OfferInitial
+    | OfferUpdate
+    | Gather
+    | OfferStatistics
+    | Finish
+    | Report
+    | TellFailure
+    | Leave
+)
 
 
 def plan(known: Knowledge) -> Step:
@@ -154,6 +187,8 @@ def plan(known: Knowledge) -> Step:
                 return OfferInitial(run=run)
         case "train" if known.site in announced.asked and announced.base is not None:
             return _in_a_round(known, announced, announced.base)
+        case "statistics" if known.site in announced.asked and announced.base is not None:
+            return _in_the_statistics(known, announced, announced.base)
         case "finish" if announced.base is not None:
             return _at_the_finish(known, announced, announced.base)
         case _:
@@ -172,17 +207,28 @@ def _in_a_round(known: Knowledge, announced: RoundState, base: Manifest) -> Step
     return Train(run=run, round=number, base=base.sha256)
 
 
+def _in_the_statistics(known: Knowledge, announced: RoundState, model: Manifest) -> Step:
+    run = announced.run
+    if ("statistics", 0) in known.answered or announced.wanted is None:
+        return Wait(why="others are at work")
+    if known.has_statistics:
+        return OfferStatistics(run=run)
+    if model.sha256 not in known.blobs:
+        return Fetch(run=run, manifest=model, keep=known.blobs)
+    return Gather(run=run, model=model.sha256, wanted=announced.wanted)
+
+
 def _at_the_finish(known: Knowledge, announced: RoundState, model: Manifest) -> Step:
     run = announced.run
     if known.is_finished:
         if ("finish", 0) in known.answered:
             return Wait(why="others are at work")
         return Report(run=run, model=model.sha256)
-    for manifest in (announced.ledger, model):
+    for manifest in (announced.ledger, announced.statistics, model):
         if manifest is not None and manifest.sha256 not in known.blobs:
             return Fetch(run=run, manifest=manifest, keep=known.blobs)
-    ledger = announced.ledger.sha256 if announced.ledger is not None else None
-    return Finish(run=run, model=model.sha256, ledger=ledger)
+    statistics = _sha256(announced.statistics)
+    return Finish(run=run, model=model.sha256, ledger=_sha256(announced.ledger), statistics=statistics)
 
 
 def _after_the_end(known: Knowledge, announced: RoundState) -> Step:
@@ -196,6 +242,12 @@ def _after_the_end(known: Knowledge, announced: RoundState) -> Step:
         return Leave(run=run, problem=f"the run failed: {announced.detail}", run_failed=True)
     if known.is_finished:
         return Leave(run=run)
-    if announced.base is not None and announced.base.sha256 in known.blobs:
-        return Finish(run=run, model=announced.base.sha256, ledger=None)
+    needed = {_sha256(announced.base), _sha256(announced.statistics)} - {None}
+    if announced.base is not None and known.blobs.issuperset(needed):
+        statistics = _sha256(announced.statistics)
+        return Finish(run=run, model=announced.base.sha256, ledger=None, statistics=statistics)
     return Leave(run=run, problem="the run ended before this site had its final model; its deadline had passed")
+
+
+def _sha256(manifest: Manifest | None) -> str | None:
+    return None if manifest is None else manifest.sha256

@@ -42,7 +42,7 @@ from trainer.agent.errand import Errand
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Memory
 from trainer.agent.orders import Done
-from trainer.agent.plan import Finish, Knowledge, Leave, Prepare, Step, Train, plan
+from trainer.agent.plan import Finish, Gather, Knowledge, Leave, Prepare, Step, Train, plan
 from trainer.agent.process import Died, Said
 from trainer.agent.voice import Voice
 
@@ -257,7 +257,12 @@ class _Site:
                 pass
 
     def _on_failure(self, error: EdgeFlameError, now: float) -> None:
-        purposes: dict[type[Step], Purpose] = {Prepare: "initial", Train: "update", Finish: "finish"}
+        purposes: dict[type[Step], Purpose] = {
+            Prepare: "initial",
+            Train: "update",
+            Gather: "statistics",
+            Finish: "finish",
+        }
         purpose = purposes.get(type(self._errand.step), "update")
         log.error("work_failed", what=purpose, reason=str(error))
         self._failure = (purpose, error, now + FAREWELL_S)
@@ -271,13 +276,15 @@ class _Site:
         if announced.phase in ("waiting", "initialise") and initial is not None and initial not in memory.store:
             initial = None
         finished = memory.finished(run)
-        named = [manifest.sha256 for manifest in (announced.base, announced.ledger) if manifest is not None]
+        manifests = (announced.base, announced.ledger, announced.statistics)
+        named = [manifest.sha256 for manifest in manifests if manifest is not None]
         return Knowledge(
             site=site,
             announced=announced,
             took_part=memory.took_part(run),
             initial=initial,
             has_update=memory.update(run, announced.round) is not None,
+            has_statistics=memory.statistics(run) is not None,
             blobs=frozenset(sha256 for sha256 in named if sha256 in memory.store),
             is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
             answered=self._answered,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgeflame.console import Progress
+from edgeflame.messages import StatisticsWanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,23 @@ class TrainOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatisticsTask:
+    """Make what the fleet is to have of this site's statistics.
+
+    Attributes:
+        model: the final global model, safetensors.
+        model_sha256: of it; the statistics name it.
+        wanted: in which form.
+        out: where to write them, see :mod:`edgeflame.statistics_blob`.
+    """
+
+    model: Path
+    model_sha256: str
+    wanted: StatisticsWanted
+    out: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishTask:
     """Make this site's statistics, threshold and package.
 
@@ -58,11 +76,13 @@ class FinishTask:
         model: the final global model, safetensors.
         out_dir: an existing folder to write into; what an interrupted attempt left there may be overwritten.
         ledger: who contributed what in which round; it goes into the package as its provenance.
+        statistics: the fleet's pooled statistics, to be used instead of this site's alone; None: there are none.
     """
 
     model: Path
     out_dir: Path
     ledger: Mapping[str, Any]
+    statistics: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +103,10 @@ class SiteWork(Protocol):
 
     def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
         """Train one round; ``report`` at least every few seconds: it is the sign of life others wait for."""
+        ...
+
+    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
+        """Make the statistics to be shared; ``num_samples`` is the number of images behind them."""
         ...
 
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:

@@ -26,11 +26,12 @@ from trainer.agent.orders import (
     Problem,
     Ready,
     Setup,
+    StatisticsOrder,
     Step,
     TrainOrder,
     encode_line,
 )
-from trainer.agent.work import FinishTask, SiteWork, TrainTask
+from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
 
 V = TypeVar("V", bound=float | str)
 
@@ -97,9 +98,26 @@ def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
                 report,
             )
             return Done(num_samples=outcome.num_samples, num_steps=outcome.num_steps, metrics=_finite(outcome.metrics))
+        case StatisticsOrder():
+            shared = work.gather(
+                StatisticsTask(
+                    model=Path(order.model),
+                    model_sha256=order.model_sha256,
+                    wanted=order.wanted,
+                    out=Path(order.out),
+                ),
+                report,
+            )
+            return Done(num_samples=shared.num_samples, metrics=_finite(shared.metrics))
         case FinishOrder():
             finish = work.finish(
-                FinishTask(model=Path(order.model), out_dir=Path(order.out_dir), ledger=order.ledger), report
+                FinishTask(
+                    model=Path(order.model),
+                    out_dir=Path(order.out_dir),
+                    ledger=order.ledger,
+                    statistics=None if order.statistics is None else Path(order.statistics),
+                ),
+                report,
             )
             return Done(
                 package=None if finish.package is None else str(finish.package),
