@@ -7,7 +7,8 @@ Knobs for tests come through the environment, because the worker is a process of
     TINY_GATE       a folder: before step 2 of each training wait until the file ``go`` is in it, and say so by
                     the file ``waiting-<site>-<round>``
     TINY_FAIL       ``site:round:kind``: that training fails; kind is ``data`` (an expected error), ``crash``
-                    (the process dies, each time), ``crash-once``, ``nan``, ``shape``
+                    (the process dies, each time), ``crash-once``, ``nan``, ``shape``; with round 0 its statistics
+                    fail: ``other-model``
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 
 from edgeflame.console import Progress
 from edgeflame.errors import DataError
+from edgeflame.moments import MomentAccumulator
+from edgeflame.statistics_blob import read_moments, write_site_statistics
 from trainer.agent.orders import Setup
-from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTask
+from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
 from trainer.agent.worker import serve
+
+
+def images_of(site: str, count: int) -> npt.NDArray[np.float32]:
+    """A site's "embeddings" ``[count, 6, 5]``; other sites' lie elsewhere."""
+    generator = np.random.default_rng(list(site.encode()))
+    return (generator.normal(size=(count, 6, 5)) + generator.normal(size=(6, 5))).astype(np.float32)
 
 
 class TinyWork:
@@ -79,15 +89,29 @@ class TinyWork:
         loss = float(np.square(weight).mean())
         return TrainOutcome(num_samples=self._num_samples, num_steps=self._num_steps, metrics={"loss": loss})
 
+    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
+        accumulator = MomentAccumulator()
+        accumulator.add(images_of(self._setup.site, self._num_samples))
+        other = self._failure(0) == "other-model"
+        truncation = write_site_statistics(
+            task.out,
+            accumulator.moments(),
+            grid=(2, 3),
+            model="0" * 64 if other else task.model_sha256,
+            form=task.wanted.form,
+            rank=task.wanted.rank,
+        )
+        report(1, 1)
+        return TrainOutcome(num_samples=self._num_samples, metrics=truncation.figures())
+
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
         report(1, 1)
         package = task.out_dir / "site.edgeflame"
         package.write_bytes(b"package of " + self._setup.site.encode() + task.model.read_bytes()[:100])
-        return FinishOutcome(
-            package=package,
-            statistics=None,
-            summary={"rounds": float(len(task.ledger.get("rounds", ()))), "kind": "tiny"},
-        )
+        summary: dict[str, float | str] = {"rounds": float(len(task.ledger.get("rounds", ()))), "kind": "tiny"}
+        if task.statistics is not None:
+            summary["pooled_images"] = float(read_moments(task.statistics)[0].count)
+        return FinishOutcome(package=package, statistics=None, summary=summary)
 
     def _failure(self, number: int) -> str | None:
         site, _, rest = os.environ.get("TINY_FAIL", "").partition(":")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -13,9 +15,11 @@ import torch
 from edgeflame.console import no_progress
 from edgeflame.errors import DataError, FederationError, StorageError, UsageError
 from edgeflame.learning import Learning
+from edgeflame.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, decode_statistics, read_package
+from edgeflame.pooling import pool_statistics
 from export.graph import scoring_graph
-from trainer.agent.work import FinishTask, SiteWork, TrainTask
+from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
 from trainer.model import build_model, load_model, save_model
 from trainer.work import TorchSiteWork
 
@@ -162,3 +166,41 @@ def test_saving_and_loading_keeps_every_number(small_learning: Learning, tmp_pat
     assert loaded_origin == origin
     for name, tensor in model.exchanged().items():
         assert torch.equal(tensor, loaded.exchanged()[name])
+
+
+@pytest.fixture
+def without_package(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteWork:
+    learning = msgspec.structs.replace(small_learning, method="flame")
+    return TorchSiteWork(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("form", ["moments", "low_rank"])
+def test_a_site_uses_the_statistics_of_two(
+    form: Literal["moments", "low_rank"], without_package: TorchSiteWork, tmp_path: Path
+) -> None:
+    work = without_package
+    initial, own, pooled = tmp_path / "initial.safetensors", tmp_path / "own", tmp_path / "pooled"
+    work.write_initial_model(initial)
+    wanted = StatisticsWanted(form=form, rank=8)
+    outcome = work.gather(StatisticsTask(model=initial, model_sha256="a" * 64, wanted=wanted, out=own), no_progress)
+    assert outcome.num_samples == 24
+    # With a twin of the same images the mean stays, and the threshold sees every part's copy in the statistics.
+    pool_statistics({"west": own, "twin": own}, pooled, rank=8)
+    found, summaries = [], []
+    for shared in (None, pooled):
+        finished = work.finish(FinishTask(model=initial, out_dir=tmp_path, ledger={}, statistics=shared), no_progress)
+        assert finished.statistics is not None
+        found.append(decode_statistics(finished.statistics.read_bytes()))
+        summaries.append(finished.summary)
+    alone, both = found
+    assert (alone.count, both.count) == (24, 48)
+    np.testing.assert_allclose(both.mean, alone.mean, atol=1e-4)
+    assert both.mean_variance == pytest.approx(alone.mean_variance * 23 / 24 * 48 / 47, rel=1e-3)
+    assert summaries[1]["threshold"] < summaries[0]["threshold"]
+
+    # A site that did not contribute has nothing to take out.
+    pool_statistics({"twin": own}, pooled, rank=8)
+    task = FinishTask(model=initial, out_dir=tmp_path, ledger={}, statistics=pooled)
+    summary = work.finish(task, no_progress).summary
+    assert (summary["num_images"], summary["num_images_in_statistics"]) == (24, 24)
+    assert summary["threshold"] < summaries[0]["threshold"]
