@@ -7,6 +7,10 @@ import math
 import msgspec
 
 from edge.capture import CaptureConfig
+from edge.delivery.deliverer import DeliveryConfig
+from edge.delivery.mqtt import MqttConfig
+from edge.delivery.outbox import OutboxConfig
+from edge.delivery.webhook import WebhookConfig
 from edge.health import HealthLimits
 from edge.rejects import RejectsConfig
 from edgeflame.errors import ConfigError
@@ -36,3 +40,7 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     health: HealthLimits = HealthLimits()
     capture: CaptureConfig = CaptureConfig()
     rejects: RejectsConfig = RejectsConfig()
+    outbox: OutboxConfig = OutboxConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
+    mqtt: MqttConfig | None = None
+    webhook: WebhookConfig | None = None

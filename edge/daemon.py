@@ -10,7 +10,6 @@ from types import FrameType
 
 from edge.capture import Capture, CaptureConfig
 from edge.inspector import Inspector
-from edge.rejects import RejectsSink
 from edge.sinks import Sink
 from edge.sources import Source
 from edge.summary import Summary, Tally
@@ -47,8 +46,7 @@ def run_inspection(
                 break
     if stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)
-    lost = sum(sink.num_lost for sink in sinks if isinstance(sink, RejectsSink))
-    return tally.summary(dropped=frames.dropped, evidence_lost=lost)
+    return tally.summary(dropped=frames.dropped)
 
 
 @contextlib.contextmanager

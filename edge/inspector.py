@@ -32,6 +32,7 @@ class Inspector:
         threshold = config.verdict.threshold
         self.threshold = package.manifest.threshold.value if threshold is None else threshold
         self.model_id = package.sha256[:12]
+        self.product = package.manifest.product
         self._preprocessing = package.manifest.learning.input
         self._runtime = runtime
         self._config = config

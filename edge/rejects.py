@@ -75,6 +75,16 @@ class RejectsSink:
             self.num_lost += 1
             log.error("reject_not_stored", part=result.part_id, reason=str(exc))
 
+    def discard_oldest(self, count: int = 20) -> bool:
+        """Make room on a full disk: pictures are worth less than results. Whether there was one to give."""
+        oldest, self._stored = self._stored[:count], self._stored[count:]
+        for name in oldest:
+            (self._folder / name).unlink(missing_ok=True)
+        if oldest:
+            self.num_lost += len(oldest)
+            log.error("rejects_discarded_for_room", count=len(oldest))
+        return bool(oldest)
+
     def close(self) -> None:
         pass
 

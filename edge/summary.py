@@ -51,8 +51,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     latency_ms: Latency | None
     truth: Truth | None
-    evidence_lost: int
-    """Pictures of rejected parts that could not be stored."""
+    evidence_lost: int = 0
+    """Pictures of rejected parts that could not be stored, or had to make room for results."""
+    undelivered: dict[str, int] = {}
+    """Results kept for the next start, by destination."""
 
 
 class Tally:
@@ -83,7 +85,7 @@ class Tally:
         else:
             self._truth["missed" if result.verdict == "pass" else "false_rejects"] += 1
 
-    def summary(self, *, dropped: Mapping[str, int], evidence_lost: int = 0) -> Summary:
+    def summary(self, *, dropped: Mapping[str, int]) -> Summary:
         """The sum so far."""
         truth = self._truth
         return Summary(
@@ -104,7 +106,6 @@ class Tally:
             )
             if truth
             else None,
-            evidence_lost=evidence_lost,
         )
 
 

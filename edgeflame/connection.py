@@ -91,7 +91,15 @@ class Received:
     done: Callable[[], None] = field(repr=False)
 
 
-Event = Up | Down | Failed | Received
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """The broker has a message that was published with this ``token``, or refuses it (``error``)."""
+
+    token: int
+    error: str | None = None
+
+
+Event = Up | Down | Failed | Received | Sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class Publish:
     topic: str
     payload: bytes
     retain: bool
+    token: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +256,7 @@ class Connection:
             size = len(item.payload) + len(item.topic.encode()) + 16
             if self._max_packet_bytes is not None and size > self._max_packet_bytes:
                 log.error("message_too_large_for_broker", topic=item.topic, bytes=size, limit=self._max_packet_bytes)
+                self._tell_sent(item, f"{size} bytes, the broker takes {self._max_packet_bytes}")
                 continue
             info = self._client.publish(item.topic, item.payload, qos=1, retain=item.retain)
             self._in_flight[info.mid] = item
@@ -299,8 +309,15 @@ class Connection:
         self, _client: mqtt.Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:
         item = self._in_flight.pop(mid, None)
-        if reason.is_failure and item is not None:
+        if item is None:
+            return
+        if reason.is_failure:
             log.error("message_refused", topic=item.topic, reason=reason.getName())
+        self._tell_sent(item, reason.getName() if reason.is_failure else None)
+
+    def _tell_sent(self, item: Publish, error: str | None) -> None:
+        if item.token is not None:
+            self._shared.sink(Sent(token=item.token, error=error))
 
     def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
         mid, qos = message.mid, message.qos

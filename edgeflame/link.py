@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from edgeflame.brokerurl import BrokerUrl
-from edgeflame.connection import Connection, Down, Event, Failed, Publish, Received, Shared, Subscribe, Up, Will
+from edgeflame.connection import Connection, Down, Event, Failed, Publish, Received, Sent, Shared, Subscribe, Up, Will
 from edgeflame.console import EventLog
 from edgeflame.errors import LinkError
 
-__all__ = ["Down", "Event", "Failed", "Link", "Received", "Up", "Will"]
+__all__ = ["Down", "Event", "Failed", "Link", "Received", "Sent", "Up", "Will"]
 
 log = EventLog("link")
 
@@ -86,8 +86,8 @@ class Link:
     ) -> None:
         self.close()
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Queue a message.
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, token: int | None = None) -> None:
+        """Queue a message. With a ``token``, :class:`Sent` tells when the broker has it.
 
         Raises:
             LinkError: too many wait already.
@@ -95,7 +95,7 @@ class Link:
         if len(self._shared.outbox) >= MAX_QUEUED:
             msg = f"{MAX_QUEUED} messages wait for {self._shared.url.address}; no more are taken"
             raise LinkError(msg)
-        self._shared.outbox.append(Publish(topic=topic, payload=payload, retain=retain))
+        self._shared.outbox.append(Publish(topic=topic, payload=payload, retain=retain, token=token))
         self._shared.wake()
 
     def subscribe(self, topic_filter: str) -> None:

@@ -7,6 +7,8 @@
     edgeflame/v1/<fleet>/site/<site>/up/blob/<sha256>/<chunk>
     edgeflame/v1/<fleet>/site/<site>/down/message   to the site
     edgeflame/v1/<fleet>/blob/<sha256>/<chunk>      from the aggregator to all sites
+    edgeflame/v1/<fleet>/line/<line>/state          retained birth, will: what an inspection daemon runs
+    edgeflame/v1/<fleet>/line/<line>/result         one message a part
 
 Who sent a message is told by its topic, never by a field of it: the broker's access control can tie a topic to
 a certificate.
@@ -109,6 +111,12 @@ class Topics:
     def chunks(self, sha256: str) -> str:
         """Filter for all chunks of a blob for all sites."""
         return f"{self.base}/blob/{sha256}/+"
+
+    def line_state(self, line: str) -> str:
+        return f"{self.base}/line/{line}/state"
+
+    def line_result(self, line: str) -> str:
+        return f"{self.base}/line/{line}/result"
 
     def all_up(self) -> str:
         """Filter for everything sites send."""

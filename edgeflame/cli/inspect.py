@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from edge.config import InspectConfig
+    from edge.rejects import RejectsSink
     from edge.sinks import Sink
     from edge.summary import Summary
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [verdict], [health], [capture], [rejects]; options given here win.",
+    help="TOML with the sections [verdict], [health], [capture], [rejects], [outbox], [delivery], [mqtt], [webhook]; "
+    "options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(
@@ -61,6 +63,12 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write the summary of the run as JSON.",
 )
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep every result here before anybody is told, and deliver it to [mqtt] and [webhook] until they have it.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N parts.")
 @click.option(
     "--device",
@@ -83,6 +91,7 @@ def command(
     results: Path | None,
     rejects: Path | None,
     summary_file: Path | None,
+    state: Path | None,
     limit: int | None,
     device: str,
     threads: int | None,
@@ -92,22 +101,34 @@ def command(
     An image that cannot be read or is no picture of a part gets the verdict "unknown" with the reason; none is
     skipped. Ctrl-C or SIGTERM ends the run after the part in hand, with the summary. The exit code is 0 when
     all was inspected, whatever the verdicts, and 130 when the run was stopped before its source ended.
+
+    With --state, results outlive a crash, a power cut and an outage of their destinations: what was not
+    acknowledged is delivered after the next start.
     """
+    import contextlib
     from typing import cast
+
+    import msgspec
 
     from edge.config import InspectConfig
     from edge.daemon import run_inspection, stop_on_signals
+    from edge.delivery.pipeline import Pipeline, open_pipeline
     from edge.inspector import Inspector
     from edge.parity import require_parity
+    from edge.rejects import RejectsSink
     from edge.runtimes import Device, check_runtime_fits, open_runtime
     from edge.sources import open_source
     from edgeflame.config import load_config
     from edgeflame.console import EventLog
+    from edgeflame.errors import UsageError
     from edgeflame.package import read_package
     from edgeflame.signing import verify_signature
 
     log = EventLog("inspect")
     settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
+    if state is None and (settings.mqtt or settings.webhook):
+        msg = "[mqtt] and [webhook] need --state DIR, where results wait until they are delivered"
+        raise UsageError(msg)
     source = open_source(address)
     package = read_package(model)
     if public_key is not None:
@@ -128,14 +149,26 @@ def command(
         threshold=inspector.threshold,
         provider=runtime.provider,
     )
-    sinks = _sinks(settings, as_json=as_json, results=results, rejects=rejects)
-    try:
-        with stop_on_signals() as stop:
-            summary = run_inspection(source, inspector, sinks, capture=settings.capture, limit=limit, stop=stop)
-            stopped = stop.is_set()
-    finally:
+    pictures = RejectsSink(rejects, settings.rejects) if rejects is not None else None
+    sinks = _sinks(as_json=as_json, results=results, pictures=pictures)
+    pipeline: Pipeline | None = None
+    with contextlib.ExitStack() as stack:
         for sink in sinks:
-            sink.close()
+            stack.callback(sink.close)
+        if state is not None:
+            make_room = pictures.discard_oldest if pictures is not None else lambda: False
+            pipeline = stack.enter_context(
+                open_pipeline(state, settings, inspector, sinks, source=source.name, make_room=make_room)
+            )
+            sinks = [pipeline.writer]
+        stop = stack.enter_context(stop_on_signals())
+        summary = run_inspection(source, inspector, sinks, capture=settings.capture, limit=limit, stop=stop)
+        stopped = stop.is_set()
+    summary = msgspec.structs.replace(
+        summary,
+        evidence_lost=pictures.num_lost if pictures is not None else 0,
+        undelivered=pipeline.undelivered if pipeline is not None else {},
+    )
     _show(summary, as_json=as_json)
     if summary_file is not None:
         _write(summary_file, summary)
@@ -158,8 +191,7 @@ def _with_options(config: InspectConfig, threshold: float | None, review_band: f
     return msgspec.structs.replace(config, verdict=verdict)
 
 
-def _sinks(config: InspectConfig, *, as_json: bool, results: Path | None, rejects: Path | None) -> list[Sink]:
-    from edge.rejects import RejectsSink
+def _sinks(*, as_json: bool, results: Path | None, pictures: RejectsSink | None) -> list[Sink]:
     from edge.sinks import ConsoleSink, JsonLinesSink, ResultsFileSink
 
     sinks: list[Sink] = []
@@ -172,8 +204,8 @@ def _sinks(config: InspectConfig, *, as_json: bool, results: Path | None, reject
         from rich.console import Console
 
         sinks.append(ConsoleSink(Console()))
-    if rejects is not None:
-        sinks.append(RejectsSink(rejects, config.rejects))
+    if pictures is not None:
+        sinks.append(pictures)
     return sinks
 
 
@@ -214,6 +246,8 @@ def _show(summary: Summary, *, as_json: bool) -> None:
         )
     if summary.evidence_lost:
         click.echo(f"pictures of {summary.evidence_lost} rejected parts could not be stored")
+    for destination, count in summary.undelivered.items():
+        click.echo(f"{count} results wait for {destination}; they are delivered after the next start")
 
 
 def _write(path: Path, summary: Summary) -> None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from results import result
 from small_model import GRID, good_image
 
 from edge.overlay import MIN_SIDE, overlay
 from edge.rejects import RejectsConfig, RejectsSink
-from edge.results import Inspected, Result
+from edge.results import Inspected
 from edgeflame.errors import StorageError
 from edgeflame.images import read_image
 
 IMAGE = good_image(0, 128)
-
-
-def result(sequence: int, verdict: str = "fail", part_id: str = "part") -> Result:
-    return Result(
-        sequence=sequence, part_id=part_id, source="s", verdict=verdict, reasons=(), detail=None, score=2.0,
-        captured=dt.datetime(2026, 1, 2, 3, 4, 5, sequence, tzinfo=dt.timezone.utc),
-        threshold=1.0, latency_ms=1.0, label=None, model="0" * 12,
-    )  # fmt: skip
 
 
 def inspected(sequence: int, verdict: str = "fail", part_id: str = "part") -> Inspected:

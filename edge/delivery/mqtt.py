@@ -1,0 +1,285 @@
+"""Results to an MQTT 5 broker: one message a part, a retained state, a last will, and Home Assistant's discovery.
+
+edgeflame/v1/<fleet>/line/<line>/result     :class:`edge.delivery.message.Delivery`, QoS 1
+edgeflame/v1/<fleet>/line/<line>/state      :class:`LineState`, retained; ``online`` false from the last will
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from edge.delivery.message import Delivery
+from edgeflame.brokerurl import TlsFiles, parse_broker_url
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, LinkError, UsageError
+from edgeflame.link import Down, Event, Failed, Link, Received, Sent, Up, Will
+from edgeflame.topics import Topics, check_name
+
+log = EventLog("mqtt")
+
+MAX_BATCH = 50
+"""Results on their way at once; the link keeps to the broker's Receive Maximum by itself."""
+
+
+class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[mqtt]``."""
+
+    broker: str
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``."""
+    fleet: str
+    line: str
+    """Name of this line; two daemons never share one."""
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    """PEM files for ``mqtts``."""
+    home_assistant: str | None = None
+    """Home Assistant's discovery prefix, ``homeassistant`` as it comes; left out: not announced there."""
+    timeout_s: float = 10.0
+    """Without an answer from the broker for so long, the connection is given up and made anew."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_name("fleet", self.fleet)
+            check_name("line", self.line)
+        except UsageError as exc:
+            msg = f"mqtt: {exc}"
+            raise ConfigError(msg) from exc
+        if not 0.1 <= self.timeout_s <= 600:
+            msg = f"mqtt.timeout_s must be 0.1..600, not {self.timeout_s}"
+            raise ConfigError(msg)
+        if self.home_assistant is not None and (
+            not self.home_assistant or any(sign in self.home_assistant for sign in "+#")
+        ):
+            msg = f"mqtt.home_assistant must be a topic prefix without wildcards, not {self.home_assistant!r}"
+            raise ConfigError(msg)
+
+
+class LineState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a line runs; retained."""
+
+    online: bool
+    boot: str
+    product: str
+    model: str
+    """First 12 digits of the package's SHA-256."""
+    threshold: float
+    source: str
+
+
+class MqttDestination:
+    """A broker. Connects when there is something to say, and at the start to announce the line.
+
+    Args:
+        config: where and as whom.
+        state: what the line runs, while it is online.
+
+    Raises:
+        ConfigError: the broker's URL or the TLS files make no sense.
+    """
+
+    name = "mqtt"
+    max_batch = MAX_BATCH
+
+    def __init__(self, config: MqttConfig, state: LineState) -> None:
+        self._config = config
+        self._topics = Topics(fleet=config.fleet)
+        ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
+        try:
+            self._url = parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+            self._url.ssl_context()
+        except (UsageError, LinkError) as exc:
+            msg = f"mqtt: {exc}"
+            raise ConfigError(msg) from exc
+        self._state = state
+        self._session: _Session | None = None
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> int:
+        """Publish results and wait for the broker's acknowledgements.
+
+        Raises:
+            LinkError: not one was acknowledged in order.
+        """
+        session = self._connected()
+        try:
+            arrived = session.publish_all(
+                self._topics.line_result(self._config.line), [(item.number, item.encode()) for item in deliveries]
+            )
+        except LinkError:
+            session.is_broken = True
+            raise
+        finally:
+            # A new link after any trouble: what the old one still held would be sent again without being marked.
+            if session.is_broken:
+                self._drop(flush_s=0.0)
+        return arrived
+
+    def idle(self) -> None:
+        """Keep the line's state on the broker true between parts: connect, and connect again when that broke.
+
+        Raises:
+            LinkError: the broker cannot be reached or refuses us.
+        """
+        try:
+            self._connected().check()
+        except LinkError:
+            self._drop(flush_s=0.0)
+            raise
+
+    def close(self) -> None:
+        if self._session is not None:
+            offline = msgspec.structs.replace(self._state, online=False)
+            self._session.link.publish(self._state_topic, msgspec.json.encode(offline), retain=True)
+        self._drop(flush_s=1.0)
+
+    @property
+    def _state_topic(self) -> str:
+        return self._topics.line_state(self._config.line)
+
+    def _connected(self) -> _Session:
+        if self._session is None:
+            offline = msgspec.structs.replace(self._state, online=False)
+            session = _Session(
+                Link(
+                    self._url,
+                    client_id=f"edgeflame-line-{self._config.fleet}-{self._config.line}",
+                    filters=[self._state_topic],
+                    sink=(events := queue.SimpleQueue[Event]()).put,
+                    will=Will(topic=self._state_topic, payload=msgspec.json.encode(offline)),
+                    connect_timeout_s=self._config.timeout_s,
+                ),
+                events,
+                self._config.timeout_s,
+            )
+            try:
+                session.wait_until_up()
+            except LinkError:
+                session.link.close(flush_s=0.0)
+                raise
+            self._session = session
+            session.link.publish(self._state_topic, msgspec.json.encode(self._state), retain=True)
+            for topic, payload in self._discovery():
+                session.link.publish(topic, payload, retain=True)
+        return self._session
+
+    def _drop(self, *, flush_s: float) -> None:
+        if self._session is not None:
+            self._session.link.close(flush_s=flush_s)
+            self._session = None
+
+    def _discovery(self) -> list[tuple[str, bytes]]:
+        """Home Assistant's configuration messages for the verdict and the score."""
+        prefix, line = self._config.home_assistant, self._config.line
+        if prefix is None:
+            return []
+        unique = f"edgeflame_{self._config.fleet}_{line}".replace(".", "_")
+        common = {
+            "state_topic": self._topics.line_result(line),
+            "availability_topic": self._state_topic,
+            "availability_template": "{{ 'online' if value_json.online else 'offline' }}",
+            "device": {"identifiers": [unique], "name": f"Line {line}", "manufacturer": "EdgeFlame"},
+        }
+        verdict = {
+            **common,
+            "name": "Verdict",
+            "unique_id": f"{unique}_verdict",
+            "value_template": "{{ value_json.result.verdict }}",
+        }
+        score = {
+            **common,
+            "name": "Score, 1 = at the threshold",
+            "unique_id": f"{unique}_score",
+            "value_template": "{{ (value_json.result.score / value_json.result.threshold) | round(3) "
+            "if value_json.result.score is not none else none }}",
+        }
+        return [
+            (f"{prefix}/sensor/{unique}/{key}/config", msgspec.json.encode(entity))
+            for key, entity in (("verdict", verdict), ("score", score))
+        ]
+
+
+class _Session:
+    """One connection, from its making to its first trouble."""
+
+    def __init__(self, link: Link, events: queue.SimpleQueue[Event], timeout_s: float) -> None:
+        self.link = link
+        self.is_broken = False
+        self._events = events
+        self._timeout_s = timeout_s
+
+    def wait_until_up(self) -> None:
+        """Until the broker has taken us.
+
+        Raises:
+            LinkError: it did not.
+        """
+        # The link gives up by itself at the same time, with a better reason than ours.
+        while not isinstance(self._next(self._timeout_s + 5.0), Up):
+            pass
+
+    def check(self) -> None:
+        """Look at what has come meanwhile.
+
+        Raises:
+            LinkError: the connection broke.
+        """
+        with contextlib.suppress(queue.Empty):
+            while True:
+                _raise_trouble(self._events.get_nowait())
+
+    def publish_all(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> int:
+        """Publish in order; the highest number acknowledged with all before it.
+
+        Raises:
+            LinkError: the first was not acknowledged.
+        """
+        for number, payload in messages:
+            self.link.publish(topic, payload, token=number)
+        waiting = collections.deque(number for number, _ in messages)
+        acknowledged: set[int] = set()
+        arrived = 0
+        try:
+            while waiting:
+                event = self._next(self._timeout_s)
+                if not isinstance(event, Sent):
+                    continue
+                if event.error is not None:
+                    msg = f"the broker refuses results on {topic}: {event.error}"
+                    raise LinkError(msg)
+                acknowledged.add(event.token)
+                while waiting and waiting[0] in acknowledged:
+                    arrived = waiting.popleft()
+        except LinkError:
+            if not arrived:
+                raise
+            self.is_broken = True
+        return arrived
+
+    def _next(self, timeout_s: float) -> Event:
+        try:
+            event = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            msg = f"no answer from the broker within {timeout_s:g} s"
+            raise LinkError(msg) from None
+        _raise_trouble(event)
+        return event
+
+
+def _raise_trouble(event: Event) -> None:
+    match event:
+        case Failed():
+            raise event.error
+        case Down():
+            msg = f"the connection to the broker was lost: {event.reason}"
+            raise LinkError(msg)
+        case Received():
+            # The line's own state, the one topic that is subscribed to: a link has to listen to something.
+            event.done()
+        case Up() | Sent():
+            pass

@@ -1,0 +1,253 @@
+"""The outbox: every result on the disk before anybody is told, and how far each destination has come.
+
+Theory of operation
+-------------------
+``results`` holds the results under rising numbers that are never used again (SQLite's AUTOINCREMENT). For each
+destination two numbers are kept: ``attempted``, the highest that may have been sent, written *before* it is sent;
+and ``acknowledged``, the highest that surely arrived, written after. After a crash everything in between is sent
+again, marked as possibly repeated; everything above was never sent.
+
+The file is bounded. Results that every destination has acknowledged go when more than ``history`` are kept. If a
+destination is away for so long that ``max_results`` is reached, the oldest go all the same; they are counted as
+lost for that destination, and its receiver sees the gap in the numbers.
+
+WAL with ``synchronous = FULL``: what was committed survives a power cut. The writer commits many results at once
+when they come faster than the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from edge.delivery.message import Delivery
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, StorageError
+
+log = EventLog("outbox")
+
+FORMAT = 1
+"""Of the file; another one is refused."""
+
+_PRUNE_EVERY = 256
+"""Results between looks at the bounds: a delete is a scan of an index, not worth doing for each."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS results (number INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS destinations (
+    name TEXT PRIMARY KEY,
+    attempted INTEGER NOT NULL,
+    acknowledged INTEGER NOT NULL,
+    lost INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+"""
+
+
+class OutboxConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[outbox]``."""
+
+    history: int = 10_000
+    """Delivered results kept for looking back; about 600 bytes each."""
+    max_results: int = 1_000_000
+    """Results kept at most, delivered or not. At one part a second, eleven days without a broker."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.history <= self.max_results:
+            msg = f"outbox.history must be 0..max_results, not {self.history} with {self.max_results}"
+            raise ConfigError(msg)
+        if self.max_results < 1:
+            msg = f"outbox.max_results must be at least 1, not {self.max_results}"
+            raise ConfigError(msg)
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a destination has come."""
+
+    attempted: int
+    acknowledged: int
+    lost: int
+    waiting: int
+    """Results it has still to get."""
+
+
+class Outbox:
+    """The file, for any number of threads; a context manager.
+
+    Args:
+        path: the SQLite file; made if it is not there.
+        config: bounds.
+        make_room: called when the disk is full; frees something of less worth and says whether it did.
+
+    Raises:
+        StorageError: here and in every method, when the file or the disk fails. Nothing of a failed call is kept.
+    """
+
+    def __init__(self, path: Path, config: OutboxConfig, *, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._path = path
+        self._config = config
+        self._make_room = make_room
+        self._lock = threading.RLock()
+        self._unpruned = 0
+        self.changed = threading.Condition(self._lock)
+        """Notified after results were added."""
+        with self._translated("open"):
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(_SCHEMA)
+            with self._transaction():
+                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
+                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
+            meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
+        if meta["format"] != str(FORMAT):
+            self._db.close()
+            msg = f"{path}: an outbox of format {meta['format']}, this version reads {FORMAT}; give it a new folder"
+            raise StorageError(msg)
+        self.id: str = meta["id"]
+        """Of this file, for good: 32 hexadecimal digits."""
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._db.close()
+
+    def append(self, bodies: Sequence[bytes]) -> list[int]:
+        """Keep results, all or none; when this returns they are on the disk. Returns their numbers.
+
+        Raises:
+            StorageError: the disk is full, and no room could be made, or it fails.
+        """
+        while True:
+            try:
+                return self._append(bodies)
+            except StorageError as exc:
+                if not (_is_full(exc) and self._make_room()):
+                    raise
+
+    def register(self, name: str) -> Standing:
+        """A destination's standing; a new one starts with the next result, not with history."""
+        with self._lock, self._translated("write"), self._transaction():
+            newest = self._newest()
+            self._db.execute(
+                "INSERT OR IGNORE INTO destinations (name, attempted, acknowledged) VALUES (?, ?, ?)",
+                (name, newest, newest),
+            )
+        return self.standing(name)
+
+    def standing(self, name: str) -> Standing:
+        """How far a registered destination has come."""
+        with self._lock, self._translated("read"):
+            attempted, acknowledged, lost = self._db.execute(
+                "SELECT attempted, acknowledged, lost FROM destinations WHERE name = ?", (name,)
+            ).fetchone()
+            waiting = self._db.execute("SELECT COUNT(*) FROM results WHERE number > ?", (acknowledged,)).fetchone()[0]
+        return Standing(attempted=attempted, acknowledged=acknowledged, lost=lost, waiting=waiting)
+
+    def forget(self, keep: Sequence[str]) -> list[str]:
+        """Drop destinations that are no longer configured, so that they hold nothing back. Returns their names."""
+        with self._lock, self._translated("write"), self._transaction():
+            known = [name for (name,) in self._db.execute("SELECT name FROM destinations").fetchall()]
+            gone = sorted(set(known) - set(keep))
+            self._db.executemany("DELETE FROM destinations WHERE name = ?", [(name,) for name in gone])
+        return gone
+
+    def attempt(self, name: str, limit: int) -> list[Delivery]:
+        """The next results for a destination, at most ``limit``, noted on the disk as attempted."""
+        with self._lock, self._translated("read"), self._transaction():
+            attempted, acknowledged = self._db.execute(
+                "SELECT attempted, acknowledged FROM destinations WHERE name = ?", (name,)
+            ).fetchone()
+            rows = self._db.execute(
+                "SELECT number, body FROM results WHERE number > ? ORDER BY number LIMIT ?", (acknowledged, limit)
+            ).fetchall()
+            if rows and rows[-1][0] > attempted:
+                self._db.execute("UPDATE destinations SET attempted = ? WHERE name = ?", (rows[-1][0], name))
+        return [
+            Delivery(outbox=self.id, number=number, redelivered=number <= attempted, result=msgspec.Raw(body))
+            for number, body in rows
+        ]
+
+    def acknowledge(self, name: str, number: int) -> None:
+        """Everything up to ``number`` has surely arrived at a destination."""
+        with self._lock, self._translated("write"):
+            self._db.execute(
+                "UPDATE destinations SET acknowledged = MAX(acknowledged, ?) WHERE name = ?", (number, name)
+            )
+
+    def newest(self, limit: int) -> list[tuple[int, bytes]]:
+        """The last results kept, newest first, with their numbers."""
+        with self._lock, self._translated("read"):
+            rows = self._db.execute("SELECT number, body FROM results ORDER BY number DESC LIMIT ?", (limit,))
+            return [(number, body) for number, body in rows.fetchall()]
+
+    def _append(self, bodies: Sequence[bytes]) -> list[int]:
+        with self._lock, self._translated("write"), self._transaction():
+            numbers = []
+            for body in bodies:
+                cursor = self._db.execute("INSERT INTO results (body) VALUES (?)", (body,))
+                assert cursor.lastrowid is not None
+                numbers.append(cursor.lastrowid)
+            self._unpruned += len(bodies)
+            if self._unpruned >= _PRUNE_EVERY:
+                self._prune(numbers[-1])
+                self._unpruned = 0
+            self.changed.notify_all()
+        return numbers
+
+    def _prune(self, newest: int) -> None:
+        row = self._db.execute("SELECT MIN(acknowledged) FROM destinations").fetchone()
+        delivered = newest if row[0] is None else row[0]
+        oldest_kept = min(delivered, newest - self._config.history) + 1
+        bound = newest - self._config.max_results + 1
+        if bound > oldest_kept:
+            waiting = self._db.execute(
+                "SELECT name, acknowledged FROM destinations WHERE acknowledged < ?", (bound - 1,)
+            ).fetchall()
+            for name, acknowledged in waiting:
+                log.error("results_lost", destination=name, count=bound - 1 - acknowledged, kept=bound)
+                self._db.execute(
+                    "UPDATE destinations SET lost = lost + ?, acknowledged = ? WHERE name = ?",
+                    (bound - 1 - acknowledged, bound - 1, name),
+                )
+        self._db.execute("DELETE FROM results WHERE number < ?", (max(oldest_kept, bound),))
+
+    def _newest(self) -> int:
+        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'results'").fetchone()
+        return 0 if row is None else int(row[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as exc:
+            msg = f"{self._path}: cannot {doing} the outbox ({exc})"
+            raise StorageError(msg) from exc
+
+
+def _is_full(exc: StorageError) -> bool:
+    cause = exc.__cause__
+    # sqlite3 names its error codes from Python 3.11 on; the text is older and the same.
+    return isinstance(cause, sqlite3.Error) and "full" in str(cause)

@@ -1,0 +1,100 @@
+"""The parts of guaranteed delivery put together for one run."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge.config import InspectConfig
+from edge.delivery.deliverer import Deliverer, Destination
+from edge.delivery.mqtt import LineState, MqttDestination
+from edge.delivery.outbox import Outbox
+from edge.delivery.webhook import WebhookDestination
+from edge.delivery.writer import Writer
+from edge.inspector import Inspector
+from edge.sinks import Sink
+from edgeflame.console import EventLog
+from edgeflame.statedir import locked_state_dir
+
+log = EventLog("delivery")
+
+OUTBOX_FILE = "outbox.sqlite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A running delivery: results go into ``writer``; each destination has its deliverer."""
+
+    writer: Writer
+    outbox: Outbox
+    deliverers: Sequence[Deliverer]
+    undelivered: dict[str, int]
+    """After the end: results kept for the next start, by destination; none for one that has all."""
+
+
+@contextlib.contextmanager
+def open_pipeline(
+    state: Path,
+    config: InspectConfig,
+    inspector: Inspector,
+    sinks: Sequence[Sink],
+    *,
+    source: str,
+    make_room: Callable[[], bool],
+) -> Iterator[Pipeline]:
+    """Open the outbox in a state folder and start delivering what it holds.
+
+    Leaving it writes every result handed over, tries for ``delivery.flush_s`` to deliver, and keeps the rest.
+
+    Args:
+        state: the daemon's folder; one daemon at a time.
+        config: outbox, delivery and destinations.
+        inspector: whose results these are.
+        sinks: see every result once it is on the disk.
+        source: what the line announces as its source.
+        make_room: frees something of less worth than results when the disk is full.
+
+    Raises:
+        ConfigError: a destination's settings make no sense.
+        StorageError: the folder cannot be used, or another process uses it.
+    """
+    deliverers: list[Deliverer] = []
+    undelivered: dict[str, int] = {}
+
+    def count_undelivered() -> None:
+        waiting = {deliverer.name: deliverer.standing().waiting for deliverer in deliverers}
+        undelivered.update({name: count for name, count in waiting.items() if count})
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(locked_state_dir(state))
+        outbox = stack.enter_context(Outbox(folder / OUTBOX_FILE, config.outbox, make_room=make_room))
+        destinations = _destinations(config, inspector, source)
+        for name in outbox.forget([destination.name for destination in destinations]):
+            log.warning("destination_forgotten", destination=name, reason="it is no longer configured")
+        # Last in, first out: everything is in the outbox before the deliverers finish, and they before the count.
+        stack.callback(count_undelivered)
+        deliverers += [
+            stack.enter_context(Deliverer(outbox, destination, config.delivery)) for destination in destinations
+        ]
+        writer = stack.enter_context(Writer(outbox, sinks))
+        yield Pipeline(writer=writer, outbox=outbox, deliverers=deliverers, undelivered=undelivered)
+
+
+def _destinations(config: InspectConfig, inspector: Inspector, source: str) -> list[Destination]:
+    destinations: list[Destination] = []
+    if config.mqtt is not None:
+        state = LineState(
+            online=True,
+            boot=uuid.uuid4().hex,
+            product=inspector.product,
+            model=inspector.model_id,
+            threshold=inspector.threshold,
+            source=source,
+        )
+        destinations.append(MqttDestination(config.mqtt, state))
+    if config.webhook is not None:
+        destinations.append(WebhookDestination(config.webhook))
+    return destinations

@@ -1,0 +1,122 @@
+"""Results to a web service: one POST each, with a key by which it can tell a repetition."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import ssl
+from collections.abc import Sequence
+from typing import Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from edge.delivery.message import Delivery
+from edgeflame.errors import ConfigError, LinkError
+
+TOKEN_VARIABLE = "EDGEFLAME_WEBHOOK_TOKEN"  # noqa: S105 - the name of a variable
+MAX_BATCH = 20
+"""Results read from the outbox at once; each is a request of its own on one connection."""
+
+
+class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[webhook]``. A token in ``EDGEFLAME_WEBHOOK_TOKEN`` is sent as ``Authorization: Bearer``."""
+
+    url: str
+    verdicts: tuple[Literal["pass", "fail", "unknown"], ...] = ("pass", "fail", "unknown")
+    """Parts that are reported; the others are skipped, and their numbers missing."""
+    timeout_s: float = 10.0
+    ca: str | None = None
+    """Certificate authority of an ``https`` server (PEM); the system's when left out."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            msg = f"webhook.url must be http(s)://host[:port]/path without credentials, not {self.url[:200]!r}"
+            raise ConfigError(msg)
+        if not 0.1 <= self.timeout_s <= 600:
+            msg = f"webhook.timeout_s must be 0.1..600, not {self.timeout_s}"
+            raise ConfigError(msg)
+
+
+class WebhookDestination:
+    """A web service that answers 2xx when it has a result; any other answer is tried again.
+
+    Every request carries ``Idempotency-Key: <outbox>-<number>``, the same on every attempt.
+
+    Raises:
+        ConfigError: the certificate authority's file cannot be used.
+    """
+
+    name = "webhook"
+    max_batch = MAX_BATCH
+
+    def __init__(self, config: WebhookConfig) -> None:
+        self._config = config
+        self._url = urlsplit(config.url)
+        self._connection: http.client.HTTPConnection | None = None
+        self._ssl: ssl.SSLContext | None = None
+        if self._url.scheme == "https":
+            try:
+                self._ssl = ssl.create_default_context(cafile=config.ca)
+            except (OSError, ssl.SSLError) as exc:
+                msg = f"webhook.ca: cannot use {config.ca} ({exc.strerror or exc})"
+                raise ConfigError(msg) from exc
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> int:
+        """Post results one by one.
+
+        Raises:
+            LinkError: the first of them was not taken.
+        """
+        arrived = 0
+        for item in deliveries:
+            if item.read_result().verdict in self._config.verdicts:
+                try:
+                    self._post(item)
+                except LinkError:
+                    if not arrived:
+                        raise
+                    return arrived
+            arrived = item.number
+        return arrived
+
+    def idle(self) -> None:
+        """Nothing: a web service is told when there is something to tell."""
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _post(self, item: Delivery) -> None:
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "edgeflame",
+            "Idempotency-Key": f"{item.outbox}-{item.number}",
+        }
+        if token := os.environ.get(TOKEN_VARIABLE):
+            headers["Authorization"] = f"Bearer {token}"
+        target = (self._url.path or "/") + (f"?{self._url.query}" if self._url.query else "")
+        try:
+            connection = self._connection or self._connect()
+            self._connection = connection
+            connection.request("POST", target, body=item.encode(), headers=headers)
+            response = connection.getresponse()
+            # The next request on this connection needs the answer read; a megabyte of it is no answer to us.
+            response.read(1 << 20)
+        except (OSError, http.client.HTTPException) as exc:
+            self.close()
+            msg = f"{self._url.scheme}://{self._url.netloc}: {exc or type(exc).__name__}"
+            raise LinkError(msg) from exc
+        if response.will_close or not response.isclosed():
+            self.close()
+        if not 200 <= response.status < 300:
+            msg = f"{self._url.scheme}://{self._url.netloc} answers {response.status} {response.reason}"
+            raise LinkError(msg)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port, timeout_s = str(self._url.hostname), self._url.port, self._config.timeout_s
+        if self._ssl is not None:
+            return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._ssl)
+        return http.client.HTTPConnection(host, port, timeout=timeout_s)
