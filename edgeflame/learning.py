@@ -11,6 +11,7 @@ import msgspec
 
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
+from edgeflame.threshold import Unit
 
 Exchange = Literal["weights"]
 """What sites send: the model's tensors."""
@@ -148,9 +149,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How the threshold is set from good images alone."""
 
     false_reject_rate: float = 0.05
-    """Share of good parts the line may reject, if the number of parts allows to promise it: 5% takes 59, 1% takes 299
-    of them. With fewer, the threshold is the highest score of all, where one odd part can hide real defects."""
+    """Share of the good that the line may reject, if the number of parts allows to promise it: 5% takes 59, 1% takes
+    299 of them. With fewer, the threshold is the highest score of all, where one odd part can hide real defects."""
     confidence: float = 0.95
+    unit: Unit = "photograph"
+    """What the line rejects, and so what the rate counts: each ``photograph`` by itself, as `inspect` does, or a
+    ``part`` as soon as one of its photographs is rejected. Either way parts are what is independent."""
     folds: int = 5
     """Parts of the cross-fit: statistics of all folds but one score the one."""
 

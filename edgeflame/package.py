@@ -14,7 +14,6 @@ Nothing in it is executed on loading, and nothing is read before its size is kno
 from __future__ import annotations
 
 import hashlib
-import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageE
 from edgeflame.learning import Learning
 from edgeflame.references import MAX_REFERENCES, Reference, ReferenceScore
 from edgeflame.statistics import LowRankGaussian
+from edgeflame.threshold import Threshold
 
 FORMAT = "edgeflame-package"
 FORMAT_VERSION = 1
@@ -45,29 +45,6 @@ SIGNATURE = "signature.json"
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest is kilobytes; the round ledger in it grows with rounds and sites, never to this."""
 MAX_SIGNATURE_BYTES = 64 << 10
-
-
-class Threshold(msgspec.Struct, frozen=True, kw_only=True):
-    """Where good ends, and what that promises.
-
-    ``value`` is an order statistic of cross-fitted scores of good images, one score (the highest) a part. With
-    the stated confidence no more than ``false_reject_rate`` of good parts will score above it.
-    """
-
-    value: float
-    false_reject_rate: float
-    confidence: float
-    num_groups: int
-    num_images: int
-    groups_known: bool
-    requested_false_reject_rate: float
-    """What was asked for; lower than ``false_reject_rate`` when there were too few parts to promise it."""
-
-    def __post_init__(self) -> None:
-        # Against NaN every comparison is false: such a threshold would pass every part.
-        if not (math.isfinite(self.value) and self.value > 0):
-            msg = f"a threshold must be a finite number above 0, not {self.value}"
-            raise NumericalError(msg)
 
 
 class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgeflame.console import EventLog, Progress, no_progress
@@ -15,9 +17,10 @@ from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import ImageU8
 from edgeflame.learning import SOLO_METHODS, Learning
-from edgeflame.package import Threshold, WeightsOrigin
+from edgeflame.package import WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
 from edgeflame.statistics import LowRankGaussian
+from edgeflame.threshold import Threshold
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory
 from trainer.embedding import Embeddings
@@ -48,11 +51,13 @@ class SiteStatistics:
     Attributes:
         statistics: of all its good images, as a package stores them.
         threshold: by cross-fitting over its parts.
+        held_out_scores: ``[N]`` of its images, by statistics that did not see them.
         details: for the package's provenance: rank, likelihoods, counts, seconds.
     """
 
     statistics: LowRankGaussian
     threshold: Threshold
+    held_out_scores: npt.NDArray[np.float64]
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -201,8 +206,11 @@ def fit_statistics(
         parts=threshold.num_groups,
         promised_false_reject_rate=round(threshold.false_reject_rate, 4),
         confidence=threshold.confidence,
+        expected_false_reject_rate=threshold.expected_false_reject_rate,
     )
-    return SiteStatistics(statistics=result.statistics, threshold=threshold, details=details)
+    return SiteStatistics(
+        statistics=result.statistics, threshold=threshold, held_out_scores=result.held_out_scores, details=details
+    )
 
 
 @contextmanager

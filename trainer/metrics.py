@@ -32,12 +32,24 @@ def auroc(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]) -
 
 def f1_max(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]) -> float | None:
     """The highest F1 over all thresholds, defective being positive; None if either kind is missing."""
-    if len(good) == 0 or len(defective) == 0:
-        return None
+    return best_f1(good, defective)[0] if len(good) and len(defective) else None
+
+
+def best_f1(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]) -> tuple[float, float]:
+    """The highest F1 over all thresholds, defective being positive, and a threshold that gives it.
+
+    Neither kind may be missing. What scores above the threshold is called defective; it lies half way to the next
+    lower score.
+    """
+    scores = np.concatenate([good, defective])
     labels = np.concatenate([np.zeros(len(good)), np.ones(len(defective))])
-    precision, recall, _ = precision_recall_curve(labels, np.concatenate([good, defective]))
+    precision, recall, values = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    return float(f1.max())
+    # scikit-learn calls positive what reaches a value; the last entry has none and calls nothing positive.
+    best = int(np.argmax(f1[:-1]))
+    below = scores[scores < values[best]]
+    low = float(below.max()) if len(below) else float(values[best]) * (1.0 - 1e-6)
+    return float(f1[best]), (low + float(values[best])) / 2.0
 
 
 def bootstrap_auroc(

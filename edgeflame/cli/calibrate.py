@@ -3,90 +3,111 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from edgeflame.cli.scoring_options import (
+    dataset_options,
+    device_option,
+    json_option,
+    model_option,
+    print_promises,
+    print_threshold,
+    promise_options,
+)
+
+if TYPE_CHECKING:
+    from edgeflame.dataset import Dataset, ImageRecord
+    from edgeflame.learning import Calibration
+
 
 @click.command()
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="The package (.edgeflame).")
+@model_option
 @click.option(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
+    metavar="DIR",
     help="Good images that the model was NOT fitted on: a plain folder, or a data set's test/good.",
 )
+@dataset_options
+@promise_options("as fitted")
+@click.option("--max-f1", is_flag=True, help="Take the threshold of the highest F1 on test/good and test/<defect>.")
 @click.option(
-    "--groups",
-    type=click.Path(path_type=Path),
-    help="CSV that says which images show the same part.  [default: groups.csv or tiles.csv in the folder]",
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write the package.  [default: in place]"
 )
-@click.option("--false-reject-rate", type=float, help="Share of good parts that may be rejected.  [default: as fitted]")
-@click.option("--confidence", type=float, help="With which this is promised.  [default: as fitted]")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write the package.  [default: in place]")
-@click.option(
-    "--on-unreadable",
-    type=click.Choice(["skip", "refuse"]),
-    default="skip",
-    show_default=True,
-    help="Skip and count images that cannot be read, or stop at the first.",
-)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where it runs."
-)
+@device_option
+@json_option
 def command(
     model: Path,
     data: Path,
     groups: Path | None,
     false_reject_rate: float | None,
     confidence: float | None,
+    unit: str | None,
+    max_f1: bool,
     out: Path | None,
     on_unreadable: Literal["skip", "refuse"],
     device: Literal["auto", "cpu", "cuda"],
+    as_json: bool,
 ) -> None:
     """Set a package's threshold from good images of the line it will inspect.
 
-    No defective image is needed. The promise rests on the number of parts: 299 for 1% with 95% confidence.
+    No defective image is needed. The promise rests on the number of parts: 299 for 1% with 95% confidence. Where the
+    data set has defective images as well, it is shown how many of them each promise catches.
     """
     import msgspec
+    import numpy as np
 
     from edge.runtimes import check_runtime_fits, open_runtime
-    from edgeflame.console import progress_bar
+    from edgeflame.console import print_json, progress_bar
     from edgeflame.dataset import open_dataset
-    from edgeflame.errors import DataError
+    from edgeflame.errors import UsageError
     from edgeflame.package import read_package, write_package
-    from trainer.evaluation import score_records
-    from trainer.threshold import set_threshold
 
+    target = out or model
+    if not target.parent.is_dir():
+        msg = f"{target.parent}: no such folder to write {target.name} into"
+        raise UsageError(msg)
     replace = msgspec.structs.replace
     package = read_package(model)
     manifest = package.manifest
-    calibration = manifest.learning.calibration
-    if false_reject_rate is not None:
-        calibration = replace(calibration, false_reject_rate=false_reject_rate)
-    if confidence is not None:
-        calibration = replace(calibration, confidence=confidence)
+    calibration = changed(
+        manifest.learning.calibration, false_reject_rate=false_reject_rate, confidence=confidence, unit=unit
+    )
     dataset = open_dataset(data, groups)
-    # In a data set the training part is what the statistics were fitted on.
-    records = tuple(record for record in dataset.test if record.is_good) if dataset.test else dataset.train
-    if not records:
-        msg = f"{data}: no good images to calibrate with (a data set needs test/good)"
-        raise DataError(msg)
+    records = _records(dataset, data, max_f1=max_f1)
     runtime = open_runtime(package.model_onnx, device=device)
     check_runtime_fits(runtime, manifest)
-    with progress_bar("Scoring good images") as progress:
+
+    from trainer.evaluation import score_records
+    from trainer.threshold import set_f1_threshold, set_threshold
+
+    with progress_bar("Scoring images") as progress:
         kept, scores, _ = score_records(
             runtime.score, records, manifest.learning.input, on_unreadable=on_unreadable, progress=progress
         )
-    threshold = set_threshold(scores, [record.group for record in kept], calibration, groups_known=dataset.groups_known)
-    target = out or model
+    is_good = np.array([record.is_good for record in kept])
+    good, defective = scores[is_good], scores[~is_good]
+    parts = [record.group for record in kept if record.is_good]
+    known = dataset.groups_known
+    threshold = (
+        set_f1_threshold(good, parts, defective, calibration, groups_known=known)
+        if max_f1
+        else set_threshold(good, parts, calibration, groups_known=known)
+    )
     updated = replace(
         manifest,
         threshold=threshold,
         learning=replace(manifest.learning, calibration=calibration),
         provenance={
             **manifest.provenance,
-            "calibrated": {"previous_threshold": manifest.threshold.value, "num_images": len(kept)},
+            "calibrated": {
+                "previous_threshold": manifest.threshold.value,
+                "num_images": len(good),
+                "num_defective": len(defective) if max_f1 else 0,
+            },
         },
     )
     write_package(
@@ -96,9 +117,34 @@ def command(
         statistics=package.statistics,
         references=package.references,
     )
-    parts = "parts" if threshold.groups_known else "images, each taken for a part of its own"
-    click.echo(
-        f"{target}: threshold {threshold.value:.4g} (was {manifest.threshold.value:.4g}): at most "
-        f"{threshold.false_reject_rate:.2%} of good parts rejected, with {threshold.confidence:.0%} confidence, "
-        f"from {threshold.num_groups} {parts}"
-    )
+    if package.signature_json is not None:
+        click.echo(
+            f"{target}: not signed any more, for its threshold changed; `edgeflame model sign` signs it", err=True
+        )
+    if as_json:
+        print_json({"package": str(target), "previous_threshold": manifest.threshold.value, "threshold": threshold})
+        return
+    click.echo(f"{target}: threshold was {manifest.threshold.value:.4g}")
+    print_threshold(threshold)
+    print_promises(threshold, good, defective)
+
+
+def changed(calibration: Calibration, **options: Any) -> Calibration:
+    """What the command line says put over a configuration."""
+    import msgspec
+
+    return msgspec.structs.replace(calibration, **{name: one for name, one in options.items() if one is not None})
+
+
+def _records(dataset: Dataset, data: Path, *, max_f1: bool) -> tuple[ImageRecord, ...]:
+    """What to score: in a data set the training part is what the statistics were fitted on."""
+    from edgeflame.errors import DataError
+
+    records = dataset.test or dataset.train
+    if not any(record.is_good for record in records):
+        msg = f"{data}: no good images to calibrate with (a data set needs test/good)"
+        raise DataError(msg)
+    if max_f1 and all(record.is_good for record in records):
+        msg = f"{data}: no defective images: the highest F1 needs labelled defects (test/<defect>)"
+        raise DataError(msg)
+    return records

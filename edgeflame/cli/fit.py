@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
+from edgeflame.cli.scoring_options import dataset_options, print_promises, print_threshold, promise_options
 from edgeflame.config import load_config
 from edgeflame.console import EventLog, progress_bar
 from edgeflame.errors import UsageError
@@ -16,6 +17,9 @@ from edgeflame.learning import METHODS, SOLO_METHODS, Learning
 from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edgeflame.package import Manifest
 
 log = EventLog("fit")
@@ -38,21 +42,9 @@ log = EventLog("fit")
 @click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
 @click.option("--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="Side of the square model input, in pixels.")
 @click.option("--roi", metavar="X,Y,WIDTH,HEIGHT", help="Region of the camera image to look at, in its pixels.")
-@click.option(
-    "--groups",
-    type=click.Path(path_type=Path),
-    help="CSV that says which images show the same part.  [default: groups.csv or tiles.csv in the folder]",
-)
+@dataset_options
 @click.option("--seed", type=int, help="Of everything random.")
-@click.option("--false-reject-rate", type=float, help="Share of good parts the threshold may reject.")
-@click.option("--confidence", type=float, help="With which this is promised.")
-@click.option(
-    "--on-unreadable",
-    type=click.Choice(["skip", "refuse"]),
-    default="skip",
-    show_default=True,
-    help="Skip and count images that cannot be read, or stop at the first.",
-)
+@promise_options("the configuration's")
 @click.option(
     "--reference-images",
     type=click.IntRange(0, MAX_REFERENCES),
@@ -112,7 +104,7 @@ def command(
         site=None,
         references=fitted.references,
     )
-    _print_summary(out, manifest, unreadable=len(fitted.report.unreadable))
+    _print_summary(out, manifest, fitted.site.held_out_scores, unreadable=len(fitted.report.unreadable))
 
 
 def _learning(config: Path | None, method: str | None, settings: dict[str, Any]) -> Learning:
@@ -131,7 +123,7 @@ def _learning(config: Path | None, method: str | None, settings: dict[str, Any])
     if settings["roi"] is not None:
         image_input = replace(image_input, roi=Region.parse(settings["roi"]))
     calibration = learning.calibration
-    for name in ("false_reject_rate", "confidence"):
+    for name in ("false_reject_rate", "confidence", "unit"):
         if settings[name] is not None:
             calibration = replace(calibration, **{name: settings[name]})
     return replace(learning, input=image_input, calibration=calibration)
@@ -147,14 +139,8 @@ def _rank(text: str) -> int | Literal["auto"]:
         raise UsageError(msg) from exc
 
 
-def _print_summary(out: Path, manifest: Manifest, *, unreadable: int) -> None:
-    threshold = manifest.threshold
-    parts = "parts" if threshold.groups_known else "images, each taken for a part of its own"
+def _print_summary(out: Path, manifest: Manifest, held_out: npt.NDArray[np.floating], *, unreadable: int) -> None:
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
     click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, rank {manifest.rank}")
-    click.echo(
-        f"threshold {threshold.value:.4g}: at most {threshold.false_reject_rate:.2%} of good parts rejected, "
-        f"with {threshold.confidence:.0%} confidence, from {threshold.num_groups} {parts}"
-    )
-    if threshold.false_reject_rate > threshold.requested_false_reject_rate:
-        click.echo(f"({threshold.requested_false_reject_rate:.2%} was asked for; that takes more parts than there are)")
+    print_threshold(manifest.threshold)
+    print_promises(manifest.threshold, held_out)

@@ -115,13 +115,7 @@ def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
         if given.roi is None
         else (f", of the region x {given.roi.x}, y {given.roi.y}, {given.roi.width}x{given.roi.height}")
     )
-    parts = "parts" if threshold.groups_known else "images, each taken for a part of its own"
-    promise = (
-        f"with {threshold.confidence:.0%} confidence at most {threshold.false_reject_rate:.2%} of good parts score "
-        f"higher ({threshold.num_groups} {parts})"
-    )
-    if threshold.requested_false_reject_rate < threshold.false_reject_rate:
-        promise += f"; {threshold.requested_false_reject_rate:.2%} was asked for, which needs more parts"
+    promise = "; ".join([threshold.promise(), *threshold.caveats()])
     grid = f"{manifest.grid[1]}x{manifest.grid[0]}"
     return [
         ("package", f"{path}, {_megabytes(path.stat().st_size)}, format {manifest.format_version}"),

@@ -146,7 +146,7 @@ def test_model_show(package_file: Path, package: Package) -> None:
     assert shown.exit_code == 0
     text = " ".join(shown.stdout.split())
     assert "test piece" in text
-    assert "with 95% confidence at most 8.00% of good parts score higher (40 parts)" in text
+    assert "at most 8.00% of good parts rejected, with 95% confidence, from 40 parts (40 images)" in text
     as_json = CliRunner().invoke(cli, ["model", "show", str(package_file), "--json"], catch_exceptions=False)
     document = msgspec.json.decode(as_json.stdout)
     assert document["sha256"] == package.sha256

@@ -134,6 +134,58 @@ def test_calibrate_sets_the_threshold_from_images_not_seen(
     assert after.manifest.provenance["calibrated"]["previous_threshold"] == before.manifest.threshold.value
 
 
+def test_calibrate_shows_what_each_promise_costs_and_catches(
+    fitted_package: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", tmp_path / "c.edgeflame")
+    result = edgeflame(*arguments, "--unit", "part")
+    assert result.exit_code == 0, result.output
+    assert "good parts rejected" in result.output
+    assert "5.00% was asked for; that takes more parts than there are" in result.output
+    assert "defective caught" in result.output
+    assert "too few parts" in result.output
+    document = msgspec.json.decode(edgeflame(*arguments, "--json").stdout)
+    assert document["threshold"]["unit"] == "photograph"
+    assert document["threshold"]["value"] == read_package(tmp_path / "c.edgeflame").manifest.threshold.value
+    # A plain folder of good images does as well, and shows no defects.
+    plain = edgeflame(*arguments[:4], parts_folder / "test/good", *arguments[5:])
+    assert "defective caught" not in plain.output
+    assert "6 images, each taken for a part of its own" in plain.output
+
+
+def test_calibrate_takes_the_highest_f1_where_defects_are_labelled(
+    fitted_package: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "f1.edgeflame"
+    arguments = ("calibrate", "--model", fitted_package, "--out", out, "--max-f1", "--data")
+    result = edgeflame(*arguments, parts_folder)
+    assert result.exit_code == 0, result.output
+    assert "highest F1" in result.output
+    threshold = read_package(out).manifest.threshold
+    assert threshold.chosen_by == "f1"
+    report = msgspec.json.decode(edgeflame("evaluate", "--model", out, "--data", parts_folder, "--json").stdout)
+    caught, rejected = report["defective_caught"], report["good_rejected"]
+    assert 2 * caught / (2 * caught + rejected + report["defective_missed"]) == pytest.approx(report["image_F1Max"])
+    # Six good parts can promise next to nothing, and it says so.
+    assert threshold.false_reject_rate > 0.39
+    error = error_of(edgeflame(*arguments, parts_folder / "test/good"))
+    assert (error.exit_code, "no defective images" in str(error)) == (3, True)
+
+
+def test_calibrate_refuses_what_it_cannot_do(fitted_package: Path, parts_folder: Path, tmp_path: Path) -> None:
+    before = fitted_package.read_bytes()
+    (tmp_path / "data/test/hole").mkdir(parents=True)
+    shutil.copy(parts_folder / "test/hole/0.png", tmp_path / "data/test/hole")
+    for more, exit_code, message in (
+        (("--data", tmp_path / "data"), 3, "no good images to calibrate with"),
+        (("--data", parts_folder, "--confidence", "1"), 5, "calibration.confidence"),
+        (("--data", parts_folder, "--out", tmp_path / "no/x.edgeflame"), 2, "no such folder"),
+    ):
+        error = error_of(edgeflame("calibrate", "--model", fitted_package, *more))
+        assert (error.exit_code, message in str(error)) == (exit_code, True), str(error)
+    assert fitted_package.read_bytes() == before
+
+
 def test_fade_trains_the_backbone(parts_folder: Path, settings_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "fade.edgeflame"
     result = edgeflame(

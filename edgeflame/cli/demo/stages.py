@@ -156,8 +156,7 @@ def collect_results(
                 num_train_images=manifest.num_images,
                 metrics=metrics[site],
                 threshold=threshold.value,
-                promise=f"rejects at most {threshold.false_reject_rate:.1%} of good parts, with "
-                f"{threshold.confidence:.0%} confidence ({threshold.num_groups} parts)",
+                promise=threshold.promise(),
                 inspected=read_inspected(streams[site]),
             )
         )
