@@ -13,8 +13,15 @@ from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 from edgeflame.threshold import Unit
 
-Exchange = Literal["weights"]
-"""What sites send: the model's tensors."""
+Exchange = Literal["weights", "controls"]
+"""What sites send: the model's tensors; or with them SCAFFOLD's control variates, under ``CONTROL_PREFIX``."""
+
+CONTROL_PREFIX = "control."
+"""Of the names of tensors that travel with a model without being part of it."""
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+BatchNorm = Literal["frozen", "average", "local"]
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,8 +47,32 @@ METHODS: dict[str, Method] = {
         summary="FADE: the backbone adapted against noised embeddings, at one site",
         alone=True,
     ),
+    "solo": Method(
+        summary="SOLO: FADE at one site for as long as a whole federation trains, nothing exchanged",
+        alone=True,
+    ),
     "fedavg": Method(
         summary="FADE at each site, weights averaged",
+        strategy="fedavg",
+    ),
+    "fedprox": Method(
+        summary="FADE at each site, held near the global model, weights averaged",
+        objective="fedprox",
+        strategy="fedavg",
+    ),
+    "fednova": Method(
+        summary="FADE at each site, changes averaged per step taken",
+        strategy="fednova",
+    ),
+    "scaffold": Method(
+        summary="FADE at each site with control variates against drift",
+        objective="scaffold",
+        strategy="scaffold",
+        exchange="controls",
+    ),
+    "moon": Method(
+        summary="FADE at each site with a contrast between the global and the last local model",
+        objective="moon",
         strategy="fedavg",
     ),
     "flame": Method(
@@ -111,6 +142,18 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """mu of Eq. 21; used by ``flame`` only."""
     temperature: float = 0.5
     """tau of Eq. 20, which the paper does not give; used by ``flame`` only."""
+    proximal_weight: float = 0.01
+    """mu of Eq. 9; used by ``fedprox`` only."""
+    contrast_weight: float = 1.0
+    """MOON's mu; used by ``moon`` only."""
+    contrast_temperature: float = 0.5
+    """MOON's tau; used by ``moon`` only."""
+    batch_norm: BatchNorm = "frozen"
+    """The backbone's statistics. ``frozen``: as pre-trained. ``average``: learnt, and averaged like weights.
+    ``local`` (FedBN, arXiv 2102.07623): learnt, and every batch norm stays at its site."""
+    precision: Precision = "auto"
+    """Of the networks in training; ``auto`` is bfloat16 on a GPU that computes in it, else float32. Losses and
+    statistics are float32."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "training.epochs must be >= 0", self.epochs)
@@ -124,6 +167,10 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _require(self.margin > 0, "training.margin must be > 0", self.margin)
         _require(self.distillation_weight >= 0, "training.distillation_weight must be >= 0", self.distillation_weight)
         _require(self.temperature > 0, "training.temperature must be > 0", self.temperature)
+        _require(self.proximal_weight >= 0, "training.proximal_weight must be >= 0", self.proximal_weight)
+        _require(self.contrast_weight >= 0, "training.contrast_weight must be >= 0", self.contrast_weight)
+        tau = self.contrast_temperature
+        _require(tau > 0, "training.contrast_temperature must be > 0", tau)
 
 
 class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -181,3 +228,14 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.method not in METHODS:
             msg = f"unknown method {self.method!r}; known are {', '.join(METHODS)}"
             raise ConfigError(msg)
+
+
+def accumulated_steps(num_steps: int, momentum: float) -> float:
+    """How many gradients' worth SGD has moved after so many steps: the sum of its gradients' weights.
+
+    ``sum_{k=1..K} (1 - rho^k) / (1 - rho)``, ``|a|_1`` of FedNova (arXiv 2007.07481, section 4) for SGD with
+    momentum rho: a gradient goes on to act in the steps after its own. Without momentum it is K.
+    """
+    if momentum == 0:
+        return float(num_steps)
+    return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

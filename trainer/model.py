@@ -1,6 +1,7 @@
 """The model a site trains and a fleet exchanges: embedding network and discriminator, as safetensors.
 
-Tensor names begin with ``backbone.network.`` or ``discriminator.``. Everything that has an effect is exchanged,
+Tensor names begin with ``backbone.network.`` or ``discriminator.``; a method may have further tensors travel with
+the model, under ``CONTROL_PREFIX``. Everything that has an effect is exchanged,
 batch-norm statistics included; torch's ``num_batches_tracked`` counters have none and stay at home, so that every
 exchanged tensor is floating point and can be averaged.
 """
@@ -8,6 +9,7 @@ exchanged tensor is floating point and can be averaged.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeflame.errors import FederationError, StorageError
-from edgeflame.learning import Learning
+from edgeflame.learning import CONTROL_PREFIX, METHODS, Exchange, Learning
 from edgeflame.package import WeightsOrigin
 from trainer.backbone import EmbeddingNetwork, build_network
 from trainer.fade import Discriminator
@@ -28,19 +30,28 @@ keys in an order of chance, and the same model should give the same file."""
 
 
 class SiteModel(nn.Module):
-    """Embedding network and FADE's discriminator; the discriminator is thrown away after training."""
+    """Embedding network and FADE's discriminator; the discriminator is thrown away after training.
 
-    def __init__(self, backbone: EmbeddingNetwork, discriminator: Discriminator) -> None:
+    Attributes:
+        travelling: what is exchanged with the model without being part of it, on the CPU.
+    """
+
+    def __init__(self, backbone: EmbeddingNetwork, discriminator: Discriminator, exchange: Exchange) -> None:
         super().__init__()
         self.backbone = backbone
         self.discriminator = discriminator
+        self.travelling: dict[str, Tensor] = {}
+        if exchange == "controls":
+            self.travelling = {
+                CONTROL_PREFIX + name: torch.zeros(parameter.shape) for name, parameter in self.named_parameters()
+            }
 
     def exchanged(self) -> dict[str, Tensor]:
         """What leaves the site: name to tensor on the CPU, contiguous, detached copies."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.endswith("num_batches_tracked")}
         return {
             name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in self.state_dict().items()
-            if not name.endswith("num_batches_tracked")
+            for name, tensor in {**own, **self.travelling}.items()
         }
 
 
@@ -56,7 +67,7 @@ def build_model(learning: Learning) -> tuple[SiteModel, WeightsOrigin]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(learning.seed)
         discriminator = Discriminator(backbone.num_channels)
-    return SiteModel(backbone, discriminator), origin
+    return SiteModel(backbone, discriminator, METHODS[learning.method].exchange), origin
 
 
 def empty_model(learning: Learning) -> SiteModel:
@@ -67,7 +78,8 @@ def empty_model(learning: Learning) -> SiteModel:
     """
     backbone = EmbeddingNetwork(learning.backbone, learning.input)
     backbone.eval()
-    return SiteModel(backbone.to(memory_format=torch.channels_last), Discriminator(backbone.num_channels))
+    discriminator = Discriminator(backbone.num_channels)
+    return SiteModel(backbone.to(memory_format=torch.channels_last), discriminator, METHODS[learning.method].exchange)
 
 
 def save_model(path: Path, model: SiteModel, weights: WeightsOrigin | None = None) -> None:
@@ -76,14 +88,38 @@ def save_model(path: Path, model: SiteModel, weights: WeightsOrigin | None = Non
     Raises:
         StorageError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     metadata = {WEIGHTS_KEY: msgspec.json.encode(weights).decode()} if weights else None
+    _write(path, safetensors.torch.save(model.exchanged(), metadata=metadata))
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(safetensors.torch.save(model.exchanged(), metadata=metadata))
+        partial.write_bytes(data)
         partial.replace(path)
     except OSError as exc:
         partial.unlink(missing_ok=True)
         msg = f"{path}: cannot write the model ({exc.strerror})"
+        raise StorageError(msg) from exc
+
+
+def save_private(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what a site keeps to itself; errors as :func:`save_model`."""
+    _write(path, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def load_private(path: Path | None) -> dict[str, Tensor]:
+    """Read what a site kept to itself; nothing where there is no file.
+
+    Raises:
+        StorageError: the file cannot be read, or is damaged.
+    """
+    if path is None:
+        return {}
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as exc:
+        msg = f"{path}: cannot read what this site kept from its last round ({exc})"
         raise StorageError(msg) from exc
 
 
@@ -121,5 +157,6 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
         if not torch.isfinite(tensor).all():
             msg = f"{path}: {name} holds NaN or infinite values"
             raise FederationError(msg)
+    model.travelling = {name: tensors.pop(name) for name in model.travelling}
     model.load_state_dict(tensors, strict=False)  # only the counters are missing, as just checked
     return model, weights

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import NumericalError
@@ -13,9 +15,15 @@ from edgeflame.learning import METHODS, Learning
 from trainer.backbone import EmbeddingNetwork
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel
-from trainer.objectives import OBJECTIVES, TOTAL, Setting, Step
+from trainer.objectives import OBJECTIVES
+from trainer.objectives.interface import TOTAL, Ending, Setting, Step
+from trainer.precision import autocast_for
 
 log = EventLog("training")
+
+
+CHECK_STEPS = 16
+"""How often a loss is looked at. To look is to wait for a GPU, which otherwise goes on working meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +35,14 @@ class TrainingRun:
         num_forward: images sent through the network in training.
         num_teacher_forward: images sent through frozen teachers.
         num_steps: optimiser steps.
+        ending: what the objective leaves behind.
     """
 
     epochs: tuple[dict[str, float], ...]
     num_forward: int
     num_teacher_forward: int
     num_steps: int
+    ending: Ending
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last epoch, and counts."""
@@ -56,20 +66,22 @@ def train(
     seed: int,
     global_network: EmbeddingNetwork | None = None,
     historical_network: EmbeddingNetwork | None = None,
+    private: Mapping[str, Tensor] | None = None,
     progress: Progress = no_progress,
 ) -> TrainingRun:
-    """Train ``model`` in place; the optimiser starts afresh.
+    """Train ``model`` in place, what travels with it included; the optimiser starts afresh.
 
-    Batch norm of the backbone keeps its statistics: a site's images are too few and too alike to estimate them.
-    The same arguments give the same weights on the same machine.
+    By default the backbone's batch norm keeps its statistics: a site's images are few and alike. The same arguments
+    give the same weights on the same machine; on a GPU as far as torch has deterministic kernels.
 
     Args:
         model: on the device to train on.
         images: the site's good images.
         learning: ``method`` and ``training`` are used.
         seed: of order and noise.
-        global_network: FLAME's teacher, the model every site started from.
-        historical_network: FLAME's other teacher, None in a site's first round.
+        global_network: a teacher, the model every site started from.
+        historical_network: the other teacher, the site's own last model; None in its first round.
+        private: what the objective kept at this site in its last round.
         progress: counts images over all epochs.
 
     Raises:
@@ -85,6 +97,8 @@ def train(
         generator=generator,
         global_network=global_network,
         historical_network=historical_network,
+        private=private or {},
+        autocast=(autocast := autocast_for(training.precision, device)),
     )
     name = METHODS[learning.method].objective
     assert name is not None, f"{learning.method} trains nothing"
@@ -100,35 +114,69 @@ def train(
         weight_decay=training.weight_decay,
     )
     model.requires_grad_(True)
-    model.backbone.eval()
+    model.backbone.train(training.batch_norm != "frozen")
     model.discriminator.train()
     epochs: list[dict[str, float]] = []
     num_forward = num_steps = 0
     for epoch in range(training.epochs):
-        sums: dict[str, float] = {}
+        means = _Means(len(images))
         shuffled = torch.randperm(len(images), generator=order).tolist()
         for start in range(0, len(images), training.batch_size):
             indices = shuffled[start : start + training.batch_size]
             rgb = rgb_tensor(images.batch(indices), device)
-            losses = objective.losses(Step(indices=indices, rgb=rgb, embeddings=model.backbone(rgb)))
-            if not torch.isfinite(losses[TOTAL]):
-                msg = f"the loss became {losses[TOTAL].item()} in epoch {epoch + 1}; try a lower training.learning_rate"
-                raise NumericalError(msg)
+            with autocast():
+                embeddings = model.backbone(rgb)
+            losses = objective.losses(Step(indices=indices, rgb=rgb, embeddings=embeddings.float()))
             optimiser.zero_grad(set_to_none=True)
             losses[TOTAL].backward()  # type: ignore[no-untyped-call]
+            objective.correct_gradients()
             optimiser.step()
             num_steps += 1
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
+            means.add(losses, len(indices))
+            if num_steps % CHECK_STEPS == 0:
+                means.require_finite(epoch + 1)
             num_forward += len(indices)
             progress(num_forward, training.epochs * len(images), f"epoch {epoch + 1}")
-        epochs.append({name: value / len(images) for name, value in sums.items()})
+        objective.after_epoch()
+        means.require_finite(epoch + 1)
+        epochs.append(means.values())
         log.info("epoch", number=epoch + 1, of=training.epochs, **epochs[-1])
     model.eval()
     model.requires_grad_(False)
+    ending = objective.finish(num_steps)
+    model.travelling = {name: tensor.detach().cpu() for name, tensor in ending.travelling.items()}
     return TrainingRun(
         epochs=tuple(epochs),
         num_forward=num_forward,
         num_teacher_forward=objective.num_teacher_forward,
         num_steps=num_steps,
+        ending=ending,
     )
+
+
+class _Means:
+    """Loss terms of an epoch, left on their device until they are asked for."""
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+        self._terms: dict[str, list[Tensor]] = {}
+        self._counts: list[int] = []
+
+    def add(self, losses: Mapping[str, Tensor], count: int) -> None:
+        for name, value in losses.items():
+            self._terms.setdefault(name, []).append(value.detach())
+        self._counts.append(count)
+
+    def require_finite(self, epoch: int) -> None:
+        totals = torch.stack(self._terms[TOTAL][-CHECK_STEPS:]).cpu()
+        wrong = totals[~torch.isfinite(totals)]
+        if len(wrong):
+            msg = f"the loss became {wrong[0].item()} in epoch {epoch}; try a lower training.learning_rate"
+            raise NumericalError(msg)
+
+    def values(self) -> dict[str, float]:
+        counts = torch.tensor(self._counts, dtype=torch.float64)
+        return {
+            name: float(torch.stack(values).cpu().double() @ counts) / self._num_images
+            for name, values in self._terms.items()
+        }

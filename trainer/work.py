@@ -6,6 +6,7 @@ process. Everything it needs between rounds is in the files its tasks name, so i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,18 +14,20 @@ import torch
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import StorageError, UsageError
-from edgeflame.learning import FEDERATED_METHODS, Learning
+from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning
 from edgeflame.moments import MomentAccumulator
 from edgeflame.package import WeightsOrigin, encode_statistics
 from edgeflame.references import DEFAULT_REFERENCES
 from edgeflame.statistics_blob import read_moments, write_site_statistics
 from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
+from trainer.batchnorm import norms_of, put_norms
 from trainer.device import keep_freed_memory, pick_device
 from trainer.embedding import Embeddings
 from trainer.fit import fit_statistics, read_training_images
 from trainer.gaussian import Pooled
 from trainer.imageset import ImageSet
-from trainer.model import build_model, load_model, save_model
+from trainer.model import SiteModel, build_model, load_model, load_private, save_model, save_private
+from trainer.objectives import WITH_TEACHERS
 from trainer.packaging import Exporter, save_package
 from trainer.references import choose_references
 from trainer.training import train
@@ -105,12 +108,13 @@ class TorchSiteWork:
             StorageError: a file cannot be read or written.
         """
         images = self._training_images(report)
-        model, origin = load_model(task.base, self._learning)
-        model.to(self._device)
+        private = load_private(task.private)
+        model, origin = self._load(task.base, private)
+        shared_norms = norms_of(load_model(task.base, self._learning)[0]) if self._keeps_norms else {}
         teacher = history = None
-        if self._learning.method == "flame" and task.history is not None:
-            teacher = load_model(task.base, self._learning)[0].backbone.to(self._device)
-            history = load_model(task.history, self._learning)[0].backbone.to(self._device)
+        if task.history is not None and METHODS[self._learning.method].objective in WITH_TEACHERS:
+            teacher = self._load(task.base, private)[0].backbone
+            history = self._load(task.history, private)[0].backbone
         run = train(
             model,
             images,
@@ -118,8 +122,13 @@ class TorchSiteWork:
             seed=task.seed,
             global_network=teacher,
             historical_network=history,
+            private=private,
             progress=report,
         )
+        kept = {**run.ending.private, **(norms_of(model) if self._keeps_norms else {})}
+        put_norms(model, shared_norms)
+        if kept and task.private_out is not None:
+            save_private(task.private_out, kept)
         save_model(task.out, model, origin)
         return TrainOutcome(num_samples=len(images), num_steps=run.num_steps, metrics=run.metrics())
 
@@ -157,8 +166,7 @@ class TorchSiteWork:
             StorageError: a file cannot be read or written.
         """
         images = self._training_images(report)
-        model, origin = load_model(task.model, self._learning)
-        model.to(self._device)
+        model, origin = self._load(task.model, load_private(task.private))
         result = fit_statistics(
             model,
             images,
@@ -210,10 +218,21 @@ class TorchSiteWork:
             },
         )
 
+    def _load(self, path: Path, private: Mapping[str, torch.Tensor]) -> tuple[SiteModel, WeightsOrigin | None]:
+        """A model on the device, as this site sees it: with its own batch norms, where those stay at home."""
+        model, origin = load_model(path, self._learning)
+        if self._keeps_norms:
+            put_norms(model, private)
+        return model.to(self._device), origin
+
     def _pooled(self, path: Path) -> Pooled:
         moments, header = read_moments(path)
         log.info("pooled_statistics", images=header.count, sites=len(header.sites), own=header.sites.get(self._site, 0))
         return Pooled(moments=moments, holds_these=self._site in header.sites)
+
+    @property
+    def _keeps_norms(self) -> bool:
+        return self._learning.training.batch_norm == "local"
 
     def _training_images(self, report: Progress = no_progress) -> ImageSet:
         if self._images is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from aggregator.strategies.fedavg import FedAvg
+from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.interface import BlockRule, Rule
+from aggregator.strategies.scaffold import Scaffold
 from edgeflame.learning import METHODS
 
 AUTO = "auto"
@@ -11,6 +13,8 @@ AUTO = "auto"
 
 STRATEGIES: dict[str, Rule] = {
     "fedavg": BlockRule(build=FedAvg),
+    "fednova": BlockRule(build=FedNova, needs_steps=True),
+    "scaffold": BlockRule(build=Scaffold, exchange="controls"),
 }
 """By the name a configuration uses."""
 

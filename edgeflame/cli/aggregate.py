@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeflame.cli.link_options import broker_url, link_options
+from edgeflame.learning import FEDERATED_METHODS
 
 if TYPE_CHECKING:
     from aggregator.conduct import RunResult
@@ -23,7 +24,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with the run's settings.")
 @click.option("--rounds", type=int, help="Number of rounds [default: 2].")
 @click.option("--sites", type=int, help="Begin when so many sites are ready [default: 2].")
-@click.option("--method", help="fedavg or flame [default: flame].")
+@click.option("--method", help=f"{', '.join(FEDERATED_METHODS)} [default: flame].")
 @click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
 @click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")

@@ -116,6 +116,24 @@ def test_memory_keeps_the_historical_model_and_forgets_older_ones(tmp_path: Path
     assert again.update(RUN, 4) is None
 
 
+def test_memory_keeps_what_only_the_site_may_see(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    for number in (1, 2, 4):
+        memory.keep_private(RUN, number, draft(memory, number))
+    memory.keep_private(RUN, 5, tmp_path / "nothing was left")
+
+    def kept(before: int | None = None) -> float | None:
+        path = Memory(tmp_path).private(RUN, before=before)
+        return None if path is None else float(safetensors.numpy.load_file(path)["w"][0])
+
+    # A training that is repeated reads what was left before it, not what it left itself.
+    assert (kept(before=4), kept(before=5), kept()) == (2, 4, 4)
+    # The oldest is gone; after a refusal the one before counts again.
+    assert kept(before=2) is None
+    memory.forget_private(RUN, 4)
+    assert kept() == 2
+
+
 def test_memory_of_an_unfinished_training_is_none(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     memory.keep_update(RUN, 1, draft(memory, 1), Outcome(num_samples=1, metrics={}))

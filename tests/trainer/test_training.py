@@ -10,9 +10,10 @@ import torch
 
 from edgeflame.errors import NumericalError
 from edgeflame.learning import Learning, Training
-from trainer.flame import Teacher
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel, build_model
+from trainer.objectives.flame import log_probabilities
+from trainer.teacher import Teacher
 from trainer.training import TrainingRun, train
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def test_cached_teachers_teach_the_same_and_save_passes(
 ) -> None:
     learning = with_method(small_learning, "flame", epochs=3)
     cached = run(learning, images, **teachers_of(learning))[1]
-    monkeypatch.setattr(Teacher.__init__, "__kwdefaults__", {"max_cache_bytes": 0})
+    monkeypatch.setitem(Teacher.__init__.__kwdefaults__, "max_cache_bytes", 0)
     uncached = run(learning, images, **teachers_of(learning))[1]
     for one, other in zip(cached.epochs, uncached.epochs, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
@@ -110,12 +111,10 @@ def test_cached_teachers_teach_the_same_and_save_passes(
 def test_a_teachers_cache_is_bounded_and_changes_nothing(small_learning: Learning, images: ImageSet) -> None:
     network = build_model(small_learning)[0].backbone
     one_image = network.grid[0] * network.grid[1] * network.num_channels * 4
-    small, none = Teacher(network, max_cache_bytes=3 * one_image), Teacher(network, max_cache_bytes=0)
+    small, none = (Teacher(network, log_probabilities, max_cache_bytes=room) for room in (3 * one_image, 0))
     for indices in ([0, 1, 2, 3], [3, 2, 1, 0], [5, 1]):
         rgb = rgb_tensor(images.batch(indices), CPU)
-        torch.testing.assert_close(
-            small.log_probabilities(indices, rgb), none.log_probabilities(indices, rgb), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(small.answers(indices, rgb), none.answers(indices, rgb), rtol=1e-4, atol=1e-4)
     assert small.num_forward == 4 + 1 + 1
     assert none.num_forward == 10
 
@@ -169,3 +168,28 @@ def test_the_discriminator_may_learn_at_a_rate_of_its_own(small_learning: Learni
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
     assert moved[1e-12] < 1e-6
     assert moved[0.1] > 1e-3
+
+
+def test_learnt_batch_norm_statistics_move(small_learning: Learning, images: ImageSet) -> None:
+    learning = with_method(small_learning, "fade", epochs=1, batch_norm="average")
+    before = build_model(learning)[0].exchanged()
+    after = run(learning, images)[0].exchanged()
+    moved = [
+        name
+        for name in after
+        if name.startswith("backbone.") and "running_" in name and not torch.equal(after[name], before[name])
+    ]
+    assert len(moved) == sum(name.startswith("backbone.") and "running_" in name for name in after)
+
+
+def test_mixed_precision_learns_nearly_the_same(small_learning: Learning, images: ImageSet) -> None:
+    """bfloat16 has 8 bits of mantissa; losses, gradients and weights are float32 all the same."""
+    losses = {}
+    for precision in ("float32", "bfloat16", "auto"):
+        learning = with_method(small_learning, "flame", precision=precision)
+        model, training = run(learning, images, **teachers_of(learning))
+        losses[precision] = [value for epoch in training.epochs for value in (epoch["loss"], epoch["distillation"])]
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["auto"] == losses["float32"]  # on a CPU

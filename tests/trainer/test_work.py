@@ -14,7 +14,7 @@ import torch
 
 from edgeflame.console import no_progress
 from edgeflame.errors import DataError, FederationError, StorageError, UsageError
-from edgeflame.learning import Learning
+from edgeflame.learning import CONTROL_PREFIX, Learning
 from edgeflame.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, decode_statistics, read_package
 from edgeflame.pooling import pool_statistics
@@ -166,6 +166,91 @@ def test_saving_and_loading_keeps_every_number(small_learning: Learning, tmp_pat
     assert loaded_origin == origin
     for name, tensor in model.exchanged().items():
         assert torch.equal(tensor, loaded.exchanged()[name])
+
+
+def site(learning: Learning, data: Path, state: Path, name: str = "west", **training: object) -> TorchSiteWork:
+    changed = msgspec.structs.replace(learning.training, **training)
+    return TorchSiteWork(
+        learning=msgspec.structs.replace(learning, training=changed), data=data, site=name, state=state, device="cpu"
+    )
+
+
+def private_task(folder: Path, number: int, base: str, private: str | None, out: str) -> TrainTask:
+    return TrainTask(
+        round=number,
+        base=folder / base,
+        history=None,
+        out=folder / out,
+        seed=number,
+        private=None if private is None else folder / private,
+        private_out=folder / f"{out}.private",
+    )
+
+
+def test_scaffolds_variates_travel_and_its_own_stay(
+    parts_folder: Path, small_learning: Learning, tmp_path: Path
+) -> None:
+    work = site(msgspec.structs.replace(small_learning, method="scaffold"), parts_folder, tmp_path, epochs=1)
+    work.write_initial_model(tmp_path / "base")
+    initial = safetensors.torch.load_file(tmp_path / "base")
+    controls = {name for name in initial if name.startswith(CONTROL_PREFIX)}
+    assert controls == {CONTROL_PREFIX + name for name, _ in build_model(small_learning)[0].named_parameters()}
+    assert not any(initial[name].any() for name in controls)
+    outcome = work.train(private_task(tmp_path, 1, "base", None, "1"), no_progress)
+    assert outcome.num_steps == 3
+    update, own = (safetensors.torch.load_file(tmp_path / name) for name in ("1", "1.private"))
+    assert set(update) == set(initial)
+    assert set(own) == controls
+    for name in controls:
+        torch.testing.assert_close(update[name], own[name])  # c was zero
+    # What is kept changes the next round; the same task gives the same files.
+    for out, private in (("2", "1.private"), ("3", "1.private"), ("4", None)):
+        work.train(private_task(tmp_path, 2, "1", private, out), no_progress)
+    assert (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes() != (tmp_path / "4").read_bytes()
+    assert (tmp_path / "2.private").read_bytes() == (tmp_path / "3.private").read_bytes()
+
+
+def test_local_batch_norm_stays_at_its_site(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
+    learning = msgspec.structs.replace(small_learning, method="fedavg")
+    work = site(learning, parts_folder, tmp_path, epochs=1, batch_norm="local")
+    work.write_initial_model(tmp_path / "base")
+    work.train(private_task(tmp_path, 1, "base", None, "1"), no_progress)
+    base, update, own = (safetensors.torch.load_file(tmp_path / name) for name in ("base", "1", "1.private"))
+    kept = {name.removeprefix("norm."): tensor for name, tensor in own.items()}
+    assert {name for name in base if "running_" in name} < set(kept)
+    for name, tensor in update.items():
+        assert torch.equal(tensor, base[name]) == (name in kept), name
+    assert all(not torch.equal(kept[name], base[name]) for name in kept if "running_" in name)
+    # The next round and the end begin from what was kept.
+    for out, private in (("2", "1.private"), ("3", None)):
+        work.train(private_task(tmp_path, 2, "1", private, out), no_progress)
+    assert (tmp_path / "2").read_bytes() != (tmp_path / "3").read_bytes()
+    statistics = []
+    for private in (tmp_path / "1.private", None):
+        finished = work.finish(
+            FinishTask(model=tmp_path / "1", out_dir=tmp_path, ledger={}, private=private), no_progress
+        )
+        assert finished.statistics is not None
+        statistics.append(finished.statistics.read_bytes())
+    assert statistics[0] != statistics[1]
+
+
+def test_averaged_batch_norm_travels(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
+    learning = msgspec.structs.replace(small_learning, method="fedavg")
+    work = site(learning, parts_folder, tmp_path, epochs=1, batch_norm="average")
+    work.write_initial_model(tmp_path / "base")
+    work.train(private_task(tmp_path, 1, "base", None, "1"), no_progress)
+    base, update = (safetensors.torch.load_file(tmp_path / name) for name in ("base", "1"))
+    assert all(not torch.equal(update[name], base[name]) for name in base if "running_" in name)
+    assert not (tmp_path / "1.private").exists()
+
+
+def test_damaged_private_state_is_a_clear_error(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
+    work = site(msgspec.structs.replace(small_learning, method="scaffold"), parts_folder, tmp_path, epochs=1)
+    work.write_initial_model(tmp_path / "base")
+    (tmp_path / "bad").write_bytes(b"nothing")
+    with pytest.raises(StorageError, match="kept from its last round"):
+        work.train(private_task(tmp_path, 1, "base", "bad", "1"), no_progress)
 
 
 @pytest.fixture

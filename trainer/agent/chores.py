@@ -24,13 +24,17 @@ def initial_order(memory: Memory) -> InitialOrder:
 
 def train_order(memory: Memory, learning: Learning, site: str, *, run: str, number: int, base: Path) -> TrainOrder:
     """The order for a round's update; the same however often it is given."""
-    history = memory.history(run, number)
+    history, private = memory.history(run, number), memory.private(run, before=number)
+    # A worker that was killed may have left one behind.
+    memory.draft("private").unlink(missing_ok=True)
     return TrainOrder(
         round=number,
         base=str(base.resolve()),
         history=None if history is None else str(history.resolve()),
         out=str(memory.draft("update")),
         seed=task_seed(learning.seed, site, number),
+        private=None if private is None else str(private),
+        private_out=str(memory.draft("private")),
     )
 
 
@@ -48,10 +52,12 @@ def finish_order(
     memory: Memory, *, run: str, model: Path, ledger: Mapping[str, Any], statistics: Path | None = None
 ) -> FinishOrder:
     """The order for the site's package; ``statistics`` are the fleet's, where it shares them."""
+    private = memory.private(run)
     return FinishOrder(
         model=str(model.resolve()),
         out_dir=str(memory.finish_dir(run).resolve()),
         ledger=dict(ledger),
+        private=None if private is None else str(private),
         statistics=None if statistics is None else str(statistics.resolve()),
     )
 
@@ -59,6 +65,7 @@ def finish_order(
 def keep_update(memory: Memory, done: Done, *, run: str, number: int) -> None:
     """Keep what a train order gave."""
     outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics)
+    memory.keep_private(run, number, memory.draft("private"))
     memory.keep_update(run, number, memory.draft("update"), outcome)
     log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
 

@@ -4,6 +4,7 @@
     STATE/blobs, STATE/partial                   global models and the ledger
     STATE/runs/<run>/initial.json                the SHA-256 of our initial model (in blobs)
     STATE/runs/<run>/round-<n>/update.safetensors, outcome.json
+    STATE/runs/<run>/private-<n>.safetensors     what the learning keeps from round to round, and nobody else may see
     STATE/runs/<run>/statistics/statistics.safetensors, outcome.json
     STATE/runs/<run>/finish/...                  the package and what else the work wrote
     STATE/runs/<run>/finish.json
@@ -114,6 +115,31 @@ class Memory:
         earlier = [trained for trained in self._trained_rounds(run) if trained < number]
         return self._round(run, earlier[-1]) / "update.safetensors" if earlier else None
 
+    def keep_private(self, run: str, number: int, draft: Path) -> None:
+        """Keep what a round's training left for the next, if it did; call it before :meth:`keep_update`.
+
+        That is what makes the round count: a training that is repeated reads what the rounds before it left.
+        """
+        if not draft.exists():
+            return
+        canonical = self.draft("private.canonical")
+        canonicalise(draft, canonical)
+        with storage_errors(self._run(run), "write into"):
+            self._run(run).mkdir(parents=True, exist_ok=True)
+            canonical.replace(self._private(run, number))
+        draft.unlink(missing_ok=True)
+        for old in self._private_rounds(run)[:-KEPT_ROUNDS]:
+            self._private(run, old).unlink(missing_ok=True)
+
+    def private(self, run: str, *, before: int | None = None) -> Path | None:
+        """What the last round, or the last before a round, left."""
+        rounds = [number for number in self._private_rounds(run) if before is None or number < before]
+        return self._private(run, rounds[-1]) if rounds else None
+
+    def forget_private(self, run: str, number: int) -> None:
+        """An update does not count: nor does what its training left."""
+        self._private(run, number).unlink(missing_ok=True)
+
     def statistics(self, run: str) -> tuple[Path, Outcome] | None:
         """What the fleet is to have of our statistics, if it was made."""
         folder = self._run(run) / "statistics"
@@ -163,6 +189,12 @@ class Memory:
 
     def _round(self, run: str, number: int) -> Path:
         return self._run(run) / f"round-{number:06d}"
+
+    def _private(self, run: str, number: int) -> Path:
+        return self._run(run) / f"private-{number:06d}.safetensors"
+
+    def _private_rounds(self, run: str) -> list[int]:
+        return sorted(int(path.stem[8:]) for path in self._run(run).glob("private-*.safetensors"))
 
     def _trained_rounds(self, run: str) -> list[int]:
         return sorted(int(path.parent.name[6:]) for path in self._run(run).glob("round-*/outcome.json"))

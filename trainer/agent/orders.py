@@ -39,6 +39,8 @@ class TrainOrder(_Line, frozen=True, kw_only=True, tag="train"):
     history: str | None
     out: str
     seed: int
+    private: str | None = None
+    private_out: str | None = None
 
 
 class StatisticsOrder(_Line, frozen=True, kw_only=True, tag="statistics"):
@@ -52,6 +54,7 @@ class FinishOrder(_Line, frozen=True, kw_only=True, tag="finish"):
     model: str
     out_dir: str
     ledger: dict[str, Any]
+    private: str | None = None
     statistics: str | None = None
 
 

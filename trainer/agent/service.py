@@ -250,9 +250,11 @@ class _Site:
                         detail=message.detail,
                     )
                 self._answered |= {(message.purpose, message.round)}
-                if isinstance(message, Refusal) and message.purpose == "update" and message.reason in _BAD_MODEL:
-                    self._errand.stop()
-                    self._memory.forget_update(message.run, message.round)
+                if isinstance(message, Refusal) and message.purpose == "update":
+                    self._memory.forget_private(message.run, message.round)
+                    if message.reason in _BAD_MODEL:
+                        self._errand.stop()
+                        self._memory.forget_update(message.run, message.round)
             case _:
                 pass
 

@@ -25,6 +25,8 @@ class TrainTask:
         base: the global model of this round, safetensors.
         history: this site's own model of the last round it trained in; None in its first.
         out: where to write the trained model, with the tensors of ``base`` (names, shapes, types).
+        private: what this site kept of the last round that counted, see ``private_out``; None before there is one.
+        private_out: where to write what the next round needs and nobody else may see, safetensors; need not be.
         seed: of everything random; the same task with the same seed gives the same file, whatever was
             interrupted before. That is what makes a run with crashes end like one without.
     """
@@ -34,6 +36,8 @@ class TrainTask:
     history: Path | None
     out: Path
     seed: int
+    private: Path | None = None
+    private_out: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +80,14 @@ class FinishTask:
         model: the final global model, safetensors.
         out_dir: an existing folder to write into; what an interrupted attempt left there may be overwritten.
         ledger: who contributed what in which round; it goes into the package as its provenance.
+        private: what this site kept of the last round that counted.
         statistics: the fleet's pooled statistics, to be used instead of this site's alone; None: there are none.
     """
 
     model: Path
     out_dir: Path
     ledger: Mapping[str, Any]
+    private: Path | None = None
     statistics: Path | None = None
 
 

@@ -94,6 +94,8 @@ def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
                     history=None if order.history is None else Path(order.history),
                     out=Path(order.out),
                     seed=order.seed,
+                    private=None if order.private is None else Path(order.private),
+                    private_out=None if order.private_out is None else Path(order.private_out),
                 ),
                 report,
             )
@@ -115,6 +117,7 @@ def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
                     model=Path(order.model),
                     out_dir=Path(order.out_dir),
                     ledger=order.ledger,
+                    private=None if order.private is None else Path(order.private),
                     statistics=None if order.statistics is None else Path(order.statistics),
                 ),
                 report,
