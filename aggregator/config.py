@@ -70,6 +70,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 self.statistics_rank,
             ),
             (
+                self.statistics == "site" or self.learning.training.batch_norm != "local",
+                'federated statistics need one embedding space: training.batch_norm must be "frozen" or "average"',
+                self.learning.training.batch_norm,
+            ),
+            (
                 self.learning.method in FEDERATED_METHODS,
                 f"learning.method must be one that federates ({', '.join(FEDERATED_METHODS)})",
                 self.learning.method,

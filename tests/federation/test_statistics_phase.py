@@ -18,6 +18,7 @@ from aggregator.ledger import ledger
 from aggregator.models import Verdict
 from aggregator.rounds import Announce, Merge, RoundMachine
 from edgeflame.errors import ConfigError
+from edgeflame.learning import Learning, Training
 from edgeflame.messages import Receipt, Refusal, TaskFailed
 from edgeflame.moments import MomentAccumulator
 from edgeflame.statistics_blob import StatisticsFile, read_moments
@@ -112,6 +113,13 @@ def test_a_restarted_machine_pools_what_was_gathered() -> None:
 def test_a_rank_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="statistics_rank must be 1"):
         AggregateConfig(statistics="federated", statistics_rank=0)
+
+
+def test_sites_with_batch_norms_of_their_own_share_no_statistics() -> None:
+    local = Learning(method="flame", training=Training(batch_norm="local"))
+    assert AggregateConfig(learning=local).statistics == "site"
+    with pytest.raises(ConfigError, match="need one embedding space"):
+        AggregateConfig(statistics="federated", learning=local)
 
 
 @pytest.mark.timeout(90)
