@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,6 +26,17 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TlsPem:
+    """The same as text, out of a kit; the private key never touches the disk."""
+
+    ca: str = field(repr=False)
+    cert: str = field(repr=False)
+    key: str = field(repr=False)
+    name: str
+    """Whose they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BrokerUrl:
     """A broker's address and our credentials. The password never appears in ``repr`` or ``address``."""
 
@@ -31,7 +44,7 @@ class BrokerUrl:
     port: int
     user: str | None = None
     password: str | None = field(default=None, repr=False)
-    tls: TlsFiles | None = None
+    tls: TlsFiles | TlsPem | None = None
     """None: plain TCP."""
 
     @property
@@ -46,25 +59,58 @@ class BrokerUrl:
         Raises:
             LinkError: a file is missing or not what it should be.
         """
-        if self.tls is None:
+        tls = self.tls
+        if tls is None:
             return None
         try:
-            context = ssl.create_default_context(cafile=str(self.tls.ca) if self.tls.ca else None)
-            if self.tls.cert is not None:
-                context.load_cert_chain(self.tls.cert, self.tls.key)
+            if isinstance(tls, TlsPem):
+                context = ssl.create_default_context(cadata=tls.ca)
+                with _in_memory(tls.cert + "\n" + tls.key) as path:
+                    context.load_cert_chain(path)
+            else:
+                context = ssl.create_default_context(cafile=str(tls.ca) if tls.ca else None)
+                if tls.cert is not None:
+                    context.load_cert_chain(tls.cert, tls.key)
         except (OSError, ssl.SSLError) as exc:
-            named = ", ".join(str(path) for path in (self.tls.ca, self.tls.cert, self.tls.key) if path)
-            msg = f"cannot use the TLS files {named}: {exc.strerror or exc}"
+            if isinstance(tls, TlsPem):
+                named = f"certificates in the kit of {tls.name}"
+            else:
+                named = "TLS files " + ", ".join(str(path) for path in (tls.ca, tls.cert, tls.key) if path)
+            msg = f"cannot use the {named}: {exc.strerror or exc}"
             raise LinkError(msg) from exc
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = _Socket
         return context
 
 
-def parse_broker_url(text: str, *, tls: TlsFiles | None = None) -> BrokerUrl:
+class _Socket(ssl.SSLSocket):
+    """Closes itself when its handshake fails; paho leaves that to the garbage collector."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
+@contextlib.contextmanager
+def _in_memory(text: str) -> Iterator[str]:
+    """A path to a file that is nowhere but in memory: Python's ``ssl`` reads keys from paths alone."""
+    descriptor = os.memfd_create("edgeflame-kit", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> BrokerUrl:
     """Read a broker's URL; a password comes from it or from the environment (``EDGEFLAME_MQTT_PASSWORD``).
 
     Args:
         text: the URL. Without a scheme it is taken as ``mqtt://``.
-        tls: files for ``mqtts``.
+        tls: files for ``mqtts``, or what a kit holds.
 
     Raises:
         UsageError: it is none; the message does not repeat a password.
@@ -81,7 +127,7 @@ def parse_broker_url(text: str, *, tls: TlsFiles | None = None) -> BrokerUrl:
         raise UsageError(msg)
     secure = parts.scheme == "mqtts"
     if tls is not None and not secure and (tls.ca or tls.cert or tls.key):
-        msg = "certificate options need a broker URL that starts with mqtts://"
+        msg = "certificates need a broker URL that starts with mqtts://"
         raise UsageError(msg)
     password = unquote(parts.password) if parts.password is not None else os.environ.get(PASSWORD_VARIABLE)
     return BrokerUrl(

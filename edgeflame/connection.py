@@ -24,8 +24,9 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog
-from edgeflame.errors import LinkError
+from edgeflame.linkevents import Event, Received, Sent, Up, Will
 from edgeflame.messages import MAX_MESSAGE_BYTES
+from edgeflame.tlserrors import explain
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES
 
 log = EventLog("link")
@@ -39,6 +40,8 @@ MAX_PACKET_BYTES = max(MAX_MESSAGE_BYTES, MAX_CHUNK_BYTES) + 4096
 """What we accept: the largest payload and room for its topic."""
 WILL_DELAY_S = 2
 """The broker publishes the last will so long after the connection broke, so that a blink is not a death."""
+
+_BROKE = "the connection broke"
 
 # The broker understood us and says no: trying again will not change its mind.
 _REFUSALS = frozenset(
@@ -54,52 +57,20 @@ _REFUSALS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Will:
-    """What the broker publishes, retained, when we vanish."""
+class Ending:
+    """How a connection ended.
 
-    topic: str
-    payload: bytes
+    Attributes:
+        was_up: whether it came about.
+        reason: for people.
+        is_refusal: the broker understood us and says no; it may think better of it.
+        is_final: it will not.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class Up:
-    """Connected and subscribed. ``chunk_bytes`` is the largest chunk to send, within the broker's packet limit."""
-
-    chunk_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Down:
-    """The connection broke; the link is already trying again."""
-
+    was_up: bool
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    """The link gave up; no further event comes."""
-
-    error: LinkError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Received:
-    """A message. Call ``done`` when it is dealt with, in the order of arrival."""
-
-    topic: str
-    payload: bytes
-    done: Callable[[], None] = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """The broker has a message that was published with this ``token``, or refuses it (``error``)."""
-
-    token: int
-    error: str | None = None
-
-
-Event = Up | Down | Failed | Received | Sent
+    is_refusal: bool = False
+    is_final: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +100,11 @@ class Shared:
     """Subscriptions wanted, in order."""
     outbox: deque[Publish | Subscribe] = field(default_factory=deque)
     acks: deque[tuple[Connection, int]] = field(default_factory=deque)
+    was_thrown_out: bool = False
+    """The broker's administrator ended one of our connections: whoever is then refused was revoked."""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    """Payload received and sent; what was sent again counts again."""
     closing: threading.Event = field(default_factory=threading.Event)
     flush_until: float = 0.0
     wake_read: socket.socket
@@ -153,6 +129,8 @@ class Connection:
         self._first_suback: int | None = None
         self._over: str | None = None
         self._refused = False
+        self._is_final = False
+        self._socket_error = ""
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
             client_id=shared.client_id,
@@ -175,10 +153,11 @@ class Connection:
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
         client.on_message = self._on_message
+        client.on_log = self._on_log
         self._client = client
 
-    def run(self) -> tuple[bool, str, bool]:
-        """Connect and serve until the connection is over: whether it came about, why it ended, if for good."""
+    def run(self) -> Ending:
+        """Connect and serve until the connection is over."""
         url = self._shared.url
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.ReceiveMaximum = MAX_IN_FLIGHT
@@ -187,7 +166,14 @@ class Connection:
             self._client.connect(url.host, url.port, keepalive=KEEPALIVE_S, clean_start=True, properties=properties)
         except (OSError, ValueError) as exc:
             # socket.gaierror, TimeoutError and ssl.SSLError are OSErrors; a bad certificate name is a ValueError.
-            return False, getattr(exc, "strerror", None) or str(exc), False
+            refusal = explain(exc) if isinstance(exc, OSError) else None
+            if refusal is not None:
+                return Ending(was_up=False, reason=refusal.reason, is_refusal=True, is_final=refusal.is_final)
+            reason = getattr(exc, "strerror", None) or str(exc)
+            if url.tls is not None and isinstance(exc, ConnectionResetError | ssl.SSLEOFError):
+                # A broker without TLS on this port, or one that is just dying.
+                reason = f"the TLS handshake broke off ({reason}); does this port speak TLS?"
+            return Ending(was_up=False, reason=reason)
         handshake_until = time.monotonic() + HANDSHAKE_TIMEOUT_S
         with selectors.DefaultSelector() as selector:
             selector.register(self._shared.wake_read, selectors.EVENT_READ)
@@ -195,7 +181,7 @@ class Connection:
             while self._over is None:
                 sock = self._client.socket()
                 if sock is None:
-                    self._over = "the connection broke"
+                    self._over = _BROKE
                     break
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
                 if registered is None:
@@ -211,7 +197,11 @@ class Connection:
                     self._client.disconnect()
                     self._over = "closed"
         self._shut()
-        return self._ready, self._over, self._refused
+        if self._over == _BROKE:
+            self._explain_break()
+        return Ending(
+            was_up=self._ready, reason=self._over, is_refusal=self._refused or self._is_final, is_final=self._is_final
+        )
 
     def unsent(self) -> list[Publish]:
         """What the broker has not acknowledged, oldest first."""
@@ -259,6 +249,7 @@ class Connection:
                 self._tell_sent(item, f"{size} bytes, the broker takes {self._max_packet_bytes}")
                 continue
             info = self._client.publish(item.topic, item.payload, qos=1, retain=item.retain)
+            self._shared.bytes_out += len(item.payload)
             self._in_flight[info.mid] = item
 
     def _change_subscription(self, item: Subscribe) -> None:
@@ -295,15 +286,30 @@ class Connection:
     def _on_subscribe(
         self, _client: mqtt.Client, _userdata: Any, mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        for reason in reasons:
-            if reason.is_failure:
-                log.error("subscription_refused", address=self._shared.url.address, reason=reason.getName())
+        refused = [reason.getName() for reason in reasons if reason.is_failure]
+        if refused:
+            log.error("subscription_refused", address=self._shared.url.address, reason=", ".join(refused))
         if mid == self._first_suback and not self._ready:
+            if refused:
+                self._refuse_for_rights(refused[0])
+                return
             self._ready = True
             log.info("broker_connected", address=self._shared.url.address)
             # A topic and the packet's own header share the packet with the chunk.
             limit = DEFAULT_CHUNK_BYTES if self._max_packet_bytes is None else self._max_packet_bytes - 1024
             self._shared.sink(Up(chunk_bytes=max(1024, min(DEFAULT_CHUNK_BYTES, limit))))
+
+    def _refuse_for_rights(self, reason: str) -> None:
+        """Nothing works without our subscriptions; whoever may not have them is not whom the broker expects."""
+        self._refused = True
+        self._is_final = self._shared.was_thrown_out
+        if self._is_final:
+            self._over = f"we were thrown out and have no rights there any more ({reason}): we were revoked"
+        else:
+            self._over = (
+                f"we may not read what we have to ({reason}): the certificate is of another name or fleet than ours, "
+                "or was revoked"
+            )
 
     def _on_publish(
         self, _client: mqtt.Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Properties | None
@@ -321,6 +327,7 @@ class Connection:
 
     def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
         mid, qos = message.mid, message.qos
+        self._shared.bytes_in += len(message.payload)
 
         def done() -> None:
             if qos:
@@ -339,4 +346,21 @@ class Connection:
     ) -> None:
         if self._over is None:
             said = getattr(flags, "is_disconnect_packet_from_server", False)
-            self._over = reason.getName() if said else "the connection broke"
+            self._over = reason.getName() if said else _BROKE
+            if said and self._over == "Administrative action":
+                self._shared.was_thrown_out = True
+                self._over = "the broker's administrator ended the connection"
+
+    def _on_log(self, _client: mqtt.Client, _userdata: Any, _level: int, text: str) -> None:
+        # paho tells nowhere else what a socket's error was.
+        if "on socket: " in text:
+            self._socket_error = text.partition("on socket: ")[2]
+
+    def _explain_break(self) -> None:
+        """With TLS 1.3 a broker judges our certificate after we think that we are connected."""
+        refusal = explain(self._socket_error)
+        if refusal is not None:
+            self._over, self._refused, self._is_final = refusal.reason, True, refusal.is_final
+        elif not self._ready:
+            hint = "does it take our certificate?" if self._shared.url.tls else "does its port want mqtts://, or --kit?"
+            self._over = f"it closed the connection without an answer; {hint}"

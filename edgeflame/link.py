@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from edgeflame.brokerurl import BrokerUrl
-from edgeflame.connection import Connection, Down, Event, Failed, Publish, Received, Sent, Shared, Subscribe, Up, Will
+from edgeflame.connection import Connection, Publish, Shared, Subscribe
 from edgeflame.console import EventLog
 from edgeflame.errors import LinkError
+from edgeflame.linkevents import Down, Event, Failed, Received, Sent, Up, Will
 
 __all__ = ["Down", "Event", "Failed", "Link", "Received", "Sent", "Up", "Will"]
 
@@ -108,6 +109,16 @@ class Link:
         self._shared.outbox.append(Subscribe(topic_filter=topic_filter, wanted=False))
         self._shared.wake()
 
+    @property
+    def bytes_in(self) -> int:
+        """Payload received since the start."""
+        return self._shared.bytes_in
+
+    @property
+    def bytes_out(self) -> int:
+        """Payload sent since the start; what was sent again counts again."""
+        return self._shared.bytes_out
+
     def close(self, *, flush_s: float = 3.0) -> None:
         """Send what is queued if that is possible within ``flush_s``, disconnect cleanly, end the thread."""
         if not self._shared.closing.is_set():
@@ -129,7 +140,8 @@ class Link:
         attempt = 0
         while True:
             connection = Connection(self._shared)
-            was_up, reason, refused = connection.run()
+            ending = connection.run()
+            was_up, reason = ending.was_up, ending.reason
             self._shared.outbox.extendleft(reversed(connection.unsent()))
             if self._shared.closing.is_set():
                 break
@@ -138,7 +150,8 @@ class Link:
             if was_up:
                 log.warning("broker_lost", address=self._shared.url.address, reason=reason)
                 self._shared.sink(Down(reason=reason))
-            if refused and not ever_up:
+            # One that was taken before may be taken again; the broker may be in the middle of a change.
+            if ending.is_final or (ending.is_refusal and not ever_up):
                 self._shared.sink(
                     Failed(error=LinkError(f"the broker {self._shared.url.address} refuses us: {reason}"))
                 )

@@ -171,7 +171,7 @@ class Turned(_Message, frozen=True, kw_only=True, tag="turned_away"):
 
     boot: Id
     reason: Word
-    """``name_in_use``, ``unknown_site``, or one of a later minor version."""
+    """``name_in_use``, ``unknown_site``, ``revoked``, or one of a later minor version."""
     detail: Text
 
 

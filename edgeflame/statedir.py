@@ -48,15 +48,24 @@ def locked_state_dir(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write a small file whole or not at all, and onto the disk before returning.
+
+    Args:
+        path: the file.
+        data: its contents.
+        mode: its permissions from its first byte on; None: as the umask says.
 
     Raises:
         StorageError: it cannot be written; an old file at ``path`` is intact.
     """
     partial = path.with_name(f".{path.name}.partial")
     with storage_errors(path, "write"):
+        # What a crash left may be readable by more than ``mode`` allows.
+        partial.unlink(missing_ok=True)
         with partial.open("wb") as stream:
+            if mode is not None:
+                os.fchmod(stream.fileno(), mode)
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -38,16 +38,27 @@ class BrokerProcess:
         kind: ``embedded`` (``edgeflame broker``) or ``mosquitto``; without Mosquitto the test is skipped.
         folder: for its configuration and log.
         mosquitto_lines: more lines of Mosquitto's configuration.
+        config: a whole configuration for Mosquitto, in place of that, which listens on ``port``.
+        port: see there; None: a free one.
     """
 
-    def __init__(self, kind: str, folder: Path, *, mosquitto_lines: str = "allow_anonymous true") -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        *,
+        mosquitto_lines: str = "allow_anonymous true",
+        config: Path | None = None,
+        port: int | None = None,
+    ) -> None:
+        self.port = port or free_port()
         self._log = (folder / f"broker-{self.port}.log").open("ab")
         if kind == "mosquitto":
             if MOSQUITTO is None:
                 pytest.skip("Mosquitto is not installed")
-            config = folder / f"mosquitto-{self.port}.conf"
-            config.write_text(f"listener {self.port} 127.0.0.1\n{mosquitto_lines}\n")
+            if config is None:
+                config = folder / f"mosquitto-{self.port}.conf"
+                config.write_text(f"listener {self.port} 127.0.0.1\n{mosquitto_lines}\n")
             self._command = [MOSQUITTO, "-c", str(config)]
         else:
             self._command = [sys.executable, "-m", "edgeflame", "broker", "--port", str(self.port)]
@@ -63,6 +74,16 @@ class BrokerProcess:
         wait_for(lambda: not self._listens(), "the port is free")
         self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log)
         wait_for(self._listens, "the broker listens")
+
+    def reload(self) -> None:
+        """SIGHUP: read certificates and the revocation list again."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return Path(self._log.name).read_text(errors="replace")
 
     def kill(self) -> None:
         """SIGKILL; what it kept in memory is gone."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeflame.cli.link_options import broker_url, link_options
+from edgeflame.cli.link_options import agreed, contact, link_options
 from edgeflame.learning import FEDERATED_METHODS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 @click.command(short_help="Serve the training rounds of a fleet.")
 @link_options()
-@click.option("--fleet", required=True, metavar="NAME", help="Which fleet; sites name the same.")
+@click.option("--fleet", metavar="NAME", help="Which fleet; sites name the same. A kit names it too.")
 @click.option("--state", required=True, type=_FOLDER, help="Journal and models; an interrupted run continues from it.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with the run's settings.")
 @click.option("--rounds", type=int, help="Number of rounds [default: 2].")
@@ -29,12 +29,13 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
 def command(
-    broker: str,
+    broker: str | None,
+    kit: Path | None,
     ca: Path | None,
     cert: Path | None,
     key: Path | None,
     connect_timeout: float | None,
-    fleet: str,
+    fleet: str | None,
     state: Path,
     config: Path | None,
     rounds: int | None,
@@ -54,10 +55,11 @@ def command(
     from edgeflame.errors import NegativeAnswerError
 
     settings = _settings(config, rounds=rounds, sites=sites, method=method)
-    url = broker_url(broker, ca=ca, cert=cert, key=key)
+    met = contact(broker, kit=kit, ca=ca, cert=cert, key=key, role="aggregator")
+    fleet = agreed("--fleet", fleet, met.fleet)
     with progress_bar(f"fleet {fleet}: rounds") as report:
         result = aggregate(
-            broker=url,
+            broker=met.url,
             fleet=fleet,
             state_dir=state,
             out_dir=out or state,

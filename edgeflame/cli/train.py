@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import click
 import msgspec
 
-from edgeflame.cli.link_options import broker_url, link_options
+from edgeflame.cli.link_options import agreed, contact, link_options
 from edgeflame.cli.train_worker import REFERENCES_OPTION
 from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
@@ -22,6 +22,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What ``--config`` may say instead of the options. What is learnt is the aggregator's to say."""
 
     broker: str | None = None
+    kit: str | None = None
     ca: str | None = None
     cert: str | None = None
     key: str | None = None
@@ -35,9 +36,9 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 @click.command(short_help="Take part in a fleet's training rounds.")
-@link_options(broker_required=False)
+@link_options()
 @click.option("--fleet", metavar="NAME", help="Which fleet.")
-@click.option("--site", metavar="ID", help="This site's name in it.")
+@click.option("--site", metavar="ID", help="This site's name in it. A kit names both.")
 @click.option("--data", type=_FOLDER, help="This site's images; they stay here.")
 @click.option("--state", type=_FOLDER, help="What the site remembers [default: runs/FLEET/SITE].")
 @click.option("--config", type=_FILE, help="TOML file with any of these options.")
@@ -76,19 +77,22 @@ def command(
         **msgspec.structs.asdict(load_config(config, SiteFile)),
         **{k: v for k, v in given.items() if v not in (None, "")},
     }
-    missing = [f"--{name}" for name in ("broker", "fleet", "site", "data") if not options[name]]
-    if missing:
-        msg = f"{', '.join(missing)}: missing, as an option and in the configuration file"
+    if not options["data"]:
+        msg = "--data: missing, as an option and in the configuration file"
         raise UsageError(msg)
-    paths = {k: Path(options[k]) if options[k] else None for k in ("ca", "cert", "key", "state", "groups", "out")}
-    fleet, site = check_name("fleet", options["fleet"]), check_name("site", options["site"])
+    names = ("kit", "ca", "cert", "key", "state", "groups", "out")
+    paths = {name: Path(options[name]) if options[name] else None for name in names}
+    met = contact(
+        options["broker"], kit=paths["kit"], ca=paths["ca"], cert=paths["cert"], key=paths["key"], role="site"
+    )
+    fleet = check_name("fleet", agreed("--fleet", options["fleet"], met.fleet))
+    site = check_name("site", agreed("--site", options["site"], met.name))
     given_references = options["reference_images"]
     references = DEFAULT_REFERENCES if given_references is None else int(given_references)
-    url = broker_url(options["broker"], ca=paths["ca"], cert=paths["cert"], key=paths["key"])
     with progress_bar(f"site {site}") as report:
         result = take_part(
             SiteOptions(
-                broker=url,
+                broker=met.url,
                 fleet=fleet,
                 site=site,
                 data=Path(options["data"]),

@@ -79,9 +79,16 @@ class Fleet:
     """An aggregator and sites on a broker; a context manager that leaves nothing running."""
 
     def __init__(
-        self, broker: BrokerProcess, folder: Path, *, config: str = "", env: dict[str, str] | None = None
+        self,
+        broker: BrokerProcess,
+        folder: Path,
+        *,
+        config: str = "",
+        env: dict[str, str] | None = None,
+        kits: Path | None = None,
     ) -> None:
         self.broker = broker
+        self.kits = kits
         self.folder = folder
         self.env = env or {}
         (folder / "data").mkdir(exist_ok=True)
@@ -90,12 +97,12 @@ class Fleet:
         self.processes: list[Process] = []
 
     def aggregator(self, *arguments: str, name: str = "aggregator") -> Process:
-        common = ["aggregate", "--broker", self.broker.url, "--fleet", "test", "--config", str(self.config)]
+        common = ["aggregate", *self._contact("aggregator"), "--config", str(self.config)]
         return self._add(name, [*common, "--state", str(self.folder / name), *arguments], {})
 
     def site(self, site: str, *arguments: str, process: str = "", state: str = "", **env: str) -> Process:
         name = process or site
-        common = ["train", "--broker", self.broker.url, "--fleet", "test", "--site", site, "--worker", WORKER]
+        common = ["train", *self._contact(site, "--site", site), "--worker", WORKER]
         paths = ["--data", str(self.folder / "data"), "--state", str(self.folder / (state or f"state-{name}"))]
         return self._add(name, [*common, *paths, "--out", str(self.folder / f"{name}.edgeflame"), *arguments], env)
 
@@ -118,6 +125,11 @@ class Fleet:
             if kind is not None:
                 print(f"---- {process.name} (exit code {process.exit_code})\n{process.log[-6000:]}")
             process.kill()
+
+    def _contact(self, name: str, *more: str) -> list[str]:
+        if self.kits is not None:
+            return ["--kit", str(self.kits / f"{name}.kit")]
+        return ["--broker", self.broker.url, "--fleet", "test", *more]
 
     def _add(self, name: str, arguments: list[str], env: dict[str, str]) -> Process:
         process = Process(name, self.folder, arguments, {**self.env, **env})
