@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from edgeflame.errors import LinkError, UsageError
 
 PASSWORD_VARIABLE = "EDGEFLAME_MQTT_PASSWORD"  # noqa: S105 - the name of a variable
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
+VERDICT_S = 0.5
+"""So long we wait after a TLS 1.3 handshake to hear that it was not to the broker's liking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +87,35 @@ class BrokerUrl:
 
 
 class _Socket(ssl.SSLSocket):
-    """Closes itself when its handshake fails; paho leaves that to the garbage collector."""
+    """Knows after its handshake whether the broker takes our certificate, and closes itself if it failed.
+
+    With TLS 1.3 the handshake ends here before the broker has judged our certificate. Then it sends session tickets
+    or an alert; and an alert would be lost if we had sent something by then, for the broker's machine answers that
+    with a reset. So we wait a moment for either.
+    """
 
     def do_handshake(self, block: bool = False) -> None:
         try:
             super().do_handshake(block)
+            if self.version() == "TLSv1.3":
+                self._hear_verdict()
         except OSError:
+            # paho would leave it to the garbage collector.
             self.close()
             raise
+
+    def _hear_verdict(self) -> None:
+        timeout_s = self.gettimeout()
+        if not select.select([self], [], [], VERDICT_S)[0]:
+            return
+        self.settimeout(0.0)
+        try:
+            if not self.recv(1):
+                raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the connection was closed")
+        except ssl.SSLWantReadError:
+            pass  # it was tickets: we are taken
+        finally:
+            self.settimeout(timeout_s)
 
 
 @contextlib.contextmanager

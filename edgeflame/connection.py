@@ -171,8 +171,8 @@ class Connection:
                 return Ending(was_up=False, reason=refusal.reason, is_refusal=True, is_final=refusal.is_final)
             reason = getattr(exc, "strerror", None) or str(exc)
             if url.tls is not None and isinstance(exc, ConnectionResetError | ssl.SSLEOFError):
-                # A broker without TLS on this port, or one that is just dying.
-                reason = f"the TLS handshake broke off ({reason}); does this port speak TLS?"
+                # A broker without TLS on this port, one that says nothing about our certificate, or a dying one.
+                reason = f"the TLS handshake broke off ({reason}); does this port speak TLS, and take our certificate?"
             return Ending(was_up=False, reason=reason)
         handshake_until = time.monotonic() + HANDSHAKE_TIMEOUT_S
         with selectors.DefaultSelector() as selector:
