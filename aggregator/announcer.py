@@ -97,7 +97,7 @@ class Announcer:
         outgoing = self._outgoing.get(need.sha256)
         if outgoing is None:
             outgoing = self._outgoing[need.sha256] = Outgoing(self._store.path(need.sha256), manifest)
-        outgoing.sender.need(site, missing, resend=need.resend, now=now)
+        outgoing.sender.need(site, missing, resend=need.resend, now=now, window=need.window)
         return True
 
     def pump(self, publish: Callable[[str, int, bytes], None]) -> None:

@@ -12,6 +12,10 @@ from edgeflame.transfer.store import BlobStore, Incoming
 
 log = EventLog("aggregator")
 
+MAX_CHUNKS_COMING = 256
+"""On their way to us from all sites together: 64 MiB. They queue at the broker as our messages, of which Mosquitto
+keeps 1000 and drops the others silently."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arrived:
@@ -25,6 +29,8 @@ class Arrived:
 class _Arrival:
     offer: Offer
     incoming: Incoming
+    window: int = 0
+    """What we last allowed its site."""
 
 
 class Intake:
@@ -60,8 +66,8 @@ class Intake:
         arrival.offer = offer
         self._arrivals[site] = arrival
         if arrival.incoming.receiver.is_complete:
-            return self._finish(site, arrival)
-        self._need(site, arrival.incoming.receiver.need(resend=True))
+            return self._finish(site, arrival, now)
+        self._say_need(site, arrival, resend=True, now=now)
         return None
 
     def chunk(self, site: str, sha256: str, index: int, data: bytes, *, now: float) -> tuple[bool, Arrived | None]:
@@ -74,9 +80,9 @@ class Intake:
             log.warning("chunk_damaged", site=site, sha256=sha256[:12], chunk=index)
         receiver = arrival.incoming.receiver
         if kind is ChunkKind.NEW and receiver.is_complete:
-            return True, self._finish(site, arrival)
-        if receiver.ack_due:
-            self._need(site, receiver.need(resend=False))
+            return True, self._finish(site, arrival, now)
+        if receiver.ack_due(now):
+            self._say_need(site, arrival, resend=False, now=now)
         return kind is ChunkKind.NEW, None
 
     def drop(self, site: str) -> None:
@@ -91,14 +97,24 @@ class Intake:
             arrival.incoming.close()
         self._arrivals.clear()
 
-    def _finish(self, site: str, arrival: _Arrival) -> Arrived | None:
+    def _say_need(self, site: str, arrival: _Arrival, *, resend: bool, now: float) -> None:
+        # Its share of what may come; and no more than the others leave, who learn of their smaller share only with
+        # their next acknowledgement.
+        promised = sum(other.window for name, other in self._arrivals.items() if name != site)
+        window = arrival.incoming.receiver.window
+        window.limit = min(MAX_CHUNKS_COMING // len(self._arrivals), MAX_CHUNKS_COMING - promised)
+        need = arrival.incoming.receiver.need(resend=resend, now=now)
+        arrival.window = need.window
+        self._need(site, need)
+
+    def _finish(self, site: str, arrival: _Arrival, now: float) -> Arrived | None:
         receiver = arrival.incoming.receiver
         if arrival.incoming.finish():
             del self._arrivals[site]
             return Arrived(offer=arrival.offer, intact=True)
         log.warning("blob_damaged", site=site, sha256=arrival.offer.manifest.sha256[:12])
         if receiver.start_over():
-            self._need(site, receiver.need(resend=True))
+            self._say_need(site, arrival, resend=True, now=now)
             return None
         self.drop(site)
         return Arrived(offer=arrival.offer, intact=False)

@@ -36,6 +36,10 @@ HANDSHAKE_TIMEOUT_S = 10.0
 """For TCP, TLS and CONNACK together, roughly; a broker that takes longer is as good as not there."""
 MAX_IN_FLIGHT = 64
 """Messages unacknowledged by us, or by the broker, at most: 16 MiB of chunks."""
+MAX_UNPROCESSED = 32
+"""Received messages that are acknowledged before our user is done with them. They are gone with this process either
+way (a session holds nothing over), so an acknowledgement says only that there is room: 8 MiB of chunks keep the
+broker sending while the user's thread is busy or waits for a processor."""
 MAX_PACKET_BYTES = max(MAX_MESSAGE_BYTES, MAX_CHUNK_BYTES) + 4096
 """What we accept: the largest payload and room for its topic."""
 WILL_DELAY_S = 2
@@ -99,7 +103,8 @@ class Shared:
     filters: dict[str, None]
     """Subscriptions wanted, in order."""
     outbox: deque[Publish | Subscribe] = field(default_factory=deque)
-    acks: deque[tuple[Connection, int]] = field(default_factory=deque)
+    finished: deque[Connection] = field(default_factory=deque)
+    """For each message its user is done with, the connection it came on."""
     was_thrown_out: bool = False
     """The broker's administrator ended one of our connections: whoever is then refused was revoked."""
     bytes_in: int = 0
@@ -123,6 +128,11 @@ class Connection:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._in_flight: dict[int, Publish] = {}
+        self._num_unprocessed = 0
+        self._received: deque[int] = deque()
+        """Numbers of messages to acknowledge at once, by us."""
+        self._held: deque[int] = deque()
+        """Of those to acknowledge one by one as our user gets done."""
         self._max_in_flight = MAX_IN_FLIGHT
         self._max_packet_bytes: int | None = None
         self._ready = False
@@ -229,12 +239,15 @@ class Connection:
             self._send()
 
     def _send_acks(self) -> None:
-        acks = self._shared.acks
-        while acks:
-            connection, mid = acks.popleft()
-            # An acknowledgement for an earlier connection would hit another message's number.
-            if connection is self:
-                self._client.ack(mid, 1)
+        finished = self._shared.finished
+        while finished:
+            # What an earlier connection brought has no number on this one.
+            if finished.popleft() is self:
+                self._num_unprocessed -= 1
+                if self._held:
+                    self._received.append(self._held.popleft())
+        while self._received:
+            self._client.ack(self._received.popleft(), 1)
 
     def _send(self) -> None:
         outbox = self._shared.outbox
@@ -326,12 +339,16 @@ class Connection:
             self._shared.sink(Sent(token=item.token, error=error))
 
     def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-        mid, qos = message.mid, message.qos
         self._shared.bytes_in += len(message.payload)
+        if message.qos:
+            (self._received if self._num_unprocessed < MAX_UNPROCESSED else self._held).append(message.mid)
+        self._num_unprocessed += 1
 
         def done() -> None:
-            if qos:
-                self._shared.acks.append((self, mid))
+            self._shared.finished.append(self)
+            # Appended first, looked at second; the link's thread does it the other way round, so one of the two sees
+            # the other's. Otherwise it need not wake: it counts the next time it has something to do.
+            if self._held:
                 self._shared.wake()
 
         try:

@@ -20,6 +20,7 @@ import msgspec
 from edgeflame.errors import FederationError
 from edgeflame.topics import MAX_NAME_CHARS
 from edgeflame.transfer.manifest import MAX_CHUNKS, Manifest
+from edgeflame.transfer.window import DEFAULT_WINDOW_CHUNKS
 
 MAJOR, MINOR = 1, 1
 VERSION = f"{MAJOR}.{MINOR}"
@@ -117,6 +118,8 @@ class BlobNeed(_Message, frozen=True, kw_only=True, tag="need"):
     """A bit for each chunk, lowest bit first; all zero: it has the blob."""
     resend: bool = False
     """Chunks on their way are to be considered lost; otherwise this acknowledges those no longer missing."""
+    window: Annotated[int, msgspec.Meta(ge=1, le=1024)] = DEFAULT_WINDOW_CHUNKS
+    """The most chunks that may be on their way. Since 1.1."""
 
 
 class Receipt(_Message, frozen=True, kw_only=True, tag="receipt"):

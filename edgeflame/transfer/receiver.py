@@ -8,14 +8,13 @@ import numpy as np
 
 from edgeflame.messages import BlobNeed
 from edgeflame.transfer.manifest import Manifest, Mask, pack_mask
+from edgeflame.transfer.patience import Patience
+from edgeflame.transfer.window import Window
 
-ACK_EVERY_CHUNKS = 4
-"""A quarter of the sender's window, so that acknowledgements arrive before it is empty."""
-
-STALL_S = 5.0
-"""Without a new chunk for so long the receiver asks again for all it lacks, seconds."""
-MAX_STALL_S = 30.0
-"""The interval doubles from ``STALL_S`` up to this, seconds."""
+ACKS_IN_WINDOW = 4
+"""A quarter of the window is acknowledged at once, so that the acknowledgement arrives before the rest has."""
+ACK_EVERY_S = 1.0
+"""On a slow link a quarter of the window takes long; the sender is not to think that nobody is there."""
 
 MAX_ATTEMPTS = 3
 """Whole-hash mismatches after which a blob is given up: every chunk had its announced checksum, so the manifest
@@ -43,24 +42,34 @@ class Receiver:
 
     def __init__(self, manifest: Manifest, *, have: Mask, now: float) -> None:
         self.manifest = manifest
+        self.window = Window(now)
         self._have = have.copy()
+        self._num_missing = int(np.count_nonzero(~have))
         self._unacknowledged = 0
+        self._acknowledged_at = now
         self._attempts = 0
-        self._quiet_since = now
-        self._stall_s = STALL_S
+        self._patience = Patience(now)
 
     @property
     def num_missing(self) -> int:
-        return int(np.count_nonzero(~self._have))
+        return self._num_missing
 
     @property
     def is_complete(self) -> bool:
         """All chunks are there; whether they are the blob, only its hash tells."""
-        return bool(self._have.all())
+        return self._num_missing == 0
 
-    @property
-    def ack_due(self) -> bool:
-        return self._unacknowledged >= ACK_EVERY_CHUNKS or (self._unacknowledged > 0 and self.is_complete)
+    def has(self, index: int) -> bool:
+        """Whether a chunk is there."""
+        return bool(self._have[index])
+
+    def ack_due(self, now: float) -> bool:
+        """Whether it is time for ``need``; asked after every chunk."""
+        return self._unacknowledged > 0 and (
+            self._unacknowledged * ACKS_IN_WINDOW >= self.window.chunks
+            or self.is_complete
+            or now - self._acknowledged_at >= ACK_EVERY_S
+        )
 
     def chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
         """Take a chunk. A ``NEW`` one must be on disk before ``need`` is called next."""
@@ -69,27 +78,35 @@ class Receiver:
         if self._have[index]:
             return ChunkKind.KNOWN
         self._have[index] = True
+        self._num_missing -= 1
         self._unacknowledged += 1
-        self._quiet_since = now
-        self._stall_s = STALL_S
+        self._patience.heard(now)
         return ChunkKind.NEW
 
-    def need(self, *, resend: bool) -> BlobNeed:
+    def need(self, *, resend: bool, now: float) -> BlobNeed:
         """The message that says what is missing; see :class:`~edgeflame.messages.BlobNeed` for ``resend``."""
+        if resend:
+            self.window.restart(now)
+        else:
+            self.window.acknowledge(self._unacknowledged, now)
         self._unacknowledged = 0
-        return BlobNeed(sha256=self.manifest.sha256, missing=pack_mask(~self._have), resend=resend)
+        self._acknowledged_at = now
+        self._patience.said(now)
+        return BlobNeed(
+            sha256=self.manifest.sha256,
+            missing=pack_mask(~self._have),
+            resend=resend,
+            window=self.window.chunks,
+        )
 
     def stalled(self, now: float) -> bool:
         """Whether nothing new came for so long that it is time to ask again; asking restarts the interval."""
-        if self.is_complete or now - self._quiet_since < self._stall_s:
-            return False
-        self._quiet_since = now
-        self._stall_s = min(2 * self._stall_s, MAX_STALL_S)
-        return True
+        return not self.is_complete and self._patience.is_out(now)
 
     def start_over(self) -> bool:
         """The whole hash was wrong: forget all chunks. False: it has happened too often, give up."""
         self._attempts += 1
         self._have[:] = False
+        self._num_missing = self.manifest.num_chunks
         self._unacknowledged = 0
         return self._attempts < MAX_ATTEMPTS

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeflame.transfer.manifest import Manifest, Mask
-
-WINDOW_CHUNKS = 16
-"""Chunks on their way to a receiver that has not acknowledged them: 4 MiB at 256 KiB. Less than the 20 messages
-Mosquitto keeps in flight to a client by default, and less than the 1000 it queues before it drops silently."""
+from edgeflame.transfer.window import DEFAULT_WINDOW_CHUNKS, MAX_WINDOW_CHUNKS
 
 SILENCE_S = 5.0
-"""A receiver that acknowledges nothing for so long no longer holds up the others; it is forgotten until it asks
-again, seconds."""
+"""A receiver that acknowledges nothing for so long no longer holds up the others, seconds; nothing is sent for it
+until it is heard again."""
+FORGET_S = 120.0
+"""After so long even what is on its way to it is forgotten, seconds."""
 
 
 @dataclass
@@ -22,7 +21,10 @@ class _Receiver:
     waiting: Mask
     """Missing there and not on its way."""
     in_flight: Mask
+    num_in_flight: int
+    window: int
     heard_at: float
+    is_silent: bool = False
 
 
 class Sender:
@@ -30,24 +32,24 @@ class Sender:
 
     Args:
         manifest: the blob.
-        window_chunks: most chunks on their way to any receiver.
         silence_s: see ``SILENCE_S``.
     """
 
-    def __init__(self, manifest: Manifest, *, window_chunks: int = WINDOW_CHUNKS, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, manifest: Manifest, *, silence_s: float = SILENCE_S) -> None:
         self.manifest = manifest
-        self._window = window_chunks
         self._silence_s = silence_s
         self._receivers: dict[str, _Receiver] = {}
-        # How many receivers wait for each chunk: the sum of their `waiting`.
-        self._demand = np.zeros(manifest.num_chunks, dtype=np.int64)
+        # How many receivers wait for each chunk: the sum of the `waiting` of those that are not silent.
+        self._demand = np.zeros(manifest.num_chunks, dtype=np.int32)
 
     @property
     def receivers(self) -> frozenset[str]:
         """Who is being served."""
-        return frozenset(self._receivers)
+        return frozenset(name for name, receiver in self._receivers.items() if not receiver.is_silent)
 
-    def need(self, receiver: str, missing: Mask, *, resend: bool, now: float) -> None:
+    def need(
+        self, receiver: str, missing: Mask, *, resend: bool, now: float, window: int = DEFAULT_WINDOW_CHUNKS
+    ) -> None:
         """Take a receiver's bitmap.
 
         Args:
@@ -55,37 +57,48 @@ class Sender:
             missing: ``[num_chunks]``, what it lacks.
             resend: what is on its way to it is to be considered lost.
             now: monotonic clock, seconds.
+            window: most chunks on their way to it.
         """
         old = self._receivers.pop(receiver, None)
-        if old is not None:
+        if old is not None and not old.is_silent:
             self._demand -= old.waiting
         if not missing.any():
             return
         in_flight = np.zeros_like(missing) if resend or old is None else old.in_flight & missing
         waiting = missing & ~in_flight
         self._demand += waiting
-        self._receivers[receiver] = _Receiver(waiting=waiting, in_flight=in_flight, heard_at=now)
-
-    def forget(self, receiver: str) -> None:
-        """Serve a receiver no longer, until it asks again."""
-        old = self._receivers.pop(receiver, None)
-        if old is not None:
-            self._demand -= old.waiting
+        self._receivers[receiver] = _Receiver(
+            waiting=waiting,
+            in_flight=in_flight,
+            num_in_flight=int(np.count_nonzero(in_flight)),
+            window=min(window, MAX_WINDOW_CHUNKS),
+            heard_at=now,
+        )
 
     def next_chunk(self, now: float) -> int | None:
-        """The chunk to send now, which counts as sent; None when all is sent or the window is full."""
-        for name in [name for name, r in self._receivers.items() if now - r.heard_at >= self._silence_s]:
-            self.forget(name)
-        if any(np.count_nonzero(receiver.in_flight) >= self._window for receiver in self._receivers.values()):
+        """The chunk to send now, which counts as sent; None when all is sent or a window is full."""
+        self._pass_over_the_silent(now)
+        heard = [receiver for receiver in self._receivers.values() if not receiver.is_silent]
+        if any(receiver.num_in_flight >= receiver.window for receiver in heard):
             return None
         # The chunk most receivers wait for; of those, the first. A receiver that joins late thereby shares the
         # rest with the others, and then gets the beginning alone.
         index = int(self._demand.argmax())
         if self._demand[index] == 0:
             return None
-        for receiver in self._receivers.values():
+        for receiver in heard:
             if receiver.waiting[index]:
                 receiver.waiting[index] = False
                 receiver.in_flight[index] = True
+                receiver.num_in_flight += 1
         self._demand[index] = 0
         return index
+
+    def _pass_over_the_silent(self, now: float) -> None:
+        for name, receiver in list(self._receivers.items()):
+            silent_s = now - receiver.heard_at
+            if silent_s >= self._silence_s and not receiver.is_silent:
+                receiver.is_silent = True
+                self._demand -= receiver.waiting
+            if silent_s >= FORGET_S:
+                del self._receivers[name]

@@ -26,6 +26,13 @@ SPARE_BYTES = 64 << 20
 """What must stay free on the disk beside an arriving blob."""
 
 
+CATCH_UP_CHUNKS = 4
+"""Chunks read again for the hash with each that arrives, at most."""
+
+WRITE_BACK_BYTES = 8 << 20
+"""The disk is set to work whenever so much has come."""
+
+
 class BlobStore:
     """A folder of blobs, used by one process.
 
@@ -104,26 +111,30 @@ class Incoming:
         self._stream = stream
         self._partial = partial
         self._final = final
+        self._digest = hashlib.sha256()
+        self._num_hashed = 0
+        """Chunks from the first on that are in the digest."""
+        self._num_unwritten = 0
 
     def chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
         """Take a chunk, and write it if it is new."""
         kind = self.receiver.chunk(index, data, now=now)
         if kind is ChunkKind.NEW:
             with storage_errors(self._partial, "write"):
-                self._stream.seek(self.manifest.offset(index))
-                self._stream.write(data)
                 # Not kept in this process: what was acknowledged must survive it.
-                self._stream.flush()
+                _pwrite(self._stream.fileno(), data, self.manifest.offset(index))
+                self._hash_on(index, data)
+                self._write_back(len(data))
         return kind
 
     def finish(self) -> bool:
-        """Hash the complete blob; if it is what was announced, it is in the store, durably. Else False."""
+        """Hash what is not hashed yet; if the whole is what was announced, it is in the store, durably. Else False."""
         with storage_errors(self._partial, "finish"):
-            self._stream.seek(0)
-            digest = hashlib.sha256()
-            while block := self._stream.read(1 << 20):
-                digest.update(block)
-            if digest.hexdigest() != self.manifest.sha256:
+            while self._num_hashed < self.manifest.num_chunks:
+                self._digest.update(self._read(self._num_hashed))
+                self._num_hashed += 1
+            found, self._digest, self._num_hashed = self._digest.hexdigest(), hashlib.sha256(), 0
+            if found != self.manifest.sha256:
                 return False
             os.fsync(self._stream.fileno())
             self._partial.replace(self._final)
@@ -139,6 +150,28 @@ class Incoming:
         """Stop and delete what has come."""
         self._stream.close()
         self._partial.unlink(missing_ok=True)
+
+    def _hash_on(self, index: int, data: bytes) -> None:
+        # Chunks mostly come in order, so the hash is done when the last has come. Those that came too early, or before
+        # a restart, are read again, a few with each chunk, so that no one chunk takes long.
+        if index == self._num_hashed:
+            self._digest.update(data)
+            self._num_hashed += 1
+        for _ in range(CATCH_UP_CHUNKS):
+            if self._num_hashed == self.manifest.num_chunks or not self.receiver.has(self._num_hashed):
+                return
+            self._digest.update(self._read(self._num_hashed))
+            self._num_hashed += 1
+
+    def _read(self, index: int) -> bytes:
+        return os.pread(self._stream.fileno(), self.manifest.length(index), self.manifest.offset(index))
+
+    def _write_back(self, num_bytes: int) -> None:
+        self._num_unwritten += num_bytes
+        if self._num_unwritten >= WRITE_BACK_BYTES:
+            self._num_unwritten = 0
+            # Linux then begins to write the file's changed pages, and keeps them, so that `fsync` finds little to do.
+            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Outgoing:
@@ -156,8 +189,7 @@ class Outgoing:
         manifest = self.sender.manifest
         while (index := self.sender.next_chunk(self._clock())) is not None:
             with storage_errors(self._path, "read"):
-                self._stream.seek(manifest.offset(index))
-                data = self._stream.read(manifest.length(index))
+                data = os.pread(self._stream.fileno(), manifest.length(index), manifest.offset(index))
             publish(index, data)
 
     def close(self) -> None:
@@ -173,6 +205,13 @@ def _chunks_on_disk(stream: BinaryIO, manifest: Manifest) -> Mask:
             break
         have[index] = manifest.matches(index, data)
     return have
+
+
+def _pwrite(descriptor: int, data: bytes, offset: int) -> None:
+    written = os.pwrite(descriptor, data, offset)
+    while written < len(data):
+        # A disk that gets full takes a part, and refuses the rest.
+        written += os.pwrite(descriptor, data[written:], offset + written)
 
 
 def _fsync_file(path: Path) -> None:

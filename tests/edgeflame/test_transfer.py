@@ -83,17 +83,17 @@ class FakeLink:
 
 def run_transfer(blob: bytes, manifest: Manifest, sides: dict[str, Side], link: FakeLink) -> int:
     """Everyone talks until all have it; returns the number of chunks sent. Time passes only when all is quiet."""
-    sender = Sender(manifest, window_chunks=4)
+    sender = Sender(manifest)
     now, sent = 0.0, 0
     for name, side in sides.items():
-        link.need(name, side.receiver.need(resend=True))
+        link.need(name, side.receiver.need(resend=True, now=now))
     while not all(side.done or side.given_up for side in sides.values()):
         link.step += 1
         assert link.step < 20_000, "the transfer never ends"
         progress = False
         if link.to_sender:
             name, need = link.to_sender.pop(0)
-            sender.need(name, unpack_mask(need.missing, manifest.num_chunks), resend=need.resend, now=now)
+            sender.need(name, unpack_mask(need.missing, manifest.num_chunks), resend=need.resend, now=now, window=need.window)
             progress = True
         if (index := sender.next_chunk(now)) is not None:
             sent += 1
@@ -103,14 +103,14 @@ def run_transfer(blob: bytes, manifest: Manifest, sides: dict[str, Side], link: 
             index, data = link.to_receivers.pop(0)
             for name, side in sides.items():
                 take(side, manifest, index, data, now)
-                if side.receiver.ack_due:
-                    link.need(name, side.receiver.need(resend=False))
+                if side.receiver.ack_due(now):
+                    link.need(name, side.receiver.need(resend=False, now=now))
             progress = True
         if not progress:
             now += 1.0
             for name, side in sides.items():
                 if not side.done and side.receiver.stalled(now):
-                    link.need(name, side.receiver.need(resend=True))
+                    link.need(name, side.receiver.need(resend=True, now=now))
     return sent
 
 
@@ -173,25 +173,25 @@ def test_a_receiver_that_has_it_moves_nothing(tmp_path: Path) -> None:
 
 def test_the_window_bounds_what_is_on_its_way(tmp_path: Path) -> None:
     manifest = describe(b"x" * 1000, 10, tmp_path)
-    sender = Sender(manifest, window_chunks=7)
+    sender = Sender(manifest)
     missing = np.ones(100, dtype=np.bool_)
-    sender.need("a", missing, resend=True, now=0.0)
+    sender.need("a", missing, resend=True, now=0.0, window=7)
     sent = [sender.next_chunk(0.0) for _ in range(20)]
     assert sent == [0, 1, 2, 3, 4, 5, 6] + [None] * 13
     missing[:4] = False
-    sender.need("a", missing, resend=False, now=0.0)
+    sender.need("a", missing, resend=False, now=0.0, window=7)
     assert [sender.next_chunk(0.0) for _ in range(5)] == [7, 8, 9, 10, None]
 
 
 def test_one_silent_receiver_does_not_stop_the_others(tmp_path: Path) -> None:
     manifest = describe(b"x" * 100, 10, tmp_path)
-    sender = Sender(manifest, window_chunks=2, silence_s=5.0)
+    sender = Sender(manifest, silence_s=5.0)
     missing = np.ones(10, dtype=np.bool_)
-    sender.need("dead", missing, resend=True, now=0.0)
-    sender.need("alive", missing, resend=True, now=0.0)
+    sender.need("dead", missing, resend=True, now=0.0, window=2)
+    sender.need("alive", missing, resend=True, now=0.0, window=2)
     assert [sender.next_chunk(0.0) for _ in range(3)] == [0, 1, None]
     missing[:2] = False
-    sender.need("alive", missing, resend=False, now=4.0)
+    sender.need("alive", missing, resend=False, now=4.0, window=2)
     assert sender.next_chunk(4.0) is None
     assert sender.next_chunk(6.0) == 2
     assert sender.receivers == {"alive"}
@@ -266,7 +266,7 @@ def test_chunks_whose_bytes_were_lost_in_a_power_cut_are_asked_for_again(tmp_pat
         stream.seek(1000)
         stream.write(bytes(1000))
     again = store.receive(manifest, owner="a", now=0.0)
-    assert unpack_mask(again.receiver.need(resend=True).missing, 3).tolist() == [False, True, False]
+    assert unpack_mask(again.receiver.need(resend=True, now=0.0).missing, 3).tolist() == [False, True, False]
     again.close()
 
 
@@ -279,7 +279,7 @@ def test_the_same_blob_in_other_chunks_continues_too(tmp_path: Path) -> None:
     incoming.close()
     finer = describe(blob, 500, tmp_path)
     again = store.receive(finer, owner="a", now=0.0)
-    assert unpack_mask(again.receiver.need(resend=True).missing, 8).tolist() == [True, True, False, False] + [True] * 4
+    assert unpack_mask(again.receiver.need(resend=True, now=0.0).missing, 8).tolist() == [True, True, False, False] + [True] * 4
     again.close()
 
 

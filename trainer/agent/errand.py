@@ -128,7 +128,7 @@ class Errand:
         if self._voice.welcomed_by is None:
             return
         if self._download is not None:
-            self._download.ask()
+            self._download.ask(now=now)
         if self._upload is not None:
             self._upload.ask(now=now)
         match self.step:

@@ -12,6 +12,7 @@ from edgeflame.console import EventLog
 from edgeflame.errors import FederationError
 from edgeflame.messages import BlobNeed, Offer, UpMessage
 from edgeflame.transfer.manifest import Manifest, unpack_mask
+from edgeflame.transfer.patience import Patience
 from edgeflame.transfer.receiver import ChunkKind
 from edgeflame.transfer.store import BlobStore, Outgoing
 
@@ -48,11 +49,11 @@ class Download:
         total = self.manifest.num_chunks
         return total - self._incoming.receiver.num_missing, total
 
-    def ask(self) -> bool:
+    def ask(self, *, now: float) -> bool:
         """Ask for what is missing; True if nothing is, and the blob is in the store."""
         if self._incoming.receiver.is_complete and self._finish():
             return True
-        self._send(self._incoming.receiver.need(resend=True))
+        self._send(self._incoming.receiver.need(resend=True, now=now))
         return False
 
     def chunk(self, index: int, data: bytes, *, now: float) -> bool:
@@ -67,16 +68,16 @@ class Download:
             log.warning("chunk_damaged", sha256=self.manifest.sha256[:12], chunk=index)
         if kind is ChunkKind.NEW and receiver.is_complete:
             # The acknowledgement ends the sender's interest in us; after a wrong hash `ask` begins anew.
-            self._send(receiver.need(resend=False))
-            return self._finish() or self.ask()
-        if receiver.ack_due:
-            self._send(receiver.need(resend=False))
+            self._send(receiver.need(resend=False, now=now))
+            return self._finish() or self.ask(now=now)
+        if receiver.ack_due(now):
+            self._send(receiver.need(resend=False, now=now))
         return False
 
     def tick(self, now: float) -> None:
         """Ask again if nothing came for a while."""
         if self._incoming.receiver.stalled(now):
-            self._send(self._incoming.receiver.need(resend=True))
+            self._send(self._incoming.receiver.need(resend=True, now=now))
 
     def close(self) -> None:
         """Stop; what has come stays on disk."""
@@ -113,7 +114,7 @@ class Upload:
         self._offer = offer
         self._send = send
         self._publish = publish
-        self._quiet_since = 0.0
+        self._patience = Patience(0.0)
         self._num_missing = offer.manifest.num_chunks
 
     @property
@@ -124,7 +125,7 @@ class Upload:
 
     def ask(self, *, now: float) -> None:
         """Offer it."""
-        self._quiet_since = now
+        self._patience.said(now)
         self._send(self._offer)
 
     def need(self, need: BlobNeed, *, now: float) -> None:
@@ -137,8 +138,8 @@ class Upload:
             return
         missing = unpack_mask(need.missing, self._offer.manifest.num_chunks)
         self._num_missing = int(missing.sum())
-        self._quiet_since = now
-        self._outgoing.sender.need(OWNER, missing, resend=need.resend, now=now)
+        self._patience.heard(now)
+        self._outgoing.sender.need(OWNER, missing, resend=need.resend, now=now, window=need.window)
 
     def pump(self) -> None:
         """Send chunks until the window is full."""
@@ -146,8 +147,8 @@ class Upload:
 
     def tick(self, now: float) -> None:
         """Offer it again if nothing was heard for a while."""
-        if now - self._quiet_since >= REPEAT_S:
-            self.ask(now=now)
+        if self._patience.is_out(now):
+            self._send(self._offer)
 
     def close(self) -> None:
         """Stop."""
