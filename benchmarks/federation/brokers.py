@@ -19,6 +19,14 @@ BROKERS = ("mosquitto", "embedded") if MOSQUITTO else ("embedded",)
 START_TIMEOUT_S = 20.0
 
 
+def mosquitto_version() -> str:
+    """Its first line about itself."""
+    if MOSQUITTO is None:
+        return "no Mosquitto"
+    said = subprocess.run([MOSQUITTO, "-h"], capture_output=True, text=True, check=False)
+    return said.stdout.split("\n")[0]
+
+
 @contextlib.contextmanager
 def running(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
     """The URL and process id of a broker that runs meanwhile, with its defaults."""

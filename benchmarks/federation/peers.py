@@ -32,7 +32,6 @@ RUN = "0" * 32
 TICK_S = 0.25
 
 
-
 class Times(NamedTuple):
     """When an end began and ended, and the processor time it took in between, seconds."""
 
@@ -74,7 +73,7 @@ def raw_subscriber(control: Control, url: str, size_bytes: int) -> None:
     num_bytes = 0
     cpu = 0.0
 
-    def on_message(client: mqtt.Client, _userdata: object, message: mqtt.MQTTMessage) -> None:
+    def on_message(_client: mqtt.Client, _userdata: object, message: mqtt.MQTTMessage) -> None:
         nonlocal num_bytes
         num_bytes += len(message.payload)
         if num_bytes == size_bytes:
@@ -130,9 +129,7 @@ def intake(control: Control, url: str, _size_bytes: int) -> None:
         tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
         Link(parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put) as link,
     ):
-        taking = Intake(
-            BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode(message))
-        )
+        taking = Intake(BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode(message)))
         cpu = _ready(control, inbox)
         arrived = None
         while arrived is None:
@@ -169,9 +166,7 @@ def distributor(control: Control, url: str, path: Path) -> None:
                 site = event.topic.split("/")[4]
                 if isinstance(need, BlobNeed):
                     missing = unpack_mask(need.missing, manifest.num_chunks)
-                    outgoing.sender.need(
-                        site, missing, resend=need.resend, now=time.monotonic(), window=need.window
-                    )
+                    outgoing.sender.need(site, missing, resend=need.resend, now=time.monotonic(), window=need.window)
                 event.done()
             outgoing.pump(lambda index, data: link.publish(TOPICS.chunk(manifest.sha256, index), data))
         control.send(Times(0.0, time.monotonic(), time.process_time() - cpu))

@@ -9,13 +9,12 @@ was written); a download's ends when the last site has it whole on disk.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,11 +182,13 @@ class End:
 
 def markdown(rows: list[Row], alternations: int) -> str:
     """The table, with what it was measured on."""
-    version = subprocess.run([str(brokers.MOSQUITTO), "-h"], capture_output=True, text=True).stdout.split("\n")[0]
-    lines = [
+    conditions = (
         f"Medians of {alternations} alternations; one broker and all ends on one {platform.machine()} machine with "
-        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end; {version}. "
-        f"{time.strftime('%Y-%m-%d')}.",
+        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end; {brokers.mosquitto_version()}; "
+        f"paho-mqtt {importlib.metadata.version('paho-mqtt')}."
+    )
+    lines = [
+        conditions,
         "",
         "| broker | MB | | raw paho MB/s | blob transfer MB/s | ratio | CPU ms/MB raw: sender, receiver | blob |",
         "|---|---|---|---|---|---|---|---|",

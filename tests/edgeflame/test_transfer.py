@@ -35,6 +35,7 @@ class Faults:
     damage: float
     cut: float
     reorder: float
+    delay: float
     until: int
 
 
@@ -55,6 +56,14 @@ class FakeLink:
     step: int = 0
     to_receivers: list[tuple[int, bytes]] = field(default_factory=list)
     to_sender: list[tuple[str, BlobNeed]] = field(default_factory=list)
+    held: list[tuple[int, list, object]] = field(default_factory=list)
+
+    def advance(self) -> None:
+        """One step on; what was held back long enough goes in."""
+        self.step += 1
+        for entry in [entry for entry in self.held if entry[0] <= self.step]:
+            self.held.remove(entry)
+            entry[1].append(entry[2])
 
     def chunk(self, index: int, data: bytes) -> None:
         self._put(self.to_receivers, (index, self._hurt(data)))
@@ -68,6 +77,9 @@ class FakeLink:
         if broken and chance() < faults.drop:
             return
         for _ in range(2 if broken and chance() < faults.double else 1):
+            if broken and chance() < faults.delay:
+                self.held.append((self.step + self.random.randint(1, 60), queue, item))
+                continue
             at = self.random.randint(0, len(queue)) if broken and chance() < faults.reorder else len(queue)
             queue.insert(at, item)
 
@@ -88,12 +100,14 @@ def run_transfer(blob: bytes, manifest: Manifest, sides: dict[str, Side], link: 
     for name, side in sides.items():
         link.need(name, side.receiver.need(resend=True, now=now))
     while not all(side.done or side.given_up for side in sides.values()):
-        link.step += 1
+        link.advance()
         assert link.step < 20_000, "the transfer never ends"
         progress = False
         if link.to_sender:
             name, need = link.to_sender.pop(0)
-            sender.need(name, unpack_mask(need.missing, manifest.num_chunks), resend=need.resend, now=now, window=need.window)
+            sender.need(
+                name, unpack_mask(need.missing, manifest.num_chunks), resend=need.resend, now=now, window=need.window
+            )
             progress = True
         if (index := sender.next_chunk(now)) is not None:
             sent += 1
@@ -130,7 +144,14 @@ def new_side(manifest: Manifest, now: float = 0.0) -> Side:
 
 chance = st.floats(0, 0.6)
 faults = st.builds(
-    Faults, drop=chance, double=chance, damage=chance, cut=chance, reorder=chance, until=st.integers(0, 400)
+    Faults,
+    drop=chance,
+    double=chance,
+    damage=chance,
+    cut=chance,
+    reorder=chance,
+    delay=chance,
+    until=st.integers(0, 400),
 )
 
 
@@ -151,7 +172,7 @@ def test_a_bad_link_costs_time_and_never_gives_wrong_bytes(
     assert all(bytes(side.data) == blob for side in sides.values())
 
 
-PERFECT = Faults(drop=0, double=0, damage=0, cut=0, reorder=0, until=0)
+PERFECT = Faults(drop=0, double=0, damage=0, cut=0, reorder=0, delay=0, until=0)
 
 
 def test_a_perfect_link_sends_each_chunk_once_for_all(tmp_path: Path) -> None:
@@ -195,6 +216,93 @@ def test_one_silent_receiver_does_not_stop_the_others(tmp_path: Path) -> None:
     assert sender.next_chunk(4.0) is None
     assert sender.next_chunk(6.0) == 2
     assert sender.receivers == {"alive"}
+
+
+def test_a_silent_receiver_that_speaks_again_is_not_sent_what_is_on_its_way_already(tmp_path: Path) -> None:
+    manifest = describe(b"x" * 100, 10, tmp_path)
+    sender = Sender(manifest, silence_s=5.0)
+    missing = np.ones(10, dtype=np.bool_)
+    sender.need("slow", missing, resend=True, now=0.0, window=3)
+    assert [sender.next_chunk(0.0) for _ in range(4)] == [0, 1, 2, None]
+    assert sender.next_chunk(6.0) is None
+    assert not sender.receivers
+    missing[0] = False
+    sender.need("slow", missing, resend=False, now=8.0, window=3)
+    assert [sender.next_chunk(8.0) for _ in range(2)] == [3, None]
+
+
+def arrive(receiver: Receiver, blob: bytes, index: int, now: float) -> bool:
+    offset, length = receiver.manifest.offset(index), receiver.manifest.length(index)
+    assert receiver.chunk(index, blob[offset : offset + length], now=now) is ChunkKind.NEW
+    return receiver.ack_due(now)
+
+
+def test_the_window_grows_on_a_fast_link_and_stays_small_on_a_slow_one(tmp_path: Path) -> None:
+    blob = random.Random(5).randbytes(4000)
+    manifest = describe(blob, 10, tmp_path)
+    none = np.zeros(manifest.num_chunks, dtype=np.bool_)
+    windows: dict[float, list[int]] = {}
+    for seconds_a_chunk in (0.001, 0.1, 2.0, 20.0):
+        receiver = Receiver(manifest, have=none, now=0.0)
+        windows[seconds_a_chunk] = [receiver.need(resend=True, now=0.0).window]
+        for index in range(100):
+            now = seconds_a_chunk * (index + 1)
+            if arrive(receiver, blob, index, now):
+                windows[seconds_a_chunk].append(receiver.need(resend=False, now=now).window)
+    assert windows[0.001][:4] == [16, 32, 64, 64]
+    # 2 s of chunks, whatever their pace; and each acknowledged at once where they are rarer than one a second.
+    assert all(18 <= window <= 22 for window in windows[0.1][1:])
+    assert set(windows[2.0][1:]) == set(windows[20.0][1:]) == {2}
+    assert len(windows[2.0]) == 101
+
+
+def test_a_slow_link_is_given_the_time_that_its_chunks_take(tmp_path: Path) -> None:
+    blob = random.Random(6).randbytes(100)
+    receiver = Receiver(describe(blob, 10, tmp_path), have=np.zeros(10, dtype=np.bool_), now=0.0)
+    assert receiver.stalled(5.0)
+    assert not receiver.stalled(14.9)
+    assert receiver.stalled(15.0)
+    arrive(receiver, blob, 0, now=16.0)
+    arrive(receiver, blob, 1, now=24.0)
+    # The last pause was 8 s: nothing is lost before twice that.
+    assert not receiver.stalled(39.9)
+    assert receiver.stalled(40.0)
+    arrive(receiver, blob, 2, now=41.0)
+    for index in range(3, 5):
+        arrive(receiver, blob, index, now=41.0)
+    assert not receiver.stalled(45.9)
+    assert receiver.stalled(46.0)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(12)), killed_after=st.integers(0, 11), seed=st.integers(0, 99))
+def test_chunks_in_any_order_over_a_restart_are_hashed_right(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], killed_after: int, seed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    blob = random.Random(seed).randbytes(1150)
+    manifest = describe(blob, 100, folder)
+    incoming = BlobStore(folder / "store").receive(manifest, owner="a", now=0.0)
+    for position, index in enumerate(order):
+        if position == killed_after:
+            incoming.close()
+            incoming = BlobStore(folder / "store").receive(manifest, owner="a", now=0.0)
+        incoming.chunk(index, blob[manifest.offset(index) :][: manifest.length(index)], now=0.0)
+    assert incoming.finish()
+    assert BlobStore(folder / "store").path(manifest.sha256).read_bytes() == blob
+
+
+def test_a_false_hash_is_found_again_after_starting_over(tmp_path: Path) -> None:
+    blob = b"q" * 500
+    honest = describe(blob, 100, tmp_path)
+    false = Manifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
+    incoming = BlobStore(tmp_path / "store").receive(false, owner="a", now=0.0)
+    for attempt in range(MAX_ATTEMPTS):
+        for index in range(5):
+            assert incoming.chunk(index, blob[:100], now=0.0) is ChunkKind.NEW
+        assert not incoming.finish()
+        assert incoming.receiver.start_over() is (attempt + 1 < MAX_ATTEMPTS)
+    incoming.discard()
 
 
 def test_a_repair_request_counts_what_is_on_its_way_as_lost(tmp_path: Path) -> None:
@@ -279,7 +387,10 @@ def test_the_same_blob_in_other_chunks_continues_too(tmp_path: Path) -> None:
     incoming.close()
     finer = describe(blob, 500, tmp_path)
     again = store.receive(finer, owner="a", now=0.0)
-    assert unpack_mask(again.receiver.need(resend=True, now=0.0).missing, 8).tolist() == [True, True, False, False] + [True] * 4
+    assert (
+        unpack_mask(again.receiver.need(resend=True, now=0.0).missing, 8).tolist()
+        == [True, True, False, False] + [True] * 4
+    )
     again.close()
 
 
