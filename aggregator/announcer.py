@@ -63,6 +63,8 @@ class Announcer:
                 ledger_manifest = self._manifest(self._ledger_blob(state))
             case "done" if state.model is not None:
                 base = self._manifest(state.model)
+                # For sites that come late, if the aggregator stays; and for their provenance.
+                ledger_manifest = self._manifest(self._ledger_blob(state))
             case _:
                 pass
         if state.phase in ("finish", "done") and state.statistics is not None and state.statistics.model is not None:
@@ -81,7 +83,8 @@ class Announcer:
             statistics=statistics,
             ledger=ledger_manifest,
             deadline_s=config.deadline_s,
-            detail=state.ended.reason[:500] if state.ended else "",
+            detail=_detail(state, available)[:500],
+            paused=tuple(sorted(site for site, by in state.paused.items() if "operator" in by)),
         )
 
     def needed(self, site: str, need: BlobNeed, *, now: float) -> bool:
@@ -121,7 +124,7 @@ class Announcer:
     def _ledger_blob(self, state: RunState) -> str:
         if self._ledger is None or self._ledger not in self._store:
             # As it was when training ended: a restarted aggregator must name the same blob.
-            trained = replace(state, finished={}, not_finished={}, ended=None)
+            trained = replace(state, finished={}, not_finished={}, left={}, ended=None)
             write_durably(self._draft, msgspec.json.encode(ledger(trained)))
             self._ledger = self._store.add(self._draft).sha256
         return self._ledger
@@ -138,3 +141,13 @@ class Announcer:
             self._outgoing.pop(sha256).close()
         for sha256 in self._manifests.keys() - wanted:
             del self._manifests[sha256]
+
+
+def _detail(state: RunState, available: tuple[str, ...]) -> str:
+    if state.ended:
+        return state.ended.reason
+    if state.phase == "finish" and state.last_round is not None:
+        return state.last_round.reason
+    if state.phase in ("initialise", "train") and not available:
+        return "every site is paused"
+    return ""

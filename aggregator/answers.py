@@ -16,6 +16,9 @@ from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
 HEADER_SLACK_BYTES = 64 << 10
 """An update may be so much larger than the initial model: safetensors headers differ by their metadata."""
 
+MAX_REFUSED = 5
+"""So many updates of a site are looked at in a round, if each is bad: a site gone wrong must not fill the journal."""
+
 
 def known_answer(state: RunState, site: str, offer: Offer) -> DownMessage | None:
     """The answer to an offer that needs no look at the blob; None if it does."""
@@ -23,7 +26,14 @@ def known_answer(state: RunState, site: str, offer: Offer) -> DownMessage | None
         return refusal(offer, "unknown_run", f"this run is {state.run}")
     if site not in state.members:
         return refusal(offer, "unknown_site", "not ready when it was offered")
+    if (gone := state.left.get(site)) is not None and not _accepted(state, site, offer):
+        return refusal(offer, "left", f"the site has left the run: {gone.detail}")
     return _known_initial(state, site, offer) if offer.purpose == "initial" else _known_gathered(state, site, offer)
+
+
+def _accepted(state: RunState, site: str, offer: Offer) -> bool:
+    entry = round_of(state, offer)
+    return entry is not None and site in entry.accepted and entry.accepted[site].sha256 == offer.manifest.sha256
 
 
 def _known_initial(state: RunState, site: str, offer: Offer) -> DownMessage | None:
@@ -55,7 +65,9 @@ def _known_gathered(state: RunState, site: str, offer: Offer) -> DownMessage | N
         reason: Reason = "late" if asked is state.gathering else "stale_round"
         return refusal(offer, reason, f"{what} is closed")
     refused = asked.refused.get(site)
-    if refused is not None and refused.sha256 == sha256:
+    if refused is not None and (
+        refused.sha256 == sha256 or asked.num_refused[site] >= MAX_REFUSED or refused.reason == "left"
+    ):
         return refusal(offer, refused.reason, refused.detail)
     return None
 

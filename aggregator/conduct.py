@@ -16,14 +16,13 @@ from aggregator.config import AggregateConfig
 from aggregator.facts import Fact, Round, RunStarted, RunState, begin
 from aggregator.journal import Journal
 from aggregator.ledger import contributions, ledger
-from aggregator.models import Verdict, check_initial, check_statistics, check_update, merge
+from aggregator.models import Verdict, check_initial, check_statistics, check_update, merge, relative_change
 from aggregator.rounds import Output, RoundMachine
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError
 from edgeflame.messages import Offer
 from edgeflame.pooling import pool_statistics
 from edgeflame.statedir import copy_durably, write_durably
-from edgeflame.transfer.manifest import Manifest
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")
@@ -104,7 +103,13 @@ def settle(
     """
     if entry.purpose == "update":
         model = make_model(machine.state, entry, store, folder / ".model.draft")
-        return machine.merged(entry.number, sha256=model.sha256, size_bytes=model.size_bytes, now=clock())
+        return machine.merged(
+            entry.number,
+            sha256=model.sha256,
+            size_bytes=model.size_bytes,
+            relative_change=model.relative_change,
+            now=clock(),
+        )
     draft = folder / ".statistics.draft"
     parts = {site: store.path(part.sha256) for site, part in entry.accepted.items()}
     truncation = pool_statistics(parts, draft, rank=machine.state.config.statistics_rank)
@@ -114,16 +119,28 @@ def settle(
     )
 
 
-def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class MadeModel:
+    """A round's model, in the store; ``relative_change`` as in :class:`aggregator.facts.ModelMade`."""
+
+    sha256: str
+    size_bytes: int
+    relative_change: float | None
+
+
+def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> MadeModel:
     """Make a round's model of its accepted updates, into the store; ``draft`` is a path on the store's file system."""
+    base = store.path(entry.base)
     merge(
         state.config,
-        store.path(entry.base),
+        base,
         contributions(entry, store.path),
         draft,
         num_members=len(state.members),
     )
-    return store.add(draft)
+    change = relative_change(base, draft)
+    manifest = store.add(draft)
+    return MadeModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)
 
 
 def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult:

@@ -14,6 +14,32 @@ from edgeflame.messages import MAX_ROUNDS
 from edgeflame.topics import check_name
 
 
+class Convergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When the rounds end before their planned number; never, unless a bound is given. With two, both must hold."""
+
+    model_change: float | None = None
+    """The global model moved by less than this in a round, relative to its norm."""
+    metric_change: float | None = None
+    """``metric`` changed by less than this from the round before, relative to its value there."""
+    metric: str = "loss"
+    """A figure that sites report with their updates; averaged by samples."""
+    patience: int = 2
+    """In so many rounds one after another."""
+    min_rounds: int = 1
+    """Not before so many rounds."""
+
+    def __post_init__(self) -> None:
+        bounds = {"model_change": self.model_change, "metric_change": self.metric_change}
+        for name, value in bounds.items():
+            if value is not None and not 0 < value < math.inf:
+                msg = f"convergence.{name} must be > 0, not {value}"
+                raise ConfigError(msg)
+        for name, count in {"patience": self.patience, "min_rounds": self.min_rounds}.items():
+            if not 1 <= count <= MAX_ROUNDS:
+                msg = f"convergence.{name} must be 1..{MAX_ROUNDS}, not {count}"
+                raise ConfigError(msg)
+
+
 class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The keys of ``edgeflame aggregate --config F``; the learning in the section ``[learning]``."""
 
@@ -47,6 +73,7 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     statistics_rank: int = 48
     """Of ``low_rank``: eigenpairs per position that are sent and handed out (16 MB a site by default). More than a
     package uses (``learning.scoring.max_rank``), because what each site cuts off is lost to all."""
+    convergence: Convergence = Convergence()
     learning: Learning = Learning(method="flame")
 
     def __post_init__(self) -> None:

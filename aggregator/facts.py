@@ -17,6 +17,8 @@ from edgeflame.messages import Phase, Reason
 Gathered = Literal["update", "statistics"]
 """What sites are asked for: the updates of a round, or their statistics after the last. Facts about the latter have
 round 0."""
+Pauser = Literal["site", "operator"]
+"""Who decides about a site: its own operator, or the aggregator's."""
 
 
 class _Fact(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
@@ -93,6 +95,8 @@ class RoundClosed(_Fact, frozen=True, kw_only=True, tag="round_closed"):
     round: int
     left_out: tuple[str, ...]
     purpose: Gathered = "update"
+    paused: tuple[str, ...] = ()
+    """Those of them that were at rest: not asked for more than they could do, so not lost."""
 
 
 class ModelMade(_Fact, frozen=True, kw_only=True, tag="model_made"):
@@ -101,6 +105,8 @@ class ModelMade(_Fact, frozen=True, kw_only=True, tag="model_made"):
     round: int
     sha256: str
     size_bytes: int
+    relative_change: float | None = None
+    """The distance to the base model over the base model's norm; None if they have not the same tensors."""
 
 
 class StatisticsMade(_Fact, frozen=True, kw_only=True, tag="statistics_made"):
@@ -124,6 +130,39 @@ class SiteNotFinished(_Fact, frozen=True, kw_only=True, tag="site_not_finished")
     detail: str
 
 
+class SitePaused(_Fact, frozen=True, kw_only=True, tag="site_paused"):
+    """A site rests: it is not asked, and not missed."""
+
+    site: str
+    by: Pauser
+    reason: str
+
+
+class SiteResumed(_Fact, frozen=True, kw_only=True, tag="site_resumed"):
+    """One of the two who may pause a site has it go on."""
+
+    site: str
+    by: Pauser
+
+
+class SiteLeft(_Fact, frozen=True, kw_only=True, tag="site_left"):
+    """A site, as this install, is of the run no more. It may come back as another install, by joining anew."""
+
+    site: str
+    install: str
+    by: Pauser
+    detail: str
+
+
+class LastRound(_Fact, frozen=True, kw_only=True, tag="last_round"):
+    """The rounds are over before their planned number, with the newest model as the final one: when the round at
+    hand has its model, or at once if none is open.
+    """
+
+    cause: Literal["converged", "operator"]
+    reason: str
+
+
 class RunEnded(_Fact, frozen=True, kw_only=True, tag="run_ended"):
     succeeded: bool
     reason: str
@@ -144,6 +183,10 @@ Fact = (
     | StatisticsMade
     | SiteFinished
     | SiteNotFinished
+    | SitePaused
+    | SiteResumed
+    | SiteLeft
+    | LastRound
     | RunEnded
 )
 
@@ -160,10 +203,16 @@ class Round:
     refused: dict[str, UpdateRefused] = field(default_factory=dict)
     """The last refusal of each site that was not accepted afterwards."""
     left_out: tuple[str, ...] = ()
+    paused: tuple[str, ...] = ()
+    """Of those left out: the ones at rest."""
     is_closed: bool = False
     model: str | None = None
     """SHA-256 of what was made of it: the next model, or the pooled statistics."""
     purpose: Gathered = "update"
+    relative_change: float | None = None
+    """Of the model to the base."""
+    num_refused: dict[str, int] = field(default_factory=dict)
+    """How many updates of each site were refused."""
 
     @property
     def open_sites(self) -> tuple[str, ...]:
@@ -191,7 +240,22 @@ class RunState:
     truncation: dict[str, float] = field(default_factory=dict)
     finished: dict[str, SiteFinished] = field(default_factory=dict)
     not_finished: dict[str, str] = field(default_factory=dict)
+    paused: dict[str, dict[Pauser, str]] = field(default_factory=dict)
+    """Sites at rest: by whom, and why."""
+    left: dict[str, SiteLeft] = field(default_factory=dict)
+    """Members that left for good and have not joined anew."""
+    last_round: LastRound | None = None
     ended: RunEnded | None = None
+
+    @property
+    def present(self) -> frozenset[str]:
+        """Members that have not left."""
+        return frozenset(self.members.keys() - self.left.keys())
+
+    @property
+    def rounds_over(self) -> bool:
+        """No further round is to begin."""
+        return self.last_round is not None or len(self.rounds) >= self.config.rounds
 
     @property
     def round(self) -> Round | None:
@@ -212,7 +276,7 @@ class RunState:
     @property
     def is_trained(self) -> bool:
         """The final model is made."""
-        return bool(self.rounds) and self.rounds[-1].model is not None and len(self.rounds) == self.config.rounds
+        return bool(self.rounds) and self.rounds[-1].model is not None and self.rounds_over
 
 
 def begin(fact: RunStarted) -> RunState:
@@ -226,7 +290,8 @@ def apply(state: RunState, fact: Fact) -> RunState:
         case RunStarted():
             return begin(fact)
         case SiteJoined():
-            return replace(state, members={**state.members, fact.site: fact})
+            left = {site: gone for site, gone in state.left.items() if site != fact.site}
+            return replace(state, members={**state.members, fact.site: fact}, left=left)
         case SourceChosen():
             return replace(state, phase="initialise", sources=(*state.sources, fact.site))
         case InitialAccepted():
@@ -247,6 +312,19 @@ def apply(state: RunState, fact: Fact) -> RunState:
             return replace(state, finished={**state.finished, fact.site: fact})
         case SiteNotFinished():
             return replace(state, not_finished={**state.not_finished, fact.site: fact.detail})
+        case SitePaused():
+            reasons = {**state.paused.get(fact.site, {}), fact.by: fact.reason}
+            return replace(state, paused={**state.paused, fact.site: reasons})
+        case SiteResumed():
+            reasons = {by: reason for by, reason in state.paused.get(fact.site, {}).items() if by != fact.by}
+            others = {site: kept for site, kept in state.paused.items() if site != fact.site}
+            return replace(state, paused={**others, fact.site: reasons} if reasons else others)
+        case SiteLeft():
+            paused = {site: kept for site, kept in state.paused.items() if site != fact.site}
+            return replace(state, left={**state.left, fact.site: fact}, paused=paused)
+        case LastRound():
+            state = replace(state, last_round=fact)
+            return replace(state, phase=_phase_after_a_round(state))
         case RunEnded():
             return replace(state, phase="done" if fact.succeeded else "failed", ended=fact)
         case UpdateAccepted() | UpdateRefused() | RoundClosed() | ModelMade():
@@ -255,11 +333,9 @@ def apply(state: RunState, fact: Fact) -> RunState:
 
 def _apply_to_round(state: RunState, fact: UpdateAccepted | UpdateRefused | RoundClosed | ModelMade) -> RunState:
     if isinstance(fact, ModelMade):
-        current = replace(state.rounds[-1], model=fact.sha256)
+        current = replace(state.rounds[-1], model=fact.sha256, relative_change=fact.relative_change)
         state = replace(state, model=fact.sha256, rounds=(*state.rounds[:-1], current))
-        # Where statistics are shared, these are gathered next.
-        finishes = state.is_trained and state.config.statistics == "site"
-        return replace(state, phase="finish" if finishes else state.phase)
+        return replace(state, phase=_phase_after_a_round(state))
     gathered = state.statistics if fact.purpose == "statistics" else state.round
     assert gathered is not None
     current = gathered
@@ -268,9 +344,16 @@ def _apply_to_round(state: RunState, fact: UpdateAccepted | UpdateRefused | Roun
             refused = {site: refusal for site, refusal in current.refused.items() if site != fact.site}
             current = replace(current, accepted={**current.accepted, fact.site: fact}, refused=refused)
         case UpdateRefused():
-            current = replace(current, refused={**current.refused, fact.site: fact})
+            count = {**current.num_refused, fact.site: current.num_refused.get(fact.site, 0) + 1}
+            current = replace(current, refused={**current.refused, fact.site: fact}, num_refused=count)
         case RoundClosed():
-            current = replace(current, left_out=fact.left_out, is_closed=True)
+            current = replace(current, left_out=fact.left_out, paused=fact.paused, is_closed=True)
     if fact.purpose == "statistics":
         return replace(state, statistics=current)
     return replace(state, rounds=(*state.rounds[:-1], current))
+
+
+def _phase_after_a_round(state: RunState) -> Phase:
+    """``finish`` when the final model is made; where statistics are shared, these are gathered first."""
+    finishes = state.phase == "train" and state.is_trained and state.config.statistics == "site"
+    return "finish" if finishes else state.phase

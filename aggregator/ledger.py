@@ -21,7 +21,11 @@ def ledger(state: RunState) -> dict[str, Any]:
         "method": state.config.learning.method,
         "strategy": rule_name(state.config.strategy, state.config.learning.method),
         "rounds_planned": state.config.rounds,
+        "rounds_ended_early": None
+        if state.last_round is None
+        else {"cause": state.last_round.cause, "reason": state.last_round.reason},
         "members": sorted(state.members),
+        "left": [{"site": fact.site, "by": fact.by, "detail": fact.detail} for _, fact in sorted(state.left.items())],
         "initial_model": None
         if state.initial is None
         else {"site": state.initial.site, "sha256": state.initial.sha256},
@@ -92,7 +96,10 @@ def _statistics(entry: Round, state: RunState) -> dict[str, Any]:
 
 
 def _left_out(entry: Round) -> list[dict[str, str]]:
-    left_out = [{"site": site, "reason": "no progress until the deadline", "detail": ""} for site in entry.left_out]
+    left_out = [
+        {"site": site, "reason": "paused" if site in entry.paused else "no progress until the deadline", "detail": ""}
+        for site in entry.left_out
+    ]
     refused = [
         {"site": site, "reason": refusal.reason, "detail": refusal.detail}
         for site, refusal in sorted(entry.refused.items())
@@ -122,4 +129,5 @@ def _round(entry: Round, state: RunState) -> dict[str, Any]:
         ],
         "left_out": _left_out(entry),
         "model_sha256": entry.model,
+        "model_relative_change": entry.relative_change,
     }

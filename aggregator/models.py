@@ -113,6 +113,12 @@ def check_statistics(path: Path, *, model: str, num_samples: int, like: Path | N
     return Verdict()
 
 
+def relative_change(base: Path, model: Path) -> float | None:
+    """How far a model is from its base, in units of the base's norm; None if their tensors differ in kind."""
+    verdict = check_update(model, base, max_relative_change=math.inf)
+    return None if verdict.reason is not None else verdict.relative_change
+
+
 def merge(
     config: AggregateConfig, base: Path, contributions: Iterable[Contribution], out: Path, *, num_members: int
 ) -> None:

@@ -7,13 +7,16 @@ install may take the name only when its holder has not been heard for ``SILENCE_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 SILENCE_S = 15.0
 """Sites speak every second or two; one unheard for so long is not alive, or cut off."""
 GONE_S = 3.0
 """What is left of ``SILENCE_S`` after a site's goodbye or last will: time to come back after a blink."""
+
+MAX_SITES = 10_000
+"""Names that are known at once. Who may connect may make up names; memory must not follow."""
 
 
 @dataclass
@@ -42,6 +45,22 @@ class Roster:
         self._holders[site] = _Holder(install=install, boot=boot, heard_at=now)
         return True
 
+    def release(self, site: str) -> None:
+        """A site has left: its name is free."""
+        self._holders.pop(site, None)
+
+    def make_room(self, keep: Collection[str], now: float) -> bool:
+        """Forget who is silent and not to be kept, if there are ``MAX_SITES``; whether another has room then."""
+        if len(self._holders) >= MAX_SITES:
+            for site in [site for site in self._holders if site not in keep and not self.is_live(site, now)]:
+                del self._holders[site]
+        return len(self._holders) < MAX_SITES
+
+    def boot_of(self, site: str) -> str | None:
+        """The process that was admitted as a site and heard since our start."""
+        holder = self._holders.get(site)
+        return None if holder is None else holder.boot
+
     def heard(self, site: str, *, boot: str, now: float) -> bool:
         """A sign of life of a boot; whether that is the one admitted."""
         holder = self._holders.get(site)
@@ -57,6 +76,9 @@ class Roster:
             return False
         holder.heard_at = min(holder.heard_at, now - SILENCE_S + GONE_S)
         return True
+
+    def __contains__(self, site: str) -> bool:
+        return site in self._holders
 
     def install_of(self, site: str) -> str | None:
         """The install that holds a name."""

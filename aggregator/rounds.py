@@ -18,15 +18,26 @@ A run goes through these phases::
     statistics  Only where statistics are federated. Each member is asked for its own with the final model, and ends
                 up as in a round: round 0 of the journal, with the same quorum. Then they are pooled.
     finish      Each member makes its package from the final model, and says so; who is silent is left out.
-    done/failed Nothing more happens.
+    done/failed Nothing more happens, except that an aggregator that stays takes note of packages made late.
+
+Three things may happen in any phase before the end:
+
+    pause       A site, or the aggregator's operator, has a site rest. It is not asked and not missed: a round in
+                which it was asked waits for it as long as for any other site; then it is left out without being
+                lost, unless the quorum depends on it: while it shows that it lives the round waits, for there would
+                be nothing to win by failing. With every site at rest no round begins.
+    leave       A site, or the operator, ends its part for good. What it has contributed stays; nothing is asked of
+                it or waited for any more. It may come back as another install, by joining anew.
+    early end   The rounds are over before their number when the configuration's criterion says that the model has
+                converged, or the operator wants no further one; then the finish follows. ``stop`` ends the run.
 
 Everything decided is a :class:`~aggregator.facts.Fact`. A call returns the facts it decided on, as
 :class:`Record` outputs, before the outputs that act on them; the caller writes all facts of a call in one
 transaction before it does anything else. A restarted aggregator folds the facts into the same state and calls
 :meth:`RoundMachine.resume`, which asks for whatever that state still waits for.
 
-What is *not* journalled is who made progress when. It only delays the deadline: after a restart every site has
-the whole of it again.
+What is *not* journalled is who made progress when, and who was heard when. It only delays the deadline: after a
+restart every site has the whole of it again.
 
 Answers are idempotent. An offer that was accepted gets its receipt again, one that was refused its refusal; an
 offer is judged by the state at hand, so nothing depends on the order or number of messages. A site that was left
@@ -39,11 +50,14 @@ import random
 from dataclasses import dataclass
 
 from aggregator.answers import implausible, known_answer, receipt, refusal
+from aggregator.convergence import converged
 from aggregator.facts import (
     Fact,
     InitialAccepted,
     InitialRefused,
+    LastRound,
     ModelMade,
+    Pauser,
     Round,
     RoundClosed,
     RoundStarted,
@@ -51,7 +65,10 @@ from aggregator.facts import (
     RunState,
     SiteFinished,
     SiteJoined,
+    SiteLeft,
     SiteNotFinished,
+    SitePaused,
+    SiteResumed,
     SourceChosen,
     StatisticsMade,
     UpdateAccepted,
@@ -99,7 +116,15 @@ class Merge:
     round: Round
 
 
-Output = Record | Announce | Tell | Receive | Merge
+@dataclass(frozen=True, kw_only=True)
+class Dismiss:
+    """A site is of the run no more: tell its process, forget what it was sending, and give its name free."""
+
+    site: str
+    detail: str
+
+
+Output = Record | Announce | Tell | Receive | Merge | Dismiss
 
 
 class RoundMachine:
@@ -113,6 +138,7 @@ class RoundMachine:
     def __init__(self, state: RunState, *, now: float) -> None:
         self._state = state
         self._progress: dict[str, float] = dict.fromkeys(state.members, now)
+        self._heard: dict[str, float] = {}
         self._restarted_at = now
         self._returned: set[str] = set()
 
@@ -127,16 +153,20 @@ class RoundMachine:
         is_open = self._state.phase in ("train", "statistics")
         if is_open and current is not None and current.is_closed and current.model is None:
             outputs.append(Merge(round=current))
-        return outputs + self._start_if_enough(now)
+        return outputs + self._go_on(now)
 
     def ready(self, site: str, *, install: str, initial: str, now: float) -> list[Output]:
-        """A site can take part. Repeated; only the first time matters."""
+        """A site can take part. Repeated; only the first time matters, and after it left only another install does."""
         known = self._state.members.get(site)
-        if self._state.ended or (known is not None and (known.install, known.initial) == (install, initial)):
+        if self._state.ended or (known is not None and known.install == install):
             return []
         self._progress[site] = now
         joined = self._record(SiteJoined(site=site, install=install, initial=initial))
-        return [*joined, *self._start_if_enough(now)]
+        return [*joined, *self._go_on(now)]
+
+    def heard(self, site: str, now: float) -> None:
+        """A site's process lives; whether it makes progress is another matter."""
+        self._heard[site] = now
 
     def progressed(self, site: str, now: float, *, is_ready: bool = True) -> None:
         """A site is a step further: it trained, sent or fetched something new.
@@ -221,17 +251,18 @@ class RoundMachine:
                 ]
         return [*outputs, Tell(site=site, message=reply)]
 
-    def merged(self, number: int, *, sha256: str, size_bytes: int, now: float) -> list[Output]:
-        """A round's model is on disk."""
-        outputs = self._record(ModelMade(round=number, sha256=sha256, size_bytes=size_bytes))
+    def merged(
+        self, number: int, *, sha256: str, size_bytes: int, relative_change: float | None = None, now: float
+    ) -> list[Output]:
+        """A round's model is on disk; ``relative_change`` as in :class:`ModelMade`."""
+        made = ModelMade(round=number, sha256=sha256, size_bytes=size_bytes, relative_change=relative_change)
+        outputs = self._record(made)
+        if not self._state.rounds_over and (reason := converged(self._state)) is not None:
+            outputs += self._record(LastRound(cause="converged", reason=reason))
         if self._state.phase == "finish":
             self._restart_deadlines(now)
             return [*outputs, Announce()]
-        if self._state.is_trained:
-            self._restart_deadlines(now)
-            asked = tuple(self.available_sites())
-            return [*outputs, *self._record(RoundStarted(round=0, asked=asked, purpose="statistics")), Announce()]
-        return [*outputs, *self._start_round(number + 1, now)]
+        return [*outputs, *(self._go_on(now) or [Announce()])]
 
     def pooled(self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float) -> list[Output]:
         """The pooled statistics are on disk."""
@@ -248,10 +279,62 @@ class RoundMachine:
             answer = Refusal(run=report.run, purpose="finish", round=0, reason=reason, detail=detail)
             return [Tell(site=site, message=answer)]
         outputs: list[Output] = []
-        if state.phase == "finish" and site not in state.finished:
+        # After the end as well, if it ended well: the package exists, and the ledger should say so.
+        if state.phase in ("finish", "done") and site not in state.finished:
             outputs = self._record(SiteFinished(site=site, package=report.package, summary=report.summary))
         outputs.append(Tell(site=site, message=Receipt(run=state.run, purpose="finish", round=0)))
         return [*outputs, *self._end_if_finished(now)]
+
+    def pause(self, site: str, *, by: Pauser, reason: str, now: float) -> list[Output]:
+        """A site rests from now on."""
+        state = self._state
+        if state.ended or site not in state.present or by in state.paused.get(site, {}):
+            return []
+        self._progress[site] = now
+        outputs = self._record(SitePaused(site=site, by=by, reason=reason))
+        return [*outputs, Announce()] if by == "operator" else outputs
+
+    def unpause(self, site: str, *, by: Pauser, now: float) -> list[Output]:
+        """One of those who had a site rest wants it to no more; it goes on when all of them do."""
+        if self._state.ended or by not in self._state.paused.get(site, {}):
+            return []
+        self._progress[site] = now
+        outputs = self._record(SiteResumed(site=site, by=by))
+        if by == "operator":
+            outputs.append(Announce())
+        return [*outputs, *self._go_on(now)]
+
+    def leave(self, site: str, *, by: Pauser, detail: str, now: float) -> list[Output]:
+        """A site leaves the run for good, or is removed from it."""
+        state, current = self._state, self._state.gathering
+        if state.ended or site not in state.present:
+            return []
+        outputs = self._record(SiteLeft(site=site, install=state.members[site].install, by=by, detail=detail))
+        outputs.append(Dismiss(site=site, detail=detail))
+        if state.phase == "initialise" and state.initial is None and state.sources[-1] == site:
+            outputs += self._record(InitialRefused(site=site, reason="left", detail=detail))
+        elif current is not None and not current.is_closed and site in current.open_sites:
+            refused = UpdateRefused(
+                round=current.number, site=site, sha256=None, reason="left", detail=detail, purpose=current.purpose
+            )
+            outputs += self._record(refused)
+            return [*outputs, *self._close_if_complete(now)]
+        elif state.phase == "finish" and site not in state.finished:
+            outputs += self._record(SiteNotFinished(site=site, detail=f"left: {detail}"))
+        return [*outputs, *self._go_on(now)]
+
+    def finish_early(self, reason: str, now: float) -> list[Output]:
+        """The operator wants no round after the one at hand."""
+        if self._state.phase != "train" or self._state.rounds_over:
+            return []
+        outputs = self._record(LastRound(cause="operator", reason=reason))
+        if self.state.phase == "finish":
+            self._restart_deadlines(now)
+        return [*outputs, *(self._go_on(now) or [Announce()])]
+
+    def stop(self, reason: str) -> list[Output]:
+        """The operator ends the run, without a result."""
+        return [] if self._state.ended else self._end(succeeded=False, reason=f"stopped by the operator: {reason}")
 
     def tick(self, now: float) -> list[Output]:
         """Time passes; call it at least every second."""
@@ -260,12 +343,10 @@ class RoundMachine:
             case "initialise" if state.initial is None and self._is_silent(state.sources[-1], now):
                 return self._next_source(now)
             case "train" | "statistics" if current is not None and not current.is_closed:
-                if all(self._is_silent(site, now) for site in current.open_sites):
+                if all(self._is_silent(site, now) for site in current.open_sites) and not self._must_wait(now):
                     return self._close(now)
-            case "finish":
-                return self._end_if_finished(now)
             case _:
-                pass
+                return self._go_on(now)
         return []
 
     # Transitions.
@@ -274,19 +355,35 @@ class RoundMachine:
         self._state = apply(self._state, fact)
         return [Record(fact=fact)]
 
+    def _go_on(self, now: float) -> list[Output]:
+        """Begin what may begin now; when sites come, go, rest or return, and when something is done."""
+        state, current = self._state, self._state.round
+        match state.phase:
+            case "waiting":
+                return self._start_if_enough(now)
+            case "initialise" if state.initial is None:
+                return self._next_source(now) if state.sources[-1] in state.refused_sources else []
+            case "initialise" | "train" if current is None or current.model is not None:
+                return self._gather_next(now)
+            case "finish":
+                return self._end_if_finished(now)
+            case _:
+                return []
+
     def _start_if_enough(self, now: float) -> list[Output]:
-        state, config = self._state, self._state.config
-        if state.phase != "waiting":
-            return []
-        ready = set(state.members)
+        config = self._state.config
+        ready = self._state.present - self._state.paused.keys()
         enough = ready.issuperset(config.expected_sites) and len(ready) >= (
             len(config.expected_sites) or config.min_sites
         )
         return self._next_source(now) if enough else []
 
     def _next_source(self, now: float) -> list[Output]:
-        candidates = sorted(self._state.members.keys() - set(self._state.sources))
+        state = self._state
+        candidates = sorted(state.present - set(state.sources) - state.paused.keys())
         if not candidates:
+            if (state.present & state.paused.keys()) - state.refused_sources.keys():
+                return []
             return self._end(succeeded=False, reason="no site could give an initial model")
         self._restart_deadlines(now)
         return [*self._record(SourceChosen(site=candidates[0])), Announce()]
@@ -298,24 +395,39 @@ class RoundMachine:
             return [*self._record(refused), *self._next_source(now), answer]
         manifest = offer.manifest
         accepted = InitialAccepted(site=site, sha256=manifest.sha256, size_bytes=manifest.size_bytes)
-        return [*self._record(accepted), *self._start_round(1, now), Tell(site=site, message=receipt(offer))]
+        return [*self._record(accepted), *(self._go_on(now) or [Announce()]), Tell(site=site, message=receipt(offer))]
 
-    def _start_round(self, number: int, now: float) -> list[Output]:
+    def _gather_next(self, now: float) -> list[Output]:
+        """Ask for the next round's updates or, after the last round, for the statistics; if anyone can be asked."""
         config = self._state.config
-        candidates = self.available_sites()
-        asked = sorted(random.Random(f"{config.seed}:{number}").sample(candidates, config.sample_size(len(candidates))))
+        if not self._state.present:
+            return self._end(succeeded=False, reason="every site has left the run")
+        asked = self.available_sites()
+        if not asked:
+            # Every site rests; the first that goes on makes the difference.
+            return []
+        if self._state.is_trained:
+            fact = RoundStarted(round=0, asked=tuple(asked), purpose="statistics")
+        else:
+            number = len(self._state.rounds) + 1
+            sample = random.Random(f"{config.seed}:{number}").sample(asked, config.sample_size(len(asked)))
+            fact = RoundStarted(round=number, asked=tuple(sorted(sample)))
         self._restart_deadlines(now)
-        return [*self._record(RoundStarted(round=number, asked=tuple(asked))), Announce()]
+        return [*self._record(fact), Announce()]
 
     def available_sites(self) -> list[str]:
-        """Members that may be asked, sorted: all but those that were lost and not heard of since."""
+        """Members that may be asked, sorted: all but those that left, rest, or were lost and not heard of since."""
+        awake = self._state.present - self._state.paused.keys()
+        # If all are lost they are asked all the same; the deadline will tell.
+        return sorted(awake - self._lost() or awake)
+
+    def _lost(self) -> set[str]:
         lost: set[str] = set()
         for entry in (*self._state.rounds, *filter(None, [self._state.statistics])):
             failed = {site for site, refusal in entry.refused.items() if refusal.reason == "failed"}
-            lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | set(entry.left_out)
-        members = set(self._state.members)
-        # If all are lost they are asked all the same; the deadline will tell.
-        return sorted(members - (lost - self._returned) or members)
+            missed = set(entry.left_out) - set(entry.paused)
+            lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | missed
+        return lost - self._returned
 
     def _close_if_complete(self, now: float) -> list[Output]:
         current = self._state.gathering
@@ -325,8 +437,10 @@ class RoundMachine:
     def _close(self, now: float) -> list[Output]:
         current = self._state.gathering
         assert current is not None
-        self._returned -= set(current.open_sites)
-        outputs = self._record(RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose))
+        resting = tuple(site for site in current.open_sites if site in self._state.paused)
+        self._returned -= set(current.open_sites) - set(resting)
+        closed = RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose, paused=resting)
+        outputs = self._record(closed)
         needed = self._state.config.replies_needed(len(current.asked))
         if len(current.accepted) < needed:
             came, asked = len(current.accepted), len(current.asked)
@@ -342,12 +456,24 @@ class RoundMachine:
         if state.phase != "finish":
             return []
         settled = state.finished.keys() | state.not_finished.keys()
-        if all(site in settled or self._is_silent(site, now) for site in self.available_sites()):
+        if all(site in settled or self._is_silent(site, now) for site in state.present - self._lost()):
             return self._end(succeeded=True, reason="")
         return []
 
     def _end(self, *, succeeded: bool, reason: str) -> list[Output]:
         return [*self._record(RunEnded(succeeded=succeeded, reason=reason)), Announce()]
+
+    def _must_wait(self, now: float) -> bool:
+        """Whether the open round lacks its quorum, and a site that rests, and lives, could still help it to one."""
+        state, current = self._state, self._state.gathering
+        assert current is not None
+        if len(current.accepted) >= state.config.replies_needed(len(current.asked)):
+            return False
+        deadline_s = state.config.deadline_s
+        return any(
+            site in state.paused and now - self._heard.get(site, self._restarted_at) < deadline_s
+            for site in current.open_sites
+        )
 
     def _is_silent(self, site: str, now: float) -> bool:
         return now - self._progress.get(site, self._restarted_at) >= self._state.config.deadline_s

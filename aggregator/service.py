@@ -23,10 +23,11 @@ from aggregator.hall import Hall
 from aggregator.intake import Arrived, Intake
 from aggregator.journal import Journal
 from aggregator.models import Verdict
-from aggregator.rounds import Announce, Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.requests import FinishEarly, PauseSite, RemoveSite, Request, RequestBox, ResumeSite, Stop
+from aggregator.rounds import Announce, Dismiss, Merge, Output, Receive, Record, RoundMachine, Tell
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
-from edgeflame.errors import FederationError
+from edgeflame.errors import FederationError, UsageError
 from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
 from edgeflame.messages import (
     BlobNeed,
@@ -34,9 +35,11 @@ from edgeflame.messages import (
     FinishReport,
     Heartbeat,
     Hello,
+    Leaving,
     Offer,
     Presence,
     TaskFailed,
+    Turned,
     decode_presence,
     decode_up,
     encode,
@@ -60,6 +63,7 @@ def aggregate(
     report: Progress,
     new_run: bool = False,
     connect_timeout_s: float | None = None,
+    stay: bool = False,
 ) -> RunResult:
     """Serve a run to its end: a new one, or the one the state directory holds.
 
@@ -72,6 +76,7 @@ def aggregate(
         report: counts rounds.
         new_run: start another run where the last one has ended.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
+        stay: answer and serve late sites after the end, until interrupted or told to stop.
 
     Raises:
         ConfigError: the interrupted run has another configuration.
@@ -87,7 +92,7 @@ def aggregate(
         journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))
         state = open_run(journal, config, new_run=new_run)
         service = _Service(
-            topics=topics, state=state, journal=journal, state_dir=state_dir, out_dir=out_dir, report=report
+            topics=topics, state=state, journal=journal, state_dir=state_dir, out_dir=out_dir, report=report, stay=stay
         )
         service.serve(broker, connect_timeout_s)
         return service.result()
@@ -103,6 +108,7 @@ class _Service:
         state_dir: Path,
         out_dir: Path,
         report: Progress,
+        stay: bool,
     ) -> None:
         now = time.monotonic()
         store = BlobStore(state_dir)
@@ -120,6 +126,10 @@ class _Service:
         self._announcer = Announcer(store, drafts=state_dir)
         self._link: Link | None = None
         self._is_up = False
+        self._stay = stay
+        self._requests = RequestBox(state_dir)
+        self._dismissed = False
+        self._written: RunState | None = None
 
     def serve(self, broker: BrokerUrl, connect_timeout_s: float | None) -> None:
         """Until the run is over."""
@@ -136,6 +146,10 @@ class _Service:
             self._link = link
             try:
                 self._loop()
+            except KeyboardInterrupt:
+                # An aggregator that stays is sent away in this way; before the end it is an interruption.
+                if not self._stay or self._machine.state.ended is None:
+                    raise
             finally:
                 link.publish(self._topics.aggregator_presence, will.payload, retain=True)
                 self._intake.close()
@@ -149,8 +163,8 @@ class _Service:
         now = time.monotonic()
         self._carry_out(self._machine.resume(now), now)
         next_tick = now
-        ended_announced = False
-        while self._machine.state.ended is None or not ended_announced:
+        is_over = False
+        while not is_over or (self._stay and not self._dismissed):
             try:
                 event = self._inbox.get(timeout=TICK_S)
             except queue.Empty:
@@ -161,9 +175,20 @@ class _Service:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._carry_out(self._machine.tick(now), now)
+                self._requests.answer(self._on_request)
             self._pump()
             # The end must be told, also by an aggregator that was restarted after it.
-            ended_announced = self._machine.state.ended is not None and self._is_up
+            is_over = self._machine.state.ended is not None and self._is_up
+            if is_over and self._stay:
+                self._write_results()
+
+    def _write_results(self) -> None:
+        """While the aggregator stays: once, and again when a late site has reported."""
+        state = self._machine.state
+        if state is not self._written:
+            self._written = state
+            result = write_results(state, self._store, self._out_dir)
+            log.info("run_over_staying", outcome=state.phase, ledger=result.ledger_path)
 
     def _on_event(self, event: Event, now: float) -> None:
         match event:
@@ -215,16 +240,25 @@ class _Service:
         machine = self._machine
         match message:
             case Hello():
-                answer = self._hall.hello(site, message, now)
-                self._tell(site, answer)
+                self._tell(site, self._hall.hello(site, message, machine.state, now))
+            case Leaving():
+                self._on_leaving(site, message, now)
+            case _ if not self._hall.knows(site):
+                # It says hello first; if it did before our start, it sees our boot and does so again.
+                log.debug("message_before_hello", site=site, message=type(message).__name__)
             case Heartbeat():
                 if not self._hall.heartbeat(site, message, now):
                     return
+                machine.heard(site, now)
                 if self._hall.is_step(site, message):
                     machine.progressed(site, now, is_ready=message.ready)
                 install = self._hall.install_of(site)
                 if message.ready and message.run == machine.state.run and message.initial and install:
                     self._carry_out(machine.ready(site, install=install, initial=message.initial, now=now), now)
+                if message.paused is None:
+                    self._carry_out(machine.unpause(site, by="site", now=now), now)
+                else:
+                    self._carry_out(machine.pause(site, by="site", reason=message.paused, now=now), now)
             case Offer():
                 self._carry_out(machine.offered(site, message, now), now)
             case TaskFailed():
@@ -235,6 +269,47 @@ class _Service:
             case BlobNeed():
                 if self._announcer.needed(site, message, now=now) and self._hall.is_new_need(site, message):
                     machine.progressed(site, now)
+
+    def _on_leaving(self, site: str, message: Leaving, now: float) -> None:
+        machine = self._machine
+        if message.run == machine.state.run and self._hall.is_admitted(site, message.boot):
+            self._carry_out(machine.leave(site, by="site", detail=message.detail or "it said so", now=now), now)
+        if site not in machine.state.present:
+            # Also where it never joined, or had left before: there is nothing to leave any more.
+            self._tell(site, Turned(boot=message.boot, reason="left", detail=f"{site} has left the run"))
+
+    def _on_request(self, request: Request) -> str:
+        machine, now = self._machine, time.monotonic()
+        state = machine.state
+        if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.present:
+            here = ", ".join(sorted(state.present)) or "nobody"
+            msg = f"{request.site} is not a site of this run; its sites are: {here}"
+            raise UsageError(msg)
+        match request:
+            case _ if state.ended is not None:
+                self._dismissed = isinstance(request, Stop)
+                return f"the run is over ({state.phase}){'; the aggregator leaves' if self._dismissed else ''}"
+            case Stop():
+                self._carry_out(machine.stop(request.reason), now)
+                self._dismissed = True
+                return "the run is stopped"
+            case FinishEarly():
+                if state.phase in ("waiting", "initialise"):
+                    msg = "no round has begun, so there is no model to finish with; stop the run instead"
+                    raise UsageError(msg)
+                self._carry_out(machine.finish_early(f"by the operator: {request.reason}", now), now)
+                return f"the rounds end with round {len(machine.state.rounds)}"
+            case PauseSite():
+                self._carry_out(machine.pause(request.site, by="operator", reason=request.reason, now=now), now)
+                return f"{request.site} is paused"
+            case ResumeSite():
+                self._carry_out(machine.unpause(request.site, by="operator", now=now), now)
+                own = machine.state.paused.get(request.site, {}).get("site")
+                return f"{request.site} goes on" if own is None else f"{request.site} rests by its own wish: {own}"
+            case RemoveSite():
+                detail = f"removed by the aggregator's operator: {request.reason}"
+                self._carry_out(machine.leave(request.site, by="operator", detail=detail, now=now), now)
+                return f"{request.site} is removed"
 
     def _on_arrival(self, site: str, arrived: Arrived, now: float) -> None:
         verdict: Verdict | None
@@ -268,6 +343,10 @@ class _Service:
                         self._on_arrival(output.site, arrived, now)
                 case Merge():
                     self._merge(output)
+                case Dismiss():
+                    self._intake.drop(output.site)
+                    if (boot := self._hall.release(output.site)) is not None:
+                        self._tell(output.site, Turned(boot=boot, reason="left", detail=output.detail[:500]))
 
     def _merge(self, output: Merge) -> None:
         outputs = settle(self._machine, output.round, self._store, self._state_dir, time.monotonic)

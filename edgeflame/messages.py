@@ -63,6 +63,7 @@ Reason = Literal[
     "norm",  # further from the base model than allowed
     "samples",  # an impossible number of samples
     "failed",  # the site said that it cannot
+    "left",  # the site has left the run for good
 ]
 
 
@@ -93,6 +94,8 @@ class Heartbeat(_Message, frozen=True, kw_only=True, tag="heartbeat"):
     round: RoundNumber = 0
     step: Count = 0
     num_steps: Count = 0
+    paused: Text | None = None
+    """Its operator, or its shift plan, has it at rest, and this is why; it is neither asked nor missed. Since 1.1."""
 
 
 class Offer(_Message, frozen=True, kw_only=True, tag="offer"):
@@ -161,6 +164,16 @@ class FinishReport(_Message, frozen=True, kw_only=True, tag="finished"):
     summary: Summary = {}
 
 
+class Leaving(_Message, frozen=True, kw_only=True, tag="leaving"):
+    """A site leaves the run for good. Answered with :class:`Turned`, reason ``left``; repeated until it is.
+    Since 1.1.
+    """
+
+    boot: Id
+    run: Id
+    detail: Text = ""
+
+
 class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
     """The site of this boot may take part."""
 
@@ -174,7 +187,8 @@ class Turned(_Message, frozen=True, kw_only=True, tag="turned_away"):
 
     boot: Id
     reason: Word
-    """``name_in_use``, ``unknown_site``, ``revoked``, or one of a later minor version."""
+    """``name_in_use``, ``unknown_site``, ``revoked``, ``left`` (it left the run for good), ``full`` (too many sites),
+    or one of a later minor version."""
     detail: Text
 
 
@@ -209,7 +223,9 @@ class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
     deadline_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long a site may be without progress before it is left out, seconds."""
     detail: Text = ""
-    """``failed``: why."""
+    """``failed``: why; otherwise what is being waited for, if it is anything out of the ordinary."""
+    paused: tuple[Name, ...] = ()
+    """Sites the aggregator's operator wants at rest. Since 1.1."""
 
 
 class Presence(_Message, frozen=True, kw_only=True, tag="presence"):
@@ -221,7 +237,7 @@ class Presence(_Message, frozen=True, kw_only=True, tag="presence"):
     run: Id | None = None
 
 
-UpMessage = Hello | Heartbeat | Offer | BlobNeed | TaskFailed | FinishReport
+UpMessage = Hello | Heartbeat | Offer | BlobNeed | TaskFailed | FinishReport | Leaving
 DownMessage = Welcome | Turned | BlobNeed | Receipt | Refusal
 Message = UpMessage | DownMessage | RoundState | Presence
 

@@ -48,6 +48,22 @@ def locked_state_dir(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def is_in_use(path: Path) -> bool:
+    """Whether a process holds a state directory's lock."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def write_durably(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write a small file whole or not at all, and onto the disk before returning.
 

@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "broker": ("edgeflame.cli.broker", "Run the embedded MQTT 5 broker."),
     "aggregate": ("edgeflame.cli.aggregate", "Serve the training rounds of a fleet."),
     "train": ("edgeflame.cli.train", "Take part in a fleet's training rounds."),
+    "rounds": ("edgeflame.cli.rounds", "Decide about a running fleet's rounds: stop, finish, pause, remove."),
+    "site": ("edgeflame.cli.site", "Have this site rest, go on, or leave its run."),
     "fit": ("edgeflame.cli.fit", "Fit a model to good images at one site and write its package."),
     "evaluate": ("edgeflame.cli.evaluate", "Measure a package on test images."),
     "calibrate": ("edgeflame.cli.calibrate", "Set a package's threshold from good images of the line."),

@@ -27,6 +27,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--method", help=f"{', '.join(FEDERATED_METHODS)} [default: flame].")
 @click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
 @click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
+@click.option("--stay", is_flag=True, help="Keep answering and serving late sites after the end, as a service does.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
 def command(
     broker: str | None,
@@ -43,12 +44,14 @@ def command(
     method: str | None,
     out: Path | None,
     new_run: bool,
+    stay: bool,
     as_json: bool,
 ) -> None:
     """Serve the training rounds of a fleet: wait for sites, average their models, hand out the result.
 
     Ends when every site has its package, or exits with 1 when a round misses its quorum. Killed and started again
-    with the same --state, it continues where it was.
+    with the same --state, it continues where it was. With --stay it goes when it is interrupted or told to by
+    `edgeflame rounds stop`. `edgeflame rounds` also pauses or removes sites, and ends the rounds early.
     """
     from aggregator.service import aggregate
     from edgeflame.console import print_json, progress_bar
@@ -67,6 +70,7 @@ def command(
             report=report,
             new_run=new_run,
             connect_timeout_s=connect_timeout,
+            stay=stay,
         )
     if as_json:
         print_json(result.ledger)

@@ -32,6 +32,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     state: str | None = None
     groups: str | None = None
     out: str | None = None
+    schedule: str | None = None
     reference_images: Annotated[int, msgspec.Meta(ge=0, le=MAX_REFERENCES)] | None = None
 
 
@@ -49,6 +50,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     type=click.IntRange(0, MAX_REFERENCES),
     help=f"Good images put into the package, to check what runs it; 0 for none [default: {DEFAULT_REFERENCES}].",
 )
+@click.option("--schedule", metavar="TEXT", help="When it may train, local time: 'mon-fri 22:00-06:00, sat-sun'.")
 @click.option("--worker", hidden=True, help="Command line of another worker program.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
@@ -65,12 +67,14 @@ def command(
 
     The images stay here, but for the few that the package holds; model weights and figures go to the aggregator,
     whose configuration says what is learnt. Killed and started again with the same --state, it continues where it was.
+    `edgeflame site` has it rest, go on, or leave the run for good.
     """
     from edgeflame.config import load_config
     from edgeflame.console import print_json, progress_bar
     from edgeflame.errors import UsageError
     from edgeflame.statedir import copy_durably
     from edgeflame.topics import check_name
+    from trainer.agent.schedule import parse_schedule
     from trainer.agent.service import SiteOptions, take_part
 
     options = {
@@ -100,9 +104,13 @@ def command(
                 worker_command=shlex.split(worker) if worker else _worker_command(ctx, references),
                 groups_file=paths["groups"],
                 connect_timeout_s=connect_timeout,
+                schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
             ),
             report=report,
         )
+    if result is None:
+        click.echo(f"{site}: has left the run")
+        return
     package = result.package
     if package is not None and paths["out"] is not None:
         paths["out"].parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,11 @@ class Process:
         return self.err.read_text()
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def exit_code(self) -> int | None:
         assert self._process is not None
         return self._process.poll()

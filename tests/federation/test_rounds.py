@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from aggregator.config import AggregateConfig
+from aggregator.config import AggregateConfig, Convergence
 from aggregator.facts import Fact, RunStarted, RunState, begin
 from aggregator.journal import Journal
 from aggregator.ledger import ledger
@@ -38,6 +40,7 @@ class Driver:
         self.said: list[Output] = []
         self.counter = itertools.count(1)
         self.made = 0
+        self.changes: Iterator[float] = iter(())
 
     @property
     def state(self) -> RunState:
@@ -54,7 +57,13 @@ class Driver:
                     self.take(self.machine.pooled(sha256=sha(2000), size_bytes=9, truncation=truncation, now=0.0))
                     continue
                 self.take(
-                    self.machine.merged(output.round.number, sha256=sha(1000 + self.made), size_bytes=500, now=0.0)
+                    self.machine.merged(
+                        output.round.number,
+                        sha256=sha(1000 + self.made),
+                        size_bytes=500,
+                        relative_change=next(self.changes, None),
+                        now=0.0,
+                    )
                 )
         return outputs
 
@@ -324,3 +333,110 @@ def test_a_wrong_configuration_names_its_key(wrong: dict[str, object], text: str
 )
 def test_quorum_arithmetic(quorum: float, asked: int, needed: int) -> None:
     assert AggregateConfig(quorum=quorum).replies_needed(asked) == needed
+
+
+def test_a_paused_site_is_not_asked_not_lost_and_does_not_hold_up_a_quorum() -> None:
+    run = Driver(rounds=3)
+    run.start("a", "b", "c")
+    run.update("a", 1)
+    run.update("b", 1)
+    run.take(run.machine.pause("c", by="site", reason="the line runs", now=10.0))
+    run.machine.heard("c", 10.0 + DEADLINE_S - 1)
+    assert run.take(run.machine.tick(10.0 + DEADLINE_S - 1)) == [], "as long as for any other site"
+    run.take(run.machine.tick(10.0 + DEADLINE_S))
+    assert (run.state.rounds[0].left_out, run.state.rounds[0].paused) == (("c",), ("c",))
+    assert ledger(run.state)["rounds"][0]["left_out"] == [{"site": "c", "reason": "paused", "detail": ""}]
+    assert run.state.rounds[1].asked == ("a", "b")
+    run.take(run.machine.unpause("c", by="site", now=200.0))
+    run.update("a", 2)
+    run.update("b", 2)
+    assert run.state.rounds[2].asked == ("a", "b", "c"), "it was not lost"
+
+
+def test_a_round_waits_for_a_paused_site_that_lives_where_the_quorum_depends_on_it() -> None:
+    run = Driver(sites=2, quorum=1.0)
+    run.start("a", "b")
+    run.update("a", 1)
+    run.take(run.machine.pause("b", by="operator", reason="shift", now=0.0))
+    now = 0.0
+    for _ in range(5):
+        now += DEADLINE_S - 1
+        run.machine.heard("b", now)
+        assert run.take(run.machine.tick(now)) == []
+    run.take(run.machine.tick(now + DEADLINE_S))
+    assert run.state.phase == "failed", "a site that is paused and dead is dead"
+
+
+def test_no_round_begins_while_every_site_rests() -> None:
+    run = Driver(sites=2, rounds=2)
+    run.start("a", "b")
+    run.update("a", 1)
+    for site in "ab":
+        run.take(run.machine.pause(site, by="site", reason="night", now=0.0))
+    assert run.update("b", 1).purpose == "update"
+    assert (run.state.phase, len(run.state.rounds)) == ("train", 1)
+    assert run.take(run.machine.tick(10 * DEADLINE_S)) == []
+    run.take(run.machine.unpause("b", by="site", now=10 * DEADLINE_S))
+    assert run.state.rounds[1].asked == ("b",)
+
+
+def test_a_site_paused_by_both_goes_on_when_both_want_it_to() -> None:
+    run = Driver()
+    run.start("a", "b", "c")
+    run.take(run.machine.pause("a", by="site", reason="x", now=0.0))
+    run.take(run.machine.pause("a", by="operator", reason="y", now=0.0))
+    run.take(run.machine.unpause("a", by="site", now=0.0))
+    assert run.machine.available_sites() == ["b", "c"]
+    run.take(run.machine.unpause("a", by="operator", now=0.0))
+    assert run.machine.available_sites() == ["a", "b", "c"]
+
+
+def test_a_site_that_left_is_waited_for_no_more_and_comes_back_as_another_install() -> None:
+    run = Driver(rounds=3)
+    run.start("a", "b", "c")
+    run.update("a", 1)
+    run.update("b", 1)
+    run.take(run.machine.leave("c", by="site", detail="sold", now=0.0))
+    assert run.state.rounds[1].asked == ("a", "b"), "the round closed at once"
+    late = run.update("c", 2)
+    assert isinstance(late, Refusal)
+    assert (late.reason, late.detail) == ("left", "the site has left the run: sold")
+    run.ready("c")
+    assert "c" in run.state.left, "the same install is not let in again"
+    run.take(run.machine.ready("c", install="2" * 32, initial=sha(0), now=0.0))
+    run.update("a", 2)
+    run.update("b", 2)
+    assert run.state.rounds[2].asked == ("a", "b", "c")
+
+
+def test_a_site_gone_wrong_does_not_fill_the_journal() -> None:
+    run = Driver()
+    run.start("a", "b", "c")
+    for number in range(100):
+        answer = run.deliver("a", run.offer("update", 1, sha(500 + number)), Verdict(reason="norm", detail="far"))
+        assert isinstance(answer, Refusal)
+    assert len(run.facts) < 15
+
+
+def test_convergence_is_a_rule_on_journalled_figures() -> None:
+    def rounds(changes: list[float], losses: list[float], **rule: object) -> tuple[int, str]:
+        run = Driver(sites=1, rounds=9, convergence=Convergence(**rule))  # type: ignore[arg-type]
+        run.ready("a")
+        run.changes = iter(changes)
+        run.deliver("a", run.offer("initial", 0, sha(0)))
+        for number, loss in enumerate(losses, start=1):
+            if run.state.phase == "train":
+                offer = msgspec.structs.replace(run.offer("update", number, sha(number)), metrics={"loss": loss})
+                run.deliver("a", offer)
+        return len(run.state.rounds), run.state.last_round.reason if run.state.last_round else ""
+
+    still = [0.5, 0.09, 0.2, 0.08, 0.07, 0.06, 0.05, 0.05, 0.05]
+    ended, why = rounds(still, [1.0] * 9, model_change=0.1, patience=2)
+    assert ended == 5
+    assert why == "converged in round 5: the model changed by 0.07 (below 0.1), for 2 rounds"
+    losses = [4.0, 2.0, 1.0, 0.99, 0.985, 0.5, 0.4, 0.3, 0.2]
+    assert rounds(still, losses, metric_change=0.02, patience=2)[0] == 5
+    assert rounds(still, losses, metric_change=0.02, model_change=0.01)[0] == 9
+    assert rounds(still, losses, metric_change=0.02, metric="accuracy")[0] == 9, "nobody reports it"
+    assert rounds(still, [1.0] * 9, model_change=0.9, patience=1, min_rounds=4)[0] == 4
+    assert rounds(still, [1.0] * 9)[0] == 9

@@ -77,12 +77,28 @@ def test_the_plan_after_the_end() -> None:
     done = RoundState(run=RUN, phase="done", base=BASE)
     assert plan(knows(done, is_finished=True)) == Leave(run=RUN)
     assert isinstance(plan(knows(done, blobs=frozenset({BASE.sha256}))), Finish)
-    late = plan(knows(done))
+    late = plan(knows(done, aggregator_online=False))
     assert isinstance(late, Leave)
     assert late.problem
     assert isinstance(plan(knows(done, took_part=False)), Wait), "the last run's end is no news to a new site"
+    assert isinstance(plan(knows(done)), Wait), "is the aggregator still there?"
     failed = plan(knows(RoundState(run=RUN, phase="failed", detail="quorum missed")))
     assert failed == Leave(run=RUN, problem="the run failed: quorum missed", run_failed=True)
+
+
+def test_the_plan_after_the_end_when_the_aggregator_stays() -> None:
+    done = RoundState(run=RUN, phase="done", base=BASE, ledger=LEDGER)
+    assert plan(knows(done, aggregator_online=True)) == Fetch(run=RUN, manifest=LEDGER, keep=frozenset())
+    both = frozenset({BASE.sha256, LEDGER.sha256})
+    finish = plan(knows(done, aggregator_online=True, blobs=both))
+    assert finish == Finish(run=RUN, model=BASE.sha256, ledger=LEDGER.sha256)
+    assert plan(knows(done, aggregator_online=True, is_finished=True)) == Report(run=RUN, model=BASE.sha256)
+    told = knows(done, aggregator_online=True, is_finished=True, answered=frozenset({("finish", 0)}))
+    assert plan(told) == Leave(run=RUN)
+
+
+def test_a_phase_of_a_later_version_is_waited_through() -> None:
+    assert isinstance(plan(knows(msgspec.structs.replace(TRAIN, phase="celebration"))), Wait)
 
 
 def test_a_failure_is_told_until_it_is_heard() -> None:

@@ -43,6 +43,8 @@ from trainer.agent.voice import Voice
 
 log = EventLog("site")
 
+RESTING = Wait(why="paused")
+
 
 class Errand:
     """Takes one step at a time.
@@ -108,6 +110,24 @@ class Errand:
             case _:
                 pass
         self.say(now)
+
+    def rest(self, *, release: bool) -> None:
+        """Compute and transfer nothing until another step is taken, or this one goes on. Repeated.
+
+        Args:
+            release: end the worker, which frees its memory; its task begins anew. Otherwise it is stopped where it is.
+        """
+        if self._labour.is_busy and not release:
+            self._labour.freeze()
+        elif self.step != RESTING:
+            self.stop()
+            self.step = RESTING
+            if release:
+                self._labour.stop()
+
+    def go_on(self) -> None:
+        """No more rest."""
+        self._labour.thaw()
 
     def stop(self) -> None:
         """Leave the step at hand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 
 from edgeflame import errors
@@ -31,6 +32,7 @@ class Labour:
         self._is_ready = False
         self._order: Order | None = None
         self._crashes = 0
+        self._frozen = False
         self.step = Step(done=0, total=0)
 
     @property
@@ -53,6 +55,20 @@ class Labour:
             self._start(setup)
         elif self._is_ready:
             self._worker.order(order)
+
+    def freeze(self) -> None:
+        """Stop computing at once; the order at hand is kept."""
+        if not self._frozen:
+            self._frozen = True
+            if self._worker is not None:
+                self._worker.freeze()
+
+    def thaw(self) -> None:
+        """Go on where it was stopped."""
+        if self._frozen:
+            self._frozen = False
+            if self._worker is not None:
+                self._worker.thaw()
 
     def stop(self) -> None:
         """End the worker."""
@@ -87,6 +103,8 @@ class Labour:
     def _start(self, setup: Setup) -> None:
         self._is_ready = False
         self._worker = WorkerProcess(self._command, setup, self._sink)
+        if self._frozen:
+            self._worker.freeze()
         log.debug("worker_started", pid=self._worker.pid)
 
     def _on_death(self, worker: WorkerProcess, exit_code: int) -> EdgeFlameError | None:
@@ -95,10 +113,25 @@ class Labour:
             # Idle, or after it reported a problem: the next order starts another.
             return None
         self._crashes += 1
-        log.warning("worker_died", exit_code=exit_code, crashes=self._crashes, allowed=MAX_CRASHES)
+        how = _how(exit_code)
+        log.warning("worker_died", how=how, crashes=self._crashes, allowed=MAX_CRASHES)
         if self._crashes >= MAX_CRASHES:
             self._order = None
-            msg = f"the worker process died {self._crashes} times at the same task, last with exit code {exit_code}"
+            msg = f"the worker process died {self._crashes} times at the same task, last {how}"
             return FederationError(msg)
         self._start(worker.setup)
         return None
+
+
+def _how(exit_code: int) -> str:
+    """What an exit code says, in words: the reader should not have to know that -9 is what the kernel does when
+    memory runs out.
+    """
+    if exit_code >= 0:
+        return f"with exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = "; out of memory? The kernel's log tells" if -exit_code == signal.SIGKILL else ""
+    return f"by {name}{hint}"

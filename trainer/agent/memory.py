@@ -180,6 +180,12 @@ class Memory:
                 if folder.name != run:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def forget_membership(self, run: str) -> None:
+        """This site has left a run: whoever uses this directory next is another install of it."""
+        shutil.rmtree(self._run(run), ignore_errors=True)
+        with storage_errors(self._root / "install", "remove"):
+            (self._root / "install").unlink(missing_ok=True)
+
     def draft(self, name: str) -> Path:
         """A path for the worker to write to."""
         return self._root / f".{name}.draft"

@@ -17,7 +17,10 @@ crashed, or slept through half a run, therefore needs no special treatment: it l
     finish       final model, ledger, pooled statistics    Fetch
                  package                                   Finish
                  the aggregator's answer to the report     Report
-    done         package                                   Finish, if the final model is here
+    done         the final model, if the aggregator is     Fetch
+                 still there; its ledger
+                 package, if the final model is here       Finish
+                 the answer to the report, likewise        Report
                  nothing                                   Leave
     failed       -                                         Leave
 
@@ -47,6 +50,7 @@ class Knowledge:
         is_finished: the package is made of the announced final model.
         answered: what the aggregator has receipted or refused in this run.
         failure: what the work could not do, and why.
+        aggregator_online: whether the aggregator says so; None: nothing was heard of it on this connection.
     """
 
     site: str
@@ -59,6 +63,7 @@ class Knowledge:
     is_finished: bool = False
     answered: frozenset[tuple[Purpose, int]] = frozenset()
     failure: tuple[Purpose, str] | None = None
+    aggregator_online: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,12 +245,23 @@ def _after_the_end(known: Knowledge, announced: RoundState) -> Step:
         return Leave(run=run, problem=known.failure[1])
     if announced.phase == "failed":
         return Leave(run=run, problem=f"the run failed: {announced.detail}", run_failed=True)
+    model = announced.base
     if known.is_finished:
+        if model is not None and known.aggregator_online and ("finish", 0) not in known.answered:
+            return Report(run=run, model=model.sha256)
         return Leave(run=run)
-    needed = {_sha256(announced.base), _sha256(announced.statistics)} - {None}
-    if announced.base is not None and known.blobs.issuperset(needed):
-        statistics = _sha256(announced.statistics)
-        return Finish(run=run, model=announced.base.sha256, ledger=None, statistics=statistics)
+    statistics = _sha256(announced.statistics)
+    needed = {_sha256(model), statistics} - {None}
+    if model is not None and (known.blobs.issuperset(needed) or known.aggregator_online):
+        for manifest in (announced.ledger, announced.statistics, model) if known.aggregator_online else ():
+            if manifest is not None and manifest.sha256 not in known.blobs:
+                return Fetch(run=run, manifest=manifest, keep=known.blobs)
+        ledger = _sha256(announced.ledger)
+        return Finish(
+            run=run, model=model.sha256, ledger=ledger if ledger in known.blobs else None, statistics=statistics
+        )
+    if model is not None and known.aggregator_online is None:
+        return Wait(why="the run is over; does the aggregator still hand out its model?")
     return Leave(run=run, problem="the run ended before this site had its final model; its deadline had passed")
 
 

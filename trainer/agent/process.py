@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -66,6 +67,14 @@ class WorkerProcess:
     def order(self, order: Order) -> None:
         """Give an order; the one before must be answered."""
         self._write(encode_line(order))
+
+    def freeze(self) -> None:
+        """Stop it where it is; it computes nothing and keeps its memory."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on from where it was stopped."""
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it now, whatever it does."""

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -39,12 +40,15 @@ from edgeflame.messages import (
 from edgeflame.statedir import locked_state_dir
 from edgeflame.topics import Chunk, Spoken, Topics, check_name
 from trainer.agent.errand import Errand
+from trainer.agent.farewell import Farewell
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Memory
 from trainer.agent.orders import Done
 from trainer.agent.plan import Finish, Gather, Knowledge, Leave, Prepare, Step, Train, plan
 from trainer.agent.process import Died, Said
+from trainer.agent.schedule import Schedule
 from trainer.agent.voice import Voice
+from trainer.agent.wishes import Pause, Wishes
 
 log = EventLog("site")
 
@@ -67,6 +71,7 @@ class SiteOptions:
         worker_command: starts the worker process.
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
+        schedule: when the site may train; None: always.
     """
 
     broker: BrokerUrl
@@ -77,6 +82,10 @@ class SiteOptions:
     worker_command: Sequence[str]
     groups_file: Path | None = None
     connect_timeout_s: float | None = None
+    schedule: Schedule | None = None
+
+
+BY_AGGREGATOR = Pause(reason="the aggregator's operator paused it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +98,8 @@ class SiteResult:
     summary: dict[str, float | str]
 
 
-def take_part(options: SiteOptions, *, report: Progress) -> SiteResult:
-    """Take part in one run, from wherever it stands to its end.
+def take_part(options: SiteOptions, *, report: Progress) -> SiteResult | None:
+    """Take part in one run, from wherever it stands to its end; None if its operator has it leave the run before.
 
     Raises:
         NegativeAnswerError: the run failed.
@@ -124,8 +133,12 @@ class _Site:
         self._answered: frozenset[tuple[Purpose, int]] = frozenset()
         self._failure: tuple[Purpose, EdgeFlameError, float] | None = None
         self._turned_away: str | None = None
+        self._wishes = Wishes(options.state_dir)
+        self._aggregator_online: bool | None = None
+        self._pause: Pause | None = None
+        self._departure: Farewell | None = None
 
-    def serve(self) -> SiteResult:
+    def serve(self) -> SiteResult | None:
         """Until the run is over."""
         options, voice = self._options, self._voice
         topics = voice.topics
@@ -148,7 +161,7 @@ class _Site:
                 if voice.welcomed_by is not None:
                     link.publish(presence, voice.farewell(), retain=True)
 
-    def _loop(self) -> SiteResult:
+    def _loop(self) -> SiteResult | None:
         while True:
             try:
                 event = self._inbox.get(timeout=TICK_S)
@@ -161,20 +174,65 @@ class _Site:
                 raise FederationError(self._turned_away)
             if self._failure is not None and now >= self._failure[2]:
                 raise self._failure[1]
-            step = plan(self._knowledge())
-            if isinstance(step, Leave):
-                return self._leave(step)
-            if step != self._errand.step:
-                self._errand.begin(step, now)
+            self._look_at_wishes()
+            if self._departure is not None:
+                if self._departed(self._departure, now):
+                    return None
+            else:
+                step = plan(self._knowledge())
+                if isinstance(step, Leave):
+                    return self._leave(step)
+                if self._pause is not None:
+                    self._errand.rest(release=self._pause.release)
+                elif step != self._errand.step:
+                    self._errand.begin(step, now)
             self._voice.tick(now)
             if self._voice.welcomed_by is not None:
                 self._errand.tick(now)
                 self._heartbeat(now)
 
+    def _look_at_wishes(self) -> None:
+        wish = self._wishes.departure
+        if wish is not None and self._departure is None:
+            log.info("leaving_for_good", reason=wish.reason)
+            self._errand.stop()
+            self._departure = Farewell(wish.reason)
+        pause = self._wanted_pause()
+        if pause != self._pause:
+            if pause is None:
+                log.info("goes_on")
+                self._errand.go_on()
+            else:
+                log.info("paused", reason=pause.reason)
+            self._pause = pause
+
+    def _wanted_pause(self) -> Pause | None:
+        if (own := self._wishes.pause) is not None:
+            return own
+        schedule = self._options.schedule
+        if schedule is not None and not schedule.is_open(datetime.now().astimezone()):
+            return Pause(reason=f"outside its schedule ({schedule.text})"[:500])
+        if self._announced is not None and self._options.site in self._announced.paused:
+            return BY_AGGREGATOR
+        return None
+
+    def _departed(self, farewell: Farewell, now: float) -> bool:
+        """Say that we leave, until it is confirmed; whether it is, or there is nothing to leave."""
+        announced = self._announced
+        if farewell.is_confirmed or (announced is not None and announced.phase in ("done", "failed")):
+            if announced is not None:
+                self._memory.forget_membership(announced.run)
+            self._wishes.left()
+            return True
+        if announced is not None:
+            farewell.tick(self._voice, announced.run, now)
+        return False
+
     def _on_event(self, event: Event | Said | Died, now: float) -> None:
         match event:
             case Up():
                 self._errand.chunk_bytes = event.chunk_bytes
+                self._aggregator_online = None
                 self._voice.connection_changed(is_up=True)
             case Down():
                 self._voice.connection_changed(is_up=False)
@@ -203,6 +261,7 @@ class _Site:
             case Spoken(kind="aggregator_presence") if event.payload:
                 presence = decode_presence(event.payload)
                 log.info("aggregator_online" if presence.online else "aggregator_offline")
+                self._aggregator_online = presence.online
                 if presence.online and presence.boot != voice.welcomed_by:
                     voice.say_hello_again()
             case Spoken(kind="site_presence") if event.payload:
@@ -236,6 +295,8 @@ class _Site:
                 if voice.welcomed_by != message.aggregator:
                     voice.welcomed(message.aggregator)
                     self._errand.say(now)
+            case Turned(boot=voice.boot) if message.reason == "left" and self._departure is not None:
+                self._departure.is_confirmed = True
             case Turned(boot=voice.boot):
                 self._turned_away = message.detail
             case BlobNeed():
@@ -291,10 +352,13 @@ class _Site:
             is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
             answered=self._answered,
             failure=None if self._failure is None else (self._failure[0], str(self._failure[1])),
+            aggregator_online=self._aggregator_online,
         )
 
     def _heartbeat(self, now: float) -> None:
         activity, done, total = self._errand.activity
+        if self._pause is not None:
+            activity = "paused"
         self._report(done, total, activity)
         announced = self._announced
         initial = None if announced is None else self._memory.initial(announced.run)
@@ -307,6 +371,8 @@ class _Site:
             round=0 if announced is None else announced.round,
             step=done,
             num_steps=total,
+            # What the aggregator's operator wants is known there already.
+            paused=None if self._pause is None or self._pause is BY_AGGREGATOR else self._pause.reason,
         )
         self._voice.heartbeat(beat, now)
 

@@ -61,7 +61,7 @@ class Voice:
 
     def heartbeat(self, beat: Heartbeat, now: float) -> None:
         """Send a heartbeat: at once when more than the step changed, otherwise at intervals."""
-        key = (beat.run, beat.ready, beat.initial, beat.activity, beat.round)
+        key = (beat.run, beat.ready, beat.initial, beat.activity, beat.round, beat.paused)
         if key != self._beat or now >= self._beat_at:
             self._beat, self._beat_at = key, now + HEARTBEAT_S
             self.send(beat)

@@ -1,0 +1,127 @@
+"""What the aggregator's operator asks for: small files in the state directory, each answered by another.
+
+STATE/requests/<number>.json     a request, written by ``edgeflame rounds``, deleted when it is carried out
+STATE/requests/<number>.answer   what came of it, deleted by who asked
+
+Files, because who may write into the state directory may decide about the run, and because a request waits there
+for an aggregator that does not run just now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edgeflame.console import EventLog
+from edgeflame.errors import EdgeFlameError, StorageError, UsageError
+from edgeflame.messages import Name, Text
+from edgeflame.statedir import storage_errors, write_durably
+
+log = EventLog("aggregator")
+
+MAX_REQUEST_BYTES = 4096
+
+
+class _Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="request", forbid_unknown_fields=True):
+    reason: Text = "no reason given"
+
+
+class Stop(_Request, frozen=True, kw_only=True, tag="stop"):
+    """End the run without a result; after its end, send an aggregator that stays away."""
+
+
+class FinishEarly(_Request, frozen=True, kw_only=True, tag="finish"):
+    """No round after the one at hand."""
+
+
+class PauseSite(_Request, frozen=True, kw_only=True, tag="pause"):
+    site: Name
+
+
+class ResumeSite(_Request, frozen=True, kw_only=True, tag="resume"):
+    site: Name
+
+
+class RemoveSite(_Request, frozen=True, kw_only=True, tag="remove"):
+    """The site is of the run no more."""
+
+    site: Name
+
+
+Request = Stop | FinishEarly | PauseSite | ResumeSite | RemoveSite
+
+_REQUEST: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a request; ``text`` is for people."""
+
+    ok: bool
+    text: str
+
+
+_ANSWER = msgspec.json.Decoder(Answer)
+
+
+class RequestBox:
+    """The requests of a state directory.
+
+    Raises:
+        StorageError: here and in every method, when the disk fails.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._folder = state_dir / "requests"
+        with storage_errors(self._folder, "create"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, request: Request) -> str:
+        """Ask for something; the number of the request."""
+        number = f"{time.time_ns():020d}"
+        write_durably(self._folder / f"{number}.json", msgspec.json.encode(request))
+        return number
+
+    def answer_to(self, number: str) -> Answer | None:
+        """What came of a request, if it was carried out; the answer can be taken once."""
+        path = self._folder / f"{number}.answer"
+        try:
+            answer = _ANSWER.decode(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            msg = f"{path}: cannot read the answer ({exc})"
+            raise StorageError(msg) from exc
+        path.unlink(missing_ok=True)
+        return answer
+
+    def answer(self, carry_out: Callable[[Request], str]) -> None:
+        """Have every request carried out, oldest first.
+
+        Args:
+            carry_out: does it, journalled, and says what came of it; a ``UsageError`` says that it cannot be. Being
+                killed in it is harmless: the request is still there, and doing it twice is the same as once.
+        """
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                answer = Answer(ok=True, text=carry_out(_read(path)))
+            except UsageError as exc:
+                answer = Answer(ok=False, text=str(exc))
+            log.info("request_answered", ok=answer.ok, answer=answer.text)
+            write_durably(path.with_suffix(".answer"), msgspec.json.encode(answer))
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _read(path: Path) -> Request:
+    with storage_errors(path, "read"):
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= MAX_REQUEST_BYTES else b""
+    try:
+        return _REQUEST.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
+        msg = f"{path.name} is no request ({exc})"
+        raise UsageError(msg) from exc

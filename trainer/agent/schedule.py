@@ -1,0 +1,86 @@
+"""A shift plan: when a site may train. Pure.
+
+    mon-fri 22:00-06:00, sat-sun      nights of working days, and the whole weekend
+    12:00-12:30                       every day at noon
+
+Times are the machine's local ones. A window that ends before it begins goes on into the next day; it belongs to the
+day on which it begins.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+
+from edgeflame.errors import UsageError
+
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+DAY_MIN = 24 * 60
+
+_WINDOW = re.compile(
+    rf"(?:(?P<first>{'|'.join(DAYS)})(?:-(?P<last>{'|'.join(DAYS)}))?)?"
+    r"(?:(?:^|\s+)(?P<start>\d\d:\d\d)-(?P<end>\d\d:\d\d))?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    days: frozenset[int]
+    """0 is Monday."""
+    start_min: int
+    end_min: int
+    """Since the beginning of the day on which it begins, so beyond ``DAY_MIN`` where it ends on the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When a site may train. ``text`` is what it was read from."""
+
+    text: str
+    windows: tuple[_Window, ...]
+
+    def is_open(self, moment: datetime) -> bool:
+        """Whether training may go on at a local time."""
+        minute = moment.hour * 60 + moment.minute
+        today, yesterday = moment.weekday(), (moment.weekday() - 1) % 7
+        return any(
+            (today in window.days and window.start_min <= minute < window.end_min)
+            or (yesterday in window.days and minute < window.end_min - DAY_MIN)
+            for window in self.windows
+        )
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Read a shift plan.
+
+    Raises:
+        UsageError: it is none.
+    """
+    windows = tuple(_parse_window(part.strip().lower(), text) for part in text.split(","))
+    return Schedule(text=text.strip(), windows=windows)
+
+
+def _parse_window(part: str, text: str) -> _Window:
+    match = _WINDOW.fullmatch(part)
+    if match is None or not part:
+        msg = (
+            f"schedule {text[:100]!r}: {part[:40]!r} is not understood; "
+            "expected for instance 'mon-fri 22:00-06:00, sat-sun'"
+        )
+        raise UsageError(msg)
+    days = frozenset(range(7))
+    if match["first"]:
+        first, last = DAYS.index(match["first"]), DAYS.index(match["last"] or match["first"])
+        days = frozenset((first + offset) % 7 for offset in range((last - first) % 7 + 1))
+    start, end = (_minutes(match[name], text) if match[name] else None for name in ("start", "end"))
+    start_min, end_min = start or 0, DAY_MIN if end is None else end
+    return _Window(days=days, start_min=start_min, end_min=end_min if end_min > start_min else end_min + DAY_MIN)
+
+
+def _minutes(clock: str, text: str) -> int:
+    hours, minutes = int(clock[:2]), int(clock[3:])
+    if minutes >= 60 or hours * 60 + minutes > DAY_MIN:
+        msg = f"schedule {text[:100]!r}: {clock} is no time of day"
+        raise UsageError(msg)
+    return hours * 60 + minutes
