@@ -21,6 +21,8 @@ CONTROL_PREFIX = "control."
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
+Preset = Literal["default", "paper"]
+
 BatchNorm = Literal["frozen", "average", "local"]
 
 
@@ -98,25 +100,79 @@ def _require(condition: bool, rule: str, value: object) -> None:
         raise ConfigError(msg)
 
 
+class Taps(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an embedding's maps are taken from a network: one of the two is empty."""
+
+    stages: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        kind, numbers = ("layers", self.layers) if self.layers else ("stages", self.stages)
+        return f"{kind} {', '.join(map(str, numbers))}"
+
+
+TAPS = {
+    "tf_efficientnet_lite0": Taps(stages=(2, 3)),
+    "tf_efficientnet_lite1": Taps(stages=(2, 3)),
+    "tf_efficientnet_lite2": Taps(stages=(2, 3)),
+    "resnet18": Taps(stages=(1, 2, 3)),
+    "wide_resnet50_2": Taps(stages=(1, 2, 3)),
+    "efficientnet_b5": Taps(layers=(7, 20, 26)),
+}
+"""By default: what measured well for the Lite family, and the FLAME paper's for its three backbones, the first three
+residual stages (0 is the stem) and layers 7, 20 and 26."""
+
+MOMENT_BUDGET_BYTES = 2 << 30
+"""Of second moments (positions x channels^2 x 8). Wider embeddings are projected: resnet18's 448 channels on a 64 x 64
+grid to 256."""
+
+
 class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A timm feature network."""
 
     name: str = "tf_efficientnet_lite0"
-    stages: tuple[int, ...] = (2, 3)
-    """timm ``out_indices``; their maps are resized to the finest of them and concatenated."""
+    stages: tuple[int, ...] | Literal["auto"] = "auto"
+    """timm ``out_indices``; their maps are resized to the finest of them and concatenated. ``auto``: see ``TAPS``."""
+    layers: tuple[int, ...] = ()
+    """In place of stages: numbers of single blocks of an EfficientNet, from 0, as the FLAME paper counts B5's."""
     weights: str = "auto"
     """``auto`` (an installed weights package, then the timm hub), ``random``, or a .safetensors/.pth file."""
     neighbourhood: int = 3
     """Side, in cells of the patch grid, of the square that each embedding is averaged over; 1 for none."""
+    channels: int | Literal["auto", "all"] = "auto"
+    """To how many channels a random semi-orthogonal projection reduces the embedding; ``auto``: as many as
+    ``MOMENT_BUDGET_BYTES`` allow, which for narrow embeddings is all of them."""
+    projection_seed: int = 0
+    """Of the projection: the same for all sites, whose embeddings must mean the same."""
+
+    @property
+    def taps(self) -> Taps:
+        """The stages or layers whose maps make the embedding."""
+        if self.layers:
+            return Taps(layers=self.layers)
+        return TAPS[self.name] if self.stages == "auto" else Taps(stages=self.stages)
 
     def __post_init__(self) -> None:
+        if self.stages == "auto" and not self.layers and self.name not in TAPS:
+            msg = f"backbone {self.name} needs backbone.stages; only these have a default: {', '.join(TAPS)}"
+            raise ConfigError(msg)
+        if self.stages != "auto" and self.layers:
+            msg = "backbone.stages and backbone.layers exclude each other"
+            raise ConfigError(msg)
+        _require(
+            isinstance(self.channels, str) or self.channels >= 1, "backbone.channels: auto, all or >= 1", self.channels
+        )
         _require(
             1 <= self.neighbourhood <= MAX_NEIGHBOURHOOD and self.neighbourhood % 2 == 1,
             f"backbone.neighbourhood must be odd, 1..{MAX_NEIGHBOURHOOD}",
             self.neighbourhood,
         )
-        if not self.stages or any(stage < 0 for stage in self.stages) or list(self.stages) != sorted(set(self.stages)):
-            msg = f"backbone stages must be rising numbers >= 0, not {list(self.stages)}"
+        for key, numbers in (("stages", self.taps.stages), ("layers", self.taps.layers)):
+            if any(number < 0 for number in numbers) or list(numbers) != sorted(set(numbers)):
+                msg = f"backbone {key} must be rising numbers >= 0, not {list(numbers)}"
+                raise ConfigError(msg)
+        if not self.taps.stages and not self.taps.layers:
+            msg = "backbone stages must be rising numbers >= 0, not none at all"
             raise ConfigError(msg)
 
 
@@ -217,6 +273,8 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """All of it. The sections ``[backbone]``, ``[training]``, ... of a TOML file."""
 
     method: str = "none"
+    preset: Preset = "default"
+    """What the settings started from when they were read, see ``edgeflame.presets``; of no effect afterwards."""
     seed: int = 0
     backbone: Backbone = Backbone()
     input: Preprocessing = Preprocessing()

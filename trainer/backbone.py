@@ -5,6 +5,7 @@ Axes: N images, C embedding channels, h x w the patch grid (P = h * w positions)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import timm
@@ -15,7 +16,7 @@ from torch.nn import functional
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Backbone
+from edgeflame.learning import MOMENT_BUDGET_BYTES, Backbone
 from edgeflame.package import WeightsOrigin
 
 log = EventLog("backbone")
@@ -30,11 +31,13 @@ class EmbeddingNetwork(nn.Module):
 
     Stage maps are resized (bilinear, half-pixel centres, no antialias) to the finest chosen grid and concatenated
     over channels. Each embedding is then averaged with its neighbours (as in PatchCore, arXiv 2106.08265): a part
-    that lies a few pixels off matters less. Built without weights: :func:`build_network` loads them.
+    that lies a few pixels off matters less. An embedding that is too wide for its statistics is reduced by a random
+    semi-orthogonal projection, which the configuration fixes. Built without weights: :func:`build_network` loads them.
 
     Attributes:
         grid: h and w for the input size it was built for.
         num_channels: C.
+        num_tapped_channels: of the maps together; more than C where they are projected.
 
     Raises:
         ConfigError: timm does not know the network, or it lacks one of the stages.
@@ -42,12 +45,19 @@ class EmbeddingNetwork(nn.Module):
 
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.network = _feature_network(backbone)
+        self.network, channels, reductions = _feature_network(backbone)
         self._neighbourhood = backbone.neighbourhood
-        stages: Any = self.network.feature_info
-        finest = min(stages.reduction())
+        finest = min(reductions)
         self.grid = (preprocessing.height // finest, preprocessing.width // finest)
-        self.num_channels = int(sum(stages.channels()))
+        self.num_tapped_channels = sum(channels)
+        self.num_channels = _num_kept(backbone, self.num_tapped_channels, self.grid[0] * self.grid[1])
+        self._num_projections = 0
+        if self.num_channels < self.num_tapped_channels:
+            self._num_projections = len(channels)
+            projection = projection_matrix(self.num_tapped_channels, self.num_channels, backbone.projection_seed)
+            # Made anew from the configuration, never exchanged.
+            for number, part in enumerate(torch.split(projection, channels, dim=1)):
+                self.register_buffer(f"projection_{number}", part[:, :, None, None].contiguous(), persistent=False)
         mean, std = _normalisation(backbone.name)
         # Constants of the architecture, not weights: they are never exchanged.
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
@@ -67,13 +77,18 @@ class EmbeddingNetwork(nn.Module):
         """
         maps = self.network((rgb - self.mean) / self.std)
         size = max((stage.shape[-2:] for stage in maps), key=lambda shape: shape[0] * shape[1])
+        if self._num_projections:
+            # Before they are resized: projecting and resizing commute, and this way the wide map is never made.
+            maps = [
+                functional.conv2d(stage, self.get_buffer(f"projection_{number}")) for number, stage in enumerate(maps)
+            ]
         resized = [
             stage
             if stage.shape[-2:] == size
             else functional.interpolate(stage, size=size, mode="bilinear", align_corners=False, antialias=False)
             for stage in maps
         ]
-        embeddings = torch.cat(resized, dim=1)
+        embeddings = torch.stack(resized).sum(dim=0) if self._num_projections else torch.cat(resized, dim=1)
         side = self._neighbourhood
         if side == 1:
             return embeddings
@@ -102,24 +117,115 @@ def build_network(
         torch.manual_seed(seed)
         network = EmbeddingNetwork(backbone, preprocessing)
     origin = load_weights(network.network, backbone)
-    log.info("backbone", name=backbone.name, stages=list(backbone.stages), weights=origin.source)
+    log.info(
+        "backbone",
+        name=backbone.name,
+        taps=str(backbone.taps),
+        channels=network.num_channels,
+        tapped_channels=network.num_tapped_channels,
+        weights=origin.source,
+    )
     network.eval()
     return network.to(memory_format=torch.channels_last), origin
 
 
-def _feature_network(backbone: Backbone) -> nn.Module:
+def projection_matrix(num_in: int, num_out: int, seed: int) -> Tensor:
+    """A random matrix with orthonormal rows, ``[num_out, num_in]`` float32; the same for the same arguments.
+
+    The Q factor of a Gaussian matrix, its signs fixed by R's diagonal, is uniform over such matrices.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(num_in, num_out, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    projection: Tensor = (q * r.diagonal().sign()).T.float()
+    return projection
+
+
+def _num_kept(backbone: Backbone, num_channels: int, positions: int) -> int:
+    if backbone.channels == "all":
+        return num_channels
+    if backbone.channels == "auto":
+        return min(num_channels, math.isqrt(MOMENT_BUDGET_BYTES // (8 * positions)))
+    if backbone.channels > num_channels:
+        msg = f"backbone.channels is {backbone.channels}, but {backbone.taps} of {backbone.name} have {num_channels}"
+        raise ConfigError(msg)
+    return backbone.channels
+
+
+def _feature_network(backbone: Backbone) -> tuple[nn.Module, list[int], list[int]]:
+    """A network that gives the tapped maps, their channels, and by how much each is smaller than the input."""
     if not timm.is_model(backbone.name):
         near = ", ".join(timm.list_models(f"*{backbone.name}*")[:5]) or "tf_efficientnet_lite0, resnet18"
         msg = f"unknown backbone {backbone.name!r}; timm knows for instance {near}"
         raise ConfigError(msg)
+    taps = backbone.taps
+    if taps.layers:
+        blocks = BlockFeatures(backbone.name, taps.layers)
+        return blocks, blocks.channels, blocks.reductions
     try:
-        network = timm.create_model(backbone.name, features_only=True, out_indices=backbone.stages, pretrained=False)
+        network = timm.create_model(backbone.name, features_only=True, out_indices=taps.stages, pretrained=False)
     except (AssertionError, IndexError, ValueError, RuntimeError) as exc:
-        msg = f"backbone {backbone.name} has no feature stages {list(backbone.stages)} ({exc})"
+        msg = f"backbone {backbone.name} has no feature stages {list(taps.stages)} ({exc})"
         raise ConfigError(msg) from exc
     assert isinstance(network, nn.Module)
-    _drop_unused_stages(network, max(backbone.stages))
-    return network
+    _drop_unused_stages(network, max(taps.stages))
+    info: Any = network.feature_info
+    return network, [int(count) for count in info.channels()], [int(factor) for factor in info.reduction()]
+
+
+class BlockFeatures(nn.Module):
+    """Maps after single blocks of a timm EfficientNet, counted through all its stages from 0; the rest is dropped.
+
+    timm's own feature networks give the ends of stages only; B5's layer 20 is the first block of its fifth. Tensors
+    have timm's names.
+
+    Attributes:
+        channels: of each map.
+        reductions: input size over map size.
+
+    Raises:
+        ConfigError: not an EfficientNet, or it has fewer blocks.
+    """
+
+    def __init__(self, name: str, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        full: Any = timm.create_model(name, pretrained=False)
+        stages = getattr(full, "blocks", None)
+        if not hasattr(full, "conv_stem") or not isinstance(stages, nn.Sequential):
+            msg = f"backbone.layers are counted in EfficientNets; {name} is none, give backbone.stages"
+            raise ConfigError(msg)
+        depths = [len(stage) for stage in stages]  # type: ignore[arg-type]  # a Sequential of Sequentials
+        if layers[-1] >= sum(depths):
+            msg = f"{name} has blocks 0 to {sum(depths) - 1}, not {layers[-1]}"
+            raise ConfigError(msg)
+        self.conv_stem: nn.Module = full.conv_stem
+        self.bn1: nn.Module = full.bn1
+        self.blocks = nn.Sequential()
+        left = layers[-1] + 1
+        for stage, depth in zip(stages, depths, strict=True):
+            if left > 0:
+                self.blocks.append(stage[:left])  # type: ignore[index]  # see above
+            left -= depth
+        self._layers = layers
+        self.eval()
+        side = 64
+        with torch.no_grad():
+            maps = self(torch.zeros(1, 3, side, side))
+        self.channels = [int(one.shape[1]) for one in maps]
+        self.reductions = [side // int(one.shape[2]) for one in maps]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Normalised images ``[N, 3, H, W]`` to the maps."""
+        x = self.bn1(self.conv_stem(x))
+        maps: list[Tensor] = []
+        number = 0
+        for stage in self.blocks:
+            for block in stage:  # type: ignore[attr-defined]  # see above
+                x = block(x)
+                if number in self._layers:
+                    maps.append(x)
+                number += 1
+        return maps
 
 
 def _drop_unused_stages(network: nn.Module, last_stage: int) -> None:

@@ -53,7 +53,7 @@ class Embeddings:
             msg = (
                 f"embeddings of {channels} channels on a {network.grid[0]}x{network.grid[1]} grid need "
                 f"{needed / 2**30:.1f} GiB of statistics, more than {MAX_MOMENT_BYTES / 2**30:.0f}; "
-                f"choose later or fewer stages, or a smaller input"
+                f"leave backbone.channels at auto, choose later or fewer stages, or a smaller input"
             )
             raise ConfigError(msg)
         self.network = network

@@ -192,6 +192,8 @@ def fit_statistics(
         "rank": result.statistics.rank,
         "ridge": result.statistics.ridge,
         "num_forward_passes": embeddings.num_forward,
+        "channels": model.backbone.num_channels,
+        "channels_before_projection": model.backbone.num_tapped_channels,
         "held_out_score_median": float(sorted(result.held_out_scores)[len(images) // 2]),
         "held_out_score_max": float(result.held_out_scores.max()),
     }

@@ -9,6 +9,7 @@ import click
 
 from edgeflame.cli.link_options import agreed, contact, link_options
 from edgeflame.learning import FEDERATED_METHODS
+from edgeflame.presets import PRESETS
 
 if TYPE_CHECKING:
     from aggregator.conduct import RunResult
@@ -25,6 +26,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--rounds", type=int, help="Number of rounds [default: 2].")
 @click.option("--sites", type=int, help="Begin when so many sites are ready [default: 2].")
 @click.option("--method", help=f"{', '.join(FEDERATED_METHODS)} [default: flame].")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="What settings start from [default: default].")
 @click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
 @click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
 @click.option("--stay", is_flag=True, help="Keep answering and serving late sites after the end, as a service does.")
@@ -42,6 +44,7 @@ def command(
     rounds: int | None,
     sites: int | None,
     method: str | None,
+    preset: str | None,
     out: Path | None,
     new_run: bool,
     stay: bool,
@@ -57,7 +60,7 @@ def command(
     from edgeflame.console import print_json, progress_bar
     from edgeflame.errors import NegativeAnswerError
 
-    settings = _settings(config, rounds=rounds, sites=sites, method=method)
+    settings = _settings(config, rounds=rounds, sites=sites, method=method, preset=preset)
     met = contact(broker, kit=kit, ca=ca, cert=cert, key=key, role="aggregator")
     fleet = agreed("--fleet", fleet, met.fleet)
     with progress_bar(f"fleet {fleet}: rounds") as report:
@@ -81,21 +84,22 @@ def command(
         raise NegativeAnswerError(msg)
 
 
-def _settings(path: Path | None, *, rounds: int | None, sites: int | None, method: str | None) -> AggregateConfig:
+def _settings(
+    path: Path | None, *, rounds: int | None, sites: int | None, method: str | None, preset: str | None
+) -> AggregateConfig:
     """The file's settings; the command line wins over them."""
     import msgspec
 
     from aggregator.config import AggregateConfig
     from edgeflame.config import load_config
 
-    settings = load_config(path, AggregateConfig)
+    learning = {"method": method, "preset": preset} if method or preset else None
+    settings = load_config(path, AggregateConfig, {"learning": learning})
     changes: dict[str, Any] = {}
     if rounds is not None:
         changes["rounds"] = rounds
     if sites is not None:
         changes["min_sites"] = sites
-    if method is not None:
-        changes["learning"] = msgspec.structs.replace(settings.learning, method=method)
     return msgspec.structs.replace(settings, **changes) if changes else settings
 
 

