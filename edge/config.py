@@ -13,6 +13,7 @@ from edge.delivery.outbox import OutboxConfig
 from edge.delivery.webhook import WebhookConfig
 from edge.health import HealthLimits
 from edge.rejects import RejectsConfig
+from edge.web.config import WebConfig
 from edgeflame.errors import ConfigError
 
 
@@ -44,3 +45,4 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     delivery: DeliveryConfig = DeliveryConfig()
     mqtt: MqttConfig | None = None
     webhook: WebhookConfig | None = None
+    web: WebConfig | None = None

@@ -1,4 +1,4 @@
-"""The inspection loop: source, inspector, sinks; and how it is stopped."""
+"""One run of the inspection: source, inspector, and all that happens to results; and how it is stopped."""
 
 from __future__ import annotations
 
@@ -6,16 +6,31 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from edge.capture import Capture, CaptureConfig
+import msgspec
+
+from edge.capture import Capture
+from edge.config import InspectConfig
+from edge.delivery.pipeline import Pipeline, open_pipeline
+from edge.delivery.writer import Writer
 from edge.inspector import Inspector
+from edge.rejects import RejectsSink
+from edge.results import Result
 from edge.sinks import Sink
 from edge.sources import Source
 from edge.summary import Summary, Tally
 from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from edge.web.config import WebConfig
 
 log = EventLog("inspect")
+
+MARKS_FOLDER = "marks"
 
 
 def run_inspection(
@@ -23,7 +38,9 @@ def run_inspection(
     inspector: Inspector,
     sinks: Sequence[Sink],
     *,
-    capture: CaptureConfig,
+    config: InspectConfig,
+    state: Path | None = None,
+    pictures: RejectsSink | None = None,
     limit: int | None = None,
     stop: threading.Event,
 ) -> Summary:
@@ -31,22 +48,96 @@ def run_inspection(
 
     The part in hand when the stop comes still gets its verdict.
 
+    Args:
+        source: of the parts.
+        inspector: judges them.
+        sinks: see every result; with ``state`` only once it is on the disk.
+        config: of everything.
+        state: folder for the outbox; without it results go to the sinks alone.
+        pictures: pictures of rejected parts; also told every result, and asked for room when the disk is full.
+        limit: of parts.
+        stop: ends the run.
+
     Raises:
-        EdgeFlameError: the source cannot be opened, or a sink cannot keep a result.
+        ConfigError: something is configured that needs a state folder.
+        EdgeFlameError: the source cannot be opened, or a result cannot be kept.
     """
+    if state is None and (config.mqtt or config.webhook or config.web):
+        msg = "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
+        raise ConfigError(msg)
+    outlets = [*sinks, pictures] if pictures is not None else [*sinks]
+    capture = Capture(source, config.capture, stop)
+    pipeline: Pipeline | None = None
     inspector.warm_up()
     tally = Tally()
-    with Capture(source, capture, stop) as frames:
-        for captured in frames:
-            inspected = inspector.inspect(captured)
-            tally.add(inspected.result)
-            for sink in sinks:
-                sink.accept(inspected)
-            if tally.parts == limit:
-                break
+    with contextlib.ExitStack() as stack:
+        if state is not None:
+            make_room = pictures.discard_oldest if pictures is not None else lambda: False
+            pipeline = stack.enter_context(
+                open_pipeline(state, config, inspector, source=source.name, make_room=make_room)
+            )
+            if config.web is not None:
+                outlets += _page(stack, config.web, state, pipeline, inspector, capture, source.name)
+            outlets = [stack.enter_context(Writer(pipeline.outbox, outlets))]
+        with capture as frames:
+            for captured in frames:
+                inspected = inspector.inspect(captured)
+                tally.add(inspected.result)
+                for outlet in outlets:
+                    outlet.accept(inspected)
+                if tally.parts == limit:
+                    break
     if stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)
-    return tally.summary(dropped=frames.dropped)
+    return msgspec.structs.replace(
+        tally.summary(dropped=capture.dropped),
+        evidence_lost=pictures.num_lost if pictures is not None else 0,
+        undelivered=pipeline.undelivered if pipeline is not None else {},
+    )
+
+
+def _page(
+    stack: contextlib.ExitStack,
+    config: WebConfig,
+    state: Path,
+    pipeline: Pipeline,
+    inspector: Inspector,
+    capture: Capture,
+    source: str,
+) -> list[Sink]:
+    """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
+    try:
+        from edge.web.app import Line, Station
+        from edge.web.board import Board
+        from edge.web.marks import MarkStore
+        from edge.web.metrics import LineMetrics
+        from edge.web.server import operator_token, serve
+    except ImportError as exc:
+        msg = f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
+        raise MissingDependencyError(msg) from exc
+
+    past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
+    board = Board(config, past)
+    metrics = LineMetrics(inspector, dropped=lambda: capture.dropped, deliverers=pipeline.deliverers)
+    line = Line(
+        product=inspector.product,
+        model=inspector.model_id,
+        threshold=inspector.threshold,
+        source=source,
+        provider=inspector.provider,
+    )
+    station = Station(
+        config,
+        line,
+        board=board,
+        metrics=metrics,
+        marks=MarkStore(state / MARKS_FOLDER),
+        deliverers=pipeline.deliverers,
+        dropped=lambda: capture.dropped,
+        token=operator_token(state),
+    )
+    stack.enter_context(serve(station, config))
+    return [board, metrics]
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ class Inspector:
         self.threshold = package.manifest.threshold.value if threshold is None else threshold
         self.model_id = package.sha256[:12]
         self.product = package.manifest.product
+        self.provider = runtime.provider
         self._preprocessing = package.manifest.learning.input
         self._runtime = runtime
         self._config = config

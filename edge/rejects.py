@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import cv2
 import msgspec
-import numpy as np
 
 from edge.overlay import overlay
 from edge.results import Inspected
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, StorageError
-from edgeflame.images import ImageU8, write_image
+from edgeflame.images import shrink, write_image
 
 log = EventLog("rejects")
 
@@ -61,7 +59,7 @@ class RejectsSink:
         result, image = inspected.result, inspected.image
         if result.verdict == "pass" or image is None:
             return
-        picture = _shrunk(image)
+        picture = shrink(image, MAX_SIDE)
         if inspected.anomaly_map is not None:
             picture = overlay(picture, inspected.anomaly_map, result.threshold)
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
@@ -87,11 +85,3 @@ class RejectsSink:
 
     def close(self) -> None:
         pass
-
-
-def _shrunk(image: ImageU8) -> ImageU8:
-    factor = MAX_SIDE / max(image.shape[:2])
-    if factor >= 1:
-        return image
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)

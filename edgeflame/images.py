@@ -171,6 +171,15 @@ def read_mask(path: Path) -> ImageU8:
     return np.where(read_image(path).max(axis=2) > 0, 255, 0).astype(np.uint8)
 
 
+def shrink(image: ImageU8, max_side: int) -> ImageU8:
+    """``[height, width, 3]`` with no side longer than ``max_side`` pixels; smaller images as they are."""
+    factor = max_side / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
 def write_image(path: Path, image: ImageU8) -> None:
     """Write an image in the format of the path's suffix, whole or not at all.
 

@@ -77,7 +77,7 @@ def test_every_package_with_all_its_parts_is_in_the_wheel(wheel: Path) -> None:
         path.relative_to(REPOSITORY).as_posix()
         for package in PACKAGES
         for path in (REPOSITORY / package).rglob("*")
-        if path.suffix in {".py", ".j2"}
+        if path.suffix in {".py", ".j2", ".html", ".css", ".js", ".svg"}
     }
     assert expected - names == set()
     assert {name.partition("/")[0] for name in names if not name.partition("/")[0].endswith(".dist-info")} == {

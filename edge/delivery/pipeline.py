@@ -13,9 +13,7 @@ from edge.delivery.deliverer import Deliverer, Destination
 from edge.delivery.mqtt import LineState, MqttDestination
 from edge.delivery.outbox import Outbox
 from edge.delivery.webhook import WebhookDestination
-from edge.delivery.writer import Writer
 from edge.inspector import Inspector
-from edge.sinks import Sink
 from edgeflame.console import EventLog
 from edgeflame.statedir import locked_state_dir
 
@@ -26,9 +24,8 @@ OUTBOX_FILE = "outbox.sqlite"
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A running delivery: results go into ``writer``; each destination has its deliverer."""
+    """A running delivery: each destination has its deliverer."""
 
-    writer: Writer
     outbox: Outbox
     deliverers: Sequence[Deliverer]
     undelivered: dict[str, int]
@@ -40,20 +37,18 @@ def open_pipeline(
     state: Path,
     config: InspectConfig,
     inspector: Inspector,
-    sinks: Sequence[Sink],
     *,
     source: str,
     make_room: Callable[[], bool],
 ) -> Iterator[Pipeline]:
     """Open the outbox in a state folder and start delivering what it holds.
 
-    Leaving it writes every result handed over, tries for ``delivery.flush_s`` to deliver, and keeps the rest.
+    Leaving it tries for ``delivery.flush_s`` to deliver what waits, and keeps the rest.
 
     Args:
         state: the daemon's folder; one daemon at a time.
         config: outbox, delivery and destinations.
         inspector: whose results these are.
-        sinks: see every result once it is on the disk.
         source: what the line announces as its source.
         make_room: frees something of less worth than results when the disk is full.
 
@@ -74,13 +69,12 @@ def open_pipeline(
         destinations = _destinations(config, inspector, source)
         for name in outbox.forget([destination.name for destination in destinations]):
             log.warning("destination_forgotten", destination=name, reason="it is no longer configured")
-        # Last in, first out: everything is in the outbox before the deliverers finish, and they before the count.
+        # Last in, first out: the deliverers finish before the count.
         stack.callback(count_undelivered)
         deliverers += [
             stack.enter_context(Deliverer(outbox, destination, config.delivery)) for destination in destinations
         ]
-        writer = stack.enter_context(Writer(outbox, sinks))
-        yield Pipeline(writer=writer, outbox=outbox, deliverers=deliverers, undelivered=undelivered)
+        yield Pipeline(outbox=outbox, deliverers=deliverers, undelivered=undelivered)
 
 
 def _destinations(config: InspectConfig, inspector: Inspector, source: str) -> list[Destination]:

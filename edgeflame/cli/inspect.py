@@ -9,7 +9,6 @@ import click
 
 if TYPE_CHECKING:
     from edge.config import InspectConfig
-    from edge.rejects import RejectsSink
     from edge.sinks import Sink
     from edge.summary import Summary
 
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [verdict], [health], [capture], [rejects], [outbox], [delivery], [mqtt], [webhook]; "
-    "options given here win.",
+    help="TOML with the sections [verdict], [health], [capture], [rejects], [outbox], [delivery], [mqtt], "
+    "[webhook], [web]; options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(
@@ -105,14 +104,10 @@ def command(
     With --state, results outlive a crash, a power cut and an outage of their destinations: what was not
     acknowledged is delivered after the next start.
     """
-    import contextlib
     from typing import cast
-
-    import msgspec
 
     from edge.config import InspectConfig
     from edge.daemon import run_inspection, stop_on_signals
-    from edge.delivery.pipeline import Pipeline, open_pipeline
     from edge.inspector import Inspector
     from edge.parity import require_parity
     from edge.rejects import RejectsSink
@@ -120,15 +115,11 @@ def command(
     from edge.sources import open_source
     from edgeflame.config import load_config
     from edgeflame.console import EventLog
-    from edgeflame.errors import UsageError
     from edgeflame.package import read_package
     from edgeflame.signing import verify_signature
 
     log = EventLog("inspect")
     settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
-    if state is None and (settings.mqtt or settings.webhook):
-        msg = "[mqtt] and [webhook] need --state DIR, where results wait until they are delivered"
-        raise UsageError(msg)
     source = open_source(address)
     package = read_package(model)
     if public_key is not None:
@@ -150,25 +141,16 @@ def command(
         provider=runtime.provider,
     )
     pictures = RejectsSink(rejects, settings.rejects) if rejects is not None else None
-    sinks = _sinks(as_json=as_json, results=results, pictures=pictures)
-    pipeline: Pipeline | None = None
-    with contextlib.ExitStack() as stack:
-        for sink in sinks:
-            stack.callback(sink.close)
-        if state is not None:
-            make_room = pictures.discard_oldest if pictures is not None else lambda: False
-            pipeline = stack.enter_context(
-                open_pipeline(state, settings, inspector, sinks, source=source.name, make_room=make_room)
+    sinks = _sinks(as_json=as_json, results=results)
+    try:
+        with stop_on_signals() as stop:
+            summary = run_inspection(
+                source, inspector, sinks, config=settings, state=state, pictures=pictures, limit=limit, stop=stop
             )
-            sinks = [pipeline.writer]
-        stop = stack.enter_context(stop_on_signals())
-        summary = run_inspection(source, inspector, sinks, capture=settings.capture, limit=limit, stop=stop)
-        stopped = stop.is_set()
-    summary = msgspec.structs.replace(
-        summary,
-        evidence_lost=pictures.num_lost if pictures is not None else 0,
-        undelivered=pipeline.undelivered if pipeline is not None else {},
-    )
+            stopped = stop.is_set()
+    finally:
+        for sink in sinks:
+            sink.close()
     _show(summary, as_json=as_json)
     if summary_file is not None:
         _write(summary_file, summary)
@@ -191,7 +173,7 @@ def _with_options(config: InspectConfig, threshold: float | None, review_band: f
     return msgspec.structs.replace(config, verdict=verdict)
 
 
-def _sinks(*, as_json: bool, results: Path | None, pictures: RejectsSink | None) -> list[Sink]:
+def _sinks(*, as_json: bool, results: Path | None) -> list[Sink]:
     from edge.sinks import ConsoleSink, JsonLinesSink, ResultsFileSink
 
     sinks: list[Sink] = []
@@ -204,8 +186,6 @@ def _sinks(*, as_json: bool, results: Path | None, pictures: RejectsSink | None)
         from rich.console import Console
 
         sinks.append(ConsoleSink(Console()))
-    if pictures is not None:
-        sinks.append(pictures)
     return sinks
 
 

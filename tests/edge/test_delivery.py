@@ -27,7 +27,7 @@ from edge.delivery.mqtt import LineState, MqttConfig, MqttDestination
 from edge.delivery.webhook import WebhookConfig, WebhookDestination
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
-from edgeflame.errors import ConfigError, LinkError, StorageError, UsageError
+from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.link import Event, Link, Received, Up
 from edgeflame.statedir import locked_state_dir
 
@@ -252,7 +252,7 @@ def test_inspect_delivers_and_says_what_waits(package_file: Path, tmp_path: Path
     folder, config, state = write_images(tmp_path / "photos"), tmp_path / "line.toml", tmp_path / "state"
     common = ("--model", package_file, "--source", folder, "--config", config)
     config.write_text('[webhook]\nurl = "http://127.0.0.1:9/"\n[delivery]\nflush_s = 0.1\n')
-    with pytest.raises(UsageError, match=r"\[mqtt\] and \[webhook\] need --state DIR"):
+    with pytest.raises(ConfigError, match="need --state DIR"):
         inspect(*common)
     away = inspect(*common, "--state", state)
     assert away.exit_code == 0

@@ -1,0 +1,73 @@
+"""An operator's second opinion: a reject that was good, a pass that was bad; kept with its picture for training."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edge.results import Inspected
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError, StorageError
+from edgeflame.images import write_image
+
+log = EventLog("marks")
+
+Truth = Literal["good", "bad"]
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of ``marks.jsonl``."""
+
+    was: Truth
+    marked: dt.datetime
+    file: str
+    """Picture, relative to the folder: the area the model saw, without heat."""
+    result: msgspec.Raw
+
+
+class MarkStore:
+    """Pictures in ``good/`` and ``bad/``, ready to be looked through and added to the next training's images, and one
+    line each in ``marks.jsonl``. Marking a part again replaces its picture; the lines remain.
+
+    Args:
+        folder: made with the first mark.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def add(self, inspected: Inspected, was: Truth) -> Mark:
+        """Keep an opinion.
+
+        Raises:
+            DataError: the part has no picture.
+            StorageError: it cannot be written.
+        """
+        result, image = inspected.result, inspected.image
+        if image is None:
+            msg = f"part {result.part_id} has no picture to keep"
+            raise DataError(msg)
+        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
+        name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{part}.png"
+        other = self._folder / ("bad" if was == "good" else "good") / name
+        mark = Mark(
+            was=was,
+            marked=dt.datetime.now(dt.timezone.utc),
+            file=f"{was}/{name}",
+            result=msgspec.Raw(msgspec.json.encode(result)),
+        )
+        try:
+            (self._folder / was).mkdir(parents=True, exist_ok=True)
+            write_image(self._folder / was / name, image)
+            other.unlink(missing_ok=True)
+            with (self._folder / "marks.jsonl").open("ab") as lines:
+                lines.write(msgspec.json.encode(mark) + b"\n")
+        except OSError as exc:
+            msg = f"{self._folder}: the mark cannot be kept ({exc.strerror})"
+            raise StorageError(msg) from exc
+        log.info("part_marked", part=result.part_id, verdict=result.verdict, was=was)
+        return mark

@@ -1,0 +1,107 @@
+"""What Prometheus reads at ``/metrics``; every name is listed in docs/inspection.md, and a test compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from edge.delivery import Deliverer
+from edge.inspector import Inspector
+from edge.results import Inspected
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# A second series for each counter that says when it began: of no use to an alert, and half of the page.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+_RATIO_BUCKETS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+
+
+class LineMetrics:
+    """Counts results; a sink.
+
+    Args:
+        inspector: of the model that runs.
+        dropped: frames never looked at so far, by reason.
+        deliverers: of the destinations.
+    """
+
+    def __init__(
+        self, inspector: Inspector, *, dropped: Callable[[], Mapping[str, int]], deliverers: Sequence[Deliverer]
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._parts = Counter("edgeflame_parts", "Parts judged.", ["verdict"], registry=self.registry)
+        for verdict in ("pass", "fail", "unknown"):
+            self._parts.labels(verdict)
+        self._reasons = Counter(
+            "edgeflame_reasons", "Reasons for parts that were not passed.", ["reason"], registry=self.registry
+        )
+        self._latency = Histogram(
+            "edgeflame_latency_seconds", "Capture to verdict.", buckets=_LATENCY_BUCKETS, registry=self.registry
+        )
+        self._ratio = Histogram(
+            "edgeflame_score_ratio", "Score over threshold.", buckets=_RATIO_BUCKETS, registry=self.registry
+        )
+        self._last = Gauge(
+            "edgeflame_last_part_timestamp_seconds", "When the last part was captured.", registry=self.registry
+        )
+        Gauge("edgeflame_threshold", "Raw distance above which a part fails.", registry=self.registry).set(
+            inspector.threshold
+        )
+        Gauge("edgeflame_model_info", "The model that runs.", ["product", "model"], registry=self.registry).labels(
+            inspector.product, inspector.model_id
+        ).set(1)
+        self.registry.register(_Asked(dropped, deliverers))
+
+    def accept(self, inspected: Inspected) -> None:
+        """Count a part."""
+        result = inspected.result
+        self._parts.labels(result.verdict).inc()
+        for reason in result.reasons:
+            self._reasons.labels(reason).inc()
+        self._latency.observe(result.latency_ms / 1000)
+        if result.score is not None:
+            self._ratio.observe(result.score / result.threshold)
+        self._last.set(result.captured.timestamp())
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
+
+
+class _Asked(Collector):
+    """Figures that others keep, asked for when they are read."""
+
+    def __init__(self, dropped: Callable[[], Mapping[str, int]], deliverers: Sequence[Deliverer]) -> None:
+        self._dropped = dropped
+        self._deliverers = deliverers
+
+    def collect(self) -> Iterable[Metric]:
+        dropped = CounterMetricFamily("edgeflame_frames_dropped", "Frames never looked at.", labels=["reason"])
+        for reason, count in self._dropped().items():
+            dropped.add_metric([reason], count)
+        yield dropped
+        waiting = GaugeMetricFamily("edgeflame_outbox_waiting", "Results not yet delivered.", labels=["destination"])
+        lost = CounterMetricFamily("edgeflame_results_lost", "Results given up undelivered.", labels=["destination"])
+        failures = CounterMetricFamily("edgeflame_delivery_failures", "Failed attempts.", labels=["destination"])
+        for deliverer in self._deliverers:
+            standing = deliverer.standing()
+            waiting.add_metric([deliverer.name], standing.waiting)
+            lost.add_metric([deliverer.name], standing.lost)
+            failures.add_metric([deliverer.name], deliverer.num_failures)
+        yield from (waiting, lost, failures)

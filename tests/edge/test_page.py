@@ -1,0 +1,294 @@
+"""The operator's page: what it remembers, its routes over real HTTP, and the page itself in Chromium."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import http.client
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from brokers import wait_for
+from click.testing import CliRunner
+from results import result
+from small_model import GRID, bad_image, good_image, write_images
+
+from edge.config import InspectConfig
+from edge.inspector import Inspector
+from edge.results import Inspected
+from edge.runtimes import open_runtime
+from edge.web.app import Line, Station
+from edge.web.board import Board
+from edge.web.config import WebConfig
+from edge.web.marks import MarkStore
+from edge.web.metrics import LineMetrics
+from edge.web.server import operator_token, serve
+from edgeflame.cli import cli
+from edgeflame.errors import ConfigError, LinkError
+from edgeflame.images import read_image
+from edgeflame.package import Package
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TOKEN = "let-me-in"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def part(
+    sequence: int, verdict: str = "pass", *, captured: dt.datetime | None = None, picture: bool = True
+) -> Inspected:
+    image = good_image(sequence, 96) if verdict == "pass" else bad_image(sequence, 96)
+    told = msgspec.structs.replace(
+        result(sequence, verdict, part_id=f"part-{sequence:04d}"),
+        captured=captured or dt.datetime.now(dt.timezone.utc),
+        score={"pass": 0.5, "fail": 1.6, "unknown": None}[verdict],
+        reasons={"pass": (), "fail": ("above_threshold",), "unknown": ("unreadable",)}[verdict],
+    )
+    heat = np.full((GRID, GRID), 0.4, np.float32)
+    heat[2:4, 2:4] = 1.6 if verdict == "fail" else 0.4
+    return Inspected(result=told, image=image if picture else None, anomaly_map=heat if picture else None)
+
+
+class TestBoard:
+    """What is shown."""
+
+    def test_memory_is_bounded_and_rejects_outlive_the_passes_after_them(self) -> None:
+        board = Board(WebConfig(recent=3, rejects=2))
+        for sequence, verdict in enumerate(["fail", "fail", "unknown", *["pass"] * 20]):
+            board.accept(part(sequence, verdict))
+        view = board.view()
+        assert [shown.part_id for shown in view.rejects] == ["part-0002", "part-0001"]
+        assert [shown.part_id for shown in view.recent] == ["part-0022", "part-0021", "part-0020"]
+        assert view.latest is not None
+        assert view.latest.part_id == "part-0022"
+        kept = [key for key in range(30) if board.part(key) is not None]
+        assert len(kept) == 5
+        assert board.picture(view.rejects[0].key, with_heat=True) is not None
+        assert board.picture(1, with_heat=True) is None  # the first reject, pushed out
+
+    def test_counts_are_of_today_and_go_on_after_a_restart(self) -> None:
+        yesterday = dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=1)
+        past = [part(0, "fail", captured=yesterday).result, part(1, "fail").result, part(2).result]
+        board = Board(WebConfig(), past)
+        board.accept(part(3, "unknown"))
+        today = board.view().today
+        assert (today.passed, today.failed, today.unknown) == (1, 1, 1)
+        assert [verdict for _, verdict in board.view().scores] == ["fail", "fail", "pass", "unknown"]
+        assert board.view().scores[-1][0] is None
+
+    def test_pictures_are_no_larger_than_asked_for(self) -> None:
+        board = Board(WebConfig())
+        board.accept(part(0))
+        assert len(board.picture(1, with_heat=False, side=40) or b"") < len(board.picture(1, with_heat=False) or b"")
+
+
+@contextlib.contextmanager
+def station(folder: Path, package: Package, **keys: Any) -> Iterator[tuple[Station, str]]:
+    config = WebConfig(listen="127.0.0.1:0", **keys)
+    inspector = Inspector(package, open_runtime(package.model_onnx, device="cpu"), InspectConfig())
+    opened = Station(
+        config,
+        Line(product="tile", model="0" * 12, threshold=1.0, source="camera:0", provider="CPU"),
+        board=Board(config),
+        metrics=LineMetrics(inspector, dropped=lambda: {"superseded": 3}, deliverers=[]),
+        marks=MarkStore(folder / "marks"),
+        deliverers=[],
+        dropped=lambda: {"superseded": 3},
+        token=TOKEN,
+    )
+    with serve(opened, config) as address:
+        yield opened, address
+
+
+def judge(opened: Station, inspected: Inspected) -> None:
+    opened.board.accept(inspected)
+    opened.metrics.accept(inspected)
+
+
+def ask(
+    address: str, path: str, *, method: str = "GET", body: bytes = b"", token: str | None = None
+) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, {"Authorization": f"Bearer {token}"} if token else {})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def test_health_says_ready_only_while_parts_come(tmp_path: Path, package: Package) -> None:
+    with station(tmp_path, package, stale_after_s=0.2) as (opened, address):
+        assert ask(address, "/healthz") == (200, b"ok\n")
+        assert ask(address, "/readiness") == (503, b"no part has been judged since the start\n")
+        judge(opened, part(0))
+        assert ask(address, "/readiness") == (200, b"ready\n")
+        wait_for(lambda: ask(address, "/readiness")[0] == 503, "the line is stale")
+        assert ask(address, "/readiness")[1].startswith(b"no part for ")
+
+
+def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, package: Package) -> None:
+    with station(tmp_path, package) as (opened, address):
+        for sequence, verdict in enumerate(["pass", "fail", "unknown"]):
+            judge(opened, part(sequence, verdict))
+        text = ask(address, "/metrics")[1].decode()
+    assert 'edgeflame_parts_total{verdict="fail"} 1.0' in text
+    assert 'edgeflame_frames_dropped_total{reason="superseded"} 3.0' in text
+    assert "edgeflame_score_ratio_count 2.0" in text
+    told = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "inspection.md").read_text(), re.MULTILINE))
+    assert told == documented
+
+
+def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package: Package) -> None:
+    with station(tmp_path, package, recent=2, rejects=2) as (opened, address):
+        judge(opened, part(0, "fail"))
+        judge(opened, part(1, picture=False))
+        good = b'{"was": "good"}'
+        mark = "/api/parts/1/mark"
+        assert ask(address, mark, method="POST", body=good)[0] == 401
+        assert ask(address, mark, method="POST", body=good, token="guess")[0] == 401
+        assert ask(address, mark, method="POST", body=b'{"was": "fine"}', token=TOKEN)[0] == 400
+        assert ask(address, mark, method="POST", body=b"\xff", token=TOKEN)[0] == 400
+        assert ask(address, mark, method="POST", body=b"x" * 20_000, token=TOKEN)[0] == 413
+        assert ask(address, "/api/parts/9/mark", method="POST", body=good, token=TOKEN)[0] == 404
+        assert ask(address, "/api/parts/2/mark", method="POST", body=good, token=TOKEN)[0] == 409
+        assert ask(address, mark, token=TOKEN)[0] == 405  # GET changes nothing
+        assert not (tmp_path / "marks").exists()
+        assert ask(address, mark, method="POST", body=good, token=TOKEN)[0] == 200
+        (kept,) = (tmp_path / "marks" / "good").iterdir()
+        assert (read_image(kept) == bad_image(0, 96)).all()  # lossless, without the heat
+        # A second thought moves the picture; both opinions are on record.
+        assert ask(address, mark, method="POST", body=b'{"was": "bad"}', token=TOKEN)[0] == 200
+        assert [path.parent.name for path in (tmp_path / "marks").glob("*/*.png")] == ["bad"]
+        lines = [msgspec.json.decode(line) for line in (tmp_path / "marks" / "marks.jsonl").read_bytes().splitlines()]
+        assert [(line["was"], line["result"]["part_id"]) for line in lines] == [
+            ("good", "part-0000"),
+            ("bad", "part-0000"),
+        ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing",
+        "/static/page.js",
+        "/../server.py",
+        "/parts/1/server.jpg",
+        "/parts/x/heat.jpg",
+        "/parts/77/heat.jpg",
+        "/parts/1/heat.jpg?side=0",
+    ],
+)
+def test_what_is_not_there_is_404(tmp_path: Path, package: Package, path: str) -> None:
+    with station(tmp_path, package) as (opened, address):
+        judge(opened, part(0))
+        assert ask(address, path)[0] == 404
+
+
+def test_an_address_in_use_is_an_error(tmp_path: Path, package_file: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = tmp_path / "line.toml"
+        config.write_text(f'[web]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
+        arguments = ["inspect", "--model", str(package_file), "--source", str(write_images(tmp_path / "photos"))]
+        with pytest.raises(ConfigError, match="need --state DIR"):
+            CliRunner().invoke(cli, [*arguments, "--config", str(config)], catch_exceptions=False)
+        arguments += ["--config", str(config), "--state", str(tmp_path / "state")]
+        with pytest.raises(
+            LinkError, match=r"web\.listen: cannot listen on 127\.0\.0\.1:\d+ \(Address already in use\)"
+        ):
+            CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"listen": "8080"}, {"listen": "host:99999"}, {"recent": 0}, {"history": 1}, {"stale_after_s": 0}]
+)
+def test_settings_that_make_no_sense_are_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="web"):
+        WebConfig(**keys)
+
+
+def test_the_token_is_made_once_and_kept_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDGEFLAME_OPERATOR_TOKEN", raising=False)
+    token = operator_token(tmp_path)
+    assert len(token) >= 16
+    assert operator_token(tmp_path) == token
+    assert (tmp_path / "operator-token").stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("EDGEFLAME_OPERATOR_TOKEN", "from-outside")
+    assert operator_token(tmp_path) == "from-outside"
+
+
+_WATCH_SHIFTS = """
+window.shifts = 0;
+new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.shifts += entry.value; })
+  .observe({ type: "layout-shift", buffered: true });
+"""
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (390, 844)])
+def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package: Package, width: int, height: int) -> None:
+    complaints: list[str] = []
+    with station(tmp_path, package) as (opened, address):
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.add_init_script(_WATCH_SHIFTS)
+        page.goto(address)
+        page.get_by_text("no part yet").wait_for()
+        page.get_by_text("Not ready: no part has been judged since the start.").wait_for()
+        for sequence, verdict in enumerate(["pass", "fail", "unknown", "pass"]):
+            judge(opened, part(sequence, verdict))
+        page.locator("#light.pass").wait_for()
+        assert page.locator("#word").inner_text().lower() == "pass"
+        assert page.locator("#ratio").inner_text() == "0.50 × threshold"
+        page.locator("#problem").wait_for(state="hidden")
+        assert page.locator("#rejects li").count() == 2
+        assert page.locator("#failed").inner_text() == "1"
+        # Parts that come once the page stands move nothing.
+        page.evaluate("window.shifts = 0")
+        judge(opened, part(4, "fail"))
+        page.locator("#light.fail").wait_for()
+        page.locator("#rejects li").nth(2).wait_for()
+        assert page.evaluate("window.shifts") < 0.1
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # With the keyboard alone: open the newest reject, say that it was good, close.
+        page.locator("#rejects button").first.focus()
+        page.keyboard.press("Enter")
+        page.locator("#closer[open]").wait_for()
+        assert "above threshold" in page.locator("#closer-why").inner_text()
+        page.locator("#token").fill("guess")
+        page.get_by_role("button", name="It was good").press("Enter")
+        page.get_by_text("Not kept: this needs the operator's token.").wait_for()
+        page.locator("#token").fill(TOKEN)
+        page.get_by_role("button", name="It was good").press("Enter")
+        page.get_by_text("Kept as good for the next training.").wait_for()
+        assert len(list((tmp_path / "marks" / "good").iterdir())) == 1
+        page.keyboard.press("Escape")
+        page.locator("#closer[open]").wait_for(state="detached")
+        page.close()
+    # The refused mark is the one complaint: browsers log a 401.
+    assert [text for text in complaints if "401" not in text] == []
+
+
+def test_the_page_says_when_the_daemon_is_gone(browser: Any, tmp_path: Path, package: Package) -> None:
+    with station(tmp_path, package) as (_, address):
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_text("live", exact=True).wait_for()
+    page.get_by_text("connection lost, trying again").wait_for()
+    page.close()
