@@ -105,6 +105,24 @@ def copy_durably(source: Path, target: Path) -> None:
         fsync_folder(target.parent)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have a file that is never written again under another name: a hard link, or where there are none, a copy.
+
+    Raises:
+        StorageError: it cannot be read or written; an old file at ``target`` is intact.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        os.link(source, partial)
+        partial.replace(target)
+        # Where the two were one file already, renaming leaves both names.
+        partial.unlink(missing_ok=True)
+        fsync_folder(target.parent)
+    except OSError:
+        copy_durably(source, target)
+
+
 def fsync_folder(folder: Path) -> None:
     """Put a folder's entries (a file renamed into it, say) onto the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

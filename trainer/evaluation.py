@@ -81,6 +81,7 @@ def evaluate(
     threshold: float,
     on_unreadable: UnreadablePolicy = "skip",
     seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
     progress: Progress = no_progress,
 ) -> EvaluationReport:
     """Score the test images and compare with what they are.
@@ -92,6 +93,7 @@ def evaluate(
         threshold: raw score above which an image is rejected.
         on_unreadable: skip or refuse images that cannot be read.
         seed: of the bootstrap.
+        num_resamples: of the bootstrap; 0 for no interval.
         progress: counts images, scored and then measured.
 
     Raises:
@@ -124,7 +126,7 @@ def evaluate(
     rejected = int((good > threshold).sum())
     return EvaluationReport(
         image_AUROC=auroc(good, defective),
-        image_AUROC_interval=_interval(records, scores, seed),
+        image_AUROC_interval=_interval(records, scores, seed, num_resamples),
         macro_image_AUROC=_mean([one.image_AUROC for one in per_class.values()]),
         pixel_AUROC=all_pixels.auroc() if all_pixels else None,
         macro_pixel_AUROC=_mean([one.pixel_AUROC for one in per_class.values()]),
@@ -217,18 +219,18 @@ def _count_pixels(
     return counts, everything
 
 
-def _interval(records: Sequence[ImageRecord], scores: F32, seed: int) -> tuple[float, float] | None:
+def _interval(records: Sequence[ImageRecord], scores: F32, seed: int, num_resamples: int) -> tuple[float, float] | None:
     good: dict[str, list[float]] = {}
     defective: dict[str, list[float]] = {}
     for record, score in zip(records, scores, strict=True):
         (good if record.is_good else defective).setdefault(record.group, []).append(float(score))
-    if not good or not defective:
+    if not good or not defective or not num_resamples:
         return None
     parts = sorted(set(good) | set(defective))
     return bootstrap_auroc(
         [np.array(good.get(part, [])) for part in parts],
         [np.array(defective.get(part, [])) for part in parts],
-        num_resamples=NUM_RESAMPLES,
+        num_resamples=num_resamples,
         seed=seed,
     )
 

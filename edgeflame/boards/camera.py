@@ -19,6 +19,7 @@ from edgeflame.boards.defects import MASK_EPSILON
 from edgeflame.boards.noise import FieldF32, as_f32
 from edgeflame.boards.seeds import generator
 from edgeflame.boards.surface import Surface
+from edgeflame.boards.textures import DISPLAY_GAMMA
 from edgeflame.images import ImageU8
 
 SHIFT_SHARE = 0.010
@@ -133,6 +134,22 @@ class Camera:
             frame = np.where(changed[..., None], damaged, frame)
             mask[changed] = 255
         return self._expose(as_f32(frame), rng), mask
+
+    def rephotograph(self, photograph: ImageU8, rng: np.random.Generator) -> ImageU8:
+        """What this camera would make of the scene of a photograph: gain, vignetting, blur, gamma and noise.
+
+        Lamp and placement stay those of the photograph; they cannot be changed without the part.
+
+        Args:
+            photograph: ``[H, W, 3]`` uint8 BGR, taken to be encoded with the usual gamma of 2.2.
+            rng: the noise.
+        """
+        light = as_f32(cv2.pow(as_f32(photograph) / np.float32(255), DISPLAY_GAMMA))
+        height, width = photograph.shape[:2]
+        x = np.linspace(-1.0, 1.0, width, dtype=np.float32)[None, :]
+        y = np.linspace(-1.0, 1.0, height, dtype=np.float32)[:, None]
+        exposure = np.float32(self.gain) * (1.0 - np.float32(self.vignetting / 2) * (x * x + y * y))
+        return self._expose(self._blur(as_f32(light * exposure[..., None])), rng)
 
     def _placement(self, size: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
         """Homography ``[3, 3]`` from the board's canvas to the picture, in pixels."""

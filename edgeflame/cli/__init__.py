@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("edgeflame.cli.train", "Take part in a fleet's training rounds."),
     "rounds": ("edgeflame.cli.rounds", "Decide about a running fleet's rounds: stop, finish, pause, remove."),
     "site": ("edgeflame.cli.site", "Have this site rest, go on, or leave its run."),
+    "simulate": ("edgeflame.cli.simulate", "Simulate a fleet's rounds on this machine, or on a Ray cluster."),
     "fit": ("edgeflame.cli.fit", "Fit a model to good images at one site and write its package."),
     "evaluate": ("edgeflame.cli.evaluate", "Measure a package on test images."),
     "calibrate": ("edgeflame.cli.calibrate", "Set a package's threshold from good images of the line."),

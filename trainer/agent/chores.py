@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from edgeflame.console import EventLog
 from edgeflame.learning import Learning
-from edgeflame.messages import StatisticsWanted
-from edgeflame.transfer.manifest import describe_file
+from edgeflame.messages import Offer, StatisticsWanted
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
 from trainer.agent.memory import Finished, Memory, Outcome
 from trainer.agent.orders import Done, FinishOrder, InitialOrder, StatisticsOrder, TrainOrder
 
 log = EventLog("site")
+
+NO_OUTCOME = Outcome(num_samples=0, metrics={})
+"""Of the initial model, which nothing was trained for."""
 
 
 def initial_order(memory: Memory) -> InitialOrder:
@@ -59,6 +64,40 @@ def finish_order(
         ledger=dict(ledger),
         private=None if private is None else str(private),
         statistics=None if statistics is None else str(statistics.resolve()),
+    )
+
+
+def read_ledger(memory: Memory, run: str, model: str, sha256: str | None) -> dict[str, Any]:
+    """The ledger from the store; the little that is known anyway if it could not be had, or is unreadable."""
+    if sha256 is not None:
+        try:
+            data = memory.store.path(sha256).read_bytes()
+            ledger: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            log.warning("ledger_unreadable", reason=str(exc))
+        else:
+            return ledger
+    return {"run": run, "model_sha256": model}
+
+
+def make_offer(
+    path: Path,
+    *,
+    run: str,
+    purpose: Literal["initial", "update", "statistics"],
+    number: int,
+    outcome: Outcome,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Offer:
+    """The offer of a model that lies at ``path``."""
+    return Offer(
+        run=run,
+        purpose=purpose,
+        round=number,
+        manifest=describe_file(path, chunk_bytes=chunk_bytes),
+        num_samples=outcome.num_samples,
+        num_steps=outcome.num_steps,
+        metrics=outcome.metrics,
     )
 
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
-
-import msgspec
+from typing import Literal
 
 from edgeflame.console import EventLog
 from edgeflame.learning import Learning
-from edgeflame.messages import BlobNeed, FinishReport, Offer, TaskFailed
-from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
+from edgeflame.messages import BlobNeed, FinishReport, TaskFailed
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES
 from edgeflame.transfer.store import Outgoing
 from trainer.agent.chores import (
+    NO_OUTCOME,
     finish_order,
     initial_order,
     keep_finished,
     keep_statistics,
     keep_update,
+    make_offer,
+    read_ledger,
     statistics_order,
     train_order,
 )
@@ -101,7 +102,7 @@ class Errand:
                 assert shared is not None
                 self._upload = self._offer(shared[0], run, "statistics", 0, shared[1])
             case Finish(run=run, model=model, ledger=ledger, statistics=statistics):
-                record = self._read_ledger(run, model, ledger)
+                record = read_ledger(memory, run, model, ledger)
                 pooled = None if statistics is None else memory.store.path(statistics)
                 path = memory.store.path(model)
                 self._labour.begin(
@@ -213,7 +214,7 @@ class Errand:
     def _offer_initial(self, run: str) -> Upload:
         sha256 = self._memory.initial(run)
         assert sha256 is not None
-        return self._offer(self._memory.store.path(sha256), run, "initial", 0, Outcome(num_samples=0, metrics={}))
+        return self._offer(self._memory.store.path(sha256), run, "initial", 0, NO_OUTCOME)
 
     def _offer_update(self, run: str, number: int) -> Upload:
         kept = self._memory.update(run, number)
@@ -223,16 +224,8 @@ class Errand:
     def _offer(
         self, path: Path, run: str, purpose: Literal["initial", "update", "statistics"], number: int, outcome: Outcome
     ) -> Upload:
-        manifest = describe_file(path, chunk_bytes=self.chunk_bytes)
-        offer = Offer(
-            run=run,
-            purpose=purpose,
-            round=number,
-            manifest=manifest,
-            num_samples=outcome.num_samples,
-            num_steps=outcome.num_steps,
-            metrics=outcome.metrics,
-        )
+        offer = make_offer(path, run=run, purpose=purpose, number=number, outcome=outcome, chunk_bytes=self.chunk_bytes)
+        manifest = offer.manifest
 
         def publish(index: int, data: bytes) -> None:
             self._voice.send_chunk(manifest.sha256, index, data)
@@ -247,14 +240,3 @@ class Errand:
             state=str(self._memory.work_dir.resolve()),
             groups_file=None if self._groups_file is None else str(self._groups_file.resolve()),
         )
-
-    def _read_ledger(self, run: str, model: str, sha256: str | None) -> dict[str, Any]:
-        if sha256 is not None:
-            try:
-                data = self._memory.store.path(sha256).read_bytes()
-                ledger: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-            except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
-                log.warning("ledger_unreadable", reason=str(exc))
-            else:
-                return ledger
-        return {"run": run, "model_sha256": model}

@@ -15,13 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import msgspec
-
-from edgeflame import __version__
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
-from edgeflame.errors import ConfigError, EdgeFlameError, FederationError, NegativeAnswerError
-from edgeflame.learning import Learning
+from edgeflame.errors import EdgeFlameError, FederationError, NegativeAnswerError
 from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
 from edgeflame.messages import (
     BlobNeed,
@@ -44,8 +40,9 @@ from trainer.agent.farewell import Farewell
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Memory
 from trainer.agent.orders import Done
-from trainer.agent.plan import Finish, Gather, Knowledge, Leave, Prepare, Step, Train, plan
+from trainer.agent.plan import Knowledge, Leave, plan
 from trainer.agent.process import Died, Said
+from trainer.agent.recall import BAD_MODEL, announced_learning, purpose_of, recall
 from trainer.agent.schedule import Schedule
 from trainer.agent.voice import Voice
 from trainer.agent.wishes import Pause, Wishes
@@ -53,8 +50,6 @@ from trainer.agent.wishes import Pause, Wishes
 log = EventLog("site")
 
 TICK_S = 0.25
-_BAD_MODEL = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
-"""Refusals that say that the update itself is bad, not only that it does not count."""
 FAREWELL_S = 10.0
 """A site that failed waits so long for the aggregator to hear of it before it leaves anyway, seconds."""
 
@@ -278,11 +273,7 @@ class _Site:
         if self._announced is None or self._announced.run != announced.run:
             self._answered = frozenset()
             self._failure = None
-            try:
-                self._errand.learning = msgspec.json.decode(announced.learning, type=Learning)
-            except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
-                msg = f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
-                raise ConfigError(msg) from exc
+            self._errand.learning = announced_learning(announced)
         self._announced = announced
         log.info(
             "announced", run=announced.run[:8], phase=announced.phase, round=announced.round, of=announced.num_rounds
@@ -313,43 +304,22 @@ class _Site:
                 self._answered |= {(message.purpose, message.round)}
                 if isinstance(message, Refusal) and message.purpose == "update":
                     self._memory.forget_private(message.run, message.round)
-                    if message.reason in _BAD_MODEL:
+                    if message.reason in BAD_MODEL:
                         self._errand.stop()
                         self._memory.forget_update(message.run, message.round)
             case _:
                 pass
 
     def _on_failure(self, error: EdgeFlameError, now: float) -> None:
-        purposes: dict[type[Step], Purpose] = {
-            Prepare: "initial",
-            Train: "update",
-            Gather: "statistics",
-            Finish: "finish",
-        }
-        purpose = purposes.get(type(self._errand.step), "update")
+        purpose = purpose_of(self._errand.step)
         log.error("work_failed", what=purpose, reason=str(error))
         self._failure = (purpose, error, now + FAREWELL_S)
 
     def _knowledge(self) -> Knowledge:
-        announced, memory, site = self._announced, self._memory, self._options.site
-        if announced is None:
-            return Knowledge(site=site)
-        run = announced.run
-        initial = memory.initial(run)
-        if announced.phase in ("waiting", "initialise") and initial is not None and initial not in memory.store:
-            initial = None
-        finished = memory.finished(run)
-        manifests = (announced.base, announced.ledger, announced.statistics)
-        named = [manifest.sha256 for manifest in manifests if manifest is not None]
-        return Knowledge(
-            site=site,
-            announced=announced,
-            took_part=memory.took_part(run),
-            initial=initial,
-            has_update=memory.update(run, announced.round) is not None,
-            has_statistics=memory.statistics(run) is not None,
-            blobs=frozenset(sha256 for sha256 in named if sha256 in memory.store),
-            is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
+        return recall(
+            self._memory,
+            self._options.site,
+            self._announced,
             answered=self._answered,
             failure=None if self._failure is None else (self._failure[0], str(self._failure[1])),
             aggregator_online=self._aggregator_online,

@@ -1,0 +1,1 @@
+"""A fleet on one machine: the real rounds and the real sites, without a network between them."""

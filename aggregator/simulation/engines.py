@@ -1,0 +1,153 @@
+"""Where simulated sites do their work: in this process, in a few others, or on a Ray cluster.
+
+An engine is handed a function from the bytes of a task to the bytes of its answer. What happens in a task depends on
+the task alone and on files it names, so a result does not depend on the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+import msgspec
+
+from aggregator.simulation.config import EngineConfig
+from edgeflame import errors
+from edgeflame.errors import EdgeFlameError, FederationError, LinkError, MissingDependencyError
+from edgeflame.simulated import ANSWER, MeasureAnswer, Problem, SiteAnswer, Task
+
+Handle = Callable[[bytes], bytes]
+"""Importable by name in another process."""
+
+PR_SET_PDEATHSIG = 1
+
+
+class Engine(Protocol):
+    """Carries out tasks."""
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+        """Answers in the order in which they come.
+
+        Raises:
+            EdgeFlameError: what ended a task.
+        """
+        ...
+
+
+@contextlib.contextmanager
+def open_engine(config: EngineConfig, handle: Handle) -> Iterator[Engine]:
+    """The engine that is configured; what it started ends with the context.
+
+    Raises:
+        LinkError: the Ray cluster cannot be reached.
+        MissingDependencyError: Ray is not installed.
+    """
+    if config.kind == "ray":
+        with _ray(config) as ray:
+            yield _Ray(ray, config, handle)
+    elif config.workers:
+        # Forking would copy the locks of numerical libraries' threads.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_begin_worker) as pool:
+            try:
+                yield _Pool(pool, handle)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    else:
+        yield _Here(handle)
+
+
+class _Here:
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+        for task in tasks:
+            yield _decode(self._handle(msgspec.json.encode(task)))
+
+
+class _Pool:
+    def __init__(self, pool: ProcessPoolExecutor, handle: Handle) -> None:
+        self._pool = pool
+        self._handle = handle
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+        futures = [self._pool.submit(self._handle, msgspec.json.encode(task)) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield _decode(future.result())
+        except BrokenProcessPool as exc:
+            msg = "a worker process of the simulation died (out of memory?); run the command again to go on"
+            raise FederationError(msg) from exc
+
+
+class _Ray:
+    def __init__(self, ray: Any, config: EngineConfig, handle: Handle) -> None:
+        self._ray = ray
+        self._at_a_time = config.workers
+        # Ray gives a task as many threads of the numerical libraries as it gives it CPUs.
+        self._remote = ray.remote(handle).options(num_cpus=config.threads)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+        ray = self._ray
+        waiting = list(reversed(tasks))
+        running: list[Any] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < (self._at_a_time or len(tasks)):
+                    running.append(self._remote.remote(msgspec.json.encode(waiting.pop())))
+                done, running = ray.wait(running, num_returns=1)
+                yield _decode(ray.get(done[0]))
+        except ray.exceptions.RayError as exc:
+            msg = f"a task on the Ray cluster was lost ({str(exc).splitlines()[0]}); run the command again to go on"
+            raise FederationError(msg) from exc
+
+
+@contextlib.contextmanager
+def _ray(config: EngineConfig) -> Iterator[Any]:
+    # Nothing of ours goes to Ray's makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as exc:
+        msg = "the engine ray needs Ray: pip install 'edgeflame[sim]'; or set engine.kind to local"
+        raise MissingDependencyError(msg) from exc
+    try:
+        ray.init(
+            address=config.address or "local",
+            include_dashboard=False if config.address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as exc:
+        where = config.address or "this machine"
+        msg = f"no Ray cluster at {where} ({str(exc).splitlines()[0]}); see engine.address"
+        raise LinkError(msg) from exc
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _begin_worker() -> None:
+    # The parent decides what Ctrl-C means, and a worker must not outlive it, however it ended.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _decode(data: bytes) -> SiteAnswer | MeasureAnswer:
+    answer = ANSWER.decode(data)
+    if isinstance(answer, Problem):
+        kind = getattr(errors, answer.error, FederationError)
+        raise kind(answer.message) if issubclass(kind, EdgeFlameError) else FederationError(answer.message)
+    return answer

@@ -1,0 +1,276 @@
+"""A simulated run: the round machine, with sites that are asked in turn instead of over MQTT.
+
+What the service does when a message arrives, this does when a site has answered: it tells the machine, writes the
+machine's facts to the journal, and acts on them. Time stands still, so no deadline passes. Killed at any moment and
+started again, it goes on from the journal and the sites' state directories, to the same bits.
+
+::
+
+    OUT/simulation.json          the configuration and who has what
+    OUT/data                     the sites' images (:mod:`aggregator.simulation.data`)
+    OUT/state, OUT/sites/<site>  state directories of the aggregator and the sites
+    OUT/figures/round-<n>.json, site-<site>.json
+    OUT/ledger.json, OUT/global-model.safetensors, OUT/metrics.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aggregator.announcer import Announcer
+from aggregator.conduct import RunResult, judge, log_fact, open_run, settle, write_results
+from aggregator.facts import RunState
+from aggregator.journal import Journal
+from aggregator.rounds import Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.simulation.config import SimulationConfig
+from aggregator.simulation.data import Layout, lay_out
+from aggregator.simulation.engines import Engine
+from aggregator.simulation.figures import Figures
+from edgeflame.console import EventLog, Progress
+from edgeflame.errors import ConfigError, FederationError, StorageError
+from edgeflame.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode
+from edgeflame.simulated import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
+from edgeflame.statedir import link_or_copy, locked_state_dir, storage_errors, write_durably
+from edgeflame.transfer.store import BlobStore
+
+log = EventLog("simulation")
+
+RECORD = "simulation.json"
+NOW = 0.0
+"""The clock stands still: nobody is slow in a simulation."""
+
+
+def simulate(config: SimulationConfig, out_dir: Path, engine: Engine, report: Progress) -> RunResult:
+    """Run a simulation to its end: a new one, or the one that ``out_dir`` holds.
+
+    Args:
+        config: must be the same, apart from the engine, when an interrupted run continues.
+        out_dir: see above; one process at a time.
+        engine: where the sites work.
+        report: counts the steps of a phase.
+
+    Raises:
+        ConfigError: another configuration than before, or too few parts for the sites.
+        EdgeFlameError: what a site's work, the data or the disk failed with.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(locked_state_dir(out_dir))
+        _hold_to(config, out_dir)
+        layout = lay_out(config, out_dir, report)
+        _record(config, layout, out_dir)
+        state_dir = out_dir / "state"
+        with storage_errors(state_dir, "create"):
+            state_dir.mkdir(exist_ok=True)
+        journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))
+        run = _Simulation(config, layout, out_dir, journal, engine, report)
+        try:
+            return run.to_the_end()
+        finally:
+            run.close()
+
+
+def _hold_to(config: SimulationConfig, out_dir: Path) -> None:
+    path = out_dir / RECORD
+    if not path.exists():
+        return
+    try:
+        with storage_errors(path, "read"):
+            before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])["config"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as exc:
+        msg = f"{path}: damaged ({exc}); simulate into another folder"
+        raise StorageError(msg) from exc
+    now = msgspec.json.decode(msgspec.json.encode(config.decisive()))
+    if before != now:
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        msg = f"{out_dir} holds a simulation with another configuration ({', '.join(changed)}); choose another folder"
+        raise ConfigError(msg)
+
+
+def _record(config: SimulationConfig, layout: Layout, out_dir: Path) -> None:
+    record = {"config": config.decisive(), "sites": layout.sites}
+    write_durably(out_dir / RECORD, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+
+
+class _Simulation:
+    def __init__(
+        self,
+        config: SimulationConfig,
+        layout: Layout,
+        out_dir: Path,
+        journal: Journal,
+        engine: Engine,
+        report: Progress,
+    ) -> None:
+        self._config = config
+        self._layout = layout
+        self._out_dir = out_dir.resolve()
+        self._state_dir = self._out_dir / "state"
+        self._journal = journal
+        self._engine = engine
+        self._report = report
+        self._store = BlobStore(self._state_dir)
+        self._announcer = Announcer(self._store, drafts=self._state_dir)
+        self._figures = Figures(self._out_dir)
+        self._machine = RoundMachine(open_run(journal, config.aggregation()), now=NOW)
+
+    def close(self) -> None:
+        self._announcer.close()
+
+    def to_the_end(self) -> RunResult:
+        """Ask the sites for what the run waits for, phase by phase."""
+        machine = self._machine
+        self._carry_out(machine.resume(NOW))
+        while machine.state.ended is None:
+            self._measure_models()
+            before = machine.state
+            tasks = self._tasks()
+            number = 0 if machine.state.round is None else machine.state.round.number
+            for done, answer in enumerate(self._engine.run(tasks), start=1):
+                assert isinstance(answer, SiteAnswer)
+                self._on_answer(answer)
+                self._report(done, len(tasks), f"{before.phase} {number or ''}".strip())
+            if machine.state == before:
+                msg = f"the simulation does not go on from phase {before.phase}"
+                raise FederationError(msg)
+        self._measure_models()
+        if self._config.evaluation.sites and machine.state.ended.succeeded:
+            self._measure_sites()
+        self._figures.write_all([place.site for place in self._layout.sites])
+        return write_results(machine.state, self._store, self._out_dir)
+
+    # Sites.
+
+    def _tasks(self) -> list[SiteTask]:
+        state = self._machine.state
+        announced = msgspec.Raw(encode(self._announcer.describe(state, tuple(self._machine.available_sites()))))
+        return [
+            SiteTask(
+                site=place.site,
+                data=str(self._out_dir / place.data),
+                state=str(self._site_dir(place.site)),
+                blobs=str(self._store.path("x").parent),
+                shared=str(self._state_dir),
+                announced=announced,
+                refused={e.number: e.refused[place.site].reason for e in state.rounds if place.site in e.refused},
+            )
+            for place in self._layout.sites
+            if place.site in self._due(state)
+        ]
+
+    def _due(self, state: RunState) -> set[str]:
+        """The sites whose answer the run waits for."""
+        match state.phase:
+            case "waiting":
+                return set(self._config.site_names) - state.members.keys()
+            case "initialise":
+                return set(state.sources[-1:])
+            case "train" | "statistics" if state.gathering is not None:
+                return set(state.gathering.open_sites)
+            case "finish":
+                return set(self._machine.available_sites()) - state.finished.keys() - state.not_finished.keys()
+            case _:
+                return set()
+
+    def _site_dir(self, site: str) -> Path:
+        folder = self._out_dir / "sites" / site
+        with storage_errors(folder, "create"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _on_answer(self, answer: SiteAnswer) -> None:
+        machine, site = self._machine, answer.site
+        if machine.state.phase == "waiting" and answer.initial is not None:
+            self._carry_out(machine.ready(site, install=answer.install, initial=answer.initial, now=NOW))
+        if answer.said is None:
+            return
+        match decode_up(answer.said.encode()):
+            case Offer() as offer:
+                assert answer.blob is not None
+                self._carry_out(machine.offered(site, offer, NOW), blob=Path(answer.blob))
+            case FinishReport() as finished:
+                self._carry_out(machine.finish_reported(site, finished, NOW))
+            case TaskFailed() as failed:
+                self._carry_out(machine.task_failed(site, failed, NOW))
+            case other:
+                msg = f"{site} says {type(other).__name__}, which nobody asked for"
+                raise FederationError(msg)
+
+    def _carry_out(self, outputs: Sequence[Output], blob: Path | None = None) -> None:
+        facts = [output.fact for output in outputs if isinstance(output, Record)]
+        if facts:
+            self._journal.append(self._machine.state.run, facts)
+        for output in outputs:
+            match output:
+                case Record():
+                    log_fact(output.fact)
+                case Tell(site=site, message=Refusal() as refusal):
+                    log.warning("refused", site=site, reason=refusal.reason, detail=refusal.detail)
+                case Receive():
+                    assert blob is not None
+                    self._receive(output, blob)
+                case Merge():
+                    self._merge(output)
+                case _:
+                    pass
+
+    def _receive(self, output: Receive, blob: Path) -> None:
+        if output.offer.manifest.sha256 not in self._store:
+            draft = self._state_dir / ".blob.draft"
+            link_or_copy(blob, draft)
+            self._store.add(draft)
+        verdict = judge(self._machine.state, output.offer, self._store)
+        if verdict is not None:
+            self._carry_out(self._machine.checked(output.site, output.offer, verdict, NOW))
+
+    def _merge(self, output: Merge) -> None:
+        self._carry_out(settle(self._machine, output.round, self._store, self._state_dir, lambda: NOW))
+        self._store.prune({*self._machine.state.results, *self._announcer.blobs})
+
+    # Figures.
+
+    def _measure_models(self) -> None:
+        """Measure the newest global model, if its figures are wanted and not there yet."""
+        state, every = self._machine.state, self._config.evaluation.every
+        if state.model is None or state.model not in self._store:
+            return
+        number = sum(1 for entry in state.rounds if entry.model is not None)
+        is_last = number == state.config.rounds or state.ended is not None
+        if not (is_last or (every and number % every == 0)) or self._figures.has_round(number):
+            return
+        task = MeasureTask(
+            name=str(number),
+            learning=state.config.learning,
+            model=str(self._store.path(state.model)),
+            train=tuple(str(self._out_dir / place.data) for place in self._layout.sites),
+            test=str(self._out_dir / self._layout.common),
+        )
+        for answer in self._measured([task]):
+            self._figures.keep_round(number, answer)
+
+    def _measure_sites(self) -> None:
+        state = self._machine.state
+        assert state.model is not None
+        tasks = [
+            MeasureTask(
+                name=place.site,
+                learning=state.config.learning,
+                model=str(self._store.path(state.model)),
+                train=(str(self._out_dir / place.data),),
+                test=str(self._out_dir / place.test),
+            )
+            for place in self._layout.sites
+            if place.site in state.finished and not self._figures.has_site(place.site)
+        ]
+        for done, answer in enumerate(self._measured(tasks), start=1):
+            self._figures.keep_site(answer)
+            self._report(done, len(tasks), "measuring the sites' models")
+
+    def _measured(self, tasks: Sequence[MeasureTask]) -> Iterable[MeasureAnswer]:
+        for answer in self._engine.run(tasks):
+            assert isinstance(answer, MeasureAnswer)
+            yield answer
