@@ -107,6 +107,9 @@ class _Ray:
                     running.append(self._remote.remote(msgspec.json.encode(waiting.pop())))
                 done, running = ray.wait(running, num_returns=1)
                 yield _decode(ray.get(done[0]))
+        except ray.exceptions.RayTaskError:
+            # Not the cluster's fault; what is expected comes as a Problem.
+            raise
         except ray.exceptions.RayError as exc:
             msg = f"a task on the Ray cluster was lost ({str(exc).splitlines()[0]}); run the command again to go on"
             raise FederationError(msg) from exc
