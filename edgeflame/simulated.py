@@ -40,8 +40,10 @@ class MeasureTask(_Message, frozen=True, kw_only=True, tag="measure"):
 
     name: str
     learning: Learning
-    model: str
-    """The exchanged tensors, safetensors."""
+    model: str | None = None
+    """The exchanged tensors, safetensors; None: learn first, alone, by a method that needs no fleet."""
+    seed: int = 0
+    """Of that learning."""
     train: tuple[str, ...]
     """Data sets whose good images, pooled, give the statistics."""
     test: str

@@ -1,4 +1,4 @@
-"""Measuring a global model in a simulation: statistics of the given images, figures on the given test part."""
+"""Measuring models in a simulation: statistics of the given images, figures on the given test part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
-from edgeflame.learning import Learning
+from edgeflame.learning import METHODS, Learning
 from edgeflame.simulated import MeasureAnswer, MeasureTask
 from edgeflame.statistics import LowRankGaussian
 from trainer.device import pick_device
@@ -19,7 +19,8 @@ from trainer.evaluation import EvaluationReport, evaluate
 from trainer.fit import fit_statistics
 from trainer.gaussian import image_scores, score_maps
 from trainer.imageset import ImageSet, rgb_tensor
-from trainer.model import SiteModel, load_model
+from trainer.model import SiteModel, build_model, load_model
+from trainer.training import train
 
 MAX_CACHE_BYTES = 1 << 30
 """Test embeddings kept: models of many sites share a backbone, and are measured on the same images."""
@@ -39,7 +40,7 @@ class Measurer:
         self._embeddings: dict[bytes, F32] = {}
 
     def measure(self, task: MeasureTask) -> MeasureAnswer:
-        """Fit statistics to ``task.train``, and score ``task.test``.
+        """Fit statistics to ``task.train``, of the model that is given or that is learnt from it; score ``task.test``.
 
         Raises:
             DataError: too few images.
@@ -47,8 +48,8 @@ class Measurer:
             NumericalError: an embedding is not finite.
             StorageError: a file cannot be read.
         """
-        model = self._model(task.model, task.learning)
         images = self._training_images(task)
+        model = self._trained(task, images) if task.model is None else self._model(task.model, task.learning)
         test = open_dataset(Path(task.test))
         site = fit_statistics(model, images, task.learning, groups_known=test.groups_known, device=self._device)
 
@@ -65,6 +66,15 @@ class Measurer:
             self._loaded = (path, learning, model.to(self._device).eval())
             self._embeddings.clear()
         return self._loaded[2]
+
+    def _trained(self, task: MeasureTask, images: ImageSet) -> SiteModel:
+        self._loaded = None
+        self._embeddings.clear()
+        model, _ = build_model(task.learning)
+        model.to(self._device)
+        if METHODS[task.learning.method].objective is not None:
+            train(model, images, task.learning, seed=task.seed)
+        return model.eval()
 
     def _training_images(self, task: MeasureTask) -> ImageSet:
         held = self._images.get(task.train)

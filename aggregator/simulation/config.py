@@ -10,6 +10,7 @@ from aggregator.config import AggregateConfig
 from edgeflame.boards.board import MIN_IMAGE_SIZE
 from edgeflame.boards.textures import TEXTURES
 from edgeflame.errors import ConfigError
+from edgeflame.learning import SOLO_METHODS, Learning
 
 MAX_SITES = 10_000
 
@@ -125,6 +126,9 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     cameras: Literal["common", "own"] = "common"
     """``own``: every site photographs with a camera of its own, fixed by the seed."""
     partition: Partition = Partition()
+    alone: str | None = None
+    """A method that needs no fleet (``none``, ``fade``, ``solo``): instead of taking part in rounds every site learns
+    alone, for as many epochs as it would in the fleet, and is measured."""
     fleet: AggregateConfig = AggregateConfig()
     """As for ``edgeflame aggregate --config F``; the section ``[fleet]``, with ``[fleet.learning]`` inside."""
     evaluation: Evaluation = Evaluation()
@@ -136,6 +140,9 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             not self.fleet.expected_sites, "fleet.expected_sites follows from sites; leave it out",
             list(self.fleet.expected_sites),
         )  # fmt: skip
+        _require(
+            self.alone is None or self.alone in SOLO_METHODS, f"alone: one of {', '.join(SOLO_METHODS)}", self.alone
+        )
         by_texture = isinstance(self.data, BoardsData) and len(self.data.textures) > 1
         _require(
             self.partition.category_beta is None or by_texture,
@@ -152,6 +159,13 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def aggregation(self) -> AggregateConfig:
         """The fleet's run: all the sites and no others, and no deadlines, for nobody is slow."""
         return msgspec.structs.replace(self.fleet, min_sites=self.sites, expected_sites=self.site_names)
+
+    def learning_alone(self) -> Learning:
+        """What a site learns that learns alone, and as long as in the fleet."""
+        assert self.alone is not None
+        learning = self.fleet.learning
+        training = msgspec.structs.replace(learning.training, epochs=self.fleet.rounds * learning.training.epochs)
+        return msgspec.structs.replace(learning, method=self.alone, training=training)
 
     def decisive(self) -> dict[str, Any]:
         """What decides the result, as plain data: all but the engine."""

@@ -15,7 +15,7 @@ started again, it goes on from the journal and the sites' state directories, to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from aggregator.announcer import Announcer
-from aggregator.conduct import RunResult, judge, log_fact, open_run, settle, write_results
+from aggregator.conduct import LEDGER, RunResult, judge, log_fact, open_run, settle, write_results
 from aggregator.facts import RunState
 from aggregator.journal import Journal
 from aggregator.rounds import Merge, Output, Receive, Record, RoundMachine, Tell
@@ -31,6 +31,7 @@ from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.data import Layout, lay_out
 from aggregator.simulation.engines import Engine
 from aggregator.simulation.figures import Figures
+from edgeflame.boards.seeds import derive_seed
 from edgeflame.console import EventLog, Progress
 from edgeflame.errors import ConfigError, FederationError, StorageError
 from edgeflame.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode
@@ -63,6 +64,8 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: Engine, report: Pr
         _hold_to(config, out_dir)
         layout = lay_out(config, out_dir, report)
         _record(config, layout, out_dir)
+        if config.alone is not None:
+            return _each_alone(config, layout, out_dir.resolve(), engine, report)
         state_dir = out_dir / "state"
         with storage_errors(state_dir, "create"):
             state_dir.mkdir(exist_ok=True)
@@ -94,6 +97,36 @@ def _hold_to(config: SimulationConfig, out_dir: Path) -> None:
 def _record(config: SimulationConfig, layout: Layout, out_dir: Path) -> None:
     record = {"config": config.decisive(), "sites": layout.sites}
     write_durably(out_dir / RECORD, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+
+
+def _each_alone(config: SimulationConfig, layout: Layout, out_dir: Path, engine: Engine, report: Progress) -> RunResult:
+    """No rounds: every site learns by itself, and is measured."""
+    figures = Figures(out_dir)
+    tasks = [
+        MeasureTask(
+            name=place.site,
+            learning=config.learning_alone(),
+            seed=derive_seed(config.fleet.learning.seed, "alone", place.site) >> 32,
+            train=(str(out_dir / place.data),),
+            test=str(out_dir / place.test),
+        )
+        for place in layout.sites
+        if not figures.has_site(place.site)
+    ]
+    for done, answer in enumerate(measured(engine, tasks), start=1):
+        figures.keep_site(answer)
+        report(done, len(tasks), "sites alone")
+    figures.write_all([place.site for place in layout.sites])
+    ledger = {"outcome": "done", "method": config.alone, "members": list(config.site_names), "rounds": []}
+    write_durably(out_dir / LEDGER, msgspec.json.format(msgspec.json.encode(ledger), indent=2) + b"\n")
+    return RunResult(succeeded=True, reason="", ledger=ledger, ledger_path=out_dir / LEDGER, model_path=None)
+
+
+def measured(engine: Engine, tasks: Sequence[MeasureTask]) -> Iterator[MeasureAnswer]:
+    """The figures asked for, in the order in which they come."""
+    for answer in engine.run(tasks):
+        assert isinstance(answer, MeasureAnswer)
+        yield answer
 
 
 class _Simulation:
@@ -249,7 +282,7 @@ class _Simulation:
             train=tuple(str(self._out_dir / place.data) for place in self._layout.sites),
             test=str(self._out_dir / self._layout.common),
         )
-        for answer in self._measured([task]):
+        for answer in measured(self._engine, [task]):
             self._figures.keep_round(number, answer)
 
     def _measure_sites(self) -> None:
@@ -266,11 +299,6 @@ class _Simulation:
             for place in self._layout.sites
             if place.site in state.finished and not self._figures.has_site(place.site)
         ]
-        for done, answer in enumerate(self._measured(tasks), start=1):
+        for done, answer in enumerate(measured(self._engine, tasks), start=1):
             self._figures.keep_site(answer)
             self._report(done, len(tasks), "measuring the sites' models")
-
-    def _measured(self, tasks: Sequence[MeasureTask]) -> Iterable[MeasureAnswer]:
-        for answer in self._engine.run(tasks):
-            assert isinstance(answer, MeasureAnswer)
-            yield answer
