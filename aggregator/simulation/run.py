@@ -272,7 +272,7 @@ class _Simulation:
         if state.model is None or state.model not in self._store:
             return
         number = sum(1 for entry in state.rounds if entry.model is not None)
-        is_last = number == state.config.rounds or state.ended is not None
+        is_last = state.is_trained or state.ended is not None
         if not (is_last or (every and number % every == 0)) or self._figures.has_round(number):
             return
         task = MeasureTask(
