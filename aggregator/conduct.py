@@ -134,7 +134,7 @@ def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> 
     merge(
         state.config,
         base,
-        contributions(entry, store.path),
+        contributions(entry, state.config, store.path),
         draft,
         num_members=len(state.members),
     )

@@ -58,6 +58,12 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Of the sampling."""
     strategy: str = AUTO
     """How updates become the next global model; ``auto`` is the learning method's own rule."""
+    trim: float = 0.2
+    """Of ``trimmed_mean``: share of the round's values that is left out at either end of each coordinate; rounded up.
+    So many sites may be bad."""
+    clip_norm: float | Literal["median"] = "median"
+    """Of ``norm_clipping``: the longest change that counts in full, in units of the base model's norm; ``median`` is
+    that of the round's changes."""
     max_relative_change: float = 10.0
     """An update may be so far from the base model, in units of the base model's norm; a diverged one is not."""
     max_samples: int = 10_000_000
@@ -84,6 +90,12 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             (0 < self.deadline_s < math.inf, "deadline_s must be > 0", self.deadline_s),
             (0 < self.sampling <= 1, "sampling must be in (0, 1]", self.sampling),
             (self.max_relative_change > 0, "max_relative_change must be > 0", self.max_relative_change),
+            (0 <= self.trim < 0.5, "trim must be in [0, 0.5)", self.trim),
+            (
+                self.clip_norm == "median" or 0 < self.clip_norm < math.inf,
+                'clip_norm must be "median" or > 0',
+                self.clip_norm,
+            ),
             (self.max_samples >= 1, "max_samples must be >= 1", self.max_samples),
             (self.max_model_bytes >= 1, "max_model_bytes must be >= 1", self.max_model_bytes),
             (

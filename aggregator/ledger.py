@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aggregator.config import AggregateConfig
 from aggregator.facts import Round, RunState
-from aggregator.strategies import rule_name
-from aggregator.strategies.interface import Contribution
+from aggregator.strategies import STRATEGIES, rule_name
+from aggregator.strategies.interface import Contribution, Rule
 
 
 def ledger(state: RunState) -> dict[str, Any]:
@@ -49,13 +50,15 @@ def ledger(state: RunState) -> dict[str, Any]:
     }
 
 
-def shares(entry: Round) -> dict[str, float]:
-    """The weight of each accepted update, its share of the round's samples; they sum to 1."""
+def shares(entry: Round, *, equal: bool = False) -> dict[str, float]:
+    """The weight of each accepted update, its share of the round's samples (or ``equal``); they sum to 1."""
+    if equal:
+        return {site: 1 / len(entry.accepted) for site in sorted(entry.accepted)}
     total = sum(update.num_samples for update in entry.accepted.values())
     return {site: update.num_samples / total for site, update in sorted(entry.accepted.items())}
 
 
-def contributions(entry: Round, path_of: Callable[[str], Path]) -> list[Contribution]:
+def contributions(entry: Round, config: AggregateConfig, path_of: Callable[[str], Path]) -> list[Contribution]:
     """The accepted updates of a round as a strategy gets them; ``path_of`` tells where a blob is by its SHA-256."""
     accepted = entry.accepted
     return [
@@ -67,8 +70,12 @@ def contributions(entry: Round, path_of: Callable[[str], Path]) -> list[Contribu
             num_steps=accepted[site].num_steps,
             relative_change=accepted[site].relative_change,
         )
-        for site, weight in shares(entry).items()
+        for site, weight in shares(entry, equal=_rule(config).equal_votes).items()
     ]
+
+
+def _rule(config: AggregateConfig) -> Rule:
+    return STRATEGIES[rule_name(config.strategy, config.learning.method)]
 
 
 def _statistics(entry: Round, state: RunState) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def _left_out(entry: Round) -> list[dict[str, str]]:
 
 
 def _round(entry: Round, state: RunState) -> dict[str, Any]:
-    weights = shares(entry)
+    weights = shares(entry, equal=_rule(state.config).equal_votes)
     return {
         "round": entry.number,
         "base_sha256": entry.base,

@@ -22,7 +22,20 @@ from edgeflame.errors import DataError, NumericalError
 from edgeflame.messages import Reason
 from edgeflame.statedir import storage_errors
 from edgeflame.statistics_blob import StatisticsFile, difference
-from edgeflame.tensors import DTYPES, F64, Array, TensorFile, TensorSpec, TensorWriter, block_ranges, schema_difference
+from edgeflame.tensors import (
+    BLOCK_ELEMENTS,
+    DTYPES,
+    F64,
+    Array,
+    TensorFile,
+    TensorSpec,
+    TensorWriter,
+    block_ranges,
+    schema_difference,
+)
+
+MIN_BLOCK_ELEMENTS = 4096
+"""16 kB in float32: smaller reads would cost more than they spare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,9 @@ def check_update(path: Path, base: Path, *, max_relative_change: float) -> Verdi
                     values = new.astype(np.float64)
                     if not np.isfinite(values).all():
                         return Verdict(reason="not_finite", detail=f"tensor {name!r} holds NaN or infinite values")
+                    if name.endswith(".running_var") and (values < 0).any():
+                        # Its root is taken: every score of the model would be NaN.
+                        return Verdict(reason="schema", detail=f"tensor {name!r}, a variance, holds negative values")
                     reference = old.astype(np.float64)
                     norm += float(np.dot(reference, reference))
                     values -= reference
@@ -141,14 +157,26 @@ def merge(
     inputs = RoundInputs(config=config, contributions=ordered, num_members=num_members)
     match rule:
         case BlockRule():
-            merge_blocks(rule.build(inputs), base, ordered, out)
+            merge_blocks(rule.build(inputs), base, ordered, out, elements=_block_elements(rule, num_sites=len(ordered)))
         case FileRule():
             rule.build(inputs).merge_files(base, ordered, out)
             with storage_errors(out, "write"), out.open("rb+") as stream:
                 os.fsync(stream.fileno())
 
 
-def merge_blocks(strategy: BlockStrategy, base: Path, contributions: Sequence[Contribution], out: Path) -> None:
+def _block_elements(rule: BlockRule, *, num_sites: int) -> int:
+    # So that what is held of all sites together does not grow with their number.
+    return max(MIN_BLOCK_ELEMENTS, BLOCK_ELEMENTS // num_sites) if rule.holds_all_sites else BLOCK_ELEMENTS
+
+
+def merge_blocks(
+    strategy: BlockStrategy,
+    base: Path,
+    contributions: Sequence[Contribution],
+    out: Path,
+    *,
+    elements: int = BLOCK_ELEMENTS,
+) -> None:
     """Write what a block strategy makes of updates, with the base's tensors and metadata, durably.
 
     Args:
@@ -156,6 +184,7 @@ def merge_blocks(strategy: BlockStrategy, base: Path, contributions: Sequence[Co
         base: the round's base model.
         contributions: in sorted site order.
         out: where to write.
+        elements: of a block.
 
     Raises:
         DataError, StorageError: a blob on disk is not what was checked, or the disk fails.
@@ -167,7 +196,7 @@ def merge_blocks(strategy: BlockStrategy, base: Path, contributions: Sequence[Co
         stream = stack.enter_context(out.open("wb"))
         writer = TensorWriter(stream, before.schema, before.metadata)
         for name, spec in before.schema.items():
-            for start, stop in block_ranges(spec):
+            for start, stop in block_ranges(spec, elements):
                 old = before.read(name, start, stop).astype(np.float64)
                 combined = strategy.combine(name, old, _blocks(updates, name, start, stop))
                 writer.write(_as_type(combined, spec))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.interface import BlockRule, Rule
+from aggregator.strategies.robust import Median, NormClipping, TrimmedMean
 from aggregator.strategies.scaffold import Scaffold
 from edgeflame.learning import METHODS
 
@@ -15,6 +16,9 @@ STRATEGIES: dict[str, Rule] = {
     "fedavg": BlockRule(build=FedAvg),
     "fednova": BlockRule(build=FedNova, needs_steps=True),
     "scaffold": BlockRule(build=Scaffold, exchange="controls"),
+    "median": BlockRule(build=Median, equal_votes=True, holds_all_sites=True),
+    "trimmed_mean": BlockRule(build=TrimmedMean, equal_votes=True, holds_all_sites=True),
+    "norm_clipping": BlockRule(build=NormClipping, equal_votes=True),
 }
 """By the name a configuration uses."""
 

@@ -27,7 +27,7 @@ class Contribution:
     Attributes:
         site: whose.
         path: the verified blob.
-        weight: its share of the round's samples; a round's sum to 1.
+        weight: its share of the round's samples, or the same for all where the rule says so; a round's sum to 1.
         num_samples: images it was trained on.
         num_steps: optimiser steps taken; 0 if the site did not say.
         relative_change: its distance to the base model over the base model's norm.
@@ -96,11 +96,15 @@ class BlockRule:
         build: makes the round's strategy.
         exchange: what it can aggregate; a learning method names what its sites send.
         needs_steps: updates that do not say their number of steps are refused.
+        equal_votes: every site counts the same, whatever number of samples it claims.
+        holds_all_sites: it needs a block of every site at once, and gets smaller ones the more sites there are.
     """
 
     build: Callable[[RoundInputs], BlockStrategy]
     exchange: Exchange = "weights"
     needs_steps: bool = False
+    equal_votes: bool = False
+    holds_all_sites: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,7 @@ class FileRule:
     build: Callable[[RoundInputs], FileStrategy]
     exchange: Exchange = "weights"
     needs_steps: bool = False
+    equal_votes: bool = False
 
 
 Rule = BlockRule | FileRule
