@@ -16,6 +16,7 @@ import onnx.helper
 import onnx.numpy_helper
 
 from edgeflame.errors import NumericalError
+from export.builder import OWN_PREFIX
 
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -23,8 +24,6 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 PRECISION_KEY = "edgeflame.precision"
 """Key in the model's ``metadata_props``; a graph without it is ``fp32``."""
 
-OWN_PREFIX = "edgeflame."
-"""Of the names of all nodes outside the backbone, see ``export.graph``."""
 
 _FLOAT, _HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 _LARGEST_HALF = float(np.finfo(np.float16).max)

@@ -75,25 +75,34 @@ class EmbeddingNetwork(nn.Module):
         Returns:
             ``[N, C, h, w]`` float32.
         """
-        maps = self.network((rgb - self.mean) / self.std)
-        size = max((stage.shape[-2:] for stage in maps), key=lambda shape: shape[0] * shape[1])
-        if self._num_projections:
-            # Before they are resized: projecting and resizing commute, and this way the wide map is never made.
-            maps = [
-                functional.conv2d(stage, self.get_buffer(f"projection_{number}")) for number, stage in enumerate(maps)
-            ]
-        resized = [
-            stage
-            if stage.shape[-2:] == size
-            else functional.interpolate(stage, size=size, mode="bilinear", align_corners=False, antialias=False)
-            for stage in maps
-        ]
-        embeddings = torch.stack(resized).sum(dim=0) if self._num_projections else torch.cat(resized, dim=1)
+        stages = [self.on_grid(stage) for stage in self.stage_maps(rgb)]
+        return torch.stack(stages).sum(dim=0) if self.sums_stages else torch.cat(stages, dim=1)
+
+    @property
+    def sums_stages(self) -> bool:
+        """Embeddings are the sum of the stages on the grid, not their concatenation over channels."""
+        return self._num_projections > 0
+
+    def stage_maps(self, rgb: Tensor) -> list[Tensor]:
+        """The maps of the chosen stages, each ``[N, C_s, h_s, w_s]``, for ``rgb`` as in forward."""
+        maps: list[Tensor] = self.network((rgb - self.mean) / self.std)
+        if not self._num_projections:
+            return maps
+        # Before they are resized: projecting and resizing commute, and this way the wide map is never made.
+        return [functional.conv2d(stage, self.get_buffer(f"projection_{number}")) for number, stage in enumerate(maps)]
+
+    def on_grid(self, stage: Tensor) -> Tensor:
+        """A stage's map, resized to the grid and averaged with its neighbours: ``[N, C_s, h, w]``.
+
+        Channel by channel, linear, and rows apart from columns: an export may write it as two matrix products.
+        """
+        if stage.shape[-2:] != self.grid:
+            stage = functional.interpolate(stage, size=self.grid, mode="bilinear", align_corners=False, antialias=False)
         side = self._neighbourhood
         if side == 1:
-            return embeddings
+            return stage
         # At the border the mean is over the neighbours there are.
-        return functional.avg_pool2d(embeddings, side, stride=1, padding=side // 2, count_include_pad=False)
+        return functional.avg_pool2d(stage, side, stride=1, padding=side // 2, count_include_pad=False)
 
 
 def build_network(

@@ -91,13 +91,14 @@ def command(
         _describe_onnx(onnx_file, package, size_bytes=len(data), precision=precision)
         return
     assert out is not None
+    from export.folding import fold_constants
     from export.trt import build_engines
     from export.trt_library import chosen_capabilities, load_tensorrt
 
     library = load_tensorrt(None if kind == "auto" else kind)
     records = build_engines(
         library,
-        data,
+        fold_constants(data),
         out,
         capabilities=chosen_capabilities(library, capabilities),
         precision=precision,

@@ -16,7 +16,9 @@ from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone
 from edgeflame.statistics import LowRankGaussian, smooth_maps
+from export.folding import fold_constants
 from export.graph import scoring_graph
+from export.mahalanobis import MAX_ERROR, single_product_error, takes_one_product
 
 IMAGES = np.stack([good_image(1), bad_image(2), good_image(3)])
 
@@ -94,6 +96,34 @@ def test_the_trained_network_and_the_exported_one_agree(backbone: Backbone) -> N
         np.testing.assert_allclose(run(graph, images[:batch])[1], expected[:batch], rtol=1e-3)
 
 
+@pytest.mark.parametrize(("stages", "neighbourhood"), [((1, 2), 1), ((0, 1, 3), 5)])
+def test_a_staged_network_gives_what_it_gives_as_a_whole(stages: tuple[int, ...], neighbourhood: int) -> None:
+    """Resizing and averaging written as products with matrices, on a grid that is not square."""
+    from trainer.backbone import build_network
+
+    preprocessing = Preprocessing(height=64, width=96)
+    backbone = Backbone(name="test_efficientnet", stages=stages, weights="random", neighbourhood=neighbourhood)
+    network, _ = build_network(backbone, preprocessing, seed=1)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network
+
+        def forward(self, rgb: Tensor) -> Tensor:
+            return self.inner(rgb)
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+    mean = embed(network, images)[0]
+    statistics = random_gaussian(grid=network.grid, channels=network.num_channels, rank=0, mean=1.01 * mean)
+    staged, whole = (
+        export(one, statistics, preprocessing=preprocessing, smoothing_sigma=0.0) for one in (network, Whole())
+    )
+    for batch in (1, 3):
+        expected = run(whole, images[:batch])[1]
+        np.testing.assert_allclose(run(staged, images[:batch])[1], expected, rtol=1e-3, atol=1e-4 * expected.max())
+
+
 def test_its_contract(graph: bytes) -> None:
     model = onnx.load_from_string(graph)
     onnx.checker.check_model(model, full_check=True)
@@ -146,20 +176,56 @@ def test_a_fault_at_one_position_makes_score_and_map_nan(sigma: float, fault: st
     assert np.isnan(maps[1]).all()
 
 
-def test_a_rounded_basis_and_a_wide_range_of_variances_keep_the_distance() -> None:
-    """Of the order of 10^4 between largest and residual variance, where a form with a difference has lost digits."""
-    statistics = small_statistics(4)
-    wide = LowRankGaussian(
-        grid=statistics.grid,
+def conditioned(ratio: float) -> LowRankGaussian:
+    """Statistics with the given ratio of largest to residual variance, about embeddings along that direction."""
+    plain = small_statistics(2)
+    eigenvalues = np.full_like(plain.eigenvalues, 3.0)
+    eigenvalues[:, 0] = ratio
+    # Half a deviation along the leading eigenvector and nothing else: where a difference loses the most digits.
+    mean = embed(small_network(), IMAGES[:1])[0] - np.float32(0.5 * np.sqrt(ratio)) * plain.basis[:, :, 0]
+    return LowRankGaussian(
+        grid=plain.grid,
         count=9,
         ridge=1e-6,
-        mean=statistics.mean,
-        basis=statistics.basis,
-        eigenvalues=statistics.eigenvalues * 1e3,
-        residual=statistics.residual,
+        mean=mean,
+        basis=plain.basis,
+        eigenvalues=eigenvalues,
+        residual=np.ones_like(plain.residual),
     )
-    _, maps = run(export(small_network(), wide), IMAGES)
-    np.testing.assert_allclose(maps, reference(small_network(), wide, IMAGES, 1.0), rtol=RELATIVE_TOLERANCE)
+
+
+@pytest.mark.parametrize(("ratio", "one_product"), [(50.0, True), (900.0, True), (1100.0, False), (1e6, False)])
+def test_one_product_only_where_it_is_exact_enough(ratio: float, one_product: bool) -> None:
+    statistics = conditioned(ratio)
+    assert takes_one_product(statistics) == one_product
+    graph = export(small_network(), statistics, smoothing_sigma=0.0)
+    products = [node.name for node in onnx.load_from_string(graph).graph.node if node.op_type == "MatMul"]
+    assert ("edgeflame.whitened_basis" in products) == one_product
+    _, maps = run(graph, IMAGES[:1])
+    expected = reference(small_network(), statistics, IMAGES[:1], sigma=0.0)
+    allowed = single_product_error(statistics) if one_product else RELATIVE_TOLERANCE
+    assert allowed <= MAX_ERROR
+    np.testing.assert_allclose(maps, expected, rtol=allowed)
+
+
+def test_an_eigenvalue_near_the_residual_variance_takes_two_products() -> None:
+    statistics = conditioned(50.0)
+    statistics.eigenvalues[0, 1] = 1.02 * statistics.residual[0]
+    assert not takes_one_product(statistics)
+    _, maps = run(export(small_network(), statistics), IMAGES)
+    np.testing.assert_allclose(maps, reference(small_network(), statistics, IMAGES, sigma=1.0), rtol=RELATIVE_TOLERANCE)
+
+
+def test_folded_constants_change_no_score(graph: bytes) -> None:
+    folded = fold_constants(graph)
+    model = onnx.load_from_string(folded)
+    onnx.checker.check_model(model, full_check=True)
+    constants = {entry.name for entry in model.graph.initializer}
+    own = [node for node in model.graph.node if node.name.startswith("edgeflame.")]
+    assert own
+    assert not any(constants.issuperset(node.input) for node in own)
+    assert "edgeflame.basis_float16" not in constants
+    np.testing.assert_allclose(run(folded, IMAGES)[1], run(graph, IMAGES)[1], rtol=1e-5)
 
 
 def test_statistics_of_another_network_are_refused() -> None:
