@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -31,6 +34,40 @@ def pick_device(name: str = "auto") -> torch.device:
         msg = f"device {name!r} cannot be used here ({str(exc).splitlines()[0]})"
         raise UsageError(msg) from exc
     return device
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """A region in which the same work gives the same numbers on a GPU too, as far as torch has such kernels.
+
+    A site that repeats a round after a power cut must send the same update. Where there is no deterministic kernel
+    torch warns and takes the other. On a CPU there is nothing to do.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # Read when cuBLAS starts; without it its results may depend on the streams in use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_on, was_lenient = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=was_lenient)
+
+
+def whole_float32(device: torch.device) -> AbstractContextManager[None]:
+    """A region in which a GPU's convolutions keep float32's 24 bits; by default cuDNN takes TF32's 11.
+
+    Statistics and scores are made in it, so that they agree with the exported graph's.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 @functools.cache

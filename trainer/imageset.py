@@ -72,4 +72,8 @@ class ImageSet:
 
 def rgb_tensor(images_bgr: ImageU8, device: torch.device) -> Tensor:
     """``[N, H, W, 3]`` uint8 BGR to ``[N, 3, H, W]`` float32 RGB 0..255, channels last in memory."""
-    return torch.from_numpy(images_bgr).to(device).flip(-1).permute(0, 3, 1, 2).float()
+    batch = torch.from_numpy(images_bgr)
+    if device.type == "cuda":
+        # From page-locked memory the copy runs beside the GPU's work.
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True).flip(-1).permute(0, 3, 1, 2).float()

@@ -13,11 +13,12 @@ from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import NumericalError
 from edgeflame.learning import METHODS, Learning
 from trainer.backbone import EmbeddingNetwork
+from trainer.device import reproducible
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.interface import TOTAL, Ending, Setting, Step
-from trainer.precision import autocast_for
+from trainer.objectives.interface import TOTAL, Ending, LocalObjective, Setting, Step
+from trainer.precision import Autocast, autocast_for
 
 log = EventLog("training")
 
@@ -118,29 +119,25 @@ def train(
     model.discriminator.train()
     epochs: list[dict[str, float]] = []
     num_forward = num_steps = 0
-    for epoch in range(training.epochs):
-        means = _Means(len(images))
-        shuffled = torch.randperm(len(images), generator=order).tolist()
-        for start in range(0, len(images), training.batch_size):
-            indices = shuffled[start : start + training.batch_size]
-            rgb = rgb_tensor(images.batch(indices), device)
-            with autocast():
-                embeddings = model.backbone(rgb)
-            losses = objective.losses(Step(indices=indices, rgb=rgb, embeddings=embeddings.float()))
-            optimiser.zero_grad(set_to_none=True)
-            losses[TOTAL].backward()  # type: ignore[no-untyped-call]
-            objective.correct_gradients()
-            optimiser.step()
-            num_steps += 1
-            means.add(losses, len(indices))
-            if num_steps % CHECK_STEPS == 0:
-                means.require_finite(epoch + 1)
-            num_forward += len(indices)
-            progress(num_forward, training.epochs * len(images), f"epoch {epoch + 1}")
-        objective.after_epoch()
-        means.require_finite(epoch + 1)
-        epochs.append(means.values())
-        log.info("epoch", number=epoch + 1, of=training.epochs, **epochs[-1])
+    with reproducible(device):
+        for epoch in range(training.epochs):
+            means = _Means(len(images))
+            shuffled = torch.randperm(len(images), generator=order).tolist()
+            for start in range(0, len(images), training.batch_size):
+                indices = shuffled[start : start + training.batch_size]
+                losses = _step(
+                    model, objective, optimiser, indices, rgb_tensor(images.batch(indices), device), autocast
+                )
+                num_steps += 1
+                means.add(losses, len(indices))
+                if num_steps % CHECK_STEPS == 0:
+                    means.require_finite(epoch + 1)
+                num_forward += len(indices)
+                progress(num_forward, training.epochs * len(images), f"epoch {epoch + 1}")
+            objective.after_epoch()
+            means.require_finite(epoch + 1)
+            epochs.append(means.values())
+            log.info("epoch", number=epoch + 1, of=training.epochs, **epochs[-1])
     model.eval()
     model.requires_grad_(False)
     ending = objective.finish(num_steps)
@@ -152,6 +149,24 @@ def train(
         num_steps=num_steps,
         ending=ending,
     )
+
+
+def _step(
+    model: SiteModel,
+    objective: LocalObjective,
+    optimiser: torch.optim.Optimizer,
+    indices: list[int],
+    rgb: Tensor,
+    autocast: Autocast,
+) -> dict[str, Tensor]:
+    with autocast():
+        embeddings = model.backbone(rgb)
+    losses = objective.losses(Step(indices=indices, rgb=rgb, embeddings=embeddings.float()))
+    optimiser.zero_grad(set_to_none=True)
+    losses[TOTAL].backward()  # type: ignore[no-untyped-call]
+    objective.correct_gradients()
+    optimiser.step()
+    return losses
 
 
 class _Means:

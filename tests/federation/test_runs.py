@@ -57,6 +57,31 @@ def test_three_sites_two_rounds(broker: BrokerProcess, tmp_path: Path) -> None:
         assert fleet.model() == model
 
 
+def test_steps_reach_the_servers_rule(embedded: BrokerProcess, tmp_path: Path) -> None:
+    with Fleet(
+        embedded, tmp_path, config="[learning]\nmethod = 'fednova'\n[learning.training]\nmomentum = 0.0"
+    ) as fleet:
+        aggregator = fleet.aggregator("--sites", "2", "--rounds", "1")
+        sites = {name: fleet.site(name) for name in ("a", "bb")}
+        assert aggregator.wait() == 0
+        assert [process.wait() for process in sites.values()] == [0, 0]
+        ledger = fleet.ledger()
+        assert ledger["strategy"] == "fednova"
+        contributed = ledger["rounds"][0]["contributed"]
+        steps = {c["site"]: c["num_steps"] for c in contributed}
+        assert len(set(steps.values())) == 2, "sites of other sizes take other numbers of steps"
+        weights = {c["site"]: c["weight"] for c in contributed}
+        base, *_ = fleet.site_state("a").glob(f"blobs/{ledger['rounds'][0]['base_sha256']}*")
+        before = safetensors.numpy.load_file(base)["weight"].astype(np.float64)
+        update = {
+            site: safetensors.numpy.load_file(next(fleet.site_state(site).glob("runs/*/round-000001/update.*")))
+            for site in steps
+        }
+        direction = sum(weights[s] * (before - update[s]["weight"]) / steps[s] for s in steps)
+        expected = before - sum(weights[s] * steps[s] for s in steps) * direction
+        np.testing.assert_allclose(safetensors.numpy.load(fleet.model())["weight"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_one_bad_site_does_not_end_the_run(embedded: BrokerProcess, tmp_path: Path) -> None:
     with Fleet(embedded, tmp_path, config="min_sites = 4\nquorum = 0.25") as fleet:
         aggregator = fleet.aggregator()
@@ -73,6 +98,10 @@ def test_one_bad_site_does_not_end_the_run(embedded: BrokerProcess, tmp_path: Pa
         assert [c["site"] for c in second["contributed"]] == ["good", "nan"]
         assert {m["site"]: m["reason"] for m in second["left_out"]} == {"shape": "schema"}
         assert "reason=not_finite" in nan.log
+        # What a refused training left for the next round does not count either.
+        kept = {site: {p.name for p in fleet.site_state(site).glob("runs/*/private-*")} for site in ("good", "nan")}
+        assert kept["good"] == {"private-000001.safetensors", "private-000002.safetensors"}
+        assert kept["nan"] == {"private-000002.safetensors"}
 
 
 def test_a_missed_quorum_fails_visibly(embedded: BrokerProcess, tmp_path: Path) -> None:

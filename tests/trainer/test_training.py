@@ -10,6 +10,7 @@ import torch
 
 from edgeflame.errors import NumericalError
 from edgeflame.learning import Learning, Training
+from trainer.device import reproducible, whole_float32
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel, build_model
 from trainer.objectives.flame import log_probabilities
@@ -193,3 +194,19 @@ def test_mixed_precision_learns_nearly_the_same(small_learning: Learning, images
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     assert losses["bfloat16"] != losses["float32"]
     assert losses["auto"] == losses["float32"]  # on a CPU
+
+
+def test_a_gpus_regions_leave_torch_as_they_found_it() -> None:
+    """They only set switches, so they can be entered where there is no GPU."""
+    gpu = torch.device("cuda")
+    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic)
+    with reproducible(gpu):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+    tf32 = torch.backends.cudnn.allow_tf32
+    with whole_float32(gpu):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == before
+    with reproducible(CPU), whole_float32(CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
