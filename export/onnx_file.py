@@ -12,16 +12,26 @@ import onnx.helper
 import onnx.shape_inference
 
 from edgeflame.errors import PackageError, StorageError
+from edgeflame.images import ImageU8
 from edgeflame.package import Package
+from export.int8 import Target
 from export.precision import Precision, with_precision
 
 
-def onnx_with_metadata(package: Package, precision: Precision = "fp32") -> bytes:
+def onnx_with_metadata(
+    package: Package,
+    precision: Precision = "fp32",
+    *,
+    calibration: ImageU8 | None = None,
+    target: Target = "cpu",
+) -> bytes:
     """The package's graph, checked, with what a stranger to the package must know in its ``metadata_props``.
 
     Args:
         package: whose graph.
-        precision: of its backbone, see :func:`export.precision.with_precision`.
+        precision: of its backbone; it, ``calibration`` and ``target`` as in :func:`export.precision.with_precision`.
+        calibration: good images.
+        target: what is to run it.
 
     Raises:
         PackageError: the graph is not valid ONNX.
@@ -37,7 +47,7 @@ def onnx_with_metadata(package: Package, precision: Precision = "fp32") -> bytes
     ) as exc:
         msg = f"the package's graph is not valid ONNX ({str(exc).strip().splitlines()[0]})"
         raise PackageError(msg) from exc
-    model = with_precision(model, precision)
+    model = with_precision(model, precision, calibration=calibration, target=target)
     known = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {**known, **describe(package)})

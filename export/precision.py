@@ -1,4 +1,4 @@
-"""Typed graphs: the backbone in float16, the scoring head in float32.
+"""Typed graphs: the backbone in float16 or int8, the scoring head in float32.
 
 Runtimes that follow the graph's own types (TensorRT does, and has no other way from version 11 on) then need no
 precision flag. The head stays in float32, where a squared distance may exceed float16's 65504.
@@ -16,9 +16,11 @@ import onnx.helper
 import onnx.numpy_helper
 
 from edgeflame.errors import NumericalError
+from edgeflame.images import ImageU8
 from export.builder import OWN_PREFIX
+from export.int8 import Target, quantised
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 PRECISION_KEY = "edgeflame.precision"
@@ -32,18 +34,26 @@ _KEPT_INPUTS = {"Resize": (2,), "Upsample": (1,)}
 """Inputs that ONNX wants in float32 whatever the type of the data: scale factors."""
 
 
-def with_precision(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+def with_precision(
+    model: onnx.ModelProto, precision: Precision, *, calibration: ImageU8 | None = None, target: Target = "cpu"
+) -> onnx.ModelProto:
     """A scoring graph in another precision, which its metadata then name; inputs and outputs stay the same.
 
     Args:
         model: a float32 scoring graph of :func:`export.graph.scoring_graph`.
-        precision: ``fp16`` casts what enters the backbone to float16 and what leaves it back.
+        precision: ``fp16`` casts what enters the backbone to float16 and what leaves it back; ``int8`` quantises it.
+        calibration: good images for ``int8``, see :func:`export.int8.quantised`.
+        target: what is to run ``int8``.
 
     Raises:
         NumericalError: a weight is beyond float16's range.
+        UsageError: no images to calibrate ``int8`` on.
     """
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
+    if precision == "int8":
+        typed = quantised(model, calibration, target)
+    else:
+        typed = onnx.ModelProto()
+        typed.CopyFrom(model)
     if precision == "fp16":
         _halve_backbone(typed.graph)
         onnx.checker.check_model(typed, full_check=True)

@@ -10,8 +10,12 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgeflame.images import ImageU8
     from edgeflame.package import Package
     from export.trt import EngineRecord
+
+_MAX_COMPARED = 16
+"""Calibration images on which int8 is held against float32."""
 
 
 @click.command("export")
@@ -27,10 +31,16 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where engines and their report go.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(["fp32", "fp16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Of the backbone; distances and scores are float32 in either.",
+    help="Of the backbone; distances and scores are float32 in any.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Good images of the line for int8, 32 or more.  [default: the package's reference images]",
 )
 @click.option(
     "--compute-capability",
@@ -60,7 +70,8 @@ def command(
     onnx_file: Path | None,
     trt: bool,
     out: Path | None,
-    precision: Literal["fp32", "fp16"],
+    precision: Literal["fp32", "fp16", "int8"],
+    calibration: Path | None,
     capabilities: tuple[str, ...],
     max_batch: int,
     kind: Literal["auto", "rtx", "tensorrt"],
@@ -85,7 +96,10 @@ def command(
     except ImportError as exc:
         msg = f"checking the graph needs onnx ({exc}): pip install 'edgeflame[train]'"
         raise MissingDependencyError(msg) from exc
-    data = onnx_with_metadata(package, precision)
+    images = _calibration_images(package, calibration) if precision == "int8" else None
+    data = onnx_with_metadata(package, precision, calibration=images, target="tensorrt" if trt else "cpu")
+    if images is not None:
+        _require_parity(package, data, images)
     if onnx_file is not None:
         write_atomically(onnx_file, data)
         _describe_onnx(onnx_file, package, size_bytes=len(data), precision=precision)
@@ -112,6 +126,47 @@ def command(
         print_json({"engines": records})
     else:
         _print_engines(records, out)
+
+
+def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
+    """``[N, H, W, 3]`` as the graph takes them, from a folder or the package."""
+    import numpy as np
+
+    from edgeflame.dataset import list_images
+    from edgeflame.errors import UsageError
+    from edgeflame.images import read_image
+    from edgeflame.references import evenly_spaced
+    from export.int8 import MAX_CALIBRATION_IMAGES
+
+    given = package.manifest.learning.input
+    if folder is None:
+        if not package.references:
+            msg = "int8 needs good images of the line, and the package holds none: give --calibration DIR"
+            raise UsageError(msg)
+        return np.stack([reference.image(given) for reference in package.references])
+    files = list_images(folder)
+    chosen = [files[index] for index in evenly_spaced(len(files), MAX_CALIBRATION_IMAGES)]
+    return np.stack([given.apply(read_image(file)) for file in chosen])
+
+
+def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> None:
+    """The parity gate on the package's references and on some of the images it was calibrated on."""
+    import dataclasses
+
+    from edge.parity import require_parity
+    from edge.runtimes import open_runtime
+    from edgeflame.references import evenly_spaced, make_references
+
+    some = images[list(evenly_spaced(len(images), _MAX_COMPARED))]
+    expected = make_references(some, open_runtime(package.model_onnx, device="cpu").score(some).maps)
+    whole = dataclasses.replace(package, references=(*package.references, *expected))
+    report = require_parity(open_runtime(model_onnx, device="cpu"), whole)
+    assert report.worst is not None
+    click.echo(
+        f"int8 scores {report.num_images} good images as the trained model does, to {report.worst:.1%} "
+        f"({report.tolerance:.0%} allowed), and no verdict flips",
+        err=True,
+    )
 
 
 def _describe_onnx(path: Path, package: Package, *, size_bytes: int, precision: str) -> None:

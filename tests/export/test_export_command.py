@@ -10,11 +10,11 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
-from small_model import bad_image, good_image
+from small_model import bad_image, good_image, write_images
 
 from edge.runtimes import open_runtime
 from edgeflame.cli import cli
-from edgeflame.errors import PackageError, StorageError
+from edgeflame.errors import NegativeAnswerError, PackageError, StorageError, UsageError
 from edgeflame.package import Package
 
 
@@ -57,3 +57,17 @@ def test_a_damaged_package_leaves_the_old_file_alone(package_file: Path, tmp_pat
 def test_a_folder_that_is_not_there(package_file: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be written"):
         export(package_file, tmp_path / "no" / "model.onnx")
+
+
+def test_int8_needs_good_images_and_is_refused_where_it_does_not_agree(
+    package: Package, package_file: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "model.onnx"
+    command = ["export", "--model", str(package_file), "--onnx", str(target), "--precision", "int8"]
+    with pytest.raises(UsageError, match="--calibration DIR"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
+    folder = write_images(tmp_path / "images", good=6, bad=1)
+    # The small model measures spreads of a few grey levels, which eight bits cannot tell: nothing may be written.
+    with pytest.raises(NegativeAnswerError, match=r"int8 allows 15\.00%"):
+        CliRunner().invoke(cli, [*command, "--calibration", str(folder / "good")], catch_exceptions=False)
+    assert not target.exists()

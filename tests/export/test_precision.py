@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.numpy_helper
@@ -9,12 +11,16 @@ import onnxruntime
 import pytest
 from small_model import bad_image, embed, good_image, random_gaussian
 
-from edgeflame.errors import NumericalError
+from edgeflame.errors import NumericalError, UsageError
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone
 from edgeflame.package import Package
+from export.folding import fold_constants
 from export.graph import scoring_graph
+from export.int8 import Target
 from export.precision import backbone_borders, backbone_nodes, with_precision
+from export.trt import build_engines
+from export.trt_library import load_tensorrt
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
@@ -102,3 +108,69 @@ def test_a_weight_beyond_float16_is_refused(convolutional: tuple[onnx.ModelProto
     entry.CopyFrom(onnx.numpy_helper.from_array(array, entry.name))
     with pytest.raises(NumericalError, match=r"holds 1e\+05, beyond float16's 65504"):
         with_precision(model, "fp16")
+
+
+@pytest.fixture(scope="module")
+def calibrated(convolutional: tuple[onnx.ModelProto, np.ndarray]) -> dict[str, onnx.ModelProto]:
+    """The same in int8, for each kind of runtime."""
+    model, images = convolutional
+    targets: tuple[Target, ...] = ("cpu", "tensorrt")
+    return {target: with_precision(model, "int8", calibration=images, target=target) for target in targets}
+
+
+def test_int8_leaves_the_head_in_float32_and_the_original_alone(
+    convolutional: tuple[onnx.ModelProto, np.ndarray], calibrated: dict[str, onnx.ModelProto]
+) -> None:
+    model, images = convolutional
+    assert not any(node.op_type.endswith("QuantizeLinear") for node in model.graph.node)
+    head = {node.name: node.op_type for node in model.graph.node if node.name.startswith("edgeflame.")}
+    expected = run(model, images)[0]
+    for quantised in calibrated.values():
+        onnx.checker.check_model(quantised, full_check=True)
+        found = {node.name: node for node in quantised.graph.node}
+        assert {name: found[name].op_type for name in head} == head
+        inner = [name for node in backbone_nodes(quantised.graph) for name in node.output]
+        assert sum("QuantizeLinear" in name for name in inner) > 10
+        scores = run(quantised, images)[0]
+        np.testing.assert_allclose(scores, expected, rtol=0.5)  # random weights: far from the parity gate's 15%
+        assert not np.array_equal(scores, expected)
+        metadata = {entry.key: entry.value for entry in quantised.metadata_props}
+        assert metadata == {"a": "b", "edgeflame.precision": "int8"}
+
+
+def test_int8_is_symmetric_and_without_integer_biases_where_tensorrt_runs_it(
+    calibrated: dict[str, onnx.ModelProto],
+) -> None:
+    def types(model: onnx.ModelProto) -> set[int]:
+        return {entry.data_type for entry in model.graph.initializer if not entry.name.startswith("edgeflame.")}
+
+    int8, uint8, int32 = onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT32
+    assert types(calibrated["cpu"]) >= {int8, uint8}
+    assert not types(calibrated["tensorrt"]) & {uint8, int32}
+    points = [
+        onnx.numpy_helper.to_array(entry)
+        for entry in calibrated["tensorrt"].graph.initializer
+        if entry.name.endswith("zero_point")
+    ]
+    assert points
+    assert not any(point.any() for point in points)
+
+
+def test_tensorrt_takes_int8(calibrated: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    data = calibrated["tensorrt"].SerializeToString()
+    (record,) = build_engines(
+        load_tensorrt("rtx"),
+        fold_constants(data),
+        tmp_path,
+        capabilities=["8.9"],
+        precision="int8",
+        max_batch=2,
+        package_sha256="0" * 64,
+    )
+    assert record.size_bytes > 10_000
+
+
+def test_int8_without_images_says_what_it_needs(convolutional: tuple[onnx.ModelProto, np.ndarray]) -> None:
+    with pytest.raises(UsageError, match="--calibration DIR"):
+        with_precision(convolutional[0], "int8")
