@@ -10,7 +10,7 @@ import numpy as np
 
 from edge.capture import Captured
 from edge.config import InspectConfig
-from edge.health import image_faults
+from edge.health import FreezeDetector, image_faults, sharpness
 from edge.results import Inspected, Result
 from edge.runtimes import Runtime
 from edge.verdict import Reason, decide
@@ -19,7 +19,15 @@ from edgeflame.package import Package
 
 
 class Inspector:
-    """One package on one runtime with one set of rules."""
+    """One package on one runtime with one set of rules.
+
+    Args:
+        package: the model.
+        runtime: runs its graph.
+        config: the rules.
+        is_live: whether the images come from a camera; then one that repeats itself is frozen.
+        clock: monotonic, seconds.
+    """
 
     def __init__(
         self,
@@ -27,6 +35,7 @@ class Inspector:
         runtime: Runtime,
         config: InspectConfig,
         *,
+        is_live: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         threshold = config.verdict.threshold
@@ -38,6 +47,10 @@ class Inspector:
         self._runtime = runtime
         self._config = config
         self._clock = clock
+        # A file may be there twice; a camera that sees parts pass gives no picture twice.
+        self._freeze = FreezeDetector(config.health.max_repeats if is_live else 0)
+        sharp = [sharpness(reference.image(self._preprocessing)) for reference in package.references]
+        self._sharpness = float(np.median(sharp)) if sharp and config.health.min_sharpness else None
 
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""
@@ -61,7 +74,9 @@ class Inspector:
                 faults.append(Reason.UNFIT_IMAGE)
                 details.append(str(exc))
         if image is not None:
-            faults.extend(image_faults(image, self._config.health))
+            faults.extend(image_faults(image, self._config.health, reference_sharpness=self._sharpness))
+            if self._freeze.is_frozen(image):
+                faults.append(Reason.FROZEN)
             try:
                 scores, maps = self._runtime.score(image[None])
             except (DataError, PackageError, RuntimeUnavailableError) as exc:

@@ -37,6 +37,10 @@ class Reason(str, enum.Enum):
     TOO_DARK = "too_dark"
     TOO_BRIGHT = "too_bright"
     BLANK = "blank"
+    OUT_OF_FOCUS = "out_of_focus"
+    """Far less sharp than the good parts the model was made of."""
+    FROZEN = "frozen"
+    """The camera gives the same picture again and again, to the last bit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""USB cameras, through OpenCV."""
+"""USB cameras, through OpenCV, whose drivers may hang: read in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge.sources.interface import Frame, make_frame
-from edge.sources.reconnect import reconnecting
+from edge.sources.interface import Frame
+from edge.sources.live import live_frames
 from edgeflame.errors import DataError
 from edgeflame.images import ImageU8
 
@@ -31,10 +31,10 @@ class CameraSource:
         return f"camera:{self.index}"
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        for number, image in enumerate(reconnecting(self.name, self._read, stop)):
-            yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image)
+        return live_frames(self.name, self.read, stop)
 
-    def _read(self, stop: threading.Event) -> Iterator[ImageU8]:
+    def read(self, stop: threading.Event) -> Iterator[ImageU8]:
+        """Images, in the process that calls; see :data:`edge.sources.isolated.ReadImages`."""
         device = Path(f"/dev/video{self.index}")
         # OpenCV would try every driver it has and print a warning of each.
         if sys.platform == "linux" and not device.exists():

@@ -71,15 +71,17 @@ def make_frame(
     error: str | None = None,
     label: str | None = None,
     mask: ImageU8 | None = None,
+    captured_monotonic_s: float | None = None,
+    captured_utc: dt.datetime | None = None,
 ) -> Frame:
-    """A frame captured now."""
+    """A frame, captured now unless said otherwise."""
     return Frame(
         part_id=part_id,
         source=source,
         image_bgr=image_bgr,
         error=error,
-        captured_monotonic_s=time.monotonic(),
-        captured_utc=dt.datetime.now(dt.timezone.utc),
+        captured_monotonic_s=time.monotonic() if captured_monotonic_s is None else captured_monotonic_s,
+        captured_utc=captured_utc or dt.datetime.now(dt.timezone.utc),
         label=label,
         mask=mask,
     )

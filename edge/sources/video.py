@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from edge.sources.interface import Frame, make_frame
-from edge.sources.reconnect import reconnecting
+from edge.sources.live import live_frames
 from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.images import ImageU8
 
@@ -44,7 +44,7 @@ class VideoFileSource:
 
 @dataclass(frozen=True, kw_only=True)
 class RtspSource:
-    """A network camera. An outage is waited for; what passes meanwhile is not seen, and the log says so."""
+    """A network camera, decoded in a process of its own."""
 
     url: str
     is_live: bool = True
@@ -56,13 +56,14 @@ class RtspSource:
         return without_password(self.url)
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        av = _import_av()
-        for number, image in enumerate(reconnecting(self.name, lambda event: self._read(av, event), stop)):
-            yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image)
+        # A missing library is a mistake to be told at once, not an outage.
+        _import_av()
+        return live_frames(self.name, self.read, stop)
 
-    def _read(self, av: ModuleType, stop: threading.Event) -> Iterator[ImageU8]:
+    def read(self, stop: threading.Event) -> Iterator[ImageU8]:
+        """Images, in the process that calls; see :data:`edge.sources.isolated.ReadImages`."""
         decoded = _decode(
-            av,
+            _import_av(),
             self.url,
             self.name,
             stop,

@@ -131,7 +131,7 @@ def command(
         log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
     else:
         log.warning("parity_unchecked", reason="the package holds no reference images")
-    inspector = Inspector(package, runtime, settings)
+    inspector = Inspector(package, runtime, settings, is_live=source.is_live)
     log.info(
         "inspecting",
         source=source.name,

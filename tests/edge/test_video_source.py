@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edge.sources import open_source
-from edge.sources.video import without_password
+from edge.sources import open_source, reconnect
+from edge.sources.live import live_frames
+from edge.sources.video import RtspSource, without_password
+from edgeflame.broker import free_port
 from edgeflame.errors import DataError
 
 av = pytest.importorskip("av")
@@ -83,3 +87,57 @@ def test_a_network_camera_that_is_not_there_is_an_error_without_its_password() -
 def test_passwords_are_never_shown() -> None:
     assert without_password("rtsp://me:pw@cam:554/live?x=1") == "rtsp://***@cam:554/live?x=1"
     assert without_password("rtsp://cam/live") == "rtsp://cam/live"
+
+
+class RtspServer:
+    """GStreamer's RTSP server as a process."""
+
+    def __init__(self, port: int) -> None:
+        self._command = ["/usr/bin/python3", str(Path(__file__).with_name("rtsp_server.py")), str(port)]
+        # Debian's Python has a path of its own.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, env=environment)
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"serving\n":
+            self.kill()
+            pytest.skip("GStreamer's RTSP server and its Python bindings are not installed")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def test_a_network_camera_is_read_and_found_again_after_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconnect, "FIRST_DELAY_S", 0.2)
+    monkeypatch.setattr(reconnect, "LONGEST_DELAY_S", 0.5)
+    port = free_port()
+    server = RtspServer(port)
+    stop = threading.Event()
+    try:
+        frames = open_source(f"rtsp://127.0.0.1:{port}/live").frames(stop)
+        images = [next(frames).image_bgr for _ in range(5)]
+        for image in images:
+            assert image is not None
+            assert image.shape == (120, 160, 3)
+        assert any((images[0] != image).any() for image in images[1:])
+        server.kill()
+        # What was on its way still comes; then one frame says that the camera is lost.
+        lost = next(frame for frame in frames if frame.image_bgr is None)
+        assert str(lost.error).startswith("parts may pass unseen: ")
+        server = RtspServer(port)
+        assert next(frames).image_bgr is not None
+        stop.set()
+        assert list(frames) == []
+    finally:
+        stop.set()
+        server.kill()
+
+
+def test_a_server_that_accepts_and_says_nothing_is_an_error_within_its_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
+        frames = live_frames(url, RtspSource(url=url).read, threading.Event(), stall_timeout_s=2.0)
+        with pytest.raises(DataError, match="no image for 2 s; the process that reads it was killed"):
+            next(frames)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import queue
@@ -17,6 +16,7 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 from edgeflame.console import Progress
 from edgeflame.errors import EdgeFlameError
+from edgeflame.processes import die_with_parent
 from trainer.agent.orders import (
     TO_WORKER,
     Done,
@@ -36,8 +36,6 @@ from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
 
 V = TypeVar("V", bound=float | str)
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
 STEP_INTERVAL_S = 0.2
 """Progress is reported no more often than this; the parent forwards it once a second."""
 
@@ -51,7 +49,7 @@ def serve(build: Callable[[Setup], SiteWork]) -> NoReturn:
     # Ctrl-C goes to the whole terminal; it is the parent that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The end of standard input tells a running worker that its parent died; one that is stopped would not notice.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # Libraries print; what they print must not end up between our lines.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

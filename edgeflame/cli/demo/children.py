@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,9 +14,9 @@ from types import TracebackType
 from typing import IO
 
 from edgeflame.errors import EdgeFlameError
+from edgeflame.processes import die_with_parent
 
 EDGEFLAME = ("edgeflame", "--log-format", "json")
-PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 0.1
 
@@ -152,9 +151,9 @@ def _spawn(
         env=environment,
         # Not reached by the terminal's Ctrl-C: the demo stops its children itself, in order.
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509 - one prctl call, no locks
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call, no locks
     )
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
