@@ -21,8 +21,11 @@ WORKER = shlex.join([sys.executable, str(Path(__file__).with_name("tiny_work.py"
 class Process:
     """One command of ours; its standard output and log are files that grow over restarts."""
 
-    def __init__(self, name: str, folder: Path, arguments: list[str], env: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, folder: Path, arguments: list[str], env: dict[str, str], *, program: list[str] | None = None
+    ) -> None:
         self.name = name
+        self._program = program
         self._arguments = arguments
         self._env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **env}
         self.out = folder / f"{name}.out"
@@ -31,8 +34,9 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        """Start it, for the first time or again."""
-        command = [sys.executable, "-m", "edgeflame", "-v", *self._arguments]
+        """Start it, for the first time or again; another program was meant for the first time only."""
+        program, self._program = self._program or ["-m", "edgeflame"], None
+        command = [sys.executable, *program, "-v", *self._arguments]
         with self.out.open("ab") as out, self.err.open("ab") as err:
             self._process = subprocess.Popen(command, stdout=out, stderr=err, env=self._env)
 
@@ -91,15 +95,19 @@ class Fleet:
         config: str = "",
         env: dict[str, str] | None = None,
         kits: Path | None = None,
+        name: str = "test",
     ) -> None:
         self.broker = broker
         self.kits = kits
+        self.name = name
         self.folder = folder
         self.env = env or {}
         (folder / "data").mkdir(exist_ok=True)
         self.config = folder / "fleet.toml"
         self.config.write_text(config)
         self.processes: list[Process] = []
+        self.programs: dict[str, list[str]] = {}
+        """What to start processes with for the first time, by their name, instead of ``-m edgeflame``."""
 
     def aggregator(self, *arguments: str, name: str = "aggregator") -> Process:
         common = ["aggregate", *self._contact("aggregator"), "--config", str(self.config)]
@@ -134,9 +142,9 @@ class Fleet:
     def _contact(self, name: str, *more: str) -> list[str]:
         if self.kits is not None:
             return ["--kit", str(self.kits / f"{name}.kit")]
-        return ["--broker", self.broker.url, "--fleet", "test", *more]
+        return ["--broker", self.broker.url, "--fleet", self.name, *more]
 
     def _add(self, name: str, arguments: list[str], env: dict[str, str]) -> Process:
-        process = Process(name, self.folder, arguments, {**self.env, **env})
+        process = Process(name, self.folder, arguments, {**self.env, **env}, program=self.programs.get(name))
         self.processes.append(process)
         return process

@@ -17,6 +17,7 @@ crashed, or slept through half a run, therefore needs no special treatment: it l
     finish       final model, ledger, pooled statistics    Fetch
                  package                                   Finish
                  the aggregator's answer to the report     Report
+                 nothing                                   Leave
     done         the final model, if the aggregator is     Fetch
                  still there; its ledger
                  package, if the final model is here       Finish
@@ -226,9 +227,8 @@ def _in_the_statistics(known: Knowledge, announced: RoundState, model: Manifest)
 def _at_the_finish(known: Knowledge, announced: RoundState, model: Manifest) -> Step:
     run = announced.run
     if known.is_finished:
-        if ("finish", 0) in known.answered:
-            return Wait(why="others are at work")
-        return Report(run=run, model=model.sha256)
+        # With its package made and noted a site has nothing to wait for: from here a run does not fail.
+        return Leave(run=run) if ("finish", 0) in known.answered else Report(run=run, model=model.sha256)
     for manifest in (announced.ledger, announced.statistics, model):
         if manifest is not None and manifest.sha256 not in known.blobs:
             return Fetch(run=run, manifest=manifest, keep=known.blobs)
