@@ -4,13 +4,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test faults fuzz check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every step of the protocol at which site, aggregator or broker can be killed, on both brokers: about 40 minutes.
+faults: $(VENV)/.installed-dev
+	EDGEFLAME_FAULTS=all $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+# 10,000 hostile inputs for every decoder: about 10 minutes.
+fuzz: $(VENV)/.installed-dev
+	EDGEFLAME_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -139,16 +139,18 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
     Raises:
         UsageError: it is none; the message does not repeat a password.
     """
-    parts = urlsplit(text if "://" in text else f"mqtt://{text}")
     try:
+        parts = urlsplit(text if "://" in text else f"mqtt://{text}")
         port = parts.port
-    except ValueError as exc:
-        port = -1
-        del exc
-    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or port == -1 or parts.path.strip("/") or parts.query:
-        shown = f"{parts.scheme}://...{text.rpartition('@')[2][:100]}" if "@" in text else text[:100]
+        sound = parts.scheme in DEFAULT_PORTS and parts.hostname and not parts.path.strip("/") and not parts.query
+    except ValueError:
+        # A port or an IPv6 address that is none; the exception may quote the password.
+        sound = False
+    if not sound:
+        shown = f"...{text.rpartition('@')[2][:100]}" if "@" in text else text[:100]
         msg = f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], or mqtts://"
         raise UsageError(msg)
+    assert parts.hostname
     secure = parts.scheme == "mqtts"
     if tls is not None and not secure and (tls.ca or tls.cert or tls.key):
         msg = "certificates need a broker URL that starts with mqtts://"

@@ -53,7 +53,8 @@ def parse_config(data: bytes, kind: type[T], name: str, overrides: Mapping[str, 
     except ConfigError as exc:
         msg = f"{name}: {exc}"
         raise ConfigError(msg) from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
+        # The parser lets through dates that are none, integers of thousands of digits, and hundreds of brackets.
         msg = f"{name}: {exc}"
         raise ConfigError(msg) from exc
 

@@ -132,6 +132,9 @@ def decode_image(data: bytes, name: str) -> ImageU8:
     if _cut_short(data):
         msg = f"{name}: the image file is cut short"
         raise DataError(msg)
+    if _is_bomb(data):
+        msg = f"{name}: not an image that can be decoded (it claims to be far larger than its file can hold)"
+        raise DataError(msg)
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error as exc:
@@ -197,6 +200,14 @@ def write_image(path: Path, image: ImageU8) -> None:
     except OSError as exc:
         msg = f"{path}: cannot be written ({exc.strerror})"
         raise StorageError(msg) from exc
+
+
+def _is_bomb(data: bytes) -> bool:
+    # OpenCV allocates what a PNG's header claims before it looks for the pixels. Deflate packs 1032:1 at best.
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return False
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+    return width * height > 8 * 1032 * len(data)
 
 
 def _cut_short(data: bytes) -> bool:

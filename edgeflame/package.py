@@ -272,7 +272,7 @@ def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifes
         raise PackageError(msg)
     try:
         head = msgspec.json.decode(data, type=dict[str, Any])
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         msg = f"{path}: its {MANIFEST} is damaged ({exc})"
         raise PackageError(msg) from exc
     if head.get("format") != FORMAT:
@@ -286,6 +286,6 @@ def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifes
         raise PackageError(msg)
     try:
         return data, msgspec.json.decode(data, type=Manifest)
-    except (msgspec.ValidationError, EdgeFlameError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
         msg = f"{path}: its {MANIFEST} is wrong ({exc})"
         raise PackageError(msg) from exc
