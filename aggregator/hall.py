@@ -86,6 +86,10 @@ class Hall:
         """Whether an offline presence is the admitted process's."""
         return self._roster.gone(site, boot=presence.boot, now=now)
 
+    def num_live(self, now: float) -> int:
+        """How many sites were heard lately."""
+        return self._roster.num_live(now)
+
     def install_of(self, site: str) -> str | None:
         """The install that holds a name."""
         return self._roster.install_of(site)

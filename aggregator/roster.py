@@ -85,6 +85,10 @@ class Roster:
         holder = self._holders.get(site)
         return None if holder is None else holder.install
 
+    def num_live(self, now: float) -> int:
+        """How many sites were heard lately."""
+        return sum(holder.boot is not None and now - holder.heard_at < SILENCE_S for holder in self._holders.values())
+
     def is_live(self, site: str, now: float) -> bool:
         """Whether a site was heard lately."""
         holder = self._holders.get(site)

@@ -146,6 +146,11 @@ class RoundMachine:
     def state(self) -> RunState:
         return self._state
 
+    @property
+    def last_progress_at(self) -> float:
+        """When any site was last a step further; the start, if none was."""
+        return max((*self._progress.values(), self._restarted_at))
+
     def resume(self, now: float) -> list[Output]:
         """Ask again for what the state waits for; call it once after construction."""
         outputs: list[Output] = [Announce()]

@@ -25,6 +25,7 @@ from aggregator.journal import Journal
 from aggregator.models import Verdict
 from aggregator.requests import FinishEarly, PauseSite, RemoveSite, Request, RequestBox, ResumeSite, Stop
 from aggregator.rounds import Announce, Dismiss, Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.watch import Watch
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
 from edgeflame.errors import FederationError, UsageError
@@ -44,6 +45,7 @@ from edgeflame.messages import (
     decode_up,
     encode,
 )
+from edgeflame.metrics import MetricsServer
 from edgeflame.statedir import locked_state_dir, storage_errors
 from edgeflame.topics import Chunk, Spoken, Topics
 from edgeflame.transfer.store import BlobStore
@@ -64,6 +66,7 @@ def aggregate(
     new_run: bool = False,
     connect_timeout_s: float | None = None,
     stay: bool = False,
+    metrics: str | None = None,
 ) -> RunResult:
     """Serve a run to its end: a new one, or the one the state directory holds.
 
@@ -77,6 +80,7 @@ def aggregate(
         new_run: start another run where the last one has ended.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
         stay: answer and serve late sites after the end, until interrupted or told to stop.
+        metrics: ``HOST:PORT`` where Prometheus may ask.
 
     Raises:
         ConfigError: the interrupted run has another configuration.
@@ -91,8 +95,16 @@ def aggregate(
             out_dir.mkdir(parents=True, exist_ok=True)
         journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))
         state = open_run(journal, config, new_run=new_run)
+        server = None if metrics is None else stack.enter_context(MetricsServer(metrics))
         service = _Service(
-            topics=topics, state=state, journal=journal, state_dir=state_dir, out_dir=out_dir, report=report, stay=stay
+            topics=topics,
+            state=state,
+            journal=journal,
+            state_dir=state_dir,
+            out_dir=out_dir,
+            report=report,
+            metrics=server,
+            stay=stay,
         )
         service.serve(broker, connect_timeout_s)
         return service.result()
@@ -109,6 +121,7 @@ class _Service:
         out_dir: Path,
         report: Progress,
         stay: bool,
+        metrics: MetricsServer | None,
     ) -> None:
         now = time.monotonic()
         store = BlobStore(state_dir)
@@ -124,6 +137,7 @@ class _Service:
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._intake = Intake(store, self._tell)
         self._announcer = Announcer(store, drafts=state_dir)
+        self._watch = Watch(state_dir, self._say_tag, metrics)
         self._link: Link | None = None
         self._is_up = False
         self._stay = stay
@@ -176,11 +190,13 @@ class _Service:
                 next_tick = now + TICK_S
                 self._carry_out(self._machine.tick(now), now)
                 self._requests.answer(self._on_request)
+                self._look(now)
             self._pump()
             # The end must be told, also by an aggregator that was restarted after it.
             is_over = self._machine.state.ended is not None and self._is_up
             if is_over and self._stay:
                 self._write_results()
+        self._look(time.monotonic())
 
     def _write_results(self) -> None:
         """While the aggregator stays: once, and again when a late site has reported."""
@@ -190,10 +206,21 @@ class _Service:
             result = write_results(state, self._store, self._out_dir)
             log.info("run_over_staying", outcome=state.phase, ledger=result.ledger_path)
 
+    def _look(self, now: float) -> None:
+        self._watch.look(
+            self._machine.state,
+            num_online=self._hall.num_live(now),
+            progress_at=self._machine.last_progress_at,
+            link=self._link,
+            is_up=self._is_up,
+            now=now,
+        )
+
     def _on_event(self, event: Event, now: float) -> None:
         match event:
             case Up():
                 self._is_up = True
+                self._watch.connected()
                 self._announcer.use_chunks_of(event.chunk_bytes)
                 self._publish(self._topics.aggregator_presence, encode(self._presence(online=True)), retain=True)
                 self._announce()
@@ -371,6 +398,9 @@ class _Service:
 
     def _tell(self, site: str, message: DownMessage) -> None:
         self._publish(self._topics.down(site), encode(message))
+
+    def _say_tag(self, name: str, value: bytes) -> None:
+        self._publish(self._topics.status(name), value, retain=True)
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         # While the link is down nothing is queued: all of it is said again when it is up, or asked for again.

@@ -7,6 +7,7 @@
     edgeflame/v1/<fleet>/site/<site>/up/blob/<sha256>/<chunk>
     edgeflame/v1/<fleet>/site/<site>/down/message   to the site
     edgeflame/v1/<fleet>/blob/<sha256>/<chunk>      from the aggregator to all sites
+    edgeflame/v1/<fleet>/status/<name>              retained: one figure or word each, for SCADA systems
     edgeflame/v1/<fleet>/line/<line>/state          retained birth, will: what an inspection daemon runs
     edgeflame/v1/<fleet>/line/<line>/result         one message a part
 
@@ -107,6 +108,10 @@ class Topics:
 
     def chunk(self, sha256: str, index: int) -> str:
         return f"{self.base}/blob/{sha256}/{index}"
+
+    def status(self, name: str) -> str:
+        """A tag; plain text."""
+        return f"{self.base}/status/{name}"
 
     def chunks(self, sha256: str) -> str:
         """Filter for all chunks of a blob for all sites."""

@@ -15,9 +15,10 @@ from pathlib import Path
 import msgspec
 
 from edge.delivery.message import Delivery
-from edgeflame.brokerurl import TlsFiles, parse_broker_url
+from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, UsageError
+from edgeflame.fleet.kit import read_kit
 from edgeflame.link import Down, Event, Failed, Link, Received, Sent, Up, Will
 from edgeflame.topics import Topics, check_name
 
@@ -30,8 +31,8 @@ MAX_BATCH = 50
 class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[mqtt]``."""
 
-    broker: str
-    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``."""
+    broker: str | None = None
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``. A kit has it."""
     fleet: str
     line: str
     """Name of this line; two daemons never share one."""
@@ -39,6 +40,8 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cert: str | None = None
     key: str | None = None
     """PEM files for ``mqtts``."""
+    kit: str | None = None
+    """A kit of ``edgeflame fleet enrol --role line``, made for this fleet and line, in place of those files."""
     home_assistant: str | None = None
     """Home Assistant's discovery prefix, ``homeassistant`` as it comes; left out: not announced there."""
     timeout_s: float = 10.0
@@ -51,6 +54,12 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         except UsageError as exc:
             msg = f"mqtt: {exc}"
             raise ConfigError(msg) from exc
+        if self.broker is None and self.kit is None:
+            msg = "mqtt: broker or kit has to say where the broker is"
+            raise ConfigError(msg)
+        if self.kit is not None and (self.ca or self.cert or self.key):
+            msg = "mqtt.kit holds the certificates; ca, cert and key are for those without one"
+            raise ConfigError(msg)
         if not 0.1 <= self.timeout_s <= 600:
             msg = f"mqtt.timeout_s must be 0.1..600, not {self.timeout_s}"
             raise ConfigError(msg)
@@ -59,6 +68,22 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         ):
             msg = f"mqtt.home_assistant must be a topic prefix without wildcards, not {self.home_assistant!r}"
             raise ConfigError(msg)
+
+
+def _broker_url(config: MqttConfig) -> BrokerUrl:
+    if config.kit is None:
+        assert config.broker is not None
+        ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
+        return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+    # A line goes on without its broker; results wait in the outbox for a new kit.
+    kit = read_kit(Path(config.kit), must_be_valid=False)
+    if (kit.role, kit.fleet, kit.name) != ("line", config.fleet, config.line):
+        msg = (
+            f"{config.kit}: the kit of the {kit.role} {kit.name!r} of the fleet {kit.fleet!r}; expected that of the "
+            f"line {config.line!r} of {config.fleet!r}"
+        )
+        raise UsageError(msg)
+    return kit.broker_url(config.broker)
 
 
 class LineState(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,9 +115,8 @@ class MqttDestination:
     def __init__(self, config: MqttConfig, state: LineState) -> None:
         self._config = config
         self._topics = Topics(fleet=config.fleet)
-        ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
         try:
-            self._url = parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+            self._url = _broker_url(config)
             self._url.ssl_context()
         except (UsageError, LinkError) as exc:
             msg = f"mqtt: {exc}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeflame.cli.link_options import agreed, contact, link_options
+from edgeflame.cli.link_options import agreed, contact, link_options, metrics_option
 from edgeflame.learning import FEDERATED_METHODS
 from edgeflame.presets import PRESETS
 
@@ -30,6 +30,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
 @click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
 @click.option("--stay", is_flag=True, help="Keep answering and serving late sites after the end, as a service does.")
+@metrics_option
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
 def command(
     broker: str | None,
@@ -48,6 +49,7 @@ def command(
     out: Path | None,
     new_run: bool,
     stay: bool,
+    metrics: str | None,
     as_json: bool,
 ) -> None:
     """Serve the training rounds of a fleet: wait for sites, average their models, hand out the result.
@@ -74,6 +76,7 @@ def command(
             new_run=new_run,
             connect_timeout_s=connect_timeout,
             stay=stay,
+            metrics=metrics,
         )
     if as_json:
         print_json(result.ledger)

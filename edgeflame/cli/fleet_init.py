@@ -61,5 +61,7 @@ def init(
     click.echo(f"fleet {fleet} in {folder}, broker {made.registry.url}")
     click.echo(f"  broker:      mosquitto -c {where}/mosquitto.conf")
     click.echo(f"  aggregator:  edgeflame aggregate --kit {made.kit_path('aggregator')} --state DIR")
-    click.echo(f"  a site:      edgeflame fleet enrol {folder} NAME")
+    click.echo(
+        f"  a site:      edgeflame fleet enrol {folder} NAME --offline   (without --offline once the broker runs)"
+    )
     click.echo(f"  packages:    edgeflame model sign F.edgeflame --key {folder}/signing/edgeflame-key.pem")

@@ -49,6 +49,7 @@ def _reaches_the_broker(function: F) -> F:
 @_DAYS
 @_OUT
 @click.option("--reinstate", is_flag=True, help="Take a revoked name in again.")
+@click.option("--offline", is_flag=True, help="Do not look for the broker: it is not started yet.")
 @_reaches_the_broker
 def enrol(
     folder: Path,
@@ -57,6 +58,7 @@ def enrol(
     days: int,
     out: Path | None,
     reinstate: bool,
+    offline: bool,
     broker: str | None,
     connect_timeout: float,
 ) -> None:
@@ -69,7 +71,9 @@ def enrol(
     with open_fleet(folder) as fleet:
         kit = fleet.enrol(name, role=role, days=days, out=out, reinstate=reinstate)
         click.echo(f"{role} {name}: {kit}, valid for {days} days")
-        _tell_or_keep(fleet, broker, connect_timeout)
+        if not offline:
+            _tell_or_keep(fleet, broker, connect_timeout)
+        fleet.write_access()
 
 
 @click.command("renew")
@@ -197,7 +201,6 @@ def _tell_or_keep(fleet: FleetFolder, broker: str | None, connect_timeout: float
         )
     else:
         click.echo("the broker was told")
-    fleet.write_access()
 
 
 def _tell(

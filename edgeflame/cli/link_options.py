@@ -17,6 +17,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
+metrics_option = click.option(
+    "--metrics", metavar="HOST:PORT", help="Figures for Prometheus, at http://HOST:PORT/metrics."
+)
+
+
 def link_options() -> Callable[[F], F]:
     """``--broker``, ``--kit``, ``--ca``, ``--cert``, ``--key`` and ``--connect-timeout``."""
     options = (

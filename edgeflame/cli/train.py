@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import click
 import msgspec
 
-from edgeflame.cli.link_options import agreed, contact, link_options
+from edgeflame.cli.link_options import agreed, contact, link_options, metrics_option
 from edgeflame.cli.train_worker import REFERENCES_OPTION
 from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
@@ -52,6 +52,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 )
 @click.option("--schedule", metavar="TEXT", help="When it may train, local time: 'mon-fri 22:00-06:00, sat-sun'.")
 @click.option("--worker", hidden=True, help="Command line of another worker program.")
+@metrics_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.pass_context
 def command(
@@ -61,6 +62,7 @@ def command(
     worker: str | None,
     as_json: bool,
     connect_timeout: float | None,
+    metrics: str | None,
     **given: Any,
 ) -> None:
     """Take part in a fleet's training rounds, and make this site's package from the result.
@@ -105,6 +107,7 @@ def command(
                 groups_file=paths["groups"],
                 connect_timeout_s=connect_timeout,
                 schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
+                metrics=metrics,
             ),
             report=report,
         )

@@ -42,7 +42,7 @@ max_queued_messages 20000
 max_queued_bytes 536870912
 # The round state and who is there are retained; they outlive a restart of the broker.
 persistence true
-persistence_location {folder}/{data}/
+persistence_location {folder}/{data}
 autosave_interval 60
 set_tcp_nodelay true
 

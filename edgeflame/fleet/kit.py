@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 16
 
 _USE: dict[str, str] = {
     "site": "edgeflame train --kit {name}.kit --data GOOD-PARTS --out {name}.edgeflame",
-    "line": "edgeflame inspect ... (the line's configuration names this kit)",
+    "line": 'edgeflame inspect --config line.toml ..., with kit = "{name}.kit" in its section [mqtt]',
     "observer": "edgeflame fleet status --kit {name}.kit",
     "aggregator": "edgeflame aggregate --kit {name}.kit --state DIR",
     "admin": "edgeflame fleet enrol, revoke and sync use it; it stays in the fleet's folder",
@@ -87,8 +87,13 @@ def encode_kit(kit: Kit) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
-def read_kit(path: Path, *, now: datetime | None = None) -> Kit:
+def read_kit(path: Path, *, now: datetime | None = None, must_be_valid: bool = True) -> Kit:
     """Read a kit; one that will expire soon, or that others can read, is worth a warning.
+
+    Args:
+        path: the file.
+        now: the time; None: the clock's.
+        must_be_valid: false for who can work without the broker; then an expired one is logged, and no error.
 
     Raises:
         ConfigError: it cannot be read, or is none.
@@ -112,8 +117,10 @@ def read_kit(path: Path, *, now: datetime | None = None) -> Kit:
             f"{path}: the certificate of {kit.role} {kit.name} expired on {kit.expires:%Y-%m-%d}; ask whoever runs the "
             f"fleet for a new kit (edgeflame fleet renew {kit.name}), and check this machine's clock"
         )
-        raise LinkError(msg)
-    if left < EXPIRY_WARNING:
+        if must_be_valid:
+            raise LinkError(msg)
+        log.error("kit_expired", file=str(path), advice=f"edgeflame fleet renew {kit.name}")
+    elif left < EXPIRY_WARNING:
         log.warning("kit_expires_soon", name=kit.name, days=left.days, advice=f"edgeflame fleet renew {kit.name}")
     return kit
 

@@ -355,3 +355,28 @@ def test_a_revocation_the_broker_does_not_hear_of_is_not_taken_for_one(tmp_path:
     assert done.returncode == 7
     assert "a is revoked in" in done.stderr.splitlines()[-1]
     assert "NOT YET on the broker" in done.stderr.splitlines()[-1]
+
+
+def test_a_line_speaks_with_its_kit(plant: Plant) -> None:
+    from edge.delivery.mqtt import LineState, MqttConfig, MqttDestination
+    from edgeflame.errors import ConfigError
+
+    kit = str(plant.kits / "line-1.kit")
+    state = LineState(online=True, boot="b", product="p", model="m", threshold=1.0, source="s")
+    with Client(plant.url("watcher"), f"{BASE}/line/line-1/state") as reader:
+        reader.up()
+        line = MqttDestination(MqttConfig(fleet="test", line="line-1", kit=kit), state)
+        line.idle()
+        event = reader.events.get(timeout=30)
+        assert isinstance(event, Received)
+        assert b'"online":true' in event.payload
+        line.close()
+    for fleet, name in (("test", "line-2"), ("other", "line-1")):
+        with pytest.raises(ConfigError, match="the kit of the line 'line-1' of the fleet 'test'; expected"):
+            MqttDestination(MqttConfig(fleet=fleet, line=name, kit=kit), state)
+    with pytest.raises(ConfigError, match="the kit of the site 'a'"):
+        MqttDestination(MqttConfig(fleet="test", line="a", kit=str(plant.kits / "a.kit")), state)
+    with pytest.raises(ConfigError, match="broker or kit"):
+        MqttConfig(fleet="test", line="line-1")
+    with pytest.raises(ConfigError, match=r"mqtt\.kit holds the certificates"):
+        MqttConfig(fleet="test", line="line-1", kit=kit, ca="x")

@@ -33,6 +33,7 @@ from edgeflame.messages import (
     decode_presence,
     decode_round,
 )
+from edgeflame.metrics import MetricsServer
 from edgeflame.statedir import locked_state_dir
 from edgeflame.topics import Chunk, Spoken, Topics, check_name
 from trainer.agent.errand import Errand
@@ -45,6 +46,7 @@ from trainer.agent.process import Died, Said
 from trainer.agent.recall import BAD_MODEL, announced_learning, purpose_of, recall
 from trainer.agent.schedule import Schedule
 from trainer.agent.voice import Voice
+from trainer.agent.watch import Watch
 from trainer.agent.wishes import Pause, Wishes
 
 log = EventLog("site")
@@ -67,6 +69,7 @@ class SiteOptions:
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
         schedule: when the site may train; None: always.
+        metrics: ``HOST:PORT`` where Prometheus may ask; None: nowhere.
     """
 
     broker: BrokerUrl
@@ -78,6 +81,7 @@ class SiteOptions:
     groups_file: Path | None = None
     connect_timeout_s: float | None = None
     schedule: Schedule | None = None
+    metrics: str | None = None
 
 
 BY_AGGREGATOR = Pause(reason="the aggregator's operator paused it")
@@ -106,11 +110,13 @@ def take_part(options: SiteOptions, *, report: Progress) -> SiteResult | None:
     check_name("site", options.site)
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(options.state_dir))
-        return _Site(options, Topics(fleet=options.fleet), report).serve()
+        server = None if options.metrics is None else stack.enter_context(MetricsServer(options.metrics))
+        return _Site(options, Topics(fleet=options.fleet), report, Watch(options.state_dir, server)).serve()
 
 
 class _Site:
-    def __init__(self, options: SiteOptions, topics: Topics, report: Progress) -> None:
+    def __init__(self, options: SiteOptions, topics: Topics, report: Progress, watch: Watch) -> None:
+        self._watch = watch
         self._options = options
         self._report = report
         self._memory = Memory(options.state_dir)
@@ -182,6 +188,14 @@ class _Site:
                 elif step != self._errand.step:
                     self._errand.begin(step, now)
             self._voice.tick(now)
+            self._watch.look(
+                self._errand.activity,
+                self._announced,
+                link=self._voice.link,
+                is_up=self._voice.is_up,
+                is_welcome=self._voice.welcomed_by is not None,
+                now=now,
+            )
             if self._voice.welcomed_by is not None:
                 self._errand.tick(now)
                 self._heartbeat(now)
@@ -301,6 +315,8 @@ class _Site:
                         reason=message.reason,
                         detail=message.detail,
                     )
+                if isinstance(message, Refusal):
+                    self._watch.refused(message.reason)
                 self._answered |= {(message.purpose, message.round)}
                 if isinstance(message, Refusal) and message.purpose == "update":
                     self._memory.forget_private(message.run, message.round)

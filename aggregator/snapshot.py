@@ -1,0 +1,145 @@
+"""How a run stands, in figures: for a SCADA system's tags and for Prometheus. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from aggregator.facts import RunState
+from edgeflame.messages import Phase
+from edgeflame.metrics import Metric
+
+SiteState = Literal["idle", "working", "accepted", "refused", "left_out", "finished", "not_finished", "paused", "left"]
+SITE_STATES: tuple[SiteState, ...] = get_args(SiteState)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A run at one moment.
+
+    Attributes:
+        state: its facts.
+        num_online: sites heard lately.
+        phase_s: since this phase, or this round, began; or since the aggregator was started.
+        last_round_s: how long the last round took; None: none has ended since the start.
+        progress_age_s: since any site was a step further.
+        progress_at: the same as a time, seconds since 1970.
+        is_connected: to the broker.
+        bytes_in: received since the start.
+        bytes_out: sent since the start.
+        free_bytes: on the disk of the state folder.
+    """
+
+    state: RunState
+    num_online: int
+    phase_s: float
+    last_round_s: float | None
+    progress_age_s: float
+    progress_at: float
+    is_connected: bool
+    bytes_in: int
+    bytes_out: int
+    free_bytes: int
+
+    def sites(self) -> dict[SiteState, int]:
+        """How many members are in which state; each in one."""
+        counts = Counter(_site_state(self.state, site) for site in self.state.members)
+        return {name: counts[name] for name in SITE_STATES}
+
+
+def tags(snapshot: Snapshot) -> dict[str, str]:
+    """The values of the flat topics ``status/<name>``, as text a PLC can read."""
+    state, sites = snapshot.state, snapshot.sites()
+    return {
+        "run": state.run,
+        "phase": state.phase,
+        "round": str(0 if state.round is None else state.round.number),
+        "rounds": str(state.config.rounds),
+        "rounds_done": str(_rounds_done(state)),
+        "sites": str(len(state.members)),
+        "sites_online": str(snapshot.num_online),
+        "sites_working": str(sites["working"]),
+        "sites_accepted": str(sites["accepted"]),
+        "sites_refused": str(sites["refused"]),
+        "sites_left_out": str(sites["left_out"]),
+        "sites_paused": str(sites["paused"]),
+        "error": "" if state.ended is None else state.ended.reason,
+        # Seldom enough not to be traffic, often enough to be an alarm's input.
+        "last_progress": str(int(snapshot.progress_at // 10 * 10)),
+    }
+
+
+def metrics(snapshot: Snapshot) -> list[Metric]:
+    """The same and more for Prometheus; ``docs/fleet.md`` lists them."""
+    state, prefix = snapshot.state, "edgeflame_aggregator"
+    refusals: Counter[str] = Counter(fact.reason for entry in state.rounds for fact in entry.refused.values())
+    refusals.update(fact.reason for fact in state.refused_sources.values())
+    left_out = sum(len(entry.left_out) for entry in state.rounds)
+    accepted = sum(len(entry.accepted) for entry in state.rounds)
+
+    def gauge(name: str, meaning: str, value: float) -> Metric:
+        return Metric(name=f"{prefix}_{name}", meaning=meaning, value=value)
+
+    def counter(name: str, meaning: str, value: float) -> Metric:
+        return Metric(name=f"{prefix}_{name}", meaning=meaning, value=value, kind="counter")
+
+    def by(name: str, meaning: str, label: str, values: dict[str, float]) -> Metric:
+        return Metric(name=f"{prefix}_{name}", meaning=meaning, label=label, values=values)
+
+    return [
+        by("run_info", "The run; always 1.", "run", {state.run: 1}),
+        by("phase", "1 for the phase the run is in.", "phase", {name: float(name == state.phase) for name in PHASES}),
+        gauge("phase_seconds", "Since this phase, or round, began.", snapshot.phase_s),
+        gauge("round", "The round that is open, or was last.", 0 if state.round is None else state.round.number),
+        gauge("rounds_planned", "Rounds this run is to have.", state.config.rounds),
+        gauge("rounds_done", "Rounds whose model was made.", _rounds_done(state)),
+        gauge("last_round_seconds", "How long the last round took; 0 if none ended yet.", snapshot.last_round_s or 0),
+        by("sites", "Members by state.", "state", {name: float(count) for name, count in snapshot.sites().items()}),
+        gauge("sites_online", "Sites heard lately.", snapshot.num_online),
+        gauge("accepted_updates", "Updates of this run that count.", accepted),
+        by(
+            "refusals",
+            "Models of this run that were refused, by reason.",
+            "reason",
+            {reason: float(count) for reason, count in refusals.items()},
+        ),
+        gauge("left_out", "Times that a site of this run made no progress until the deadline.", left_out),
+        gauge("progress_age_seconds", "Since any site was a step further.", snapshot.progress_age_s),
+        gauge("broker_connected", "1 while the broker is connected.", snapshot.is_connected),
+        counter("received_bytes", "Payload received since the start.", snapshot.bytes_in),
+        counter("sent_bytes", "Payload sent since the start.", snapshot.bytes_out),
+        gauge("free_bytes", "Free on the disk of the state folder.", snapshot.free_bytes),
+    ]
+
+
+def _rounds_done(state: RunState) -> int:
+    return sum(1 for entry in state.rounds if entry.model)
+
+
+def _site_state(state: RunState, site: str) -> SiteState:
+    if site in state.left:
+        return "left"
+    current = state.statistics if state.phase == "statistics" else state.round
+    if site in state.paused and (current is None or site not in current.accepted):
+        return "paused"
+    match state.phase:
+        case "initialise":
+            return "working" if state.sources[-1:] == (site,) else "idle"
+        case "train" | "statistics" if current is not None:
+            if site in current.accepted:
+                return "accepted"
+            if site in current.refused:
+                return "refused"
+            if site in current.left_out:
+                return "left_out"
+            return "working" if site in current.asked else "idle"
+        case "waiting":
+            return "idle"
+        case _:
+            if site in state.finished:
+                return "finished"
+            if site in state.not_finished or state.ended is not None:
+                return "not_finished"
+            return "working"

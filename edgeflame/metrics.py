@@ -1,0 +1,119 @@
+"""Figures for Prometheus: what a process shows of itself, and the small web server that shows it.
+
+A role describes itself as :class:`Metric` values, which need no library; the server keeps the last description and
+hands it to whoever asks. It answers on a thread of its own and never touches the process's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from edgeflame.errors import LinkError, MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric as Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A figure, or several that differ by a label.
+
+    Attributes:
+        name: with its unit; a counter's without ``_total``.
+        meaning: one line.
+        kind: a counter only grows.
+        value: the figure, where there is no label.
+        label: the label's name.
+        values: the figures by the label's value.
+    """
+
+    name: str
+    meaning: str
+    kind: Literal["gauge", "counter"] = "gauge"
+    value: float = 0.0
+    label: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def exposed_name(self) -> str:
+        """As Prometheus stores it."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+
+class MetricsServer:
+    """Serves ``http://HOST:PORT/metrics`` from construction to :meth:`close`; a context manager.
+
+    Args:
+        address: ``HOST:PORT``, or ``:PORT`` for the loopback interface.
+
+    Raises:
+        UsageError: the address is none.
+        LinkError: nothing can listen there.
+        MissingDependencyError: prometheus-client is not installed.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, port = _parse(address)
+        try:
+            from prometheus_client import CollectorRegistry, start_http_server
+            from prometheus_client.registry import Collector
+        except ImportError as exc:
+            msg = f"metrics need prometheus-client ({exc}): pip install 'edgeflame[metrics]'"
+            raise MissingDependencyError(msg) from exc
+        self._shown: tuple[Metric, ...] = ()
+        server = self
+
+        class Shown(Collector):
+            def collect(self) -> Iterator[Family]:
+                return server._families()
+
+        registry = CollectorRegistry()
+        registry.register(Shown())
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as exc:
+            msg = f"--metrics {address}: cannot listen there ({exc.strerror or exc})"
+            raise LinkError(msg) from exc
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
+
+    def show(self, metrics: Sequence[Metric]) -> None:
+        """These are the figures now."""
+        self._shown = tuple(metrics)
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> MetricsServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _families(self) -> Iterator[Family]:
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+        for metric in self._shown:
+            labels = [] if metric.label is None else [metric.label]
+            kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = kind(metric.name, metric.meaning, labels=labels)
+            if metric.label is None:
+                family.add_metric([], metric.value)
+            for label, value in metric.values.items():
+                family.add_metric([label], value)
+            yield family
+
+
+def _parse(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        msg = f"--metrics {address[:80]!r}: expected HOST:PORT, say 127.0.0.1:9464"
+        raise UsageError(msg)
+    return host.strip("[]") or "127.0.0.1", int(port)

@@ -1,0 +1,102 @@
+"""What a site shows of itself to Prometheus, about once a second."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from edgeflame.link import Link
+from edgeflame.messages import RoundState
+from edgeflame.metrics import Metric, MetricsServer
+
+EVERY_S = 1.0
+_PREFIX = "edgeflame_site"
+
+
+class Watch:
+    """Looks at the site and tells; decides nothing.
+
+    Args:
+        state_dir: whose disk matters.
+        server: who asks; None: nobody does.
+    """
+
+    def __init__(self, state_dir: Path, server: MetricsServer | None) -> None:
+        self._state_dir = state_dir
+        self._server = server
+        self._refusals: Counter[str] = Counter()
+        self._due_at = 0.0
+        self._activity: tuple[str, int, int] = ("", 0, 0)
+        self._progress_at: float | None = None
+
+    def refused(self, reason: str) -> None:
+        """The aggregator refused something of ours."""
+        self._refusals[reason] += 1
+
+    def look(
+        self,
+        activity: tuple[str, int, int],
+        announced: RoundState | None,
+        *,
+        link: Link | None,
+        is_up: bool,
+        is_welcome: bool,
+        now: float,
+    ) -> None:
+        """Tell how things are, if it is time.
+
+        Args:
+            activity: what is being done, how far it is, how far it goes.
+            announced: what the aggregator wants.
+            link: counts bytes.
+            is_up: whether it is connected.
+            is_welcome: whether the aggregator knows us.
+            now: monotonic clock, seconds.
+        """
+        if self._server is None:
+            return
+        if activity != self._activity or self._progress_at is None:
+            self._activity, self._progress_at = activity, now
+        if now < self._due_at:
+            return
+        self._due_at = now + EVERY_S
+        name, step, num_steps = activity
+        try:
+            free_bytes = shutil.disk_usage(self._state_dir).free
+        except OSError:
+            free_bytes = 0
+        self._server.show(
+            [
+                _gauge("broker_connected", "1 while the broker is connected.", is_up),
+                _gauge("welcome", "1 while the aggregator knows this site.", is_welcome),
+                Metric(
+                    name=f"{_PREFIX}_activity",
+                    meaning="1 for what the site is doing.",
+                    label="activity",
+                    values={name: 1},
+                ),
+                _gauge("step", "How far that is.", step),
+                _gauge("steps", "How far it goes; 0 if that is not known.", num_steps),
+                _gauge("round", "The round that is open.", 0 if announced is None else announced.round),
+                _gauge("progress_age_seconds", "Since this site was a step further.", now - self._progress_at),
+                Metric(
+                    name=f"{_PREFIX}_refusals",
+                    meaning="What the aggregator refused since the start, by reason.",
+                    kind="counter",
+                    label="reason",
+                    values=dict(self._refusals),
+                ),
+                _counter("received_bytes", "Payload received since the start.", 0 if link is None else link.bytes_in),
+                _counter("sent_bytes", "Payload sent since the start.", 0 if link is None else link.bytes_out),
+                _gauge("free_bytes", "Free on the disk of the state folder.", free_bytes),
+            ]
+        )
+
+
+def _gauge(name: str, meaning: str, value: float) -> Metric:
+    return Metric(name=f"{_PREFIX}_{name}", meaning=meaning, value=value)
+
+
+def _counter(name: str, meaning: str, value: float) -> Metric:
+    return Metric(name=f"{_PREFIX}_{name}", meaning=meaning, value=value, kind="counter")
