@@ -34,11 +34,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[cpu,train,broker,demo]"
+	$(BIN)/python -m pip install -e ".[cpu,train,broker,demo,report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -e ".[cpu,train,broker,demo,dev]"
+	$(BIN)/python -m pip install -e ".[cpu,train,broker,demo,report,dev]"
 	touch $@
 
 clean:

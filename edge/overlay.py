@@ -25,7 +25,12 @@ _FAIL, _PASS, _NEUTRAL = (64, 64, 232), (96, 176, 48), (128, 128, 128)
 
 
 def overlay(
-    image_bgr: ImageU8, anomaly_map: npt.NDArray[np.floating], threshold: float, mask: ImageU8 | None = None
+    image_bgr: ImageU8,
+    anomaly_map: npt.NDArray[np.floating],
+    threshold: float,
+    mask: ImageU8 | None = None,
+    *,
+    label: bool = True,
 ) -> ImageU8:
     """Draw an anomaly map over its image.
 
@@ -38,6 +43,7 @@ def overlay(
         anomaly_map: ``[h, w]`` raw distance over the same area.
         threshold: raw distance.
         mask: ``[height, width]`` uint8, above 0 on the true defect, or None.
+        label: whether the score stands on the picture; a page says it beneath.
 
     Returns:
         BGR uint8 of the image's shape, enlarged by a whole factor where a side is below ``MIN_SIDE``.
@@ -47,14 +53,14 @@ def overlay(
     canvas = np.asarray(cv2.resize(image_bgr, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
     finite = bool(np.isfinite(anomaly_map).all()) and math.isfinite(threshold) and threshold > 0
     ratio = float(anomaly_map.max() / threshold) if finite else math.nan
-    line_width = max(1, round(min(size) / 320))
+    line_width = max(1, round(max(size) / 320))
     if finite:
         relative = cv2.resize((anomaly_map / threshold).astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
         canvas = _blend_heat(canvas, np.asarray(relative, dtype=np.float32))
         _outline(canvas, np.asarray(relative) > 1.0, _OUTLINE, line_width)
     if mask is not None:
         _outline(canvas, cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) > 0, _TRUTH, line_width)
-    return _label(canvas, ratio)
+    return _label(canvas, ratio) if label else canvas
 
 
 def _blend_heat(canvas: ImageU8, relative: npt.NDArray[np.float32]) -> ImageU8:

@@ -58,6 +58,13 @@ def upper_bound(shares: Sequence[float] | F64, confidence: float) -> float:
     return float(brentq(lambda rate: doubt(shares, rate) - (1.0 - confidence), edge, 1.0 - edge, xtol=1e-10))
 
 
+def two_sided(shares: Sequence[float] | F64, confidence: float) -> tuple[float, float]:
+    """A lower and an upper bound of the mean share; each may fail in half of the cases left over."""
+    shares = np.asarray(shares, dtype=np.float64)
+    one_sided = 1.0 - (1.0 - confidence) / 2.0
+    return 1.0 - upper_bound(1.0 - shares, one_sided), upper_bound(shares, one_sided)
+
+
 def tightest_promise(num_parts: int, confidence: float) -> float:
     """The lowest rate that ``num_parts`` parts without a single rejection can promise: 1 - (1 - y)^(1/m)."""
     return float(-math.expm1(math.log1p(-confidence) / num_parts))

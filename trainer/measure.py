@@ -15,7 +15,8 @@ from edgeflame.simulated import MeasureAnswer, MeasureTask
 from edgeflame.statistics import LowRankGaussian
 from trainer.device import pick_device
 from trainer.embedding import F32, embed
-from trainer.evaluation import EvaluationReport, evaluate
+from trainer.evaluation import evaluate
+from trainer.figures import EvaluationReport
 from trainer.fit import fit_statistics
 from trainer.gaussian import image_scores, score_maps
 from trainer.imageset import ImageSet, rgb_tensor
@@ -100,9 +101,10 @@ class Measurer:
 def _answer(name: str, report: EvaluationReport, statistics: LowRankGaussian) -> MeasureAnswer:
     plain = msgspec.to_builtins(report)
     figures = {key: float(value) for key, value in plain.items() if isinstance(value, int | float)}
-    del figures["groups_known"]
+    for not_a_figure in ("groups_known", "num_resamples"):
+        del figures[not_a_figure]
     classes = {
-        label: {key: float(value) for key, value in one.items() if value is not None}
+        label: {key: float(value) for key, value in one.items() if isinstance(value, int | float)}
         for label, one in plain["per_class"].items()
     }
     return MeasureAnswer(name=name, figures={**figures, "rank": float(statistics.rank)}, classes=classes)

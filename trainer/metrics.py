@@ -7,8 +7,6 @@ weighted AUROC over the bins differs from the exact one by less than 1e-4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +15,9 @@ from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 F64 = npt.NDArray[np.float64]
 
 NUM_BINS = 8192
+
+NUM_COARSE_BINS = 1024
+"""Bins kept for every part, for the intervals: these need the figures' spread, not their last digits."""
 
 AUPRO_MAX_FPR = 0.3
 """Up to which false-positive rate the per-region overlap is integrated, as in the MVTec AD benchmark."""
@@ -43,43 +44,10 @@ def best_f1(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating])
     """
     scores = np.concatenate([good, defective])
     labels = np.concatenate([np.zeros(len(good)), np.ones(len(defective))])
-    precision, recall, values = precision_recall_curve(labels, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    # scikit-learn calls positive what reaches a value; the last entry has none and calls nothing positive.
-    best = int(np.argmax(f1[:-1]))
-    below = scores[scores < values[best]]
-    low = float(below.max()) if len(below) else float(values[best]) * (1.0 - 1e-6)
-    return float(f1[best]), (low + float(values[best])) / 2.0
-
-
-def bootstrap_auroc(
-    good: Sequence[npt.NDArray[np.floating]],
-    defective: Sequence[npt.NDArray[np.floating]],
-    *,
-    num_resamples: int,
-    seed: int,
-) -> tuple[float, float] | None:
-    """A 95% interval of the AUROC by resampling parts, each with all its photographs.
-
-    Args:
-        good: the scores of each part's good photographs.
-        defective: the scores of each part's defective photographs; a part may be in both, at the same place.
-        num_resamples: how often.
-        seed: of the resampling.
-    """
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(num_resamples):
-        chosen = rng.integers(0, len(good), len(good))
-        value = auroc(
-            np.concatenate([good[index] for index in chosen]), np.concatenate([defective[index] for index in chosen])
-        )
-        if value is not None:
-            values.append(value)
-    if len(values) < num_resamples // 2:
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    f1, value = _best_f1(labels, scores, None)
+    below = scores[scores < value]
+    low = float(below.max()) if len(below) else value * (1.0 - 1e-6)
+    return f1, (low + value) / 2.0
 
 
 class PixelCounts:
@@ -127,10 +95,16 @@ class PixelCounts:
         """Area under the ROC curve over pixels; None if either kind is missing."""
         if not self._good.any() or not self._defective.any():
             return None
-        bins = np.arange(len(self._good))
-        labels = np.concatenate([np.zeros_like(self._good), np.ones_like(self._defective)])
-        weights = np.concatenate([self._good, self._defective])
-        return float(roc_auc_score(labels, np.concatenate([bins, bins]), sample_weight=weights))
+        labels, bins, weights = self._labelled_bins()
+        return float(roc_auc_score(labels, bins, sample_weight=weights))
+
+    def best_f1(self) -> tuple[float, float] | None:
+        """The highest F1 over pixels and the threshold that gives it; None if either kind is missing."""
+        if not self._good.any() or not self._defective.any() or not len(self._edges):
+            return None
+        f1, value = _best_f1(*self._labelled_bins())
+        # Bin b begins at edge b - 1.
+        return f1, float(self._edges[max(0, int(value) - 1)])
 
     def aupro(self, max_fpr: float = AUPRO_MAX_FPR) -> float | None:
         """Area under the per-region-overlap curve up to ``max_fpr``, as a share of ``max_fpr``.
@@ -140,15 +114,38 @@ class PixelCounts:
         """
         if not self._good.any() or self._num_regions == 0:
             return None
-        fpr = np.concatenate([[0.0], np.cumsum(self._good[::-1]) / self._good.sum()])
-        pro = np.concatenate([[0.0], np.cumsum(self._regions[::-1]) / self._num_regions])
-        inside = fpr <= max_fpr
-        fpr_cut = np.concatenate([fpr[inside], [max_fpr]])
-        pro_cut = np.concatenate([pro[inside], [np.interp(max_fpr, fpr, pro)]])
-        return float(auc(fpr_cut, pro_cut) / max_fpr)
+        return overlap_area(self._good, self._regions, self._num_regions, max_fpr)
+
+    def coarse(self) -> F64:
+        """``[3, NUM_COARSE_BINS or fewer]``: good and defective pixels and shares of regions in wider bins."""
+        size = len(self._good)
+        starts = np.unique(np.linspace(0, size, NUM_COARSE_BINS, endpoint=False).astype(np.intp))
+        counts: F64 = np.add.reduceat(np.stack([self._good, self._defective, self._regions]), starts, axis=1)
+        return counts
+
+    @property
+    def num_regions(self) -> int:
+        """Connected defect regions counted."""
+        return self._num_regions
+
+    def _labelled_bins(self) -> tuple[F64, F64, F64]:
+        """Labels, bins and weights, as scikit-learn takes them."""
+        bins = np.arange(len(self._good), dtype=np.float64)
+        labels = np.concatenate([np.zeros_like(self._good), np.ones_like(self._defective)])
+        return labels, np.concatenate([bins, bins]), np.concatenate([self._good, self._defective])
 
     def _count(self, bins: npt.NDArray[np.intp]) -> F64:
         return np.bincount(bins, minlength=len(self._edges) + 1).astype(np.float64)
+
+
+def overlap_area(good: F64, regions: F64, num_regions: float, max_fpr: float) -> float:
+    """Area under the per-region-overlap curve of counts ``[K]`` by rising bin, as a share of ``max_fpr``."""
+    fpr = np.concatenate([[0.0], np.cumsum(good[::-1]) / good.sum()])
+    pro = np.concatenate([[0.0], np.cumsum(regions[::-1]) / num_regions])
+    inside = fpr <= max_fpr
+    fpr_cut = np.concatenate([fpr[inside], [max_fpr]])
+    pro_cut = np.concatenate([pro[inside], [np.interp(max_fpr, fpr, pro)]])
+    return float(auc(fpr_cut, pro_cut) / max_fpr)
 
 
 def bin_edges(maps: npt.NDArray[np.float32], num_bins: int = NUM_BINS) -> npt.NDArray[np.float32]:
@@ -156,3 +153,12 @@ def bin_edges(maps: npt.NDArray[np.float32], num_bins: int = NUM_BINS) -> npt.ND
     quantiles = np.quantile(maps, np.linspace(0, 1, num_bins + 1)[1:-1])
     edges: npt.NDArray[np.float32] = np.unique(quantiles).astype(np.float32)
     return edges
+
+
+def _best_f1(labels: F64, scores: npt.NDArray[np.floating], weights: F64 | None) -> tuple[float, float]:
+    """The highest F1, and the lowest score that it calls positive."""
+    precision, recall, values = precision_recall_curve(labels, scores, sample_weight=weights)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    # The last entry belongs to no score: there nothing is positive.
+    best = int(np.argmax(f1[:-1]))
+    return float(f1[best]), float(values[best])

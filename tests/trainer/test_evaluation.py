@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from edgeflame.dataset import open_dataset
+from edgeflame.dataset import ImageRecord, open_dataset
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask, write_image
-from trainer.evaluation import F32, evaluate
+from edgeflame.threshold import Promise
+from trainer.bootstrap import Resamples
+from trainer.evaluation import FIGURES, evaluate, measure
+from trainer.scoring import F32, Scored, score_tests
 
 INPUT = Preprocessing(height=64, width=64)
 
@@ -52,7 +55,7 @@ def test_every_figure_follows_its_definition(folder: Path) -> None:
     assert (report.defective_caught, report.defective_missed) == (6, 3)
     assert (hole.caught, bright.caught) == (6, 0)
     assert report.groups_known
-    assert report.image_AUROC_interval is not None
+    assert set(report.intervals) == {*FIGURES, *(f"macro_{name}" for name in FIGURES)}
 
 
 def test_pixel_figures_are_scikit_learns_over_every_pixel(folder: Path) -> None:
@@ -92,7 +95,9 @@ def test_without_defects_there_are_verdicts_but_no_auroc(folder: Path) -> None:
     report = evaluate(darkness, open_dataset(folder), INPUT, threshold=0.0)
     assert report.image_AUROC is None
     assert report.macro_image_AUROC is None
-    assert report.image_AUROC_interval is None
+    assert report.intervals == {}
+    assert report.without_interval["image_AUROC"].startswith("not defined")
+    assert report.defective_caught_interval is None
     assert report.per_class == {}
     assert report.good_rejected == 6
 
@@ -118,3 +123,105 @@ def test_a_score_that_is_no_number_is_a_fault(folder: Path) -> None:
 
     with pytest.raises(NumericalError, match="no finite score"):
         evaluate(broken, open_dataset(folder), INPUT, threshold=200.0)
+
+
+def scored_parts(tmp_path: Path, num_parts: int, seed: int) -> Scored:
+    """Parts with 1 to 4 good photographs, a third of them with some defective ones too, half of these with a mask."""
+    rng = np.random.default_rng(seed)
+    records, maps = [], []
+    for part in range(num_parts):
+        level = rng.normal()
+        for photo in range(rng.integers(1, 5)):
+            for label in ("good", "hole", "line")[: 1 + 2 * (part % 3 == 0)]:
+                one = rng.gamma(2, 1, (8, 8)) + np.exp(0.3 * level)
+                mask = None
+                if label != "good":
+                    y, x = rng.integers(0, 5, 2)
+                    one[y : y + 3, x : x + 3] += rng.gamma(2, 1)
+                    if part % 2:
+                        mask = tmp_path / f"{part}-{photo}-{label}.png"
+                        picture = np.zeros((64, 64), dtype=np.uint8)
+                        picture[8 * y : 8 * y + 24, 8 * x : 8 * x + 24] = 255
+                        write_image(mask, picture)
+                maps.append(one.astype(np.float32))
+                name = f"test/{label}/{part}-{photo}.png"
+                records.append(ImageRecord(path=tmp_path / name, name=name, label=label, group=f"p{part}", mask=mask))
+    stacked = np.stack(maps)
+    return Scored(records=records, scores=stacked.max(axis=(1, 2)), maps=stacked)
+
+
+def test_intervals_are_those_of_evaluating_every_resample(tmp_path: Path) -> None:
+    """The long way: each resample a test set of its own, with scikit-learn's figures and the fine bins."""
+    scored = scored_parts(tmp_path, 24, seed=1)
+    report = measure(scored, INPUT, threshold=8.0, groups_known=True, seed=3)
+    assert (report.num_resamples, report.num_groups) == (1000, 24)
+    parts = sorted({record.group for record in scored.records})
+    values: dict[str, list[float]] = {}
+    for drawn in Resamples(24, seed=3).drawn[:12].astype(int):
+        indices = [
+            index
+            for part, times in zip(parts, drawn, strict=True)
+            for index, record in enumerate(scored.records)
+            if record.group == part
+            for _ in range(times)
+        ]
+        again = Scored(
+            records=[scored.records[i] for i in indices], scores=scored.scores[indices], maps=scored.maps[indices]
+        )
+        one = measure(again, INPUT, threshold=8.0, groups_known=True, num_resamples=2)
+        for name in report.intervals:
+            values.setdefault(name, []).append(getattr(one, name))
+        values.setdefault("hole", []).append(one.per_class["hole"].image_AUROC or 0.0)
+    first = measure(scored, INPUT, threshold=8.0, groups_known=True, seed=3, num_resamples=12)
+    for name, (low, high) in first.intervals.items():
+        # Coarse bins cost pixel figures their last digits.
+        tolerance = 1e-9 if "image" in name else 0.01
+        np.testing.assert_allclose((low, high), np.quantile(values[name], [0.025, 0.975]), atol=tolerance, err_msg=name)
+    hole = first.per_class["hole"].intervals["image_AUROC"]
+    np.testing.assert_allclose(hole, np.quantile(values["hole"], [0.025, 0.975]), atol=1e-9)
+
+
+def test_parts_that_stick_together_widen_the_interval(tmp_path: Path) -> None:
+    scored = scored_parts(tmp_path, 24, seed=1)
+    # The same photographs four times over: no new part, so no narrower interval.
+    fourfold = Scored(
+        records=[*scored.records] * 4, scores=np.tile(scored.scores, 4), maps=np.tile(scored.maps, (4, 1, 1))
+    )
+    narrow = Scored(
+        records=[
+            ImageRecord(path=one.path, name=one.name, label=one.label, group=str(index), mask=one.mask)
+            for index, one in enumerate(fourfold.records)
+        ],
+        scores=fourfold.scores,
+        maps=fourfold.maps,
+    )
+    once, four, alone = (
+        measure(one, INPUT, threshold=8.0, groups_known=True, num_resamples=200).intervals["image_AUROC"]
+        for one in (scored, fourfold, narrow)
+    )
+    assert four == pytest.approx(once, abs=1e-9)
+    assert alone[1] - alone[0] < 0.85 * (once[1] - once[0])
+
+
+def test_a_class_of_one_part_has_no_interval_and_says_so(folder: Path) -> None:
+    groups = (folder / "groups.csv").read_text()
+    groups += "".join(f"test/bright/{index}.png,only\n" for index in range(3))
+    (folder / "groups.csv").write_text(groups)
+    report = evaluate(darkness, open_dataset(folder), INPUT, threshold=200.0)
+    bright = report.per_class["bright"]
+    assert bright.num_groups == 1
+    # The part is drawn in 63% of the resamples: an interval of its own spread, from those that have it.
+    assert set(bright.intervals) == {"image_AUROC", "image_F1Max"}
+    assert bright.without_interval["pixel_AUROC"] == "not defined: no image with a mask"
+    assert bright.caught_interval == pytest.approx((0.0, 0.975))
+
+
+def test_the_other_thresholds_are_applied_too(folder: Path) -> None:
+    dataset = open_dataset(folder)
+    promises = [
+        Promise(false_reject_rate=rate, value=value, expected_false_reject_rate=0.0)
+        for rate, value in ((0.01, None), (0.05, 1e6), (0.2, 0.0))
+    ]
+    scored = score_tests(darkness, dataset, INPUT)
+    report = measure(scored, INPUT, threshold=200.0, groups_known=True, promises=promises)
+    assert [(one.good_rejected, one.defective_caught) for one in report.promises] == [(0, 0), (6, 9)]

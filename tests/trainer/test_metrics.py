@@ -7,7 +7,16 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from trainer.metrics import PixelCounts, auroc, bin_edges, bootstrap_auroc, f1_max
+from trainer.bootstrap import (
+    MAX_VALUES,
+    Resamples,
+    auroc_of_counts,
+    distinct_values,
+    f1_of_counts,
+    image_counts,
+    interval,
+)
+from trainer.metrics import PixelCounts, auroc, best_f1, bin_edges, f1_max
 
 
 def pictures(seed: int, count: int = 12) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
@@ -113,21 +122,54 @@ def test_image_figures_by_hand() -> None:
     assert f1_max(good, defective) == pytest.approx(0.8)
 
 
-def test_the_bootstrap_resamples_parts() -> None:
+def test_the_threshold_of_the_best_f1_gives_it() -> None:
     rng = np.random.default_rng(0)
-    good = [rng.normal(0, 1, 5) for _ in range(40)]
-    defective = [rng.normal(1, 1, 5) for _ in range(40)]
-    interval = bootstrap_auroc(good, defective, num_resamples=200, seed=1)
-    assert interval is not None
-    value = auroc(np.concatenate(good), np.concatenate(defective))
-    assert value is not None
-    assert interval[0] < value < interval[1]
-    # Photographs that only repeat each other must not narrow it.
-    copies = bootstrap_auroc(
-        [np.repeat(one[:1], 5) for one in good],
-        [np.repeat(one[:1], 5) for one in defective],
-        num_resamples=200,
-        seed=1,
-    )
-    assert copies is not None
-    assert copies[1] - copies[0] > 1.3 * (interval[1] - interval[0])
+    for shift in (0.0, 1.0, 9.0):
+        good, defective = rng.normal(10, 1, 50), rng.normal(10 + shift, 1, 30)
+        f1, threshold = best_f1(good, defective)
+        caught, rejected = (defective > threshold).sum(), (good > threshold).sum()
+        assert 2 * caught / (caught + rejected + 30) == pytest.approx(f1)
+        assert f1 == f1_max(good, defective)
+    # Everything is called defective: the threshold lies below all scores.
+    assert best_f1(np.array([3.0]), np.array([2.0, 4.0]))[1] < 2.0
+
+
+def test_the_best_pixel_f1_is_met_at_its_threshold() -> None:
+    maps, masks = pictures(4)
+    counts = PixelCounts(bin_edges(maps))
+    for one, mask in zip(maps, masks, strict=True):
+        counts.add(one, mask)
+    best = counts.best_f1()
+    assert best is not None
+    found, truth = maps > best[1], masks > 0
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) == pytest.approx(best[0], abs=2e-3)
+
+
+def test_figures_of_counts_are_scikit_learns() -> None:
+    """Of each resample by itself, ties included."""
+    rng = np.random.default_rng(7)
+    scores, is_bad, parts = rng.integers(0, 12, 80).astype(float), rng.random(80) < 0.4, rng.integers(0, 15, 80)
+    resamples = Resamples(15, seed=2, num_resamples=30)
+    values = distinct_values(scores)
+    good, bad = (resamples.counts(image_counts(scores[kind], parts[kind], 15, values)) for kind in (~is_bad, is_bad))
+    aurocs, f1s = auroc_of_counts(good, bad), f1_of_counts(good, bad)
+    for drawn, one_auroc, one_f1 in zip(resamples.drawn, aurocs, f1s, strict=True):
+        again = np.repeat(np.arange(80), drawn[parts].astype(int))
+        mine, kinds = scores[again], is_bad[again]
+        assert one_auroc == pytest.approx(auroc(mine[~kinds], mine[kinds]))
+        assert one_f1 == pytest.approx(f1_max(mine[~kinds], mine[kinds]))
+    nothing = np.zeros((1, 4))
+    assert np.isnan(auroc_of_counts(nothing, nothing + 1)).all()
+    assert np.isnan(f1_of_counts(nothing, nothing + 1)).all()
+    assert interval(np.array([np.nan, np.nan, 0.5])) is None
+
+
+def test_many_distinct_scores_are_binned_and_hardly_matter() -> None:
+    rng = np.random.default_rng(9)
+    scores, is_bad = rng.normal(size=9000), rng.random(9000) < 0.5
+    scores[is_bad] += 1
+    values = distinct_values(scores)
+    assert len(values) == MAX_VALUES
+    parts = np.zeros(9000, dtype=np.intp)
+    good, bad = (image_counts(scores[kind], parts[kind], 1, values) for kind in (~is_bad, is_bad))
+    assert auroc_of_counts(good, bad)[0] == pytest.approx(auroc(scores[~is_bad], scores[is_bad]), abs=1e-4)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeflame.cli.demo.plan import CONDITIONS, DemoPlan
 from edgeflame.cli.demo.results import Inspected, SiteResult
+from edgeflame.cli.pages.page import render, write_page
 from edgeflame.dataset import GOOD
-from edgeflame.errors import MissingDependencyError, StorageError
 
 if TYPE_CHECKING:
     from edgeflame.images import ImageU8
 
 CHART_WIDTH = 720
-JPEG_QUALITY = 88
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +59,9 @@ def write_report(contents: ReportContents) -> Path:
         MissingDependencyError: jinja2 is not installed.
         StorageError: the folder cannot be written.
     """
-    try:
-        import jinja2
-    except ImportError as exc:
-        msg = 'the report needs jinja2: pip install "edgeflame[demo]"'
-        raise MissingDependencyError(msg) from exc
-    source = resources.files("edgeflame.cli.demo").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["picture"] = picture_uri
-    environment.filters["title"] = lambda text: text.replace("_", " ").capitalize()
-    page = environment.from_string(source).render(
+    page = render(
+        "edgeflame.cli.demo",
+        "report.html.j2",
         contents=contents,
         plan=contents.plan,
         results=contents.results,
@@ -87,21 +77,9 @@ def write_report(contents: ReportContents) -> Path:
         mean_auroc_none=_mean(contents.results, "none"),
         chart_width=CHART_WIDTH,
     )
-    try:
-        contents.plan.report.write_text(page, encoding="utf-8")
-    except OSError as exc:
-        msg = f"{contents.plan.report}: cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+    write_page(contents.plan.report, page)
     _write_heat_maps(contents)
     return contents.plan.report
-
-
-def picture_uri(image: ImageU8) -> str:
-    """An image as a ``data:`` address, JPEG."""
-    import cv2
-
-    _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
 def _write_heat_maps(contents: ReportContents) -> None:
