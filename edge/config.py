@@ -12,6 +12,7 @@ from edge.delivery.mqtt import MqttConfig
 from edge.delivery.outbox import OutboxConfig
 from edge.delivery.webhook import WebhookConfig
 from edge.health import HealthLimits
+from edge.plc.config import ModbusConfig
 from edge.rejects import RejectsConfig
 from edge.web.config import WebConfig
 from edgeflame.errors import ConfigError
@@ -46,3 +47,4 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     mqtt: MqttConfig | None = None
     webhook: WebhookConfig | None = None
     web: WebConfig | None = None
+    modbus: ModbusConfig | None = None

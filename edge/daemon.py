@@ -26,6 +26,7 @@ from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from edge.plc.config import ModbusConfig
     from edge.web.config import WebConfig
 
 log = EventLog("inspect")
@@ -66,11 +67,17 @@ def run_inspection(
         msg = "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
         raise ConfigError(msg)
     outlets = [*sinks, pictures] if pictures is not None else [*sinks]
+    plc = _plc(config.modbus) if config.modbus is not None else None
+    if plc is not None:
+        # First: the part is already on its way to the ejector.
+        outlets = [plc, *outlets]
     capture = Capture(source, config.capture, stop)
     pipeline: Pipeline | None = None
     inspector.warm_up()
     tally = Tally()
     with contextlib.ExitStack() as stack:
+        if plc is not None:
+            stack.callback(plc.close)
         if state is not None:
             make_room = pictures.discard_oldest if pictures is not None else lambda: False
             pipeline = stack.enter_context(
@@ -94,6 +101,15 @@ def run_inspection(
         evidence_lost=pictures.num_lost if pictures is not None else 0,
         undelivered=pipeline.undelivered if pipeline is not None else {},
     )
+
+
+def _plc(config: ModbusConfig) -> Sink:
+    try:
+        from edge.plc.sink import PlcSink
+    except ImportError as exc:
+        msg = f"[modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
+        raise MissingDependencyError(msg) from exc
+    return PlcSink(config)
 
 
 def _page(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="TOML with the sections [verdict], [health], [capture], [rejects], [outbox], [delivery], [mqtt], "
-    "[webhook], [web]; options given here win.",
+    "[webhook], [web], [modbus]; options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(

@@ -1,0 +1,1 @@
+"""The verdict for the machine that ejects the part, over Modbus TCP."""

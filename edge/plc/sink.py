@@ -1,0 +1,141 @@
+"""The verdict for the machine that ejects the part: holding registers of a PLC, over Modbus TCP.
+
+Theory of operation
+-------------------
+Ten registers, written with one request, so that a PLC never sees the verdict of one part with the number of another:
+
+    +0      part number: rises by one a part, 1 to 65535 and round again; 0 before the first
+    +1      verdict: 0 none yet, 1 pass, 2 fail, 3 unknown
+    +2      score over threshold in thousandths, at most 65534; 65535: no score
+    +3      heartbeat: changes every ``heartbeat_s`` as long as the inspection lives, parts or not
+    +4, +5  passed since the start, high word first
+    +6, +7  failed
+    +8, +9  unknown
+
+A PLC takes a verdict when the part number changes, and must treat a heartbeat that stands still, and a number that
+jumps, as "not inspected". While the link is away verdicts cannot be written; they are counted and logged, the next
+one shows the jump, and the heartbeat has stopped meanwhile. Nothing is written late: a verdict for a part that is long
+gone would hit another part. A missed part's number is shown with verdict 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+
+from pymodbus.client import ModbusTcpClient
+from pymodbus.exceptions import ModbusException
+
+from edge.plc.config import ModbusConfig
+from edge.results import Inspected
+from edgeflame.console import EventLog
+
+log = EventLog("plc")
+
+VERDICTS = {"pass": 1, "fail": 2, "unknown": 3}
+NO_SCORE = 0xFFFF
+
+_RETRY_S = 1.0
+
+
+class PlcSink:
+    """Writes each verdict as it comes, on a thread of its own. A PLC that is away never holds up the line.
+
+    Args:
+        config: where.
+    """
+
+    def __init__(self, config: ModbusConfig) -> None:
+        self._config = config
+        self._client = ModbusTcpClient(
+            config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0
+        )
+        self._changed = threading.Condition()
+        self._waiting: collections.deque[tuple[int, int]] = collections.deque()
+        self._counts = dict.fromkeys(VERDICTS, 0)
+        self._number = 0
+        self._verdict, self._ratio = 0, NO_SCORE
+        self._heartbeat = 0
+        self._is_up: bool | None = None
+        self._closing = False
+        self.num_missed = 0
+        """Verdicts that could not be written in time."""
+        self._thread = threading.Thread(target=self._run, name="edgeflame-plc", daemon=True)
+        self._thread.start()
+
+    def accept(self, inspected: Inspected) -> None:
+        """Hand a verdict over."""
+        result = inspected.result
+        ratio = NO_SCORE if result.score is None else min(round(1000 * result.score / result.threshold), NO_SCORE - 1)
+        with self._changed:
+            self._counts[result.verdict] += 1
+            self._waiting.append((VERDICTS[result.verdict], ratio))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Write what waits, once, and let go."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(2 * self._config.timeout_s + 1)
+        if self.num_missed:
+            log.warning("plc_verdicts_missed", count=self.num_missed, host=self._config.host)
+
+    def _run(self) -> None:
+        next_beat = time.monotonic()
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closing and time.monotonic() < next_beat:
+                    self._changed.wait(max(0.0, next_beat - time.monotonic()))
+                part = self._waiting.popleft() if self._waiting else None
+                if part is None and self._closing:
+                    break
+                registers = self._registers(part)
+            written = self._write(registers)
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + self._config.heartbeat_s
+            if not written:
+                self._miss(part is not None)
+        self._client.close()  # type: ignore[no-untyped-call]
+
+    def _registers(self, part: tuple[int, int] | None) -> list[int]:
+        self._heartbeat = (self._heartbeat + 1) % 0x10000
+        if part is not None:
+            self._number = self._number % 0xFFFF + 1
+            self._verdict, self._ratio = part
+        counts = [word for count in self._counts.values() for word in (count >> 16 & 0xFFFF, count & 0xFFFF)]
+        return [self._number, self._verdict, self._ratio, self._heartbeat, *counts]
+
+    def _write(self, registers: list[int]) -> bool:
+        try:
+            if not self._client.connected and not self._client.connect():  # type: ignore[no-untyped-call]
+                reason = "no connection"
+            else:
+                answer = self._client.write_registers(self._config.register, registers, device_id=self._config.unit)
+                reason = f"refused: {answer}" if answer.isError() else ""
+        except (ModbusException, OSError) as exc:
+            reason = str(exc)
+            self._client.close()  # type: ignore[no-untyped-call]
+        if self._is_up != (not reason):
+            self._is_up = not reason
+            address = f"{self._config.host}:{self._config.port}"
+            if reason:
+                log.error("plc_lost", address=address, reason=reason)
+            else:
+                log.info("plc_connected", address=address)
+        return not reason
+
+    def _miss(self, in_hand: bool) -> None:
+        """A moment's rest, unless we close; what came before and meanwhile is not for the PLC any more.
+
+        The next heartbeat shows it the number without a verdict.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, _RETRY_S)
+            missed = len(self._waiting) + in_hand
+            self._number = (self._number + len(self._waiting) - 1) % 0xFFFF + 1 if self._waiting else self._number
+            self._waiting.clear()
+            if missed:
+                self.num_missed += missed
+                self._verdict, self._ratio = 0, NO_SCORE

@@ -1,0 +1,128 @@
+"""Verdicts in a PLC's registers, against pymodbus's own server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from brokers import wait_for
+from pymodbus.server import ModbusTcpServer
+from pymodbus.simulator import DataType, SimData, SimDevice
+from results import inspected
+
+from edge.plc.config import ModbusConfig
+from edge.plc.sink import NO_SCORE, PlcSink
+from edgeflame.broker import free_port
+from edgeflame.errors import ConfigError
+
+BASE = 40
+
+
+class Plc:
+    """A PLC that can be switched off and on."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.writes: list[list[int]] = []
+        self.start()
+
+    def start(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self._thread.start()
+        assert started.wait(20)
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._server.shutdown(), self._loop).result(20)
+        self._thread.join(20)
+        self._loop.close()
+
+    @property
+    def registers(self) -> list[int]:
+        """The last ones written; zeros before."""
+        return self.writes[-1] if self.writes else [0] * 10
+
+    def _trace(self, sending: bool, pdu: Any) -> Any:
+        if not sending and getattr(pdu, "registers", None):
+            self.writes.append(list(pdu.registers))
+        return pdu
+
+    def _run(self, started: threading.Event) -> None:
+        async def serve() -> None:
+            device = SimDevice(1, [SimData(0, count=100, datatype=DataType.REGISTERS)])
+            self._server = ModbusTcpServer(device, address=("127.0.0.1", self.port), trace_pdu=self._trace)
+            await self._server.listen()
+            started.set()
+            await self._server.serving
+
+        self._loop.run_until_complete(serve())
+
+
+@pytest.fixture
+def plc() -> Iterator[Plc]:
+    opened = Plc(free_port())
+    yield opened
+    opened.stop()
+
+
+@pytest.fixture
+def sink(plc: Plc) -> Iterator[PlcSink]:
+    opened = PlcSink(ModbusConfig(host="127.0.0.1", port=plc.port, register=BASE, heartbeat_s=0.05, timeout_s=1.0))
+    yield opened
+    opened.close()
+
+
+def verdicts(plc: Plc) -> list[tuple[int, int]]:
+    """Part number and verdict of each part written, in order."""
+    return list(dict.fromkeys((words[0], words[1]) for words in plc.writes if words[0]))
+
+
+def test_each_part_is_written_with_its_number_verdict_and_score(plc: Plc, sink: PlcSink) -> None:
+    for sequence, verdict in enumerate(["pass", "fail", "unknown", "pass"]):
+        sink.accept(inspected(sequence, verdict))
+    wait_for(lambda: plc.registers[0] == 4, "the fourth part is written")
+    assert verdicts(plc) == [(1, 1), (2, 2), (3, 3), (4, 1)]
+    assert plc.registers[2] == 2000  # twice the threshold
+    assert plc.registers[4:] == [0, 2, 0, 1, 0, 1]
+    assert NO_SCORE == 65535
+
+
+def test_the_heart_beats_without_parts(plc: Plc, sink: PlcSink) -> None:
+    wait_for(lambda: len({words[3] for words in plc.writes}) >= 5, "five heartbeats")
+    assert plc.registers[:3] == [0, 0, NO_SCORE]
+
+
+def test_verdicts_of_an_outage_are_counted_and_never_written_late(plc: Plc, sink: PlcSink) -> None:
+    sink.accept(inspected(0, "pass"))
+    wait_for(lambda: plc.registers[0] == 1, "the first part is written")
+    plc.stop()
+    for sequence in range(3):
+        sink.accept(inspected(sequence, "fail"))
+    wait_for(lambda: sink.num_missed == 3, "three verdicts are missed")
+    plc.writes.clear()
+    plc.start()
+    wait_for(lambda: plc.writes, "the heart beats again")
+    sink.accept(inspected(4, "pass"))
+    wait_for(lambda: plc.registers[0] == 5, "the fifth part is written")
+    # The jump from 1 tells the PLC that parts went by, and that there is no verdict on the last of them.
+    assert verdicts(plc) == [(4, 0), (5, 1)]
+    assert plc.registers[4:8] == [0, 2, 0, 3]
+
+
+def test_a_plc_that_refuses_is_no_end_of_the_line(plc: Plc) -> None:
+    sink = PlcSink(ModbusConfig(host="127.0.0.1", port=plc.port, register=60_000, heartbeat_s=0.05))
+    sink.accept(inspected(0))
+    wait_for(lambda: sink.num_missed == 1, "the verdict is missed")
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"host": ""}, {"host": "h", "port": 0}, {"host": "h", "register": 65530}, {"host": "h", "heartbeat_s": 0}]
+)
+def test_settings_that_make_no_sense_are_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="modbus"):
+        ModbusConfig(**keys)
