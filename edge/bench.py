@@ -1,6 +1,8 @@
 """How long a scoring graph takes on this machine, and how much of that is its backbone.
 
-Whatever is compared runs in one process, turn by turn, so that other work on the machine slows all alike.
+Whatever is compared runs in one process, turn by turn, so that other work on the machine slows all alike. A turn is
+several calls after a pause: a runtime's threads spin for a while after a call, and would take the next one's cores;
+and one uncounted call fills the caches, as in use.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from edge.runtimes import Device
+from edge.choice import Candidate
+from edge.runtimes import Device, Runtime
 from edge.runtimes.interface import INPUT
 from edge.runtimes.onnx_runtime import open_session
 
 GRAPH, BACKBONE = "graph", "backbone"
 WARM_UP_CALLS = 3
+CALLS_A_TURN = 5
 MIN_CALLS = 20
+PAUSE_S = 0.02
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +52,8 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int
     """Of this process, with everything that was loaded."""
     latencies: tuple[Latency, ...]
+    candidates: tuple[Candidate, ...] = ()
+    """What ``auto`` chose from, fastest first."""
 
     def ratio(self, batch: int) -> tuple[float, float] | None:
         """Whole graph over backbone: of the medians and of the minima; None where the backbone was not measured."""
@@ -58,10 +65,10 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(
-    model_onnx: bytes,
+    runtime: Runtime,
     *,
+    model_bytes: int,
     backbone_onnx: bytes | None,
-    input_size: tuple[int, int],
     batches: Sequence[int],
     seconds: float,
     device: Device = "auto",
@@ -71,38 +78,42 @@ def measure(
     """Time a graph, and its backbone alone if that is given, on noise.
 
     Args:
-        model_onnx: a scoring graph.
-        backbone_onnx: the same with the embeddings for an output.
-        input_size: height and width.
+        runtime: has the scoring graph.
+        model_bytes: the graph's size, for the report.
+        backbone_onnx: the same up to the backbone's maps, for ONNX Runtime.
         batches: sizes to time.
         seconds: about how long for each size.
-        device: see :func:`edge.runtimes.open_runtime`.
-        num_threads: of the CPU.
+        device: of the backbone, see :func:`edge.runtimes.open_runtime`.
+        num_threads: of the CPU, for the backbone and the report.
         progress: told each size before its turn.
 
     Raises:
         PackageError, RuntimeUnavailableError, MissingDependencyError: see :func:`edge.runtimes.open_runtime`.
     """
-    models = {GRAPH: model_onnx} if backbone_onnx is None else {GRAPH: model_onnx, BACKBONE: backbone_onnx}
-    sessions = {name: open_session(model, device=device, num_threads=num_threads) for name, model in models.items()}
-    images = np.random.default_rng(0).integers(0, 256, (max(batches), *input_size, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (max(batches), *runtime.input_size, 3), dtype=np.uint8)
+    backbone = None if backbone_onnx is None else open_session(backbone_onnx, device=device, num_threads=num_threads)
     latencies: list[Latency] = []
     for batch in batches:
         progress(batch)
-        given = {INPUT: images[:batch]}
-        calls = {name: partial(session.run, None, given) for name, session in sessions.items()}
+        calls: dict[str, Callable[[], object]] = {GRAPH: partial(runtime.score, images[:batch])}
+        if backbone is not None:
+            calls[BACKBONE] = partial(backbone.run, None, {INPUT: images[:batch]})
         latencies += [_summary(name, batch, took) for name, took in take_turns(calls, seconds=seconds).items()]
     return BenchReport(
-        provider=str(sessions[GRAPH].get_providers()[0]),
+        provider=runtime.provider,
         num_threads=num_threads,
-        model_bytes=len(model_onnx),
+        model_bytes=model_bytes,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         latencies=tuple(latencies),
     )
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float, clock: Callable[[], float] = time.perf_counter
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[float]]:
     """Call each in turn until the time is over, at least ``MIN_CALLS`` times; seconds of every call, by name."""
     for call in calls.values():
@@ -110,13 +121,16 @@ def take_turns(
             call()
     took: dict[str, list[float]] = {name: [] for name in calls}
     end = clock() + seconds
-    turns = 0
-    while turns < MIN_CALLS or clock() < end:
+    num_calls = 0
+    while num_calls < MIN_CALLS or clock() < end:
         for name, call in calls.items():
-            start = clock()
+            pause(PAUSE_S)
             call()
-            took[name].append(clock() - start)
-        turns += 1
+            for _ in range(CALLS_A_TURN):
+                start = clock()
+                call()
+                took[name].append(clock() - start)
+        num_calls += CALLS_A_TURN
     return took
 
 

@@ -15,40 +15,13 @@ from typing import Any
 
 import msgspec
 
+from edgeflame.engines import REPORT, BuildReport, EngineRecord, read_report
 from edgeflame.errors import PackageError, RuntimeUnavailableError, StorageError
+from edgeflame.trt_library import TensorRT
 from export.onnx_file import write_atomically
 from export.precision import Precision
-from export.trt_library import TensorRT
 
 INPUT = "image"
-
-REPORT = "engines.json"
-"""Name of the build report, beside the engines."""
-
-
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine file and what it was built from."""
-
-    file: str
-    size_bytes: int
-    sha256: str
-    build_s: float
-    compute_capability: str
-    precision: str
-    max_batch: int
-    model_sha256: str
-    """Of the ONNX model that was built, in its precision."""
-    package_sha256: str
-    runtime: str
-    runtime_version: str
-    reused: bool = False
-    """It was there already, unaltered."""
-
-
-class BuildReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All engines in a folder."""
-
-    engines: tuple[EngineRecord, ...] = ()
 
 
 def build_engines(
@@ -118,14 +91,6 @@ def build_engines(
             write_atomically(out / REPORT, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         records.append(record)
     return records
-
-
-def read_report(out: Path) -> BuildReport:
-    """A folder's build report; empty if there is none, or none that can be read: then all is built again."""
-    try:
-        return msgspec.json.decode((out / REPORT).read_bytes(), type=BuildReport)
-    except (OSError, msgspec.DecodeError):
-        return BuildReport()
 
 
 def _reusable(out: Path, record: EngineRecord | None, model_sha256: str) -> EngineRecord | None:

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 
 from edge.bench import BenchReport, measure
+from edge.runtimes import open_runtime
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone
 from edgeflame.statistics import LowRankGaussian
@@ -33,9 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     graph = default_graph()
     report = measure(
-        graph,
+        open_runtime(graph, device="cpu", num_threads=options.threads),
+        model_bytes=len(graph),
         backbone_onnx=backbone_model(graph),
-        input_size=(SIDE, SIDE),
         batches=options.batch,
         seconds=options.seconds,
         device="cpu",

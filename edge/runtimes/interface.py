@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,10 @@ from edgeflame.errors import DataError, PackageError
 from edgeflame.images import ImageU8
 from edgeflame.package import Manifest
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "ort-tensorrt"]
+"""What ONNX Runtime runs a graph on: the CPU, or a GPU by its CUDA or its TensorRT provider. ``auto``: the best of
+CUDA and CPU that works here."""
+DEVICES: tuple[Device, ...] = get_args(Device)
 
 INPUT, SCORE, MAP = "image", "score", "anomaly_map"
 """Names of the scoring graph's input and outputs."""
@@ -53,7 +56,7 @@ class Runtime(Protocol):
         ...
 
     def score(self, batch: ImageU8) -> Scores:
-        """Score pre-processed images.
+        """Score pre-processed images. The arrays of the answer belong to the caller.
 
         Args:
             batch: ``[N, H, W, 3]`` uint8, BGR, N >= 1.

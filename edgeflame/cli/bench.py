@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -16,35 +16,47 @@ if TYPE_CHECKING:
 @click.option("--batch", "batches", type=click.IntRange(1, 256), multiple=True, help="Size.  [default: 1, 4, 16]")
 @click.option("--seconds", type=click.FloatRange(0, 600), default=5.0, show_default=True, help="For each size, about.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where it runs."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs it; auto takes the fastest that scores the reference images right.",
 )
+@click.option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines of `export --trt`.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: one a core]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,
     batches: tuple[int, ...],
     seconds: float,
-    device: Literal["auto", "cpu", "cuda"],
+    device: Literal["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"],
+    engines: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Time a package's graph on this machine, and its backbone alone for comparison, turn by turn."""
+    import msgspec
+
     from edge.bench import measure
+    from edge.choice import open_for_line
     from edgeflame.console import EventLog, print_json
     from edgeflame.package import read_package
 
     package = read_package(model)
-    given = package.manifest.learning.input
+    runtime, candidates = open_for_line(package, device=device, engines=engines, num_threads=threads)
+    # An engine has no part that could be timed alone: its backbone is ONNX Runtime's.
+    chosen = candidates[0].device if candidates else device
     report = measure(
-        package.model_onnx,
-        backbone_onnx=_backbone(package.model_onnx),
-        input_size=(given.height, given.width),
+        runtime,
+        model_bytes=len(package.model_onnx),
+        backbone_onnx=None if chosen in ("rtx", "tensorrt") else _backbone(package.model_onnx),
         batches=sorted(set(batches)) or (1, 4, 16),
         seconds=seconds,
-        device=device,
+        device=cast(Any, chosen),
         num_threads=threads,
         progress=lambda batch: EventLog("bench").info("timing", batch=batch, seconds=seconds),
     )
+    report = msgspec.structs.replace(report, candidates=candidates)
     if as_json:
         print_json(report)
     else:
@@ -83,6 +95,9 @@ def _print_table(report: BenchReport) -> None:
         ratio = report.ratio(batch)
         if ratio is not None:
             click.echo(f"graph / backbone at batch {batch}: {ratio[0]:.2f} of medians, {ratio[1]:.2f} of minima")
+    for candidate in report.candidates if len(report.candidates) > 1 else ():
+        why = f"refused: {candidate.refused}" if candidate.median_ms is None else f"{candidate.median_ms:.2f} ms"
+        click.echo(f"candidate {candidate.device}: {why}")
     threads = "one a core" if report.num_threads is None else str(report.num_threads)
     click.echo(
         f"{report.provider}, threads: {threads}, model {report.model_bytes / 1e6:.1f} MB, peak memory "

@@ -10,9 +10,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgeflame.engines import EngineRecord
     from edgeflame.images import ImageU8
     from edgeflame.package import Package
-    from export.trt import EngineRecord
 
 _MAX_COMPARED = 16
 """Calibration images on which int8 is held against float32."""
@@ -105,9 +105,9 @@ def command(
         _describe_onnx(onnx_file, package, size_bytes=len(data), precision=precision)
         return
     assert out is not None
+    from edgeflame.trt_library import chosen_capabilities, load_tensorrt
     from export.folding import fold_constants
     from export.trt import build_engines
-    from export.trt_library import chosen_capabilities, load_tensorrt
 
     library = load_tensorrt(None if kind == "auto" else kind)
     records = build_engines(

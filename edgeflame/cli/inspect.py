@@ -71,10 +71,17 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N parts.")
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"]),
     default="auto",
     show_default=True,
-    help="What runs the model; one that cannot be had is an error.",
+    help="What runs the model; one that cannot be had is an error. auto takes the fastest that scores the reference "
+    "images right.",
+)
+@click.option(
+    "--engines",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Engines of `edgeflame export --trt`, for the devices rtx and tensorrt.",
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one image.  [default: one a core]"
@@ -93,6 +100,7 @@ def command(
     state: Path | None,
     limit: int | None,
     device: str,
+    engines: Path | None,
     threads: int | None,
 ) -> None:
     """Inspect parts: pass, fail, or unknown where something went wrong.
@@ -106,12 +114,13 @@ def command(
     """
     from typing import cast
 
+    from edge.choice import LineDevice, open_for_line
     from edge.config import InspectConfig
     from edge.daemon import run_inspection, stop_on_signals
     from edge.inspector import Inspector
     from edge.parity import require_parity
     from edge.rejects import RejectsSink
-    from edge.runtimes import Device, check_runtime_fits, open_runtime
+    from edge.runtimes import check_runtime_fits
     from edge.sources import open_source
     from edgeflame.config import load_config
     from edgeflame.console import EventLog
@@ -124,7 +133,7 @@ def command(
     package = read_package(model)
     if public_key is not None:
         log.info("signature_verified", key=verify_signature(package, public_key))
-    runtime = open_runtime(package.model_onnx, device=cast(Device, device), num_threads=threads)
+    runtime, _ = open_for_line(package, device=cast(LineDevice, device), engines=engines, num_threads=threads)
     check_runtime_fits(runtime, package.manifest)
     if package.references:
         parity = require_parity(runtime, package)

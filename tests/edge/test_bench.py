@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from small_model import GRID, embed, good_image, small_network
 
 from edge import bench
+from edge.runtimes import open_runtime
 from edgeflame.cli import cli
 from edgeflame.package import Package
 from export.backbone import backbone_model
@@ -44,10 +45,17 @@ def test_turns_alternate_and_each_call_is_timed_alone() -> None:
         now[0] += seconds
 
     took = bench.take_turns(
-        {"a": lambda: call("a", 1.0), "b": lambda: call("b", 0.25)}, seconds=50.0, clock=lambda: now[0]
+        {"a": lambda: call("a", 1.0), "b": lambda: call("b", 0.25)},
+        seconds=50.0,
+        clock=lambda: now[0],
+        pause=lambda seconds: now.__setitem__(0, now[0] + seconds),
     )
-    assert order[2 * bench.WARM_UP_CALLS :] == ["a", "b"] * 40
-    assert took == {"a": [1.0] * 40, "b": [0.25] * 40}
+    calls = bench.CALLS_A_TURN
+    turn = ["a"] * (calls + 1) + ["b"] * (calls + 1)  # one of each is not counted
+    turns = len(took["a"]) // calls
+    assert order[2 * bench.WARM_UP_CALLS :] == turn * turns
+    assert turns * len(turn) * 1.25 / 2 + 2 * turns * bench.PAUSE_S >= 50.0
+    assert took == {"a": pytest.approx([1.0] * turns * calls), "b": pytest.approx([0.25] * turns * calls)}
 
 
 def test_the_backbone_alone_gives_the_embeddings(package: Package) -> None:
@@ -59,7 +67,8 @@ def test_the_backbone_alone_gives_the_embeddings(package: Package) -> None:
 
 
 def test_without_a_backbone_there_is_no_ratio(package: Package) -> None:
-    report = bench.measure(package.model_onnx, backbone_onnx=None, input_size=(64, 64), batches=[1], seconds=0.0)
+    runtime = open_runtime(package.model_onnx, device="cpu")
+    report = bench.measure(runtime, model_bytes=1, backbone_onnx=None, batches=[1], seconds=0.0)
     assert [one.what for one in report.latencies] == ["graph"]
     assert report.ratio(1) is None
     assert report.latencies[0].images_per_s == pytest.approx(1000 / report.latencies[0].p50_ms)

@@ -15,6 +15,7 @@ import pytest
 from small_model import GRID, SIZE, bad_image, good_image
 
 from edge.runtimes import check_runtime_fits, onnx_runtime, open_runtime
+from edge.runtimes.onnx_runtime import open_onnx_runtime
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package
 
@@ -57,7 +58,7 @@ def test_a_silent_fall_back_is_an_error_when_cuda_was_asked_for(
 ) -> None:
     """The GPU build on a machine without a driver: it offers CUDA, and then runs on the CPU."""
 
-    def session(model: bytes, options: object, providers: list[str]) -> object:
+    def session(model: bytes, options: object, providers: list[tuple[str, object]]) -> object:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     fake = SimpleNamespace(
@@ -148,3 +149,34 @@ def test_a_graph_that_is_not_its_manifests_is_refused(package: Package) -> None:
 
     with pytest.raises(PackageError, match="takes 64x128 images"):
         check_runtime_fits(Other(), package.manifest)  # type: ignore[arg-type]
+
+
+def test_buffers_are_made_once_for_a_batch_size_and_answers_are_the_callers(package: Package) -> None:
+    runtime = open_onnx_runtime(package.model_onnx, device="cpu", num_threads=1)
+    first = runtime.score(good_image(1)[None])
+    bound = runtime._bound
+    assert bound is not None
+    addresses = [array.ctypes.data for array in (bound.image, bound.scores, bound.maps)]
+    kept = first.scores.copy()
+    second = runtime.score(bad_image(2)[None])
+    assert runtime._bound is bound
+    assert [array.ctypes.data for array in (bound.image, bound.scores, bound.maps)] == addresses
+    np.testing.assert_array_equal(bound.image[0], bad_image(2))
+    np.testing.assert_array_equal(first.scores, kept)
+    assert second.scores[0] != first.scores[0]
+    assert runtime.score(np.stack([good_image(1)] * 2)).scores == pytest.approx([kept[0]] * 2, rel=1e-5)
+
+
+def test_an_operation_the_runtime_lacks_is_named(package: Package) -> None:
+    def rename(model: onnx.ModelProto) -> None:
+        node = next(item for item in model.graph.node if item.name == "edgeflame.distance_positions_first")
+        node.op_type = "Sqroot"
+
+    with pytest.raises(PackageError, match=r"cannot be loaded by ONNX Runtime .*Sqroot"):
+        open_runtime(_edited(package, rename), device="cpu")
+
+
+@pytest.mark.skipif("TensorrtExecutionProvider" in onnxruntime.get_available_providers(), reason="TensorRT is there")
+def test_tensorrts_provider_where_there_is_none_is_an_error(package: Package) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"has no TensorrtExecutionProvider.*edgeflame\[gpu\]"):
+        open_runtime(package.model_onnx, device="ort-tensorrt")

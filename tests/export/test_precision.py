@@ -15,12 +15,12 @@ from edgeflame.errors import NumericalError, UsageError
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone
 from edgeflame.package import Package
+from edgeflame.trt_library import load_tensorrt
 from export.folding import fold_constants
 from export.graph import scoring_graph
 from export.int8 import Target
 from export.precision import backbone_borders, backbone_nodes, with_precision
 from export.trt import build_engines
-from export.trt_library import load_tensorrt
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 

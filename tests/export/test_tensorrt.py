@@ -13,7 +13,9 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from edgeflame import trt_library
 from edgeflame.cli import cli
+from edgeflame.engines import read_report
 from edgeflame.errors import (
     MissingDependencyError,
     PackageError,
@@ -22,9 +24,8 @@ from edgeflame.errors import (
     UsageError,
 )
 from edgeflame.package import Package
-from export import trt_library
-from export.trt import build_engines, read_report
-from export.trt_library import TensorRT, chosen_capabilities, load_tensorrt
+from edgeflame.trt_library import TensorRT, chosen_capabilities, load_tensorrt
+from export.trt import build_engines
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_on_a_device_the_recipe_is_the_same_and_its_timings_are_kept(tmp_path: P
 
 def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     library: Any = DeviceTensorRT()
-    monkeypatch.setattr(trt_library, "_own_capability", lambda: "8.7")
+    monkeypatch.setattr(trt_library, "own_capability", lambda: "8.7")
     assert chosen_capabilities(library, ()) == chosen_capabilities(library, ("SM87",)) == ["8.7"]
     with pytest.raises(UsageError, match=r"for the GPU of this machine alone \(8.7\), not for 8.9"):
         chosen_capabilities(library, ("8.9",))

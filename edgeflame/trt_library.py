@@ -100,7 +100,7 @@ def chosen_capabilities(library: TensorRT, asked: tuple[str, ...]) -> list[str]:
         RuntimeUnavailableError: the GPU of this machine is needed and cannot be had.
     """
     if not library.builds_ahead:
-        own = _own_capability()
+        own = own_capability()
         wrong = [text for text in asked if _normalised(text) != own]
         if wrong:
             msg = (
@@ -129,7 +129,7 @@ def _normalised(text: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
-def _own_capability() -> str:
+def own_capability() -> str:
     """Of the first GPU of this machine. Written after NVIDIA's documentation; it has not been run on a GPU."""
     try:
         from cuda.bindings import runtime
