@@ -29,9 +29,6 @@ SPARE_BYTES = 64 << 20
 CATCH_UP_CHUNKS = 4
 """Chunks read again for the hash with each that arrives, at most."""
 
-WRITE_BACK_BYTES = 8 << 20
-"""The disk is set to work whenever so much has come."""
-
 
 class BlobStore:
     """A folder of blobs, used by one process.
@@ -114,7 +111,6 @@ class Incoming:
         self._digest = hashlib.sha256()
         self._num_hashed = 0
         """Chunks from the first on that are in the digest."""
-        self._num_unwritten = 0
 
     def chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
         """Take a chunk, and write it if it is new."""
@@ -124,7 +120,6 @@ class Incoming:
                 # Not kept in this process: what was acknowledged must survive it.
                 _pwrite(self._stream.fileno(), data, self.manifest.offset(index))
                 self._hash_on(index, data)
-                self._write_back(len(data))
         return kind
 
     def finish(self) -> bool:
@@ -165,13 +160,6 @@ class Incoming:
 
     def _read(self, index: int) -> bytes:
         return os.pread(self._stream.fileno(), self.manifest.length(index), self.manifest.offset(index))
-
-    def _write_back(self, num_bytes: int) -> None:
-        self._num_unwritten += num_bytes
-        if self._num_unwritten >= WRITE_BACK_BYTES:
-            self._num_unwritten = 0
-            # Linux then begins to write the file's changed pages, and keeps them, so that `fsync` finds little to do.
-            os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Outgoing:
