@@ -16,11 +16,14 @@ from typing import BinaryIO
 
 import numpy as np
 
+from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
 from edgeflame.statedir import fsync_folder, storage_errors
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, Mask, describe_file
 from edgeflame.transfer.receiver import ChunkKind, Receiver
 from edgeflame.transfer.sender import Sender
+
+log = EventLog("store")
 
 SPARE_BYTES = 64 << 20
 """What must stay free on the disk beside an arriving blob."""
@@ -30,8 +33,23 @@ CATCH_UP_CHUNKS = 4
 """Chunks read again for the hash with each that arrives, at most."""
 
 
+def sha256_of(path: Path) -> str | None:
+    """The hash of a file; None if there is none."""
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        msg = f"{path}: cannot read ({exc.strerror})"
+        raise StorageError(msg) from exc
+    return digest.hexdigest()
+
+
 class BlobStore:
-    """A folder of blobs, used by one process.
+    """A folder of blobs, used by one process; damaged ones are dropped when it is opened.
 
     Raises:
         StorageError: here and in every method, when the disk fails.
@@ -43,6 +61,11 @@ class BlobStore:
         with storage_errors(root, "create the blob store"):
             self._blobs.mkdir(parents=True, exist_ok=True)
             self._partial.mkdir(parents=True, exist_ok=True)
+            for path in self._blobs.iterdir():
+                # A power cut may damage what was synced, on disks that only say so. Whoever needs it gets it again.
+                if sha256_of(path) != path.name:
+                    log.warning("damaged_blob_dropped", sha256=path.name[:12])
+                    path.unlink()
 
     def path(self, sha256: str) -> Path:
         """Where a blob is, if it is there."""

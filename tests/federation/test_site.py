@@ -37,6 +37,7 @@ from trainer.agent.plan import (
     plan,
 )
 from trainer.agent.process import Died, Said
+from trainer.agent.recall import recall
 
 RUN = "0" * 32
 BASE = Manifest(sha256="b" * 64, size_bytes=10, chunk_bytes=10, crc32s=bytes(4))
@@ -268,3 +269,11 @@ def test_a_name_is_free_soon_after_its_holder_left_and_not_at_once_after_a_resta
     assert roster.gone("a", boot="x", now=3.0)
     assert not roster.admit("a", install="2", boot="y", now=4.0)
     assert roster.admit("a", install="2", boot="y", now=7.0)
+
+
+def test_an_update_of_another_base_model_is_not_offered(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    for base, offered in ((BASE.sha256, True), ("f" * 64, False), (None, True)):
+        memory.keep_update(RUN, 2, draft(memory, 1.0), Outcome(num_samples=1, metrics={}, base=base))
+        # As an aggregator says that lost its newest facts and made the round before anew.
+        assert recall(memory, "a", TRAIN).has_update is offered

@@ -101,17 +101,17 @@ def make_offer(
     )
 
 
-def keep_update(memory: Memory, done: Done, *, run: str, number: int) -> None:
-    """Keep what a train order gave."""
-    outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics)
+def keep_update(memory: Memory, done: Done, *, run: str, number: int, base: str | None = None) -> None:
+    """Keep what a train order gave; ``base`` is its base model's SHA-256."""
+    outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics, base=base)
     memory.keep_private(run, number, memory.draft("private"))
     memory.keep_update(run, number, memory.draft("update"), outcome)
     log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
 
 
-def keep_statistics(memory: Memory, done: Done, *, run: str) -> None:
-    """Keep what a statistics order gave."""
-    outcome = Outcome(num_samples=done.num_samples, metrics=done.metrics)
+def keep_statistics(memory: Memory, done: Done, *, run: str, model: str | None = None) -> None:
+    """Keep what a statistics order gave; ``model`` is the final model's SHA-256."""
+    outcome = Outcome(num_samples=done.num_samples, metrics=done.metrics, base=model)
     memory.keep_statistics(run, memory.draft("statistics"), outcome)
     log.info("statistics_made", num_samples=done.num_samples, **done.metrics)
 

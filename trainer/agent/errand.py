@@ -190,10 +190,10 @@ class Errand:
         match self.step:
             case Prepare(run=run):
                 memory.keep_initial(run, memory.draft("initial"))
-            case Train(run=run, round=number):
-                keep_update(memory, done, run=run, number=number)
-            case Gather(run=run):
-                keep_statistics(memory, done, run=run)
+            case Train(run=run, round=number, base=base):
+                keep_update(memory, done, run=run, number=number, base=base)
+            case Gather(run=run, model=model):
+                keep_statistics(memory, done, run=run, model=model)
             case Finish(run=run, model=model):
                 keep_finished(memory, done, run=run, model=model)
             case _:

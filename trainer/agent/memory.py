@@ -10,27 +10,34 @@
     STATE/runs/<run>/finish.json
     STATE/work                                   the work's own
 
-A JSON file is written last and stands for what lies beside it. Nothing here says what the aggregator has: that is
+A JSON file is written last and stands for what lies beside it, whose hash it holds: what is damaged is found at the
+start, and made again. Nothing here says what the aggregator has: that is
 asked again, and answered again.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
 from edgeflame.messages import Sha256
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.statedir import fsync_folder, storage_errors, write_durably
 from edgeflame.tensors import canonicalise
-from edgeflame.transfer.store import BlobStore
+from edgeflame.transfer.store import BlobStore, sha256_of
+
+log = EventLog("site")
 
 KEPT_ROUNDS = 2
 """The current round's update, and the one before: the historical model."""
+
+_INSTALL = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 T = TypeVar("T")
 
@@ -45,6 +52,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     num_samples: int
     num_steps: int = 0
     metrics: dict[str, float]
+    base: Sha256 | None = None
+    """The global model it is of. An aggregator that lost its newest facts may make that round's anew, and another."""
+    sha256: Sha256 | None = None
+    """Of the file beside it."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,13 +79,10 @@ class Memory:
         self._root = root = root.resolve()
         self.store = BlobStore(root)
         self.work_dir = root / "work"
-        path = root / "install"
         with storage_errors(root, "create"):
             self.work_dir.mkdir(exist_ok=True)
-        if not path.exists():
-            write_durably(path, uuid.uuid4().hex.encode())
-        with storage_errors(path, "read"):
-            self.install = path.read_text("ascii", "replace").strip()
+        self.install = self._install()
+        self._drop_damaged()
 
     def initial(self, run: str) -> str | None:
         """SHA-256 of our initial model in a run; None if it was not made, or is not in the store any more."""
@@ -100,9 +108,7 @@ class Memory:
         folder = self._round(run, number)
         with storage_errors(folder, "create"):
             folder.mkdir(parents=True, exist_ok=True)
-        canonicalise(draft, folder / "update.safetensors")
-        draft.unlink(missing_ok=True)
-        self._save(folder / "outcome.json", outcome)
+        self._keep_model(draft, folder / "update.safetensors", outcome)
         for old in self._trained_rounds(run)[:-KEPT_ROUNDS]:
             shutil.rmtree(self._round(run, old), ignore_errors=True)
 
@@ -127,6 +133,7 @@ class Memory:
         with storage_errors(self._run(run), "write into"):
             self._run(run).mkdir(parents=True, exist_ok=True)
             canonical.replace(self._private(run, number))
+            fsync_folder(self._run(run))
         draft.unlink(missing_ok=True)
         for old in self._private_rounds(run)[:-KEPT_ROUNDS]:
             self._private(run, old).unlink(missing_ok=True)
@@ -151,9 +158,7 @@ class Memory:
         folder = self._run(run) / "statistics"
         with storage_errors(folder, "create"):
             folder.mkdir(parents=True, exist_ok=True)
-        canonicalise(draft, folder / "statistics.safetensors")
-        draft.unlink(missing_ok=True)
-        self._save(folder / "outcome.json", outcome)
+        self._keep_model(draft, folder / "statistics.safetensors", outcome)
 
     def finish_dir(self, run: str) -> Path:
         """Where the work writes the package; exists."""
@@ -166,6 +171,8 @@ class Memory:
         return self._load(self._run(run) / "finish.json", Finished)
 
     def keep_finished(self, run: str, finished: Finished) -> None:
+        with storage_errors(self.finish_dir(run), "sync"):
+            fsync_folder(self.finish_dir(run))
         self._save(self._run(run) / "finish.json", finished)
 
     def took_part(self, run: str) -> bool:
@@ -189,6 +196,47 @@ class Memory:
     def draft(self, name: str) -> Path:
         """A path for the worker to write to."""
         return self._root / f".{name}.draft"
+
+    def _install(self) -> str:
+        path = self._root / "install"
+        if path.exists():
+            with storage_errors(path, "read"):
+                install = path.read_text("ascii", "replace").strip()
+            if _INSTALL.fullmatch(install):
+                return install
+            log.warning("damaged_memory_dropped", file=path.name)
+        install = uuid.uuid4().hex
+        write_durably(path, install.encode())
+        return install
+
+    def _drop_damaged(self) -> None:
+        """Forget what a power cut may have damaged: it is made again, with the same bits."""
+        for record in sorted(self._root.glob("runs/*/**/*.json")):
+            kinds: dict[str, Any] = {"initial.json": _Initial, "outcome.json": Outcome, "finish.json": Finished}
+            kind = kinds.get(record.name)
+            if kind is None or record.parent.name == "finish":
+                continue
+            try:
+                loaded = self._load(record, kind)
+            except StorageError:
+                loaded = None
+            match loaded:
+                case Outcome(sha256=str(sha256)):
+                    models = record.parent.glob("*.safetensors")
+                    is_sound = any(sha256_of(path) == sha256 for path in models)
+                case Finished(package=str(name), package_sha256=sha256):
+                    is_sound = sha256_of(record.parent / "finish" / name) == sha256
+                case _:
+                    is_sound = loaded is not None
+            if not is_sound:
+                log.warning("damaged_memory_dropped", file=str(record.relative_to(self._root)))
+                record.unlink(missing_ok=True)
+
+    def _keep_model(self, draft: Path, path: Path, outcome: Outcome) -> None:
+        canonicalise(draft, path)
+        draft.unlink(missing_ok=True)
+        # Last: it stands for the model beside it.
+        self._save(path.parent / "outcome.json", msgspec.structs.replace(outcome, sha256=sha256_of(path)))
 
     def _run(self, run: str) -> Path:
         return self._root / "runs" / run

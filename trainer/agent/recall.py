@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from edgeflame import __version__
 from edgeflame.errors import ConfigError, EdgeFlameError
 from edgeflame.learning import Learning
 from edgeflame.messages import Purpose, Reason, RoundState
-from trainer.agent.memory import Memory
+from trainer.agent.memory import Memory, Outcome
 from trainer.agent.plan import Finish, Gather, Knowledge, Prepare, Step, Train
 
 BAD_MODEL: tuple[Reason, ...] = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
@@ -39,14 +41,20 @@ def recall(
         announced=announced,
         took_part=memory.took_part(run),
         initial=initial,
-        has_update=memory.update(run, announced.round) is not None,
-        has_statistics=memory.statistics(run) is not None,
+        has_update=_fits(memory.update(run, announced.round), announced),
+        has_statistics=_fits(memory.statistics(run), announced),
         blobs=frozenset(sha256 for sha256 in named if sha256 in memory.store),
         is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
         answered=answered,
         failure=failure,
         aggregator_online=aggregator_online,
     )
+
+
+def _fits(kept: tuple[Path, Outcome] | None, announced: RoundState) -> bool:
+    """Whether something was made, and of the announced model."""
+    made_of = None if kept is None else kept[1].base
+    return kept is not None and (made_of is None or announced.base is None or made_of == announced.base.sha256)
 
 
 def purpose_of(step: Step) -> Purpose:

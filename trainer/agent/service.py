@@ -132,6 +132,7 @@ class _Site:
         )
         self._announced: RoundState | None = None
         self._answered: frozenset[tuple[Purpose, int]] = frozenset()
+        self._answered_by: str | None = None
         self._failure: tuple[Purpose, EdgeFlameError, float] | None = None
         self._turned_away: str | None = None
         self._wishes = Wishes(options.state_dir)
@@ -297,6 +298,9 @@ class _Site:
         voice = self._voice
         match message:
             case Welcome(boot=voice.boot):
+                if self._answered_by != message.aggregator:
+                    # It answers for itself: what it does not know of any more it gets again.
+                    self._answered, self._answered_by = frozenset(), message.aggregator
                 if voice.welcomed_by != message.aggregator:
                     voice.welcomed(message.aggregator)
                     self._errand.say(now)
