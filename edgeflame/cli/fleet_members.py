@@ -108,7 +108,7 @@ def revoke(folder: Path, name: str, reason: str, broker: str | None, connect_tim
 
     If the broker cannot be reached this ends with exit code 7, and the rights are in force until `sync` succeeds.
     """
-    from edgeflame.errors import LinkError
+    from edgeflame.errors import EdgeFlameError, LinkError
     from edgeflame.fleet.folder import open_fleet
 
     with open_fleet(folder) as fleet:
@@ -116,7 +116,7 @@ def revoke(folder: Path, name: str, reason: str, broker: str | None, connect_tim
         fleet.write_access()
         try:
             told = _tell(fleet, broker, connect_timeout, goodbye=(name, reason))
-        except LinkError as exc:
+        except EdgeFlameError as exc:
             msg = (
                 f"{name} is revoked in {folder}, but NOT YET on the broker: {exc}; run `edgeflame fleet sync {folder}`"
             )

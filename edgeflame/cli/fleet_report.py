@@ -36,7 +36,7 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
     with storage_errors(out, "create the folder of"):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_durably(out, page.encode())
-    click.echo(f"{out}: run {ledger['run'][:8]}, {ledger['outcome']}, {len(ledger['rounds'])} rounds")
+    click.echo(f"{out}: run {ledger['run'][:8]}, {ledger['outcome']}, rounds begun: {len(ledger['rounds'])}")
 
 
 def _from_journal(state: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from edgeflame.fleet.registry import (
     revoked,
     withdrawn_before,
 )
-from edgeflame.signing import PUBLIC_KEY, write_keys
+from edgeflame.signing import write_keys
 from edgeflame.statedir import locked_state_dir, storage_errors, write_durably
 from edgeflame.topics import check_name
 
@@ -145,7 +145,6 @@ class FleetFolder:
             ca=self._authority().cert.decode(),
             cert=issued.cert.decode(),
             key=issued.key.decode(),
-            signing_key=(self.path / "signing" / PUBLIC_KEY).read_text(),
         )
         path = out or self.kit_path(name)
         with storage_errors(path, "create the folder of"):

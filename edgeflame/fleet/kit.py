@@ -48,8 +48,6 @@ class Kit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ca: str
     cert: str
     key: str
-    signing_key: str = ""
-    """Public half of the key that the fleet's packages are signed with."""
 
     def __repr__(self) -> str:
         return f"Kit(fleet={self.fleet!r}, name={self.name!r}, role={self.role!r}, broker={self.broker!r})"

@@ -81,7 +81,6 @@ def test_a_kit_is_read_as_it_was_written_and_gives_tls(fleet: FleetFolder, caplo
     path = enrol(fleet, "plant-a")
     kit = read_kit(path)
     assert (kit.fleet, kit.name, kit.role, kit.broker) == ("boards", "plant-a", "site", "mqtts://broker.plant:8883")
-    assert kit.signing_key == (fleet.path / "signing" / "edgeflame-key.pub").read_text().strip() + "\n"
     url = kit.broker_url()
     context = url.ssl_context()
     assert isinstance(context, ssl.SSLContext)
