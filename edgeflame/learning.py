@@ -238,6 +238,9 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The most ``auto`` may take: the line's budget."""
     ridge: float | Literal["auto"] = "auto"
     """Share of the mean variance added to every eigenvalue; ``auto`` as for the rank. Few images need much."""
+    drop_worst: float = 0.0
+    """Share of the training images that look least normal to statistics without their part, left out of statistics
+    and threshold; 0 leaves none out. They are named in the log and in the package."""
     smoothing_sigma: float = 2.0
     """Standard deviation of the map's Gaussian smoothing, in cells of the patch grid; 0 for none."""
 
@@ -245,6 +248,7 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         _require(self.rank == "auto" or 0 <= self.rank <= MAX_RANK, f"scoring.rank: auto or 0..{MAX_RANK}", self.rank)
         _require(1 <= self.max_rank <= MAX_RANK, f"scoring.max_rank must be 1..{MAX_RANK}", self.max_rank)
         _require(self.ridge == "auto" or self.ridge > 0, "scoring.ridge: auto or > 0", self.ridge)
+        _require(0 <= self.drop_worst <= 0.5, "scoring.drop_worst must be in [0, 0.5]", self.drop_worst)
         _require(self.smoothing_sigma >= 0, "scoring.smoothing_sigma must be >= 0", self.smoothing_sigma)
 
 

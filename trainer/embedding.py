@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -66,6 +67,15 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, indices: Sequence[int]) -> Embeddings:
+        """Of some of the images, in the given order, sharing what is in memory; counts its own forward passes."""
+        part = copy.copy(self)
+        part.images = self.images.subset(indices)
+        part.num_forward = 0
+        held = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
+        part._cache = held  # noqa: SLF001 - of this very class
+        return part
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], F32]]:
         """Embeddings of some images, in order.

@@ -28,6 +28,7 @@ from trainer.gaussian import Pooled, cross_fit, require_enough
 from trainer.imageset import ImageSet
 from trainer.model import SiteModel, build_model
 from trainer.references import choose_references
+from trainer.suspects import Suspect, worst
 from trainer.threshold import set_threshold
 from trainer.training import train
 
@@ -51,13 +52,17 @@ class SiteStatistics:
     Attributes:
         statistics: of all its good images, as a package stores them.
         threshold: by cross-fitting over its parts.
-        held_out_scores: ``[N]`` of its images, by statistics that did not see them.
+        images: those it rests on: all that could be read, but for those left out.
+        held_out_scores: ``[N]`` of these images, by statistics that did not see them.
+        suspects: of all images those that look least normal, the worst first.
         details: for the package's provenance: rank, likelihoods, counts, seconds.
     """
 
     statistics: LowRankGaussian
     threshold: Threshold
+    images: ImageSet
     held_out_scores: npt.NDArray[np.float64]
+    suspects: tuple[Suspect, ...]
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,7 +95,7 @@ class Fitted:
         return {
             "kind": "fit",
             "method": self.learning.method,
-            "num_images": self.report.num_read,
+            "num_images": len(self.site.images),
             "num_unreadable": len(self.report.unreadable),
             "unreadable": self.report.unreadable[:20],
             "training": self.training,
@@ -142,7 +147,7 @@ def fit(
         report=images.report,
         training=training,
         seconds=seconds,
-        references=choose_references(images, num_references),
+        references=choose_references(site.images, num_references),
     )
 
 
@@ -186,22 +191,53 @@ def fit_statistics(
     """
     model.eval()
     embeddings = Embeddings(model.backbone, images, device=device)
-    result = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
-    threshold = set_threshold(result.held_out_scores, images.groups, learning.calibration, groups_known=groups_known)
+    first = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
+    result, kept, left_out = first, images, worst(first.held_out_scores, learning.scoring.drop_worst)
+    if left_out:
+        log.warning(
+            "images_left_out",
+            count=len(left_out),
+            share=learning.scoring.drop_worst,
+            worst=", ".join(images.records[index].name for index in left_out[:5]),
+        )
+        embeddings = embeddings.subset(sorted(set(range(len(images))) - set(left_out)))
+        kept = embeddings.images
+        result = cross_fit(embeddings, kept.groups, learning, pooled=pooled, progress=progress)
+    threshold = set_threshold(
+        result.held_out_scores,
+        kept.groups,
+        learning.calibration,
+        groups_known=groups_known,
+        num_left_out=len(left_out),
+    )
+    suspects = tuple(
+        Suspect(
+            record=images.records[index],
+            score=float(first.held_out_scores[index]),
+            anomaly_map=one,
+            left_out=index in set(left_out),
+        )
+        for index, one in first.highest_maps.items()
+    )
     details: dict[str, Any] = {
         "rank": result.statistics.rank,
         "ridge": result.statistics.ridge,
         "num_forward_passes": embeddings.num_forward,
         "channels": model.backbone.num_channels,
         "channels_before_projection": model.backbone.num_tapped_channels,
-        "held_out_score_median": float(sorted(result.held_out_scores)[len(images) // 2]),
+        "held_out_score_median": float(np.median(result.held_out_scores)),
         "held_out_score_max": float(result.held_out_scores.max()),
     }
+    details["least_normal"] = [
+        {"file": one.record.name, "score": one.score, "left_out": one.left_out} for one in suspects[:10]
+    ]
+    if left_out:
+        details["left_out"] = [images.records[index].name for index in left_out]
     if result.likelihoods is not None:
         details["held_out_log_likelihood_by_ridge_and_rank"] = result.likelihoods
     log.info(
         "statistics",
-        images=len(images),
+        images=len(kept),
         rank=result.statistics.rank,
         ridge=result.statistics.ridge,
         threshold=threshold.value,
@@ -211,7 +247,12 @@ def fit_statistics(
         expected_false_reject_rate=threshold.expected_false_reject_rate,
     )
     return SiteStatistics(
-        statistics=result.statistics, threshold=threshold, held_out_scores=result.held_out_scores, details=details
+        statistics=result.statistics,
+        threshold=threshold,
+        images=kept,
+        held_out_scores=result.held_out_scores,
+        suspects=suspects,
+        details=details,
     )
 
 

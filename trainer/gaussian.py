@@ -20,6 +20,7 @@ from edgeflame.learning import Learning, Scoring
 from edgeflame.moments import MomentAccumulator, Moments
 from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
 from trainer.embedding import Embeddings
+from trainer.suspects import HighestMaps
 
 log = EventLog("gaussian")
 
@@ -57,12 +58,14 @@ class CrossFit:
     Attributes:
         statistics: of all images, as a package stores them.
         held_out_scores: ``[N]`` raw image scores by the statistics of the other folds.
+        highest_maps: image index to raw map ``[h, w]`` of the highest of these scores, the highest first.
         likelihoods: mean held-out log-likelihood per image and position, by ridge (text), then by rank 0, 1, ...
             (where the rank was given, only that one); None if neither was to be chosen.
     """
 
     statistics: LowRankGaussian
     held_out_scores: F64
+    highest_maps: dict[int, F32]
     likelihoods: dict[str, list[float]] | None
 
 
@@ -132,15 +135,19 @@ def cross_fit(
         log.info("rank_and_ridge_chosen", rank=rank, ridge=ridge, log_likelihood=float(likelihoods[row, rank]))
 
     scores = np.zeros(num_images)
+    highest = HighestMaps()
     for fold, gaussian in zip(folds, without, strict=True):
         stored = replace(gaussian.truncated(rank), ridge=ridge).as_stored()
         for indices, batch in embeddings.batches(fold):
-            scores[indices] = image_scores(score_maps(stored, batch, scoring))
+            maps = score_maps(stored, batch, scoring)
+            scores[indices] = image_scores(maps)
+            highest.add(indices, scores[indices], maps)
             counter.add(len(indices), "scoring held-out parts")
     statistics = fitter.fit(leave_out=[], rank=rank, ridge=ridge).as_stored()
     return CrossFit(
         statistics=statistics,
         held_out_scores=scores,
+        highest_maps=highest.by_index(),
         likelihoods={
             f"{value:g}": [round(float(one), 3) for one in row if np.isfinite(one)]
             for value, row in zip(ridges, likelihoods, strict=True)

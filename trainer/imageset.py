@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,6 +59,14 @@ class ImageSet:
     def groups(self) -> list[str]:
         """The part that each image shows."""
         return [record.group for record in self.records]
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """Some of the images, in the given order, sharing what is in memory; the report stays that of all."""
+        part = copy.copy(self)
+        part.records = tuple(self.records[index] for index in indices)
+        held = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
+        part._cache = held  # noqa: SLF001 - of this very class
+        return part
 
     def batch(self, indices: Sequence[int]) -> ImageU8:
         """Images ``[N, height, width, 3]`` uint8, BGR."""

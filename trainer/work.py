@@ -200,7 +200,7 @@ class TorchSiteWork:
                 exporter=self._exporter,
                 product=self._product,
                 site=self._site,
-                references=choose_references(images, self._num_references),
+                references=choose_references(result.images, self._num_references),
             )
         threshold = result.threshold
         return FinishOutcome(

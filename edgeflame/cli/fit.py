@@ -18,10 +18,8 @@ from edgeflame.presets import PRESETS
 from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from edgeflame.package import Manifest
+    from trainer.fit import Fitted
 
 log = EventLog("fit")
 
@@ -52,6 +50,19 @@ log = EventLog("fit")
 @click.option("--seed", type=int, help="Of everything random.")
 @promise_options("the configuration's")
 @click.option(
+    "--drop-worst",
+    type=click.FloatRange(0, 0.5),
+    metavar="SHARE",
+    help="Leave out this share of the images, those that look least normal: 0.02.  [default: none]",
+)
+@click.option(
+    "--report",
+    "report_dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write index.html there: the images that look least normal, as pictures.",
+)
+@click.option(
     "--reference-images",
     type=click.IntRange(0, MAX_REFERENCES),
     default=DEFAULT_REFERENCES,
@@ -69,6 +80,7 @@ def command(
     groups: Path | None,
     on_unreadable: Literal["skip", "refuse"],
     reference_images: int,
+    report_dir: Path | None,
     device: str,
     **settings: Any,
 ) -> None:
@@ -85,6 +97,11 @@ def command(
 
     # Before the heavy imports: a wrong path should not take seconds to be told.
     dataset = open_dataset(data, groups)
+
+    if report_dir is not None:
+        from edgeflame.cli.pages.page import make_folder
+
+        make_folder(report_dir)
 
     from export.graph import scoring_graph
     from trainer.device import pick_device
@@ -111,7 +128,12 @@ def command(
         site=None,
         references=fitted.references,
     )
-    _print_summary(out, manifest, fitted.site.held_out_scores, unreadable=len(fitted.report.unreadable))
+    _print_summary(out, manifest, fitted)
+    if report_dir is not None:
+        from edgeflame.cli.pages.fit import write_fit
+
+        page = write_fit(report_dir, fitted=fitted, manifest=manifest, package_file=out, data=data)
+        click.echo(f"report: {page}")
 
 
 def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
@@ -122,6 +144,8 @@ def _learning(config: Path | None, method: str | None, preset: str | None, setti
         learning = replace(learning, seed=settings["seed"])
     if settings["rank"] is not None:
         learning = replace(learning, scoring=replace(learning.scoring, rank=_rank(settings["rank"])))
+    if settings["drop_worst"] is not None:
+        learning = replace(learning, scoring=replace(learning.scoring, drop_worst=settings["drop_worst"]))
     image_input = learning.input
     if settings["size"] is not None:
         image_input = replace(image_input, height=settings["size"], width=settings["size"])
@@ -144,8 +168,18 @@ def _rank(text: str) -> int | Literal["auto"]:
         raise UsageError(msg) from exc
 
 
-def _print_summary(out: Path, manifest: Manifest, held_out: npt.NDArray[np.floating], *, unreadable: int) -> None:
+NUM_NAMED = 5
+"""Of the images that look least normal, those that the command names; the package names more, the page shows them."""
+
+
+def _print_summary(out: Path, manifest: Manifest, fitted: Fitted) -> None:
+    unreadable = len(fitted.report.unreadable)
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
     click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, rank {manifest.rank}")
     print_threshold(manifest.threshold)
-    print_promises(manifest.threshold, held_out)
+    print_promises(manifest.threshold, fitted.site.held_out_scores)
+    named = [
+        f"{one.record.name} ({one.score / manifest.threshold.value:.2f} x threshold{', left out' * one.left_out})"
+        for one in fitted.site.suspects[:NUM_NAMED]
+    ]
+    click.echo(f"least normal, look at them: {', '.join(named)}")

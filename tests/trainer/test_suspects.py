@@ -1,0 +1,138 @@
+"""Defective images among the good ones: found, shown, and left out where asked for, never silently."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from edgeflame.cli import cli
+from edgeflame.dataset import open_dataset
+from edgeflame.errors import ConfigError, DataError
+from edgeflame.images import write_image
+from edgeflame.learning import Learning, Scoring
+from edgeflame.package import read_package
+from trainer.fit import fit
+from trainer.suspects import HighestMaps, worst
+
+from conftest import part_image  # isort: skip
+
+
+@pytest.fixture(scope="module")
+def soiled(parts_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The good parts, and one part whose two photographs both show the same hole."""
+    root = tmp_path_factory.mktemp("soiled") / "data"
+    shutil.copytree(parts_folder, root)
+    with (root / "groups.csv").open("a") as groups:
+        for index in range(2):
+            image = part_image(500 + index)
+            image[10:30, 20:40] //= 6
+            write_image(root / f"train/good/bad-{index}.png", image)
+            groups.write(f"train/good/bad-{index}.png,bad\n")
+    return root
+
+
+BAD = ["train/good/bad-0.png", "train/good/bad-1.png"]
+
+
+def test_mixed_in_defects_are_the_first_suspects(soiled: Path, small_learning: Learning) -> None:
+    """Though both photographs of the part show the hole: its statistics never saw the part."""
+    site = fit(open_dataset(soiled), small_learning).site
+    assert sorted(one.record.name for one in site.suspects[:2]) == BAD
+    assert [one.score for one in site.suspects] == sorted((one.score for one in site.suspects), reverse=True)
+    assert len(site.suspects) == 26
+    for one in site.suspects:
+        assert one.anomaly_map.max() == pytest.approx(one.score)
+        assert not one.left_out
+    assert site.threshold.num_left_out == 0
+    assert [entry["file"] for entry in site.details["least_normal"][:2]] == [
+        one.record.name for one in site.suspects[:2]
+    ]
+    assert "left_out" not in site.details
+
+
+def test_what_is_left_out_leaves_no_trace_but_its_name(
+    soiled: Path, parts_folder: Path, small_learning: Learning, caplog: pytest.LogCaptureFixture
+) -> None:
+    learning = msgspec.structs.replace(
+        small_learning, scoring=msgspec.structs.replace(small_learning.scoring, drop_worst=2 / 26)
+    )
+    with caplog.at_level(logging.WARNING, logger="edgeflame"):
+        dropped = fit(open_dataset(soiled), learning)
+    clean = fit(open_dataset(parts_folder), small_learning)
+    np.testing.assert_array_equal(dropped.site.statistics.mean, clean.site.statistics.mean)
+    np.testing.assert_allclose(dropped.site.held_out_scores, clean.site.held_out_scores, rtol=1e-6)
+    assert dropped.site.threshold.value == pytest.approx(clean.site.threshold.value)
+    np.testing.assert_array_equal(dropped.references, clean.references)
+    # Never silently: in the log, in the package, in the promise's caveat.
+    record = next(record for record in caplog.records if record.getMessage() == "images_left_out")
+    assert record.__dict__["fields"]["count"] == 2
+    provenance = dropped.provenance()
+    assert sorted(provenance["statistics"]["left_out"]) == BAD
+    assert (provenance["num_images"], dropped.report.num_read) == (24, 26)
+    assert dropped.site.threshold.num_left_out == 2
+    assert "2 images were left out" in " ".join(dropped.site.threshold.caveats())
+    assert [one.left_out for one in dropped.site.suspects[:3]] == [True, True, False]
+
+
+def test_the_command_names_them_and_shows_them(soiled: Path, tmp_path: Path) -> None:
+    config = tmp_path / "learning.toml"
+    config.write_text(
+        '[backbone]\nname = "test_efficientnet"\nstages = [1, 2]\nweights = "random"\n'
+        "[input]\nheight = 64\nwidth = 64\n[scoring]\nrank = 6\nsmoothing_sigma = 1.0\n"
+    )
+    out = tmp_path / "m.edgeflame"
+    arguments = ["fit", "--data", str(soiled), "--out", str(out), "--config", str(config)]
+    result = CliRunner().invoke(cli, [*arguments, "--drop-worst", "0.08", "--report", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if line.startswith("least normal"))
+    assert all(f"{name} (" in line for name in BAD)
+    assert line.count("left out") == 2
+    assert "2 images were left out as suspects; had they all been good" in result.output
+    manifest = read_package(out).manifest
+    assert manifest.learning.scoring.drop_worst == 0.08
+    assert sorted(manifest.provenance["statistics"]["left_out"]) == BAD
+    page = (tmp_path / "report/index.html").read_text()
+    assert page.count("<figure>") == 24
+    assert page.index("bad-") < page.index("train/good/0")
+    assert page.count(", left out") == 2
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_no_more_can_be_left_out_than_leaves_something(soiled: Path, small_learning: Learning, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="drop_worst"):
+        Scoring(drop_worst=0.6)
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted((soiled / "train/good").iterdir())[:5]:
+        shutil.copy(path, few)
+    learning = msgspec.structs.replace(
+        small_learning, scoring=msgspec.structs.replace(small_learning.scoring, drop_worst=0.5)
+    )
+    with pytest.raises(DataError, match=r"at least 4 .* got 3"):
+        fit(open_dataset(few), learning)
+
+
+def test_a_share_above_none_is_at_least_one_image() -> None:
+    scores = np.array([3.0, 1.0, 5.0, 5.0])
+    assert worst(scores, 0.0) == []
+    assert worst(scores, 0.01) == [2]
+    assert worst(scores, 0.5) == [2, 3]
+
+
+def test_only_the_highest_maps_are_kept() -> None:
+    rng = np.random.default_rng(0)
+    scores, maps = rng.normal(size=60), rng.normal(size=(60, 2, 2)).astype(np.float32)
+    highest = HighestMaps(7)
+    for start in range(0, 60, 8):
+        batch = list(range(start, min(60, start + 8)))
+        highest.add(batch, scores[batch], maps[batch])
+    kept = highest.by_index()
+    assert list(kept) == np.argsort(-scores)[:7].tolist()
+    for index, one in kept.items():
+        np.testing.assert_array_equal(one, maps[index])
