@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("edgeflame.cli.bench", "Time a package on this machine."),
     "fleet": ("edgeflame.cli.fleet", "Make a fleet, enrol and revoke its sites, see how it is doing."),
     "model": ("edgeflame.cli.model", "Look into model packages."),
+    "doctor": ("edgeflame.cli.doctor", "Say what is wrong with this installation, and what to do."),
 }
 
 

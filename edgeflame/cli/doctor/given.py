@@ -1,0 +1,135 @@
+"""Checks of what the user names: a package, a configuration, a broker."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeflame.cli.doctor.findings import Finding, note, ok, problem
+from edgeflame.console import LOGGER_NAME
+from edgeflame.errors import ConfigError, EdgeFlameError, PackageError
+
+if TYPE_CHECKING:
+    from edgeflame.brokerurl import BrokerUrl
+
+EXPIRY_WARNING_DAYS = 30
+
+
+def check_package(path: Path) -> Iterator[Finding]:
+    """Read a package, run it on the CPU, and hold it to its reference images."""
+    from edge.parity import compare_with_references
+    from edge.runtimes import check_runtime_fits, open_runtime
+    from edgeflame.package import read_package
+
+    try:
+        package = read_package(path)
+    except PackageError as exc:
+        yield problem("package", str(exc), "fetch it again, or make it again with edgeflame fit")
+        return
+    manifest = package.manifest
+    yield ok("package", f"{manifest.product}, method {manifest.learning.method}, sha256 {package.sha256[:12]}")
+    if package.signature_json is None:
+        yield note("signature", "the package is not signed", "edgeflame model sign, and inspect with --public-key")
+    try:
+        runtime = open_runtime(package.model_onnx, device="cpu")
+        check_runtime_fits(runtime, manifest)
+        if not package.references:
+            yield note("parity", "the package holds no reference images, so its graph cannot be checked here")
+            return
+        report = compare_with_references(runtime, package)
+    except EdgeFlameError as exc:
+        yield problem("runtime", str(exc), "pip install 'edgeflame[cpu]', or export the package again")
+        return
+    worst = "not finite" if report.worst is None else f"{report.worst:.2g}"
+    text = f"{report.num_images} reference images on {report.provider}: worst difference {worst}"
+    if report.passed:
+        yield ok("parity", f"{text}, {report.tolerance:g} allowed")
+    else:
+        yield problem(
+            "parity", f"{text}, {report.tolerance:g} allowed", "export the package again; do not inspect with it"
+        )
+
+
+def check_config(path: Path) -> Iterator[Finding]:
+    """A configuration of whichever command it is for."""
+    from edgeflame.config import load_config
+
+    failures = []
+    for command, kind in _config_kinds():
+        try:
+            load_config(path, kind)
+        except ConfigError as exc:
+            failures.append(f"{command}: {str(exc).removeprefix(f'{path}: ')}")
+        else:
+            yield ok("configuration", f"{path} is one for edgeflame {command}")
+            return
+    yield problem(
+        "configuration", f"{path} fits no command: {'; '.join(failures)}", "correct the key that the right one names"
+    )
+
+
+def _config_kinds() -> Iterator[tuple[str, type]]:
+    from aggregator.config import AggregateConfig
+    from edge.config import InspectConfig
+    from edgeflame.learning import Learning
+
+    yield "inspect", InspectConfig
+    yield "aggregate", AggregateConfig
+    yield "fit", Learning
+
+
+def check_broker(url: BrokerUrl, timeout_s: float) -> Iterator[Finding]:
+    """Connect as a member would, for ``timeout_s`` at most, and look at our certificate's dates."""
+    from edgeflame.link import Event, Failed, Link, Up
+
+    if url.tls is not None and url.tls.cert is not None:
+        yield from _certificate(url.tls.cert)
+    # Every attempt's failure is a line of the log; here the last one is the finding.
+    logging.getLogger(f"{LOGGER_NAME}.link").setLevel(logging.ERROR)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    try:
+        with Link(
+            url, client_id="edgeflame-doctor", filters=["edgeflame/v1/doctor"], sink=events.put,
+            connect_timeout_s=timeout_s,
+        ):  # fmt: skip
+            event = events.get(timeout=timeout_s + 10.0)
+    except queue.Empty:
+        yield problem("broker", f"{url.address} does not answer", "check the address and the firewall")
+        return
+    except EdgeFlameError as exc:
+        yield problem("broker", str(exc), "check the files given with --ca, --cert and --key, or the kit")
+        return
+    match event:
+        case Up():
+            yield ok("broker", f"{url.address} takes us")
+        case Failed():
+            yield problem("broker", str(event.error), "check the address, the firewall and the credentials")
+        case _:
+            yield problem("broker", f"{url.address} broke off", "look into the broker's log")
+
+
+def _certificate(cert: Path | str) -> Iterator[Finding]:
+    """Dates of a certificate, a PEM file or its text."""
+    try:
+        from cryptography import x509
+    except ImportError:
+        yield note("certificate", "its dates cannot be read", "pip install 'edgeflame[sign]'")
+        return
+    try:
+        pem = cert.read_bytes() if isinstance(cert, Path) else cert.encode()
+        until = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    except (OSError, ValueError) as exc:
+        yield problem("certificate", f"cannot be read: {exc}", "ask for a new kit: edgeflame fleet enrol")
+        return
+    days = (until - dt.datetime.now(dt.timezone.utc)).days
+    text = f"valid until {until:%Y-%m-%d}"
+    if days < 0:
+        yield problem("certificate", f"expired on {until:%Y-%m-%d}", "ask for a new one: edgeflame fleet renew")
+    elif days < EXPIRY_WARNING_DAYS:
+        yield note("certificate", f"{text}, {days} days left", "ask for a new one soon: edgeflame fleet renew")
+    else:
+        yield ok("certificate", text)
