@@ -32,6 +32,20 @@ def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
         raise StorageError(msg) from exc
 
 
+def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
+    """Members together are no larger than the file: entries that share bytes could otherwise multiply it.
+
+    Raises:
+        PackageError: they are.
+    """
+    # Compressed ones are refused when they are read.
+    stored = [info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
+    claimed, there = sum(stored), path.stat().st_size
+    if claimed > there:
+        msg = f"{path}: not a model package, or damaged (its members claim {claimed} bytes, the file has {there})"
+        raise PackageError(msg)
+
+
 def read_small_member(path: Path, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes | None:
     """A member with a limit of its own, None if there is none of that name.
 

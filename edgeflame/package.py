@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 
 from edgeflame import __version__
-from edgeflame.archive import read_member, read_small_member, write_archive
+from edgeflame.archive import check_sizes, read_member, read_small_member, write_archive
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.learning import Learning
 from edgeflame.references import MAX_REFERENCES, Reference, ReferenceScore
@@ -172,6 +172,7 @@ def read_package(path: Path) -> Package:
     """
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            check_sizes(path, archive)
             document, manifest = _read_manifest(path, archive)
             digests = manifest.sha256
             model_onnx = read_member(path, archive, MODEL, sha256=digests.get(MODEL))

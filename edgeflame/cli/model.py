@@ -132,8 +132,32 @@ def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
         ),
         ("threshold", f"{threshold.value:.6g}"),
         ("promise", promise),
+        ("references", _references(package)),
+        ("signature", _signature(package)),
+        ("needs", _needs(package)),
         *[(f"· {name}", _short(value)) for name, value in manifest.provenance.items()],
     ]
+
+
+def _references(package: Package) -> str:
+    count = len(package.references)
+    return f"{count} images, scored before it may judge" if count else "none: a runtime cannot be held to its scores"
+
+
+def _signature(package: Package) -> str:
+    from edgeflame.signing import read_signature
+
+    signature = read_signature(package)
+    return "none" if signature is None else f"by key {signature.key_id[:16]}, not verified here: edgeflame model verify"
+
+
+def _needs(package: Package) -> str:
+    given = package.manifest.learning.input
+    if given.roi is None:
+        camera = "frames of any size, of the part alone"
+    else:
+        camera = f"frames of at least {given.roi.x + given.roi.width}x{given.roi.y + given.roi.height}"
+    return f"ONNX Runtime 1.17 or later, or an engine built by edgeflame export --trt; {camera}, as in training"
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from small_model import random_gaussian, small_manifest
@@ -143,7 +145,44 @@ def test_a_manifest_that_claims_to_be_huge(path: Path, claimed: int) -> None:
     entry = data.index(b"PK\x01\x02")  # the central directory's first entry, the manifest's
     size = struct.pack("<I", claimed)
     path.write_bytes(data[: entry + 20] + size + size + data[entry + 28 :])
-    refused(path, "too large|cut short")
+    refused(path, "too large|cut short|claim")
+
+
+def test_members_that_share_bytes_cannot_multiply_the_file(path: Path) -> None:
+    """A second directory entry for the statistics' bytes, under another name of the same length."""
+    data = path.read_bytes()
+    end = data.rindex(b"PK\x05\x06")
+    start = struct.unpack("<I", data[end + 16 : end + 20])[0]
+    entries, at = [], start
+    while at < end:
+        name, extra, comment = struct.unpack("<HHH", data[at + 28 : at + 34])
+        entries.append(data[at : at + 46 + name + extra + comment])
+        at += len(entries[-1])
+    (entry,) = (one for one in entries if one[46:].startswith(STATISTICS.encode()))
+    twin = entry.replace(STATISTICS.encode(), STATISTICS.encode().upper())
+    many = b"".join(entries) + twin * 9
+    count = struct.pack("<HH", len(entries) + 9, len(entries) + 9)
+    tail = data[end : end + 8] + count + struct.pack("<I", len(many)) + data[end + 16 :]
+    path.write_bytes(data[:start] + many + tail)
+    refused(path, "members claim|verlap")
+
+
+@pytest.mark.parametrize(("name", "value"), [("eigenvalues", -0.5), ("residual", -1.0), ("residual", np.nan)])
+def test_statistics_with_a_variance_that_cannot_be(path: Path, name: str, value: float) -> None:
+    tensors = safetensors.numpy.load(encode_statistics(STATS))
+    tensors[name].flat[0] = value
+    header = encode_statistics(STATS)
+    metadata = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
+    damaged = safetensors.numpy.save(tensors, metadata=metadata)
+
+    def change(members: dict[str, bytes]) -> None:
+        manifest = json.loads(members[MANIFEST])
+        manifest["sha256"][STATISTICS] = hashlib.sha256(damaged).hexdigest()
+        members[MANIFEST] = json.dumps(manifest).encode()
+        members[STATISTICS] = damaged
+
+    rewrite(path, change)
+    refused(path, "statistics: (variances must not be negative|.* holds NaN)")
 
 
 def test_a_manifest_that_is_huge(path: Path) -> None:
