@@ -84,6 +84,7 @@ class Announcer:
             ledger=ledger_manifest,
             deadline_s=config.deadline_s,
             detail=_detail(state, available)[:500],
+            codec=config.update_codec,
             paused=tuple(sorted(site for site, by in state.paused.items() if "operator" in by)),
         )
 

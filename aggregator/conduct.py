@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,22 @@ from aggregator.config import AggregateConfig
 from aggregator.facts import Fact, Round, RunStarted, RunState, begin
 from aggregator.journal import Journal
 from aggregator.ledger import contributions, ledger
-from aggregator.models import Verdict, check_initial, check_statistics, check_update, merge, relative_change
+from aggregator.models import (
+    Verdict,
+    check_initial,
+    check_statistics,
+    check_update,
+    merge,
+    relative_change,
+    without_path,
+)
 from aggregator.rounds import Output, RoundMachine
 from edgeflame.console import EventLog
-from edgeflame.errors import ConfigError
+from edgeflame.errors import ConfigError, DataError
 from edgeflame.messages import Offer
 from edgeflame.pooling import pool_statistics
 from edgeflame.statedir import copy_durably, write_durably
+from edgeflame.transfer.codec import decode_update
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")
@@ -77,7 +86,9 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
 
 def judge(state: RunState, offer: Offer, store: BlobStore) -> Verdict | None:
     """What the checks say of an offered model that lies in the store; None if the offer is of no round of this run."""
-    path = store.path(offer.manifest.sha256)
+    path, codec = store.path(offer.manifest.sha256), offer.manifest.codec
+    if codec != "raw" and offer.purpose != "update":
+        return Verdict(reason="not_tensors", detail=f"encoded as {codec}; only updates may be")
     if offer.purpose == "initial":
         return check_initial(path)
     entry = round_of(state, offer)
@@ -86,7 +97,17 @@ def judge(state: RunState, offer: Offer, store: BlobStore) -> Verdict | None:
     if entry.purpose == "statistics":
         like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
         return check_statistics(path, model=entry.base, num_samples=offer.num_samples, like=like)
-    return check_update(path, store.path(entry.base), max_relative_change=state.config.max_relative_change)
+    base, decoded = store.path(entry.base), None
+    if codec != "raw":
+        draft = store.draft("decoded")
+        try:
+            decode_update(codec, base, path, draft)
+        except DataError as exc:
+            return Verdict(reason="not_tensors", detail=without_path(exc, path))
+        decoded = store.add(draft).sha256
+        path = store.path(decoded)
+    verdict = check_update(path, base, max_relative_change=state.config.max_relative_change)
+    return replace(verdict, decoded=decoded)
 
 
 def settle(

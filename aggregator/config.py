@@ -12,6 +12,8 @@ from edgeflame.errors import ConfigError, UsageError
 from edgeflame.learning import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
 from edgeflame.messages import MAX_ROUNDS
 from edgeflame.topics import check_name
+from edgeflame.transfer.codec import FALLBACKS, has_zstd
+from edgeflame.transfer.manifest import Codec
 
 
 class Convergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +66,9 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     clip_norm: float | Literal["median"] = "median"
     """Of ``norm_clipping``: the longest change that counts in full, in units of the base model's norm; ``median`` is
     that of the round's changes."""
+    update_codec: Codec = "raw"
+    """In which form sites send updates: ``raw``; ``float16`` differences to the base model, half the bytes; ``zstd``,
+    compressed without loss; ``float16_zstd``. What a form's error was, the ledger says."""
     max_relative_change: float = 10.0
     """An update may be so far from the base model, in units of the base model's norm; a diverged one is not."""
     max_samples: int = 10_000_000
@@ -90,6 +95,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             (0 < self.deadline_s < math.inf, "deadline_s must be > 0", self.deadline_s),
             (0 < self.sampling <= 1, "sampling must be in (0, 1]", self.sampling),
             (self.max_relative_change > 0, "max_relative_change must be > 0", self.max_relative_change),
+            (
+                self.update_codec not in FALLBACKS or has_zstd(),
+                "update_codec needs the package zstandard here (pip install 'edgeflame[zstd]'); float16 and raw do not",
+                self.update_codec,
+            ),
             (0 <= self.trim < 0.5, "trim must be in [0, 0.5)", self.trim),
             (
                 self.clip_norm == "median" or 0 < self.clip_norm < math.inf,

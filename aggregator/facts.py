@@ -78,6 +78,8 @@ class UpdateAccepted(_Fact, frozen=True, kw_only=True, tag="update_accepted"):
     metrics: dict[str, float]
     relative_change: float
     purpose: Gathered = "update"
+    decoded: str | None = None
+    """SHA-256 of the update in the store, where ``sha256`` is of an encoded one."""
 
 
 class UpdateRefused(_Fact, frozen=True, kw_only=True, tag="update_refused"):

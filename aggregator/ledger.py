@@ -64,7 +64,7 @@ def contributions(entry: Round, config: AggregateConfig, path_of: Callable[[str]
     return [
         Contribution(
             site=site,
-            path=path_of(accepted[site].sha256),
+            path=path_of(accepted[site].decoded or accepted[site].sha256),
             weight=weight,
             num_samples=accepted[site].num_samples,
             num_steps=accepted[site].num_steps,
@@ -125,6 +125,7 @@ def _round(entry: Round, state: RunState) -> dict[str, Any]:
             {
                 "site": site,
                 "sha256": update.sha256,
+                "decoded_sha256": update.decoded,
                 "num_samples": update.num_samples,
                 "num_steps": update.num_steps,
                 # Until the round is closed nobody's share is known.

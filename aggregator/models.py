@@ -46,11 +46,13 @@ class Verdict:
         reason: why not; None if it does.
         detail: the reason in words.
         relative_change: the distance to the base model over the base model's norm.
+        decoded: SHA-256 of the update in the store, if it came encoded.
     """
 
     reason: Reason | None = None
     detail: str = ""
     relative_change: float = 0.0
+    decoded: str | None = None
 
 
 def check_initial(path: Path) -> Verdict:
@@ -62,7 +64,7 @@ def check_initial(path: Path) -> Verdict:
                     if spec.is_float and not np.isfinite(block).all():
                         return Verdict(reason="not_finite", detail=f"tensor {name!r} holds NaN or infinite values")
     except DataError as exc:
-        return Verdict(reason="not_tensors", detail=_without_path(exc, path))
+        return Verdict(reason="not_tensors", detail=without_path(exc, path))
     return Verdict()
 
 
@@ -90,7 +92,7 @@ def check_update(path: Path, base: Path, *, max_relative_change: float) -> Verdi
                     with np.errstate(over="ignore"):
                         change += float(np.dot(values, values))
     except DataError as exc:
-        return Verdict(reason="not_tensors", detail=_without_path(exc, path))
+        return Verdict(reason="not_tensors", detail=without_path(exc, path))
     # A base of zeros has no scale of its own; then the bound is absolute.
     relative = math.sqrt(change) / (math.sqrt(norm) or 1.0)
     if not relative <= max_relative_change:
@@ -123,7 +125,7 @@ def check_statistics(path: Path, *, model: str, num_samples: int, like: Path | N
                         return Verdict(reason="schema", detail=reason)
             blob.verify()
     except DataError as exc:
-        return Verdict(reason="not_tensors", detail=_without_path(exc, path))
+        return Verdict(reason="not_tensors", detail=without_path(exc, path))
     except NumericalError as exc:
         return Verdict(reason="impossible", detail=str(exc))
     return Verdict()
@@ -220,6 +222,6 @@ def _as_type(values: F64, spec: TensorSpec) -> Array:
     return result
 
 
-def _without_path(error: DataError, path: Path) -> str:
-    # The site should read what is wrong, not where the aggregator keeps it.
+def without_path(error: DataError, path: Path) -> str:
+    """What is wrong with a file, for the site to read: not where the aggregator keeps it."""
     return str(error).removeprefix(f"{path}: ")

@@ -218,6 +218,7 @@ class RoundMachine:
                 metrics=offer.metrics,
                 relative_change=verdict.relative_change,
                 purpose=offer.purpose,
+                decoded=verdict.decoded,
             )
             answer = receipt(offer)
         return [*self._record(fact), Tell(site=site, message=answer), *self._close_if_complete(now)]

@@ -19,6 +19,9 @@ MAX_CHUNK_BYTES = 1 << 20
 MAX_CHUNKS = 1 << 16
 """Keeps a manifest (4 bytes of checksum a chunk) and a need bitmap (a bit a chunk) short; 16 GiB at 256 KiB."""
 
+Codec = Literal["raw", "float16", "zstd", "float16_zstd"]
+"""Forms of an update, see :mod:`edgeflame.transfer.codec`; whatever else is sent is raw."""
+
 Mask = npt.NDArray[np.bool_]
 """``[num_chunks]``."""
 
@@ -31,7 +34,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNK_BYTES)]
     crc32s: Annotated[bytes, msgspec.Meta(max_length=4 * MAX_CHUNKS)]
     """CRC-32 of each chunk, little-endian: finds a damaged chunk before the whole blob is there."""
-    codec: Literal["raw"] = "raw"
+    codec: Codec = "raw"
+    """What to do to the bytes once they are there; the hash is of what is sent."""
 
     def __post_init__(self) -> None:
         num_chunks = -(-self.size_bytes // max(self.chunk_bytes, 1))

@@ -56,6 +56,7 @@ class BlobStore:
     """
 
     def __init__(self, root: Path) -> None:
+        self._root = root
         self._blobs = root / "blobs"
         self._partial = root / "partial"
         with storage_errors(root, "create the blob store"):
@@ -70,6 +71,10 @@ class BlobStore:
     def path(self, sha256: str) -> Path:
         """Where a blob is, if it is there."""
         return self._blobs / sha256
+
+    def draft(self, name: str) -> Path:
+        """A path on the store's file system, to write to what :meth:`add` then takes."""
+        return self._root / f".{name}.draft"
 
     def __contains__(self, sha256: str) -> bool:
         return self.path(sha256).is_file()

@@ -12,6 +12,7 @@ import msgspec
 from edgeflame.console import EventLog
 from edgeflame.learning import Learning
 from edgeflame.messages import Offer, StatisticsWanted
+from edgeflame.transfer.codec import usable
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
 from trainer.agent.memory import Finished, Memory, Outcome
 from trainer.agent.orders import Done, FinishOrder, InitialOrder, StatisticsOrder, TrainOrder
@@ -94,16 +95,24 @@ def make_offer(
         run=run,
         purpose=purpose,
         round=number,
-        manifest=describe_file(path, chunk_bytes=chunk_bytes),
+        manifest=msgspec.structs.replace(describe_file(path, chunk_bytes=chunk_bytes), codec=outcome.codec),
         num_samples=outcome.num_samples,
         num_steps=outcome.num_steps,
         metrics=outcome.metrics,
     )
 
 
-def keep_update(memory: Memory, done: Done, *, run: str, number: int, base: str | None = None) -> None:
-    """Keep what a train order gave; ``base`` is its base model's SHA-256."""
-    outcome = Outcome(num_samples=done.num_samples, num_steps=done.num_steps, metrics=done.metrics, base=base)
+def keep_update(
+    memory: Memory, done: Done, *, run: str, number: int, base: str | None = None, codec: str = "raw"
+) -> None:
+    """Keep what a train order gave; ``base`` is its base model's SHA-256, ``codec`` how the fleet wants it sent."""
+    outcome = Outcome(
+        num_samples=done.num_samples,
+        num_steps=done.num_steps,
+        metrics=done.metrics,
+        base=base,
+        codec="raw" if base is None else usable(codec),
+    )
     memory.keep_private(run, number, memory.draft("private"))
     memory.keep_update(run, number, memory.draft("update"), outcome)
     log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)

@@ -65,6 +65,8 @@ class Errand:
         self._data = data
         self._groups_file = groups_file
         self.learning = Learning()
+        self.codec = "raw"
+        """In which form the fleet wants updates."""
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
         self.step: Step = Wait(why="not connected")
         self._download: Download | None = None
@@ -191,7 +193,7 @@ class Errand:
             case Prepare(run=run):
                 memory.keep_initial(run, memory.draft("initial"))
             case Train(run=run, round=number, base=base):
-                keep_update(memory, done, run=run, number=number, base=base)
+                keep_update(memory, done, run=run, number=number, base=base, codec=self.codec)
             case Gather(run=run, model=model):
                 keep_statistics(memory, done, run=run, model=model)
             case Finish(run=run, model=model):

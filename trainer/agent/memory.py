@@ -26,16 +26,23 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgeflame.console import EventLog
-from edgeflame.errors import StorageError
+from edgeflame.errors import DataError, StorageError
 from edgeflame.messages import Sha256
 from edgeflame.statedir import fsync_folder, storage_errors, write_durably
 from edgeflame.tensors import canonicalise
+from edgeflame.transfer.codec import encode_update
+from edgeflame.transfer.manifest import Codec
 from edgeflame.transfer.store import BlobStore, sha256_of
 
 log = EventLog("site")
 
 KEPT_ROUNDS = 2
 """The current round's update, and the one before: the historical model."""
+
+SENT = "update.encoded"
+
+CODEC_ERROR = "codec_error"
+"""Metric: how far what is sent is from the update, over the update's change."""
 
 _INSTALL = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -56,6 +63,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The global model it is of. An aggregator that lost its newest facts may make that round's anew, and another."""
     sha256: Sha256 | None = None
     """Of the file beside it."""
+    codec: Codec = "raw"
+    """In which form the update is sent; if not raw, that lies beside the update."""
+    sent_sha256: Sha256 | None = None
+    """Of the encoded update."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,13 +109,15 @@ class Memory:
         self._save(self._run(run) / "initial.json", _Initial(sha256=manifest.sha256))
 
     def update(self, run: str, number: int) -> tuple[Path, Outcome] | None:
-        """The update of a round, if it was trained."""
+        """The update of a round as it is to be sent, if it was trained."""
         folder = self._round(run, number)
         outcome = self._load(folder / "outcome.json", Outcome)
-        return None if outcome is None else (folder / "update.safetensors", outcome)
+        if outcome is None:
+            return None
+        return folder / ("update.safetensors" if outcome.codec == "raw" else SENT), outcome
 
     def keep_update(self, run: str, number: int, draft: Path, outcome: Outcome) -> None:
-        """Keep the update of a round, and forget those no longer needed."""
+        """Keep the update of a round, encoded as its outcome says, and forget those no longer needed."""
         folder = self._round(run, number)
         with storage_errors(folder, "create"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +236,9 @@ class Memory:
             match loaded:
                 case Outcome(sha256=str(sha256)):
                     models = record.parent.glob("*.safetensors")
-                    is_sound = any(sha256_of(path) == sha256 for path in models)
+                    is_sound = any(sha256_of(path) == sha256 for path in models) and (
+                        loaded.codec == "raw" or sha256_of(record.parent / SENT) == loaded.sent_sha256
+                    )
                 case Finished(package=str(name), package_sha256=sha256):
                     is_sound = sha256_of(record.parent / "finish" / name) == sha256
                 case _:
@@ -235,6 +250,9 @@ class Memory:
     def _keep_model(self, draft: Path, path: Path, outcome: Outcome) -> None:
         canonicalise(draft, path)
         draft.unlink(missing_ok=True)
+        if outcome.codec != "raw":
+            assert outcome.base is not None
+            outcome = _encoded(outcome, self.store.path(outcome.base), path)
         # Last: it stands for the model beside it.
         self._save(path.parent / "outcome.json", msgspec.structs.replace(outcome, sha256=sha256_of(path)))
 
@@ -271,3 +289,19 @@ class Memory:
         with storage_errors(path.parent, "create"):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, msgspec.json.encode(record))
+
+
+def _encoded(outcome: Outcome, base: Path, update: Path) -> Outcome:
+    """Encode an update, into a file beside it; unless that makes it no smaller."""
+    sent = update.with_name(SENT)
+    try:
+        error = encode_update(outcome.codec, base, update, sent)
+    except DataError as exc:
+        # Not finite, or of other shapes: the aggregator is to say so, of the file as it is.
+        log.warning("update_not_encoded", codec=outcome.codec, reason=str(exc))
+        return msgspec.structs.replace(outcome, codec="raw")
+    if sent.stat().st_size >= update.stat().st_size:
+        sent.unlink()
+        return msgspec.structs.replace(outcome, codec="raw")
+    metrics = {**outcome.metrics, CODEC_ERROR: error}
+    return msgspec.structs.replace(outcome, metrics=metrics, sent_sha256=sha256_of(sent))

@@ -154,10 +154,10 @@ class _Visit:
         memory = self._memory
         match step:
             case Train(run=run, round=number, base=base):
-                order = chores.train_order(
-                    memory, self._learning, self._task.site, run=run, number=number, base=memory.store.path(base)
-                )
-                chores.keep_update(memory, self._order(order), run=run, number=number)
+                path = memory.store.path(base)
+                order = chores.train_order(memory, self._learning, self._task.site, run=run, number=number, base=path)
+                done = self._order(order)
+                chores.keep_update(memory, done, run=run, number=number, base=base, codec=self._announced.codec)
             case Gather(run=run, model=model, wanted=wanted):
                 done = self._order(chores.statistics_order(memory, model=model, wanted=wanted))
                 chores.keep_statistics(memory, done, run=run)

@@ -289,6 +289,7 @@ class _Site:
             self._answered = frozenset()
             self._failure = None
             self._errand.learning = announced_learning(announced)
+            self._errand.codec = announced.codec
         self._announced = announced
         log.info(
             "announced", run=announced.run[:8], phase=announced.phase, round=announced.round, of=announced.num_rounds
