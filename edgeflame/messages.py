@@ -224,7 +224,7 @@ class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
     """How long a site may be without progress before it is left out, seconds."""
     detail: Text = ""
     """``failed``: why; otherwise what is being waited for, if it is anything out of the ordinary."""
-    codec: Word = "raw"
+    codec: Key = "raw"
     """In which form updates are wanted (:data:`~edgeflame.transfer.manifest.Codec`); raw ones are always taken. Since
     1.1."""
     paused: tuple[Name, ...] = ()
