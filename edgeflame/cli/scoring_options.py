@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+THIS_PACKAGE = "this package"
+
 _PATH = click.Path(path_type=Path)
 
 model_option = click.option("--model", required=True, type=_PATH, metavar="FILE", help="The package (.edgeflame).")
@@ -103,25 +105,23 @@ def print_promises(
         if with_defects:
             assert defective is not None
             counts.append(_share(defective, value))
-        mine = value == threshold.value
-        table.add_row(name, f"{value:.4g}", *counts, note, style="bold" if mine else None)
+        table.add_row(name, f"{value:.4g}", *counts, note, style="bold" if note == THIS_PACKAGE else None)
     Console(width=max(Console().width, 100)).print(table)
 
 
 def promise_rows(threshold: Threshold) -> Sequence[tuple[float | None, str, str]]:
     """Rising promises: threshold (None where it cannot be promised), what is promised, a note."""
-    rows: list[tuple[float | None, str, str]] = [
+    rates = {one.false_reject_rate: one.value for one in threshold.others}
+    rates[threshold.false_reject_rate] = threshold.value
+    mine = threshold.false_reject_rate
+    return [
         (
-            one.value,
-            f"{one.false_reject_rate:.1%}",
-            "too few parts" if one.value is None else "this package" if one.value == threshold.value else "",
+            value,
+            f"{rate:.1%}",
+            "too few parts" if value is None else THIS_PACKAGE if rate == mine else "",
         )
-        for one in threshold.others
+        for rate, value in sorted(rates.items())
     ]
-    if all(value != threshold.value for value, _, _ in rows):
-        rows.append((threshold.value, f"{threshold.false_reject_rate:.1%}", "this package"))
-        rows.sort(key=lambda row: float(row[1].rstrip("%")))
-    return rows
 
 
 def _share(scores: npt.NDArray[np.floating], value: float) -> str:

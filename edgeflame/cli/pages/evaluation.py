@@ -13,7 +13,7 @@ from edgeflame import __version__
 from edgeflame.cli.pages.charts import histogram_chart, precision_recall_chart, roc_chart
 from edgeflame.cli.pages.page import render, write_page
 from edgeflame.cli.pages.pictures import Example, example
-from edgeflame.cli.scoring_options import promise_rows
+from edgeflame.cli.scoring_options import THIS_PACKAGE, promise_rows
 from edgeflame.dataset import GOOD
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _rows(package: Package, scored: Scored) -> list[dict[str, Any]]:
             "name": name,
             "note": note,
             "value": value,
-            "mine": value == threshold.value,
+            "mine": note == THIS_PACKAGE,
             "good": None if value is None else int((good > value).sum()),
             "caught": None if value is None else int((defective > value).sum()),
         }
