@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from edgeflame.cli.link_options import agreed, contact, link_options, metrics_option
-from edgeflame.cli.train_worker import REFERENCES_OPTION
+from edgeflame.cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
 from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -33,6 +33,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     groups: str | None = None
     out: str | None = None
     schedule: str | None = None
+    device: str | None = None
     reference_images: Annotated[int, msgspec.Meta(ge=0, le=MAX_REFERENCES)] | None = None
 
 
@@ -50,6 +51,7 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     type=click.IntRange(0, MAX_REFERENCES),
     help=f"Good images put into the package, to check what runs it; 0 for none [default: {DEFAULT_REFERENCES}].",
 )
+@click.option("--device", help="auto, cpu, cuda, cuda:1, ... [default: auto].")
 @click.option("--schedule", metavar="TEXT", help="When it may train, local time: 'mon-fri 22:00-06:00, sat-sun'.")
 @click.option("--worker", hidden=True, help="Command line of another worker program.")
 @metrics_option
@@ -103,7 +105,9 @@ def command(
                 site=site,
                 data=Path(options["data"]),
                 state_dir=paths["state"] or Path("runs") / fleet / site,
-                worker_command=shlex.split(worker) if worker else _worker_command(ctx, references),
+                worker_command=shlex.split(worker)
+                if worker
+                else _worker_command(ctx, references, options["device"] or "auto"),
                 groups_file=paths["groups"],
                 connect_timeout_s=connect_timeout,
                 schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
@@ -134,9 +138,9 @@ def command(
     click.echo(f"{site}: {package or 'no package'}{': ' if figures else ''}{figures}")
 
 
-def _worker_command(ctx: click.Context, num_references: int) -> list[str]:
+def _worker_command(ctx: click.Context, num_references: int, device: str) -> list[str]:
     # The worker writes to the same terminal or log file; it writes it the same way.
     general = ctx.find_root().params
     command_line = [sys.executable, "-m", "edgeflame.cli.train_worker", str(general.get("log_format", "text"))]
-    command_line.append(f"{REFERENCES_OPTION}{num_references}")
+    command_line += [f"{REFERENCES_OPTION}={num_references}", f"{DEVICE_OPTION}={device}"]
     return command_line + ["-v"] * int(general.get("verbose", 0))

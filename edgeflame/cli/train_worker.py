@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from trainer.agent.work import SiteWork
 
 
-REFERENCES_OPTION = "--reference-images="
+REFERENCES_OPTION = "--reference-images"
 """How many good images the package gets; the rest of the set-up comes on standard input."""
 
 
-def build(setup: Setup, *, num_references: int) -> SiteWork:
+DEVICE_OPTION = "--device"
+"""What to compute on."""
+
+
+def build(setup: Setup, *, num_references: int, device: str) -> SiteWork:
     """The learning, in torch.
 
     Raises:
+        UsageError: torch cannot use the device.
         MissingDependencyError: torch, or what else training needs, is not installed.
     """
     try:
@@ -43,17 +48,19 @@ def build(setup: Setup, *, num_references: int) -> SiteWork:
         groups_file=None if setup.groups_file is None else Path(setup.groups_file),
         exporter=scoring_graph,
         num_references=num_references,
+        device=device,
     )
 
 
 def main() -> None:
-    """Serve orders until standard input ends. Arguments: the log format, reference images, ``-v``."""
+    """Serve orders until standard input ends. Arguments: the log format, reference images, the device, ``-v``."""
     arguments = sys.argv[1:]
     configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
     from trainer.agent.worker import serve
 
-    given = [a.removeprefix(REFERENCES_OPTION) for a in arguments if a.startswith(REFERENCES_OPTION)]
-    serve(partial(build, num_references=int(given[0]) if given else DEFAULT_REFERENCES))
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    num_references = int(given.get(REFERENCES_OPTION, DEFAULT_REFERENCES))
+    serve(partial(build, num_references=num_references, device=given.get(DEVICE_OPTION, "auto")))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -21,7 +23,16 @@ from edgeflame.transfer.manifest import Manifest
 from trainer.agent.chores import task_seed
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Finished, Memory, Outcome
-from trainer.agent.orders import Done, FinishOrder, InitialOrder, Setup, TrainOrder
+from trainer.agent.orders import (
+    FROM_WORKER,
+    Done,
+    FinishOrder,
+    InitialOrder,
+    Problem,
+    Setup,
+    TrainOrder,
+    encode_line,
+)
 from trainer.agent.plan import (
     Fetch,
     Finish,
@@ -277,3 +288,18 @@ def test_an_update_of_another_base_model_is_not_offered(tmp_path: Path) -> None:
         memory.keep_update(RUN, 2, draft(memory, 1.0), Outcome(num_samples=1, metrics={}, base=base))
         # As an aggregator says that lost its newest facts and made the round before anew.
         assert recall(memory, "a", TRAIN).has_update is offered
+
+
+def test_the_worker_computes_where_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.png").touch()
+    setup = Setup(learning=Learning(method="flame"), site="a", data=str(tmp_path), state=str(tmp_path))
+    command = [sys.executable, "-m", "edgeflame.cli.train_worker", "text", "--device=abacus"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        worker.stdin.write(encode_line(setup))
+        worker.stdin.flush()
+        answer = FROM_WORKER.decode(worker.stdout.readline())
+    assert isinstance(answer, Problem)
+    assert answer.error == "UsageError"
+    assert "device 'abacus' cannot be used here" in answer.message
