@@ -25,6 +25,7 @@ from aggregator.journal import Journal
 from aggregator.models import Verdict
 from aggregator.requests import FinishEarly, PauseSite, RemoveSite, Request, RequestBox, ResumeSite, Stop
 from aggregator.rounds import Announce, Dismiss, Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.snapshot import headline
 from aggregator.watch import Watch
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
@@ -207,9 +208,12 @@ class _Service:
             log.info("run_over_staying", outcome=state.phase, ledger=result.ledger_path)
 
     def _look(self, now: float) -> None:
+        state, num_online = self._machine.state, self._hall.num_live(now)
+        made = sum(1 for entry in state.rounds if entry.model)
+        self._report(made, state.config.rounds, headline(state, num_online=num_online))
         self._watch.look(
-            self._machine.state,
-            num_online=self._hall.num_live(now),
+            state,
+            num_online=num_online,
             progress_at=self._machine.last_progress_at,
             link=self._link,
             is_up=self._is_up,
@@ -382,11 +386,8 @@ class _Service:
         self._store.prune({*self._machine.state.results, *self._announcer.blobs})
 
     def _announce(self) -> None:
-        state = self._machine.state
-        made = sum(1 for entry in state.rounds if entry.model)
-        self._report(made, state.config.rounds, state.phase)
         if self._is_up:
-            message = self._announcer.describe(state, tuple(self._machine.available_sites()))
+            message = self._announcer.describe(self._machine.state, tuple(self._machine.available_sites()))
             self._publish(self._topics.round, encode(message), retain=True)
 
     def _presence(self, *, online: bool) -> Presence:

@@ -49,6 +49,21 @@ class Snapshot:
         return {name: counts[name] for name in SITE_STATES}
 
 
+def headline(state: RunState, *, num_online: int) -> str:
+    """In a few words, for a terminal."""
+    entry = state.statistics if state.phase == "statistics" else state.round
+    if state.phase in ("train", "statistics") and entry is not None:
+        done = f"{len(entry.accepted)} of {len(entry.asked)} in"
+        if entry.refused:
+            done += f", {len(entry.refused)} refused"
+        return f"{state.phase}: {done}; {num_online} online"
+    if state.phase == "finish":
+        return f"finish: {len(state.finished)} of {len(state.members)} packages; {num_online} online"
+    if state.phase == "waiting":
+        return f"waiting: {len(state.members)} ready; {num_online} online"
+    return state.phase
+
+
 def tags(snapshot: Snapshot) -> dict[str, str]:
     """The values of the flat topics ``status/<name>``, as text a PLC can read."""
     state, sites = snapshot.state, snapshot.sites()

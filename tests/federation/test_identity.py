@@ -128,8 +128,8 @@ class Client:
                 return event.topic, event.payload
 
 
-def refusal_of(url: BrokerUrl, *filters: str) -> str:
-    with Client(url, *filters) as client:
+def refusal_of(url: BrokerUrl, *filters: str, connect_timeout_s: float = 3.0) -> str:
+    with Client(url, *filters, connect_timeout_s=connect_timeout_s) as client:
         return client.refusal
 
 
@@ -177,14 +177,15 @@ def test_without_a_certificate_nobody_comes_in(plant: Plant, tmp_path: Path) -> 
 
 
 def test_plain_tcp_is_refused(plant: Plant) -> None:
-    text = refusal_of(parse_broker_url(f"mqtt://localhost:{plant.broker.port}"))
+    text = refusal_of(parse_broker_url(f"mqtt://localhost:{plant.broker.port}"), connect_timeout_s=0.8)
     assert "closed the connection without an answer; does its port want mqtts://, or --kit?" in text
 
 
 def test_tls_to_a_plain_port_says_so(plant: Plant, tmp_path: Path) -> None:
     with BrokerProcess("mosquitto", tmp_path) as plain:
         url = read_kit(plant.kits / "a.kit").broker_url(f"mqtts://localhost:{plain.port}")
-        assert "the TLS handshake broke off (Connection reset by peer); does this port speak TLS" in refusal_of(url)
+        text = refusal_of(url, connect_timeout_s=0.8)
+        assert "the TLS handshake broke off (Connection reset by peer); does this port speak TLS" in text
 
 
 def test_a_certificate_nobody_enrolled_has_no_rights(plant: Plant) -> None:

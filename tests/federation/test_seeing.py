@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import queue
 import re
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -28,10 +31,11 @@ from aggregator.facts import (
     apply,
     begin,
 )
-from aggregator.snapshot import Snapshot, metrics, tags
+from aggregator.snapshot import Snapshot, headline, metrics, tags
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
+from edgeflame.console import EventLog, configure_logging
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, UsageError
 from edgeflame.fleet.report import render
 from edgeflame.fleet.view import FleetView
@@ -218,6 +222,25 @@ def test_tags_and_metrics_say_what_the_facts_say() -> None:
     assert sum(by_name["edgeflame_aggregator_phase"].values.values()) == 1
     failed = apply(run_state(), RunEnded(succeeded=False, reason="quorum missed"))
     assert tags(snapshot(failed))["error"] == "quorum missed"
+
+
+def test_a_terminal_is_told_what_the_round_waits_for() -> None:
+    waiting = begin(RunStarted(run=RUN, config=AggregateConfig(), time="now"))
+    assert headline(waiting, num_online=2) == "waiting: 0 ready; 2 online"
+    assert headline(run_state(), num_online=3) == "train: 2 of 3 in, 1 refused; 3 online"
+
+
+def test_log_lines_go_where_standard_error_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progress bar takes its place to stay below them."""
+    logger = logging.getLogger("edgeflame")
+    before = list(logger.handlers)
+    try:
+        configure_logging(log_format="text", verbosity=0)
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        EventLog("test").info("something", figure=1.5)
+        assert sys.stderr.getvalue().endswith("info    something figure=1.5\n")  # type: ignore[attr-defined]
+    finally:
+        logger.handlers[:] = before
 
 
 def test_metrics_are_served_while_they_are_wanted() -> None:
