@@ -26,7 +26,7 @@ SIDE, RANK = 256, 24
 PREPROCESSING = Preprocessing(height=SIDE, width=SIDE)
 
 OURS, OURS_INT8, BACKBONE = "EdgeFlame", "EdgeFlame int8", "backbone alone"
-OURS_COARSE, BACKBONE_COARSE = "EdgeFlame, stage 3 alone", "its backbone alone"
+OURS_COARSE, BACKBONE_COARSE = "EdgeFlame, stage 3 alone", "stage 3's backbone alone"
 PADIM, PADIM_SAME = "anomalib PaDiM, ResNet18 (default)", "anomalib PaDiM, our backbone"
 """The models' names in the tables."""
 

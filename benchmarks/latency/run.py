@@ -53,16 +53,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--no-anomalib", dest="anomalib", action="store_false")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        _child(options.child, options.threads)
-        return
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(Path(folder), calibration_images(), anomalib=options.anomalib)
         sizes = {model.name: model.path.stat().st_size for model in models}
         memory = {model.name: _memory(model, options.threads) for model in models}
         runs = {model.name: _runner(model, options.threads) for model in models}
+        print("timing", file=sys.stderr, flush=True)
         single = take_turns({name: partial(run, 1) for name, run in runs.items()}, seconds=options.seconds)
         whole = take_turns(
             {model.name: _end_to_end(model, options.threads) for model in models}, seconds=options.seconds
@@ -134,19 +131,8 @@ def _end_to_end(model: Model, threads: int) -> Callable[[], object]:
     return run
 
 
-def _child(path: Path, threads: int) -> None:
-    session = _session(path, threads)
-    given = session.get_inputs()[0]
-    bgr = given.type == "tensor(uint8)"
-    for _ in range(10):
-        session.run(None, {given.name: _input(Model(name="", path=path, bgr=bgr), 1)})
-    status = Path("/proc/self/status").read_text()
-    print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-
-
 def _memory(model: Model, threads: int) -> int:
-    """Peak of a process that loads the model and runs it ten times, with Python, numpy and OpenCV."""
-    command = [sys.executable, __file__, "--threads", str(threads), "--child", str(model.path)]
+    command = [sys.executable, str(Path(__file__).with_name("memory.py")), str(model.path), str(threads)]
     return 1024 * int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -174,10 +160,11 @@ def _streams(model: Model, count: int, seconds: float) -> list[float]:
 
 
 def _conditions(threads: int) -> str:
+    first = os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO)
     return (
         f"{SIDE}x{SIDE}, rank 24, ONNX Runtime {onnxruntime.__version__} on the CPU with {threads} threads, "
-        f"{platform.machine()} with {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end. Other "
-        "programs ran beside it: compare rows of one table, least with least. Milliseconds."
+        f"{platform.machine()} with {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end"
+        f"{', at real-time priority' if first else ''}. Milliseconds."
     )
 
 
@@ -247,8 +234,10 @@ def _plot(single: dict[str, list[float]], sizes: dict[str, int], path: Path) -> 
     left.barh(rows, median, color="#c6d4e3", label="median")
     left.barh(rows, least, color="#2c5f8a", label="least")
     left.set(xlabel="ms for one image, graph alone", xscale="log", yticks=rows, yticklabels=names)
+    left.set_xticks([2, 5, 10, 20, 50, 100], labels=["2", "5", "10", "20", "50", "100"])
+    left.minorticks_off()
     left.invert_yaxis()
-    left.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="upper right")
     right.barh(rows, [sizes[name] / 1e6 for name in names], color="#7a8b3c")
     right.set(xlabel="MB on disk")
     for axes, values in ((left, least), (right, [sizes[name] / 1e6 for name in names])):
