@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 from brokers import BrokerProcess, wait_for
+from click.testing import CliRunner
 from fleet import REPOSITORY, Fleet
 
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import BrokerUrl, TlsFiles, TlsPem, parse_broker_url
+from edgeflame.cli import cli
 from edgeflame.fleet import brokerconf
 from edgeflame.fleet.certificates import Issued, issue, make_authority
 from edgeflame.fleet.control import Control
@@ -185,7 +187,8 @@ def test_tls_to_a_plain_port_says_so(plant: Plant, tmp_path: Path) -> None:
     with BrokerProcess("mosquitto", tmp_path) as plain:
         url = read_kit(plant.kits / "a.kit").broker_url(f"mqtts://localhost:{plain.port}")
         text = refusal_of(url, connect_timeout_s=0.8)
-        assert "the TLS handshake broke off (Connection reset by peer); does this port speak TLS" in text
+        assert "the TLS handshake broke off (" in text
+        assert "does this port speak TLS" in text
 
 
 def test_a_certificate_nobody_enrolled_has_no_rights(plant: Plant) -> None:
@@ -287,14 +290,15 @@ def test_a_revoked_site_is_thrown_out_and_told_why_and_the_others_go_on(tmp_path
     gate = tmp_path / "gate"
     gate.mkdir()
     with start(folder, made.registry.port) as broker:
-        with Fleet(broker, tmp_path, kits=folder / "kits", config="deadline_s = 3.0\nquorum = 0.5") as fleet:
+        with Fleet(broker, tmp_path, kits=folder / "kits", config="deadline_s = 6.0\nquorum = 0.5") as fleet:
             aggregator = fleet.aggregator("--sites", "3", "--rounds", "1")
-            sites = {name: fleet.site(name, TINY_GATE=str(gate)) for name in "abc"}
-            for name in "abc":
-                wait_for((gate / f"waiting-{name}-1").exists, f"{name} trains")
-            done = edgeflame("fleet", "revoke", folder, "b", "--reason", "the laptop was stolen")
-            assert done.returncode == 0, done.stderr
-            assert "b: revoked, told and thrown out" in done.stdout
+            # The others have sent their updates, and wait for it.
+            sites = {name: fleet.site(name, TINY_GATE=str(gate) if name == "b" else "") for name in "abc"}
+            wait_for((gate / "waiting-b-1").exists, "b trains")
+            # In this process: starting another takes longer than the deadline where the machine is busy.
+            done = CliRunner().invoke(cli, ["fleet", "revoke", str(folder), "b", "--reason", "the laptop was stolen"])
+            assert done.exception is None
+            assert "b: revoked, told and thrown out" in done.output
             assert sites["b"].wait() == 8
             assert (
                 sites["b"]
@@ -302,7 +306,6 @@ def test_a_revoked_site_is_thrown_out_and_told_why_and_the_others_go_on(tmp_path
                 .splitlines()[-1]
                 .endswith("this site was revoked by the fleet's administrator: the laptop was stolen")
             )
-            (gate / "go").touch()
             assert [aggregator.wait(), sites["a"].wait(), sites["c"].wait()] == [0, 0, 0]
             assert all(process.log.count("broker_lost") == 0 for process in (aggregator, sites["a"], sites["c"]))
             (entry,) = fleet.ledger()["rounds"]
@@ -316,7 +319,7 @@ def test_a_revoked_site_is_thrown_out_and_told_why_and_the_others_go_on(tmp_path
             broker.reload()
             wait_for(lambda: "Reloading config" in broker.log, "the broker reloads")
             url = read_kit(folder / "kits" / "b.kit").broker_url()
-            wait_for(lambda: "may not read" not in (text := refusal_of(url)) and print(text) is None, "TLS refuses it")
+            wait_for(lambda: "our certificate was revoked" in refusal_of(url), "TLS refuses it")
         # The broker forgets nothing over a restart.
         broker.kill()
         broker.start()
