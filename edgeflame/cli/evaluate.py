@@ -71,9 +71,9 @@ def command(
     package = read_package(model)
     dataset = open_dataset(data, groups)
     if report_dir is not None:
-        from edgeflame.cli.pages.page import make_folder
+        from edgeflame.cli.pages.page import prepare
 
-        make_folder(report_dir)
+        prepare(report_dir)
     runtime = open_runtime(package.model_onnx, device=device)
     manifest = package.manifest
     check_runtime_fits(runtime, manifest)

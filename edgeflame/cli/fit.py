@@ -99,9 +99,9 @@ def command(
     dataset = open_dataset(data, groups)
 
     if report_dir is not None:
-        from edgeflame.cli.pages.page import make_folder
+        from edgeflame.cli.pages.page import prepare
 
-        make_folder(report_dir)
+        prepare(report_dir)
 
     from export.graph import scoring_graph
     from trainer.device import pick_device

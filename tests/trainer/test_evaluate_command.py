@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner, Result
 from small_model import bad_image, good_image, write_small_package
 
 from edgeflame.cli import cli
-from edgeflame.errors import NegativeAnswerError, StorageError
+from edgeflame.errors import MissingDependencyError, NegativeAnswerError, StorageError
 from edgeflame.images import write_image
 from edgeflame.package import read_package, write_package
 from edgeflame.threshold import Promise
@@ -165,6 +166,16 @@ def test_a_figure_that_is_not_defined_reaches_no_bar(package: Path, data: Path) 
     result = edgeflame("evaluate", "--model", package, "--data", data, "--min-pixel-aupro", 0)
     assert isinstance(result.exception, NegativeAnswerError)
     assert "pixel_AUPRO is not defined on this data" in str(result.exception)
+
+
+def test_without_the_drawing_library_it_is_told_before_the_work(
+    package: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = edgeflame("evaluate", "--model", package, "--data", data, "--report", tmp_path / "r")
+    assert isinstance(result.exception, MissingDependencyError)
+    assert "edgeflame[report]" in str(result.exception)
+    assert "rejected" not in result.output
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_work(package: Path, data: Path, tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeflame.dataset import GOOD
-from edgeflame.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,9 +38,8 @@ def roc_chart(
     from sklearn.metrics import roc_curve
 
     figure, axes = _figure(4.3)
-    for style, name, scores in _curves(by_class):
-        labels = np.concatenate([np.zeros(len(good)), np.ones(len(scores))])
-        fpr, tpr, _ = roc_curve(labels, np.concatenate([good, scores]))
+    for style, name, labels, scores in _curves(good, by_class):
+        fpr, tpr, _ = roc_curve(labels, scores)
         axes.plot(fpr, tpr, label=name, **style)
     everything = np.concatenate(list(by_class.values()))
     axes.plot([0, 1], [0, 1], color=_COLOUR["line"], linewidth=1)
@@ -59,9 +57,8 @@ def precision_recall_chart(
     from sklearn.metrics import precision_recall_curve
 
     figure, axes = _figure(4.3)
-    for style, name, scores in _curves(by_class):
-        labels = np.concatenate([np.zeros(len(good)), np.ones(len(scores))])
-        precision, recall, _ = precision_recall_curve(labels, np.concatenate([good, scores]))
+    for style, name, labels, scores in _curves(good, by_class):
+        precision, recall, _ = precision_recall_curve(labels, scores)
         axes.plot(recall, precision, label=name, drawstyle="steps-post", **style)
     everything = np.concatenate(list(by_class.values()))
     caught, rejected = (everything > threshold).sum(), (good > threshold).sum()
@@ -98,18 +95,20 @@ def histogram_chart(by_label: Mapping[str, npt.NDArray[np.floating]], threshold:
     return _svg(figure, "histogram")
 
 
-def _curves(by_class: Mapping[str, npt.NDArray[Any]]) -> Sequence[tuple[dict[str, Any], str, npt.NDArray[Any]]]:
-    """Line style, name and scores: each class thin, all of them thick on top."""
+def _curves(
+    good: npt.NDArray[np.floating], by_class: Mapping[str, npt.NDArray[np.floating]]
+) -> Iterator[tuple[dict[str, Any], str, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Line style, name, labels and scores of each class against the good, thin, and of all of them, thick, on top."""
     import numpy as np
 
-    curves: list[tuple[dict[str, Any], str, npt.NDArray[Any]]] = []
-    for index, (name, scores) in enumerate(by_class.items()):
-        dashes = ("-", "--", ":")[(index // 6) % 3]
-        style = {"color": _COLOUR[f"class{index % 6}"], "linewidth": 1.3, "linestyle": dashes}
-        curves.append((style, name.replace("_", " "), scores))
-    style = {"color": _COLOUR["ink"], "linewidth": 2.4}
-    curves.append((style, "all defects", np.concatenate(list(by_class.values()))))
-    return curves if len(by_class) > 1 else curves[-1:]
+    kinds = list(by_class.items()) if len(by_class) > 1 else []
+    for index, (name, scores) in enumerate([*kinds, ("all defects", np.concatenate(list(by_class.values())))]):
+        style: dict[str, Any] = {"color": _COLOUR["ink"], "linewidth": 2.4}
+        if index < len(kinds):
+            dashes = ("-", "--", ":")[(index // 6) % 3]
+            style = {"color": _COLOUR[f"class{index % 6}"], "linewidth": 1.3, "linestyle": dashes}
+        labels = np.concatenate([np.zeros(len(good)), np.ones(len(scores))])
+        yield style, name.replace("_", " "), labels, np.concatenate([good, scores])
 
 
 _DOT: dict[str, Any] = {
@@ -123,12 +122,9 @@ _DOT: dict[str, Any] = {
 
 
 def _figure(height_in: float, rows: int = 1) -> tuple[Figure, Any]:
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        msg = 'the report needs matplotlib: pip install "edgeflame[report]"'
-        raise MissingDependencyError(msg) from exc
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     soft, line = _COLOUR["soft"], _COLOUR["line"]
     with mpl.rc_context(
         {

@@ -32,7 +32,6 @@ def write_evaluation(
 
     Raises:
         DataError: a test image cannot be read again.
-        MissingDependencyError: jinja2 or matplotlib is not installed.
         StorageError: it cannot be written.
     """
     import msgspec

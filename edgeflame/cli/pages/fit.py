@@ -24,7 +24,6 @@ def write_fit(folder: Path, *, fitted: Fitted, manifest: Manifest, package_file:
 
     Raises:
         DataError: a training image cannot be read again.
-        MissingDependencyError: jinja2 or matplotlib is not installed.
         StorageError: it cannot be written.
     """
     threshold = manifest.threshold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,19 @@ def render(package: str, template: str, **context: Any) -> str:
     return environment.get_template(template).render(**context)
 
 
-def make_folder(folder: Path) -> None:
+def prepare(folder: Path) -> None:
     """Make the folder that a page is to lie in: before the work, so that a wrong name does not cost it.
 
     Raises:
-        StorageError: it cannot be made.
+        MissingDependencyError: what pages are made with is not installed.
+        StorageError: the folder cannot be made.
     """
+    for name in ("jinja2", "matplotlib"):
+        try:
+            importlib.import_module(name)
+        except ImportError as exc:
+            msg = f'the report needs {name}: pip install "edgeflame[report]"'
+            raise MissingDependencyError(msg) from exc
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
