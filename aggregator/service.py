@@ -369,15 +369,25 @@ class _Service:
                 case Tell():
                     self._tell(output.site, output.message)
                 case Receive():
-                    arrived = self._intake.offer(output.site, output.offer, now=now)
-                    if arrived is not None:
-                        self._on_arrival(output.site, arrived, now)
+                    self._receive(output, now)
                 case Merge():
                     self._merge(output)
                 case Dismiss():
                     self._intake.drop(output.site)
                     if (boot := self._hall.release(output.site)) is not None:
                         self._tell(output.site, Turned(boot=boot, reason="left", detail=output.detail[:500]))
+
+    def _receive(self, output: Receive, now: float) -> None:
+        site, offer = output.site, output.offer
+        size_bytes = offer.manifest.size_bytes
+        if offer.purpose == "initial" and not self._store.has_room(size_bytes):
+            # It is as large as the site says, unlike an update: one site must not end the run.
+            verdict = Verdict(reason="too_large", detail=f"{size_bytes} bytes; the aggregator's disk has no room")
+            self._carry_out(self._machine.checked(site, offer, verdict, now), now)
+            return
+        arrived = self._intake.offer(site, offer, now=now)
+        if arrived is not None:
+            self._on_arrival(site, arrived, now)
 
     def _merge(self, output: Merge) -> None:
         outputs = settle(self._machine, output.round, self._store, self._state_dir, time.monotonic)

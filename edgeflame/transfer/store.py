@@ -88,6 +88,11 @@ class BlobStore:
             fsync_folder(self._blobs)
         return manifest
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether so much more fits on the disk."""
+        with storage_errors(self._partial, "measure"):
+            return shutil.disk_usage(self._partial).free >= size_bytes + SPARE_BYTES
+
     def receive(self, manifest: Manifest, *, owner: str, now: float) -> Incoming:
         """Begin to receive a blob, or continue: chunks already on disk are found by their checksums.
 
@@ -100,9 +105,9 @@ class BlobStore:
         path = folder / manifest.sha256
         with storage_errors(path, "prepare for a blob"):
             folder.mkdir(exist_ok=True)
-            free = shutil.disk_usage(folder).free
             present = path.stat().st_blocks * 512 if path.exists() else 0
-            if free + present < manifest.size_bytes + SPARE_BYTES:
+            if not self.has_room(manifest.size_bytes - present):
+                free = shutil.disk_usage(folder).free
                 msg = f"{folder}: {free >> 20} MiB free, a blob of {manifest.size_bytes >> 20} MiB does not fit"
                 raise StorageError(msg)
             stream = path.open("r+b" if path.exists() else "w+b")

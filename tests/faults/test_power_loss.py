@@ -259,7 +259,8 @@ def test_damaged_files(
     undisturbed: Outcome,
 ) -> None:
     with faulty_fleet(broker_of("embedded"), tmp_path) as fleet:
-        fleet.programs[NAMES[role]] = [VICTIM, role, MOMENTS[role], "kill"]
+        moment = "before storing a chunk#2" if pattern.startswith("partial") else MOMENTS[role]
+        fleet.programs[NAMES[role]] = [VICTIM, role, moment, "kill"]
         processes = start_all(fleet)
         victim = processes[NAMES[role]]
         assert victim.wait() == -9
