@@ -43,6 +43,7 @@ from edgeflame.messages import (
     TaskFailed,
     Turned,
     decode_presence,
+    decode_round,
     decode_up,
     encode,
 )
@@ -144,6 +145,7 @@ class _Service:
         self._stay = stay
         self._requests = RequestBox(state_dir)
         self._dismissed = False
+        self._is_end_told = False
         self._written: RunState | None = None
 
     def serve(self, broker: BrokerUrl, connect_timeout_s: float | None) -> None:
@@ -152,7 +154,12 @@ class _Service:
         link = Link(
             broker,
             client_id=f"edgeflame-aggregator-{self._topics.fleet}-{self._boot[:8]}",
-            filters=[self._topics.all_up(), self._topics.all_site_presences(), self._topics.aggregator_presence],
+            filters=[
+                self._topics.all_up(),
+                self._topics.all_site_presences(),
+                self._topics.aggregator_presence,
+                self._topics.round,
+            ],
             sink=self._inbox.put,
             will=will,
             connect_timeout_s=connect_timeout_s,
@@ -193,8 +200,9 @@ class _Service:
                 self._requests.answer(self._on_request)
                 self._look(now)
             self._pump()
-            # The end must be told, also by an aggregator that was restarted after it.
-            is_over = self._machine.state.ended is not None and self._is_up
+            # The end must be told, also by an aggregator that was restarted after it: the broker has it when it
+            # gives it back to us. A connection that seems to be up may be none.
+            is_over = self._machine.state.ended is not None and self._is_end_told
             if is_over and self._stay:
                 self._write_results()
         self._look(time.monotonic())
@@ -253,6 +261,9 @@ class _Service:
                     log.info("site_offline", site=site)
             case Spoken(kind="aggregator_presence") if event.payload:
                 self._on_own_presence(decode_presence(event.payload))
+            case Spoken(kind="round") if event.payload:
+                said, state = decode_round(event.payload), self._machine.state
+                self._is_end_told = said.run == state.run and state.ended is not None and said.phase == state.phase
             case Spoken(kind="up", site=str(site)):
                 self._on_up(site, decode_up(event.payload), now)
             case _:
