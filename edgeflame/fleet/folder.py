@@ -197,8 +197,7 @@ def open_fleet(path: Path) -> Iterator[FleetFolder]:
         UsageError: there is no fleet.
         StorageError: it is damaged, or in use.
     """
-    if not (path / REGISTRY).exists():
-        FleetFolder(path)  # says why not, and leaves no lock file behind
+    FleetFolder(path)  # if there is none it says so, and no lock file is left behind
     with locked_state_dir(path):
         yield FleetFolder(path)
 
@@ -272,9 +271,11 @@ def make_fleet(
 
 
 def _make_room(path: Path, *, replace: bool, now: datetime) -> None:
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not (path / REGISTRY).exists():
+    with storage_errors(path, "look into"):
+        if not path.exists() or not any(path.iterdir()):
+            return
+        holds_fleet = (path / REGISTRY).exists()
+    if not holds_fleet:
         msg = f"{path}: the folder is not empty and holds no fleet; choose another"
         raise UsageError(msg)
     if not replace:
