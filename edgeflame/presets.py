@@ -63,6 +63,8 @@ def start_from_presets(raw: dict[str, Any], kind: type) -> dict[str, Any]:
         if field.type is Learning and isinstance(section, dict):
             default = field.default if isinstance(field.default, Learning) else Learning()
             filled[field.encode_name] = _start(section, default)
+        elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) and isinstance(section, dict):
+            filled[field.encode_name] = start_from_presets(section, field.type)
     return filled
 
 

@@ -12,7 +12,6 @@ from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
 from edgeflame.learning import METHODS, Learning
 from edgeflame.simulated import MeasureAnswer, MeasureTask
-from edgeflame.statistics import LowRankGaussian
 from trainer.device import pick_device
 from trainer.embedding import F32, embed
 from trainer.evaluation import evaluate
@@ -59,7 +58,7 @@ class Measurer:
             return image_scores(maps), maps
 
         report = evaluate(score, test, task.learning.input, threshold=site.threshold.value, num_resamples=0)
-        return _answer(task.name, report, site.statistics)
+        return answer_of(task.name, report, rank=float(site.statistics.rank))
 
     def _model(self, path: str, learning: Learning) -> SiteModel:
         if self._loaded is None or self._loaded[:2] != (path, learning):
@@ -98,13 +97,13 @@ class Measurer:
         return np.stack([fresh[key] if key in fresh else self._embeddings[key] for key in keys])
 
 
-def _answer(name: str, report: EvaluationReport, statistics: LowRankGaussian) -> MeasureAnswer:
+def answer_of(name: str, report: EvaluationReport, **more: float) -> MeasureAnswer:
+    """A report's figures, without those that are not defined, and some more."""
     plain = msgspec.to_builtins(report)
-    figures = {key: float(value) for key, value in plain.items() if isinstance(value, int | float)}
-    for not_a_figure in ("groups_known", "num_resamples"):
-        del figures[not_a_figure]
+    figures = {key: float(value) for key, value in plain.items() if type(value) in (int, float)}
+    del figures["num_resamples"]
     classes = {
         label: {key: float(value) for key, value in one.items() if isinstance(value, int | float)}
         for label, one in plain["per_class"].items()
     }
-    return MeasureAnswer(name=name, figures={**figures, "rank": float(statistics.rank)}, classes=classes)
+    return MeasureAnswer(name=name, figures={**figures, **more}, classes=classes)

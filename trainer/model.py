@@ -8,6 +8,8 @@ exchanged tensor is floating point and can be averaged.
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeflame.errors import FederationError, StorageError
-from edgeflame.learning import CONTROL_PREFIX, METHODS, Exchange, Learning
+from edgeflame.images import Preprocessing
+from edgeflame.learning import CONTROL_PREFIX, METHODS, Backbone, Exchange, Learning
 from edgeflame.package import WeightsOrigin
 from trainer.backbone import EmbeddingNetwork, build_network
 from trainer.fade import Discriminator
@@ -76,10 +79,15 @@ def empty_model(learning: Learning) -> SiteModel:
     Raises:
         ConfigError: unknown backbone.
     """
-    backbone = EmbeddingNetwork(learning.backbone, learning.input)
-    backbone.eval()
-    discriminator = Discriminator(backbone.num_channels)
-    return SiteModel(backbone.to(memory_format=torch.channels_last), discriminator, METHODS[learning.method].exchange)
+    # A round loads several models of one kind, and building one takes longer than copying it.
+    return copy.deepcopy(_prototype(learning.backbone, learning.input, METHODS[learning.method].exchange))
+
+
+@functools.lru_cache(maxsize=4)
+def _prototype(backbone: Backbone, preprocessing: Preprocessing, exchange: Exchange) -> SiteModel:
+    network = EmbeddingNetwork(backbone, preprocessing)
+    network.eval()
+    return SiteModel(network.to(memory_format=torch.channels_last), Discriminator(network.num_channels), exchange)
 
 
 def save_model(path: Path, model: SiteModel, weights: WeightsOrigin | None = None) -> None:

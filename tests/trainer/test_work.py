@@ -289,3 +289,13 @@ def test_a_site_uses_the_statistics_of_two(
     summary = work.finish(task, no_progress).summary
     assert (summary["num_images"], summary["num_images_in_statistics"]) == (24, 24)
     assert summary["threshold"] < summaries[0]["threshold"]
+
+
+def test_loaded_models_share_nothing(small_learning: Learning, tmp_path: Path) -> None:
+    save_model(tmp_path / "m", build_model(small_learning)[0])
+    first, second = (load_model(tmp_path / "m", small_learning)[0] for _ in range(2))
+    with torch.no_grad():
+        for tensor in first.state_dict().values():
+            tensor.zero_()
+    assert any(tensor.any() for tensor in second.state_dict().values())
+    assert any(tensor.any() for tensor in load_model(tmp_path / "m", small_learning)[0].state_dict().values())
