@@ -56,7 +56,7 @@ def plot(experiment: Experiment, name: str, root: Path, folder: Path) -> Path | 
             values = [[100 * v for v in _values(cell, metric, root)] for cell in experiment.cells]
             means, widths = zip(*(_interval(one) for one in values), strict=True)
             axis.errorbar(range(len(names)), means, yerr=widths, marker="o", capsize=3, label=label)
-        axis.set_xticks(range(len(names)), names)
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
         axis.set_ylabel("percent, mean and 95% over seeds")
         axis.legend()
         axis.set_title(experiment.title, fontsize=9)
