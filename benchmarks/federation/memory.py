@@ -1,7 +1,7 @@
 """Peak memory of a real aggregator process, and time per round, against the number of sites; a table in Markdown.
 
 The sites are a light process (:mod:`load`) that speaks the real protocol through a real broker, each site over its own
-connection. Two rounds: what a round takes includes the download of its base model by every site (none in the first),
+connection. What a round takes includes the download of its base model by every site (none in the first),
 all uploads, their checks and the merge. The peak is the aggregator's largest resident set (VmHWM).
 """
 
@@ -23,7 +23,6 @@ import load
 from edgeflame.brokerurl import parse_broker_url
 
 FLEET = "load"
-ROUNDS = 2
 
 
 def main() -> None:
@@ -32,12 +31,13 @@ def main() -> None:
     parser.add_argument("--broker", choices=brokers.BROKERS, default=brokers.BROKERS[0])
     parser.add_argument("--sites", type=int, nargs="+", default=[10, 50, 100])
     parser.add_argument("--rule", nargs="+", default=["fedavg", "median"])
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=20)
     parser.add_argument("--timeout", type=float, default=460.0, help="for each run, seconds")
     options = parser.parse_args()
     for rule in options.rule:
         for num_sites in options.sites:
-            row = measure(options.broker, rule, num_sites, options.megabytes, options.timeout)
+            row = measure(options.broker, rule, num_sites, options.megabytes, options.rounds, options.timeout)
             print(row, flush=True)
             if options.out:
                 with options.out.open("a") as stream:
@@ -45,7 +45,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end")
 
 
-def measure(broker: str, rule: str, num_sites: int, megabytes: int, timeout_s: float) -> str:
+def measure(broker: str, rule: str, num_sites: int, megabytes: int, rounds: int, timeout_s: float) -> str:
     """A row of the table."""
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,
@@ -55,7 +55,7 @@ def measure(broker: str, rule: str, num_sites: int, megabytes: int, timeout_s: f
         initial, updates = load.write_models(folder, num_bytes=megabytes * 1_000_000, num_sites=num_sites)
         config = folder / "fleet.toml"
         config.write_text(
-            f'rounds = {ROUNDS}\nmin_sites = {num_sites}\nquorum = 1.0\nstrategy = "{rule}"\ndeadline_s = {timeout_s}\n'
+            f'rounds = {rounds}\nmin_sites = {num_sites}\nquorum = 1.0\nstrategy = "{rule}"\ndeadline_s = {timeout_s}\n'
         )
         command = [sys.executable, "-m", "edgeflame", "aggregate", "--broker", url, "--fleet", FLEET]
         with (folder / "aggregator.log").open("wb") as log:
@@ -74,9 +74,9 @@ def measure(broker: str, rule: str, num_sites: int, megabytes: int, timeout_s: f
                 peak_bytes = watch.stop()
         if code != 0:
             raise RuntimeError((folder / "aggregator.log").read_text())
-    marks = [times["train 1"], times["train 2"], times["finish"]]
-    rounds = ", ".join(f"{later - earlier:.1f}" for earlier, later in itertools.pairwise(marks))
-    return f"| {rule} | {num_sites} | {broker} | {peak_bytes / 1e6:.1f} | {rounds} |"
+    marks = [*(times[f"train {number}"] for number in range(1, rounds + 1)), times["finish"]]
+    seconds = ", ".join(f"{later - earlier:.1f}" for earlier, later in itertools.pairwise(marks))
+    return f"| {rule} | {num_sites} | {broker} | {peak_bytes / 1e6:.1f} | {seconds} |"
 
 
 class Watch:

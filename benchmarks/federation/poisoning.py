@@ -14,34 +14,22 @@ the evaluation are fitted on good images of all sites, so what differs is the ba
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import boards_fleet
 import numpy as np
 import safetensors.numpy
 import torch
 
-from aggregator.config import AggregateConfig
-from aggregator.simulation.config import BoardsData, EngineConfig, Evaluation, Partition, SimulationConfig
-from aggregator.simulation.engines import open_engine
-from aggregator.simulation.figures import METRICS
-from aggregator.simulation.run import simulate
-from edgeflame.console import LOGGER_NAME, Progress, no_progress
-from edgeflame.images import Preprocessing
-from edgeflame.learning import Learning, Training
+from edgeflame.console import LOGGER_NAME, Progress
 from trainer.agent.orders import Setup
-from trainer.agent.resident import Residents, answer
-from trainer.agent.work import FinishOutcome, FinishTask, TrainOutcome, TrainTask
-from trainer.measure import Measurer
-from trainer.work import TorchSiteWork
+from trainer.agent.work import FinishOutcome, FinishTask, SiteWork, StatisticsTask, TrainOutcome, TrainTask
 
-NUM_SITES, SIDE = 5, 96
+NUM_SITES = 5
 RULES: dict[str, dict[str, Any]] = {
     "fedavg": {"strategy": "fedavg"},
     "norm_clipping": {"strategy": "norm_clipping"},
@@ -69,7 +57,7 @@ ATTACKS: dict[str, Attack] = {"sign flip": sign_flip, "scaled": scaled, "noise":
 class Poisoner:
     """A site's work that spoils what it sends."""
 
-    def __init__(self, work: TorchSiteWork, attack: Attack) -> None:
+    def __init__(self, work: SiteWork, attack: Attack) -> None:
         self._work = work
         self._attack = attack
 
@@ -87,6 +75,9 @@ class Poisoner:
                 update[name] = (np.abs(bad) if name.endswith("running_var") else bad).astype(values.dtype)
         safetensors.numpy.save_file(update, task.out)
         return outcome
+
+    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
+        return self._work.gather(task, report)
 
     def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
         return self._work.finish(task, report)
@@ -116,42 +107,14 @@ def main() -> None:
 def measure(root: Path, rule: str, attack: str, num_bad: int, rounds: int) -> str:
     """Image AUROC of the final model, and how many updates were refused if any were."""
     bad = {f"site-{number}" for number in range(num_bad)}
-    config = SimulationConfig(
-        data=BoardsData(train_parts=40, image_size=128, photos=1, test_good_parts=24, test_defective_parts=40),
-        sites=NUM_SITES,
-        partition=Partition(beta="even"),
-        fleet=AggregateConfig(
-            rounds=rounds,
-            quorum=0.2,
-            learning=Learning(
-                method="flame", input=Preprocessing(height=SIDE, width=SIDE), training=Training(epochs=1, batch_size=8)
-            ),
-            **RULES[rule],
-        ),
-        evaluation=Evaluation(every=0, sites=False),
-        engine=EngineConfig(threads=torch.get_num_threads()),
-    )
 
-    def build(setup: Setup) -> Any:
-        work = TorchSiteWork(
-            learning=setup.learning, data=Path(setup.data), site=setup.site, state=Path(setup.state), num_references=0
-        )
+    def build(setup: Setup) -> SiteWork:
+        work = boards_fleet.work(setup)
         return Poisoner(work, ATTACKS[attack]) if setup.site in bad else work
 
-    out = root / "run"
-    shutil.rmtree(out, ignore_errors=True)
-    data = root / "data"
-    if data.exists():
-        out.mkdir()
-        (out / "data").symlink_to(data)
-    handle = functools.partial(answer, residents=Residents(build), measure=Measurer().measure)
-    with open_engine(config.engine, handle) as engine:
-        result = simulate(config, out, engine, no_progress)
-    if not data.exists():
-        (out / "data").rename(data)
+    result, figures = boards_fleet.run(root, num_sites=NUM_SITES, rounds=rounds, build=build, **RULES[rule])
     if not result.succeeded:
         return "failed"
-    figures = msgspec.json.decode((out / METRICS).read_bytes())["rounds"][-1]["figures"]
     refused = sum(len(entry["left_out"]) for entry in result.ledger["rounds"])
     return f"{100 * figures['image_AUROC']:.1f}" + (f" ({refused} refused)" if refused else "")
 

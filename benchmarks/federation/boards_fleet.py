@@ -1,0 +1,82 @@
+"""A small fleet that learns FLAME on generated boards, in this process, in the real rounds."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from aggregator.conduct import RunResult
+from aggregator.config import AggregateConfig
+from aggregator.simulation.config import BoardsData, EngineConfig, Evaluation, Partition, SimulationConfig
+from aggregator.simulation.engines import open_engine
+from aggregator.simulation.figures import METRICS
+from aggregator.simulation.run import simulate
+from edgeflame.console import no_progress
+from edgeflame.images import Preprocessing
+from edgeflame.learning import Learning, Training
+from trainer.agent.orders import Setup
+from trainer.agent.resident import Residents, answer
+from trainer.agent.work import SiteWork
+from trainer.measure import Measurer
+from trainer.work import TorchSiteWork
+
+SIDE = 96
+
+
+def work(setup: Setup) -> SiteWork:
+    """A site's honest work."""
+    return TorchSiteWork(
+        learning=setup.learning, data=Path(setup.data), site=setup.site, state=Path(setup.state), num_references=0
+    )
+
+
+def run(
+    root: Path, *, num_sites: int, rounds: int, build: Callable[[Setup], SiteWork] = work, **fleet: Any
+) -> tuple[RunResult, dict[str, float]]:
+    """Run a fleet in ``root/run``: how it ended, and the figures of the final model.
+
+    Statistics are fitted on good images of all sites, so that runs differ in the backbone alone. The images are made
+    once, in ``root/data``.
+
+    Args:
+        root: a folder.
+        num_sites: sites, of equal size.
+        rounds: rounds of one epoch.
+        build: makes a site's work.
+        fleet: keys of :class:`AggregateConfig`.
+    """
+    config = SimulationConfig(
+        data=BoardsData(train_parts=40, image_size=128, photos=1, test_good_parts=24, test_defective_parts=40),
+        sites=num_sites,
+        partition=Partition(beta="even"),
+        fleet=AggregateConfig(
+            rounds=rounds,
+            quorum=0.2,
+            learning=Learning(
+                method="flame", input=Preprocessing(height=SIDE, width=SIDE), training=Training(epochs=1, batch_size=8)
+            ),
+            **fleet,
+        ),
+        evaluation=Evaluation(every=0, sites=False),
+        engine=EngineConfig(threads=torch.get_num_threads()),
+    )
+    out, data = root / "run", root / "data"
+    shutil.rmtree(out, ignore_errors=True)
+    if data.exists():
+        out.mkdir()
+        (out / "data").symlink_to(data)
+    handle = functools.partial(answer, residents=Residents(build), measure=Measurer().measure)
+    with open_engine(config.engine, handle) as engine:
+        result = simulate(config, out, engine, no_progress)
+    if not data.exists():
+        (out / "data").rename(data)
+        (out / "data").symlink_to(data)
+    if not result.succeeded:
+        return result, {}
+    return result, msgspec.json.decode((out / METRICS).read_bytes())["rounds"][-1]["figures"]
