@@ -50,6 +50,7 @@ def noise(base: np.ndarray, _update: np.ndarray, generator: np.random.Generator)
     return base + generator.normal(size=base.shape) * base.std()
 
 
+Model = dict[str, np.ndarray]
 Attack = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 ATTACKS: dict[str, Attack] = {"sign flip": sign_flip, "scaled": scaled, "noise": noise}
 
@@ -94,9 +95,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger(LOGGER_NAME).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
-        for attack in options.attack:
+        honest: dict[str, Model] = {}
+        for attack in dict.fromkeys(["none", *options.attack]):
             for num_bad in options.bad if attack != "none" else [0]:
-                figures = [measure(Path(name), rule, attack, num_bad, options.rounds) for rule in RULES]
+                figures = [measure(Path(name), rule, attack, num_bad, options.rounds, honest) for rule in RULES]
                 row = f"| {attack} | {num_bad} of {NUM_SITES} | " + " | ".join(figures) + " |"
                 print(row, flush=True)
                 if options.out:
@@ -104,8 +106,11 @@ def main() -> None:
                         stream.write(row + "\n")
 
 
-def measure(root: Path, rule: str, attack: str, num_bad: int, rounds: int) -> str:
-    """Image AUROC of the final model, and how many updates were refused if any were."""
+def measure(root: Path, rule: str, attack: str, num_bad: int, rounds: int, honest: dict[str, Model]) -> str:
+    """Image AUROC of the final model, its distance to the honest model over what that changed, refusals if any.
+
+    ``honest`` gets the models without bad sites, by rule: that run comes first.
+    """
     bad = {f"site-{number}" for number in range(num_bad)}
 
     def build(setup: Setup) -> SiteWork:
@@ -115,8 +120,21 @@ def measure(root: Path, rule: str, attack: str, num_bad: int, rounds: int) -> st
     result, figures = boards_fleet.run(root, num_sites=NUM_SITES, rounds=rounds, build=build, **RULES[rule])
     if not result.succeeded:
         return "failed"
+    assert result.model_path is not None
+    model = safetensors.numpy.load_file(result.model_path)
+    if num_bad == 0:
+        honest[rule] = model
+        initial = result.ledger["rounds"][0]["base_sha256"]
+        honest["initial"] = safetensors.numpy.load_file(next((root / "run").glob(f"sites/*/blobs/{initial}")))
+    moved = distance(model, honest[rule]) / distance(honest[rule], honest["initial"])
     refused = sum(len(entry["left_out"]) for entry in result.ledger["rounds"])
-    return f"{100 * figures['image_AUROC']:.1f}" + (f" ({refused} refused)" if refused else "")
+    return f"{100 * figures['image_AUROC']:.1f}, {moved:.2g}" + (f" ({refused} refused)" if refused else "")
+
+
+def distance(one: Model, other: Model) -> float:
+    """Euclidean, of the float tensors."""
+    names = [name for name, values in one.items() if values.dtype.kind == "f"]
+    return float(np.sqrt(sum(np.square(one[name].astype(np.float64) - other[name]).sum() for name in names)))
 
 
 if __name__ == "__main__":
