@@ -61,14 +61,14 @@ def open_for_line(
     openers: dict[str, Callable[[], Runtime]] = {name: _opener(package, name, engines, num_threads) for name in names}
     runtime, candidates = choose(package, openers)
     for candidate in candidates:
-        log.debug("runtime_candidate", **msgspec.structs.asdict(candidate))
-    chosen = next(one for one in candidates if one.refused is None)
+        if candidate.refused is not None:
+            log.info("runtime_refused", device=candidate.device, reason=candidate.refused)
+    passed = [candidate for candidate in candidates if candidate.refused is None]
     log.info(
         "runtime_chosen",
-        device=chosen.device,
-        median_ms=chosen.median_ms,
-        slower={one.device: one.median_ms for one in candidates[1:] if one.refused is None},
-        refused={one.device: one.refused for one in candidates if one.refused is not None},
+        device=passed[0].device,
+        reason="the fastest that scores the reference images right" if passed[1:] else "the only one that can be had",
+        **{f"{candidate.device}_ms": candidate.median_ms for candidate in passed if candidate.median_ms is not None},
     )
     return runtime, candidates
 

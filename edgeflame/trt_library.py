@@ -141,10 +141,10 @@ def own_capability() -> str:
         try:
             code, value = runtime.cudaDeviceGetAttribute(getattr(runtime.cudaDeviceAttr, attribute), 0)
         except RuntimeError as exc:
-            msg = f"tensorrt builds engines on the GPU that runs them, and there is none here ({exc})"
+            msg = f"an engine is for the GPU of its machine, and there is none here ({exc})"
             raise RuntimeUnavailableError(msg) from exc
         if int(code) != 0:
-            msg = f"tensorrt builds engines on the GPU that runs them, and none can be used here ({code.name})"
+            msg = f"an engine is for the GPU of its machine, and none can be used here ({code.name})"
             raise RuntimeUnavailableError(msg)
         parts.append(int(value))
     return f"{parts[0]}.{parts[1]}"

@@ -146,7 +146,7 @@ def _streams(model: Model, count: int, seconds: float) -> list[float]:
         runs[index](1)
         barrier.wait()
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        while not took[index] or time.perf_counter() < end:
             start = time.perf_counter()
             runs[index](1)
             took[index].append(time.perf_counter() - start)
