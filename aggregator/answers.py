@@ -11,6 +11,8 @@ from aggregator.config import AggregateConfig
 from aggregator.facts import Round, RunState
 from aggregator.models import Verdict
 from aggregator.strategies import STRATEGIES, rule_name
+from edgeflame.learning import METHODS
+from edgeflame.memory_bank import MAX_CHANNELS
 from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
 
 HEADER_SLACK_BYTES = 64 << 10
@@ -95,8 +97,11 @@ def implausible(state: RunState, offer: Offer) -> Verdict | None:
     if (problem := _implausible_steps(offer, config)) is not None:
         return Verdict(reason="samples", detail=problem)
     expected = state.initial.size_bytes if state.initial is not None else 0
+    if METHODS[config.learning.method].exchange == "memory":
+        # A run starts from an empty memory, which says nothing of how large they become.
+        expected = config.learning.memory.prototypes * 4 * (MAX_CHANNELS + 3)
     if size > expected + HEADER_SLACK_BYTES:
-        return Verdict(reason="too_large", detail=f"{size} bytes; the base model has {expected}")
+        return Verdict(reason="too_large", detail=f"{size} bytes; at most {expected} are expected")
     return None
 
 

@@ -16,6 +16,7 @@ from aggregator.config import AggregateConfig
 from aggregator.facts import Fact, Round, RunStarted, RunState, begin
 from aggregator.journal import Journal
 from aggregator.ledger import contributions, ledger
+from aggregator.memories import check_initial_memory, check_memory
 from aggregator.models import (
     Verdict,
     check_initial,
@@ -26,8 +27,11 @@ from aggregator.models import (
     without_path,
 )
 from aggregator.rounds import Output, RoundMachine
+from aggregator.strategies import STRATEGIES, rule_name
+from aggregator.strategies.interface import FileRule
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, DataError
+from edgeflame.learning import METHODS
 from edgeflame.messages import Offer
 from edgeflame.pooling import pool_statistics
 from edgeflame.statedir import copy_durably, write_durably
@@ -61,8 +65,12 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
 
     Raises:
         ConfigError: the unfinished run has another configuration.
+        MissingDependencyError: its rule needs what is not installed here.
         StorageError: the journal fails.
     """
+    rule = STRATEGIES[rule_name(config.strategy, config.learning.method)]
+    if isinstance(rule, FileRule) and rule.check is not None:
+        rule.check()
     state = journal.last_run()
     if state is not None and not (new_run and state.ended):
         if state.ended is None and state.config != config:
@@ -87,16 +95,19 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
 def judge(state: RunState, offer: Offer, store: BlobStore) -> Verdict | None:
     """What the checks say of an offered model that lies in the store; None if the offer is of no round of this run."""
     path, codec = store.path(offer.manifest.sha256), offer.manifest.codec
-    if codec != "raw" and offer.purpose != "update":
-        return Verdict(reason="not_tensors", detail=f"encoded as {codec}; only updates may be")
+    shares_memory = METHODS[state.config.learning.method].exchange == "memory"
+    if codec != "raw" and (offer.purpose != "update" or shares_memory):
+        return Verdict(reason="not_tensors", detail=f"encoded as {codec}; only updates of weights may be")
     if offer.purpose == "initial":
-        return check_initial(path)
+        return check_initial_memory(path) if shares_memory else check_initial(path)
     entry = round_of(state, offer)
     if entry is None or entry.base not in store:
         return None
     if entry.purpose == "statistics":
         like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
         return check_statistics(path, model=entry.base, num_samples=offer.num_samples, like=like)
+    if shares_memory:
+        return check_memory(path, store.path(entry.base), state.config, num_samples=offer.num_samples)
     base, decoded = store.path(entry.base), None
     if codec != "raw":
         draft = store.draft("decoded")

@@ -124,6 +124,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 self.learning.training.batch_norm,
             ),
             (
+                self.statistics == "site" or METHODS[self.learning.method].exchange != "memory",
+                'statistics must be "site" for a method that pools a memory already',
+                self.statistics,
+            ),
+            (
                 self.learning.method in FEDERATED_METHODS,
                 f"learning.method must be one that federates ({', '.join(FEDERATED_METHODS)})",
                 self.learning.method,

@@ -13,8 +13,9 @@ from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 from edgeflame.threshold import Unit
 
-Exchange = Literal["weights", "controls"]
-"""What sites send: the model's tensors; or with them SCAFFOLD's control variates, under ``CONTROL_PREFIX``."""
+Exchange = Literal["weights", "controls", "memory"]
+"""What sites send: the model's tensors; or with them SCAFFOLD's control variates, under ``CONTROL_PREFIX``; or a memory
+bank (:mod:`edgeflame.memory_bank`) and no weights at all."""
 
 CONTROL_PREFIX = "control."
 """Of the names of tensors that travel with a model without being part of it."""
@@ -81,6 +82,13 @@ METHODS: dict[str, Method] = {
         summary="FADE at each site with FLAME's distillation between the global and the last local model",
         objective="flame",
         strategy="fedavg",
+    ),
+    "feddymem": Method(
+        summary="FedDyMem: a memory of normal patches; sites share averages of it, not weights",
+        objective=None,
+        alone=True,
+        strategy="kmeans",
+        exchange="memory",
     ),
 }
 """By name; a method is one entry here, an objective of the trainer and a rule of the aggregator."""
@@ -252,6 +260,41 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         _require(self.smoothing_sigma >= 0, "scoring.smoothing_sigma must be >= 0", self.smoothing_sigma)
 
 
+class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """FedDyMem; of ``[training]`` it uses epochs, momentum, weight_decay, noise_std, noise_scale and margin."""
+
+    entries: int = 1024
+    """Of a site's own dynamic memory, which never leaves it."""
+    prototypes: int = 256
+    """Averages of them that a site sends, at most."""
+    global_prototypes: int = 512
+    """Of the fleet's memory, which the server makes of what the sites send, by k-means."""
+    update_rate: float = 0.5
+    """Share of the way that an entry moves to the mean of the patches assigned to it, in each epoch."""
+    learning_rate: float = 0.01
+    """Of the memory generator."""
+    temperature: float = 1.0
+    """T of memory-reduce's weights exp(-d^2 / T), in units of the mean squared distance of an entry to its seed."""
+    ridge: float = 0.1
+    """Share of the prototypes' mean variance added to every eigenvalue of their covariance before whitening."""
+    max_patches: int = 131_072
+    """Patches of all images that a site learns from; about 80 MB per 131,072."""
+    min_group: float = 32.0
+    """Privacy floor: what is sent is worth at least so many equally weighted patches ..."""
+    min_images: float = 4.0
+    """... of so many equally weighted images. What is not is merged into its neighbour."""
+
+    def __post_init__(self) -> None:
+        for name, most in (("entries", 1 << 16), ("prototypes", 1 << 16), ("global_prototypes", 1 << 16)):
+            _require(1 <= getattr(self, name) <= most, f"memory.{name} must be 1..{most}", getattr(self, name))
+        _require(0 < self.update_rate <= 1, "memory.update_rate must be in (0, 1]", self.update_rate)
+        for name in ("learning_rate", "temperature", "ridge"):
+            _require(getattr(self, name) > 0, f"memory.{name} must be > 0", getattr(self, name))
+        _require(self.max_patches >= 1, "memory.max_patches must be >= 1", self.max_patches)
+        for name in ("min_group", "min_images"):
+            _require(getattr(self, name) >= 1, f"memory.{name} must be >= 1", getattr(self, name))
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the threshold is set from good images alone."""
 
@@ -284,6 +327,7 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     input: Preprocessing = Preprocessing()
     training: Training = Training()
     scoring: Scoring = Scoring()
+    memory: Memory = Memory()
     calibration: Calibration = Calibration()
 
     def __post_init__(self) -> None:

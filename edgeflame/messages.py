@@ -58,6 +58,7 @@ Reason = Literal[
     "not_tensors",  # not a safetensors file, or a damaged one
     "schema",  # tensors of other names, shapes or types
     "space",  # statistics of the embeddings of another model
+    "floor",  # averages of fewer patches or images than may be shared
     "impossible",  # values that no statistics have
     "not_finite",  # NaN or infinite values
     "norm",  # further from the base model than allowed

@@ -4,7 +4,7 @@ A zip without compression of
 
     manifest.json            what it is: method, input, threshold, provenance, SHA-256 of the other members
     model.onnx               the scoring graph: uint8 image in, score and anomaly map out
-    statistics.safetensors   the Gaussian statistics inside the graph, for merging and calibration
+    statistics.safetensors   the Gaussian statistics inside the graph, or the memory: ``edgeflame.statistics_codec``
     reference/0.png ...      optional: good images whose scores the manifest tells, see ``edgeflame.references``
     signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
 
@@ -21,17 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 
 from edgeflame import __version__
 from edgeflame.archive import check_sizes, read_member, read_small_member, write_archive
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.learning import Learning
 from edgeflame.references import MAX_REFERENCES, Reference, ReferenceScore
-from edgeflame.statistics import LowRankGaussian
+from edgeflame.statistics_codec import PackageStatistics, decode_statistics, encode_statistics
 from edgeflame.threshold import Threshold
 
 FORMAT = "edgeflame-package"
@@ -72,6 +68,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     grid: tuple[int, int]
     num_channels: int
     rank: int
+    """Eigenpairs per position; 0 for a memory."""
     threshold: Threshold
     provenance: dict[str, Any]
     """The round ledger of a federated model, or how a local fit went; for people and for `model show`."""
@@ -79,6 +76,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Of every other member but the signature."""
     references: tuple[ReferenceScore, ...] = ()
     """What the model says of the reference images, in their order."""
+    num_prototypes: int = 0
+    """Of a memory; 0 for Gaussian statistics."""
+
+    @property
+    def size_in_words(self) -> str:
+        """Of the statistics: their rank, or how many prototypes."""
+        return f"{self.num_prototypes} prototypes" if self.num_prototypes else f"rank {self.rank}"
 
     def __post_init__(self) -> None:
         if len(self.references) > MAX_REFERENCES:
@@ -92,7 +96,7 @@ class Package:
 
     manifest: Manifest
     model_onnx: bytes
-    statistics: LowRankGaussian
+    statistics: PackageStatistics
     sha256: str
     """Of the package file."""
     references: tuple[Reference, ...] = ()
@@ -107,7 +111,7 @@ def write_package(
     *,
     manifest: Manifest,
     model_onnx: bytes,
-    statistics: LowRankGaussian,
+    statistics: PackageStatistics,
     references: Sequence[Reference] = (),
 ) -> None:
     """Write a package without signature, whole or not at all; an existing file is replaced atomically.
@@ -140,7 +144,7 @@ def new_manifest(
     created: str,
     learning: Learning,
     weights: WeightsOrigin,
-    statistics: LowRankGaussian,
+    statistics: PackageStatistics,
     threshold: Threshold,
     provenance: dict[str, Any],
 ) -> Manifest:
@@ -158,6 +162,7 @@ def new_manifest(
         grid=statistics.grid,
         num_channels=statistics.num_channels,
         rank=statistics.rank,
+        num_prototypes=statistics.num_prototypes,
         threshold=threshold,
         provenance=provenance,
         sha256={},
@@ -194,18 +199,18 @@ def read_package(path: Path) -> Package:
         msg = f"{path}: not a model package, or cut short ({exc})"
         raise PackageError(msg) from exc
     try:
-        gaussian = decode_statistics(statistics)
+        decoded = decode_statistics(statistics)
     except (DataError, NumericalError) as exc:
         msg = f"{path}: {exc}"
         raise PackageError(msg) from exc
-    described = (manifest.grid, manifest.num_channels, manifest.rank)
-    if (gaussian.grid, gaussian.num_channels, gaussian.rank) != described:
+    described = (manifest.grid, manifest.num_channels, manifest.rank, manifest.num_prototypes)
+    if (decoded.grid, decoded.num_channels, decoded.rank, decoded.num_prototypes) != described:
         msg = f"{path}: the statistics are not those the manifest describes"
         raise PackageError(msg)
     return Package(
         manifest=manifest,
         model_onnx=model_onnx,
-        statistics=gaussian,
+        statistics=decoded,
         sha256=digest.hexdigest(),
         references=tuple(
             Reference(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
@@ -213,57 +218,6 @@ def read_package(path: Path) -> Package:
         manifest_json=document,
         signature_json=signature,
     )
-
-
-_HEADER = "low_rank_gaussian"
-
-
-class _StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True):
-    count: int
-    ridge: float
-    grid: tuple[int, int]
-
-
-def encode_statistics(statistics: LowRankGaussian) -> bytes:
-    """Statistics as safetensors; the basis in float16, which :meth:`LowRankGaussian.distances` tolerates."""
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "mean": statistics.mean,
-        "basis": statistics.basis.astype(np.float16),
-        "eigenvalues": statistics.eigenvalues,
-        "residual": statistics.residual,
-    }
-    header = _StatisticsHeader(count=statistics.count, ridge=statistics.ridge, grid=statistics.grid)
-    # safetensors writes the memory of an array as it lies there, strides or not.
-    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    # One entry only: safetensors writes several in no fixed order, and the same model must give the same bytes.
-    return safetensors.numpy.save(tensors, metadata={_HEADER: msgspec.json.encode(header).decode()})
-
-
-def decode_statistics(data: bytes) -> LowRankGaussian:
-    """Read what :func:`encode_statistics` wrote.
-
-    Raises:
-        DataError: not statistics, cut short, or of impossible shape.
-        NumericalError: values that cannot be.
-    """
-    try:
-        tensors = safetensors.numpy.load(data)
-        metadata = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        header = msgspec.json.decode(metadata[_HEADER], type=_StatisticsHeader)
-        return LowRankGaussian(
-            grid=header.grid,
-            count=header.count,
-            ridge=header.ridge,
-            mean=tensors["mean"].astype(np.float32),
-            basis=tensors["basis"].astype(np.float32),
-            eigenvalues=tensors["eigenvalues"].astype(np.float32),
-            residual=tensors["residual"].astype(np.float32),
-        )
-    except EdgeFlameError:
-        raise
-    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, IndexError, TypeError) as exc:
-        msg = f"not Gaussian statistics, or damaged ({exc})"
-        raise DataError(msg) from exc
 
 
 def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifest]:

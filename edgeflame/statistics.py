@@ -84,6 +84,11 @@ class LowRankGaussian:
         return int(self.eigenvalues.shape[1])
 
     @property
+    def num_prototypes(self) -> int:
+        """Gaussian statistics have none."""
+        return 0
+
+    @property
     def mean_variance(self) -> float:
         """Mean variance over positions and channels, without ridge."""
         rest = self.num_channels - self.rank

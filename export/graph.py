@@ -5,7 +5,7 @@ Axes: N images, H x W the input, h x w the patch grid, P = h * w positions, C em
     image [N, H, W, 3] uint8, BGR
       -> float32, planes, RGB                 -> backbone -> its stages' maps
       -> embeddings [P, N, C]                 `export.embedding`
-      -> distance of every position [P, N]    `export.mahalanobis`
+      -> distance of every position [P, N]    `export.heads`
       -> Gaussian smoothing                   two products with constant matrices, no padding
       -> anomaly_map [N, h, w], score [N] = its maximum
 
@@ -22,14 +22,12 @@ import onnx.checker
 import onnx.helper
 from torch import nn
 
-from edgeflame.console import EventLog
 from edgeflame.images import Preprocessing
-from edgeflame.statistics import LowRankGaussian, smoothing_matrix
+from edgeflame.statistics import smoothing_matrix
+from edgeflame.statistics_codec import PackageStatistics
 from export.builder import INPUT, MAP, RGB, SCORE, GraphBuilder
 from export.embedding import add_embeddings, export_network
-from export.mahalanobis import add_distances, single_product_error, takes_one_product
-
-log = EventLog("export")
+from export.heads import add_distances
 
 BATCH_AXIS = "N"
 OPSET = 18
@@ -39,7 +37,7 @@ IR_VERSION = 8
 
 def scoring_graph(
     network: nn.Module,
-    statistics: LowRankGaussian,
+    statistics: PackageStatistics,
     *,
     preprocessing: Preprocessing,
     smoothing_sigma: float,
@@ -71,11 +69,6 @@ def scoring_graph(
     head = GraphBuilder()
     embeddings = add_embeddings(head, network, body, grid=statistics.grid, num_channels=statistics.num_channels)
     add_map(head, add_distances(head, embeddings, statistics), grid=statistics.grid, sigma=smoothing_sigma)
-    log.debug(
-        "distance_form",
-        products=1 if takes_one_product(statistics) else 2,
-        error_bound_of_one=single_product_error(statistics),
-    )
     entry = GraphBuilder()
     _to_rgb_planes(entry)
     height, width = statistics.grid

@@ -5,29 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import ImageU8
-from edgeflame.learning import SOLO_METHODS, Learning
+from edgeflame.learning import METHODS, SOLO_METHODS, Learning
 from edgeflame.package import WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
-from edgeflame.statistics import LowRankGaussian
-from edgeflame.threshold import Threshold
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory
 from trainer.embedding import Embeddings
+from trainer.feddymem.site import MemoryLearner
 from trainer.gaussian import Pooled, cross_fit, require_enough
 from trainer.imageset import ImageSet
 from trainer.model import SiteModel, build_model
 from trainer.references import choose_references
+from trainer.site_statistics import SiteStatistics
 from trainer.suspects import Suspect, worst
 from trainer.threshold import set_threshold
 from trainer.training import train
@@ -43,27 +42,6 @@ def quiet_stage(name: str) -> Iterator[Progress]:
     """A stage that reports to nobody."""
     del name
     yield no_progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteStatistics:
-    """What a site adds to a backbone.
-
-    Attributes:
-        statistics: of all its good images, as a package stores them.
-        threshold: by cross-fitting over its parts.
-        images: those it rests on: all that could be read, but for those left out.
-        held_out_scores: ``[N]`` of these images, by statistics that did not see them.
-        suspects: of all images those that look least normal, the worst first.
-        details: for the package's provenance: rank, likelihoods, counts, seconds.
-    """
-
-    statistics: LowRankGaussian
-    threshold: Threshold
-    images: ImageSet
-    held_out_scores: npt.NDArray[np.float64]
-    suspects: tuple[Suspect, ...]
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +107,8 @@ def fit(
     seconds: dict[str, float] = {}
     with _timed(seconds, "reading"), stage("Reading images") as progress:
         images = read_training_images(dataset, learning, on_unreadable=on_unreadable, progress=progress)
+    if METHODS[learning.method].exchange == "memory":
+        return _fit_memory(dataset, images, learning, device, num_references, seconds, stage)
     model, weights = build_model(learning)
     model.to(device)
     training: dict[str, Any] = {}
@@ -148,6 +128,33 @@ def fit(
         training=training,
         seconds=seconds,
         references=choose_references(site.images, num_references),
+    )
+
+
+def _fit_memory(
+    dataset: Dataset,
+    images: ImageSet,
+    learning: Learning,
+    device: torch.device,
+    num_references: int,
+    seconds: dict[str, float],
+    stage: Stage,
+) -> Fitted:
+    """FedDyMem at one site: there is no other memory than its own."""
+    learner = MemoryLearner(learning, images, device=device)
+    with _timed(seconds, "training"), stage("Training") as progress:
+        memory, metrics = learner.train(None, None, seed=learning.seed, progress=progress)
+    with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
+        site = learner.fit(memory, None, groups_known=dataset.groups_known, progress=progress)
+    return Fitted(
+        network=learner.network.cpu(),
+        site=site,
+        weights=learner.weights,
+        learning=learning,
+        report=images.report,
+        training=metrics,
+        seconds=seconds,
+        references=choose_references(images, num_references),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from edgeflame.statistics_codec import PackageStatistics
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import DataError
@@ -157,8 +158,8 @@ def cross_fit(
     )
 
 
-def score_maps(statistics: LowRankGaussian, embeddings: F32, scoring: Scoring) -> F32:
-    """Smoothed Mahalanobis distances (Eq. 18, 23): ``[N, P, C]`` to ``[N, h, w]`` float32."""
+def score_maps(statistics: PackageStatistics, embeddings: F32, scoring: Scoring) -> F32:
+    """Smoothed distances (Eq. 18, 23): ``[N, P, C]`` to ``[N, h, w]`` float32."""
     maps = statistics.distances(embeddings).reshape(-1, *statistics.grid)
     return smooth_maps(maps, scoring.smoothing_sigma).astype(np.float32)
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgeflame.statistics_codec import PackageStatistics
 from torch import nn
 
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.learning import Learning
 from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
-from edgeflame.statistics import LowRankGaussian
 from trainer.backbone import EmbeddingNetwork
-from trainer.fit import SiteStatistics
 from trainer.references import score_references
+from trainer.site_statistics import SiteStatistics
 
 
 class Exporter(Protocol):
@@ -24,7 +24,7 @@ class Exporter(Protocol):
     def __call__(
         self,
         network: nn.Module,
-        statistics: LowRankGaussian,
+        statistics: PackageStatistics,
         *,
         preprocessing: Preprocessing,
         smoothing_sigma: float,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from edgeflame.statistics_codec import PackageStatistics
 
 from edgeflame.console import EventLog
 from edgeflame.images import ImageU8
 from edgeflame.references import Reference, evenly_spaced, make_references
-from edgeflame.statistics import LowRankGaussian, smooth_maps
+from edgeflame.statistics import smooth_maps
 from trainer.backbone import EmbeddingNetwork
 from trainer.embedding import embed
 from trainer.imageset import ImageSet, rgb_tensor
@@ -25,7 +26,7 @@ def choose_references(images: ImageSet, count: int) -> ImageU8:
 
 
 def score_references(
-    network: EmbeddingNetwork, statistics: LowRankGaussian, images: ImageU8, *, smoothing_sigma: float
+    network: EmbeddingNetwork, statistics: PackageStatistics, images: ImageU8, *, smoothing_sigma: float
 ) -> tuple[Reference, ...]:
     """The images and what PyTorch and float64 distances make of them: no exporter and no runtime is involved.
 

@@ -10,19 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from edgeflame.statistics_codec import encode_statistics
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import StorageError, UsageError
 from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning
+from edgeflame.memory_bank import write_bank
 from edgeflame.moments import MomentAccumulator
-from edgeflame.package import WeightsOrigin, encode_statistics
+from edgeflame.package import WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
 from edgeflame.statistics_blob import read_moments, write_site_statistics
 from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
 from trainer.batchnorm import norms_of, put_norms
 from trainer.device import keep_freed_memory, pick_device
 from trainer.embedding import Embeddings
+from trainer.feddymem.learning import restored
+from trainer.feddymem.site import MemoryLearner, initial_bank
 from trainer.fit import fit_statistics, read_training_images
 from trainer.gaussian import Pooled
 from trainer.imageset import ImageSet
@@ -86,6 +90,7 @@ class TorchSiteWork:
         self._on_unreadable: UnreadablePolicy = on_unreadable
         self._dataset: Dataset = open_dataset(data, groups_file)
         self._images: ImageSet | None = None
+        self._memory_learner: MemoryLearner | None = None
         self._num_references = num_references
 
     def write_initial_model(self, out: Path) -> None:
@@ -95,6 +100,9 @@ class TorchSiteWork:
             MissingDependencyError: no weights can be had here.
             StorageError: the file cannot be written.
         """
+        if self._shares_memory:
+            write_bank(out, initial_bank(self._learning))
+            return
         model, origin = build_model(self._learning)
         save_model(out, model, origin)
 
@@ -109,6 +117,8 @@ class TorchSiteWork:
         """
         images = self._training_images(report)
         private = load_private(task.private)
+        if self._shares_memory:
+            return self._train_memory(task, images, private, report)
         model, origin = self._load(task.base, private)
         shared_norms = norms_of(load_model(task.base, self._learning)[0]) if self._keeps_norms else {}
         teacher = history = None
@@ -166,16 +176,28 @@ class TorchSiteWork:
             StorageError: a file cannot be read or written.
         """
         images = self._training_images(report)
-        model, origin = self._load(task.model, load_private(task.private))
-        result = fit_statistics(
-            model,
-            images,
-            self._learning,
-            groups_known=self._dataset.groups_known,
-            device=self._device,
-            pooled=None if task.statistics is None else self._pooled(task.statistics),
-            progress=report,
-        )
+        if self._shares_memory:
+            learner = self._learner(images)
+            memory = restored(load_private(task.private), learner.network.num_channels, self._device)
+            fleet = learner.read_fleet(task.model)
+            result = learner.fit(memory, fleet, groups_known=self._dataset.groups_known, progress=report)
+            network, origin = learner.network, learner.weights
+        else:
+            model, found = self._load(task.model, load_private(task.private))
+            result = fit_statistics(
+                model,
+                images,
+                self._learning,
+                groups_known=self._dataset.groups_known,
+                device=self._device,
+                pooled=None if task.statistics is None else self._pooled(task.statistics),
+                progress=report,
+            )
+            network = model.backbone
+            # The initial model says where its weights came from; averaging may have dropped that.
+            origin = found or WeightsOrigin(
+                source="federated rounds", sha256=tensors_sha256(network.network.state_dict())
+            )
         statistics = task.out_dir / STATISTICS_FILE
         try:
             statistics.write_bytes(encode_statistics(result.statistics))
@@ -185,17 +207,12 @@ class TorchSiteWork:
         package = None
         if self._exporter is not None:
             package = task.out_dir / PACKAGE_FILE
-            network = model.backbone.cpu()
-            # The initial model says where its weights came from; averaging may have dropped that.
-            weights = origin or WeightsOrigin(
-                source="federated rounds", sha256=tensors_sha256(network.network.state_dict())
-            )
             save_package(
                 package,
-                network=network,
+                network=network.cpu(),
                 site_statistics=result,
                 learning=self._learning,
-                weights=weights,
+                weights=origin,
                 provenance={"kind": "federated", "ledger": dict(task.ledger), "statistics": result.details},
                 exporter=self._exporter,
                 product=self._product,
@@ -212,11 +229,40 @@ class TorchSiteWork:
                 "num_unreadable": float(len(images.report.unreadable)),
                 "num_parts": float(threshold.num_groups),
                 "rank": float(result.statistics.rank),
+                "num_prototypes": float(result.statistics.num_prototypes),
                 "threshold": threshold.value,
                 "promised_false_reject_rate": threshold.false_reject_rate,
                 "confidence": threshold.confidence,
             },
         )
+
+    def _train_memory(
+        self, task: TrainTask, images: ImageSet, private: Mapping[str, torch.Tensor], report: Progress
+    ) -> TrainOutcome:
+        """FedDyMem's round: a memory comes, a memory goes; the generator and the entries stay."""
+        learner = self._learner(images)
+        fleet = learner.read_fleet(task.base)
+        before = restored(private, learner.network.num_channels, self._device)
+        memory, metrics = learner.train(before, fleet, seed=task.seed, progress=report)
+        bank = learner.reduced(memory, fleet)
+        write_bank(task.out, bank)
+        if task.private_out is not None:
+            save_private(task.private_out, memory.tensors())
+        figures = {
+            "num_prototypes": float(len(bank)),
+            "min_effective_patches": float(bank.effective_patches.min()),
+            "min_effective_images": float(bank.effective_images.min()),
+        }
+        return TrainOutcome(num_samples=len(images), metrics={**metrics, **figures})
+
+    def _learner(self, images: ImageSet) -> MemoryLearner:
+        if self._memory_learner is None:
+            self._memory_learner = MemoryLearner(self._learning, images, device=self._device)
+        return self._memory_learner
+
+    @property
+    def _shares_memory(self) -> bool:
+        return METHODS[self._learning.method].exchange == "memory"
 
     def _load(self, path: Path, private: Mapping[str, torch.Tensor]) -> tuple[SiteModel, WeightsOrigin | None]:
         """A model on the device, as this site sees it: with its own batch norms, where those stay at home."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from aggregator.strategies.fedavg import FedAvg
 from aggregator.strategies.fednova import FedNova
-from aggregator.strategies.interface import BlockRule, Rule
+from aggregator.strategies.interface import BlockRule, FileRule, Rule
+from aggregator.strategies.kmeans import KMeansMemory, require_scikit_learn
 from aggregator.strategies.robust import Median, NormClipping, TrimmedMean
 from aggregator.strategies.scaffold import Scaffold
 from edgeflame.learning import METHODS
@@ -19,6 +20,7 @@ STRATEGIES: dict[str, Rule] = {
     "median": BlockRule(build=Median, equal_votes=True, holds_all_sites=True),
     "trimmed_mean": BlockRule(build=TrimmedMean, equal_votes=True, holds_all_sites=True),
     "norm_clipping": BlockRule(build=NormClipping, equal_votes=True),
+    "kmeans": FileRule(build=KMeansMemory, exchange="memory", check=require_scikit_learn),
 }
 """By the name a configuration uses."""
 

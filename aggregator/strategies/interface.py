@@ -109,12 +109,17 @@ class BlockRule:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRule:
-    """As :class:`BlockRule`, of a strategy on whole files."""
+    """As :class:`BlockRule`, of a strategy on whole files.
+
+    Attributes:
+        check: raises MissingDependencyError where the rule cannot work; called before a run begins.
+    """
 
     build: Callable[[RoundInputs], FileStrategy]
     exchange: Exchange = "weights"
     needs_steps: bool = False
     equal_votes: bool = False
+    check: Callable[[], None] | None = None
 
 
 Rule = BlockRule | FileRule

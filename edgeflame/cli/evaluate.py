@@ -130,7 +130,7 @@ def _print_tables(manifest: Manifest, report: EvaluationReport, data: Path) -> N
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{manifest.product} ({manifest.learning.method}, rank {manifest.rank}) on {data}")
+    table = Table(title=f"{manifest.product} ({manifest.learning.method}, {manifest.size_in_words}) on {data}")
     for heading in ("", "images", "parts", "image AUROC", "pixel AUROC", "pixel AUPRO", "image F1Max", "rejected"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, one in report.per_class.items():

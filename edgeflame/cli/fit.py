@@ -175,7 +175,7 @@ NUM_NAMED = 5
 def _print_summary(out: Path, manifest: Manifest, fitted: Fitted) -> None:
     unreadable = len(fitted.report.unreadable)
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
-    click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, rank {manifest.rank}")
+    click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")
     print_threshold(manifest.threshold)
     print_promises(manifest.threshold, fitted.site.held_out_scores)
     named = [

@@ -128,7 +128,7 @@ def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
         ("input", f"{given.width}x{given.height} BGR{region}"),
         (
             "statistics",
-            f"{manifest.num_images} images: grid {grid}, {manifest.num_channels} channels, rank {manifest.rank}",
+            f"{manifest.num_images} images: grid {grid}, {manifest.num_channels} channels, {manifest.size_in_words}",
         ),
         ("threshold", f"{threshold.value:.6g}"),
         ("promise", promise),

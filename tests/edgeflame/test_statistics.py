@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
+from edgeflame.statistics_codec import decode_statistics, encode_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.moments import MomentAccumulator, Moments, merge_moments
-from edgeflame.package import decode_statistics, encode_statistics
 from edgeflame.statistics import (
     LowRankGaussian,
     fit_gaussian,

@@ -11,12 +11,13 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from edgeflame.statistics_codec import decode_statistics
 
 from edgeflame.console import no_progress
 from edgeflame.errors import DataError, FederationError, StorageError, UsageError
 from edgeflame.learning import CONTROL_PREFIX, Learning
 from edgeflame.messages import StatisticsWanted
-from edgeflame.package import WeightsOrigin, decode_statistics, read_package
+from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.pooling import pool_statistics
 from export.graph import scoring_graph
 from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
