@@ -16,7 +16,7 @@ from aggregator.config import AggregateConfig
 from aggregator.facts import Fact, Round, RunStarted, RunState, begin
 from aggregator.journal import Journal
 from aggregator.ledger import contributions, ledger
-from aggregator.memories import check_initial_memory, check_memory
+from aggregator.memories import check_initial_memory, check_memory, memory_change
 from aggregator.models import (
     Verdict,
     check_initial,
@@ -170,7 +170,8 @@ def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> 
         draft,
         num_members=len(state.members),
     )
-    change = relative_change(base, draft)
+    shares_memory = METHODS[state.config.learning.method].exchange == "memory"
+    change = memory_change(base, draft) if shares_memory else relative_change(base, draft)
     manifest = store.add(draft)
     return MadeModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)
 

@@ -124,6 +124,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 self.learning.training.batch_norm,
             ),
             (
+                self.update_codec == "raw" or METHODS[self.learning.method].exchange != "memory",
+                'update_codec must be "raw" for memories, which are small already',
+                self.update_codec,
+            ),
+            (
                 self.statistics == "site" or METHODS[self.learning.method].exchange != "memory",
                 'statistics must be "site" for a method that pools a memory already',
                 self.statistics,

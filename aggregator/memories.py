@@ -60,6 +60,22 @@ def check_memory(path: Path, base: Path, config: AggregateConfig, *, num_samples
     return Verdict()
 
 
+def memory_change(base: Path, memory: Path) -> float | None:
+    """How far the prototypes of a memory are from the nearest of its base, root mean square, in units of the root mean
+    square distance of the base's prototypes from their mean; None where the base has fewer than two.
+    """
+    old, new = read_bank(base), read_bank(memory)
+    if len(old) < 2:
+        return None
+    before, after = old.prototypes.astype(np.float64), new.prototypes.astype(np.float64)
+    centre = before.mean(axis=0)
+    before, after = before - centre, after - centre
+    spread = float(np.square(before).sum(axis=1).mean())
+    squared = np.square(after).sum(axis=1)[:, None] + np.square(before).sum(axis=1) - 2 * after @ before.T
+    nearest = np.clip(squared, 0, None).min(axis=1)
+    return float(np.sqrt(new.weights.astype(np.float64) @ nearest / spread)) if spread > 0 else None
+
+
 def _read(path: Path) -> MemoryBank | Verdict:
     try:
         return read_bank(path)

@@ -334,6 +334,9 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.method not in METHODS:
             msg = f"unknown method {self.method!r}; known are {', '.join(METHODS)}"
             raise ConfigError(msg)
+        if METHODS[self.method].exchange == "memory" and self.scoring.drop_worst > 0:
+            msg = f"scoring.drop_worst must be 0 with method {self.method}, not {self.scoring.drop_worst}"
+            raise ConfigError(msg)
 
 
 def accumulated_steps(num_steps: int, momentum: float) -> float:

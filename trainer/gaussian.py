@@ -13,13 +13,13 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from edgeflame.statistics_codec import PackageStatistics
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import DataError
 from edgeflame.learning import Learning, Scoring
 from edgeflame.moments import MomentAccumulator, Moments
 from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
+from edgeflame.statistics_codec import PackageStatistics
 from trainer.embedding import Embeddings
 from trainer.suspects import HighestMaps
 

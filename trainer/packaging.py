@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeflame.statistics_codec import PackageStatistics
 from torch import nn
 
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.learning import Learning
 from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
+from edgeflame.statistics_codec import PackageStatistics
 from trainer.backbone import EmbeddingNetwork
 from trainer.references import score_references
 from trainer.site_statistics import SiteStatistics

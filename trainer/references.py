@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from edgeflame.statistics_codec import PackageStatistics
 
 from edgeflame.console import EventLog
 from edgeflame.images import ImageU8
 from edgeflame.references import Reference, evenly_spaced, make_references
 from edgeflame.statistics import smooth_maps
+from edgeflame.statistics_codec import PackageStatistics
 from trainer.backbone import EmbeddingNetwork
 from trainer.embedding import embed
 from trainer.imageset import ImageSet, rgb_tensor

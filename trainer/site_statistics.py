@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from edgeflame.statistics_codec import PackageStatistics
 
+from edgeflame.statistics_codec import PackageStatistics
 from edgeflame.threshold import Threshold
 from trainer.imageset import ImageSet
 from trainer.suspects import Suspect

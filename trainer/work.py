@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from edgeflame.statistics_codec import encode_statistics
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
@@ -21,6 +20,7 @@ from edgeflame.moments import MomentAccumulator
 from edgeflame.package import WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
 from edgeflame.statistics_blob import read_moments, write_site_statistics
+from edgeflame.statistics_codec import encode_statistics
 from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
 from trainer.batchnorm import norms_of, put_norms
 from trainer.device import keep_freed_memory, pick_device

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
-from edgeflame.statistics_codec import decode_statistics, encode_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,6 +21,7 @@ from edgeflame.statistics import (
     smooth_maps,
     smoothing_matrix,
 )
+from edgeflame.statistics_codec import decode_statistics, encode_statistics
 
 F32 = npt.NDArray[np.float32]
 GRID = (3, 4)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone
+from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.statistics import LowRankGaussian, smooth_maps
+from edgeflame.statistics_codec import PackageStatistics
 from export.folding import fold_constants
 from export.graph import scoring_graph
 from export.mahalanobis import MAX_ERROR, single_product_error, takes_one_product
@@ -26,7 +28,7 @@ RELATIVE_TOLERANCE = 1e-4
 """Float32 against float64; 1e-5 is typical."""
 
 
-def export(network: object, statistics: LowRankGaussian, **options: object) -> bytes:
+def export(network: object, statistics: PackageStatistics, **options: object) -> bytes:
     arguments = {"preprocessing": PREPROCESSING, "smoothing_sigma": 1.0, "metadata": {"key": "value"}, **options}
     return scoring_graph(network, statistics, **arguments)  # type: ignore[arg-type]
 
@@ -247,3 +249,48 @@ def test_the_network_is_left_as_it_was() -> None:
     export(network, small_statistics())
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def memory_statistics(size: int = 9) -> MemoryStatistics:
+    """Prototypes among the images' own embeddings, in a metric that is not the plain one."""
+    rng = np.random.default_rng(4)
+    embeddings = embed(small_network(), IMAGES).reshape(-1, 6)
+    return MemoryStatistics(
+        grid=(GRID, GRID),
+        count=3,
+        prototypes=rng.permutation(embeddings)[:size],
+        transform=(np.eye(6) + 0.2 * rng.normal(size=(6, 6))).astype(np.float32),
+        centre=embeddings.mean(axis=0),
+    )
+
+
+def slow_memory_maps(statistics: MemoryStatistics, images: np.ndarray) -> np.ndarray:
+    embeddings = embed(small_network(), images).astype(np.float64)
+    steps = embeddings[:, :, None] - statistics.prototypes.astype(np.float64)
+    distances = np.linalg.norm(steps @ statistics.transform.astype(np.float64).T, axis=3).min(axis=2)
+    return smooth_maps(distances.reshape(-1, GRID, GRID), 1.0)
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_a_memory_head_agrees_with_a_slow_float64_reference_and_with_torch(size: int) -> None:
+    statistics = memory_statistics(size)
+    scores, maps = run(export(small_network(), statistics), IMAGES)
+    expected = slow_memory_maps(statistics, IMAGES)
+    np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(scores, expected.max(axis=(1, 2)), rtol=1e-3, atol=1e-3)
+    rows = torch.from_numpy(embed(small_network(), IMAGES)).double()
+    transform = torch.from_numpy(statistics.transform).double()
+    known = torch.from_numpy(statistics.prototypes).double()
+    in_torch = torch.cdist(rows @ transform.T, known @ transform.T).min(dim=2).values.numpy()
+    np.testing.assert_allclose(maps, smooth_maps(in_torch.reshape(-1, GRID, GRID), 1.0), rtol=1e-3, atol=1e-3)
+
+
+def test_a_fault_is_no_pass_for_a_memory_either() -> None:
+    class Broken(nn.Module):
+        def forward(self, rgb: Tensor) -> Tensor:
+            embeddings: Tensor = small_network()(rgb)  # type: ignore[operator]
+            return torch.where(embeddings > 1e9, embeddings, torch.log(embeddings - 1000))
+
+    scores, maps = run(export(Broken(), memory_statistics()), IMAGES[:1])
+    assert np.isnan(maps).all()
+    assert np.isnan(scores).all()

@@ -225,3 +225,19 @@ def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: py
     assert chosen_capabilities(library, ()) == chosen_capabilities(library, ("SM87",)) == ["8.7"]
     with pytest.raises(UsageError, match=r"for the GPU of this machine alone \(8.7\), not for 8.9"):
         chosen_capabilities(library, ("8.9",))
+
+
+def test_an_engine_of_a_memory_is_built(rtx: TensorRT, tmp_path: Path) -> None:
+    from small_model import PREPROCESSING, small_network
+    from test_scoring_graph import memory_statistics
+
+    from export.graph import scoring_graph
+
+    model = scoring_graph(
+        small_network(),  # type: ignore[arg-type]
+        memory_statistics(),
+        preprocessing=PREPROCESSING,
+        smoothing_sigma=1.0,
+        metadata={},
+    )
+    assert build(rtx, model, tmp_path).size_bytes > 0

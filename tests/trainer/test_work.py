@@ -11,7 +11,6 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from edgeflame.statistics_codec import decode_statistics
 
 from edgeflame.console import no_progress
 from edgeflame.errors import DataError, FederationError, StorageError, UsageError
@@ -19,6 +18,7 @@ from edgeflame.learning import CONTROL_PREFIX, Learning
 from edgeflame.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.pooling import pool_statistics
+from edgeflame.statistics_codec import decode_statistics
 from export.graph import scoring_graph
 from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
 from trainer.model import build_model, load_model, save_model

@@ -8,13 +8,14 @@ from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.learning import Learning
 from edgeflame.memory_bank import MemoryBank
 from edgeflame.memory_statistics import MemoryStatistics
-from edgeflame.moments import F64
+from edgeflame.moments import F32, F64
 from trainer.embedding import Embeddings
 from trainer.feddymem.learning import SiteMemory, assigned
 from trainer.feddymem.metric import Whitening, transform_of
 from trainer.feddymem.patches import Patches
 from trainer.feddymem.reduce import NO_FLOOR, Floor, contents_of, reduce_memory
 from trainer.gaussian import image_scores, make_folds, require_enough, score_maps
+from trainer.suspects import HighestMaps
 
 log = EventLog("feddymem")
 
@@ -62,8 +63,8 @@ def held_out_scores(
     embeddings: Embeddings,
     *,
     progress: Progress = no_progress,
-) -> F64:
-    """Scores ``[N]`` of all images by memories from which their fold's patches are left out.
+) -> tuple[F64, dict[int, F32]]:
+    """Scores ``[N]`` of all images by memories from which their fold's patches are left out, and the highest's maps.
 
     The site's own averages are made again of the other folds' patches. Generator, entries' places and, in a
     federation, the fleet's prototypes did see all images; that makes the scores a little low.
@@ -74,15 +75,17 @@ def held_out_scores(
     """
     groups = embeddings.images.groups
     require_enough(len(groups), len(set(groups)))
-    scores, done = np.zeros(len(groups)), 0
+    scores, highest, done = np.zeros(len(groups)), HighestMaps(), 0
     for fold in make_folds(groups, learning.calibration.folds, learning.seed):
         others = patches.without(fold)
         statistics = memory_statistics(memory, others, fleet, whitening, learning, grid=embeddings.network.grid)
         for indices, batch in embeddings.batches(fold):
-            scores[indices] = image_scores(score_maps(statistics, batch, learning.scoring))
+            maps = score_maps(statistics, batch, learning.scoring)
+            scores[indices] = image_scores(maps)
+            highest.add(indices, scores[indices], maps)
             done += len(indices)
             progress(done, len(groups), "scoring held-out parts")
-    return scores
+    return scores, highest.by_index()
 
 
 def _reduced(

@@ -24,6 +24,7 @@ from trainer.feddymem.metric import (
     Whitening,
     greedy_k_centre,
     nearest,
+    tensor_of,
     whitening_of,
 )
 from trainer.feddymem.patches import Patches
@@ -68,7 +69,8 @@ def restored(tensors: Mapping[str, Tensor], num_channels: int, device: torch.dev
     generator = MemoryGenerator(num_channels).to(device)
     with torch.no_grad():
         generator.weight.copy_(weight)
-    return SiteMemory(entries=entries.to(device), generator=generator)
+    # Copied, because a file's memory is not aligned; see `tensor_of`.
+    return SiteMemory(entries=entries.to(device, copy=True), generator=generator)
 
 
 def metric_of(patches: Patches, fleet: MemoryBank | None, learning: Learning) -> Whitening:
@@ -115,7 +117,7 @@ def train_memory(
     generator = MemoryGenerator(patches.values.shape[1]).to(device)
     generator.load_state_dict(memory.generator.state_dict())
     entries = memory.entries
-    shared = None if fleet is None or not len(fleet) else torch.from_numpy(fleet.prototypes).to(device)
+    shared = None if fleet is None or not len(fleet) else tensor_of(fleet.prototypes).to(device)
     noise = torch.Generator(device=device).manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     spread = patches.values.std(dim=0) if training.noise_scale == "relative" else torch.ones_like(whitening.centre)
@@ -153,9 +155,8 @@ def metric_loss(
     generator: MemoryGenerator, known: Tensor, good: Tensor, noised: Tensor, *, margin: float
 ) -> dict[str, Tensor]:
     """The loss of :func:`train_memory` and its parts; all arguments are whitened, ``[., C]``."""
-    prototypes = generator(known)
     scale = known.shape[1] ** 0.5
-    near, far = (_distance(generator(rows), prototypes) / scale for rows in (good, noised))
+    near, far = (_distance(generator, rows, known) / scale for rows in (good, noised))
     violated = functional.relu(margin - far + near)
     return {
         "loss": near.square().mean() + violated.mean(),
@@ -183,8 +184,9 @@ def updated(
     return torch.where((counts > 0).to(entries.device), entries + rate * (means - entries), entries)
 
 
-def _distance(rows: Tensor, prototypes: Tensor) -> Tensor:
-    # The nearest is chosen without a gradient; through it there is one, and its root has one everywhere.
+def _distance(generator: MemoryGenerator, rows: Tensor, known: Tensor) -> Tensor:
+    # The nearest is chosen without a gradient. The generator is linear, so it may take the difference itself; the
+    # gradient of an indexed product would be summed by threads in an order of chance.
     with torch.no_grad():
-        index = nearest(rows, prototypes)
-    return ((rows - prototypes[index]).square().sum(dim=1) + 1e-12).sqrt()
+        index = nearest(generator(rows), generator(known))
+    return (generator(rows - known[index]).square().sum(dim=1) + 1e-12).sqrt()

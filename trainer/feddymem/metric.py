@@ -22,6 +22,14 @@ DISTANCES_AT_ONCE = 1 << 24
 """Elements of a distance matrix held at once: 64 MiB."""
 
 
+def tensor_of(array: F32) -> Tensor:
+    """A tensor of its own: in memory that torch aligns, so that its products are the same bits every time.
+
+    The products of a tensor that shares numpy's memory depend on where that happens to lie.
+    """
+    return torch.from_numpy(array).clone()
+
+
 class MemoryGenerator(nn.Module):
     """A residual linear projection, the identity at first. It is trained at a site and never leaves it."""
 
@@ -70,8 +78,8 @@ def whitening_of(samples: F32, weights: F32 | None, *, ridge: float, device: tor
         raise NumericalError(msg)
     matrix = (vectors / np.sqrt(np.clip(eigenvalues, 0, None) + ridge * mean_variance)) @ vectors.T
     return Whitening(
-        centre=torch.from_numpy(centre.astype(np.float32)).to(device),
-        matrix=torch.from_numpy(matrix.astype(np.float32)).to(device),
+        centre=tensor_of(centre.astype(np.float32)).to(device),
+        matrix=tensor_of(matrix.astype(np.float32)).to(device),
     )
 
 

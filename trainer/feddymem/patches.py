@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edgeflame.console import Progress, no_progress
 from trainer.embedding import Embeddings
+from trainer.feddymem.metric import tensor_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def sample_patches(
         done += len(indices)
         progress(done, num_images, "patches")
     return Patches(
-        values=torch.from_numpy(values.reshape(num_images * each, -1)).to(device),
+        values=tensor_of(values.reshape(num_images * each, -1)).to(device),
         image_of=torch.arange(num_images).repeat_interleave(each),
         num_images=num_images,
     )

@@ -19,7 +19,7 @@ import torch
 from edgeflame.errors import DataError
 from edgeflame.memory_bank import MemoryBank
 from edgeflame.moments import F32, F64
-from trainer.feddymem.metric import MemoryGenerator, Whitening, greedy_k_centre, nearest, squared_distances
+from trainer.feddymem.metric import MemoryGenerator, Whitening, greedy_k_centre, nearest, squared_distances, tensor_of
 
 I64 = npt.NDArray[np.int64]
 
@@ -101,7 +101,7 @@ def reduce_memory(
     """
     device = whitening.matrix.device
     with torch.no_grad():
-        points = generator(whitening(torch.from_numpy(contents.means).to(device)))
+        points = generator(whitening(tensor_of(contents.means).to(device)))
         seeds = points[greedy_k_centre(points, size)]
         group_of = nearest(points, seeds).cpu().numpy()
         # Squared distances of all entries to all seeds: groups that are merged need those of their new seed.
@@ -147,7 +147,8 @@ class _Group:
         return _Group(contents, members, self._distance, self._temperature)
 
     def reaches(self, floor: Floor) -> bool:
-        return self.effective_patches >= floor.patches and self.effective_images >= floor.images
+        # Equally weighted patches are worth exactly their number, but for rounding.
+        return self.shortfall(floor) >= 1 - 1e-9
 
     def shortfall(self, floor: Floor) -> float:
         """How far below the floor, 1 at it."""
@@ -164,7 +165,10 @@ def _above(floor: Floor, groups: list[_Group], contents: Contents) -> list[_Grou
         if not below:
             return groups
         if len(groups) == 1:
-            group = groups[0]
+            # Weights that favour what lies near the seed are worth fewer patches than plain ones.
+            group = _Group(contents, groups[0].members, np.zeros(len(contents.means)), 1.0)
+            if group.reaches(floor):
+                return [group]
             msg = (
                 f"the privacy floor allows nothing to be sent: the average of all patches is worth "
                 f"{group.effective_patches:.0f} patches of {group.effective_images:.1f} images, "

@@ -20,6 +20,7 @@ from trainer.feddymem.patches import Patches, sample_patches
 from trainer.imageset import ImageSet
 from trainer.model import build_model
 from trainer.site_statistics import SiteStatistics
+from trainer.suspects import Suspect
 from trainer.threshold import set_threshold
 
 log = EventLog("feddymem")
@@ -124,7 +125,7 @@ class MemoryLearner:
         if memory is None:
             memory = first_memory(patches, whitening, learning, seed=learning.seed)
         statistics = memory_statistics(memory, patches, fleet, whitening, learning, grid=self.network.grid)
-        scores = held_out_scores(memory, patches, fleet, whitening, learning, self._embeddings, progress=progress)
+        scores, maps = held_out_scores(memory, patches, fleet, whitening, learning, self._embeddings, progress=progress)
         threshold = set_threshold(scores, self._images.groups, learning.calibration, groups_known=groups_known)
         log.info(
             "memory",
@@ -141,7 +142,18 @@ class MemoryLearner:
             "held_out_score_median": float(sorted(scores)[len(scores) // 2]),
             "held_out_score_max": float(scores.max()),
         }
-        return SiteStatistics(statistics=statistics, threshold=threshold, held_out_scores=scores, details=details)
+        records = self._images.records
+        return SiteStatistics(
+            statistics=statistics,
+            threshold=threshold,
+            images=self._images,
+            held_out_scores=scores,
+            suspects=tuple(
+                Suspect(record=records[index], score=float(scores[index]), anomaly_map=one, left_out=False)
+                for index, one in maps.items()
+            ),
+            details=details,
+        )
 
     def _sample(self, progress: Progress = no_progress) -> Patches:
         if self._patches is None:

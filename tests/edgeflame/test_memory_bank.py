@@ -1,0 +1,198 @@
+"""Memories: the bank that travels, the statistics in a package, and hostile bytes in place of either."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_model import small_manifest
+
+from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
+from edgeflame.memory_bank import METADATA_KEY, MemoryBank, empty_bank, read_bank, write_bank
+from edgeflame.memory_statistics import MemoryStatistics
+from edgeflame.package import read_package, write_package
+from edgeflame.statistics_codec import decode_statistics, encode_statistics
+
+SPACE = "a" * 64
+again = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def bank(size: int = 4, channels: int = 3, seed: int = 0) -> MemoryBank:
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(0.1, 1, size)
+    return MemoryBank(
+        prototypes=rng.normal(size=(size, channels)).astype(np.float32),
+        weights=(weights / weights.sum()).astype(np.float32),
+        effective_patches=rng.uniform(32, 90, size).astype(np.float32),
+        effective_images=rng.uniform(4, 9, size).astype(np.float32),
+        count=20,
+        space=SPACE,
+    )
+
+
+def memory(size: int = 5, channels: int = 4, seed: int = 0) -> MemoryStatistics:
+    rng = np.random.default_rng(seed)
+    return MemoryStatistics(
+        grid=(2, 3),
+        count=11,
+        prototypes=rng.normal(3, 1, size=(size, channels)).astype(np.float32),
+        transform=(np.eye(channels) + 0.3 * rng.normal(size=(channels, channels))).astype(np.float32),
+        centre=np.full(channels, 3, dtype=np.float32),
+        num_global=size // 2,
+    )
+
+
+@again
+@given(size=st.integers(1, 40), channels=st.integers(1, 9), seed=st.integers(0, 99))
+def test_a_bank_comes_back_as_it_was_and_has_one_form(size: int, channels: int, seed: int, tmp_path: Path) -> None:
+    one = bank(size, channels, seed)
+    write_bank(tmp_path / "one", one)
+    back = read_bank(tmp_path / "one")
+    write_bank(tmp_path / "two", back)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert (back.count, back.space, len(back)) == (20, SPACE, size)
+    for name in ("prototypes", "weights", "effective_patches", "effective_images"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(one, name))
+
+
+def test_an_empty_bank_travels_too(tmp_path: Path) -> None:
+    write_bank(tmp_path / "empty", empty_bank(7, SPACE))
+    back = read_bank(tmp_path / "empty")
+    assert (len(back), back.num_channels, back.count) == (0, 7, 0)
+
+
+def test_a_bank_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    write_bank(path, bank())
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError):
+            read_bank(path)
+
+
+@again
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255))
+def test_a_bank_with_any_byte_changed_is_a_bank_or_refused(position: int, value: int, tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    write_bank(path, bank())
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] = value
+    path.write_bytes(data)
+    with contextlib.suppress(EdgeFlameError):
+        assert np.isfinite(read_bank(path).prototypes).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"prototypes": np.full((4, 3), np.nan, np.float32)}, NumericalError),
+        ({"weights": np.array([0.5, 0.5, 0.5, 0.5], np.float32)}, DataError),
+        ({"weights": np.array([-0.5, 0.5, 0.5, 0.5], np.float32)}, NumericalError),
+        ({"effective_patches": np.zeros(4, np.float32)}, NumericalError),
+        ({"effective_images": np.full(4, np.inf, np.float32)}, NumericalError),
+        ({"weights": np.ones(3, np.float32) / 3}, DataError),
+        ({"count": 0}, DataError),
+    ],
+)
+def test_impossible_banks_are_refused(changes: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        replace(bank(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"{}", b'{"count":-1,"space":"%s"}' % (b"a" * 64), b'{"count":20,"space":"x"}', b'{"count":20,"more":1}'],
+)
+def test_impossible_headers_are_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    write_bank(path, bank())
+    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata={METADATA_KEY: header.decode()})
+    with pytest.raises(DataError, match="not a memory bank"):
+        read_bank(path)
+
+
+def test_tensors_that_are_no_bank_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    header = msgspec.json.encode({"count": 20, "space": SPACE}).decode()
+    safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, path, metadata={METADATA_KEY: header})
+    with pytest.raises(DataError, match="its tensors are weight"):
+        read_bank(path)
+
+
+@again
+@given(size=st.integers(1, 20), channels=st.integers(1, 8), seed=st.integers(0, 99))
+def test_distances_are_those_to_the_nearest_prototype(size: int, channels: int, seed: int) -> None:
+    statistics = memory(size, channels, seed)
+    embeddings = np.random.default_rng(seed + 1).normal(3, 2, size=(2, 6, channels))
+    transform = statistics.transform.astype(np.float64)
+    expected = np.empty((2, 6))
+    for n in range(2):
+        for p in range(6):
+            steps = (embeddings[n, p] - statistics.prototypes.astype(np.float64)) @ transform.T
+            expected[n, p] = np.sqrt(np.square(steps).sum(axis=1)).min()
+    np.testing.assert_allclose(statistics.distances(embeddings), expected, rtol=1e-9, atol=1e-6)
+    single = statistics.distances(embeddings.astype(np.float32))
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, expected, rtol=1e-4, atol=5e-3)
+
+
+def test_a_prototype_is_at_distance_zero_and_a_fault_is_no_pass() -> None:
+    statistics = memory()
+    at = np.broadcast_to(statistics.prototypes[1], (1, 6, 4)).astype(np.float64)
+    np.testing.assert_allclose(statistics.distances(at), 0, atol=1e-6)
+    broken = at.copy()
+    broken[0, 3, 2] = np.nan
+    with pytest.raises(NumericalError):
+        statistics.distances(broken)
+
+
+def test_a_package_holds_a_memory(tmp_path: Path) -> None:
+    statistics = memory()
+    manifest = small_manifest(statistics, threshold=2.0)
+    write_package(tmp_path / "m.edgeflame", manifest=manifest, model_onnx=b"onnx", statistics=statistics)
+    package = read_package(tmp_path / "m.edgeflame")
+    assert package.manifest.size_in_words == "5 prototypes"
+    assert isinstance(package.statistics, MemoryStatistics)
+    assert package.statistics.num_global == 2
+    for name in ("prototypes", "transform", "centre"):
+        np.testing.assert_array_equal(getattr(package.statistics, name), getattr(statistics, name))
+    # A manifest that describes other statistics than are there.
+    wrong = msgspec.structs.replace(manifest, num_prototypes=4)
+    write_package(tmp_path / "m.edgeflame", manifest=wrong, model_onnx=b"onnx", statistics=statistics)
+    with pytest.raises(PackageError, match="not those the manifest describes"):
+        read_package(tmp_path / "m.edgeflame")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("transform", np.zeros((4, 4))),
+        ("transform", np.eye(3)),
+        ("centre", np.full(4, np.inf)),
+        ("prototypes", np.ones(4)),
+    ],
+)
+def test_hostile_memories_are_refused(name: str, value: np.ndarray) -> None:
+    data = encode_statistics(memory())
+    metadata = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    tensors = {**safetensors.numpy.load(data), name: value.astype(np.float32)}
+    with pytest.raises((DataError, NumericalError)):
+        decode_statistics(safetensors.numpy.save(tensors, metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    "header", ["", "{}", '{"count":0,"num_global":0,"grid":[2,3]}', '{"count":3,"num_global":9,"grid":[2,3]}']
+)
+def test_hostile_headers_of_memories_are_refused(header: str) -> None:
+    tensors = safetensors.numpy.load(encode_statistics(memory()))
+    with pytest.raises(DataError):
+        decode_statistics(safetensors.numpy.save(tensors, metadata={"memory": header}))
