@@ -12,14 +12,17 @@ from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
 from edgeflame.learning import METHODS, Learning
 from edgeflame.simulated import MeasureAnswer, MeasureTask
+from trainer.backbone import EmbeddingNetwork
 from trainer.device import pick_device
 from trainer.embedding import F32, embed
 from trainer.evaluation import evaluate
+from trainer.feddymem.site import MemoryLearner
 from trainer.figures import EvaluationReport
 from trainer.fit import fit_statistics
 from trainer.gaussian import image_scores, score_maps
 from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel, build_model, load_model
+from trainer.site_statistics import SiteStatistics
 from trainer.training import train
 
 MAX_CACHE_BYTES = 1 << 30
@@ -49,12 +52,16 @@ class Measurer:
             StorageError: a file cannot be read.
         """
         images = self._training_images(task)
-        model = self._trained(task, images) if task.model is None else self._model(task.model, task.learning)
         test = open_dataset(Path(task.test))
-        site = fit_statistics(model, images, task.learning, groups_known=test.groups_known, device=self._device)
+        if METHODS[task.learning.method].exchange == "memory":
+            network, site = self._remembered(task, images, groups_known=test.groups_known)
+        else:
+            model = self._trained(task, images) if task.model is None else self._model(task.model, task.learning)
+            network = model.backbone
+            site = fit_statistics(model, images, task.learning, groups_known=test.groups_known, device=self._device)
 
         def score(batch: ImageU8) -> tuple[F32, F32]:
-            maps = score_maps(site.statistics, self._embed(model, batch), task.learning.scoring)
+            maps = score_maps(site.statistics, self._embed(network, batch), task.learning.scoring)
             return image_scores(maps), maps
 
         report = evaluate(score, test, task.learning.input, threshold=site.threshold.value, num_resamples=0)
@@ -76,6 +83,17 @@ class Measurer:
             train(model, images, task.learning, seed=task.seed)
         return model.eval()
 
+    def _remembered(
+        self, task: MeasureTask, images: ImageSet, *, groups_known: bool
+    ) -> tuple[EmbeddingNetwork, SiteStatistics]:
+        """FedDyMem's frozen backbone, and the fleet's memory beside one of these images."""
+        self._loaded = None
+        self._embeddings.clear()
+        learner = MemoryLearner(task.learning, images, device=self._device)
+        fleet = None if task.model is None else learner.read_fleet(Path(task.model))
+        memory = learner.train(None, None, seed=task.seed)[0] if fleet is None else None
+        return learner.network, learner.fit(memory, fleet, groups_known=groups_known)
+
     def _training_images(self, task: MeasureTask) -> ImageSet:
         held = self._images.get(task.train)
         if held is None or held.preprocessing != task.learning.input:
@@ -85,12 +103,12 @@ class Measurer:
             held = self._images[task.train] = ImageSet(records, task.learning.input)
         return held
 
-    def _embed(self, model: SiteModel, batch: ImageU8) -> F32:
+    def _embed(self, network: EmbeddingNetwork, batch: ImageU8) -> F32:
         keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in batch]
         missing = [index for index, key in enumerate(keys) if key not in self._embeddings]
         fresh: dict[bytes, F32] = {}
         if missing:
-            embeddings = embed(model.backbone, rgb_tensor(batch[missing], self._device))
+            embeddings = embed(network, rgb_tensor(batch[missing], self._device))
             fresh = {keys[index]: one for index, one in zip(missing, embeddings, strict=True)}
             if (len(self._embeddings) + len(fresh)) * embeddings[0].nbytes <= MAX_CACHE_BYTES:
                 self._embeddings.update((key, one.copy()) for key, one in fresh.items())

@@ -189,4 +189,5 @@ def _distance(generator: MemoryGenerator, rows: Tensor, known: Tensor) -> Tensor
     # gradient of an indexed product would be summed by threads in an order of chance.
     with torch.no_grad():
         index = nearest(generator(rows), generator(known))
-    return (generator(rows - known[index]).square().sum(dim=1) + 1e-12).sqrt()
+    distance: Tensor = (generator(rows - known[index]).square().sum(dim=1) + 1e-12).sqrt()
+    return distance
