@@ -108,9 +108,14 @@ def test_what_runs_without_learning_libraries_imports_none() -> None:
     breaches = [
         found
         for found in all_imports("edgeflame", "aggregator", "edge")
-        if found.top in LEARNING_LIBRARIES and not (found.in_command_line and found.is_lazy)
+        if found.top in LEARNING_LIBRARIES and not (found.is_lazy and (found.in_command_line or is_optional(found)))
     ]
     assert not breaches, report(breaches)
+
+
+def is_optional(found: Import) -> bool:
+    """The k-means of one server rule, which says before a run begins what it lacks."""
+    return found.top == "sklearn" and found.path.parts[-3:] == ("aggregator", "strategies", "kmeans.py")
 
 
 def test_nothing_is_pickled() -> None:
