@@ -383,7 +383,13 @@ def test_valid_input_is_read(name: str, all_targets: dict[str, Target]) -> None:
 def test_hostile_input(name: str, all_targets: dict[str, Target]) -> None:
     target = all_targets[name]
 
-    @settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=CASES,
+        deadline=None,
+        database=None,
+        derandomize="EDGEFLAME_FUZZ" not in os.environ,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(mutations.seeds())
     def run(seed: int) -> None:
         rng = random.Random(seed)
