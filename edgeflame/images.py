@@ -203,12 +203,17 @@ def write_image(path: Path, image: ImageU8) -> None:
 
 
 def _is_bomb(data: bytes) -> bool:
-    # OpenCV allocates what a PNG's header claims before it looks for the pixels. Deflate packs 1032:1 at best; a
-    # binary mask packs eight pixels into a byte on top of that, so what is small anyway is left alone.
+    # OpenCV allocates what a PNG's header and its chunks claim before it looks for their bytes. Deflate packs 1032:1
+    # at best; a binary mask packs eight pixels into a byte on top of that, so what is small anyway is left alone.
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return False
     width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-    return width * height > max(1 << 23, 1032 * len(data))
+    if width * height > max(1 << 23, 1032 * len(data)):
+        return True
+    position = 8
+    while position < len(data) and data[position + 4 : position + 8] != b"IEND":
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return position > len(data)
 
 
 def _cut_short(data: bytes) -> bool:
