@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # Every step of the protocol at which site, aggregator or broker can be killed, on both brokers, and disks that lose
 # what was written: nearly 500 runs of real processes, each of several seconds.

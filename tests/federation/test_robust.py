@@ -160,7 +160,7 @@ def test_a_negative_variance_does_not_count(tmp_path: Path) -> None:
     [
         ({"trim": 0.5}, r"trim must be in \[0, 0.5\), not 0.5"),
         ({"clip_norm": 0.0}, 'clip_norm must be "median" or > 0, not 0.0'),
-        ({"strategy": "krum"}, "strategy: one of auto, fedavg, .*median, trimmed_mean, norm_clipping, not krum"),
+        ({"strategy": "krum"}, "strategy: one of auto, fedavg, .*median, trimmed_mean, norm_clipping.*, not krum"),
     ],
 )
 def test_settings_that_cannot_be(config: dict[str, Any], said: str) -> None:

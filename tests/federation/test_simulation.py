@@ -110,17 +110,11 @@ def test_killed_and_continued_to_the_same_bits(
     gates, out = tmp_path / "gates", tmp_path / "out"
     gates.mkdir()
     process = spawn(toml(), out, TINY_GATE=str(gates))
-    # Every training waits at its gate; the gate is opened and shut until it is the one to be killed at.
-    while True:
-        wait_for(lambda: any(gates.glob("waiting-*")) or process.poll() is not None, "a site trains")
-        assert process.poll() is None
-        (waiting,) = gates.glob("waiting-*")
-        if waiting.name == f"waiting-{gate}":
-            break
-        waiting.unlink()
-        (gates / "go").touch()
-        wait_for(lambda: any(gates.glob("waiting-*")), "the next site trains")
-        (gates / "go").unlink()
+    # Every training waits at a gate of its own; all are open but the one to be killed at.
+    for name in asked - {gate}:
+        (gates / f"go-{name}").touch()
+    wait_for(lambda: (gates / f"waiting-{gate}").exists() or process.poll() is not None, "the site trains")
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "metrics.json").exists()

@@ -4,8 +4,8 @@ Knobs for tests come through the environment, because the worker is a process of
 
     TINY_ELEMENTS   size of the model's large tensor (default 2000)
     TINY_STEPS      steps of a training (default 5)
-    TINY_GATE       a folder: before step 2 of each training wait until the file ``go`` is in it, and say so by
-                    the file ``waiting-<site>-<round>``
+    TINY_GATE       a folder: before step 2 of each training wait until the file ``go``, or ``go-<site>-<round>``,
+                    is in it, and say so by the file ``waiting-<site>-<round>``
     TINY_FAIL       ``site:round:kind``: that training fails; kind is ``data`` (an expected error), ``crash``
                     (the process dies, each time), ``crash-once``, ``nan``, ``shape``; with round 0 its statistics
                     fail: ``other-model``
@@ -140,8 +140,9 @@ class TinyWork:
         gate = os.environ.get("TINY_GATE")
         if not gate:
             return
-        (Path(gate) / f"waiting-{self._setup.site}-{number}").touch()
-        while not (Path(gate) / "go").exists():
+        name = f"{self._setup.site}-{number}"
+        (Path(gate) / f"waiting-{name}").touch()
+        while not ((Path(gate) / "go").exists() or (Path(gate) / f"go-{name}").exists()):
             time.sleep(0.01)
 
 
