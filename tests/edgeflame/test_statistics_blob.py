@@ -71,7 +71,8 @@ def test_pooled_moments_are_those_of_the_pooled_images(counts: list[int], offset
     assert header.count == sum(counts)
     assert header.sites == {f"site-{index}": count for index, count in enumerate(counts)}
     assert truncation.bound_max == truncation.measured_max == 0
-    np.testing.assert_allclose(pooled.mean, mean, rtol=1e-6, atol=1e-5)
+    # Sums are kept about a float32 mean, whose rounding is relative to the largest of a position's values.
+    np.testing.assert_allclose(pooled.mean, mean, rtol=1e-6, atol=1e-5 + 1e-7 * np.abs(mean).max())
     # The means that are subtracted are float32: what is left of them is relative to their size.
     scale = np.abs(covariance).max()
     np.testing.assert_allclose(pooled.covariance(), covariance, atol=2e-6 * scale + 1e-6 * offset)

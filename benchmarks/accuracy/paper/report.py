@@ -78,7 +78,7 @@ def plot(experiment: Experiment, name: str, root: Path, folder: Path) -> Path | 
         np.atleast_1d(axes)[0].set_ylabel("training loss, mean and range over seeds")
         np.atleast_1d(axes)[-1].legend()
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path
 

@@ -18,6 +18,7 @@ from edgeflame.processes import die_with_parent
 
 EDGEFLAME = ("edgeflame", "--log-format", "json")
 STOP_TIMEOUT_S = 5.0
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 POLL_INTERVAL_S = 0.1
 
 
@@ -143,17 +144,24 @@ class Children:
 def _spawn(
     arguments: Sequence[str], environment: dict[str, str], log: IO[bytes], output: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=log,
-        env=environment,
-        # Not reached by the terminal's Ctrl-C: the demo stops its children itself, in order.
-        start_new_session=True,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509 - one prctl call, no locks
-    )
+    # Python ignores what is raised in its hooks around a fork, a Ctrl-C that comes just then included.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=log,
+            env=environment,
+            # Not reached by the terminal's Ctrl-C: the demo stops its children itself, in order.
+            start_new_session=True,
+            preexec_fn=_begin,  # noqa: PLW1509 - two system calls, no locks
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
-def _die_with_parent() -> None:
+def _begin() -> None:
+    """In the child, before the program."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     die_with_parent(signal.SIGTERM)
