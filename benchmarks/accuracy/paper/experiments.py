@@ -270,8 +270,7 @@ def table2(recipes: Recipes) -> Experiment:
             short = printed.TEXTURES[texture]
             run = recipes.boards(texture, "none", sites=1, **backbone(name))
             cells.append(Cell(row=f"{short}{suffix}", column="none", run=run))
-            # FedDyMem is not among the paper's, and stands beside them.
-            for method in (*recipes.methods, "feddymem"):
+            for method in recipes.methods:
                 run = recipes.boards(texture, method, **backbone(name))
                 paper = theirs.get((short, method))
                 cells.append(Cell(row=f"{short}{suffix}", column=method, run=run, paper=paper))
