@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	EDGEFLAME_FAULTS=all $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
-# 10,000 hostile inputs for every decoder.
+# 10,000 hostile inputs for each decoder in the table of tests/fuzz.
 fuzz: $(VENV)/.installed-dev
 	EDGEFLAME_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
