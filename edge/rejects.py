@@ -1,8 +1,18 @@
-"""Pictures of the parts that were not passed, the newest so many of them."""
+"""Pictures of the parts that were not passed: bounded by their number, their size and their age.
+
+What is kept is known from one look at the folder at the start and from what was written since; no walk per part.
+"The oldest" are those written first, by the number their names begin with: a clock that is set back may give later
+pictures an earlier time, and does not make them the first to go.
+"""
 
 from __future__ import annotations
 
+import collections
+import datetime as dt
 import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -16,72 +26,183 @@ from edgeflame.images import shrink, write_image
 log = EventLog("rejects")
 
 MAX_SIDE = 1024
-"""Larger pictures are shrunk to this: evidence for people, a hundred kilobytes each and not many megabytes."""
+"""Larger pictures are shrunk to this: evidence for people, a megabyte or two each."""
 
-_OURS = re.compile(r"\d{8}T\d{12}Z-\d{8}-.*-(fail|unknown)\.png")
-"""Only files named like this are ever deleted."""
+_OURS = re.compile(
+    r"(?:(?P<number>\d{10})-)?(?P<time>\d{8}T\d{12})Z-.*-(?:fail|unknown)\.png(?P<partial>\.partial)?", re.ASCII
+)
+"""Only files named like this are ever deleted. Those of earlier versions have no number."""
 
 
 class RejectsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[rejects]``."""
+    """Section ``[rejects]``. Whichever bound is reached first, the oldest pictures go."""
 
-    keep: int = 1000
-    """Pictures kept; the oldest go first."""
+    max_count: int = 1000
+    """Pictures kept at most."""
+    max_mib: float = 1000.0
+    """MiB that they may take together."""
+    max_age_days: float | None = None
+    """Days after which a picture goes; left out: its age does not matter."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            msg = f"rejects.keep must be at least 1, not {self.keep}"
-            raise ConfigError(msg)
+        rules = (
+            (self.max_count >= 1, "rejects.max_count must be at least 1", self.max_count),
+            (self.max_mib > 0, "rejects.max_mib must be > 0", self.max_mib),
+            (self.max_age_days is None or self.max_age_days > 0, "rejects.max_age_days must be > 0", self.max_age_days),
+        )
+        for holds, rule, value in rules:
+            if not holds:
+                msg = f"{rule}, not {value}"
+                raise ConfigError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    name: str
+    num_bytes: int
+    taken: dt.datetime
+
+
+class _Shelf:
+    """What lies in the folder, in the order of writing, and what of it is too much."""
+
+    def __init__(self, config: RejectsConfig) -> None:
+        self._config = config
+        self._pictures: collections.deque[_Picture] = collections.deque()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def add(self, picture: _Picture) -> None:
+        self._pictures.append(picture)
+        self._bytes += picture.num_bytes
+
+    def take_oldest(self) -> _Picture:
+        picture = self._pictures.popleft()
+        self._bytes -= picture.num_bytes
+        return picture
+
+    def has_surplus(self, now: dt.datetime) -> bool:
+        """Whether the oldest has to go. The newest stays, however large: a bound is no reason to keep nothing."""
+        if not self._pictures:
+            return False
+        config, age = self._config, now - self._pictures[0].taken
+        if config.max_age_days is not None and age > dt.timedelta(days=config.max_age_days):
+            return True
+        return len(self._pictures) > config.max_count or (
+            len(self._pictures) > 1 and self._bytes > config.max_mib * (1 << 20)
+        )
 
 
 class RejectsSink:
-    """Stores failed and unknown parts as PNG with their heat map.
+    """Stores failed and unknown parts as PNG with their heat map; safe for any thread.
 
     Evidence is not the result: when a picture cannot be stored the line goes on, and the loss is logged and
     counted.
 
+    Args:
+        folder: made if it is not there.
+        config: the bounds.
+        now: UTC.
+
     Raises:
-        StorageError: the folder cannot be made.
+        StorageError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, config: RejectsConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RejectsConfig,
+        *,
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.timezone.utc),
+    ) -> None:
+        self._folder = folder
+        self._now = now
+        self._lock = threading.Lock()
+        self._shelf = _Shelf(config)
+        self.num_lost = 0
+        """Pictures that could not be stored, or had to make room for results."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stored = sorted(path.name for path in folder.iterdir() if _OURS.fullmatch(path.name))
+            self._next_number = self._read_folder()
         except OSError as exc:
             msg = f"{folder}: cannot be used for rejected images ({exc.strerror})"
             raise StorageError(msg) from exc
-        self._folder = folder
-        self._keep = config.keep
-        self.num_lost = 0
+        with self._lock:
+            self._drop_surplus()
 
     def accept(self, inspected: Inspected) -> None:
+        """Store a part that was not passed; with any part, look whether something has become too old."""
         result, image = inspected.result, inspected.image
-        if result.verdict == "pass" or image is None:
-            return
-        picture = shrink(image, MAX_SIDE)
-        if inspected.anomaly_map is not None:
-            picture = overlay(picture, inspected.anomaly_map, result.threshold)
-        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
-        name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{part}-{result.verdict}.png"
-        try:
-            write_image(self._folder / name, picture)
-            self._stored.append(name)
-            while len(self._stored) > self._keep:
-                (self._folder / self._stored.pop(0)).unlink(missing_ok=True)
-        except (StorageError, OSError) as exc:
-            self.num_lost += 1
-            log.error("reject_not_stored", part=result.part_id, reason=str(exc))
+        with self._lock:
+            if result.verdict != "pass" and image is not None:
+                try:
+                    self._store(inspected)
+                except (StorageError, OSError) as exc:
+                    self.num_lost += 1
+                    log.error("reject_not_stored", part=result.part_id, reason=str(exc))
+            self._drop_surplus()
 
     def discard_oldest(self, count: int = 20) -> bool:
         """Make room on a full disk: pictures are worth less than results. Whether there was one to give."""
-        oldest, self._stored = self._stored[:count], self._stored[count:]
-        for name in oldest:
-            (self._folder / name).unlink(missing_ok=True)
-        if oldest:
-            self.num_lost += len(oldest)
-            log.error("rejects_discarded_for_room", count=len(oldest))
-        return bool(oldest)
+        with self._lock:
+            given = sum(self._delete(self._shelf.take_oldest()) for _ in range(min(count, len(self._shelf))))
+            self.num_lost += given
+        if given:
+            log.error("rejects_discarded_for_room", count=given)
+        return given > 0
 
     def close(self) -> None:
-        pass
+        """Nothing to close."""
+
+    def _read_folder(self) -> int:
+        """Take up what is there; the number of the next picture. What a kill left half written is swept away."""
+        found: list[tuple[int, _Picture]] = []
+        with_names = ((path, _OURS.fullmatch(path.name)) for path in self._folder.iterdir())
+        for path, match in with_names:
+            if match is None:
+                continue
+            if match["partial"]:
+                path.unlink(missing_ok=True)
+                continue
+            try:
+                taken = dt.datetime.strptime(match["time"], "%Y%m%dT%H%M%S%f").replace(tzinfo=dt.timezone.utc)
+                picture = _Picture(name=path.name, num_bytes=path.stat().st_size, taken=taken)
+            except (ValueError, FileNotFoundError):
+                # Not a time, so not of ours; or a person tidies up at this moment.
+                continue
+            found.append((int(match["number"] or 0), picture))
+        for _, picture in sorted(found, key=lambda item: (item[0], item[1].name)):
+            self._shelf.add(picture)
+        return max((number for number, _ in found), default=0) + 1
+
+    def _store(self, inspected: Inspected) -> None:
+        result = inspected.result
+        assert inspected.image is not None
+        picture = shrink(inspected.image, MAX_SIDE)
+        if inspected.anomaly_map is not None:
+            picture = overlay(picture, inspected.anomaly_map, result.threshold)
+        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
+        taken = result.captured.astimezone(dt.timezone.utc)
+        name = f"{self._next_number:010d}-{taken:%Y%m%dT%H%M%S%f}Z-{part}-{result.verdict}.png"
+        path = self._folder / name
+        write_image(path, picture)
+        self._next_number += 1
+        self._shelf.add(_Picture(name=name, num_bytes=path.stat().st_size, taken=taken))
+
+    def _drop_surplus(self) -> None:
+        now = self._now()
+        while self._shelf.has_surplus(now):
+            self._delete(self._shelf.take_oldest())
+
+    def _delete(self, picture: _Picture) -> bool:
+        """Whether there was a file, and it is gone."""
+        try:
+            (self._folder / picture.name).unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as exc:
+            log.error("reject_not_deleted", file=picture.name, reason=exc.strerror)
+            return False
+        return True

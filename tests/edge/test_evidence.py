@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import cv2
@@ -13,16 +14,27 @@ from small_model import GRID, good_image
 from edge.overlay import MIN_SIDE, overlay
 from edge.rejects import RejectsConfig, RejectsSink
 from edge.results import Inspected
-from edgeflame.errors import StorageError
-from edgeflame.images import read_image
+from edgeflame.errors import ConfigError, StorageError
+from edgeflame.images import read_image, write_image
 
 IMAGE = good_image(0, 128)
+TAKEN = result(0).captured
+"""Of the made-up results, which are a microsecond apart."""
 
 
 def inspected(sequence: int, verdict: str = "fail", part_id: str = "part") -> Inspected:
     return Inspected(
         result=result(sequence, verdict, part_id), image=IMAGE, anomaly_map=np.ones((GRID, GRID), np.float32)
     )
+
+
+def kept(folder: Path) -> list[str]:
+    """Names in the order of writing; those of an earlier version are not among them."""
+    return sorted(path.name for path in folder.glob("0*-2*-*.png"))
+
+
+def microseconds(folder: Path) -> list[int]:
+    return [int(name.split("Z-")[0][-6:]) for name in kept(folder)]
 
 
 def hot_spot(height: float) -> np.ndarray:
@@ -83,14 +95,85 @@ class TestRejects:
         ]
 
     def test_the_oldest_go_first_also_after_a_restart_and_nothing_else_is_deleted(self, tmp_path: Path) -> None:
-        (tmp_path / "0.png").write_bytes(b"not ours")
+        strangers = {"0.png", "20260102T030405000000Z-notes.txt", "99999999T999999999999Z-0-x-fail.png"}
+        for name in strangers:
+            (tmp_path / name).write_bytes(b"not ours")
         for first in (0, 4):
-            sink = RejectsSink(tmp_path, RejectsConfig(keep=3))
+            sink = RejectsSink(tmp_path, RejectsConfig(max_count=3))
             for sequence in range(first, first + 4):
                 sink.accept(inspected(sequence))
-        kept = sorted(path.name for path in tmp_path.iterdir())
-        assert kept[0] == "0.png"
-        assert [int(name.split("-")[1]) for name in kept[1:]] == [5, 6, 7]
+        assert {path.name for path in tmp_path.iterdir()} - set(kept(tmp_path)) == strangers
+        assert microseconds(tmp_path) == [5, 6, 7]
+
+    def test_pictures_of_an_earlier_version_are_the_oldest(self, tmp_path: Path) -> None:
+        old = tmp_path / "20991231T235959000000Z-00000009-part-fail.png"
+        write_image(old, IMAGE)
+        sink = RejectsSink(tmp_path, RejectsConfig(max_count=2))
+        sink.accept(inspected(1))
+        assert old.exists()
+        sink.accept(inspected(2))
+        assert not old.exists()
+        assert microseconds(tmp_path) == [1, 2]
+
+    def test_a_clock_set_back_does_not_make_the_newest_the_oldest(self, tmp_path: Path) -> None:
+        for first in (500, 100):  # the second run's clock is behind
+            sink = RejectsSink(tmp_path, RejectsConfig(max_count=3, max_age_days=30), now=lambda: TAKEN)
+            for step in range(2):
+                sink.accept(inspected(first + step))
+        assert microseconds(tmp_path) == [501, 100, 101]
+        # Pictures of the future have no age, and stay.
+        RejectsSink(tmp_path, RejectsConfig(max_age_days=1), now=lambda: TAKEN - dt.timedelta(days=400))
+        assert len(kept(tmp_path)) == 3
+
+    def test_the_size_of_all_is_bounded_and_one_always_stays(self, tmp_path: Path) -> None:
+        sink = RejectsSink(tmp_path, RejectsConfig())
+        for sequence in range(6):
+            sink.accept(inspected(sequence))
+        sizes = [(tmp_path / name).stat().st_size for name in kept(tmp_path)]
+        room = sum(sizes[-3:]) / (1 << 20)
+        # After a restart with less room, and while it runs.
+        smaller = RejectsSink(tmp_path, RejectsConfig(max_mib=room))
+        assert microseconds(tmp_path) == [3, 4, 5]
+        smaller.accept(inspected(6))
+        assert microseconds(tmp_path)[-1] == 6
+        assert sum((tmp_path / name).stat().st_size for name in kept(tmp_path)) <= room * (1 << 20)
+        RejectsSink(tmp_path, RejectsConfig(max_mib=0.0001))
+        assert microseconds(tmp_path) == [6]
+
+    def test_the_old_go_even_if_only_good_parts_come(self, tmp_path: Path) -> None:
+        now = TAKEN
+        sink = RejectsSink(tmp_path, RejectsConfig(max_age_days=2), now=lambda: now)
+        sink.accept(inspected(0))
+        now += dt.timedelta(days=1, hours=23)
+        sink.accept(inspected(1, "pass"))
+        assert len(kept(tmp_path)) == 1
+        now += dt.timedelta(hours=2)
+        sink.accept(inspected(2, "pass"))
+        assert kept(tmp_path) == []
+
+    def test_what_a_kill_left_half_written_is_swept_away(self, tmp_path: Path) -> None:
+        RejectsSink(tmp_path, RejectsConfig()).accept(inspected(0))
+        (name,) = kept(tmp_path)
+        (tmp_path / f"{name}.partial").write_bytes(b"half")
+        (tmp_path / "mine.png.partial").write_bytes(b"not ours")
+        RejectsSink(tmp_path, RejectsConfig())
+        assert {path.name for path in tmp_path.iterdir()} == {name, "mine.png.partial"}
+
+    def test_room_is_made_by_the_oldest_and_said_to_be_lost(self, tmp_path: Path) -> None:
+        sink = RejectsSink(tmp_path, RejectsConfig())
+        for sequence in range(5):
+            sink.accept(inspected(sequence))
+        (tmp_path / kept(tmp_path)[1]).unlink()  # a person tidied up
+        assert sink.discard_oldest(3)
+        assert microseconds(tmp_path) == [3, 4]
+        assert sink.num_lost == 2
+        assert sink.discard_oldest(3)
+        assert not sink.discard_oldest(3)
+
+    @pytest.mark.parametrize("keys", [{"max_count": 0}, {"max_mib": 0}, {"max_age_days": 0}, {"max_age_days": -1.0}])
+    def test_bounds_that_make_no_sense_are_refused(self, keys: dict[str, float]) -> None:
+        with pytest.raises(ConfigError, match=next(iter(keys))):
+            RejectsConfig(**keys)  # type: ignore[arg-type]
 
     def test_a_part_id_cannot_lead_out_of_the_folder(self, tmp_path: Path) -> None:
         folder = tmp_path / "rejects"
