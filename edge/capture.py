@@ -112,9 +112,13 @@ class Capture:
 
     def _read(self) -> None:
         try:
-            for sequence, frame in enumerate(self._source.frames(self._closed)):
+            sequence = 0
+            for frame in self._source.frames(self._closed):
+                self.dropped.update(frame.missed)
+                sequence += sum(frame.missed.values())
                 if not self._put(Captured(sequence=sequence, frame=frame)):
                     return
+                sequence += 1
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the reader raises it
             self._failure = exc
         finally:

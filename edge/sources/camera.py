@@ -1,11 +1,16 @@
-"""USB cameras, through OpenCV, whose drivers may hang: read in a process of its own."""
+"""USB cameras, through OpenCV's V4L2, whose drivers may hang: read in a process of its own.
+
+A camera is named by its number or by its path, for instance ``/dev/v4l/by-id/usb-...-index0``, which stays the same
+when it is plugged in again and another camera has taken its number. What is asked of it in the query is asked of the
+driver; drivers round, and ignore what they do not have, so what they say they do is compared with what was asked.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -13,45 +18,185 @@ import numpy as np
 
 from edge.sources.interface import Frame
 from edge.sources.live import live_frames
+from edge.sources.query import Query
+from edge.sources.taken import Remark, TakenImage, take
 from edgeflame.errors import DataError
-from edgeflame.images import ImageU8
+
+SYNTAX = (
+    "camera:0 or camera:/dev/v4l/by-id/NAME, with ?width=1280&height=960&fps=30&pixel_format=MJPG&exposure=156&gain=0"
+    "&white_balance=4600&focus=0"
+)
+
+_BY_ID = Path("/dev/v4l/by-id")
+
+_MANUAL_EXPOSURE, _AUTO_EXPOSURE = 1.0, 3.0
+"""V4L2_EXPOSURE_MANUAL and V4L2_EXPOSURE_APERTURE_PRIORITY, <linux/v4l2-controls.h>."""
+
+_TOLERANCE = 0.01
+"""Relative; drivers speak of 30 frames a second and mean 30.00003."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraSettings:
+    """What is asked of a camera; None leaves it as the driver has it.
+
+    Attributes:
+        width, height: in pixels.
+        fps: frames a second.
+        pixel_format: four characters of V4L2, for instance ``MJPG`` or ``YUYV``.
+        exposure: in the driver's unit, for USB cameras 100 µs; 0 lets the camera choose.
+        gain: in the driver's unit.
+        white_balance: in kelvin; 0 lets the camera choose.
+        focus: in the driver's unit; automatic focus is switched off.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    fps: float | None = None
+    pixel_format: str | None = None
+    exposure: float | None = None
+    gain: float | None = None
+    white_balance: float | None = None
+    focus: float | None = None
+
+    def requests(self) -> Iterator[tuple[str, int, float]]:
+        """Name, OpenCV's property and value, in the order in which drivers want to hear them."""
+        # The pixel format first: what sizes and rates there are depends on it.
+        if self.pixel_format is not None:
+            yield "pixel_format", cv2.CAP_PROP_FOURCC, float(cv2.VideoWriter.fourcc(*self.pixel_format))
+        if self.width is not None and self.height is not None:
+            yield "width", cv2.CAP_PROP_FRAME_WIDTH, self.width
+            yield "height", cv2.CAP_PROP_FRAME_HEIGHT, self.height
+        if self.fps is not None:
+            yield "fps", cv2.CAP_PROP_FPS, self.fps
+        if self.exposure is not None:
+            mode = _MANUAL_EXPOSURE if self.exposure else _AUTO_EXPOSURE
+            yield "auto_exposure", cv2.CAP_PROP_AUTO_EXPOSURE, mode
+            if self.exposure:
+                yield "exposure", cv2.CAP_PROP_EXPOSURE, self.exposure
+        if self.gain is not None:
+            yield "gain", cv2.CAP_PROP_GAIN, self.gain
+        if self.white_balance is not None:
+            yield "auto_white_balance", cv2.CAP_PROP_AUTO_WB, 0.0 if self.white_balance else 1.0
+            if self.white_balance:
+                yield "white_balance", cv2.CAP_PROP_WB_TEMPERATURE, self.white_balance
+        if self.focus is not None:
+            yield "auto_focus", cv2.CAP_PROP_AUTOFOCUS, 0.0
+            yield "focus", cv2.CAP_PROP_FOCUS, self.focus
 
 
 @dataclass(frozen=True, kw_only=True)
 class CameraSource:
-    """The camera ``/dev/video<index>``. One that is unplugged is waited for."""
+    """A camera of this machine. One that is unplugged is waited for."""
 
-    index: int
+    device: str
+    """Its number or its path."""
+    settings: CameraSettings = field(default_factory=CameraSettings)
     is_live: bool = True
     is_endless: bool = True
     num_frames: int | None = None
 
     @property
     def name(self) -> str:
-        return f"camera:{self.index}"
+        return f"camera:{self.device}"
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         return live_frames(self.name, self.read, stop)
 
-    def read(self, stop: threading.Event) -> Iterator[ImageU8]:
-        """Images, in the process that calls; see :data:`edge.sources.isolated.ReadImages`."""
-        device = Path(f"/dev/video{self.index}")
+    def read(self, stop: threading.Event) -> Iterator[TakenImage | Remark]:
+        """Images, in the process that calls; see :data:`edge.sources.taken.ReadImages`."""
+        device = Path(f"/dev/video{self.device}" if self.device.isdecimal() else self.device)
         # OpenCV would try every driver it has and print a warning of each.
         if sys.platform == "linux" and not device.exists():
-            msg = f"{self.name}: no such camera (looked for {device})"
+            msg = f"{self.name}: no such camera (looked for {device}; {_others()})"
             raise DataError(msg)
-        capture = cv2.VideoCapture(self.index)
+        # A path is a link to whatever number the camera has got now.
+        capture = cv2.VideoCapture(str(device.resolve()), cv2.CAP_V4L2)
         try:
             if not capture.isOpened():
                 msg = f"{self.name}: the camera cannot be opened; is it in use, or may only another user read {device}?"
                 raise DataError(msg)
             # The newest picture, not the oldest the driver still holds; not every driver obeys.
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+            refused = ask(capture, self.settings)
+            if refused:
+                yield Remark(text=f"the camera gives otherwise than asked: {', '.join(refused)}")
             while not stop.is_set():
                 received, image = capture.read()
                 if not received or image is None:
                     msg = f"{self.name}: the camera gave no picture"
                     raise DataError(msg)
-                yield np.asarray(image, dtype=np.uint8)
+                # The driver's own stamp: before the picture was copied and decoded.
+                stamp_ms = capture.get(cv2.CAP_PROP_POS_MSEC)
+                yield take(np.asarray(image, dtype=np.uint8), stamp_s=stamp_ms / 1000 if stamp_ms > 0 else None)
         finally:
             capture.release()
+
+
+def ask(capture: cv2.VideoCapture, settings: CameraSettings) -> list[str]:
+    """Ask a camera for its settings; returns in words what it does otherwise, after all were asked."""
+    asked = list(settings.requests())
+    for _, key, value in asked:
+        capture.set(key, value)
+    differences = []
+    for name, key, value in asked:
+        given = capture.get(key)
+        if abs(given - value) > _TOLERANCE * max(abs(value), abs(given)):
+            differences.append(f"{name} {_show(name, given)} instead of {_show(name, value)}")
+    return differences
+
+
+def camera_source(address: str) -> CameraSource:
+    """Read an address such as ``camera:0?width=1280&height=960&fps=30``.
+
+    Raises:
+        UsageError: it is not of that form, or a value is out of its range.
+    """
+    device, _, text = address.removeprefix("camera:").partition("?")
+    query = Query(address, text, known=CameraSettings.__dataclass_fields__, syntax=SYNTAX)
+    if not (device.isdecimal() or device.startswith("/")):
+        raise query.wrong("a camera is named by its number or its path")
+    options: Mapping[str, str] = query.options
+    if ("width" in options) != ("height" in options):
+        raise query.wrong("width and height belong together")
+    pixel_format = options.get("pixel_format")
+    if pixel_format is not None and not (len(pixel_format) == 4 and pixel_format.isascii()):
+        raise query.wrong(f"pixel_format has four characters, not {pixel_format!r}")
+
+    def number(name: str, least: float, most: float) -> float | None:
+        return query.number(name, 0.0, least=least, most=most) if name in options else None
+
+    def pixels(name: str) -> int | None:
+        return query.whole_number(name, 0, least=1, most=16384) if name in options else None
+
+    return CameraSource(
+        device=device,
+        settings=CameraSettings(
+            width=pixels("width"),
+            height=pixels("height"),
+            fps=number("fps", 0.01, 10_000),
+            pixel_format=pixel_format,
+            exposure=None if options.get("exposure") is None else _exposure(query),
+            gain=number("gain", -1e6, 1e6),
+            white_balance=number("white_balance", 0, 100_000),
+            focus=number("focus", 0, 1e6),
+        ),
+    )
+
+
+def _exposure(query: Query) -> float:
+    return 0.0 if query.options["exposure"] == "auto" else query.number("exposure", 0, least=1, most=1e7)
+
+
+def _show(name: str, value: float) -> str:
+    if name == "pixel_format":
+        return int(value).to_bytes(4, "little", signed=False).decode("ascii", "replace").strip("\0") or "none"
+    return f"{value:g}"
+
+
+def _others() -> str:
+    try:
+        found = sorted(path.name for path in _BY_ID.iterdir())
+    except OSError:
+        found = []
+    return f"there are in {_BY_ID}: {', '.join(found)}" if found else "no camera is plugged in"

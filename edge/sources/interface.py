@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from edgeflame.images import ImageU8
@@ -28,6 +28,8 @@ class Frame:
     """``good`` or the defect, where the source knows the truth."""
     mask: ImageU8 | None = None
     """``[height, width]`` uint8, 255 on the defect, where the source knows it."""
+    missed: Mapping[str, int] = field(default_factory=dict)
+    """Frames that the source lost just before this one, by reason."""
 
 
 class Source(Protocol):
@@ -71,6 +73,7 @@ def make_frame(
     error: str | None = None,
     label: str | None = None,
     mask: ImageU8 | None = None,
+    missed: Mapping[str, int] | None = None,
     captured_monotonic_s: float | None = None,
     captured_utc: dt.datetime | None = None,
 ) -> Frame:
@@ -84,4 +87,5 @@ def make_frame(
         captured_utc=captured_utc or dt.datetime.now(dt.timezone.utc),
         label=label,
         mask=mask,
+        missed=missed or {},
     )

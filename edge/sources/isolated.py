@@ -8,18 +8,21 @@ will not say later either: the child is killed, and the caller tries again with 
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
+import dataclasses
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edge.sources.ring import FrameRing, RingName
+from edge.sources.taken import ReadImages, Remark, TakenImage
 from edgeflame.console import EventLog
 from edgeflame.errors import DataError, EdgeFlameError
 from edgeflame.images import ImageU8
@@ -37,18 +40,12 @@ SLOTS = 4
 """Images in the ring: one being written, one being read, and two for the reader's bad moments."""
 
 _POLL_S = 0.2
-
-ReadImages = Callable[[threading.Event], Iterator[ImageU8]]
-"""Opens a camera and yields its images; raises DataError when it cannot, or when they end."""
+_NO_PIXELS: ImageU8 = np.zeros((0, 0, 3), np.uint8)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TakenImage:
-    """An image and when it was taken."""
-
-    image: ImageU8
-    monotonic_s: float
-    utc: dt.datetime
+@dataclass(frozen=True, kw_only=True)
+class Overwritten:
+    """In place of an image: the child wrote over it before it was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +57,22 @@ class _Ring:
 class _Image:
     slot: int
     generation: int
-    monotonic_s: float
-    utc: dt.datetime
+    taken: TakenImage
+    """Without its pixels, which are in the ring."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Broken:
-    reason: str
+    error: EdgeFlameError
+
+
+_Message = _Ring | _Image | Remark | _Broken
 
 
 def read_in_child(
     read: ReadImages, name: str, stop: threading.Event, *, stall_timeout_s: float = STALL_TIMEOUT_S
-) -> Iterator[TakenImage]:
-    """Images of a camera that a child process reads.
+) -> Iterator[TakenImage | Overwritten]:
+    """Images of a camera that a child process reads, in order; what was lost between them is told in its place.
 
     Args:
         read: runs in the child; can be pickled.
@@ -82,6 +82,7 @@ def read_in_child(
 
     Raises:
         DataError: the camera cannot be opened, its stream broke or hangs, or the child died.
+        MissingDependencyError: what reads it is not installed.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -98,10 +99,11 @@ def read_in_child(
                     ring = FrameRing(message.ring, create=False)
                 case _Image() if ring is not None:
                     image = ring.read(message.slot, message.generation)
-                    if image is not None:
-                        yield TakenImage(image=image, monotonic_s=message.monotonic_s, utc=message.utc)
+                    yield Overwritten() if image is None else dataclasses.replace(message.taken, image=image)
+                case Remark():
+                    log.warning("source_remark", source=name, remark=message.text)
                 case _Broken():
-                    raise DataError(message.reason)
+                    raise message.error
     finally:
         child.kill()
         child.join()
@@ -113,13 +115,13 @@ def read_in_child(
 
 def _receive(
     receiver: Connection, child: SpawnProcess, name: str, stop: threading.Event, stall_timeout_s: float
-) -> _Ring | _Image | _Broken | None:
+) -> _Message | None:
     """The child's next message; None when asked to stop."""
     deadline = time.monotonic() + stall_timeout_s
     while not stop.is_set():
         try:
             if receiver.poll(_POLL_S):
-                message: _Ring | _Image | _Broken = receiver.recv()
+                message: _Message = receiver.recv()
                 return message
         except (EOFError, OSError) as exc:
             child.join(1.0)
@@ -148,8 +150,11 @@ def _serve(read: ReadImages, sender: Connection) -> None:
     # The parent is gone when the pipe breaks: there is nobody left to tell.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         try:
-            for image in read(threading.Event()):
-                monotonic_s, utc = time.monotonic(), dt.datetime.now(dt.timezone.utc)
+            for taken in read(threading.Event()):
+                if isinstance(taken, Remark):
+                    sender.send(taken)
+                    continue
+                image = taken.image
                 shape = (image.shape[0], image.shape[1], image.shape[2])
                 if ring is None or ring.ring.shape != shape:
                     # A camera that changes its size in mid-stream: a new ring; the old one's last images may be
@@ -162,7 +167,8 @@ def _serve(read: ReadImages, sender: Connection) -> None:
                     )
                     sender.send(_Ring(ring=ring.ring))
                 slot, generation = ring.write(image)
-                sender.send(_Image(slot=slot, generation=generation, monotonic_s=monotonic_s, utc=utc))
-            sender.send(_Broken(reason="the stream ended"))
+                told = dataclasses.replace(taken, image=_NO_PIXELS)
+                sender.send(_Image(slot=slot, generation=generation, taken=told))
+            sender.send(_Broken(error=DataError("the stream ended")))
         except EdgeFlameError as exc:
-            sender.send(_Broken(reason=str(exc)))
+            sender.send(_Broken(error=exc))

@@ -13,7 +13,8 @@ def open_source(address: str) -> Source:
     """Find the source that an address names; cameras and streams are opened only when frames are read.
 
     Args:
-        address: a folder, an image, a video file, ``camera:INDEX``, ``rtsp://...``, or ``boards:TEXTURE``.
+        address: a folder, an image, a video file, ``camera:0``, ``rtsp://...``, ``gst:PIPELINE``, ``csi:0`` or
+            ``boards:TEXTURE``; see docs/sources.md.
 
     Raises:
         UsageError: an address of no known kind.
@@ -24,13 +25,13 @@ def open_source(address: str) -> Source:
 
         return board_source(address)
     if address.startswith("camera:"):
-        from edge.sources.camera import CameraSource
+        from edge.sources.camera import camera_source
 
-        index = address.removeprefix("camera:")
-        if not index.isdecimal():
-            msg = f"--source {address}: a camera is named by its number, for instance camera:0"
-            raise UsageError(msg)
-        return CameraSource(index=int(index))
+        return camera_source(address)
+    if address.startswith(("gst:", "csi:")):
+        from edge.sources.gst import csi_source, gst_source
+
+        return gst_source(address) if address.startswith("gst:") else csi_source(address)
     if address.startswith(("rtsp://", "rtsps://")):
         from edge.sources.video import RtspSource
 
@@ -56,5 +57,8 @@ def _file_source(address: str) -> Source:
     if "://" in address:
         msg = f"--source {without_password(address)}: of URLs only rtsp:// and rtsps:// are read"
         raise UsageError(msg)
-    msg = f"{address}: no such folder or file (a source is a folder, a file, camera:0, rtsp://... or boards:TEXTURE)"
+    msg = (
+        f"{address}: no such folder or file (a source is a folder, a file, camera:0, rtsp://..., gst:PIPELINE, csi:0 "
+        "or boards:TEXTURE)"
+    )
     raise DataError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,6 +14,7 @@ import numpy as np
 
 from edge.sources.interface import Frame, make_frame
 from edge.sources.live import live_frames
+from edge.sources.taken import TakenImage, take
 from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.images import ImageU8
 
@@ -20,6 +22,9 @@ VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 5.0
+
+_MAX_IN_DECODER = 64
+"""Packets whose arrival is remembered; no decoder holds back more frames than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class VideoFileSource:
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         av = _import_av()
         number = 0
-        for image, error in _decode(av, self.name, self.name, stop, timeout=None, options={}):
+        for image, error, _ in _decode(av, self.name, self.name, stop, timeout=None, options={}):
             yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image, error=error)
             number += 1
         if number == 0 and not stop.is_set():
@@ -60,8 +65,8 @@ class RtspSource:
         _import_av()
         return live_frames(self.name, self.read, stop)
 
-    def read(self, stop: threading.Event) -> Iterator[ImageU8]:
-        """Images, in the process that calls; see :data:`edge.sources.isolated.ReadImages`."""
+    def read(self, stop: threading.Event) -> Iterator[TakenImage]:
+        """Images, in the process that calls; see :data:`edge.sources.taken.ReadImages`."""
         decoded = _decode(
             _import_av(),
             self.url,
@@ -69,12 +74,12 @@ class RtspSource:
             stop,
             timeout=(OPEN_TIMEOUT_S, READ_TIMEOUT_S),
             # Over UDP a lost packet smears the picture, and a smear looks like a defect.
-            options={"rtsp_transport": "tcp", "fflags": "nobuffer", "flags": "low_delay"},
+            options={"rtsp_transport": "tcp", "fflags": "nobuffer"},
         )
-        for image, error in decoded:
+        for image, error, arrived_s in decoded:
             if image is None:
                 raise DataError(error)
-            yield image
+            yield take(image, stamp_s=arrived_s)
 
 
 def without_password(url: str) -> str:
@@ -93,8 +98,11 @@ def _decode(
     *,
     timeout: tuple[float, float] | None,
     options: dict[str, str],
-) -> Iterator[tuple[ImageU8 | None, str | None]]:
-    """Decoded frames, or the error in place of one. Raises DataError if it cannot be opened or reading breaks."""
+) -> Iterator[tuple[ImageU8 | None, str | None, float | None]]:
+    """Decoded frames, or the error in place of one, and when the frame's packet arrived on the monotonic clock.
+
+    Raises DataError if it cannot be opened or reading breaks.
+    """
     failures = (av.error.FFmpegError, OSError, ValueError)
     try:
         container = av.open(address, timeout=timeout, options=options)
@@ -106,7 +114,13 @@ def _decode(
             msg = f"{name}: no video stream in it"
             raise DataError(msg)
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        if timeout is None:
+            stream.thread_type = "AUTO"
+        else:
+            # Threads that decode a frame each hold back as many frames as there are threads.
+            stream.thread_type = "SLICE"
+            stream.codec_context.options = {"flags": "low_delay"}
+        arrivals: dict[int | None, float] = {}
         packets = container.demux(stream)
         while not stop.is_set():
             try:
@@ -116,13 +130,16 @@ def _decode(
                 raise DataError(msg) from exc
             if packet is None:
                 return
+            if len(arrivals) > _MAX_IN_DECODER:
+                arrivals.clear()
+            arrivals[packet.pts] = time.monotonic()
             try:
-                images = [_to_bgr(frame) for frame in packet.decode()]
+                images = [(_to_bgr(frame), arrivals.pop(frame.pts, None)) for frame in packet.decode()]
             except failures as exc:
-                yield None, f"{name}: a frame cannot be decoded ({_plain(exc)})"
+                yield None, f"{name}: a frame cannot be decoded ({_plain(exc)})", None
                 continue
-            for image in images:
-                yield image, None
+            for image, arrived_s in images:
+                yield image, None, arrived_s
 
 
 def _to_bgr(frame: Any) -> ImageU8:

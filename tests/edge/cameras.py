@@ -7,49 +7,81 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from edgeflame.errors import DataError
+from edge.sources.taken import Remark, TakenImage, take
+from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.images import ImageU8
 
 
-def image(number: int, height: int = 48, width: int = 64) -> ImageU8:
+def pixels(number: int, height: int = 48, width: int = 64) -> ImageU8:
     """Its number is in every pixel: half of one and half of another would show."""
     return np.full((height, width, 3), number % 251, np.uint8)
 
 
-def works(_stop: threading.Event) -> Iterator[ImageU8]:
+def image(number: int, height: int = 48, width: int = 64) -> TakenImage:
+    """Taken now."""
+    return take(pixels(number, height, width))
+
+
+def works(_stop: threading.Event) -> Iterator[TakenImage]:
     for number in range(20):
         yield image(number)
         time.sleep(0.02)
 
 
-def fast(_stop: threading.Event) -> Iterator[ImageU8]:
+def fast(_stop: threading.Event) -> Iterator[TakenImage]:
     for number in range(100_000):
         yield image(number, 480, 640)
 
 
-def hangs(_stop: threading.Event) -> Iterator[ImageU8]:
+def hangs(_stop: threading.Event) -> Iterator[TakenImage]:
     """As a driver does in an ioctl: it neither returns nor can be interrupted."""
     yield image(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP})
     time.sleep(3600)
 
 
-def crashes(_stop: threading.Event) -> Iterator[ImageU8]:
+def crashes(_stop: threading.Event) -> Iterator[TakenImage]:
     yield image(1)
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def changes_size(_stop: threading.Event) -> Iterator[ImageU8]:
+def changes_size(_stop: threading.Event) -> Iterator[TakenImage]:
     for number in range(1, 4):
         yield image(number, 48 * number, 64)
         time.sleep(0.2)
     time.sleep(3600)
 
 
-def is_not_there(_stop: threading.Event) -> Iterator[ImageU8]:
+def is_not_there(_stop: threading.Event) -> Iterator[TakenImage]:
     msg = "camera:7: no such camera"
     raise DataError(msg)
+    yield
+
+
+def bursts(go: Path, written: Path, _stop: threading.Event) -> Iterator[TakenImage]:
+    """One image; once ``go`` is there, thirty at once, then ``written`` is there, and nothing more comes."""
+    yield image(0)
+    while not go.exists():
+        time.sleep(0.01)
+    for number in range(1, 31):
+        yield image(number)
+    written.touch()
+    time.sleep(3600)
+
+
+def stamps(_stop: threading.Event) -> Iterator[TakenImage | Remark]:
+    """As a driver does that stamps its pictures: half a second ago; a minute ago, which cannot be; in the future."""
+    yield Remark(text="the camera gives otherwise than asked: width 640 instead of 1280")
+    for age_s in (0.5, 60.0, -60.0):
+        yield take(pixels(0), stamp_s=time.monotonic() - age_s)
+    time.sleep(3600)
+
+
+def is_not_installed(_stop: threading.Event) -> Iterator[TakenImage]:
+    msg = "its driver is missing: apt install driver"
+    raise MissingDependencyError(msg)
     yield

@@ -63,6 +63,18 @@ def test_live_frames_give_way_to_newer_ones_and_are_counted() -> None:
     assert frames.dropped == {SUPERSEDED: 8}
 
 
+def test_what_the_source_itself_lost_is_counted_and_leaves_a_gap() -> None:
+    class Lossy(FakeSource):
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:
+            for part_id, missed in (("0", {}), ("3", {"overwritten": 2}), ("5", {"overwritten": 1})):
+                yield make_frame(part_id=part_id, source=self.name, image_bgr=IMAGE, missed=missed)
+
+    with capture(Lossy(3)) as frames:
+        taken = [(captured.sequence, captured.frame.part_id) for captured in frames]
+    assert taken == [(0, "0"), (3, "3"), (5, "5")]
+    assert frames.dropped == {"overwritten": 3}
+
+
 def test_a_policy_by_name_wins_over_the_kind_of_source() -> None:
     with capture(FakeSource(10, is_live=True), policy="wait") as frames:
         assert len(list(frames)) == 10

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import cameras
@@ -15,7 +18,7 @@ import pytest
 from brokers import wait_for
 
 from edge.sources import reconnect
-from edge.sources.isolated import read_in_child
+from edge.sources.isolated import SLOTS, Overwritten, read_in_child
 from edge.sources.live import live_frames
 from edge.sources.ring import FrameRing, RingName
 from edgeflame.errors import DataError
@@ -24,6 +27,8 @@ from edgeflame.errors import DataError
 def test_images_come_in_order_and_whole_however_fast_the_camera_is() -> None:
     stop, numbers = threading.Event(), []
     for taken in read_in_child(cameras.fast, "cam", stop):
+        if isinstance(taken, Overwritten):
+            continue
         assert (taken.image == taken.image[0, 0, 0]).all()
         numbers.append(int(taken.image[0, 0, 0]))
         if len(numbers) == 200:
@@ -85,6 +90,39 @@ def test_a_camera_that_is_not_there_is_an_error_at_once() -> None:
         next(live_frames("cam", cameras.is_not_there, threading.Event()))
 
 
+def test_what_the_ring_lost_is_counted_as_dropped_and_leaves_a_gap(tmp_path: Path) -> None:
+    go, written, stop = tmp_path / "go", tmp_path / "written", threading.Event()
+    frames = live_frames("cam", functools.partial(cameras.bursts, go, written), stop)
+    assert next(frames).missed == {}
+    go.touch()
+    wait_for(written.exists, "the camera has written all it has")
+    # Of the thirty, the ring still holds the last few.
+    numbers = range(31 - SLOTS, 31)
+    rest = [next(frames) for _ in numbers]
+    assert [int(frame.image_bgr[0, 0, 0]) for frame in rest if frame.image_bgr is not None] == list(numbers)
+    assert [frame.part_id for frame in rest] == [f"frame-{number:06d}" for number in numbers]
+    assert [frame.missed for frame in rest] == [{"overwritten": 30 - SLOTS}] + [{}] * (SLOTS - 1)
+    stop.set()
+    assert list(frames) == []
+
+
+def test_the_drivers_time_stamp_is_taken_where_it_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    stop = threading.Event()
+    frames = live_frames("cam", cameras.stamps, stop)
+    now_s, utc = time.monotonic(), dt.datetime.now(dt.timezone.utc)
+    stamped, too_old, in_the_future = (next(frames) for _ in range(3))
+    stop.set()
+    assert list(frames) == []
+    # Both clocks tell the same moment.
+    for frame in (stamped, too_old, in_the_future):
+        apart_s = (frame.captured_utc - utc).total_seconds() - (frame.captured_monotonic_s - now_s)
+        assert abs(apart_s) < 0.1
+    assert stamped.captured_monotonic_s < too_old.captured_monotonic_s - 0.4
+    assert too_old.captured_monotonic_s <= in_the_future.captured_monotonic_s <= time.monotonic()
+    (remark,) = [record for record in caplog.records if record.message == "source_remark"]
+    assert remark.fields["remark"].endswith("width 640 instead of 1280")
+
+
 _ORPHAN = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
@@ -114,7 +152,7 @@ def test_the_ring_never_gives_what_was_overwritten() -> None:
     name = RingName(name=f"edgeflame-test-{os.getpid()}", slots=2, shape=(8, 8, 3))
     writer = FrameRing(name, create=True)
     reader = FrameRing(name, create=False)
-    places = [writer.write(cameras.image(number, 8, 8)) for number in range(3)]
+    places = [writer.write(cameras.pixels(number, 8, 8)) for number in range(3)]
     assert reader.read(*places[0]) is None
     for number in (1, 2):
         image = reader.read(*places[number])
