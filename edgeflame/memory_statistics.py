@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.memory_bank import MAX_PROTOTYPES
-from edgeflame.moments import F32
+from edgeflame.moments import F32, require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,7 @@ class MemoryStatistics:
             NumericalError: an embedding holds NaN or infinite values: a fault is never a pass.
         """
         dtype = embeddings.dtype
-        if not np.isfinite(embeddings).all():
-            msg = "an embedding holds NaN or infinite values"
-            raise NumericalError(msg)
+        require_finite(embeddings)
         projected = self.projected()
         norms = np.square(projected).sum(axis=1).astype(dtype)
         factors, transform = (-2 * projected.T).astype(dtype), self.transform.T.astype(dtype)

@@ -97,9 +97,7 @@ class MomentAccumulator:
         if embeddings.ndim != 3:
             msg = f"expected embeddings [N, P, C], got {list(embeddings.shape)}"
             raise DataError(msg)
-        if not np.isfinite(embeddings).all():
-            msg = "an embedding holds NaN or infinite values"
-            raise NumericalError(msg)
+        require_finite(embeddings)
         if self._shift is None:
             self._shift = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
             num_positions, num_channels = embeddings.shape[1:]
@@ -209,6 +207,13 @@ def over_positions(num_positions: int, work: Callable[[slice], None]) -> None:
         with ThreadPoolExecutor(workers, thread_name_prefix="statistics") as pool:
             for _ in pool.map(work, blocks):
                 pass
+
+
+def require_finite(embeddings: npt.NDArray[np.floating[Any]]) -> None:
+    """Raise NumericalError if an embedding holds NaN or infinite values: a fault is never a pass."""
+    if not np.isfinite(embeddings).all():
+        msg = "an embedding holds NaN or infinite values"
+        raise NumericalError(msg)
 
 
 def require_same_shapes(shapes: Sequence[tuple[int, ...]]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.moments import F32, F64, Moments, over_positions, require_same_shapes
+from edgeflame.moments import F32, F64, Moments, over_positions, require_finite, require_same_shapes
 
 DEFAULT_RIDGE = 0.01
 """Ridge added to every eigenvalue, as a share of the mean variance over positions and channels."""
@@ -118,9 +118,7 @@ class LowRankGaussian:
             NumericalError: an embedding holds NaN or infinite values: a fault is never a pass.
         """
         dtype = embeddings.dtype
-        if not np.isfinite(embeddings).all():
-            msg = "an embedding holds NaN or infinite values"
-            raise NumericalError(msg)
+        require_finite(embeddings)
         eigenvalues, residual = self.variances()
         basis = self.basis.astype(dtype)
         delta = (embeddings - self.mean.astype(dtype)).transpose(1, 0, 2)  # [P, N, C]
@@ -251,9 +249,7 @@ def fit_gaussian_to_samples(
     """
     num_images, num_positions, num_channels = embeddings.shape
     rank = _possible_rank(rank, num_images, num_channels)
-    if not np.isfinite(embeddings).all():
-        msg = "an embedding holds NaN or infinite values"
-        raise NumericalError(msg)
+    require_finite(embeddings)
     mean = embeddings.mean(axis=0, dtype=np.float64)
     basis = np.zeros((num_positions, num_channels, rank), dtype=np.float32)
     eigenvalues = np.empty((num_positions, rank), dtype=np.float32)

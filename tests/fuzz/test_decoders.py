@@ -47,6 +47,7 @@ from edgeflame.errors import (
 from edgeflame.fleet.kit import Kit, encode_kit, read_kit
 from edgeflame.images import decode_image, write_image
 from edgeflame.learning import Learning
+from edgeflame.memory_bank import MemoryBank, read_bank, write_bank
 from edgeflame.package import decode_statistics, encode_statistics, read_package, write_package
 from edgeflame.references import make_references
 from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, read_signature, sign_package, verify_signature, write_keys
@@ -158,6 +159,17 @@ def targets(folder: Path) -> dict[str, Target]:
     write_image(image, np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     base = folder / "base.safetensors"
     base.write_bytes(tensors(folder))
+    write_bank(
+        folder / "memory",
+        MemoryBank(
+            prototypes=np.eye(4, dtype=np.float32),
+            weights=np.full(4, 0.25, dtype=np.float32),
+            effective_patches=np.full(4, 40, dtype=np.float32),
+            effective_images=np.full(4, 5, dtype=np.float32),
+            count=9,
+            space="a" * 64,
+        ),
+    )
     data = folder / "data"
     (data / "train" / "good").mkdir(parents=True)
     for name in "abc":
@@ -233,6 +245,12 @@ def targets(folder: Path) -> dict[str, Target]:
                 folder, "update", lambda path: (check_initial(path), check_update(path, base, max_relative_change=10.0))
             ),
             errors=(),
+        ),
+        "memory": Target(
+            valid=[(folder / "memory").read_bytes()],
+            mutate=mutations.safetensors,
+            feed=from_file(folder, "memory", read_bank),
+            errors=(DataError, NumericalError),
         ),
         "shared statistics": Target(
             valid=[blob(folder, "moments"), blob(folder, "low_rank")],
@@ -360,7 +378,8 @@ def all_targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 
 NAMES = (
     "message up", "message down", "round state", "presence", "bitmap", "topic", "safetensors", "update",
-    "shared statistics", "package", "package statistics", "public key", "aggregator's configuration", "learning",
+    "memory", "shared statistics", "package",
+    "package statistics", "public key", "aggregator's configuration", "learning",
     "site's configuration", "kit", "broker URL", "groups file", "image", "journal", "site's record", "wish", "request",
     "schedule",
 )  # fmt: skip
@@ -373,8 +392,7 @@ def test_every_decoder_is_named(all_targets: dict[str, Target]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_valid_input_is_read(name: str, all_targets: dict[str, Target]) -> None:
     for data in all_targets[name].valid:
-        if name != "public key":
-            all_targets[name].feed(data)
+        all_targets[name].feed(data)
 
 
 @pytest.mark.timeout(1800)
