@@ -9,6 +9,7 @@ protocol version of the code it runs. A version is recorded once, when it is new
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -63,7 +64,7 @@ class Recorder:
 
 
 def scenes(broker: BrokerProcess, folder: Path) -> None:
-    """A run in which nearly everything is said: models, bad models, failures, a second site of a name."""
+    """Runs in which nearly everything is said: models, bad models, failures, a second site of a name, pauses."""
     gate = folder / "gate"
     gate.mkdir()
     with Fleet(broker, folder, config="min_sites = 3\nquorum = 0.3") as fleet:
@@ -81,6 +82,29 @@ def scenes(broker: BrokerProcess, folder: Path) -> None:
     with Fleet(broker, missed, config="min_sites = 1\nquorum = 1.0") as fleet:
         for process in (fleet.aggregator(), fleet.site("a", TINY_FAIL="a:1:shape")):
             process.wait()
+    told = folder / "told"
+    (told / "gate").mkdir(parents=True)
+    with Fleet(broker, told, config='min_sites = 3\nquorum = 0.3\nrounds = 1\nstatistics = "federated"') as fleet:
+        # Pauses, a leave-taking and pooled statistics, since 1.1.
+        aggregator = fleet.aggregator()
+        sites = {name: fleet.site(name, TINY_GATE=str(told / "gate")) for name in "abc"}
+        for name in sites:
+            wait_for((told / "gate" / f"waiting-{name}-1").exists, f"{name} trains")
+        command("site", "pause", "--state", str(fleet.site_state("a")), "--reason", "the line runs")
+        command("rounds", "pause", "b", "--state", str(told / "aggregator"))
+        aggregator.wait_for_log("site_paused", times=2)
+        command("site", "leave", "--state", str(fleet.site_state("c")), "--reason", "the line is sold")
+        sites["c"].wait()
+        command("site", "resume", "--state", str(fleet.site_state("a")))
+        command("rounds", "resume", "b", "--state", str(told / "aggregator"))
+        aggregator.wait_for_log("site_resumed", times=2)
+        (told / "gate" / "go").touch()
+        for process in (aggregator, sites["a"], sites["b"]):
+            process.wait()
+
+
+def command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "edgeflame", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
