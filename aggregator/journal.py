@@ -12,6 +12,10 @@ import msgspec
 
 from aggregator.facts import Fact, RunStarted, RunState, apply, begin
 from edgeflame.errors import EdgeFlameError, StorageError
+from edgeflame.statedir import refuse_newer
+
+FORMAT = 1
+"""Of the file, kept as SQLite's ``user_version``; 0 is the same, from before it was kept."""
 
 # The time is for those who read the file; nothing is decided by it.
 _SCHEMA = """CREATE TABLE IF NOT EXISTS facts (
@@ -27,17 +31,26 @@ class Journal:
     """A journal file, used by one thread; a context manager.
 
     Raises:
-        StorageError: here and in every method, when the file or the disk fails.
+        StorageError: here, of a file of a later format; here and in every method, when the file or the disk fails.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._translated("open"):
             self._db = sqlite3.connect(path, isolation_level=None)
+            found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        try:
+            refuse_newer(f"{path}: the journal", found=found, known=FORMAT)
+        except StorageError:
+            self._db.close()
+            raise
+        with self._translated("open"):
             # WAL with FULL: a committed transaction survives a power cut, not only a crash of this process.
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute(_SCHEMA)
+            if found != FORMAT:
+                self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
     def __enter__(self) -> Journal:
         return self

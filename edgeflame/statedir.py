@@ -1,4 +1,9 @@
-"""A role's state directory: one process at a time, and files that are there whole or not at all."""
+"""A role's state directory: one process at a time, files that are there whole or not at all, and a format.
+
+``STATE/state.json`` says whose state it is and in which format. A folder without one is of the first format, from
+before the file: it is given one. What a newer EdgeFlame has left in another format is refused before anything in it is
+read or written; ``docs/upgrades.md`` has the policy.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,31 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
+import msgspec
+
+from edgeflame import __version__
+from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
+
+log = EventLog("state")
+
+Holder = Literal["aggregator", "site", "line", "simulation"]
+"""Whose state a directory may hold."""
+
+STATE_FORMAT = 1
+"""Of all that lies in a state directory. Raised when an older version could no longer read what a newer one wrote; the
+one that raises it brings the migration along."""
+
+MARKER = "state.json"
+
+
+class _Marker(msgspec.Struct, frozen=True, kw_only=True):
+    holds: str
+    format: int
+    edgeflame: str
+    """The version that made it so."""
 
 
 @contextlib.contextmanager
@@ -22,14 +50,33 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
         raise StorageError(msg) from exc
 
 
+def refuse_newer(what: str, *, found: int, known: int, written_by: str | None = None) -> None:
+    """Refuse what is of a later format than this version knows.
+
+    Raises:
+        StorageError: it is.
+    """
+    if found > known:
+        by = f" of EdgeFlame {written_by}" if written_by else ""
+        msg = (
+            f"{what} is of format {found}{by}; this EdgeFlame {__version__} reads up to {known}: install the "
+            "newer version again, or go back to the backup made before the upgrade"
+        )
+        raise StorageError(msg)
+
+
 @contextlib.contextmanager
-def locked_state_dir(path: Path) -> Iterator[Path]:
+def locked_state_dir(path: Path, *, holds: Holder | None = None) -> Iterator[Path]:
     """Create a state directory if need be, and keep other processes out of it meanwhile.
 
     The lock goes with the process, however it ends.
 
+    Args:
+        path: the directory.
+        holds: whose state it is to be; None: of somebody who looks after its format himself.
+
     Raises:
-        StorageError: it cannot be written, or another process uses it.
+        StorageError: it cannot be written, another process uses it, it is somebody else's, or of a later format.
     """
     with storage_errors(path, "use as a state directory"):
         path.mkdir(parents=True, exist_ok=True)
@@ -43,9 +90,40 @@ def locked_state_dir(path: Path) -> Iterator[Path]:
             raise StorageError(msg) from exc
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        if holds is not None:
+            _claim(path, holds)
         yield path
     finally:
         os.close(descriptor)
+
+
+def _claim(path: Path, holds: Holder) -> None:
+    """Check the directory's marker; make it if there is none."""
+    marker = _read_marker(path / MARKER)
+    if marker is None:
+        mine = _Marker(holds=holds, format=STATE_FORMAT, edgeflame=__version__)
+        write_durably(path / MARKER, msgspec.json.encode(mine) + b"\n")
+        return
+    refuse_newer(f"{path}: the state", found=marker.format, known=STATE_FORMAT, written_by=marker.edgeflame)
+    if marker.holds != holds:
+        msg = f"{path}: the state of another kind ({marker.holds}, wanted: {holds}); give this one a folder of its own"
+        raise StorageError(msg)
+
+
+def _read_marker(path: Path) -> _Marker | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        msg = f"{path}: cannot read ({exc.strerror})"
+        raise StorageError(msg) from exc
+    try:
+        return msgspec.json.decode(data, type=_Marker)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        # Databases in the folder have versions of their own: no reason to stand still for this file alone.
+        log.warning("state_marker_damaged", file=str(path), reason=str(exc))
+        return None
 
 
 def is_in_use(path: Path) -> bool:

@@ -60,7 +60,7 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: Engine, report: Pr
         EdgeFlameError: what a site's work, the data or the disk failed with.
     """
     with ExitStack() as stack:
-        stack.enter_context(locked_state_dir(out_dir))
+        stack.enter_context(locked_state_dir(out_dir, holds="simulation"))
         _hold_to(config, out_dir)
         layout = lay_out(config, out_dir, report)
         _record(config, layout, out_dir)

@@ -30,11 +30,12 @@ import msgspec
 from edge.delivery.message import Delivery
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, StorageError
+from edgeflame.statedir import refuse_newer
 
 log = EventLog("outbox")
 
 FORMAT = 1
-"""Of the file; another one is refused."""
+"""Of the file; a later one is refused. A new key of a result is no new format, it has a default."""
 
 _PRUNE_EVERY = 256
 """Results between looks at the bounds: a delete is a scan of an index, not worth doing for each."""
@@ -100,6 +101,13 @@ class Outbox:
         """Notified after results were added."""
         with self._translated("open"):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            found = self._found_format()
+        try:
+            refuse_newer(f"{path}: the outbox", found=found, known=FORMAT)
+        except StorageError:
+            self._db.close()
+            raise
+        with self._translated("open"):
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(_SCHEMA)
@@ -107,10 +115,6 @@ class Outbox:
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
             meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
-        if meta["format"] != str(FORMAT):
-            self._db.close()
-            msg = f"{path}: an outbox of format {meta['format']}, this version reads {FORMAT}; give it a new folder"
-            raise StorageError(msg)
         self.id: str = meta["id"]
         """Of this file, for good: 32 hexadecimal digits."""
 
@@ -191,6 +195,13 @@ class Outbox:
         with self._lock, self._translated("read"):
             rows = self._db.execute("SELECT number, body FROM results ORDER BY number DESC LIMIT ?", (limit,))
             return [(number, body) for number, body in rows.fetchall()]
+
+    def _found_format(self) -> int:
+        """Of the file as it is; a new one has none yet, and none that is later."""
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
+            return 0
+        row = self._db.execute("SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'format'").fetchone()
+        return 0 if row is None else int(row[0])
 
     def _append(self, bodies: Sequence[bytes]) -> list[int]:
         with self._lock, self._translated("write"), self._transaction():

@@ -64,7 +64,7 @@ def open_pipeline(
         undelivered.update({name: count for name, count in waiting.items() if count})
 
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(locked_state_dir(state))
+        folder = stack.enter_context(locked_state_dir(state, holds="line"))
         outbox = stack.enter_context(Outbox(folder / OUTBOX_FILE, config.outbox, make_room=make_room))
         destinations = _destinations(config, inspector, source)
         for name in outbox.forget([destination.name for destination in destinations]):

@@ -36,6 +36,7 @@ from edgeflame.fleet.registry import (
     ADMIN,
     AGGREGATOR,
     BROKER,
+    REGISTRY_FORMAT,
     Registry,
     check_new_name,
     enrolled,
@@ -43,11 +44,17 @@ from edgeflame.fleet.registry import (
     withdrawn_before,
 )
 from edgeflame.signing import write_keys
-from edgeflame.statedir import locked_state_dir, storage_errors, write_durably
+from edgeflame.statedir import locked_state_dir, refuse_newer, storage_errors, write_durably
 from edgeflame.topics import check_name
 
 REGISTRY = "fleet.json"
 SECRET, PUBLIC = 0o600, 0o644
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What every format of the registry says."""
+
+    format: int = 1
 
 
 class FleetFolder:
@@ -61,6 +68,8 @@ class FleetFolder:
             msg = f"{path}: no fleet here ({exc.strerror}: {REGISTRY}); `edgeflame fleet init {path}` makes one"
             raise UsageError(msg) from exc
         try:
+            head = msgspec.json.decode(data, type=_Head)
+            refuse_newer(f"{path}: the fleet's registry", found=head.format, known=REGISTRY_FORMAT)
             self.registry = msgspec.json.decode(data, type=Registry)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             msg = f"{path / REGISTRY}: damaged, or of another version of EdgeFlame ({exc})"

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from edgeflame import __version__
 from edgeflame.brokerurl import BrokerUrl, TlsPem, parse_broker_url
 from edgeflame.config import parse_config
 from edgeflame.console import EventLog
@@ -21,6 +22,7 @@ from edgeflame.topics import check_name
 
 log = EventLog("kit")
 
+KIT_FORMAT = 1
 EXPIRY_WARNING = timedelta(days=30)
 _MAX_BYTES = 1 << 16
 
@@ -31,6 +33,12 @@ _USE: dict[str, str] = {
     "aggregator": "edgeflame aggregate --kit {name}.kit --state DIR",
     "admin": "edgeflame fleet enrol, revoke and sync use it; it stays in the fleet's folder",
 }
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What every format of a kit says."""
+
+    format: int = 1
 
 
 class Kit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +112,13 @@ def read_kit(path: Path, *, now: datetime | None = None, must_be_valid: bool = T
     except OSError as exc:
         msg = f"{path}: the kit cannot be read ({exc.strerror}); `edgeflame fleet enrol` makes one"
         raise ConfigError(msg) from exc
+    head = parse_config(data, _Head, f"{path}: not a kit of `edgeflame fleet enrol`")
+    if head.format > KIT_FORMAT:
+        msg = (
+            f"{path}: not a kit this EdgeFlame {__version__} can use: it is of format {head.format}, "
+            f"known are those up to {KIT_FORMAT}; upgrade EdgeFlame on this machine"
+        )
+        raise ConfigError(msg)
     kit = parse_config(data, Kit, f"{path}: not a kit of `edgeflame fleet enrol`")
     check_name("fleet", kit.fleet)
     check_name(kit.role, kit.name)

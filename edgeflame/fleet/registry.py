@@ -18,6 +18,8 @@ BROKER: Literal["broker"] = "broker"
 AGGREGATOR, ADMIN = "aggregator", "admin"
 RESERVED = (BROKER, AGGREGATOR, ADMIN)
 
+REGISTRY_FORMAT = 1
+
 
 class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A certificate on the revocation list."""

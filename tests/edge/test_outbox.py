@@ -172,8 +172,10 @@ def test_a_file_that_is_none_or_of_another_format_is_refused(path: Path) -> None
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
     db.close()
-    with pytest.raises(StorageError, match="format 2, this version reads 1"):
+    later = path.read_bytes()
+    with pytest.raises(StorageError, match=r"outbox\.sqlite: the outbox is of format 2; .* reads up to 1"):
         Outbox(path, OutboxConfig())
+    assert path.read_bytes() == later
 
 
 @pytest.mark.parametrize("keys", [{"history": -1}, {"history": 10, "max_results": 9}, {"max_results": 0, "history": 0}])

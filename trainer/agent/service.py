@@ -109,7 +109,7 @@ def take_part(options: SiteOptions, *, report: Progress) -> SiteResult | None:
     """
     check_name("site", options.site)
     with ExitStack() as stack:
-        stack.enter_context(locked_state_dir(options.state_dir))
+        stack.enter_context(locked_state_dir(options.state_dir, holds="site"))
         server = None if options.metrics is None else stack.enter_context(MetricsServer(options.metrics))
         return _Site(options, Topics(fleet=options.fleet), report, Watch(options.state_dir, server)).serve()
 
