@@ -53,8 +53,8 @@ class Captured:
 class Capture:
     """Iterates over a source's frames while a thread reads ahead. A context manager: leaving it ends the thread.
 
-    A file waits for us, so under the policy ``wait`` a frame's monotonic time is that of its hand-over, not of
-    its wait in the queue; a camera's is that of its capture.
+    A file waits for us, so under the policy ``wait`` its monotonic time is that of its hand-over, not of its wait in
+    the queue; a camera's frame was captured when it was captured.
     """
 
     def __init__(self, source: Source, config: CaptureConfig, stop: threading.Event) -> None:
@@ -89,7 +89,7 @@ class Capture:
             EdgeFlameError: what the source raised.
         """
         while (captured := self._next()) is not None:
-            if not self._drop_oldest:
+            if not self._drop_oldest and not self._source.is_live:
                 frame = dataclasses.replace(captured.frame, captured_monotonic_s=time.monotonic())
                 captured = dataclasses.replace(captured, frame=frame)
             yield captured

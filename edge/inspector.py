@@ -63,7 +63,7 @@ class Inspector:
         details: list[str] = []
         image = evidence = anomaly_map = score = None
         if frame.image_bgr is None:
-            faults.append(Reason.UNREADABLE)
+            faults.append(frame.fault or Reason.UNREADABLE)
             details.append(frame.error or "the source gave no image")
         else:
             evidence = frame.image_bgr

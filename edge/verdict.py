@@ -41,6 +41,18 @@ class Reason(str, enum.Enum):
     """Far less sharp than the good parts the model was made of."""
     FROZEN = "frozen"
     """The camera gives the same picture again and again, to the last bit."""
+    NO_IMAGE = "no_image"
+    """The part was announced, and no image was captured while it was there."""
+    STALE = "stale"
+    """The image was captured too long ago."""
+    LATE = "late"
+    """The part's deadline passed before there was a verdict."""
+    MODEL_NOT_READY = "model_not_ready"
+    """There is no model, or it is still busy with an earlier part."""
+    OVERRUN = "overrun"
+    """Parts come faster than they are judged, for longer than their images can wait."""
+    TRIGGER_UNCLEAR = "trigger_unclear"
+    """The trigger does not say which part it is, or when it was there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -356,7 +356,9 @@ class Connection:
         except UnicodeDecodeError:
             done()
             return
-        self._shared.sink(Received(topic=topic, payload=bytes(message.payload), done=done))
+        self._shared.sink(
+            Received(topic=topic, payload=bytes(message.payload), retained=bool(message.retain), done=done)
+        )
 
     def _on_disconnect(
         self, _client: mqtt.Client, _userdata: Any, flags: Any, reason: ReasonCode, _properties: Properties | None

@@ -43,6 +43,8 @@ class Received:
 
     topic: str
     payload: bytes
+    retained: bool = False
+    """The broker had kept it; when it was said, is not known."""
     done: Callable[[], None] = field(repr=False)
 
 

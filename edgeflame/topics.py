@@ -10,6 +10,7 @@
     edgeflame/v1/<fleet>/status/<name>              retained: one figure or word each, for SCADA systems
     edgeflame/v1/<fleet>/line/<line>/state          retained birth, will: what an inspection daemon runs
     edgeflame/v1/<fleet>/line/<line>/result         one message a part
+    edgeflame/v1/<fleet>/line/<line>/trigger        to the line: a part is there
 
 Who sent a message is told by its topic, never by a field of it: the broker's access control can tie a topic to
 a certificate.
@@ -122,6 +123,9 @@ class Topics:
 
     def line_result(self, line: str) -> str:
         return f"{self.base}/line/{line}/result"
+
+    def line_trigger(self, line: str) -> str:
+        return f"{self.base}/line/{line}/trigger"
 
     def all_up(self) -> str:
         """Filter for everything sites send."""

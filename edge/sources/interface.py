@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from edge.parts.trigger import Trigger
+from edge.verdict import Reason
 from edgeflame.images import ImageU8
 
 
@@ -30,6 +32,10 @@ class Frame:
     """``[height, width]`` uint8, 255 on the defect, where the source knows it."""
     missed: Mapping[str, int] = field(default_factory=dict)
     """Frames that the source lost just before this one, by reason."""
+    trigger: Trigger | None = None
+    """What announced the part; None where every frame is one."""
+    fault: Reason | None = None
+    """Why there is no image, where it is more than an unreadable one."""
 
 
 class Source(Protocol):

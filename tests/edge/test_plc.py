@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from brokers import wait_for
-from pymodbus.server import ModbusTcpServer
-from pymodbus.simulator import DataType, SimData, SimDevice
+from plc import Plc
 from results import inspected
 
 from edge.plc.config import ModbusConfig
@@ -19,47 +16,6 @@ from edgeflame.broker import free_port
 from edgeflame.errors import ConfigError
 
 BASE = 40
-
-
-class Plc:
-    """A PLC that can be switched off and on."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.writes: list[list[int]] = []
-        self.start()
-
-    def start(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        started = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
-        self._thread.start()
-        assert started.wait(20)
-
-    def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._server.shutdown(), self._loop).result(20)
-        self._thread.join(20)
-        self._loop.close()
-
-    @property
-    def registers(self) -> list[int]:
-        """The last ones written; zeros before."""
-        return self.writes[-1] if self.writes else [0] * 10
-
-    def _trace(self, sending: bool, pdu: Any) -> Any:
-        if not sending and getattr(pdu, "registers", None):
-            self.writes.append(list(pdu.registers))
-        return pdu
-
-    def _run(self, started: threading.Event) -> None:
-        async def serve() -> None:
-            device = SimDevice(1, [SimData(0, count=100, datatype=DataType.REGISTERS)])
-            self._server = ModbusTcpServer(device, address=("127.0.0.1", self.port), trace_pdu=self._trace)
-            await self._server.listen()
-            started.set()
-            await self._server.serving
-
-        self._loop.run_until_complete(serve())
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What a part is on the line: triggers, numbers, deadlines."""

@@ -1,0 +1,180 @@
+"""Which image belongs to which trigger. Pure: values and times in, matches out; no clock, no threads.
+
+Theory of operation
+-------------------
+A trigger at the time ``at`` gets the first image that was captured between ``at + delay`` and ``at + delay + window``
+and belongs to no other trigger. Both times are of one monotonic clock, and an image's is that of its capture, not of
+its arrival. Triggers are served in the order of their times, so of two that are close together the earlier one gets
+the earlier image.
+
+A trigger ends without an image when a later image than its window's has come, when nothing has come for ``ARRIVAL_S``
+after its window, or at its deadline, if that is earlier. Every trigger ends exactly once.
+
+An image that no trigger claims is let go ``lookback`` after its capture: a trigger may reach us after the image that
+belongs to it did. Few are held at once; images are large. Images of parts that wait for the model are few as well: when
+more wait, the part keeps its turn and its result, and loses its image.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from edge.parts.trigger import Trigger
+from edge.verdict import Reason
+
+UNTRIGGERED = "untriggered"
+"""Why a frame was dropped: it belongs to no trigger."""
+
+ARRIVAL_S = 0.25
+"""How long an image may be on its way from its capture to us."""
+
+IN_TIME_S = 0.01
+"""So long before its deadline a part without an image ends, so that its verdict is out by then."""
+
+MAX_HELD = 8
+"""Images that wait for a trigger."""
+
+MAX_IMAGES = 8
+"""Images of parts that wait for the model."""
+
+MAX_WAITING = 1000
+"""Parts that wait, with an image or without; more are not taken."""
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """When an image is an image of a part, from the time of its trigger; in seconds."""
+
+    delay_s: float
+    window_s: float
+    lookback_s: float = 0.25
+    """How long after an image's capture its trigger may reach us."""
+    deadline_s: float | None = None
+    """No later than this the part ends, with or without an image."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Match(Generic[F]):
+    """A trigger's end: its image, or why it has none."""
+
+    trigger: Trigger
+    image: F | None
+    reason: Reason | None = None
+    detail: str | None = None
+
+
+class Matcher(Generic[F]):
+    """Brings images and triggers together.
+
+    Args:
+        window: see :class:`Window`.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+        self._pending: list[Trigger] = []
+        self._held: collections.deque[tuple[float, F]] = collections.deque()
+        self._ready: collections.deque[Match[F]] = collections.deque()
+        self._num_ready_images = 0
+        self._away: str | None = None
+        self.dropped: collections.Counter[str] = collections.Counter()
+        """Images that were never looked at, by reason."""
+
+    def add_trigger(self, trigger: Trigger, now: float) -> bool:
+        """A trigger comes. False: too many wait, and it was not taken."""
+        if len(self._pending) + len(self._ready) >= MAX_WAITING:
+            return False
+        bisect.insort(self._pending, trigger, key=lambda pending: pending.at_s)
+        self.advance(now)
+        return True
+
+    def add_image(self, image: F, captured_s: float, now: float) -> None:
+        """An image comes; in the order of capture."""
+        self._away = None
+        self._held.append((captured_s, image))
+        self.advance(now)
+
+    def camera_away(self, reason: str) -> None:
+        """No image can come until the next one does."""
+        self._away = reason
+
+    def advance(self, now: float) -> None:
+        """Time has passed."""
+        while self._pending and self._end(self._pending[0], now):
+            self._pending.pop(0)
+        while self._held and (len(self._held) > MAX_HELD or self._held[0][0] < now - self._window.lookback_s):
+            self._held.popleft()
+            self.dropped[UNTRIGGERED] += 1
+
+    def close(self, reason: str) -> None:
+        """No image will come any more: every trigger that waits ends."""
+        for trigger in self._pending:
+            self._without_image(trigger, Reason.NO_IMAGE, reason)
+        self._pending.clear()
+
+    def matches(self) -> Iterator[Match[F]]:
+        """What has ended and was not yet taken, in order; taken one by one."""
+        while self._ready:
+            match = self._ready.popleft()
+            self._num_ready_images -= match.image is not None
+            yield match
+
+    def wake_at(self) -> float | None:
+        """When :meth:`advance` is to be called if nothing comes; None: no need."""
+        return self._gives_up_at(self._pending[0]) if self._pending else None
+
+    @property
+    def num_waiting(self) -> int:
+        """Triggers whose image is awaited, and parts not yet taken."""
+        return len(self._pending) + len(self._ready)
+
+    def _end(self, trigger: Trigger, now: float) -> bool:
+        if trigger.fault is not None:
+            self._without_image(trigger, trigger.fault, trigger.detail)
+            return True
+        opens = trigger.at_s + self._window.delay_s
+        closes = opens + self._window.window_s
+        for index, (captured_s, image) in enumerate(self._held):
+            if captured_s > closes:
+                self._no_image(trigger)
+                return True
+            if captured_s >= opens:
+                del self._held[index]
+                self._with_image(trigger, image)
+                return True
+        if now >= self._gives_up_at(trigger):
+            self._no_image(trigger)
+            return True
+        return False
+
+    def _gives_up_at(self, trigger: Trigger) -> float:
+        gives_up = trigger.at_s + self._window.delay_s + self._window.window_s + ARRIVAL_S
+        if self._window.deadline_s is not None:
+            gives_up = min(gives_up, trigger.at_s + self._window.deadline_s - IN_TIME_S)
+        return gives_up
+
+    def _with_image(self, trigger: Trigger, image: F) -> None:
+        if self._num_ready_images >= MAX_IMAGES:
+            self.dropped[Reason.OVERRUN.value] += 1
+            self._without_image(
+                trigger, Reason.OVERRUN, f"{MAX_IMAGES} parts were waiting for the model; its image was given up"
+            )
+            return
+        self._num_ready_images += 1
+        self._ready.append(Match(trigger=trigger, image=image))
+
+    def _no_image(self, trigger: Trigger) -> None:
+        delay, end = 1000 * self._window.delay_s, 1000 * (self._window.delay_s + self._window.window_s)
+        detail = f"no image between {delay:g} and {end:g} ms after the trigger"
+        if self._away is not None:
+            detail += f"; the camera is away: {self._away}"
+        self._without_image(trigger, Reason.NO_IMAGE, detail)
+
+    def _without_image(self, trigger: Trigger, reason: Reason, detail: str | None) -> None:
+        self._ready.append(Match(trigger=trigger, image=None, reason=reason, detail=detail))

@@ -1,0 +1,139 @@
+"""Triggers from an MQTT broker: one message, one part.
+
+The time of a trigger is that of its arrival, taken on the link's thread before anything else is done with it: behind
+the sender by the way through the broker. Messages sent while the connection is away do not come later, since a session
+holds nothing over: a trigger of long ago must not take the image of another part. What the broker retained is of an
+unknown time and no trigger. Delivery is at least once: a message repeated by the broker is a part of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import threading
+
+from edge.parts.config import MqttTriggerConfig
+from edge.parts.payload import read_announcement
+from edge.parts.trigger import AcceptTrigger, Trigger, trigger_now
+from edge.verdict import Reason
+from edgeflame.brokerurl import BrokerUrl
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError
+from edgeflame.link import Down, Event, Failed, Link, Received, Up
+
+log = EventLog("trigger")
+
+RETRY_S = 10.0
+"""A broker that refuses us is asked again after so long: somebody may put its rights right."""
+
+
+class MqttTrigger:
+    """See the module's text.
+
+    Args:
+        url: of the broker.
+        topic: to listen to.
+        client_id: unique among the broker's clients.
+        config: how to read messages.
+
+    Raises:
+        LinkError: the TLS files are wrong.
+    """
+
+    def __init__(self, url: BrokerUrl, *, topic: str, client_id: str, config: MqttTriggerConfig) -> None:
+        url.ssl_context()
+        self.name = f"{url.address} {topic}"
+        self._url = url
+        self._topic = topic
+        self._client_id = client_id
+        self._config = config
+        self._accept: AcceptTrigger | None = None
+        self._problem: str | None = "no connection to the broker yet"
+        self._wake = threading.Condition()
+        self._failed = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="edgeflame-trigger", daemon=True)
+
+    def open(self, accept: AcceptTrigger) -> None:
+        """Begin to listen; connects in the background, for ever."""
+        self._accept = accept
+        self._thread.start()
+
+    def problem(self) -> str | None:
+        """Why no trigger can come at present."""
+        return self._problem
+
+    def close(self) -> None:
+        """End."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(3.0)
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._failed = False
+            link = Link(self._url, client_id=self._client_id, filters=[self._topic], sink=self._on_event)
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._failed)
+            link.close(flush_s=0.0)
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing, RETRY_S)
+
+    def _on_event(self, event: Event) -> None:
+        """On the link's thread."""
+        match event:
+            case Received():
+                self._on_message(event)
+                event.done()
+            case Up():
+                log.info("trigger_listening", source=self.name)
+                self._problem = None
+            case Down():
+                self._lost(f"the connection to the broker was lost: {event.reason}")
+            case Failed():
+                self._lost(str(event.error))
+                with self._wake:
+                    self._failed = True
+                    self._wake.notify_all()
+            case _:
+                pass
+
+    def _lost(self, reason: str) -> None:
+        if not self._closing:
+            log.error("trigger_lost", source=self.name, reason=reason, meaning="parts may pass unseen")
+        self._problem = reason
+
+    def _on_message(self, event: Received) -> None:
+        assert self._accept is not None
+        arrived = trigger_now(None)
+        if event.retained:
+            log.warning("trigger_ignored", source=self.name, reason="it was retained: of a part of an unknown time")
+            return
+        if self._closing:
+            return
+        config = self._config
+        try:
+            said = read_announcement(
+                event.payload, part_id_key=config.part_id, number_key=config.number, time_key=config.time
+            )
+        except DataError as exc:
+            log.warning("trigger_unclear", source=self.name, reason=str(exc))
+            self._accept(dataclasses.replace(arrived, fault=Reason.TRIGGER_UNCLEAR, detail=f"the trigger: {exc}"))
+            return
+        trigger = dataclasses.replace(arrived, part_id=said.part_id, number=said.number)
+        if config.use_time and said.time is not None:
+            trigger = at_time(trigger, said.time)
+        self._accept(trigger)
+
+
+def at_time(trigger: Trigger, time: dt.datetime) -> Trigger:
+    """A trigger at the time that it names, for clocks that are kept together.
+
+    Args:
+        trigger: with the time of its arrival.
+        time: UTC; one in the future is taken as it is.
+    """
+    behind_s = (trigger.at_utc - time).total_seconds()
+    return dataclasses.replace(trigger, at_s=trigger.at_s - behind_s, at_utc=time)
