@@ -92,9 +92,10 @@ def test_a_killed_broker_is_found_again_and_nothing_queued_is_lost(
         broker.kill()
         wait_for(lambda: reader.count(Down) and writer_box.count(Down), "both noticed")
         broker.start()
-        wait_for(lambda: reader.count(Up) == 2, "the reader is back")
+        wait_for(lambda: reader.count(Up) >= 2, "the reader is back")
         writer.publish("t", b"after")
-        wait_for(lambda: reader.payloads == [b"after"], "the message is there")
+        # At least once: a link that broke a second time sends it again.
+        wait_for(lambda: set(reader.payloads) == {b"after"}, "the message is there")
     lost = [record for record in caplog.records if record.getMessage() == "broker_lost"]
     assert lost
     assert all(record.fields["address"] == broker.url for record in lost)  # type: ignore[attr-defined]
