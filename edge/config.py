@@ -16,6 +16,7 @@ from edge.plc.config import ModbusConfig
 from edge.rejects import RejectsConfig
 from edge.web.config import WebConfig
 from edgeflame.errors import ConfigError
+from edgeflame.topics import MAX_NAME_CHARS, is_name
 
 
 class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,9 +36,30 @@ class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError(msg)
 
 
+class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[cameras.NAME]``: one camera of the daemon.
+
+    A section given here takes the place of the one of the same name that is for all cameras, whole.
+    """
+
+    source: str
+    """As after ``--source``."""
+    product: str | None = None
+    """What it sees at the start, a name of ``[products]``; may be left out where there is one product alone."""
+    verdict: VerdictConfig | None = None
+    health: HealthLimits | None = None
+    capture: CaptureConfig | None = None
+    modbus: ModbusConfig | None = None
+    """Registers of its own; else its block lies in those of ``[modbus]``, by its place among the cameras."""
+
+
 class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it."""
 
+    products: dict[str, str] = {}
+    """Package files by the name of their product."""
+    cameras: dict[str, CameraConfig] = {}
+    """By name; in results, metrics and commands a camera goes by it."""
     verdict: VerdictConfig = VerdictConfig()
     health: HealthLimits = HealthLimits()
     capture: CaptureConfig = CaptureConfig()
@@ -48,3 +70,23 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     webhook: WebhookConfig | None = None
     web: WebConfig | None = None
     modbus: ModbusConfig | None = None
+
+    def __post_init__(self) -> None:
+        for kind, names in (("products", self.products), ("cameras", self.cameras)):
+            for name in names:
+                if not is_name(name):
+                    msg = (
+                        f"{kind}: the name {name[:80]!r} may have 1 to {MAX_NAME_CHARS} letters, digits, '.', '_' or "
+                        "'-', the first of them a letter or digit"
+                    )
+                    raise ConfigError(msg)
+
+    def of_camera(self, name: str) -> InspectConfig:
+        """The same with the sections that a camera has of its own in place of those for all."""
+        camera = self.cameras[name]
+        own = {
+            section: value
+            for section in camera.__struct_fields__
+            if section not in ("source", "product") and (value := getattr(camera, section)) is not None
+        }
+        return msgspec.structs.replace(self, **own)

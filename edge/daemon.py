@@ -1,29 +1,35 @@
-"""One run of the inspection: source, inspector, and all that happens to results; and how it is stopped."""
+"""One run of the inspection: cameras, their lines, and all that happens to results; and how it is stopped."""
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge.capture import Capture
-from edge.config import InspectConfig
+from edge.control import SNAPSHOTS_FOLDER, Control
+from edge.delivery.mqtt import line_state
 from edge.delivery.pipeline import Pipeline, open_pipeline
 from edge.delivery.writer import Writer
-from edge.inspector import Inspector
+from edge.judge import Judge
+from edge.line import Line
+from edge.loading import Loader
+from edge.plan import CameraPlan, Plan
 from edge.rejects import RejectsSink
-from edge.results import Result
-from edge.sinks import Sink
-from edge.sources import Source
+from edge.results import Inspected, Result
+from edge.sinks import InTurn, OfCamera, Sink
+from edge.sources import open_source
 from edge.summary import Summary, Tally
 from edgeflame.console import EventLog
-from edgeflame.errors import ConfigError, MissingDependencyError
+from edgeflame.errors import ConfigError, DataError, MissingDependencyError
 
 if TYPE_CHECKING:
     from edge.plc.config import ModbusConfig
@@ -33,27 +39,59 @@ log = EventLog("inspect")
 
 MARKS_FOLDER = "marks"
 
+_POLL_S = 0.2
+"""How often the main thread looks whether it is to stop; a line that ends wakes it at once."""
+
+
+def open_lines(plan: Plan, loader: Loader) -> list[Line]:
+    """Every camera of a plan with its judge, not yet running.
+
+    Raises:
+        EdgeFlameError: a package may not judge here, or there is no such source.
+    """
+    return [_open_line(camera, plan, loader) for camera in plan.cameras]
+
+
+def _open_line(camera: CameraPlan, plan: Plan, loader: Loader) -> Line:
+    opener = partial(open_source, camera.source)
+    file = plan.products[camera.product]
+    # The source first: a folder that is not there is said before a model is loaded for it.
+    is_live = opener().is_live
+    judge = loader.open(file, camera.settings, camera=camera.name, product=camera.product, is_live=is_live)
+    line = Line(camera.name, opener, judge, camera.settings.capture)
+    status = line.status()
+    log.info(
+        "inspecting",
+        camera=camera.name,
+        source=status.source,
+        product=status.product,
+        model=status.model,
+        threshold=status.threshold,
+        provider=status.provider,
+    )
+    return line
+
 
 def run_inspection(
-    source: Source,
-    inspector: Inspector,
+    plan: Plan,
+    lines: Sequence[Line],
+    loader: Loader,
     sinks: Sequence[Sink],
     *,
-    config: InspectConfig,
     state: Path | None = None,
     pictures: RejectsSink | None = None,
     limit: int | None = None,
     stop: threading.Event,
 ) -> Summary:
-    """Inspect until the source ends, ``limit`` parts are done, or ``stop`` is set.
+    """Inspect until all sources end, ``limit`` parts are done, or ``stop`` is set.
 
     The part in hand when the stop comes still gets its verdict.
 
     Args:
-        source: of the parts.
-        inspector: judges them.
+        plan: of the cameras.
+        lines: of :func:`open_lines`.
+        loader: of packages, when a camera is to judge another product.
         sinks: see every result; with ``state`` only once it is on the disk.
-        config: of everything.
         state: folder for the outbox; without it results go to the sinks alone.
         pictures: pictures of rejected parts; also told every result, and asked for room when the disk is full.
         limit: of parts.
@@ -61,46 +99,116 @@ def run_inspection(
 
     Raises:
         ConfigError: something is configured that needs a state folder.
-        EdgeFlameError: the source cannot be opened, or a result cannot be kept.
+        EdgeFlameError: a source cannot be read, or a result cannot be kept.
     """
+    config = plan.config
     if state is None and (config.mqtt or config.webhook or config.web):
         msg = "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
         raise ConfigError(msg)
-    outlets = [*sinks, pictures] if pictures is not None else [*sinks]
-    plc = _plc(config.modbus) if config.modbus is not None else None
-    if plc is not None:
-        # First: the part is already on its way to the ejector.
-        outlets = [plc, *outlets]
-    capture = Capture(source, config.capture, stop)
     pipeline: Pipeline | None = None
-    inspector.warm_up()
     tally = Tally()
     with contextlib.ExitStack() as stack:
-        if plc is not None:
-            stack.callback(plc.close)
-        if state is not None:
-            make_room = pictures.discard_oldest if pictures is not None else lambda: False
+        # First: the part is already on its way to the ejector.
+        outlets: list[Sink] = [*_plcs(stack, plan), *sinks]
+        if pictures is not None:
+            outlets.append(pictures)
+        control = Control(
+            lines,
+            products=plan.products,
+            load=partial(_load, plan, lines, loader),
+            folder=state / SNAPSHOTS_FOLDER if state is not None else None,
+        )
+        if state is None:
+            outlet: Sink = InTurn(outlets)
+        else:
+            boot = uuid.uuid4().hex
             pipeline = stack.enter_context(
-                open_pipeline(state, config, inspector, source=source.name, make_room=make_room)
+                open_pipeline(
+                    state,
+                    config,
+                    line_state(control.statuses(), boot=boot),
+                    make_room=pictures.discard_oldest if pictures is not None else lambda: False,
+                )
             )
+            if (mqtt := pipeline.mqtt) is not None:
+                control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
             if config.web is not None:
-                outlets += _page(stack, config.web, state, pipeline, inspector, capture, source.name)
-            outlets = [stack.enter_context(Writer(pipeline.outbox, outlets))]
-        with capture as frames:
-            for captured in frames:
-                inspected = inspector.inspect(captured)
-                tally.add(inspected.result)
-                for outlet in outlets:
-                    outlet.accept(inspected)
-                if tally.parts == limit:
-                    break
+                outlets += _page(stack, config.web, state, pipeline, control)
+            outlet = stack.enter_context(Writer(pipeline.outbox, outlets))
+        _run_lines(lines, outlet, tally, limit=limit, stop=stop)
     if stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)
+    dropped = sum((line.dropped for line in lines[1:]), start=lines[0].dropped)
     return msgspec.structs.replace(
-        tally.summary(dropped=capture.dropped),
+        tally.summary(dropped=dropped),
         evidence_lost=pictures.num_lost if pictures is not None else 0,
         undelivered=pipeline.undelivered if pipeline is not None else {},
     )
+
+
+def _run_lines(lines: Sequence[Line], outlet: Sink, tally: Tally, *, limit: int | None, stop: threading.Event) -> None:
+    """Each line on a thread of its own, until all have ended.
+
+    Raises:
+        EdgeFlameError: a line's error. One that can only be its own waits until the others have ended.
+    """
+    halt = threading.Event()
+    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def accept(inspected: Inspected) -> None:
+        outlet.accept(inspected)
+        if tally.add(inspected.result) == limit:
+            halt.set()
+
+    def run(line: Line) -> None:
+        try:
+            line.run(accept, halt, is_alone=len(lines) == 1)
+        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the main thread raises it
+            done.put(exc)
+        else:
+            done.put(None)
+
+    threads = [threading.Thread(target=run, args=(line,), name=f"edgeflame-{line.name}", daemon=True) for line in lines]
+    for thread in threads:
+        thread.start()
+    running, failures = len(threads), []
+    try:
+        while running:
+            with contextlib.suppress(queue.Empty):
+                failure = done.get(timeout=_POLL_S)
+                running -= 1
+                if failure is not None:
+                    failures.append(failure)
+                    if not isinstance(failure, DataError):
+                        # Not this camera's alone: a disk, a defect.
+                        halt.set()
+                    elif running:
+                        log.error("camera_ended", reason=str(failure))
+            if stop.is_set():
+                halt.set()
+    finally:
+        halt.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _load(plan: Plan, lines: Sequence[Line], loader: Loader, camera: str, product: str) -> Judge:
+    """Another judge for a camera, while the present one goes on."""
+    settings = next(entry.settings for entry in plan.cameras if entry.name == camera)
+    is_live = next(line.is_live for line in lines if line.name == camera)
+    return loader.open(plan.products[product], settings, camera=camera, product=product, is_live=is_live)
+
+
+def _plcs(stack: contextlib.ExitStack, plan: Plan) -> list[Sink]:
+    sinks: list[Sink] = []
+    for camera in plan.cameras:
+        if camera.modbus is not None:
+            plc = _plc(camera.modbus)
+            stack.callback(plc.close)
+            sinks.append(OfCamera(camera.name, plc))
+    return sinks
 
 
 def _plc(config: ModbusConfig) -> Sink:
@@ -113,17 +221,11 @@ def _plc(config: ModbusConfig) -> Sink:
 
 
 def _page(
-    stack: contextlib.ExitStack,
-    config: WebConfig,
-    state: Path,
-    pipeline: Pipeline,
-    inspector: Inspector,
-    capture: Capture,
-    source: str,
+    stack: contextlib.ExitStack, config: WebConfig, state: Path, pipeline: Pipeline, control: Control
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     try:
-        from edge.web.app import Line, Station
+        from edge.web.app import Station
         from edge.web.board import Board
         from edge.web.marks import MarkStore
         from edge.web.metrics import LineMetrics
@@ -134,22 +236,14 @@ def _page(
 
     past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
     board = Board(config, past)
-    metrics = LineMetrics(inspector, dropped=lambda: capture.dropped, deliverers=pipeline.deliverers)
-    line = Line(
-        product=inspector.product,
-        model=inspector.model_id,
-        threshold=inspector.threshold,
-        source=source,
-        provider=inspector.provider,
-    )
+    metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
     station = Station(
         config,
-        line,
+        control.statuses,
         board=board,
         metrics=metrics,
         marks=MarkStore(state / MARKS_FOLDER),
         deliverers=pipeline.deliverers,
-        dropped=lambda: capture.dropped,
         token=operator_token(state),
     )
     stack.enter_context(serve(station, config))

@@ -13,6 +13,7 @@ from edge.config import InspectConfig
 from edge.health import FreezeDetector, image_faults, sharpness
 from edge.results import Inspected, Result
 from edge.runtimes import Runtime
+from edge.status import DEFAULT_CAMERA
 from edge.verdict import Reason, decide
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package
@@ -25,6 +26,8 @@ class Inspector:
         package: the model.
         runtime: runs its graph.
         config: the rules.
+        camera: its name, for the results.
+        product: its name; the package's own unless given.
         is_live: whether the images come from a camera; then one that repeats itself is frozen.
         clock: monotonic, seconds.
     """
@@ -35,13 +38,17 @@ class Inspector:
         runtime: Runtime,
         config: InspectConfig,
         *,
+        camera: str = DEFAULT_CAMERA,
+        product: str | None = None,
         is_live: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         threshold = config.verdict.threshold
-        self.threshold = package.manifest.threshold.value if threshold is None else threshold
+        self._own_threshold = package.manifest.threshold.value if threshold is None else threshold
+        self.threshold = self._own_threshold
         self.model_id = package.sha256[:12]
-        self.product = package.manifest.product
+        self.product = package.manifest.product if product is None else product
+        self._camera = camera
         self.provider = runtime.provider
         self._preprocessing = package.manifest.learning.input
         self._runtime = runtime
@@ -55,6 +62,10 @@ class Inspector:
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""
         self._runtime.score(np.full((1, *self._runtime.input_size, 3), 127, dtype=np.uint8))
+
+    def set_threshold(self, value: float | None) -> None:
+        """Another threshold from the next frame on; None for the configuration's or the package's."""
+        self.threshold = self._own_threshold if value is None else value
 
     def inspect(self, captured: Captured) -> Inspected:
         """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
@@ -89,6 +100,7 @@ class Inspector:
             score=score, threshold=self.threshold, review_band=self._config.verdict.review_band, faults=faults
         )
         result = Result(
+            camera=self._camera,
             sequence=captured.sequence,
             part_id=frame.part_id,
             source=frame.source,

@@ -36,6 +36,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """``good`` or the defect, where the source knows the truth."""
     model: str
     """First 12 digits of the package's SHA-256."""
+    camera: str = ""
+    """Which of the daemon's cameras saw it; empty in results of older versions."""
 
     @property
     def is_right(self) -> bool | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
 from edge.results import Inspected, json_line
+from edge.status import DEFAULT_CAMERA
 from edgeflame.errors import StorageError
 
 if TYPE_CHECKING:
@@ -27,6 +30,38 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class OfCamera:
+    """Hands on the results of one camera alone."""
+
+    def __init__(self, camera: str, sink: Sink) -> None:
+        self._camera = camera
+        self._sink = sink
+
+    def accept(self, inspected: Inspected) -> None:
+        if inspected.result.camera == self._camera:
+            self._sink.accept(inspected)
+
+    def close(self) -> None:
+        self._sink.close()
+
+
+class InTurn:
+    """Hands results of several threads on to sinks that know of one alone."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+        self._lock = threading.Lock()
+
+    def accept(self, inspected: Inspected) -> None:
+        with self._lock:
+            for sink in self._sinks:
+                sink.accept(inspected)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
 
 
 class JsonLinesSink:
@@ -88,6 +123,8 @@ class ConsoleSink:
         if result.label is not None:
             wrong = result.is_right is False
             line.append(f"  ({result.label}{', wrong' if wrong else ''})", style="red" if wrong else "dim")
+        if result.camera not in ("", DEFAULT_CAMERA):
+            line.append(f"  {result.camera}", style="dim")
         notes = [reason for reason in result.reasons if reason != "above_threshold"]
         if notes:
             line.append(f"  {', '.join(notes)}", style="yellow")

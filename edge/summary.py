@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 import time
 from collections.abc import Callable, Mapping
 
@@ -58,11 +59,12 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tally:
-    """Adds up results."""
+    """Adds up results, of any number of threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._started = clock()
+        self._lock = threading.Lock()
         self._verdicts: collections.Counter[str] = collections.Counter()
         self._reasons: collections.Counter[str] = collections.Counter()
         self._truth: collections.Counter[str] = collections.Counter()
@@ -72,7 +74,13 @@ class Tally:
     def parts(self) -> int:
         return self._verdicts.total()
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result) -> int:
+        """Count a result; how many there are now."""
+        with self._lock:
+            self._add(result)
+            return self.parts
+
+    def _add(self, result: Result) -> None:
         self._verdicts[result.verdict] += 1
         self._reasons.update(result.reasons)
         self._latencies.append(result.latency_ms)

@@ -11,7 +11,8 @@
     ├── FederationError          8   a peer, a round or an update breaks the protocol
     ├── RuntimeUnavailableError  9   no inference runtime can do what was asked
     ├── StorageError            10   disk or state directory
-    └── NumericalError          11   NaN, Inf or a degenerate matrix where a number was expected
+    ├── NumericalError          11   NaN, Inf or a degenerate matrix where a number was expected
+    └── CrashLoopError          12   a part of a daemon failed unexpectedly again and again
 
 A message says what was expected, what came, and what to do. Errors of other libraries are translated where
 they enter, with ``raise ... from exc``. The command line prints the message as one line and exits with
@@ -96,3 +97,9 @@ class NumericalError(EdgeFlameError):
     """NaN, Inf or a degenerate matrix where a finite number was expected."""
 
     exit_code = 11
+
+
+class CrashLoopError(EdgeFlameError):
+    """A part of a daemon failed unexpectedly again and again; a new start may cure it."""
+
+    exit_code = 12

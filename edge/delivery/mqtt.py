@@ -14,7 +14,9 @@ from pathlib import Path
 
 import msgspec
 
+from edge.delivery.home_assistant import discovery
 from edge.delivery.message import Delivery
+from edge.status import CameraStatus
 from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, UsageError
@@ -86,8 +88,20 @@ def _broker_url(config: MqttConfig) -> BrokerUrl:
     return kit.broker_url(config.broker)
 
 
+class CameraState(msgspec.Struct, frozen=True, kw_only=True):
+    """What one camera of a line runs."""
+
+    name: str
+    product: str
+    model: str
+    """First 12 digits of the package's SHA-256."""
+    threshold: float
+    source: str
+    paused: bool = False
+
+
 class LineState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a line runs; retained."""
+    """What a line runs; retained. Of several cameras, the first stands outside of the list as well."""
 
     online: bool
     boot: str
@@ -96,6 +110,32 @@ class LineState(msgspec.Struct, frozen=True, kw_only=True):
     """First 12 digits of the package's SHA-256."""
     threshold: float
     source: str
+    cameras: tuple[CameraState, ...] = ()
+
+
+def line_state(cameras: Sequence[CameraStatus], *, boot: str) -> LineState:
+    """What to announce of a daemon's cameras, of which there is at least one."""
+    states = tuple(
+        CameraState(
+            name=camera.camera,
+            product=camera.product,
+            model=camera.model,
+            threshold=camera.threshold,
+            source=camera.source,
+            paused=camera.paused,
+        )
+        for camera in cameras
+    )
+    first = states[0]
+    return LineState(
+        online=True,
+        boot=boot,
+        product=first.product,
+        model=first.model,
+        threshold=first.threshold,
+        source=first.source,
+        cameras=states,
+    )
 
 
 class MqttDestination:
@@ -103,7 +143,7 @@ class MqttDestination:
 
     Args:
         config: where and as whom.
-        state: what the line runs, while it is online.
+        state: what the line runs, while it is online; see :meth:`announce`.
 
     Raises:
         ConfigError: the broker's URL or the TLS files make no sense.
@@ -122,7 +162,12 @@ class MqttDestination:
             msg = f"mqtt: {exc}"
             raise ConfigError(msg) from exc
         self._state = state
+        self._announced: LineState | None = None
         self._session: _Session | None = None
+
+    def announce(self, state: LineState) -> None:
+        """What the line runs from now on; told to the broker by the next :meth:`idle` or :meth:`deliver`."""
+        self._state = state
 
     def deliver(self, deliveries: Sequence[Delivery]) -> int:
         """Publish results and wait for the broker's acknowledgements.
@@ -186,46 +231,21 @@ class MqttDestination:
             except LinkError:
                 session.link.close(flush_s=0.0)
                 raise
-            self._session = session
-            session.link.publish(self._state_topic, msgspec.json.encode(self._state), retain=True)
-            for topic, payload in self._discovery():
-                session.link.publish(topic, payload, retain=True)
+            self._session, self._announced = session, None
+            if self._config.home_assistant is not None:
+                cameras = [camera.name for camera in self._state.cameras]
+                told = discovery(self._config.home_assistant, self._topics, self._config.line, cameras)
+                for topic, payload in told:
+                    session.link.publish(topic, payload, retain=True)
+        if self._announced != (state := self._state):
+            self._session.link.publish(self._state_topic, msgspec.json.encode(state), retain=True)
+            self._announced = state
         return self._session
 
     def _drop(self, *, flush_s: float) -> None:
         if self._session is not None:
             self._session.link.close(flush_s=flush_s)
             self._session = None
-
-    def _discovery(self) -> list[tuple[str, bytes]]:
-        """Home Assistant's configuration messages for the verdict and the score."""
-        prefix, line = self._config.home_assistant, self._config.line
-        if prefix is None:
-            return []
-        unique = f"edgeflame_{self._config.fleet}_{line}".replace(".", "_")
-        common = {
-            "state_topic": self._topics.line_result(line),
-            "availability_topic": self._state_topic,
-            "availability_template": "{{ 'online' if value_json.online else 'offline' }}",
-            "device": {"identifiers": [unique], "name": f"Line {line}", "manufacturer": "EdgeFlame"},
-        }
-        verdict = {
-            **common,
-            "name": "Verdict",
-            "unique_id": f"{unique}_verdict",
-            "value_template": "{{ value_json.result.verdict }}",
-        }
-        score = {
-            **common,
-            "name": "Score, 1 = at the threshold",
-            "unique_id": f"{unique}_score",
-            "value_template": "{{ (value_json.result.score / value_json.result.threshold) | round(3) "
-            "if value_json.result.score is not none else none }}",
-        }
-        return [
-            (f"{prefix}/sensor/{unique}/{key}/config", msgspec.json.encode(entity))
-            for key, entity in (("verdict", verdict), ("score", score))
-        ]
 
 
 class _Session:

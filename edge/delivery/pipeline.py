@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from edge.delivery.deliverer import Deliverer, Destination
 from edge.delivery.mqtt import LineState, MqttDestination
 from edge.delivery.outbox import Outbox
 from edge.delivery.webhook import WebhookDestination
-from edge.inspector import Inspector
 from edgeflame.console import EventLog
 from edgeflame.statedir import locked_state_dir
 
@@ -28,6 +26,8 @@ class Pipeline:
 
     outbox: Outbox
     deliverers: Sequence[Deliverer]
+    mqtt: MqttDestination | None
+    """The broker among the destinations."""
     undelivered: dict[str, int]
     """After the end: results kept for the next start, by destination; none for one that has all."""
 
@@ -36,9 +36,8 @@ class Pipeline:
 def open_pipeline(
     state: Path,
     config: InspectConfig,
-    inspector: Inspector,
+    line: LineState,
     *,
-    source: str,
     make_room: Callable[[], bool],
 ) -> Iterator[Pipeline]:
     """Open the outbox in a state folder and start delivering what it holds.
@@ -48,8 +47,7 @@ def open_pipeline(
     Args:
         state: the daemon's folder; one daemon at a time.
         config: outbox, delivery and destinations.
-        inspector: whose results these are.
-        source: what the line announces as its source.
+        line: what is announced of it at first.
         make_room: frees something of less worth than results when the disk is full.
 
     Raises:
@@ -66,7 +64,12 @@ def open_pipeline(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(locked_state_dir(state, holds="line"))
         outbox = stack.enter_context(Outbox(folder / OUTBOX_FILE, config.outbox, make_room=make_room))
-        destinations = _destinations(config, inspector, source)
+        destinations: list[Destination] = []
+        mqtt = MqttDestination(config.mqtt, line) if config.mqtt is not None else None
+        if mqtt is not None:
+            destinations.append(mqtt)
+        if config.webhook is not None:
+            destinations.append(WebhookDestination(config.webhook))
         for name in outbox.forget([destination.name for destination in destinations]):
             log.warning("destination_forgotten", destination=name, reason="it is no longer configured")
         # Last in, first out: the deliverers finish before the count.
@@ -74,21 +77,4 @@ def open_pipeline(
         deliverers += [
             stack.enter_context(Deliverer(outbox, destination, config.delivery)) for destination in destinations
         ]
-        yield Pipeline(outbox=outbox, deliverers=deliverers, undelivered=undelivered)
-
-
-def _destinations(config: InspectConfig, inspector: Inspector, source: str) -> list[Destination]:
-    destinations: list[Destination] = []
-    if config.mqtt is not None:
-        state = LineState(
-            online=True,
-            boot=uuid.uuid4().hex,
-            product=inspector.product,
-            model=inspector.model_id,
-            threshold=inspector.threshold,
-            source=source,
-        )
-        destinations.append(MqttDestination(config.mqtt, state))
-    if config.webhook is not None:
-        destinations.append(WebhookDestination(config.webhook))
-    return destinations
+        yield Pipeline(outbox=outbox, deliverers=deliverers, mqtt=mqtt, undelivered=undelivered)

@@ -14,10 +14,11 @@ GET  /readiness               200 if parts come and are judged, else 503 with th
 from __future__ import annotations
 
 import asyncio
+import collections
 import hmac
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from edge.delivery import Deliverer
+from edge.status import CameraStatus
 from edge.web.board import Board, View
 from edge.web.config import WebConfig
 from edge.web.marks import MarkStore, Truth
@@ -50,14 +52,15 @@ _HEADERS = {
 }
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs here; does not change during a run."""
+class Running(msgspec.Struct, frozen=True, kw_only=True):
+    """``/api/line``: what runs here. Of several cameras, the first stands outside of the list as well."""
 
     product: str
     model: str
     threshold: float
     source: str
     provider: str
+    cameras: tuple[CameraStatus, ...]
 
 
 class DeliveryHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +78,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None
     """Why the line is not ready; None if it is."""
     dropped: dict[str, int]
+    """Frames never looked at, of all cameras, by reason."""
+    cameras: tuple[CameraStatus, ...]
     deliveries: tuple[DeliveryHealth, ...]
 
 
@@ -94,28 +99,25 @@ class Station:
 
     Args:
         config: of the page.
-        line: what runs.
+        statuses: of the cameras.
         board: what is shown.
         metrics: what is counted.
         marks: where opinions are kept.
         deliverers: of the destinations.
-        dropped: frames never looked at so far, by reason.
         token: what a request that changes something must carry.
     """
 
     def __init__(
         self,
         config: WebConfig,
-        line: Line,
+        statuses: Callable[[], Sequence[CameraStatus]],
         *,
         board: Board,
         metrics: LineMetrics,
         marks: MarkStore,
         deliverers: Sequence[Deliverer],
-        dropped: Callable[[], Mapping[str, int]],
         token: str,
     ) -> None:
-        self.line = line
         self.board = board
         self.metrics = metrics
         self.marks = marks
@@ -123,8 +125,21 @@ class Station:
         """Set before the server stops, so that open event streams end."""
         self._config = config
         self._deliverers = deliverers
-        self._dropped = dropped
+        self._statuses = statuses
         self._token = token
+
+    def running(self) -> Running:
+        """What runs."""
+        statuses = tuple(self._statuses())
+        first = statuses[0]
+        return Running(
+            product=first.product,
+            model=first.model,
+            threshold=first.threshold,
+            source=first.source,
+            provider=first.provider,
+            cameras=statuses,
+        )
 
     def page(self) -> Page:
         """What is to be seen now."""
@@ -137,7 +152,16 @@ class Station:
                     name=deliverer.name, waiting=standing.waiting, lost=standing.lost, error=deliverer.last_error
                 )
             )
-        health = Health(problem=self._problem(view), dropped=dict(self._dropped()), deliveries=tuple(deliveries))
+        statuses = tuple(self._statuses())
+        dropped: collections.Counter[str] = collections.Counter()
+        for status in statuses:
+            dropped.update(status.dropped)
+        health = Health(
+            problem=self._problem(view, statuses),
+            dropped=dict(dropped),
+            cameras=statuses,
+            deliveries=tuple(deliveries),
+        )
         return Page(view=view, health=health)
 
     def may_change(self, request: Request) -> bool:
@@ -145,11 +169,21 @@ class Station:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         return hmac.compare_digest(given.encode(), self._token.encode())
 
-    def _problem(self, view: View) -> str | None:
-        if view.last_part_s is None:
+    def _problem(self, view: View, statuses: Sequence[CameraStatus]) -> str | None:
+        problems = [
+            problem if len(statuses) == 1 else f"{status.camera}: {problem}"
+            for status in statuses
+            if not status.ended and (problem := self._problem_of(status, view.last_parts_s.get(status.camera)))
+        ]
+        return "; ".join(problems) or None
+
+    def _problem_of(self, status: CameraStatus, last_part_s: float | None) -> str | None:
+        if status.paused:
+            return "paused"
+        if last_part_s is None:
             return "no part has been judged since the start"
-        if view.last_part_s > self._config.stale_after_s:
-            return f"no part for {view.last_part_s:.0f} s"
+        if last_part_s > self._config.stale_after_s:
+            return f"no part for {last_part_s:.0f} s"
         return None
 
 
@@ -164,7 +198,7 @@ def build_app(station: Station) -> Starlette:
         return FileResponse(STATIC / request.url.path.removeprefix("/"), headers=_HEADERS)
 
     async def line(_request: Request) -> Response:
-        return _json(station.line)
+        return _json(await asyncio.to_thread(station.running))
 
     async def view(_request: Request) -> Response:
         return _json(await asyncio.to_thread(station.page))

@@ -26,6 +26,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
     key: int
     """By which its pictures are asked for; rises by one a part."""
+    camera: str
     part_id: str
     verdict: str
     reasons: tuple[str, ...]
@@ -59,6 +60,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     today: Counts
     last_part_s: float | None
     """Seconds since the last part; None before the first."""
+    last_parts_s: dict[str, float]
+    """The same by camera, of those that had one."""
 
 
 class Board:
@@ -81,7 +84,7 @@ class Board:
         self._scores: collections.deque[tuple[float | None, str]] = collections.deque(maxlen=config.history)
         self._counts: collections.Counter[str] = collections.Counter()
         self._date = _today()
-        self._last_part: float | None = None
+        self._last_parts: dict[str, float] = {}
         self._latest: Shown | None = None
         self.version = 0
         """Rises with every change."""
@@ -96,6 +99,7 @@ class Board:
             self._count(result)
             shown = Shown(
                 key=self.version,
+                camera=result.camera,
                 part_id=result.part_id,
                 verdict=result.verdict,
                 reasons=result.reasons,
@@ -106,7 +110,7 @@ class Board:
                 has_picture=inspected.image is not None,
             )
             self._latest = shown
-            self._last_part = self._clock()
+            self._last_parts[result.camera] = self._clock()
             self._kept[shown.key] = inspected
             self._recent.append(shown)
             if result.verdict != "pass":
@@ -122,6 +126,8 @@ class Board:
         """What is to be seen now."""
         with self._lock:
             self._turn_day()
+            now = self._clock()
+            ages = {camera: round(now - at, 1) for camera, at in self._last_parts.items()}
             return View(
                 latest=self._latest,
                 rejects=tuple(reversed(self._rejects)),
@@ -133,7 +139,8 @@ class Board:
                     failed=self._counts["fail"],
                     unknown=self._counts["unknown"],
                 ),
-                last_part_s=None if self._last_part is None else round(self._clock() - self._last_part, 1),
+                last_part_s=min(ages.values(), default=None),
+                last_parts_s=ages,
             )
 
     def part(self, key: int) -> Inspected | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,8 +17,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from edge.delivery import Deliverer
-from edge.inspector import Inspector
 from edge.results import Inspected
+from edge.status import CameraStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -33,48 +33,54 @@ class LineMetrics:
     """Counts results; a sink.
 
     Args:
-        inspector: of the model that runs.
-        dropped: frames never looked at so far, by reason.
+        statuses: of the cameras.
         deliverers: of the destinations.
     """
 
-    def __init__(
-        self, inspector: Inspector, *, dropped: Callable[[], Mapping[str, int]], deliverers: Sequence[Deliverer]
-    ) -> None:
+    def __init__(self, statuses: Callable[[], Sequence[CameraStatus]], *, deliverers: Sequence[Deliverer]) -> None:
         self.registry = CollectorRegistry()
-        self._parts = Counter("edgeflame_parts", "Parts judged.", ["verdict"], registry=self.registry)
-        for verdict in ("pass", "fail", "unknown"):
-            self._parts.labels(verdict)
+        self._parts = Counter("edgeflame_parts", "Parts judged.", ["camera", "verdict"], registry=self.registry)
+        for status in statuses():
+            for verdict in ("pass", "fail", "unknown"):
+                self._parts.labels(status.camera, verdict)
         self._reasons = Counter(
-            "edgeflame_reasons", "Reasons for parts that were not passed.", ["reason"], registry=self.registry
+            "edgeflame_reasons",
+            "Reasons for parts that were not passed.",
+            ["camera", "reason"],
+            registry=self.registry,
         )
         self._latency = Histogram(
-            "edgeflame_latency_seconds", "Capture to verdict.", buckets=_LATENCY_BUCKETS, registry=self.registry
+            "edgeflame_latency_seconds",
+            "Capture to verdict.",
+            ["camera"],
+            buckets=_LATENCY_BUCKETS,
+            registry=self.registry,
         )
         self._ratio = Histogram(
-            "edgeflame_score_ratio", "Score over threshold.", buckets=_RATIO_BUCKETS, registry=self.registry
+            "edgeflame_score_ratio",
+            "Score over threshold.",
+            ["camera"],
+            buckets=_RATIO_BUCKETS,
+            registry=self.registry,
         )
         self._last = Gauge(
-            "edgeflame_last_part_timestamp_seconds", "When the last part was captured.", registry=self.registry
+            "edgeflame_last_part_timestamp_seconds",
+            "When the last part was captured.",
+            ["camera"],
+            registry=self.registry,
         )
-        Gauge("edgeflame_threshold", "Raw distance above which a part fails.", registry=self.registry).set(
-            inspector.threshold
-        )
-        Gauge("edgeflame_model_info", "The model that runs.", ["product", "model"], registry=self.registry).labels(
-            inspector.product, inspector.model_id
-        ).set(1)
-        self.registry.register(_Asked(dropped, deliverers))
+        self.registry.register(_Asked(statuses, deliverers))
 
     def accept(self, inspected: Inspected) -> None:
         """Count a part."""
         result = inspected.result
-        self._parts.labels(result.verdict).inc()
+        self._parts.labels(result.camera, result.verdict).inc()
         for reason in result.reasons:
-            self._reasons.labels(reason).inc()
-        self._latency.observe(result.latency_ms / 1000)
+            self._reasons.labels(result.camera, reason).inc()
+        self._latency.labels(result.camera).observe(result.latency_ms / 1000)
         if result.score is not None:
-            self._ratio.observe(result.score / result.threshold)
-        self._last.set(result.captured.timestamp())
+            self._ratio.labels(result.camera).observe(result.score / result.threshold)
+        self._last.labels(result.camera).set(result.captured.timestamp())
 
     def close(self) -> None:
         """Nothing to close."""
@@ -87,15 +93,26 @@ class LineMetrics:
 class _Asked(Collector):
     """Figures that others keep, asked for when they are read."""
 
-    def __init__(self, dropped: Callable[[], Mapping[str, int]], deliverers: Sequence[Deliverer]) -> None:
-        self._dropped = dropped
+    def __init__(self, statuses: Callable[[], Sequence[CameraStatus]], deliverers: Sequence[Deliverer]) -> None:
+        self._statuses = statuses
         self._deliverers = deliverers
 
     def collect(self) -> Iterable[Metric]:
-        dropped = CounterMetricFamily("edgeflame_frames_dropped", "Frames never looked at.", labels=["reason"])
-        for reason, count in self._dropped().items():
-            dropped.add_metric([reason], count)
-        yield dropped
+        threshold = GaugeMetricFamily(
+            "edgeflame_threshold", "Raw distance above which a part fails.", labels=["camera"]
+        )
+        model = GaugeMetricFamily("edgeflame_model_info", "The model that runs.", labels=["camera", "product", "model"])
+        paused = GaugeMetricFamily("edgeflame_paused", "1 while a camera is paused.", labels=["camera"])
+        dropped = CounterMetricFamily(
+            "edgeflame_frames_dropped", "Frames never looked at.", labels=["camera", "reason"]
+        )
+        for status in self._statuses():
+            threshold.add_metric([status.camera], status.threshold)
+            model.add_metric([status.camera, status.product, status.model], 1)
+            paused.add_metric([status.camera], status.paused)
+            for reason, count in status.dropped.items():
+                dropped.add_metric([status.camera, reason], count)
+        yield from (threshold, model, paused, dropped)
         waiting = GaugeMetricFamily("edgeflame_outbox_waiting", "Results not yet delivered.", labels=["destination"])
         lost = CounterMetricFamily("edgeflame_results_lost", "Results given up undelivered.", labels=["destination"])
         failures = CounterMetricFamily("edgeflame_delivery_failures", "Failed attempts.", labels=["destination"])

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.option("--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Model package.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Model package, where the configuration has no [products].",
+)
 @click.option(
     "--public-key",
     type=click.Path(path_type=Path),
@@ -24,17 +29,16 @@ if TYPE_CHECKING:
 @click.option(
     "--source",
     "address",
-    required=True,
     metavar="SRC",
-    help="Folder of images, image, video file, camera:0, rtsp://..., or generated boards: "
-    "boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256.",
+    help="Where the configuration has no [cameras]: folder of images, image, video file, camera:0, rtsp://..., or "
+    "generated boards: boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256.",
 )
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [verdict], [health], [capture], [rejects], [outbox], [delivery], [mqtt], "
-    "[webhook], [web], [modbus]; options given here win.",
+    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [rejects], [outbox], "
+    "[delivery], [mqtt], [webhook], [web], [modbus]; options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(
@@ -87,9 +91,9 @@ if TYPE_CHECKING:
     "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one image.  [default: one a core]"
 )
 def command(
-    model: Path,
+    model: Path | None,
     public_key: Path | None,
-    address: str,
+    address: str | None,
     config: Path | None,
     as_json: bool,
     threshold: float | None,
@@ -114,48 +118,31 @@ def command(
     """
     from typing import cast
 
-    from edge.choice import LineDevice, open_for_line
+    from edge.choice import LineDevice
     from edge.config import InspectConfig
-    from edge.daemon import run_inspection, stop_on_signals
-    from edge.inspector import Inspector
-    from edge.parity import require_parity
+    from edge.daemon import open_lines, run_inspection, stop_on_signals
+    from edge.loading import Loader
+    from edge.plan import make_plan
     from edge.rejects import RejectsSink
-    from edge.runtimes import check_runtime_fits
-    from edge.sources import open_source
     from edgeflame.config import load_config
-    from edgeflame.console import EventLog
-    from edgeflame.package import read_package
-    from edgeflame.signing import verify_signature
 
-    log = EventLog("inspect")
     settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
-    source = open_source(address)
-    package = read_package(model)
-    if public_key is not None:
-        log.info("signature_verified", key=verify_signature(package, public_key))
-    runtime, _ = open_for_line(package, device=cast(LineDevice, device), engines=engines, num_threads=threads)
-    check_runtime_fits(runtime, package.manifest)
-    if package.references:
-        parity = require_parity(runtime, package)
-        log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
-    else:
-        log.warning("parity_unchecked", reason="the package holds no reference images")
-    inspector = Inspector(package, runtime, settings, is_live=source.is_live)
-    log.info(
-        "inspecting",
-        source=source.name,
-        product=package.manifest.product,
-        model=inspector.model_id,
-        threshold=inspector.threshold,
-        provider=runtime.provider,
+    loader = Loader(
+        device=cast(LineDevice, device),
+        engines=engines,
+        num_threads=threads,
+        num_cameras=max(len(settings.cameras), 1),
+        public_key=public_key,
     )
+    plan = make_plan(
+        settings, model=model, source=address, product_of=lambda file: loader.package(file).manifest.product
+    )
+    lines = open_lines(plan, loader)
     pictures = RejectsSink(rejects, settings.rejects) if rejects is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
         with stop_on_signals() as stop:
-            summary = run_inspection(
-                source, inspector, sinks, config=settings, state=state, pictures=pictures, limit=limit, stop=stop
-            )
+            summary = run_inspection(plan, lines, loader, sinks, state=state, pictures=pictures, limit=limit, stop=stop)
             stopped = stop.is_set()
     finally:
         for sink in sinks:
@@ -163,7 +150,7 @@ def command(
     _show(summary, as_json=as_json)
     if summary_file is not None:
         _write(summary_file, summary)
-    if stopped and not source.is_endless:
+    if stopped and not all(line.is_endless for line in lines):
         raise KeyboardInterrupt
 
 

@@ -13,7 +13,7 @@ def result(sequence: int, verdict: str = "fail", part_id: str = "part") -> Resul
     return Result(
         sequence=sequence, part_id=part_id, source="s", verdict=verdict, reasons=(), detail=None, score=2.0,
         captured=dt.datetime(2026, 1, 2, 3, 4, 5, sequence, tzinfo=dt.timezone.utc),
-        threshold=1.0, latency_ms=1.0, label=None, model="0" * 12,
+        threshold=1.0, latency_ms=1.0, label=None, model="0" * 12, camera="camera",
     )  # fmt: skip
 
 

@@ -20,11 +20,9 @@ from click.testing import CliRunner
 from results import result
 from small_model import GRID, bad_image, good_image, write_images
 
-from edge.config import InspectConfig
-from edge.inspector import Inspector
 from edge.results import Inspected
-from edge.runtimes import open_runtime
-from edge.web.app import Line, Station
+from edge.status import CameraStatus
+from edge.web.app import Station
 from edge.web.board import Board
 from edge.web.config import WebConfig
 from edge.web.marks import MarkStore
@@ -88,18 +86,25 @@ class TestBoard:
         assert len(board.picture(1, with_heat=False, side=40) or b"") < len(board.picture(1, with_heat=False) or b"")
 
 
+def statuses() -> tuple[CameraStatus, ...]:
+    return (
+        CameraStatus(
+            camera="camera", product="tile", model="0" * 12, threshold=1.0, source="camera:0", provider="CPU",
+            dropped={"superseded": 3},
+        ),
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def station(folder: Path, package: Package, **keys: Any) -> Iterator[tuple[Station, str]]:
     config = WebConfig(listen="127.0.0.1:0", **keys)
-    inspector = Inspector(package, open_runtime(package.model_onnx, device="cpu"), InspectConfig())
     opened = Station(
         config,
-        Line(product="tile", model="0" * 12, threshold=1.0, source="camera:0", provider="CPU"),
+        statuses,
         board=Board(config),
-        metrics=LineMetrics(inspector, dropped=lambda: {"superseded": 3}, deliverers=[]),
+        metrics=LineMetrics(statuses, deliverers=[]),
         marks=MarkStore(folder / "marks"),
         deliverers=[],
-        dropped=lambda: {"superseded": 3},
         token=TOKEN,
     )
     with serve(opened, config) as address:
@@ -136,9 +141,9 @@ def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, p
         for sequence, verdict in enumerate(["pass", "fail", "unknown"]):
             judge(opened, part(sequence, verdict))
         text = ask(address, "/metrics")[1].decode()
-    assert 'edgeflame_parts_total{verdict="fail"} 1.0' in text
-    assert 'edgeflame_frames_dropped_total{reason="superseded"} 3.0' in text
-    assert "edgeflame_score_ratio_count 2.0" in text
+    assert 'edgeflame_parts_total{camera="camera",verdict="fail"} 1.0' in text
+    assert 'edgeflame_frames_dropped_total{camera="camera",reason="superseded"} 3.0' in text
+    assert 'edgeflame_score_ratio_count{camera="camera"} 2.0' in text
     told = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "inspection.md").read_text(), re.MULTILINE))
     assert told == documented

@@ -19,6 +19,9 @@ function reasonsOf(part) {
 }
 
 const ratioOf = (part) => (part.ratio === null ? "no score" : `${part.ratio.toFixed(2)} × threshold`);
+// The camera's name where there are several.
+let severalCameras = false;
+const nameOf = (part) => (severalCameras ? `${part.camera}: ${part.part_id}` : part.part_id);
 const timeOf = (part) => new Date(part.captured).toLocaleTimeString();
 
 function showLatest(part) {
@@ -28,12 +31,12 @@ function showLatest(part) {
   text("word", part.verdict);
   text("ratio", ratioOf(part));
   text("why", reasonsOf(part) || "\u00a0");
-  text("part", `${part.part_id} · ${timeOf(part)} · ${part.latency_ms.toFixed(0)} ms`);
+  text("part", `${nameOf(part)} · ${timeOf(part)} · ${part.latency_ms.toFixed(0)} ms`);
   const picture = $("picture");
   const source = pictureOf(part.key, $("heat").checked);
   picture.hidden = !part.has_picture;
   if (part.has_picture && !picture.src.endsWith(source)) picture.src = source;
-  picture.alt = `${part.part_id}: ${part.verdict}`;
+  picture.alt = `${nameOf(part)}: ${part.verdict}`;
   $("open-latest").disabled = false;
 }
 
@@ -71,7 +74,7 @@ function card(part) {
   button.type = "button";
   button.className = part.verdict;
   button.dataset.key = part.key;
-  button.setAttribute("aria-label", `${part.part_id}, ${part.verdict}, ${ratioOf(part)}: look closer`);
+  button.setAttribute("aria-label", `${nameOf(part)}, ${part.verdict}, ${ratioOf(part)}: look closer`);
   const frame = document.createElement("div");
   frame.className = "frame";
   if (part.has_picture) {
@@ -85,7 +88,7 @@ function card(part) {
   const score = document.createElement("span");
   score.textContent = `${SIGNS[part.verdict]} ${ratioOf(part)}`;
   const name = document.createElement("span");
-  name.textContent = `${timeOf(part)} · ${part.part_id}`;
+  name.textContent = `${timeOf(part)} · ${nameOf(part)}`;
   button.append(frame, score, name);
   button.addEventListener("click", () => look(part));
   item.append(button);
@@ -129,6 +132,7 @@ function showHealth(health) {
 
 function show(page) {
   current = page;
+  severalCameras = page.health.cameras.length > 1;
   showLatest(page.view.latest);
   showCounts(page.view.today);
   showChart(page.view.scores);
@@ -141,7 +145,7 @@ function show(page) {
 function look(part) {
   closer = part;
   text("closer-title", `${SIGNS[part.verdict]} ${part.verdict}, ${ratioOf(part)}`);
-  text("closer-why", [reasonsOf(part), part.part_id, new Date(part.captured).toLocaleString()].filter(Boolean).join(" · "));
+  text("closer-why", [reasonsOf(part), nameOf(part), new Date(part.captured).toLocaleString()].filter(Boolean).join(" · "));
   $("closer-plain").src = pictureOf(part.key, false);
   $("closer-heat").src = pictureOf(part.key, true);
   for (const button of document.querySelectorAll("#opinion [data-was]")) button.disabled = !part.has_picture;
@@ -189,9 +193,11 @@ $("open-latest").addEventListener("click", () => current && current.view.latest 
 $("token-row").hidden = Boolean(sessionStorage.getItem("token"));
 
 fetch("api/line").then((response) => response.json()).then((line) => {
-  text("product", line.product);
-  text("runs", `${line.source} · model ${line.model} · ${line.provider}`);
-  document.title = `${line.product} – EdgeFlame`;
+  const products = [...new Set(line.cameras.map((camera) => camera.product))].join(", ");
+  const runs = line.cameras.map((camera) => `${camera.source} · model ${camera.model} · ${camera.provider}`);
+  text("product", products);
+  text("runs", runs.join(" | "));
+  document.title = `${products} – EdgeFlame`;
 });
 
 const events = new EventSource("api/events");

@@ -1,0 +1,217 @@
+"""Everything a person or a program may ask of a running daemon, wherever the asking comes from.
+
+Commands over the broker, the operator's page and signals all come through here. What other parts of the daemon can do
+(a golden-part test, a roll-back) they register.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, final
+
+import msgspec
+
+from edge.judge import Judge
+from edge.line import Line
+from edge.overlay import overlay
+from edge.results import Result
+from edge.status import CameraStatus
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError, UsageError
+from edgeflame.images import write_image
+from edgeflame.statedir import storage_errors
+
+log = EventLog("control")
+
+SNAPSHOTS_FOLDER = "snapshots"
+SNAPSHOT_TIMEOUT_S = 10.0
+
+Registered = Literal["golden", "rollback", "reload"]
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What a daemon is doing."""
+
+    cameras: tuple[CameraStatus, ...]
+    products: dict[str, str]
+    """Package files by name."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The next part of a camera."""
+
+    result: Result
+    file: str | None
+    """Its picture with the heat map; None where the camera gave none, or there is no folder to keep it in."""
+
+
+@final
+class Control:
+    """The daemon's cameras under one hand; safe for any thread.
+
+    Args:
+        lines: the cameras, in order.
+        products: package files by the product's name.
+        load: makes the judge of a camera (first) for a product (second).
+        folder: for snapshots; None: there is none.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        *,
+        products: Mapping[str, Path],
+        load: Callable[[str, str], Judge],
+        folder: Path | None = None,
+    ) -> None:
+        self._lines = {line.name: line for line in lines}
+        self._products = dict(products)
+        self._load = load
+        self._folder = folder
+        self._handlers: dict[Registered, Callable[..., msgspec.Struct]] = {}
+        self._listeners: tuple[Callable[[], None], ...] = ()
+        # One change at a time: two that meet would leave neither's wish.
+        self._lock = threading.RLock()
+
+    def register(self, name: Registered, handler: Callable[..., msgspec.Struct]) -> None:
+        """Let another part of the daemon answer a request."""
+        self._handlers[name] = handler
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` after every change; it must not wait."""
+        self._listeners = (*self._listeners, listener)
+
+    def describe(self) -> Description:
+        """What the daemon is doing."""
+        return Description(cameras=self.statuses(), products={name: str(file) for name, file in self._products.items()})
+
+    def statuses(self) -> tuple[CameraStatus, ...]:
+        """What each camera is doing."""
+        return tuple(line.status() for line in self._lines.values())
+
+    def pause(self, camera: str | None = None) -> Description:
+        """Judge no more parts of a camera, or of all.
+
+        Raises:
+            UsageError: there is no such camera; here and in every method.
+        """
+        for line in self._some(camera):
+            line.pause()
+            log.warning("paused", camera=line.name)
+        return self._changed()
+
+    def resume(self, camera: str | None = None) -> Description:
+        """Go on with a camera, or all."""
+        for line in self._some(camera):
+            line.resume()
+            log.info("resumed", camera=line.name)
+        return self._changed()
+
+    def set_threshold(self, camera: str | None, value: float | None) -> Description:
+        """Another threshold for the model a camera uses now; None for the one it began with.
+
+        Raises:
+            UsageError: that is no threshold.
+        """
+        if value is not None and not (math.isfinite(value) and value > 0):
+            msg = f"a threshold is a positive number, not {value}"
+            raise UsageError(msg)
+        with self._lock:
+            line = self._one(camera)
+            before = line.judge.threshold
+            line.set_threshold(value)
+            log.warning("threshold_set", camera=line.name, before=before, now=line.judge.threshold)
+            return self._changed()
+
+    def switch_product(self, camera: str | None, product: str) -> Description:
+        """Judge another product from the next part on.
+
+        Raises:
+            UsageError: there is no such product.
+            EdgeFlameError: its package may not judge here; the camera goes on as before.
+        """
+        with self._lock:
+            line = self._one(camera)
+            if product not in self._products:
+                msg = f"no product {product!r}; there are {', '.join(self._products)}"
+                raise UsageError(msg)
+            judge = self._load(line.name, product)
+            before = line.use(judge)
+            log.warning(
+                "product_switched", camera=line.name, before=before.product, now=judge.product, model=judge.model_id
+            )
+            return self._changed()
+
+    def snapshot(self, camera: str | None = None, *, timeout_s: float = SNAPSHOT_TIMEOUT_S) -> Snapshot:
+        """The next part of a camera: its result, and its picture with the heat map in a file.
+
+        Raises:
+            DataError: none came in time, or the camera is paused.
+            StorageError: the picture cannot be kept.
+        """
+        line = self._one(camera)
+        if line.is_paused:
+            msg = f"camera {line.name} is paused: resume it first"
+            raise DataError(msg)
+        inspected = line.snapshot(timeout_s)
+        if inspected is None:
+            msg = f"camera {line.name}: no part came within {timeout_s:g} s"
+            raise DataError(msg)
+        result = inspected.result
+        if inspected.image is None or self._folder is None:
+            return Snapshot(result=result, file=None)
+        picture = inspected.image
+        if inspected.anomaly_map is not None:
+            picture = overlay(picture, inspected.anomaly_map, result.threshold)
+        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
+        file = self._folder / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{line.name}-{part}.png"
+        with storage_errors(self._folder, "keep snapshots"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_image(file, picture)
+        return Snapshot(result=result, file=str(file))
+
+    def golden(self, camera: str | None = None) -> msgspec.Struct:
+        """Test a camera with its golden part.
+
+        Raises:
+            UsageError: nothing here can do that; so with the next two.
+            EdgeFlameError: what the one who can do it says.
+        """
+        return self._registered("golden")(self._one(camera).name)
+
+    def rollback(self, product: str) -> msgspec.Struct:
+        """Go back to the model before, on every camera with this product."""
+        return self._registered("rollback")(product)
+
+    def reload(self) -> msgspec.Struct:
+        """Read the configuration again and change what can be changed."""
+        return self._registered("reload")()
+
+    def _registered(self, name: Registered) -> Callable[..., msgspec.Struct]:
+        handler = self._handlers.get(name)
+        if handler is None:
+            msg = f"this daemon is not set up for {name}"
+            raise UsageError(msg)
+        return handler
+
+    def _some(self, camera: str | None) -> Sequence[Line]:
+        return list(self._lines.values()) if camera is None else [self._one(camera)]
+
+    def _one(self, camera: str | None) -> Line:
+        if camera is None and len(self._lines) == 1:
+            return next(iter(self._lines.values()))
+        line = None if camera is None else self._lines.get(camera)
+        if line is None:
+            said = "say which camera" if camera is None else f"no camera {camera!r}"
+            msg = f"{said}; there are {', '.join(self._lines)}"
+            raise UsageError(msg)
+        return line
+
+    def _changed(self) -> Description:
+        for listener in self._listeners:
+            listener()
+        return self.describe()

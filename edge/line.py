@@ -1,0 +1,371 @@
+"""One camera's loop: capture, judge, hand on; and what may be changed about it while it runs.
+
+Theory of operation
+-------------------
+The loop runs on a thread of its own, in :meth:`Line.run`. Everybody else changes it through the methods above it,
+which wait for the frame in hand and take effect before the next one: a *turn* is held while a frame is judged, and a
+*door* before it lets whoever waits for the turn go first, however fast frames follow one another.
+
+A camera that cannot be opened, or whose capture fails, is tried again with growing pauses. Each outage gives one part
+with the verdict ``unknown``. A judge that fails unexpectedly costs the part in hand its verdict (``unknown`` as well)
+and not the daemon its life, so long as it does not happen again and again: then :class:`CrashLoopError` ends the
+daemon, for its supervisor to start it afresh.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
+
+from edge.capture import Capture, CaptureConfig, Captured
+from edge.judge import Judge, Watcher, not_judged
+from edge.results import Inspected
+from edge.sources import Source
+from edge.sources.interface import make_frame
+from edge.status import CameraStatus
+from edge.verdict import Reason
+from edgeflame.console import EventLog
+from edgeflame.errors import (
+    ConfigError,
+    CrashLoopError,
+    EdgeFlameError,
+    MissingDependencyError,
+    RuntimeUnavailableError,
+    StorageError,
+    UsageError,
+)
+
+log = EventLog("line")
+
+PAUSED = "paused"
+"""Why a live frame was dropped: the line was told to rest."""
+
+MAX_CRASHES, CRASH_WINDOW_S = 5, 600.0
+"""So many unexpected errors of one camera within so long are taken for a defect that only a new start may cure."""
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+"""Between attempts to get a camera back: doubles from the first to the longest."""
+
+_PATIENCE_S = 5.0
+"""How long a command waits for the frame in hand; a judge that takes longer hangs."""
+
+_HOPELESS = (ConfigError, UsageError, MissingDependencyError)
+"""What no later attempt will mend."""
+
+
+@final
+class Line:
+    """One camera with its judge.
+
+    Args:
+        name: of the camera.
+        open_source: gives the camera; called again for each attempt after a failure.
+        judge: of its frames.
+        capture: how its frames are queued.
+        watchers: look on at every part.
+        clock: monotonic, seconds.
+
+    Raises:
+        EdgeFlameError: there is no such source.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_source: Callable[[], Source],
+        judge: Judge,
+        capture: CaptureConfig,
+        *,
+        watchers: Sequence[Watcher] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._open_source = open_source
+        self._source = open_source()
+        self._judge = judge
+        self._config = capture
+        self._watchers = tuple(watchers)
+        self._clock = clock
+        self._door, self._turn = threading.Lock(), threading.Lock()
+        self._resumed = threading.Event()
+        self._resumed.set()
+        self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
+        self._capture: Capture | None = None
+        self._dropped: collections.Counter[str] = collections.Counter()
+        self._crashes: collections.deque[float] = collections.deque()
+        self._next_sequence = 0
+        self._has_worked = False
+        self._ended = False
+        self._problem: str | None = None
+        self._busy_since: float | None = None
+        self.parts = 0
+        """Judged since the start."""
+
+    # What anybody may ask and say.
+
+    @property
+    def judge(self) -> Judge:
+        """Who judges now."""
+        return self._judge
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its parts pass whether or not we look."""
+        return self._source.is_live
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether its source ends only when it is stopped."""
+        return self._source.is_endless
+
+    @property
+    def is_paused(self) -> bool:
+        return not self._resumed.is_set()
+
+    @property
+    def dropped(self) -> collections.Counter[str]:
+        """Frames never looked at so far, by reason."""
+        capture = self._capture
+        return self._dropped + (capture.dropped if capture is not None else collections.Counter())
+
+    @property
+    def busy_s(self) -> float:
+        """How long the frame in hand has been judged and handed on; 0 between frames."""
+        since = self._busy_since
+        return 0.0 if since is None else max(0.0, self._clock() - since)
+
+    def status(self) -> CameraStatus:
+        """What it is doing now."""
+        judge = self._judge
+        return CameraStatus(
+            camera=self.name,
+            source=self._source.name,
+            product=judge.product,
+            model=judge.model_id,
+            provider=judge.provider,
+            threshold=judge.threshold,
+            paused=self.is_paused,
+            ended=self._ended,
+            problem=self._problem,
+            parts=self.parts,
+            dropped=dict(self.dropped),
+        )
+
+    def pause(self) -> None:
+        """Judge no more frames. A camera's are dropped and counted; files and triggered parts wait."""
+        self._resumed.clear()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._resumed.set()
+
+    def set_threshold(self, value: float | None) -> None:
+        """Another threshold from the next frame on; None for the judge's own.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._between_frames():
+            self._judge.set_threshold(value)
+
+    def use(self, judge: Judge) -> Judge:
+        """Have another judge from the next frame on; returns the one before. Not a frame is lost between them.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._between_frames():
+            before, self._judge = self._judge, judge
+        return before
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have somebody look on from the next frame on."""
+        self._watchers = (*self._watchers, watcher)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Have somebody look on no more; nothing if nobody did."""
+        self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
+    def snapshot(self, timeout_s: float) -> Inspected | None:
+        """The next part that is judged, with its evidence; None when none came in time."""
+        answer: queue.SimpleQueue[Inspected] = queue.SimpleQueue()
+        self._snapshots.put(answer)
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    @contextlib.contextmanager
+    def _between_frames(self) -> Iterator[None]:
+        with self._door:
+            if not self._turn.acquire(timeout=_PATIENCE_S):
+                msg = f"camera {self.name}: the part in hand has been judged for more than {_PATIENCE_S:g} s"
+                raise RuntimeUnavailableError(msg)
+            try:
+                yield
+            finally:
+                self._turn.release()
+
+    # The loop.
+
+    def run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool = True) -> None:
+        """Inspect until the source ends or ``halt`` is set; the part in hand still gets its verdict.
+
+        Args:
+            accept: takes every verdict; what it raises ends the run.
+            halt: ends the run.
+            is_alone: without other cameras beside it; then a camera that does not work at the start is an error, and
+                otherwise it is waited for.
+
+        Raises:
+            EdgeFlameError: the source cannot be read; what ``accept`` raised; unexpected errors too often.
+        """
+        delay_s, is_out = FIRST_DELAY_S, False
+        while not halt.is_set():
+            parts = self.parts
+            try:
+                self._run_once(accept, halt)
+            except _NotTakenError as exc:
+                raise exc.cause from None
+            except (StorageError, CrashLoopError, *_HOPELESS):
+                raise
+            except EdgeFlameError as exc:
+                if not self.is_endless or (is_alone and not self._has_worked):
+                    self._problem = str(exc)
+                    raise
+                reason = str(exc)
+            except Exception as exc:
+                self._crashed(exc)
+                if not self.is_endless:
+                    # From its beginning again, it would give its parts a second time.
+                    msg = f"camera {self.name}: the source failed unexpectedly: {exc!r}"
+                    raise CrashLoopError(msg) from exc
+                reason = f"an unexpected error: {exc!r}"
+            else:
+                self._ended = not halt.is_set()
+                return
+            if self.parts > parts:
+                delay_s, is_out = FIRST_DELAY_S, False
+            self._problem = reason
+            if not is_out:
+                is_out = True
+                try:
+                    self._report_outage(reason, accept)
+                except _NotTakenError as exc:
+                    raise exc.cause from None
+            log.warning("camera_lost", camera=self.name, reason=reason, retry_in_s=delay_s)
+            halt.wait(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+            self._try_to_reopen()
+
+    def _run_once(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
+        first = self._next_sequence
+        self._capture = Capture(self._source, self._config, halt)
+        try:
+            with self._capture as frames:
+                for captured in frames:
+                    self._next_sequence = first + captured.sequence + 1
+                    placed = dataclasses.replace(captured, sequence=first + captured.sequence) if first else captured
+                    wanted = placed if self._resumed.is_set() else self._rest(placed, halt)
+                    if wanted is not None:
+                        self._deal_with(wanted, accept)
+        finally:
+            self._dropped += self._capture.dropped
+            self._capture = None
+
+    def _rest(self, captured: Captured, halt: threading.Event) -> Captured | None:
+        """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over."""
+        if self.is_live:
+            self._dropped[PAUSED] += 1
+            return None
+        while not self._resumed.wait(0.2):
+            if halt.is_set():
+                return None
+        # It waited for us, and not we for it: its latency begins now.
+        return dataclasses.replace(
+            captured, frame=dataclasses.replace(captured.frame, captured_monotonic_s=self._clock())
+        )
+
+    def _deal_with(self, captured: Captured, accept: Callable[[Inspected], None]) -> None:
+        self._busy_since = self._clock()
+        try:
+            with self._door:
+                pass
+            with self._turn:
+                inspected = self._judged(captured)
+            self.parts += 1
+            if captured.frame.image_bgr is not None:
+                self._has_worked, self._problem = True, None
+            elif captured.frame.error is not None and self.is_live:
+                self._problem = captured.frame.error
+            try:
+                accept(inspected)
+            except Exception as exc:
+                raise _NotTakenError(exc) from exc
+        finally:
+            self._busy_since = None
+        while not self._snapshots.empty():
+            self._snapshots.get().put(inspected)
+        for watcher in self._watchers:
+            try:
+                watcher.watch(captured, inspected)
+            except Exception as exc:  # noqa: BLE001 - an onlooker must not break the line
+                log.error("watcher_failed", camera=self.name, watcher=type(watcher).__name__, reason=repr(exc))
+                self.unwatch(watcher)
+
+    def _judged(self, captured: Captured) -> Inspected:
+        try:
+            return self._judge.inspect(captured)
+        except Exception as exc:  # noqa: BLE001 - the outermost frame of a camera's loop
+            self._crashed(exc)
+            detail = f"an unexpected error: {exc!r}"
+            return not_judged(captured, self._judge, camera=self.name, reason=Reason.RUNTIME_FAILED, detail=detail)
+
+    def _report_outage(self, reason: str, accept: Callable[[Inspected], None]) -> None:
+        """What nobody looked at is never a pass, and said to be unknown."""
+        frame = make_frame(
+            part_id=f"outage-{self._next_sequence:06d}",
+            source=self._source.name,
+            error=f"parts may pass unseen: {reason}",
+        )
+        captured = Captured(sequence=self._next_sequence, frame=frame)
+        self._next_sequence += 1
+        self._deal_with(captured, accept)
+        self._problem = reason
+
+    def _try_to_reopen(self) -> None:
+        """A new source; where there is none now, the old one fails again and says why."""
+        with contextlib.suppress(EdgeFlameError):
+            self._source = self._open_source()
+
+    def _crashed(self, exc: Exception) -> None:
+        """Note an unexpected error.
+
+        Raises:
+            CrashLoopError: it was one too many.
+        """
+        now = self._clock()
+        self._crashes.append(now)
+        while now - self._crashes[0] > CRASH_WINDOW_S:
+            self._crashes.popleft()
+        log.error("unexpected_error", camera=self.name, reason=repr(exc), count=len(self._crashes))
+        if len(self._crashes) > MAX_CRASHES:
+            msg = (
+                f"camera {self.name}: {len(self._crashes)} unexpected errors within {CRASH_WINDOW_S:g} s, the last "
+                f"{exc!r}; the daemon has to be started again"
+            )
+            raise CrashLoopError(msg) from exc
+
+
+class _NotTakenError(Exception):
+    """A verdict could not be handed on: no fault of the camera's, and not to be mistaken for one."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause

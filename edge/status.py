@@ -1,0 +1,31 @@
+"""What one camera's line is doing now, for everyone who asks: the page, metrics, the broker, a command."""
+
+from __future__ import annotations
+
+import msgspec
+
+DEFAULT_CAMERA = "camera"
+"""Name of the one camera of a daemon whose configuration names none."""
+
+
+class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One camera of a daemon."""
+
+    camera: str
+    source: str
+    """Without passwords."""
+    product: str
+    model: str
+    """First 12 digits of the package's SHA-256."""
+    provider: str
+    """What runs the model."""
+    threshold: float
+    paused: bool = False
+    ended: bool = False
+    """Its source has come to its end."""
+    problem: str | None = None
+    """Why no parts come from it; None while they do."""
+    parts: int = 0
+    """Judged since the start."""
+    dropped: dict[str, int] = {}
+    """Frames never looked at, by reason."""

@@ -1,0 +1,348 @@
+"""One camera's loop: what may be changed about it while it runs, and what it survives."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from brokers import wait_for
+from results import result
+from small_model import good_image
+
+from edge import line as line_module
+from edge.capture import CaptureConfig, Captured
+from edge.line import MAX_CRASHES, PAUSED, Line
+from edge.results import Inspected
+from edge.sources import Frame
+from edge.sources.interface import make_frame
+from edgeflame.errors import CrashLoopError, DataError, RuntimeUnavailableError, StorageError
+
+IMAGE = good_image(0)
+
+
+class Belt:
+    """Parts that come when the test says so; each script is one life of the camera."""
+
+    name = "belt"
+    num_frames = None
+
+    def __init__(self, *, is_live: bool = True, is_endless: bool = True) -> None:
+        self.is_live, self.is_endless = is_live, is_endless
+        self.coming: queue.SimpleQueue[Exception | str] = queue.SimpleQueue()
+        self.given = 0
+
+    def put(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.coming.put("part")
+
+    def fail(self, failure: Exception) -> None:
+        self.coming.put(failure)
+
+    def end(self) -> None:
+        self.coming.put("end")
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        while not stop.is_set():
+            try:
+                what = self.coming.get(timeout=0.02)
+            except queue.Empty:
+                continue
+            if isinstance(what, Exception):
+                raise what
+            if what == "end":
+                return
+            self.given += 1
+            yield make_frame(part_id=f"p{self.given}", source=self.name, image_bgr=IMAGE)
+
+
+class FakeJudge:
+    provider = "CPU"
+
+    def __init__(self, product: str = "tile", failures: int = 0) -> None:
+        self.product, self.model_id, self.threshold = product, product * 3, 1.0
+        self.failures = failures
+        self.gate: threading.Event | None = None
+
+    def set_threshold(self, value: float | None) -> None:
+        self.threshold = 1.0 if value is None else value
+
+    def inspect(self, captured: Captured) -> Inspected:
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        if self.failures:
+            self.failures -= 1
+            msg = "a defect of ours"
+            raise RuntimeError(msg)
+        told = msgspec.structs.replace(
+            result(captured.sequence, "unknown" if captured.frame.image_bgr is None else "pass"),
+            part_id=captured.frame.part_id, threshold=self.threshold, model=self.model_id,
+            detail=captured.frame.error,
+        )  # fmt: skip
+        return Inspected(result=told, image=captured.frame.image_bgr, anomaly_map=None)
+
+
+class Running:
+    """A line on its thread, and what came of it."""
+
+    def __init__(self, belt: Belt, judge: FakeJudge, **keys: Any) -> None:
+        self.belt, self.judge = belt, judge
+        self.told: list[Any] = []
+        self.halt = threading.Event()
+        self.error: BaseException | None = None
+        self.refuse: Exception | None = None
+        self.line = Line("a", lambda: belt, judge, CaptureConfig(depth=16), **keys)
+        self.is_alone = True
+        self.thread = threading.Thread(target=self._run)
+
+    def _accept(self, inspected: Inspected) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.told.append(inspected.result)
+
+    def _run(self) -> None:
+        try:
+            self.line.run(self._accept, self.halt, is_alone=self.is_alone)
+        except BaseException as exc:  # noqa: BLE001 - the test looks at it
+            self.error = exc
+
+    def wait(self, count: int) -> None:
+        wait_for(lambda: len(self.told) >= count, f"{count} parts are judged")
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    monkeypatch.setattr(line_module, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(line_module, "LONGEST_DELAY_S", 0.05)
+    with contextlib.ExitStack() as stack:
+
+        def begin(
+            belt: Belt | None = None, judge: FakeJudge | None = None, *, alone: bool = True, **keys: Any
+        ) -> Running:
+            running = Running(belt or Belt(), judge or FakeJudge(), **keys)
+            running.is_alone = alone
+            running.thread.start()
+            stack.callback(running.thread.join, 20)
+            stack.callback(running.halt.set)
+            return running
+
+        yield begin
+
+
+def test_while_it_rests_a_cameras_frames_are_dropped_by_name_and_counted(start: Start) -> None:
+    running = start()
+    running.belt.put()
+    running.wait(1)
+    running.line.pause()
+    running.belt.put(3)
+    wait_for(lambda: running.line.dropped[PAUSED] == 3, "three frames are dropped")
+    assert running.line.status().paused
+    running.line.resume()
+    running.belt.put()
+    running.wait(2)
+    assert [told.sequence for told in running.told] == [0, 4]
+    assert running.line.status().dropped == {PAUSED: 3}
+
+
+def test_while_it_rests_files_wait_and_none_is_lost(start: Start) -> None:
+    running = start(Belt(is_live=False, is_endless=False))
+    running.belt.put(2)
+    running.wait(2)
+    running.line.pause()
+    running.belt.put(5)
+    running.belt.end()
+    wait_for(lambda: running.belt.given >= 5, "frames wait")
+    assert len(running.told) == 2
+    running.line.resume()
+    running.thread.join(20)
+    assert [told.part_id for told in running.told] == [f"p{number}" for number in range(1, 8)]
+    assert running.line.status().ended
+    assert not running.line.dropped
+
+
+def test_a_stop_ends_a_rest(start: Start) -> None:
+    running = start(Belt(is_live=False))
+    running.line.pause()
+    running.belt.put()
+    wait_for(lambda: running.belt.given, "a frame waits")
+    running.halt.set()
+    running.thread.join(20)
+    assert not running.thread.is_alive()
+    assert running.told == []
+
+
+def test_another_threshold_and_another_judge_from_one_part_to_the_next(start: Start) -> None:
+    running = start()
+    running.belt.put()
+    running.wait(1)
+    running.line.set_threshold(2.5)
+    running.belt.put()
+    running.wait(2)
+    running.line.set_threshold(None)
+    other = FakeJudge("board")
+    assert running.line.use(other) is running.judge
+    running.belt.put()
+    running.wait(3)
+    assert [(told.threshold, told.model) for told in running.told] == [
+        (1.0, "tiletiletile"), (2.5, "tiletiletile"), (1.0, "boardboardboard"),
+    ]  # fmt: skip
+    assert running.line.status().product == "board"
+
+
+def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: Start) -> None:
+    running = start(Belt(is_live=False))
+    running.belt.put(3000)
+    judges = [FakeJudge(name) for name in ("x", "y")]
+    for judge in itertools.islice(itertools.cycle(judges), 20):
+        running.line.use(judge)
+    running.wait(3000)
+    assert [told.sequence for told in running.told] == list(range(3000))
+
+
+def test_a_judge_that_hangs_is_said_to_and_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_module, "_PATIENCE_S", 0.05)
+    running = start()
+    running.judge.gate = threading.Event()
+    running.belt.put()
+    wait_for(lambda: running.line.busy_s > 0, "a part is in hand")
+    with pytest.raises(RuntimeUnavailableError, match="camera a: the part in hand"):
+        running.line.set_threshold(2.0)
+    running.judge.gate.set()
+    running.wait(1)
+    wait_for(lambda: running.line.busy_s == 0, "it is done")
+
+
+def test_a_snapshot_is_the_next_part(start: Start) -> None:
+    running = start()
+    assert running.line.snapshot(0.01) is None
+    running.belt.put()
+    running.wait(1)
+    taken: list[Inspected | None] = []
+    thread = threading.Thread(target=lambda: taken.append(running.line.snapshot(20)))
+    thread.start()
+    while thread.is_alive():
+        running.belt.put()
+        thread.join(0.02)
+    assert taken[0] is not None
+    assert taken[0].image is not None
+    assert taken[0].result in running.told
+
+
+def test_onlookers_see_what_the_sinks_saw_and_one_that_fails_is_sent_away(start: Start) -> None:
+    class Onlooker:
+        def __init__(self, failure: bool) -> None:
+            self.seen: list[int] = []
+            self.failure = failure
+
+        def watch(self, captured: Captured, inspected: Inspected) -> None:
+            assert captured.sequence == inspected.result.sequence
+            self.seen.append(captured.sequence)
+            if self.failure:
+                msg = "no"
+                raise RuntimeError(msg)
+
+    good, bad, later = Onlooker(failure=False), Onlooker(failure=True), Onlooker(failure=False)
+    running = start(watchers=[bad, good])
+    running.belt.put()
+    wait_for(lambda: len(good.seen) == 1, "the first is seen")
+    running.line.watch(later)
+    running.belt.put()
+    wait_for(lambda: len(later.seen) == 1, "the second is seen")
+    assert (good.seen, bad.seen, later.seen) == ([0, 1], [0], [1])
+    running.line.unwatch(good)
+    running.belt.put()
+    wait_for(lambda: len(later.seen) == 2, "the third is seen")
+    assert good.seen == [0, 1]
+
+
+class TestFailures:
+    """A camera that fails, a judge that fails, sinks that fail: each is another thing."""
+
+    def test_a_lost_camera_gives_one_unknown_an_outage_and_is_found_again(self, start: Start) -> None:
+        running = start()
+        running.belt.put(2)
+        running.wait(2)
+        running.belt.fail(DataError("unplugged"))
+        running.wait(3)
+        wait_for(lambda: running.line.status().problem == "unplugged", "the problem shows")
+        running.belt.fail(DataError("still unplugged"))
+        wait_for(running.belt.coming.empty, "it was tried again")
+        running.belt.put()
+        running.wait(4)
+        assert [(told.sequence, told.verdict) for told in running.told] == [
+            (0, "pass"), (1, "pass"), (2, "unknown"), (3, "pass"),
+        ]  # fmt: skip
+        assert running.told[2].detail == "parts may pass unseen: unplugged"
+        assert running.line.status().problem is None
+        assert running.error is None
+
+    def test_alone_it_is_an_error_that_a_camera_cannot_be_opened_and_beside_others_it_is_waited_for(
+        self, start: Start
+    ) -> None:
+        alone, beside = Belt(), Belt()
+        for belt in (alone, beside):
+            belt.fail(DataError("no such camera"))
+        running = start(alone)
+        running.thread.join(20)
+        assert isinstance(running.error, DataError)
+        running = start(beside, alone=False)
+        running.wait(1)
+        beside.put()
+        running.wait(2)
+        assert [told.verdict for told in running.told] == ["unknown", "pass"]
+
+    def test_a_file_that_ends_in_an_error_ends_the_line(self, start: Start) -> None:
+        running = start(Belt(is_live=False, is_endless=False), alone=False)
+        running.belt.put()
+        running.wait(1)
+        running.belt.fail(DataError("cut short"))
+        running.thread.join(20)
+        assert str(running.error) == "cut short"
+        assert running.line.status().problem == "cut short"
+
+    def test_a_judge_that_fails_unexpectedly_costs_a_verdict_and_too_often_the_daemon(self, start: Start) -> None:
+        running = start(judge=FakeJudge(failures=MAX_CRASHES))
+        for count in range(1, MAX_CRASHES + 2):
+            running.belt.put()
+            running.wait(count)
+        assert [told.verdict for told in running.told] == ["unknown"] * MAX_CRASHES + ["pass"]
+        assert running.told[0].reasons == ("runtime_failed",)
+        assert "a defect of ours" in str(running.told[0].detail)
+        running.judge.failures = 1
+        running.belt.put()
+        running.thread.join(20)
+        assert isinstance(running.error, CrashLoopError)
+
+    def test_errors_long_ago_are_forgotten(self, start: Start) -> None:
+        now = itertools.count(0, 10_000)
+        running = start(judge=FakeJudge(failures=3 * MAX_CRASHES), clock=lambda: float(next(now)))
+        for count in range(1, 3 * MAX_CRASHES + 1):
+            running.belt.put()
+            running.wait(count)
+        assert running.error is None
+
+    @pytest.mark.parametrize("failure", [StorageError("disk full"), BrokenPipeError()])
+    def test_a_verdict_that_cannot_be_handed_on_ends_the_line(self, start: Start, failure: Exception) -> None:
+        running = start()
+        running.refuse = failure
+        running.belt.put()
+        running.thread.join(20)
+        assert running.error is failure
+
+    def test_a_capture_that_fails_unexpectedly_is_begun_again(self, start: Start) -> None:
+        running = start()
+        running.belt.put()
+        running.wait(1)
+        running.belt.fail(ZeroDivisionError())
+        running.wait(2)
+        running.belt.put()
+        running.wait(3)
+        assert [told.verdict for told in running.told] == ["pass", "unknown", "pass"]
