@@ -68,11 +68,13 @@ Reason = Literal[
 ]
 
 
-class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+class WireMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
+    """What every message has."""
+
     v: Version = VERSION
 
 
-class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
+class Hello(WireMessage, frozen=True, kw_only=True, tag="hello"):
     """A site asks to take part; sent on every connection until it is welcomed or refused."""
 
     boot: Id
@@ -82,7 +84,7 @@ class Hello(_Message, frozen=True, kw_only=True, tag="hello"):
     software: Text = ""
 
 
-class Heartbeat(_Message, frozen=True, kw_only=True, tag="heartbeat"):
+class Heartbeat(WireMessage, frozen=True, kw_only=True, tag="heartbeat"):
     """A site lives, and how far it is. An unchanging ``step`` is a sign of life but not of progress."""
 
     boot: Id
@@ -99,7 +101,7 @@ class Heartbeat(_Message, frozen=True, kw_only=True, tag="heartbeat"):
     """Its operator, or its shift plan, has it at rest, and this is why; it is neither asked nor missed. Since 1.1."""
 
 
-class Offer(_Message, frozen=True, kw_only=True, tag="offer"):
+class Offer(WireMessage, frozen=True, kw_only=True, tag="offer"):
     """A site has a model to deliver: its initial one, or the update of a round; or its statistics, as of round 0.
     Answered with :class:`BlobNeed`, :class:`Receipt` or :class:`Refusal`; repeated until it is.
     """
@@ -114,7 +116,7 @@ class Offer(_Message, frozen=True, kw_only=True, tag="offer"):
     """Optimiser steps of the update; 0: not said. Since 1.1."""
 
 
-class BlobNeed(_Message, frozen=True, kw_only=True, tag="need"):
+class BlobNeed(WireMessage, frozen=True, kw_only=True, tag="need"):
     """What a receiver still lacks of a blob: request, acknowledgement and repair in one."""
 
     sha256: Sha256
@@ -126,7 +128,7 @@ class BlobNeed(_Message, frozen=True, kw_only=True, tag="need"):
     """The most chunks that may be on their way. Since 1.1."""
 
 
-class Receipt(_Message, frozen=True, kw_only=True, tag="receipt"):
+class Receipt(WireMessage, frozen=True, kw_only=True, tag="receipt"):
     """Durable at the aggregator: the site may forget its own copy."""
 
     run: Id
@@ -135,7 +137,7 @@ class Receipt(_Message, frozen=True, kw_only=True, tag="receipt"):
     sha256: Sha256 | None = None
 
 
-class Refusal(_Message, frozen=True, kw_only=True, tag="refusal"):
+class Refusal(WireMessage, frozen=True, kw_only=True, tag="refusal"):
     """What the site sent does not count, and why."""
 
     run: Id
@@ -147,7 +149,7 @@ class Refusal(_Message, frozen=True, kw_only=True, tag="refusal"):
     detail: Text = ""
 
 
-class TaskFailed(_Message, frozen=True, kw_only=True, tag="failed"):
+class TaskFailed(WireMessage, frozen=True, kw_only=True, tag="failed"):
     """A site cannot do its part of a phase. Answered with :class:`Refusal`, reason ``failed``."""
 
     run: Id
@@ -156,7 +158,7 @@ class TaskFailed(_Message, frozen=True, kw_only=True, tag="failed"):
     detail: Text
 
 
-class FinishReport(_Message, frozen=True, kw_only=True, tag="finished"):
+class FinishReport(WireMessage, frozen=True, kw_only=True, tag="finished"):
     """A site made its package from the final model. Answered with :class:`Receipt`."""
 
     run: Id
@@ -165,7 +167,7 @@ class FinishReport(_Message, frozen=True, kw_only=True, tag="finished"):
     summary: Summary = {}
 
 
-class Leaving(_Message, frozen=True, kw_only=True, tag="leaving"):
+class Leaving(WireMessage, frozen=True, kw_only=True, tag="leaving"):
     """A site leaves the run for good. Answered with :class:`Turned`, reason ``left``; repeated until it is.
     Since 1.1.
     """
@@ -175,7 +177,7 @@ class Leaving(_Message, frozen=True, kw_only=True, tag="leaving"):
     detail: Text = ""
 
 
-class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
+class Welcome(WireMessage, frozen=True, kw_only=True, tag="welcome"):
     """The site of this boot may take part."""
 
     boot: Id
@@ -183,7 +185,7 @@ class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
     """The aggregator's boot; a site says hello again to another one."""
 
 
-class Turned(_Message, frozen=True, kw_only=True, tag="turned_away"):
+class Turned(WireMessage, frozen=True, kw_only=True, tag="turned_away"):
     """The site of this boot may not take part."""
 
     boot: Id
@@ -201,7 +203,7 @@ class StatisticsWanted(msgspec.Struct, frozen=True, kw_only=True):
     """Of ``low_rank``: eigenpairs per position."""
 
 
-class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
+class RoundState(WireMessage, frozen=True, kw_only=True, tag="round"):
     """Retained: what everyone is to do now. A site needs no other instruction."""
 
     run: Id
@@ -232,7 +234,7 @@ class RoundState(_Message, frozen=True, kw_only=True, tag="round"):
     """Sites the aggregator's operator wants at rest. Since 1.1."""
 
 
-class Presence(_Message, frozen=True, kw_only=True, tag="presence"):
+class Presence(WireMessage, frozen=True, kw_only=True, tag="presence"):
     """Retained: who is there. ``online`` false comes from the last will or a clean exit."""
 
     boot: Id
@@ -253,7 +255,7 @@ _PRESENCE = msgspec.json.Decoder(Presence)
 M = TypeVar("M")
 
 
-def encode(message: Message) -> bytes:
+def encode(message: WireMessage) -> bytes:
     """The bytes of a message.
 
     Raises:
@@ -272,22 +274,22 @@ def decode_up(data: bytes) -> UpMessage:
     Raises:
         FederationError: anything else, whatever it is.
     """
-    return _decode(_UP, data)
+    return decode_message(_UP, data)
 
 
 def decode_down(data: bytes) -> DownMessage:
     """Decode what the aggregator sent to one site; errors as :func:`decode_up`."""
-    return _decode(_DOWN, data)
+    return decode_message(_DOWN, data)
 
 
 def decode_round(data: bytes) -> RoundState:
     """Decode the retained round state; errors as :func:`decode_up`."""
-    return _decode(_ROUND, data)
+    return decode_message(_ROUND, data)
 
 
 def decode_presence(data: bytes) -> Presence:
     """Decode a retained presence; errors as :func:`decode_up`."""
-    return _decode(_PRESENCE, data)
+    return decode_message(_PRESENCE, data)
 
 
 class _Head(msgspec.Struct):
@@ -298,7 +300,8 @@ _HEAD = msgspec.json.Decoder(_Head)
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 
 
-def _decode(decoder: msgspec.json.Decoder[M], data: bytes) -> M:
+def decode_message(decoder: msgspec.json.Decoder[M], data: bytes) -> M:
+    """Decode a message of the decoder's types; errors as :func:`decode_up`."""
     if len(data) > MAX_MESSAGE_BYTES:
         msg = f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are read"
         raise FederationError(msg)

@@ -11,6 +11,10 @@
     edgeflame/v1/<fleet>/line/<line>/state          retained birth, will: what an inspection daemon runs
     edgeflame/v1/<fleet>/line/<line>/result         one message a part
     edgeflame/v1/<fleet>/line/<line>/trigger        to the line: a part is there
+    edgeflame/v1/<fleet>/line/<line>/models         retained: which packages it runs, tries and refused
+    edgeflame/v1/<fleet>/line/<line>/up/message     from the line: what it lacks of a released package
+    edgeflame/v1/<fleet>/model/<product>            retained: the package released for a product
+    edgeflame/v1/<fleet>/release/<sha256>/<chunk>   from who publishes a package to all lines
 
 Who sent a message is told by its topic, never by a field of it: the broker's access control can tie a topic to
 a certificate.
@@ -21,6 +25,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote, unquote
 
 from edgeflame.errors import UsageError
 
@@ -59,19 +64,23 @@ def check_name(kind: str, text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A chunk's address; ``site`` is None for one published to all sites."""
+    """A chunk's address; ``site`` is None for one published to all sites, or to all lines."""
 
     site: str | None
     sha256: str
     index: int
+    is_release: bool = False
+    """Of a package for the lines, and not of a model in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spoken:
     """A message's address: what kind of topic it came on, and whose it is."""
 
-    kind: Literal["up", "down", "site_presence", "aggregator_presence", "round"]
+    kind: Literal["up", "down", "site_presence", "aggregator_presence", "round", "release", "line_models", "line_up"]
     site: str | None = None
+    line: str | None = None
+    product: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +136,32 @@ class Topics:
     def line_trigger(self, line: str) -> str:
         return f"{self.base}/line/{line}/trigger"
 
+    def line_models(self, line: str) -> str:
+        return f"{self.base}/line/{line}/models"
+
+    def line_up(self, line: str) -> str:
+        return f"{self.base}/line/{line}/up/message"
+
+    def release(self, product: str) -> str:
+        """Where a product's package is announced; a product may be called anything, a topic level may not."""
+        return f"{self.base}/model/{quote(product, safe='')}"
+
+    def all_releases(self) -> str:
+        return f"{self.base}/model/+"
+
+    def release_chunk(self, sha256: str, index: int) -> str:
+        return f"{self.base}/release/{sha256}/{index}"
+
+    def release_chunks(self, sha256: str) -> str:
+        """Filter for all chunks of a released package."""
+        return f"{self.base}/release/{sha256}/+"
+
+    def all_line_models(self) -> str:
+        return f"{self.base}/line/+/models"
+
+    def all_line_up(self) -> str:
+        return f"{self.base}/line/+/up/message"
+
     def all_up(self) -> str:
         """Filter for everything sites send."""
         return f"{self.base}/site/+/up/#"
@@ -146,6 +181,14 @@ class Topics:
                 return Spoken(kind="aggregator_presence")
             case ["blob", sha256, index] if is_sha256(sha256) and _INDEX.fullmatch(index):
                 return Chunk(site=None, sha256=sha256, index=int(index))
+            case ["release", sha256, index] if is_sha256(sha256) and _INDEX.fullmatch(index):
+                return Chunk(site=None, sha256=sha256, index=int(index), is_release=True)
+            case ["model", product] if product:
+                return Spoken(kind="release", product=unquote(product, errors="replace"))
+            case ["line", line, "models"] if is_name(line):
+                return Spoken(kind="line_models", line=line)
+            case ["line", line, "up", "message"] if is_name(line):
+                return Spoken(kind="line_up", line=line)
             case ["site", site, "presence"] if is_name(site):
                 return Spoken(kind="site_presence", site=site)
             case ["site", site, "up", "message"] if is_name(site):

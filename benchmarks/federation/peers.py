@@ -22,9 +22,10 @@ from edgeflame.brokerurl import parse_broker_url
 from edgeflame.link import Event, Link, Received, Up
 from edgeflame.messages import BlobNeed, Offer, Receipt, decode_down, decode_up, encode
 from edgeflame.topics import Chunk, Topics
+from edgeflame.transfer.download import Download
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore, Outgoing
-from trainer.agent.exchange import Download, Upload
+from trainer.agent.exchange import Upload
 
 TOPICS = Topics(fleet="bench")
 SITE = "site"
@@ -188,7 +189,7 @@ def downloader(control: Control, url: str, manifest: Manifest, site: str) -> Non
 
         cpu = _ready(control, inbox)
         started = time.monotonic()
-        download = Download(store, manifest, send=send, now=started)
+        download = Download(store, manifest, owner="aggregator", send=send, now=started)
         download.ask(now=started)
         while manifest.sha256 not in store:
             event = _next(inbox)

@@ -41,10 +41,10 @@ def _reaches_the_broker(function: F) -> F:
 @_NAME
 @click.option(
     "--role",
-    type=click.Choice(["site", "line", "observer"]),
+    type=click.Choice(["site", "line", "observer", "publisher"]),
     default="site",
     show_default=True,
-    help="site: trains. line: inspects. observer: only watches.",
+    help="site: trains. line: inspects. observer: only watches. publisher: brings models to lines.",
 )
 @_DAYS
 @_OUT

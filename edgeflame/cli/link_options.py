@@ -62,7 +62,13 @@ class Contact:
 
 
 def contact(
-    broker: str | None, *, kit: Path | None, ca: Path | None, cert: Path | None, key: Path | None, role: str
+    broker: str | None,
+    *,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    role: str | tuple[str, ...],
 ) -> Contact:
     """The options as a :class:`Contact`.
 
@@ -72,7 +78,7 @@ def contact(
         ca: in place of a kit, with
         cert: and
         key: as files.
-        role: what the command is in the fleet.
+        role: what the command is in the fleet, or may be.
 
     Raises:
         UsageError: they make none, or contradict each other.
@@ -93,9 +99,11 @@ def contact(
     from edgeflame.fleet.kit import read_kit
 
     opened = read_kit(kit)
-    if opened.role != role:
+    roles = (role,) if isinstance(role, str) else role
+    if opened.role not in roles:
         msg = (
-            f"{kit}: the kit of the {opened.role} {opened.name!r}; this command takes the kit of one enrolled as {role}"
+            f"{kit}: the kit of the {opened.role} {opened.name!r}; this command takes the kit of one enrolled as "
+            f"{' or '.join(roles)}"
         )
         raise UsageError(msg)
     return Contact(url=opened.broker_url(broker), fleet=opened.fleet, name=opened.name)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeflame.cli.model_release import publish, status, withdraw
 from edgeflame.cli.model_trust import keygen, sign, verify
 
 if TYPE_CHECKING:
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 
 @click.group("model")
 def command() -> None:
-    """Look into model packages, sign and verify them."""
+    """Look into model packages, sign and verify them, bring them to the lines."""
 
 
-for _other in (keygen, sign, verify):
+for _other in (keygen, sign, verify, publish, withdraw, status):
     command.add_command(_other)
 
 

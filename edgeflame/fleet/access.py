@@ -17,8 +17,8 @@ import msgspec
 
 from edgeflame.topics import ROOT
 
-Role = Literal["site", "line", "observer", "aggregator", "admin", "broker"]
-ENROLLED_ROLES: tuple[Role, ...] = ("site", "line", "observer")
+Role = Literal["site", "line", "observer", "publisher", "aggregator", "admin", "broker"]
+ENROLLED_ROLES: tuple[Role, ...] = ("site", "line", "observer", "publisher")
 """What ``enrol`` may make; broker, aggregator and administrator are made with the fleet, one of each."""
 
 _CONTROL = "$CONTROL/dynamic-security/#"
@@ -47,7 +47,7 @@ def grants(client: Client, fleet: str) -> tuple[Grant, ...]:
     if not client.is_active:
         return ()
     base, name = f"{ROOT}/{fleet}", client.name
-    shared = (f"{base}/round", f"{base}/aggregator/presence", f"{base}/model")
+    shared = (f"{base}/round", f"{base}/aggregator/presence", f"{base}/model/#")
     match client.role:
         case "site":
             own = f"{base}/site/{name}"
@@ -57,14 +57,23 @@ def grants(client: Client, fleet: str) -> tuple[Grant, ...]:
             )
         case "line":
             own = f"{base}/line/{name}"
-            return (*_may_write(f"{own}/#"), *_may_read(*shared, f"{own}/#"))
+            return (*_may_write(f"{own}/#"), *_may_read(*shared, f"{base}/release/#", f"{own}/#"))
+        case "publisher":
+            # Brings packages to the lines, and none of it touches the training.
+            return (
+                *_may_write(*(f"{base}/{part}/#" for part in ("model", "release")), f"{base}/line/+/command"),
+                *_may_read(f"{base}/model/#", f"{base}/line/#"),
+            )
         case "observer":
             spoken = (f"{base}/site/+/{part}" for part in ("presence", "up/message", "down/message"))
             return _may_read(*shared, *spoken, f"{base}/status/#", f"{base}/line/#")
         case "aggregator":
-            # All of the fleet's topics, but never in a site's or a line's name.
-            others = (f"{base}/site/+/up/#", f"{base}/site/+/presence", f"{base}/line/#")
-            never = (Grant(acltype="publishClientSend", topic=topic, priority=10, allow=False) for topic in others)
+            # All of the fleet's topics, but never in a site's or a line's name, nor what lines are to run.
+            others = ("site/+/up/#", "site/+/presence", "line/#", "model/#", "release/#")
+            never = (
+                Grant(acltype="publishClientSend", topic=f"{base}/{topic}", priority=10, allow=False)
+                for topic in others
+            )
             return (*_may_write(f"{base}/#"), *never, *_may_read(f"{base}/#"))
         case "broker":
             return ()

@@ -283,6 +283,7 @@ def test_a_broker_is_told_only_what_it_does_not_know() -> None:
 REFERENCE = (
     Client(name="admin", role="admin"),
     Client(name="aggregator", role="aggregator"),
+    Client(name="engineer", role="publisher"),
     Client(name="line-1", role="line"),
     Client(name="office", role="observer"),
     Client(name="plant-a", role="site"),

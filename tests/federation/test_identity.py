@@ -74,6 +74,7 @@ def make_plant(folder: Path, *sites: str) -> FleetFolder:
             fleet.enrol(site, role="site", days=10, out=None, reinstate=False)
         fleet.enrol("watcher", role="observer", days=10, out=None, reinstate=False)
         fleet.enrol("line-1", role="line", days=10, out=None, reinstate=False)
+        fleet.enrol("engineer", role="publisher", days=10, out=None, reinstate=False)
         fleet.write_access()
     return made
 
@@ -212,6 +213,10 @@ def test_a_certificate_nobody_enrolled_has_no_rights(plant: Plant) -> None:
         ("a", "$CONTROL/dynamic-security/v1/response"),
         ("line-1", f"{BASE}/site/a/down/message"),
         ("line-1", f"{BASE}/blob/+/+"),
+        ("line-1", f"{BASE}/line/line-2/models"),
+        ("engineer", f"{BASE}/blob/+/+"),
+        ("engineer", f"{BASE}/site/+/up/message"),
+        ("watcher", f"{BASE}/release/+/+"),
         ("watcher", f"{BASE}/blob/+/+"),
         ("watcher", f"{BASE}/site/+/up/#"),
         ("aggregator", "$CONTROL/dynamic-security/v1/response"),
@@ -228,7 +233,12 @@ def test_nobody_reads_what_is_not_theirs(plant: Plant, name: str, topic_filter: 
         ("a", f"{BASE}/site/a/down/message"),
         ("a", f"{BASE}/blob/{'0' * 64}/+"),
         ("a", f"{BASE}/aggregator/presence"),
-        ("line-1", f"{BASE}/model"),
+        ("line-1", f"{BASE}/model/+"),
+        ("line-1", f"{BASE}/release/{'0' * 64}/+"),
+        ("engineer", f"{BASE}/model/+"),
+        ("engineer", f"{BASE}/line/+/models"),
+        ("engineer", f"{BASE}/line/+/up/message"),
+        ("watcher", f"{BASE}/line/+/models"),
         ("line-1", f"{BASE}/line/line-1/command"),
         ("watcher", f"{BASE}/site/+/up/message"),
         ("watcher", f"{BASE}/status/+"),
@@ -249,6 +259,13 @@ def test_everybody_reads_what_is_theirs(plant: Plant, name: str, topic_filter: s
         ("a", f"{BASE}/round", f"{BASE}/site/a/up/message"),
         ("a", f"{BASE}/blob/{'0' * 64}/0", f"{BASE}/site/a/up/message"),
         ("line-1", f"{BASE}/site/line-1/up/message", f"{BASE}/line/line-1/verdict"),
+        ("line-1", f"{BASE}/model/tile", f"{BASE}/line/line-1/models"),
+        ("line-1", f"{BASE}/release/{'0' * 64}/0", f"{BASE}/line/line-1/up/message"),
+        ("line-1", f"{BASE}/line/line-2/models", f"{BASE}/line/line-1/models"),
+        ("engineer", f"{BASE}/line/line-1/models", f"{BASE}/model/tile"),
+        ("engineer", f"{BASE}/blob/{'0' * 64}/0", f"{BASE}/release/{'0' * 64}/0"),
+        ("engineer", f"{BASE}/round", f"{BASE}/line/line-1/command"),
+        ("aggregator", f"{BASE}/model/tile", f"{BASE}/round"),
         ("aggregator", f"{BASE}/site/a/up/message", f"{BASE}/site/a/down/message"),
         ("admin", f"{BASE}/round", f"{BASE}/site/a/down/message"),
     ],
@@ -275,7 +292,7 @@ def test_a_watcher_only_watches(plant: Plant) -> None:
 
 
 def _any_filter(name: str) -> tuple[str, ...]:
-    return ("$CONTROL/dynamic-security/v1/response",) if name == "admin" else ()
+    return {"admin": ("$CONTROL/dynamic-security/v1/response",), "engineer": (f"{BASE}/model/+",)}.get(name, ())
 
 
 def edgeflame(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 from edgeflame.console import EventLog
 from edgeflame.learning import Learning
 from edgeflame.messages import BlobNeed, FinishReport, TaskFailed
+from edgeflame.transfer.download import Download
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES
 from edgeflame.transfer.store import Outgoing
 from trainer.agent.chores import (
@@ -22,7 +23,7 @@ from trainer.agent.chores import (
     statistics_order,
     train_order,
 )
-from trainer.agent.exchange import REPEAT_S, Download, Upload
+from trainer.agent.exchange import OWNER, REPEAT_S, Upload
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Memory, Outcome
 from trainer.agent.orders import Done, Setup
@@ -87,7 +88,7 @@ class Errand:
             case Fetch(run=run, keep=keep, manifest=manifest):
                 memory.store.prune({memory.initial(run) or "", *keep})
                 self._voice.listen(manifest.sha256)
-                self._download = Download(memory.store, manifest, send=self._voice.send, now=now)
+                self._download = Download(memory.store, manifest, owner=OWNER, send=self._voice.send, now=now)
             case Train(run=run, round=number, base=base):
                 order = train_order(
                     memory, self.learning, self._voice.site, run=run, number=number, base=memory.store.path(base)
