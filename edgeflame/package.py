@@ -6,6 +6,7 @@ A zip without compression of
     model.onnx               the scoring graph: uint8 image in, score and anomaly map out
     statistics.safetensors   the Gaussian statistics inside the graph, or the memory: ``edgeflame.statistics_codec``
     reference/0.png ...      optional: good images whose scores the manifest tells, see ``edgeflame.references``
+    condition.json           optional: what good parts and their pictures are like, see ``edgeflame.condition``
     signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
 
 Nothing in it is executed on loading, and nothing is read before its size is known to be plausible.
@@ -24,6 +25,7 @@ import msgspec
 
 from edgeflame import __version__
 from edgeflame.archive import check_sizes, read_member, read_small_member, write_archive
+from edgeflame.condition import ConditionReference, decode_condition, encode_condition
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.learning import Learning
 from edgeflame.references import MAX_REFERENCES, Reference, ReferenceScore
@@ -36,6 +38,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 STATISTICS = "statistics.safetensors"
+CONDITION = "condition.json"
 SIGNATURE = "signature.json"
 
 MAX_MANIFEST_BYTES = 4 << 20
@@ -100,6 +103,8 @@ class Package:
     sha256: str
     """Of the package file."""
     references: tuple[Reference, ...] = ()
+    condition: ConditionReference | None = None
+    """What drift is measured against; None in packages of earlier versions."""
     manifest_json: bytes = b""
     """The manifest as it lies in the file: what a signature is over."""
     signature_json: bytes | None = None
@@ -113,6 +118,7 @@ def write_package(
     model_onnx: bytes,
     statistics: PackageStatistics,
     references: Sequence[Reference] = (),
+    condition: ConditionReference | None = None,
 ) -> None:
     """Write a package without signature, whole or not at all; an existing file is replaced atomically.
 
@@ -124,6 +130,8 @@ def write_package(
     """
     members = {MODEL: model_onnx, STATISTICS: encode_statistics(statistics)}
     members.update({reference_member(index): one.png for index, one in enumerate(references)})
+    if condition is not None:
+        members[CONDITION] = encode_condition(condition)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     manifest = msgspec.structs.replace(
         manifest, sha256=digests, references=tuple(reference.expected for reference in references)
@@ -184,6 +192,9 @@ def read_package(path: Path) -> Package:
             statistics = read_member(path, archive, STATISTICS, sha256=digests.get(STATISTICS))
             names = [reference_member(index) for index in range(len(manifest.references))]
             pngs = [read_member(path, archive, name, sha256=digests.get(name)) for name in names]
+            condition = (
+                read_member(path, archive, CONDITION, sha256=digests[CONDITION]) if CONDITION in digests else None
+            )
             signature = read_small_member(path, archive, SIGNATURE, MAX_SIGNATURE_BYTES)
             stream.seek(0)
             digest = hashlib.sha256()
@@ -200,7 +211,8 @@ def read_package(path: Path) -> Package:
         raise PackageError(msg) from exc
     try:
         decoded = decode_statistics(statistics)
-    except (DataError, NumericalError) as exc:
+        described_condition = None if condition is None else decode_condition(condition)
+    except (DataError, NumericalError, PackageError) as exc:
         msg = f"{path}: {exc}"
         raise PackageError(msg) from exc
     described = (manifest.grid, manifest.num_channels, manifest.rank, manifest.num_prototypes)
@@ -215,6 +227,7 @@ def read_package(path: Path) -> Package:
         references=tuple(
             Reference(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
         ),
+        condition=described_condition,
         manifest_json=document,
         signature_json=signature,
     )

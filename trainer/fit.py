@@ -258,6 +258,7 @@ def fit_statistics(
         threshold=threshold,
         images=kept,
         held_out_scores=result.held_out_scores,
+        held_out_means=result.held_out_means,
         suspects=suspects,
         details=details,
     )

@@ -59,6 +59,7 @@ class CrossFit:
     Attributes:
         statistics: of all images, as a package stores them.
         held_out_scores: ``[N]`` raw image scores by the statistics of the other folds.
+        held_out_means: ``[N]`` means of the maps whose maxima these are.
         highest_maps: image index to raw map ``[h, w]`` of the highest of these scores, the highest first.
         likelihoods: mean held-out log-likelihood per image and position, by ridge (text), then by rank 0, 1, ...
             (where the rank was given, only that one); None if neither was to be chosen.
@@ -66,6 +67,7 @@ class CrossFit:
 
     statistics: LowRankGaussian
     held_out_scores: F64
+    held_out_means: F64
     highest_maps: dict[int, F32]
     likelihoods: dict[str, list[float]] | None
 
@@ -135,19 +137,20 @@ def cross_fit(
         ridge = ridges[row]
         log.info("rank_and_ridge_chosen", rank=rank, ridge=ridge, log_likelihood=float(likelihoods[row, rank]))
 
-    scores = np.zeros(num_images)
+    scores, means = np.zeros(num_images), np.zeros(num_images)
     highest = HighestMaps()
     for fold, gaussian in zip(folds, without, strict=True):
         stored = replace(gaussian.truncated(rank), ridge=ridge).as_stored()
         for indices, batch in embeddings.batches(fold):
             maps = score_maps(stored, batch, scoring)
-            scores[indices] = image_scores(maps)
+            scores[indices], means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
             highest.add(indices, scores[indices], maps)
             counter.add(len(indices), "scoring held-out parts")
     statistics = fitter.fit(leave_out=[], rank=rank, ridge=ridge).as_stored()
     return CrossFit(
         statistics=statistics,
         held_out_scores=scores,
+        held_out_means=means,
         highest_maps=highest.by_index(),
         likelihoods={
             f"{value:g}": [round(float(one), 3) for one in row if np.isfinite(one)]

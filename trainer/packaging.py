@@ -14,6 +14,7 @@ from edgeflame.learning import Learning
 from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
 from edgeflame.statistics_codec import PackageStatistics
 from trainer.backbone import EmbeddingNetwork
+from trainer.condition import site_condition
 from trainer.references import score_references
 from trainer.site_statistics import SiteStatistics
 
@@ -85,6 +86,7 @@ def save_package(
             "weights_sha256": weights.sha256,
         },
     )
+    condition = site_condition(site_statistics, references)
     smoothing = learning.scoring.smoothing_sigma
     statistics = site_statistics.statistics
     write_package(
@@ -95,5 +97,6 @@ def save_package(
         references=()
         if references is None
         else score_references(network, statistics, references, smoothing_sigma=smoothing),
+        condition=condition,
     )
     return manifest

@@ -23,6 +23,7 @@ class SiteStatistics:
         threshold: by cross-fitting over its parts.
         images: those it rests on: all that could be read, but for those left out.
         held_out_scores: ``[N]`` of these images, by statistics that did not see them.
+        held_out_means: ``[N]`` means of the maps whose maxima these scores are.
         suspects: of all images those that look least normal, the worst first.
         details: for the package's provenance: rank, likelihoods, counts, seconds.
     """
@@ -31,5 +32,6 @@ class SiteStatistics:
     threshold: Threshold
     images: ImageSet
     held_out_scores: npt.NDArray[np.float64]
+    held_out_means: npt.NDArray[np.float64]
     suspects: tuple[Suspect, ...]
     details: dict[str, Any] = field(default_factory=dict)

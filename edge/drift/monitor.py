@@ -34,6 +34,10 @@ from edgeflame.condition import (
 WARNING_SHARE = 1 / 20
 """Of an alarm's evidence."""
 
+MIN_WITNESSES = 30
+"""Independent parts that a package's reference has to rest on; of fewer the doubt is greater than what is looked for,
+and the line learns its own."""
+
 _CEILING = 10
 """Evidence kept beyond an alarm's, as a multiple of it."""
 _RECENT = 100
@@ -127,7 +131,8 @@ class DriftMonitor:
         self, config: DriftConfig, reference: ConditionReference | None = None, saved: Saved | None = None
     ) -> None:
         self._config = config
-        known = reference.streams if reference is not None and config.reference == "auto" else {}
+        given = reference.streams if reference is not None and config.reference == "auto" else {}
+        known = {name: one for name, one in given.items() if one.count >= MIN_WITNESSES}
         left = saved.streams if saved is not None else {}
         self._streams = {name: left.get(name) or SavedStream() for name in STREAMS}
         self._ranks: dict[str, Ranks] = {}

@@ -116,6 +116,7 @@ def command(
         model_onnx=package.model_onnx,
         statistics=package.statistics,
         references=package.references,
+        condition=package.condition,
     )
     if package.signature_json is not None:
         click.echo(

@@ -213,6 +213,10 @@ class TestMonitor:
             assert any(change[1:] == ("sharpness", "alarm") for change in told)
             assert broken.status().message == straight.status().message
 
+    def test_a_reference_of_few_parts_is_not_relied_on(self) -> None:
+        assert DriftMonitor(QUICK, normal_reference(29)).status().condition is Condition.LEARNING
+        assert DriftMonitor(QUICK, normal_reference(30)).status().condition is Condition.OK
+
     def test_asked_to_it_trusts_the_line_alone(self) -> None:
         monitor = DriftMonitor(msgspec.structs.replace(QUICK, reference="line"), normal_reference())
         assert monitor.status().condition is Condition.LEARNING

@@ -20,8 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_model import random_gaussian, small_manifest
 
+from edgeflame.condition import ConditionReference, stream_reference
 from edgeflame.errors import DataError, PackageError, StorageError
 from edgeflame.package import (
+    CONDITION,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MODEL,
@@ -80,6 +82,33 @@ def test_it_reads_back_what_was_written(path: Path) -> None:
     for name in ("mean", "basis", "eigenvalues", "residual"):
         np.testing.assert_array_equal(getattr(package.statistics, name), getattr(STATS, name))
     assert (package.statistics.ridge, package.statistics.count) == (STATS.ridge, STATS.count)
+
+
+def test_what_drift_is_measured_against_travels_with_the_model(path: Path, tmp_path: Path) -> None:
+    assert read_package(path).condition is None
+    condition = ConditionReference(streams={"score": stream_reference(np.arange(50.0))})
+    other = tmp_path / "other.edgeflame"
+    write_package(
+        other,
+        manifest=small_manifest(STATS, threshold=2.5),
+        model_onnx=GRAPH,
+        statistics=STATS,
+        condition=condition,
+    )
+    assert read_package(other).condition == condition
+    rewrite(other, lambda members: members.__delitem__(CONDITION))
+    refused(other, CONDITION)
+
+
+def test_a_reference_that_makes_no_sense_is_refused(path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        members[CONDITION] = b'{"streams": {"score": {"quantiles": [3, 2, 1], "count": 9}}}'
+        document = json.loads(members[MANIFEST])
+        document["sha256"][CONDITION] = hashlib.sha256(members[CONDITION]).hexdigest()
+        members[MANIFEST] = json.dumps(document).encode()
+
+    rewrite(path, change)
+    refused(path, "quantiles")
 
 
 def test_the_same_model_gives_the_same_file(path: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgeflame.cli import cli
+from edgeflame.condition import STREAMS
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.learning import Learning
@@ -83,6 +84,21 @@ def test_a_fitted_package_says_what_it_is(fitted_package: Path) -> None:
     assert manifest.threshold.groups_known
     assert manifest.provenance["kind"] == "fit"
     assert manifest.provenance["num_unreadable"] == 0
+
+
+def test_the_package_knows_what_good_parts_are_like(fitted_package: Path, parts_folder: Path, tmp_path: Path) -> None:
+    package = read_package(fitted_package)
+    assert package.condition is not None
+    streams = package.condition.streams
+    assert set(streams) == set(STREAMS)
+    details = package.manifest.provenance["statistics"]
+    assert streams["score"].quantiles[-1] == pytest.approx(details["held_out_score_max"], rel=1e-6)
+    assert streams["embedding"].quantiles[-1] < streams["score"].quantiles[-1]
+    # Photographs of one part are one witness.
+    assert all(stream.count <= package.manifest.threshold.num_groups for stream in streams.values())
+    out = tmp_path / "calibrated.edgeflame"
+    edgeflame("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", out)
+    assert read_package(out).condition == package.condition
 
 
 def test_evaluate_runs_the_packages_own_graph(fitted_package: Path, parts_folder: Path) -> None:

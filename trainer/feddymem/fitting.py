@@ -63,8 +63,10 @@ def held_out_scores(
     embeddings: Embeddings,
     *,
     progress: Progress = no_progress,
-) -> tuple[F64, dict[int, F32]]:
-    """Scores ``[N]`` of all images by memories from which their fold's patches are left out, and the highest's maps.
+) -> tuple[F64, F64, dict[int, F32]]:
+    """Scores ``[N]`` of all images by memories from which their fold's patches are left out.
+
+    Beside them the means ``[N]`` of their maps, and the maps of the highest.
 
     The site's own averages are made again of the other folds' patches. Generator, entries' places and, in a
     federation, the fleet's prototypes did see all images; that makes the scores a little low.
@@ -75,17 +77,17 @@ def held_out_scores(
     """
     groups = embeddings.images.groups
     require_enough(len(groups), len(set(groups)))
-    scores, highest, done = np.zeros(len(groups)), HighestMaps(), 0
+    scores, means, highest, done = np.zeros(len(groups)), np.zeros(len(groups)), HighestMaps(), 0
     for fold in make_folds(groups, learning.calibration.folds, learning.seed):
         others = patches.without(fold)
         statistics = memory_statistics(memory, others, fleet, whitening, learning, grid=embeddings.network.grid)
         for indices, batch in embeddings.batches(fold):
             maps = score_maps(statistics, batch, learning.scoring)
-            scores[indices] = image_scores(maps)
+            scores[indices], means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
             highest.add(indices, scores[indices], maps)
             done += len(indices)
             progress(done, len(groups), "scoring held-out parts")
-    return scores, highest.by_index()
+    return scores, means, highest.by_index()
 
 
 def _reduced(

@@ -125,7 +125,9 @@ class MemoryLearner:
         if memory is None:
             memory = first_memory(patches, whitening, learning, seed=learning.seed)
         statistics = memory_statistics(memory, patches, fleet, whitening, learning, grid=self.network.grid)
-        scores, maps = held_out_scores(memory, patches, fleet, whitening, learning, self._embeddings, progress=progress)
+        scores, means, maps = held_out_scores(
+            memory, patches, fleet, whitening, learning, self._embeddings, progress=progress
+        )
         threshold = set_threshold(scores, self._images.groups, learning.calibration, groups_known=groups_known)
         log.info(
             "memory",
@@ -148,6 +150,7 @@ class MemoryLearner:
             threshold=threshold,
             images=self._images,
             held_out_scores=scores,
+            held_out_means=means,
             suspects=tuple(
                 Suspect(record=records[index], score=float(scores[index]), anomaly_map=one, left_out=False)
                 for index, one in maps.items()
