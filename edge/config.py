@@ -14,6 +14,7 @@ from edge.delivery.webhook import WebhookConfig
 from edge.health import HealthLimits
 from edge.plc.config import ModbusConfig
 from edge.rejects import RejectsConfig
+from edge.view import ViewConfig
 from edge.web.config import WebConfig
 from edgeflame.errors import ConfigError
 from edgeflame.topics import MAX_NAME_CHARS, is_name
@@ -63,6 +64,7 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     verdict: VerdictConfig = VerdictConfig()
     health: HealthLimits = HealthLimits()
     capture: CaptureConfig = CaptureConfig()
+    view: ViewConfig = ViewConfig()
     rejects: RejectsConfig = RejectsConfig()
     outbox: OutboxConfig = OutboxConfig()
     delivery: DeliveryConfig = DeliveryConfig()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from typing import final
 
 import cv2
 import msgspec
 import numpy as np
 
+from edge.colour import ColourCheck
+from edge.shift import ShiftCheck
 from edge.verdict import Reason
 from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
@@ -31,7 +35,18 @@ class HealthLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A live camera may give the same picture, to the last bit, so many times running: a sensor's noise forbids it, a
     frozen driver does nothing else. 0 allows any number; so does a synthetic stream need it."""
 
+    min_colour: float = 0.25
+    """Least chroma, as a share of that of the package's least colourful reference image: less is a camera that fell
+    back to grey. Also has exchanged red and blue noticed. Says nothing about grey products. 0 switches it off."""
+    max_shift: float = 0.0
+    """Largest shift against the package's reference images, as a share of the picture's side; 0, the default, allows
+    any. It takes something that stays in its place from part to part; where there is nothing it is refused."""
+
     def __post_init__(self) -> None:
+        for name, value, most in (("min_colour", self.min_colour, 0.9), ("max_shift", self.max_shift, 0.5)):
+            if not 0 <= value <= most:
+                msg = f"health.{name} must be 0..{most:g}, not {value}"
+                raise ConfigError(msg)
         if not 0 <= self.min_sharpness <= 1:
             msg = f"health.min_sharpness must be 0..1, not {self.min_sharpness}"
             raise ConfigError(msg)
@@ -73,6 +88,59 @@ def image_faults(
     if limits.min_sharpness and reference_sharpness and sharpness(image) < limits.min_sharpness * reference_sharpness:
         faults.append(Reason.OUT_OF_FOCUS)
     return tuple(faults)
+
+
+@final
+class ImageHealth:
+    """All checks of one camera's images.
+
+    Args:
+        limits: where wrong begins.
+        references: images of good parts, ``[H, W, 3]`` uint8 BGR each, the model's input; maybe none.
+        is_live: whether the images come from a camera; only then one that repeats itself is frozen, and one that
+            changes its size in mid-stream is wrong.
+        frame: width and height that every frame must have; None for no such rule.
+
+    Raises:
+        ConfigError: a check is asked for that these references do not allow.
+    """
+
+    def __init__(
+        self,
+        limits: HealthLimits,
+        references: Sequence[ImageU8],
+        *,
+        is_live: bool,
+        frame: tuple[int, int] | None = None,
+    ) -> None:
+        self._limits = limits
+        self._is_live = is_live
+        self._frame = frame
+        # A file may be there twice; a camera that sees parts pass gives no picture twice.
+        self._freeze = FreezeDetector(limits.max_repeats if is_live else 0)
+        sharp = [sharpness(image) for image in references] if limits.min_sharpness else []
+        self._sharpness = float(np.median(sharp)) if sharp else None
+        self._colour = ColourCheck(references, limits.min_colour)
+        self._shift = ShiftCheck(references, limits.max_shift) if limits.max_shift else None
+
+    def is_wrong_size(self, frame: ImageU8) -> bool:
+        """Whether a frame, as the camera gave it, has another size than it should have."""
+        size = (frame.shape[1], frame.shape[0])
+        if self._frame is None and self._is_live:
+            self._frame = size
+        return self._frame not in (None, size)
+
+    def faults(self, image: ImageU8) -> tuple[Reason, ...]:
+        """What is wrong with an image as an image, ``[H, W, 3]`` uint8 BGR, the model's input; empty if nothing is."""
+        faults = list(image_faults(image, self._limits, reference_sharpness=self._sharpness))
+        if not faults:
+            # A dark picture has no colours, either; one reason is enough.
+            faults += self._colour.faults(image)
+            if self._shift is not None and self._shift.is_shifted(image):
+                faults.append(Reason.SHIFTED)
+        if self._freeze.is_frozen(image):
+            faults.append(Reason.FROZEN)
+        return tuple(faults)
 
 
 class FreezeDetector:

@@ -10,11 +10,12 @@ import numpy as np
 
 from edge.capture import Captured
 from edge.config import InspectConfig
-from edge.health import FreezeDetector, image_faults, sharpness
+from edge.health import ImageHealth
 from edge.results import Inspected, Result
 from edge.runtimes import Runtime
 from edge.status import DEFAULT_CAMERA
 from edge.verdict import Reason, decide
+from edge.view import View
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package
 
@@ -50,14 +51,12 @@ class Inspector:
         self.product = package.manifest.product if product is None else product
         self._camera = camera
         self.provider = runtime.provider
-        self._preprocessing = package.manifest.learning.input
+        self._view = View(config.view, package.manifest.learning.input, package.manifest.grid)
         self._runtime = runtime
         self._config = config
         self._clock = clock
-        # A file may be there twice; a camera that sees parts pass gives no picture twice.
-        self._freeze = FreezeDetector(config.health.max_repeats if is_live else 0)
-        sharp = [sharpness(reference.image(self._preprocessing)) for reference in package.references]
-        self._sharpness = float(np.median(sharp)) if sharp and config.health.min_sharpness else None
+        references = [reference.image(package.manifest.learning.input) for reference in package.references]
+        self._health = ImageHealth(config.health, references, is_live=is_live, frame=config.view.frame)
 
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""
@@ -72,30 +71,36 @@ class Inspector:
         frame = captured.frame
         faults: list[Reason] = []
         details: list[str] = []
-        image = evidence = anomaly_map = score = None
+        image = evidence = view = anomaly_map = score = None
         if frame.image_bgr is None:
             faults.append(frame.fault or Reason.UNREADABLE)
             details.append(frame.error or "the source gave no image")
         else:
             evidence = frame.image_bgr
+            if self._health.is_wrong_size(frame.image_bgr):
+                faults.append(Reason.WRONG_SIZE)
+                details.append(f"the frame has {evidence.shape[1]}x{evidence.shape[0]} pixels")
             try:
-                image = self._preprocessing.apply(frame.image_bgr)
-                evidence = self._preprocessing.crop(frame.image_bgr)
+                view = self._view.fit(height=evidence.shape[0], width=evidence.shape[1])
+                image = self._view.preprocessing.apply(frame.image_bgr)
+                evidence = self._view.preprocessing.crop(frame.image_bgr)
             except DataError as exc:
                 faults.append(Reason.UNFIT_IMAGE)
                 details.append(str(exc))
-        if image is not None:
-            faults.extend(image_faults(image, self._config.health, reference_sharpness=self._sharpness))
-            if self._freeze.is_frozen(image):
-                faults.append(Reason.FROZEN)
+        if image is not None and view is not None:
+            faults.extend(self._health.faults(image))
             try:
                 scores, maps = self._runtime.score(image[None])
             except (DataError, PackageError, RuntimeUnavailableError) as exc:
                 faults.append(Reason.RUNTIME_FAILED)
                 details.append(str(exc))
             else:
-                anomaly_map = maps[0]
-                score = float(scores[0]) if np.isfinite(anomaly_map).all() else math.nan
+                anomaly_map = view.mask(maps[0])
+                if not (np.isfinite(scores[0]) and np.isfinite(maps[0]).all()):
+                    # Also where it is not judged: a model that gives no numbers there is broken.
+                    score = math.nan
+                else:
+                    score = float(scores[0]) if view.judged is None else float(anomaly_map.max())
         decision = decide(
             score=score, threshold=self.threshold, review_band=self._config.verdict.review_band, faults=faults
         )
@@ -114,4 +119,5 @@ class Inspector:
             label=frame.label,
             model=self.model_id,
         )
-        return Inspected(result=result, image=evidence, anomaly_map=anomaly_map)
+        ignored = None if view is None else view.ignored
+        return Inspected(result=result, image=evidence, anomaly_map=anomaly_map, ignored=ignored)

@@ -19,6 +19,9 @@ HEAT_FROM, HEAT_FULL = 0.7, 1.5
 MOST_HEAT = 0.62
 """Opacity of full heat; the defect must stay visible beneath it."""
 
+LIGHT_LEFT = 0.35
+"""Of what is not judged; it must be seen what it is, and that it does not count."""
+
 _OUTLINE = (255, 255, 255)
 _TRUTH = (255, 214, 64)
 _FAIL, _PASS, _NEUTRAL = (64, 64, 232), (96, 176, 48), (128, 128, 128)
@@ -30,6 +33,7 @@ def overlay(
     threshold: float,
     mask: ImageU8 | None = None,
     *,
+    ignored: ImageU8 | None = None,
     label: bool = True,
 ) -> ImageU8:
     """Draw an anomaly map over its image.
@@ -43,6 +47,7 @@ def overlay(
         anomaly_map: ``[h, w]`` raw distance over the same area.
         threshold: raw distance.
         mask: ``[height, width]`` uint8, above 0 on the true defect, or None.
+        ignored: ``[rows, columns]`` uint8 over the same area, above 0 where nothing is judged: it is dimmed.
         label: whether the score stands on the picture; a page says it beneath.
 
     Returns:
@@ -58,6 +63,8 @@ def overlay(
         relative = cv2.resize((anomaly_map / threshold).astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
         canvas = _blend_heat(canvas, np.asarray(relative, dtype=np.float32))
         _outline(canvas, np.asarray(relative) > 1.0, _OUTLINE, line_width)
+    if ignored is not None:
+        _dim(canvas, cv2.resize(ignored, size, interpolation=cv2.INTER_NEAREST) > 0)
     if mask is not None:
         _outline(canvas, cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) > 0, _TRUTH, line_width)
     return _label(canvas, ratio) if label else canvas
@@ -70,6 +77,10 @@ def _blend_heat(canvas: ImageU8, relative: npt.NDArray[np.float32]) -> ImageU8:
     # Smoothstep: heat fades in without an edge of its own.
     opacity = (MOST_HEAT * strength * strength * (3.0 - 2.0 * strength))[..., None]
     return np.asarray(canvas * (1.0 - opacity) + colours * opacity, dtype=np.uint8)
+
+
+def _dim(canvas: ImageU8, region: npt.NDArray[np.bool_]) -> None:
+    canvas[region] = (canvas[region] * LIGHT_LEFT).astype(np.uint8)
 
 
 def _outline(canvas: ImageU8, region: npt.NDArray[np.bool_], colour: tuple[int, int, int], width: int) -> None:

@@ -182,7 +182,7 @@ class RejectsSink:
         assert inspected.image is not None
         picture = shrink(inspected.image, MAX_SIDE)
         if inspected.anomaly_map is not None:
-            picture = overlay(picture, inspected.anomaly_map, result.threshold)
+            picture = overlay(picture, inspected.anomaly_map, result.threshold, ignored=inspected.ignored)
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
         taken = result.captured.astimezone(dt.timezone.utc)
         name = f"{self._next_number:010d}-{taken:%Y%m%dT%H%M%S%f}Z-{part}-{result.verdict}.png"

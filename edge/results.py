@@ -56,7 +56,9 @@ class Inspected:
     """``[height, width, 3]`` uint8 BGR: the area the model saw, as sharp as the camera gave it; the whole frame
     where that area does not fit into it, None where there is no frame."""
     anomaly_map: npt.NDArray[np.float32] | None
-    """``[h, w]`` raw distance over the same area, or None."""
+    """``[h, w]`` raw distance over the same area, 0 where nothing is judged; or None."""
+    ignored: ImageU8 | None = None
+    """``[height, width]`` uint8 over the same area, 255 where nothing is judged; None where all is."""
 
 
 def json_line(result: Result) -> bytes:

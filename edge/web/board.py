@@ -155,7 +155,7 @@ class Board:
             return None
         image = shrink(part.image, PICTURE_SIDE)
         if with_heat and part.anomaly_map is not None:
-            image = overlay(image, part.anomaly_map, part.result.threshold)
+            image = overlay(image, part.anomaly_map, part.result.threshold, ignored=part.ignored)
         return _jpeg(shrink(image, min(side, PICTURE_SIDE)))
 
     def _count(self, result: Result) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
-from edge.health import FreezeDetector, HealthLimits, image_faults, sharpness
+from edge.colour import ColourCheck
+from edge.health import FreezeDetector, HealthLimits, ImageHealth, image_faults, sharpness
+from edge.shift import ShiftCheck
 from edge.verdict import Reason
-from edgeflame.boards import TEXTURES, BoardStream
+from edgeflame.boards import TEXTURES, BoardStream, Camera
 from edgeflame.errors import ConfigError
+from edgeflame.images import read_image
 
 NOISE = np.random.default_rng(0).integers(0, 4, (64, 64, 3), dtype=np.uint8)
 
@@ -69,7 +74,111 @@ def test_a_frozen_camera_repeats_itself_to_the_last_bit() -> None:
     assert not any(anything.is_frozen(NOISE) for _ in range(9))
 
 
-@pytest.mark.parametrize("keys", [{"min_sharpness": 1.5}, {"min_sharpness": -0.1}, {"max_repeats": -1}])
+@pytest.mark.parametrize(
+    "keys",
+    [{"min_sharpness": 1.5}, {"min_sharpness": -0.1}, {"max_repeats": -1}, {"min_colour": 1.0}, {"max_shift": -0.1}],
+)
 def test_limits_that_make_no_sense_are_refused(keys: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="health"):
         HealthLimits(**keys)  # type: ignore[arg-type]
+
+
+BOARD_LINES = [(texture, site) for texture in TEXTURES for site in (1, 2, 3)]
+
+
+def boards(texture: str, site: int, count: int, defect_rate: float = 0.3, *, size: int = 128) -> list[np.ndarray]:
+    stream = BoardStream(
+        texture=texture, num_parts=count, image_size=size, defect_rate=defect_rate, camera=Camera.for_site(site, 0)
+    )
+    return [part.image_bgr for part in stream]
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """As a camera gives it that fell back to grey, through a JPEG."""
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR))
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), np.uint8)
+
+
+@pytest.mark.parametrize(("texture", "site"), BOARD_LINES)
+def test_colours_that_are_lost_or_exchanged_are_seen_and_others_left_alone(texture: str, site: int) -> None:
+    references, parts = boards(texture, site, 4, 0.0), boards(texture, site, 12)
+    check = ColourCheck(references, HealthLimits().min_colour)
+    for part in parts:
+        assert check.faults(part) == ()
+        assert check.faults(cv2.convertScaleAbs(part, alpha=0.7)) == ()  # a lamp that ages
+        assert check.faults(grey(part)) == (Reason.COLOUR_LOST,)
+        exchanged = check.faults(np.ascontiguousarray(part[..., ::-1]))
+        if texture == "green_grey_wood":  # as much red as blue, or nearly
+            assert exchanged in ((), (Reason.COLOUR_SWAPPED,))
+        elif (texture, site) != ("warm_white_grid", 2):  # a cast of 7 levels, too little to be sure
+            assert exchanged == (Reason.COLOUR_SWAPPED,)
+
+
+def test_a_grey_product_and_no_references_say_nothing_about_colours() -> None:
+    colourful = boards("warm_wood", 1, 1)[0]
+    for check in (ColourCheck([grey(colourful)], 0.25), ColourCheck([], 0.25), ColourCheck([colourful], 0.0)):
+        assert check.faults(grey(colourful)) == check.faults(colourful[..., ::-1].copy()) == ()
+
+
+def on_fixture(board: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A board between the three pins that hold it, which stay where they are, with a sensor's noise."""
+    image = board.copy()
+    for x, y in ((15, 15), (113, 17), (64, 115)):
+        cv2.circle(image, (2 * x, 2 * y), 10, (20, 20, 20), -1)
+    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+
+
+def moved(image: np.ndarray, share: float) -> np.ndarray:
+    side = image.shape[1]
+    matrix = np.array([[1, 0, share * side], [0, 1, 0.5 * share * side]], np.float32)
+    return np.asarray(cv2.warpAffine(image, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE), np.uint8)
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_a_camera_that_was_moved_is_seen_by_what_stays_in_its_place(texture: str) -> None:
+    rng = np.random.default_rng(0)
+    images = [on_fixture(board, rng) for board in boards(texture, 1, 12, size=256)]
+    check = ShiftCheck(images[:4], max_shift=0.03)
+    for image in images[4:]:
+        assert not check.is_shifted(image)
+        assert not check.is_shifted(cv2.convertScaleAbs(image, alpha=0.7))
+        assert not check.is_shifted(moved(image, 0.01))
+        for share in (0.06, 0.12, 0.25):
+            assert check.is_shifted(moved(image, share))
+
+
+def test_where_nothing_stays_in_its_place_the_check_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    textures = [cv2.resize(rng.integers(0, 255, (16, 16, 3), np.uint8), (128, 128)) for _ in range(4)]
+    with pytest.raises(ConfigError, match=r"show nothing that stays in its place within 0\.05 of the side"):
+        ShiftCheck(textures, max_shift=0.05)
+    with pytest.raises(ConfigError, match="needs 3 of them, not 1"):
+        ShiftCheck(textures[:1], max_shift=0.05)
+
+
+@pytest.mark.magnetic_tile
+def test_photographs_without_anything_in_common_are_refused_and_without_colours_left_alone(magnetic_tile: Path) -> None:
+    files = sorted((magnetic_tile / "train" / "good").iterdir())[::60]
+    tiles = [cv2.resize(read_image(file), (256, 256), interpolation=cv2.INTER_AREA) for file in files]
+    with pytest.raises(ConfigError, match="nothing that stays in its place"):
+        ShiftCheck(tiles[:4], max_shift=0.1)
+    health = ImageHealth(HealthLimits(), tiles[:4], is_live=False)
+    assert {health.faults(tile) for tile in tiles} == {()}
+
+
+def test_a_live_camera_keeps_to_the_size_of_its_first_frame() -> None:
+    small, large = np.zeros((48, 64, 3), np.uint8), np.zeros((96, 128, 3), np.uint8)
+    live = ImageHealth(HealthLimits(), [], is_live=True)
+    assert [live.is_wrong_size(frame) for frame in (small, small, large, small)] == [False, False, True, False]
+    files = ImageHealth(HealthLimits(), [], is_live=False)
+    assert not any(files.is_wrong_size(frame) for frame in (small, large))
+    stated = ImageHealth(HealthLimits(), [], is_live=True, frame=(128, 96))
+    assert [stated.is_wrong_size(frame) for frame in (small, large)] == [True, False]
+
+
+def test_one_reason_is_enough_for_a_dark_picture_but_a_frozen_one_is_still_counted() -> None:
+    health = ImageHealth(HealthLimits(max_repeats=1), boards("warm_wood", 1, 2, 0.0), is_live=True)
+    dark = np.zeros((128, 128, 3), np.uint8)
+    assert health.faults(dark) == (Reason.TOO_DARK, Reason.BLANK)
+    assert health.faults(dark) == (Reason.TOO_DARK, Reason.BLANK)
+    assert health.faults(dark) == (Reason.TOO_DARK, Reason.BLANK, Reason.FROZEN)

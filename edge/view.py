@@ -1,0 +1,196 @@
+"""Which part of the camera's picture counts: the crop the model gets, and what of it is not to be judged.
+
+Shapes are given in pixels of the camera's frame. The model scores the cells of a grid over its crop; a cell is left
+out only where it is covered wholly, so that nothing beside a shape is overlooked. The score of a part is then what the
+graph would give, the maximum of its map, over the cells that count.
+
+The map is smoothed before (a standard deviation of two cells unless the package says otherwise): what is ignored
+shines out over its edge, and a shape must be drawn larger than what it hides. That errs towards a reject.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+import cv2
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.errors import ConfigError, DataError
+from edgeflame.images import ImageU8, Preprocessing, Region, read_mask
+
+Rectangle = tuple[int, int, int, int]
+"""x, y, width, height."""
+Point = tuple[int, int]
+Shape = tuple[int | Point, ...]
+"""A rectangle, or a polygon of points."""
+
+COVERED = 0.999
+"""Share of a cell beneath shapes from which on it is ignored: all of it, but for rounding."""
+
+
+class ViewConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[view]``: pixels of the camera's frame, from its upper left corner."""
+
+    frame: tuple[int, int] | None = None
+    """Width and height that every frame must have, or the part is ``unknown`` (``wrong_size``). Left out, a live
+    camera must keep to the size of its first frame."""
+    crop: Rectangle | None = None
+    """``[x, y, width, height]`` that the model gets in place of the package's own region of interest, after the camera
+    was mounted anew: it must show there what it showed in training."""
+    roi: Rectangle | None = None
+    """``[x, y, width, height]``: nothing outside it is judged."""
+    ignore: tuple[Shape, ...] = ()
+    """What is not judged: rectangles ``[x, y, width, height]`` and polygons ``[[x, y], [x, y], [x, y], ...]``."""
+    ignore_image: str | None = None
+    """A PNG of the frame's size: what is not black in it is not judged. Relative to the working folder."""
+
+    def __post_init__(self) -> None:
+        if self.frame is not None and min(self.frame) < 1:
+            msg = f"view.frame is [width, height] in pixels, not {list(self.frame)}"
+            raise ConfigError(msg)
+        for name, shape in (("crop", self.crop), ("roi", self.roi), *(("ignore", shape) for shape in self.ignore)):
+            if shape is not None:
+                _check_shape(name, shape)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedView:
+    """A view on frames of one size."""
+
+    ignored: ImageU8 | None
+    """``[height, width]`` of the crop, 255 where nothing is judged; None where all is."""
+    judged: npt.NDArray[np.bool_] | None
+    """``[h, w]`` of the grid; None where all cells are judged."""
+
+    def mask(self, anomaly_map: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """A map ``[h, w]`` with 0 where nothing is judged; the map itself where all is."""
+        return anomaly_map if self.judged is None else np.where(self.judged, anomaly_map, np.float32(0))
+
+
+class View:
+    """A configured view for one package.
+
+    Args:
+        config: what was asked for.
+        preprocessing: of the package.
+        grid: height and width of the package's maps.
+
+    Raises:
+        ConfigError: the picture cannot be read, or nothing would be judged in frames of the size given.
+    """
+
+    def __init__(self, config: ViewConfig, preprocessing: Preprocessing, grid: tuple[int, int]) -> None:
+        self._config = config
+        self._grid = grid
+        if config.crop is not None:
+            x, y, width, height = config.crop
+            preprocessing = msgspec.structs.replace(preprocessing, roi=Region(x=x, y=y, width=width, height=height))
+        self.preprocessing = preprocessing
+        """With the crop asked for."""
+        self._picture = None if config.ignore_image is None else _read_picture(config.ignore_image)
+        self._fitted: dict[tuple[int, int], FittedView] = {}
+        size = config.frame
+        if self._picture is not None:
+            size = (self._picture.shape[1], self._picture.shape[0])
+            if config.frame not in (None, size):
+                msg = (
+                    f"{config.ignore_image} has {size[0]}x{size[1]} pixels, view.frame says {list(config.frame or ())}"
+                )
+                raise ConfigError(msg)
+        if size is not None:
+            try:
+                self.fit(height=size[1], width=size[0])
+            except DataError as exc:
+                raise ConfigError(str(exc)) from exc
+
+    def fit(self, *, height: int, width: int) -> FittedView:
+        """The view on frames of one size; kept for the next frame.
+
+        Raises:
+            DataError: a shape does not fit into such a frame, or leaves nothing to judge.
+        """
+        fitted = self._fitted.get((height, width))
+        if fitted is None:
+            fitted = self._fit(height, width)
+            # A camera that changes its size all the time must not fill the memory.
+            self._fitted = {(height, width): fitted}
+        return fitted
+
+    def _fit(self, height: int, width: int) -> FittedView:
+        config = self._config
+        if not (config.roi or config.ignore or self._picture is not None):
+            return FittedView(ignored=None, judged=None)
+        frame = np.zeros((height, width), np.uint8)
+        if self._picture is not None:
+            if self._picture.shape != frame.shape:
+                have = f"{self._picture.shape[1]}x{self._picture.shape[0]}"
+                msg = f"{config.ignore_image} has {have} pixels, the frame {width}x{height}"
+                raise DataError(msg)
+            frame = self._picture.copy()
+        for shape in config.ignore:
+            _paint(frame, "ignore", shape)
+        if config.roi is not None:
+            outside = np.zeros_like(frame)
+            _paint(outside, "roi", config.roi)
+            frame[outside == 0] = 255
+        ignored = self.preprocessing.crop(frame)
+        # INTER_AREA averages: the share of each cell that is covered.
+        covered = cv2.resize((ignored > 0).astype(np.float32), self._grid[::-1], interpolation=cv2.INTER_AREA)
+        judged = np.asarray(covered < COVERED)
+        if not judged.any():
+            msg = f"view: roi and ignore leave nothing to judge of the {width}x{height} frame"
+            raise DataError(msg)
+        return FittedView(ignored=ignored, judged=judged)
+
+
+def _check_shape(name: str, shape: Shape) -> None:
+    if _is_rectangle(shape):
+        x, y, width, height = shape
+        fits = x >= 0 and y >= 0 and width > 0 and height > 0
+    elif _is_polygon(shape):
+        points = np.asarray(shape)
+        fits = len(points) >= 3 and points.min() >= 0 and cv2.contourArea(points.astype(np.float32)) > 0
+    else:
+        fits = False
+    if not fits:
+        shapes = "[x, y, width, height]" + (" or a polygon of three points or more" if name == "ignore" else "")
+        msg = f"view.{name} is {shapes} with an area, in pixels from 0, not {_words(shape)}"
+        raise ConfigError(msg)
+
+
+def _paint(frame: ImageU8, name: str, shape: Shape) -> None:
+    height, width = frame.shape
+    if _is_rectangle(shape):
+        x, y, shape_width, shape_height = shape
+        right, bottom = x + shape_width - 1, y + shape_height - 1
+        points = np.array([(x, y), (right, y), (right, bottom), (x, bottom)])
+    else:
+        points = np.asarray(shape, np.int32)
+    if (points.max(axis=0) >= (width, height)).any():
+        msg = f"view.{name} {_words(shape)} reaches outside the {width}x{height} frame"
+        raise DataError(msg)
+    cv2.fillPoly(frame, [points.astype(np.int32)], 255)
+
+
+def _is_rectangle(shape: Shape) -> TypeGuard[Rectangle]:
+    return len(shape) == 4 and all(isinstance(part, int) for part in shape)
+
+
+def _is_polygon(shape: Shape) -> TypeGuard[tuple[Point, ...]]:
+    return all(isinstance(part, tuple) for part in shape)
+
+
+def _words(shape: Shape) -> str:
+    return str([part if isinstance(part, int) else list(part) for part in shape])
+
+
+def _read_picture(path: str) -> ImageU8:
+    try:
+        return read_mask(Path(path))
+    except DataError as exc:
+        msg = f"view.ignore_image: {exc}"
+        raise ConfigError(msg) from exc
