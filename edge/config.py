@@ -50,6 +50,7 @@ class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     verdict: VerdictConfig | None = None
     health: HealthLimits | None = None
     capture: CaptureConfig | None = None
+    view: ViewConfig | None = None
     modbus: ModbusConfig | None = None
     """Registers of its own; else its block lies in those of ``[modbus]``, by its place among the cameras."""
 

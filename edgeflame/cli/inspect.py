@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [rejects], [outbox], "
+    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [rejects], [outbox], "
     "[delivery], [mqtt], [webhook], [web], [modbus]; options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
