@@ -15,6 +15,9 @@ import msgspec
 LOGGER_NAME = "edgeflame"
 
 
+_JOURNAL_PREFIX = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>", logging.DEBUG: "<7>"}
+
+
 class Progress(Protocol):
     """A task's progress; ``trainer`` and others report through it without knowing the terminal."""
 
@@ -27,12 +30,23 @@ def no_progress(done: int, total: int, note: str = "") -> None:
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{key}={_short(value)}" for key, value in _fields(record).items())
-        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
-        text = f"{stamp} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
+        text = self.head(record) + " ".join(
+            [record.getMessage(), *(f"{key}={_short(value)}" for key, value in _fields(record).items())]
+        )
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text
+
+    def head(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
+        return f"{stamp} {record.levelname.lower():7} "
+
+
+class _JournalFormatter(_TextFormatter):
+    """For systemd's journal, which has the time, and takes the level from a prefix (``sd-daemon(3)``)."""
+
+    def head(self, record: logging.LogRecord) -> str:
+        return _JOURNAL_PREFIX.get(record.levelno, "<6>")
 
 
 class _JsonFormatter(logging.Formatter):
@@ -74,11 +88,26 @@ def configure_logging(*, log_format: str, verbosity: int) -> None:
         verbosity: 0 shows warnings and notable events, 1 and more shows details.
     """
     handler = _Handler()
-    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    text = _JournalFormatter() if _is_journal() else _TextFormatter()
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else text)
     root = logging.getLogger(LOGGER_NAME)
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if verbosity else logging.INFO)
     root.propagate = False
+
+
+def error_prefix() -> str:
+    """What stands before an error's line on standard error: its level, for the journal; nothing for people."""
+    return _JOURNAL_PREFIX[logging.ERROR] if _is_journal() else ""
+
+
+def _is_journal() -> bool:
+    """Whether standard error is systemd's journal; ``JOURNAL_STREAM`` names its device and inode."""
+    try:
+        stream = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
 class EventLog:

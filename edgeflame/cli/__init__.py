@@ -97,7 +97,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_INTERRUPTED)
     except EdgeFlameError as exc:
-        sys.stderr.write(f"edgeflame: {exc}\n")
+        from edgeflame.console import error_prefix
+
+        sys.stderr.write(f"{error_prefix()}edgeflame: {exc}\n")
         sys.exit(exc.exit_code)
     except Exception:  # noqa: BLE001 - the outermost frame: an unexpected error must not look like exit code 1, "no"
         import traceback

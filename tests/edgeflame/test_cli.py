@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -103,3 +104,21 @@ def test_an_unexpected_error_is_not_mistaken_for_no(monkeypatch: pytest.MonkeyPa
         edgeflame.cli.main()
     assert caught.value.code == 70
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_journal_gets_levels_and_no_second_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgeflame", "inspect", "--model", "gone", "--source", "gone"]
+    code = "from edgeflame.console import *; configure_logging(log_format='text', verbosity=1); log = EventLog('x')\n"
+    code += "log.info('told', a=1); log.warning('warned'); log.debug('hidden')"
+    with (tmp_path / "log").open("wb") as stream:
+        # As systemd says which stream is its own: device and inode.
+        inode = os.fstat(stream.fileno())
+        known = {**os.environ, "JOURNAL_STREAM": f"{inode.st_dev}:{inode.st_ino}"}
+        subprocess.run([sys.executable, "-c", code], stderr=stream, env=known, check=True, timeout=60)
+        subprocess.run(command, stderr=stream, env=known, timeout=60)
+    first, second, third, error = (tmp_path / "log").read_text().splitlines()
+    assert (first, second, third) == ("<6>told a=1", "<4>warned", "<7>hidden")
+    assert error.startswith("<3>edgeflame: ")
+    # Any other stream is for people.
+    done = subprocess.run(command, capture_output=True, text=True, env=known, timeout=60)
+    assert done.stderr.startswith("edgeflame: ")
