@@ -178,28 +178,31 @@ def test_the_command_lines_of_the_units_run_a_fleet_and_a_line(tmp_path: Path, p
             )  # fmt: skip
         example = (EXAMPLES / "line.toml").read_text()
         example = example.replace("mqtts://broker.plant.example:8883", f"mqtts://localhost:{port}")
-        example = example.replace("127.0.0.1:8080", f"127.0.0.1:{pages[3]}").replace("0.3", "0.0")
+        example = example.replace("127.0.0.1:8080", f"127.0.0.1:{pages[3]}")
+        example = example.replace("camera:0", "boards:warm_wood?parts=1000000&size=64")
+        example = example.replace("/etc/edgeflame/lines/board.edgeflame", str(package_file))
         kit = f"{tmp_path}/credentials-{inspect}-line-1/kit"
         credential = "/run/credentials/edgeflame-inspect@line-1.service/kit"
         assert credential in example
         (services.etc / "lines" / "line-1.toml").write_text(example.replace(credential, kit))
-        services.start(
-            inspect, kits / "line-1.kit", "line-1",
-            EDGEFLAME_ARGS=f"--model {package_file} --source boards:warm_wood?parts=1000000&size=64",
-        )  # fmt: skip
+        services.start(inspect, kits / "line-1.kit", "line-1")
         assert [services.wait(train, site) for site in ("plant-a", "plant-b")] == [0, 0]
         assert (services.state / "sites" / "plant-a" / "own.edgeflame").exists()
         wait_for(lambda: 'phase="done"} 1.0' in _page(pages[0]), "the aggregator stays and says that the run is done")
-        wait_for(lambda: _metric(_page(pages[3]), 'edgeflame_parts_total{verdict="fail"}') > 0, "parts are judged")
+        wait_for(
+            lambda: _metric(_page(pages[3]), 'edgeflame_parts_total{camera="top",verdict="fail"}') > 0,
+            "parts are judged",
+        )
         wait_for(lambda: _metric(_page(pages[3]), 'edgeflame_outbox_waiting{destination="mqtt"}') < 5, "delivered")
         assert (services.stop(aggregate), services.stop(inspect, "line-1")) == (0, EXIT_INTERRUPTED)
     assert list((services.state / "lines" / "line-1" / "rejects").iterdir())
 
 
 def test_the_examples_of_the_environment_files_are_read(tmp_path: Path) -> None:
-    line = environment_file(EXAMPLES / "line.env")
-    words = command_line("edgeflame-inspect@.service", "line-1", line, {})
-    assert words[-4:] == ["--model", "/etc/edgeflame/lines/line-1.edgeflame", "--source", "camera:0"]
+    line = tmp_path / "line.env"
+    line.write_text((EXAMPLES / "line.env").read_text().replace("#EDGEFLAME_", "EDGEFLAME_"))
+    words = command_line("edgeflame-inspect@.service", "line-1", environment_file(line), {})
+    assert words[-4:] == ["--device", "cpu", "--public-key", "/etc/edgeflame/lines/edgeflame-key.pub"]
     site = environment_file(EXAMPLES / "site.env")
     known = {**site, "CREDENTIALS_DIRECTORY": "/run/c"}
     assert command_line("edgeflame-train@.service", "plant-a", known, {})[-2:] == ["--metrics", "127.0.0.1:9465"]
