@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults fuzz check format clean
+.PHONY: demo test faults fuzz check reference format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
@@ -25,6 +25,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/reference, made from the code.
+reference: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_reference.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

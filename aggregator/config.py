@@ -46,6 +46,7 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The keys of ``edgeflame aggregate --config F``; the learning in the section ``[learning]``."""
 
     rounds: int = 2
+    """Rounds of training."""
     min_sites: int = 2
     """The run begins when so many sites are ready."""
     expected_sites: tuple[str, ...] = ()

@@ -27,9 +27,13 @@ class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A rectangle in pixels of the camera frame: the region of interest that is cropped before resizing."""
 
     x: int
+    """Its left edge."""
     y: int
+    """Its upper edge."""
     width: int
+    """At least 1."""
     height: int
+    """At least 1."""
 
     def __post_init__(self) -> None:
         if self.x < 0 or self.y < 0 or self.width < 1 or self.height < 1:
@@ -55,7 +59,9 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """From a camera frame to the model's input: crop to the region of interest, resize, nothing else."""
 
     height: int = 256
+    """Of the model's input, pixels."""
     width: int = 256
+    """Of the model's input, pixels."""
     roi: Region | None = None
 
     def __post_init__(self) -> None:

@@ -139,6 +139,7 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A timm feature network."""
 
     name: str = "tf_efficientnet_lite0"
+    """Its name in timm."""
     stages: tuple[int, ...] | Literal["auto"] = "auto"
     """timm ``out_indices``; their maps are resized to the finest of them and concatenated. ``auto``: see ``TAPS``."""
     layers: tuple[int, ...] = ()
@@ -194,8 +195,11 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     discriminator_learning_rate: float = 0.1
     """Of FADE's discriminator, which starts from nothing; the paper has one rate for both."""
     momentum: float = 0.9
+    """Of stochastic gradient descent."""
     weight_decay: float = 1e-5
+    """Of all that is trained."""
     batch_size: int = 16
+    """Images a step."""
     noise_std: float = 1.0
     """Standard deviation of the noise of Eq. 14, see ``noise_scale``."""
     noise_scale: Literal["relative", "absolute"] = "relative"
@@ -302,6 +306,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Share of the good that the line may reject, if the number of parts allows to promise it: 5% takes 59, 1% takes
     299 of them. With fewer, the threshold is the highest score of all, where one odd part can hide real defects."""
     confidence: float = 0.95
+    """With which the rate is promised, see docs/methods.md."""
     unit: Unit = "photograph"
     """What the line rejects, and so what the rate counts: each ``photograph`` by itself, as `inspect` does, or a
     ``part`` as soon as one of its photographs is rejected. Either way parts are what is independent."""
@@ -320,9 +325,11 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """All of it. The sections ``[backbone]``, ``[training]``, ... of a TOML file."""
 
     method: str = "none"
+    """How the backbone is adapted and what sites exchange: a name in ``METHODS``."""
     preset: Preset = "default"
     """What the settings started from when they were read, see ``edgeflame.presets``; of no effect afterwards."""
     seed: int = 0
+    """Of everything drawn in learning: noise, batches, projections of a discriminator's start."""
     backbone: Backbone = Backbone()
     input: Preprocessing = Preprocessing()
     training: Training = Training()

@@ -25,6 +25,7 @@ class FolderData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Photographs in the MVTec layout; what shows the same part stays at one site."""
 
     path: str
+    """The folder."""
     groups: str | None = None
     """CSV file that says which photographs show the same part; by default one that lies in the folder."""
     max_train_groups: int | None = None
@@ -42,12 +43,17 @@ class BoardsData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Generated furniture boards; the numbers of parts are of each texture."""
 
     textures: tuple[str, ...] = ("warm_white_grid",)
+    """Names of `edgeflame demo-data --texture`."""
     train_parts: int = 40
+    """Good ones."""
     test_good_parts: int = 10
+    """Good ones to test on."""
     test_defective_parts: int = 20
+    """Defective ones to test on."""
     photos: int = 2
     """Photographs of each part."""
     image_size: int = 128
+    """Side of the photographs, pixels."""
     seed: int = 0
     """Which parts."""
 
@@ -102,6 +108,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where sites do their work. It changes when a run is over, not what comes of it."""
 
     kind: Literal["local", "ray"] = "local"
+    """Processes of this machine, or a Ray cluster."""
     workers: int = 0
     """Processes (``local``; 0: none but this one) or tasks at a time (``ray``; 0: as many as there are CPUs)."""
     threads: int = 1
@@ -121,6 +128,7 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     data: FolderData | BoardsData
     sites: int = 5
+    """How many."""
     seed: int = 0
     """Of the partition, the cameras and the choice of parts."""
     cameras: Literal["common", "own"] = "common"

@@ -55,6 +55,7 @@ class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Section ``[delivery]``: how destinations are tried again."""
 
     first_delay_s: float = 0.5
+    """Before the second attempt."""
     max_delay_s: float = 30.0
     """Between attempts: doubles from the first to this, less up to half of it by chance."""
     flush_s: float = 3.0

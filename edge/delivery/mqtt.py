@@ -36,12 +36,15 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     broker: str | None = None
     """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``. A kit has it."""
     fleet: str
+    """Which fleet."""
     line: str
     """Name of this line; two daemons never share one."""
     ca: str | None = None
+    """``mqtts``: certificate authority of the broker (PEM)."""
     cert: str | None = None
+    """``mqtts``: this line's certificate (PEM)."""
     key: str | None = None
-    """PEM files for ``mqtts``."""
+    """``mqtts``: this line's private key (PEM)."""
     kit: str | None = None
     """A kit of ``edgeflame fleet enrol --role line``, made for this fleet and line, in place of those files."""
     home_assistant: str | None = None

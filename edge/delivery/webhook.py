@@ -23,9 +23,11 @@ class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Section ``[webhook]``. A token in ``EDGEFLAME_WEBHOOK_TOKEN`` is sent as ``Authorization: Bearer``."""
 
     url: str
+    """Where results are POSTed."""
     verdicts: tuple[Literal["pass", "fail", "unknown"], ...] = ("pass", "fail", "unknown")
     """Parts that are reported; the others are skipped, and their numbers missing."""
     timeout_s: float = 10.0
+    """Of a request."""
     ca: str | None = None
     """Certificate authority of an ``https`` server (PEM); the system's when left out."""
 

@@ -13,12 +13,15 @@ class ModbusConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where the PLC is, and which of its registers are ours."""
 
     host: str
+    """Name or address of the PLC."""
     port: int = 502
+    """Of its Modbus TCP server."""
     unit: int = 1
     """Device id."""
     register: int = 0
     """Address of the first of the ten holding registers, from 0."""
     heartbeat_s: float = 0.5
+    """How often the register +3 changes."""
     timeout_s: float = 1.0
     """Of a request."""
 

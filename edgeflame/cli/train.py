@@ -22,19 +22,33 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What ``--config`` may say instead of the options. What is learnt is the aggregator's to say."""
 
     broker: str | None = None
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``."""
     kit: str | None = None
+    """A kit of `edgeflame fleet enrol`: the broker, the fleet, our name and certificate."""
     ca: str | None = None
+    """``mqtts``: certificate authority of the broker (PEM)."""
     cert: str | None = None
+    """``mqtts``: our certificate (PEM)."""
     key: str | None = None
+    """``mqtts``: our private key (PEM)."""
     fleet: str | None = None
+    """Which fleet."""
     site: str | None = None
+    """This site's name in it."""
     data: str | None = None
+    """Folder of this site's images; they stay here."""
     state: str | None = None
+    """Folder of what the site remembers; ``runs/FLEET/SITE`` when left out."""
     groups: str | None = None
+    """CSV file that says which photographs show the same part."""
     out: str | None = None
+    """Where to write the package; left in the state folder when left out."""
     schedule: str | None = None
+    """When to train, as after ``--schedule``."""
     device: str | None = None
+    """What trains, as after ``--device``."""
     reference_images: Annotated[int, msgspec.Meta(ge=0, le=MAX_REFERENCES)] | None = None
+    """Good images that go into the package."""
 
 
 @click.command(short_help="Take part in a fleet's training rounds.")
