@@ -11,6 +11,8 @@ from edge.delivery.deliverer import DeliveryConfig
 from edge.delivery.mqtt import MqttConfig
 from edge.delivery.outbox import OutboxConfig
 from edge.delivery.webhook import WebhookConfig
+from edge.drift.config import DriftConfig
+from edge.golden.config import GoldenConfig
 from edge.health import HealthLimits
 from edge.plc.config import ModbusConfig
 from edge.rejects import RejectsConfig
@@ -50,6 +52,8 @@ class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     verdict: VerdictConfig | None = None
     health: HealthLimits | None = None
     capture: CaptureConfig | None = None
+    drift: DriftConfig | None = None
+    golden: GoldenConfig | None = None
     view: ViewConfig | None = None
     modbus: ModbusConfig | None = None
     """Registers of its own; else its block lies in those of ``[modbus]``, by its place among the cameras."""
@@ -66,6 +70,8 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     health: HealthLimits = HealthLimits()
     capture: CaptureConfig = CaptureConfig()
     view: ViewConfig = ViewConfig()
+    drift: DriftConfig = DriftConfig()
+    golden: GoldenConfig = GoldenConfig()
     rejects: RejectsConfig = RejectsConfig()
     outbox: OutboxConfig = OutboxConfig()
     delivery: DeliveryConfig = DeliveryConfig()

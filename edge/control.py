@@ -30,7 +30,7 @@ log = EventLog("control")
 SNAPSHOTS_FOLDER = "snapshots"
 SNAPSHOT_TIMEOUT_S = 10.0
 
-Registered = Literal["golden", "rollback", "reload"]
+Registered = Literal["golden", "acknowledge", "drift", "rollback", "reload"]
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +74,7 @@ class Control:
         self._folder = folder
         self._handlers: dict[Registered, Callable[..., msgspec.Struct]] = {}
         self._listeners: tuple[Callable[[], None], ...] = ()
+        self._annotators: tuple[Callable[[CameraStatus], CameraStatus], ...] = ()
         # One change at a time: two that meet would leave neither's wish.
         self._lock = threading.RLock()
 
@@ -85,13 +86,22 @@ class Control:
         """Call ``listener`` after every change; it must not wait."""
         self._listeners = (*self._listeners, listener)
 
+    def annotate(self, annotator: Callable[[CameraStatus], CameraStatus]) -> None:
+        """Let another part of the daemon add what it knows to each camera's status."""
+        self._annotators = (*self._annotators, annotator)
+
+    def changed(self) -> None:
+        """Something about a status is another than before: tell those who want to know."""
+        for listener in self._listeners:
+            listener()
+
     def describe(self) -> Description:
         """What the daemon is doing."""
         return Description(cameras=self.statuses(), products={name: str(file) for name, file in self._products.items()})
 
     def statuses(self) -> tuple[CameraStatus, ...]:
         """What each camera is doing."""
-        return tuple(line.status() for line in self._lines.values())
+        return tuple(self._annotated(line.status()) for line in self._lines.values())
 
     def pause(self, camera: str | None = None) -> Description:
         """Judge no more parts of a camera, or of all.
@@ -174,14 +184,22 @@ class Control:
         write_image(file, picture)
         return Snapshot(result=result, file=str(file))
 
-    def golden(self, camera: str | None = None) -> msgspec.Struct:
-        """Test a camera with its golden part.
+    def golden(self, camera: str | None = None, expected: Literal["good", "bad"] | None = None) -> msgspec.Struct:
+        """Test a camera with the photographs of its golden parts, or with the next part, which is good or bad.
 
         Raises:
-            UsageError: nothing here can do that; so with the next two.
+            UsageError: nothing here can do that; so with the next ones.
             EdgeFlameError: what the one who can do it says.
         """
-        return self._registered("golden")(self._one(camera).name)
+        return self._registered("golden")(self._one(camera).name, expected)
+
+    def acknowledge(self, camera: str | None = None) -> msgspec.Struct:
+        """A person takes note that a camera's self-test failed; it is no longer a reason not to be ready."""
+        return self._registered("acknowledge")(self._one(camera).name)
+
+    def drift(self, camera: str | None, action: Literal["clear", "relearn"]) -> msgspec.Struct:
+        """What was done about a camera's drift: the cause was removed, or the line as it is now is right."""
+        return self._registered("drift")(self._one(camera).name, action)
 
     def rollback(self, product: str) -> msgspec.Struct:
         """Go back to the model before, on every camera with this product."""
@@ -212,6 +230,10 @@ class Control:
         return line
 
     def _changed(self) -> Description:
-        for listener in self._listeners:
-            listener()
+        self.changed()
         return self.describe()
+
+    def _annotated(self, status: CameraStatus) -> CameraStatus:
+        for annotator in self._annotators:
+            status = annotator(status)
+        return status

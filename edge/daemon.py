@@ -25,9 +25,10 @@ from edge.loading import Loader
 from edge.plan import CameraPlan, Plan
 from edge.rejects import RejectsSink
 from edge.results import Inspected, Result
-from edge.sinks import InTurn, OfCamera, Sink
+from edge.sinks import InTurn, OfCamera, Production, Sink
 from edge.sources import open_source
 from edge.summary import Summary, Tally
+from edge.upkeep import open_upkeep
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, DataError, MissingDependencyError
 
@@ -111,7 +112,7 @@ def run_inspection(
         # First: the part is already on its way to the ejector.
         outlets: list[Sink] = [*_plcs(stack, plan), *sinks]
         if pictures is not None:
-            outlets.append(pictures)
+            outlets.append(Production(pictures))
         control = Control(
             lines,
             products=plan.products,
@@ -119,6 +120,7 @@ def run_inspection(
             folder=state / SNAPSHOTS_FOLDER if state is not None else None,
         )
         if state is None:
+            stack.enter_context(open_upkeep(plan, lines, control, None))
             outlet: Sink = InTurn(outlets)
         else:
             boot = uuid.uuid4().hex
@@ -132,6 +134,7 @@ def run_inspection(
             )
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
+            stack.enter_context(open_upkeep(plan, lines, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control)
             outlet = stack.enter_context(Writer(pipeline.outbox, outlets))
@@ -157,6 +160,8 @@ def _run_lines(lines: Sequence[Line], outlet: Sink, tally: Tally, *, limit: int 
 
     def accept(inspected: Inspected) -> None:
         outlet.accept(inspected)
+        if inspected.result.golden:
+            return
         if tally.add(inspected.result) == limit:
             halt.set()
 
@@ -247,7 +252,7 @@ def _page(
         token=operator_token(state),
     )
     stack.enter_context(serve(station, config))
-    return [board, metrics]
+    return [Production(board), Production(metrics)]
 
 
 @contextlib.contextmanager

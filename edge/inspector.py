@@ -56,7 +56,10 @@ class Inspector:
         self._config = config
         self._clock = clock
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
+        self.package = package
+        self.precision = runtime.precision
         self._health = ImageHealth(config.health, references, is_live=is_live, frame=config.view.frame)
+        self._rehearsal = ImageHealth(config.health, references, is_live=False, frame=config.view.frame)
 
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""
@@ -68,6 +71,13 @@ class Inspector:
 
     def inspect(self, captured: Captured) -> Inspected:
         """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
+        return self._inspect(captured, self._health)
+
+    def rehearse(self, captured: Captured) -> Inspected:
+        """Judge a photograph: a frame that may come twice and be of another size than the camera's."""
+        return self._inspect(captured, self._rehearsal)
+
+    def _inspect(self, captured: Captured, health: ImageHealth) -> Inspected:
         frame = captured.frame
         faults: list[Reason] = []
         details: list[str] = []
@@ -77,7 +87,7 @@ class Inspector:
             details.append(frame.error or "the source gave no image")
         else:
             evidence = frame.image_bgr
-            if self._health.is_wrong_size(frame.image_bgr):
+            if health.is_wrong_size(frame.image_bgr):
                 faults.append(Reason.WRONG_SIZE)
                 details.append(f"the frame has {evidence.shape[1]}x{evidence.shape[0]} pixels")
             try:
@@ -88,7 +98,7 @@ class Inspector:
                 faults.append(Reason.UNFIT_IMAGE)
                 details.append(str(exc))
         if image is not None and view is not None:
-            faults.extend(self._health.faults(image))
+            faults.extend(health.faults(image))
             try:
                 scores, maps = self._runtime.score(image[None])
             except (DataError, PackageError, RuntimeUnavailableError) as exc:

@@ -41,6 +41,10 @@ class Judge(Protocol):
         """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
         ...
 
+    def rehearse(self, captured: Captured) -> Inspected:
+        """Judge a photograph that does not come from the camera; leaves no trace in what is known of the camera."""
+        ...
+
 
 class Watcher(Protocol):
     """Looks on at every part after its verdict has been handed on: a shadow model, a drift monitor.

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 from edge.capture import Capture, CaptureConfig, Captured
+from edge.goldenrequest import GoldenRequests
 from edge.judge import Judge, Watcher, not_judged
 from edge.results import Inspected
 from edge.sources import Source
@@ -96,6 +97,7 @@ class Line:
         self._resumed = threading.Event()
         self._resumed.set()
         self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
+        self._goldens = GoldenRequests()
         self._capture: Capture | None = None
         self._dropped: collections.Counter[str] = collections.Counter()
         self._crashes: collections.deque[float] = collections.deque()
@@ -201,6 +203,19 @@ class Line:
         except queue.Empty:
             return None
 
+    def golden(self, timeout_s: float) -> Inspected | None:
+        """The next part, which is a golden one and marked so; None when none came in time, and then none will be."""
+        return self._goldens.wait_for_one(timeout_s)
+
+    def rehearse(self, captured: Captured) -> Inspected:
+        """Have a photograph judged between two frames; nobody but the caller is told.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._between_frames():
+            return self._judge.rehearse(captured)
+
     @contextlib.contextmanager
     def _between_frames(self) -> Iterator[None]:
         with self._door:
@@ -298,8 +313,8 @@ class Line:
             with self._door:
                 pass
             with self._turn:
-                inspected = self._judged(captured)
-            self.parts += 1
+                inspected = self._goldens.take(self._judged(captured))
+            self.parts += not inspected.result.golden
             if captured.frame.image_bgr is not None:
                 self._has_worked, self._problem = True, None
             elif captured.frame.error is not None and self.is_live:

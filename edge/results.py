@@ -39,6 +39,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     camera: str = ""
     """Which of the daemon's cameras saw it; empty in results of older versions."""
 
+    golden: bool = False
+    """A golden part of the line's self-test: no part of the production."""
+
     @property
     def is_right(self) -> bool | None:
         """Whether the verdict agrees with the truth; None where either is not known."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from edge.drift.monitor import DriftStatus
+from edge.golden.report import GoldenStatus
+
 DEFAULT_CAMERA = "camera"
 """Name of the one camera of a daemon whose configuration names none."""
 
@@ -29,3 +32,8 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Judged since the start."""
     dropped: dict[str, int] = {}
     """Frames never looked at, by reason."""
+    drift: DriftStatus | None = None
+    """None where drift is not watched, or no part has come yet."""
+    golden: GoldenStatus | None = None
+    not_ready: tuple[str, ...] = ()
+    """What else speaks against its verdicts: a failed self-test."""

@@ -101,6 +101,12 @@ class CameraState(msgspec.Struct, frozen=True, kw_only=True):
     threshold: float
     source: str
     paused: bool = False
+    drift: str | None = None
+    """``learning``, ``ok``, ``warning`` or ``alarm``; null where it is not watched, or before the first part."""
+    drift_message: str | None = None
+    """The same for people."""
+    golden: str | None = None
+    """Of the last self-test: ``passed``, ``failed``, or ``acknowledged`` where a person knows that it failed."""
 
 
 class LineState(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +132,9 @@ def line_state(cameras: Sequence[CameraStatus], *, boot: str) -> LineState:
             threshold=camera.threshold,
             source=camera.source,
             paused=camera.paused,
+            drift=camera.drift.condition.value if camera.drift is not None else None,
+            drift_message=camera.drift.message if camera.drift is not None else None,
+            golden=camera.golden.word if camera.golden is not None else None,
         )
         for camera in cameras
     )

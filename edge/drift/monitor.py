@@ -2,7 +2,7 @@
 
 The streams of :mod:`edgeflame.condition` are watched one by one and spoken of in two groups, since what is to be done
 differs: the camera's (the picture itself changed: lamp, lens, exposure, mounting) and the parts' (the model sees other
-parts while the picture is as before).
+parts while the picture is as before). Where both did, either may be the cause: quite other parts make another picture.
 
 An alarm stays until a person clears it, has the line learnt anew, or another model runs; whether the stream is still
 off is said beside it. A warning comes at a twentieth of an alarm's evidence, so at most twenty times as often for
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from edge.drift.config import DriftConfig
-from edge.drift.detector import HIGHER, LOWER, Detector
+from edge.drift.detector import F64, HIGHER, LOWER, Detector
 from edge.drift.ranks import Ranks
 from edgeflame.condition import (
     CAMERA_STREAMS,
@@ -171,8 +171,8 @@ class DriftMonitor:
                 stream.rank = rank if stream.rank is None else stream.rank + (rank - stream.rank) / _RECENT
         self._detector.update(ranks)
         evidence = self._detector.evidence()
-        for index, stream in enumerate(self._streams.values()):
-            self._judge(stream, evidence[index], now)
+        for index, (name, stream) in enumerate(self._streams.items()):
+            self._judge(stream, self._counting(name, evidence[index]), now)
         changes = []
         for name, old in before.items():
             new = self._condition(name)
@@ -200,9 +200,9 @@ class DriftMonitor:
 
     def status(self) -> DriftStatus:
         """What there is to be said."""
-        evidence = self._detector.evidence().max(axis=1)
+        evidence = self._detector.evidence()
         streams = tuple(
-            self._stream_status(name, float(evidence[index]))
+            self._stream_status(name, float(self._counting(name, evidence[index]).max()))
             for index, name in enumerate(STREAMS)
             if name in self._ranks or self._streams[name].values
         )
@@ -239,7 +239,17 @@ class DriftMonitor:
         self._detector = self._new_detector()
         self._detector.wealth = wealth
 
-    def _judge(self, stream: SavedStream, evidence: np.ndarray, now: dt.datetime) -> None:
+    def _counting(self, name: str, evidence: F64) -> F64:
+        """What of ``evidence [2]`` counts.
+
+        A package's scores are those of statistics that had not seen the part's like; statistics of all images score a
+        little lower, the more so the fewer they are. Lower than the package is thus no sign of anything.
+        """
+        if name in PART_STREAMS and self._streams[name].learnt is None:
+            return np.array([evidence[HIGHER], 0.0])
+        return evidence
+
+    def _judge(self, stream: SavedStream, evidence: F64, now: dt.datetime) -> None:
         strongest = int(np.argmax(evidence))
         share = float(evidence[strongest]) / self._alarm_at
         if stream.alarm_direction is None and share >= 1:
@@ -302,6 +312,7 @@ def _message(parts: Condition, camera: Condition, streams: tuple[StreamStatus, .
         return f"learning what this line looks like ({done} of {learn} parts)"
     prefix = "" if worst is Condition.ALARM else "perhaps: "
     if _BADNESS[camera] >= _BADNESS[Condition.WARNING]:
-        follows = those(PART_STREAMS)
-        return f"{prefix}camera or light changed: {those(CAMERA_STREAMS)}" + (f"; with it {follows}" if follows else "")
+        if not (follows := those(PART_STREAMS)):
+            return f"{prefix}camera or light changed: {those(CAMERA_STREAMS)}"
+        return f"{prefix}the picture changed (camera, light, or quite other parts): {those(CAMERA_STREAMS)}; {follows}"
     return f"{prefix}the parts changed, camera and light did not: {those(PART_STREAMS)}"

@@ -180,6 +180,8 @@ class Station:
     def _problem_of(self, status: CameraStatus, last_part_s: float | None) -> str | None:
         if status.paused:
             return "paused"
+        if status.not_ready:
+            return "; ".join(status.not_ready)
         if last_part_s is None:
             return "no part has been judged since the start"
         if last_part_s > self._config.stale_after_s:

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from edge.delivery import Deliverer
+from edge.drift.monitor import Condition
 from edge.results import Inspected
 from edge.status import CameraStatus
 
@@ -27,6 +28,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _RATIO_BUCKETS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+
+_CONDITIONS = {Condition.LEARNING: -1, Condition.OK: 0, Condition.WARNING: 1, Condition.ALARM: 2}
 
 
 class LineMetrics:
@@ -106,13 +109,36 @@ class _Asked(Collector):
         dropped = CounterMetricFamily(
             "edgeflame_frames_dropped", "Frames never looked at.", labels=["camera", "reason"]
         )
+        drift = GaugeMetricFamily(
+            "edgeflame_drift", "-1 learning, 0 ok, 1 warning, 2 alarm.", labels=["camera", "group"]
+        )
+        evidence = GaugeMetricFamily(
+            "edgeflame_drift_evidence", "Of a stream's drift; 1 is an alarm.", labels=["camera", "stream"]
+        )
+        rank = GaugeMetricFamily(
+            "edgeflame_drift_rank", "Of the last parts among the reference's.", labels=["camera", "stream"]
+        )
+        golden = GaugeMetricFamily("edgeflame_golden_passed", "Of the last self-test.", labels=["camera"])
+        tested = GaugeMetricFamily(
+            "edgeflame_golden_timestamp_seconds", "When the last self-test was.", labels=["camera"]
+        )
         for status in self._statuses():
+            if status.drift is not None:
+                for group, condition in (("parts", status.drift.parts), ("camera", status.drift.camera)):
+                    drift.add_metric([status.camera, group], _CONDITIONS[condition])
+                for stream in status.drift.streams:
+                    evidence.add_metric([status.camera, stream.name], stream.evidence)
+                    if stream.rank is not None:
+                        rank.add_metric([status.camera, stream.name], stream.rank)
+            if status.golden is not None and status.golden.last is not None:
+                golden.add_metric([status.camera], status.golden.last.passed)
+                tested.add_metric([status.camera], status.golden.last.at.timestamp())
             threshold.add_metric([status.camera], status.threshold)
             model.add_metric([status.camera, status.product, status.model], 1)
             paused.add_metric([status.camera], status.paused)
             for reason, count in status.dropped.items():
                 dropped.add_metric([status.camera, reason], count)
-        yield from (threshold, model, paused, dropped)
+        yield from (threshold, model, paused, dropped, drift, evidence, rank, golden, tested)
         waiting = GaugeMetricFamily("edgeflame_outbox_waiting", "Results not yet delivered.", labels=["destination"])
         lost = CounterMetricFamily("edgeflame_results_lost", "Results given up undelivered.", labels=["destination"])
         failures = CounterMetricFamily("edgeflame_delivery_failures", "Failed attempts.", labels=["destination"])

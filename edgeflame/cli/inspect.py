@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [rejects], [outbox], "
-    "[delivery], [mqtt], [webhook], [web], [modbus]; options given here win.",
+    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [drift], "
+    "[golden], [rejects], [outbox], [delivery], [mqtt], [webhook], [web], [modbus]; options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(

@@ -143,12 +143,23 @@ class TestMonitor:
         ]
         status = monitor.status()
         assert (status.camera, status.parts) == (Condition.ALARM, Condition.ALARM)
-        assert status.message == "camera or light changed: brightness lower; with it score higher"
+        assert status.message == (
+            "the picture changed (camera, light, or quite other parts): brightness lower; score higher"
+        )
         others = DriftMonitor(QUICK, normal_reference())
         feed(others, parts(400, embedding=1.5))
         status = others.status()
         assert (status.camera, status.parts) == (Condition.OK, Condition.ALARM)
         assert status.message == "the parts changed, camera and light did not: embedding higher"
+
+    def test_scores_below_the_packages_are_no_alarm_but_below_the_lines_own_are(self) -> None:
+        lower = parts(600, score=-1.5, embedding=-1.5)
+        monitor = DriftMonitor(QUICK, normal_reference())
+        assert feed(monitor, lower) == []
+        own = DriftMonitor(msgspec.structs.replace(QUICK, learn=300, reference="line"))
+        feed(own, parts(300, seed=11))
+        feed(own, lower)
+        assert own.status().message == "the parts changed, camera and light did not: score lower, embedding lower"
 
     def test_an_alarm_stays_until_it_is_cleared_and_says_when_it_is_over(self) -> None:
         monitor = DriftMonitor(QUICK, normal_reference())

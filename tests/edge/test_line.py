@@ -72,6 +72,9 @@ class FakeJudge:
     def set_threshold(self, value: float | None) -> None:
         self.threshold = 1.0 if value is None else value
 
+    def rehearse(self, captured: Captured) -> Inspected:
+        return self.inspect(captured)
+
     def inspect(self, captured: Captured) -> Inspected:
         if self.gate is not None:
             assert self.gate.wait(20)

@@ -1,0 +1,243 @@
+"""A camera's drift monitor at work: looks on at its parts on a thread of its own, and remembers over restarts.
+
+One file for each camera and model, ``DIR/drift/<camera>/<model>.json``: whoever comes back to a model goes on where it
+was left.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import cv2
+import msgspec
+import numpy as np
+
+from edge.capture import Captured
+from edge.drift.config import DriftConfig
+from edge.drift.monitor import Condition, DriftMonitor, DriftStatus, Saved
+from edge.results import Inspected
+from edgeflame.condition import PART_STREAMS, ConditionReference, Template, image_condition, part_condition
+from edgeflame.console import EventLog
+from edgeflame.errors import StorageError
+from edgeflame.package import Package
+from edgeflame.statedir import storage_errors, write_durably
+
+log = EventLog("drift")
+
+MAX_WAITING = 8
+"""Parts between the line and this thread; more are not looked at, which drift can afford."""
+
+SAVE_EVERY_S = 60.0
+"""A kill loses no more than this."""
+
+MAX_MODELS = 20
+"""Files kept for one camera; those of the models that ran longest ago go."""
+
+_CLOSE_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DriftModel:
+    """What drift has to know of the model that runs."""
+
+    model: str
+    """First 12 digits of the package's SHA-256: the name of its file."""
+    width: int
+    height: int
+    """Of the pictures it sees."""
+    reference: ConditionReference | None
+    template: Template | None
+
+    @classmethod
+    def of(cls, package: Package, *, scores_as_fitted: bool) -> DriftModel:
+        """Of a package.
+
+        Args:
+            package: the model's.
+            scores_as_fitted: whether scores here may be compared with those of the fit: not where parts of the picture
+                are ignored, nor in int8; then the line learns its own.
+        """
+        preprocessing = package.manifest.learning.input
+        images = [reference.image(preprocessing) for reference in package.references]
+        reference = package.condition
+        if reference is not None and not scores_as_fitted:
+            kept = {name: one for name, one in reference.streams.items() if name not in PART_STREAMS}
+            reference = ConditionReference(streams=kept)
+        return cls(
+            model=package.sha256[:12],
+            width=preprocessing.width,
+            height=preprocessing.height,
+            reference=reference,
+            template=Template(images) if images else None,
+        )
+
+
+@final
+class DriftWatcher:
+    """Looks on at one camera; a context manager that ends its thread and saves.
+
+    Args:
+        camera: its name.
+        config: how.
+        model_of: what drift has to know of a model by its id; None: of one that is not known here, nothing is watched.
+        folder: for its files; None: nothing outlives the run.
+        on_change: called when a condition becomes another.
+        clock: monotonic, seconds.
+    """
+
+    def __init__(
+        self,
+        camera: str,
+        config: DriftConfig,
+        model_of: Callable[[str], DriftModel | None],
+        *,
+        folder: Path | None,
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._camera = camera
+        self._config = config
+        self._model_of = model_of
+        self._folder = folder / camera if folder is not None else None
+        self._on_change = on_change
+        self._clock = clock
+        self._queue: queue.Queue[Inspected | None] = queue.Queue(MAX_WAITING)
+        self._lock = threading.Lock()
+        self._running: DriftModel | None = None
+        self._monitor: DriftMonitor | None = None
+        self._next_look = 0.0
+        self._last_save = clock()
+        self._thread = threading.Thread(target=self._run, name=f"edgeflame-drift-{camera}", daemon=True)
+
+    def __enter__(self) -> DriftWatcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._queue.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        with self._lock:
+            self._save()
+
+    def watch(self, captured: Captured, inspected: Inspected) -> None:
+        """One part, on the line's thread: noted, or left out where parts come faster than they are looked at."""
+        del captured
+        now = self._clock()
+        # Without a map the picture is none of what the model saw, or there is none.
+        if inspected.image is None or inspected.anomaly_map is None or inspected.result.golden or now < self._next_look:
+            return
+        try:
+            self._queue.put_nowait(inspected)
+        except queue.Full:
+            return
+        self._next_look = max(self._next_look, now - 1.0) + 1.0 / self._config.max_per_s
+
+    def status(self) -> DriftStatus | None:
+        """What there is to be said; None before the first part."""
+        with self._lock:
+            return self._monitor.status() if self._monitor is not None else None
+
+    def clear(self) -> None:
+        """Alarms are dealt with."""
+        self._change("drift_cleared", DriftMonitor.clear)
+
+    def relearn(self) -> None:
+        """The line as it is from now on is right."""
+        self._change("drift_relearns", DriftMonitor.relearn)
+
+    def _change(self, event: str, change: Callable[[DriftMonitor], None]) -> None:
+        with self._lock:
+            if self._monitor is not None:
+                log.warning(event, camera=self._camera, was=self._monitor.status().message)
+                change(self._monitor)
+                self._save()
+        self._on_change()
+
+    def _run(self) -> None:
+        while (inspected := self._queue.get()) is not None:
+            self._look(inspected)
+
+    def _look(self, inspected: Inspected) -> None:
+        result, image = inspected.result, inspected.image
+        assert image is not None
+        with self._lock:
+            self._follow(result.model)
+            monitor, running = self._monitor, self._running
+        if monitor is None or running is None:
+            return
+        # What the model saw, for the area is what it was shown.
+        size = (running.width, running.height)
+        seen = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        values = {
+            **part_condition(result.score, inspected.anomaly_map),
+            **image_condition(seen, running.template),
+        }
+        with self._lock:
+            before = monitor.status().condition
+            changes = monitor.observe(values, dt.datetime.now(dt.timezone.utc))
+            after = monitor.status()
+            if changes or self._clock() - self._last_save >= SAVE_EVERY_S:
+                self._save()
+        for change in changes:
+            report = {Condition.ALARM: log.error, Condition.WARNING: log.warning}.get(change.after, log.info)
+            report(
+                "drift",
+                camera=self._camera,
+                stream=change.stream,
+                direction=change.direction,
+                before=change.before.value,
+                now=change.after.value,
+            )
+        if after.condition is not before:
+            log.warning("drift_condition", camera=self._camera, now=after.condition.value, reason=after.message)
+            self._on_change()
+
+    def _follow(self, model: str) -> None:
+        """Go over to the model that judges now, if it is another."""
+        if self._running is not None and self._running.model == model:
+            return
+        self._save()
+        self._running = self._model_of(model)
+        self._monitor = None
+        if self._running is not None:
+            self._monitor = DriftMonitor(self._config, self._running.reference, self._read(model))
+
+    def _file(self, model: str) -> Path | None:
+        return self._folder / f"{model}.json" if self._folder is not None else None
+
+    def _read(self, model: str) -> Saved | None:
+        file = self._file(model)
+        if file is None or not file.exists():
+            return None
+        try:
+            saved = msgspec.json.decode(file.read_bytes(), type=Saved)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, StorageError) as exc:
+            log.warning("drift_state_unreadable", file=str(file), reason=str(exc), consequence="begins anew")
+            return None
+        return saved if saved.format == Saved().format else None
+
+    def _save(self) -> None:
+        """Under the lock."""
+        self._last_save = self._clock()
+        if self._folder is None or self._monitor is None or self._running is None:
+            return
+        file = self._file(self._running.model)
+        assert file is not None
+        try:
+            with storage_errors(self._folder, "keep what is known of drift"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            write_durably(file, msgspec.json.encode(self._monitor.saved()))
+            with storage_errors(self._folder, "keep what is known of drift"):
+                kept = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+                for old in kept[MAX_MODELS:]:
+                    old.unlink(missing_ok=True)
+        except StorageError as exc:
+            # Drift is advice: the line goes on without its memory.
+            log.error("drift_not_saved", camera=self._camera, reason=str(exc))

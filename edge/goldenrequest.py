@@ -1,0 +1,47 @@
+"""Which part is the golden one: asked for by a test, answered by the line, and never a part of the production."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+from typing import final
+
+import msgspec
+
+from edge.results import Inspected
+
+
+@final
+class GoldenRequests:
+    """Safe for any thread. A request that was given up in time marks nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[queue.SimpleQueue[Inspected]] = []
+
+    def wait_for_one(self, timeout_s: float) -> Inspected | None:
+        """The next part that is judged, marked as golden; None when none came in time."""
+        answer: queue.SimpleQueue[Inspected] = queue.SimpleQueue()
+        with self._lock:
+            self._waiting.append(answer)
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            with self._lock:
+                if answer in self._waiting:
+                    self._waiting.remove(answer)
+                    return None
+            # It came at the last moment, and is marked.
+            return answer.get()
+
+    def take(self, inspected: Inspected) -> Inspected:
+        """A part that was just judged; marked as golden if somebody waits for one."""
+        with self._lock:
+            if not self._waiting:
+                return inspected
+            waiting, self._waiting = self._waiting, []
+        marked = dataclasses.replace(inspected, result=msgspec.structs.replace(inspected.result, golden=True))
+        for answer in waiting:
+            answer.put(marked)
+        return marked

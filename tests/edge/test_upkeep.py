@@ -1,0 +1,330 @@
+"""Drift and self-tests in a running daemon: what is seen, said, remembered, and kept out of the production."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from brokers import wait_for
+from click.testing import CliRunner
+from small_model import LEARNING, bad_image, good_image, write_images, write_small_package
+
+from edge.config import InspectConfig
+from edge.control import Control
+from edge.daemon import open_lines
+from edge.drift.config import DriftConfig
+from edge.drift.monitor import Saved
+from edge.golden.config import GoldenConfig
+from edge.golden.report import GoldenReport, GoldenStatus
+from edge.golden.schedule import is_due
+from edge.golden.tester import GoldenTester
+from edge.line import Line
+from edge.loading import Loader
+from edge.plan import Plan, make_plan
+from edge.results import Inspected, Result
+from edge.upkeep import open_upkeep
+from edgeflame.cli import cli
+from edgeflame.condition import condition_reference, image_condition, part_condition
+from edgeflame.errors import ConfigError, DataError, EdgeFlameError, UsageError
+from edgeflame.images import write_image
+from edgeflame.package import read_package, write_package
+
+QUICK = DriftConfig(parts_per_year=20_000, alike=1, max_per_s=1e6, learn=60)
+TZ = dt.timezone(dt.timedelta(hours=2))
+
+
+@pytest.fixture(scope="module")
+def package_with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small package, with what good images are like."""
+    from edge.runtimes import open_runtime
+
+    folder = tmp_path_factory.mktemp("reference")
+    package = read_package(write_small_package(folder / "plain.edgeflame"))
+    runtime = open_runtime(package.model_onnx, device="cpu")
+    images = [LEARNING.input.apply(good_image(seed, 96)) for seed in range(200)]
+    parts = [part_condition(float(scores[0]), maps[0]) for scores, maps in (runtime.score(one[None]) for one in images)]
+    condition = condition_reference(
+        {name: np.array([one[name] for one in parts]) for name in ("score", "embedding")},
+        [image_condition(image, None) for image in images],
+        num_parts=200,
+        num_images=200,
+    )
+    path = folder / "small.edgeflame"
+    write_package(
+        path,
+        manifest=package.manifest,
+        model_onnx=package.model_onnx,
+        statistics=package.statistics,
+        condition=condition,
+    )
+    return path
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A line that waits for files to appear would be a daemon; here its frames are pushed by hand."""
+
+    plan: Plan
+    lines: Sequence[Line]
+    control: Control
+    told: list[Result]
+
+
+@contextlib.contextmanager
+def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> Iterator[Daemon]:
+    """Cameras, control and upkeep as a daemon has them, without page and broker."""
+    config = InspectConfig(**sections)
+    loader = Loader(device="cpu", num_threads=1)
+    plan = make_plan(config, model=package, source=source, product_of=lambda _: "tile")
+    lines = open_lines(plan, loader)
+    control = Control(lines, products=plan.products, load=lambda *_: lines[0].judge)
+    told: list[Result] = []
+    halt = threading.Event()
+
+    def accept(inspected: Inspected) -> None:
+        told.append(inspected.result)
+
+    thread = threading.Thread(target=lines[0].run, args=(accept, halt), daemon=True)
+    with open_upkeep(plan, lines, control, tmp_path / "state"):
+        thread.start()
+        try:
+            yield Daemon(plan, lines, control, told)
+        finally:
+            halt.set()
+            thread.join(20)
+
+
+def photographs(folder: Path, *, wrong: bool = False) -> Path:
+    for kind, make in (("good", good_image), ("bad", good_image if wrong else bad_image)):
+        (folder / kind).mkdir(parents=True)
+        for seed in range(2):
+            write_image(folder / kind / f"{seed}.png", make(seed, 96))
+    (folder / "good" / "notes.txt").write_text("not a photograph")
+    return folder
+
+
+class TestDrift:
+    """Of a folder of pictures, through the whole command."""
+
+    def run(self, tmp_path: Path, package: Path, photos: Path) -> tuple[Saved, str]:
+        config = tmp_path / "line.toml"
+        config.write_text("[drift]\nparts_per_year = 20000\nalike = 1\nmax_per_s = 1e6\n")
+        arguments = ["inspect", "--model", package, "--source", photos, "--config", config, "--device", "cpu"]
+        arguments += ["--state", tmp_path / "state", "--threads", "1"]
+        result = CliRunner().invoke(cli, [str(one) for one in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        (file,) = (tmp_path / "state" / "drift" / "camera").glob("*.json")
+        assert file.stem == read_package(package).sha256[:12]
+        return msgspec.json.decode(file.read_bytes(), type=Saved), result.stderr
+
+    def test_a_weaker_lamp_is_the_cameras_matter_and_a_restart_goes_on(
+        self, tmp_path: Path, package_with_reference: Path
+    ) -> None:
+        for name, gain in (("same", 1.0), ("dark", 0.85)):
+            (tmp_path / name).mkdir()
+            for seed in range(120):
+                image = (good_image(5000 + seed, 96) * gain).astype(np.uint8)
+                write_image(tmp_path / name / f"{seed:03d}.png", image)
+        saved, said = self.run(tmp_path, package_with_reference, tmp_path / "same")
+        assert {name for name, stream in saved.streams.items() if stream.alarm_direction is not None} == set()
+        assert "drift" not in said
+        saved, said = self.run(tmp_path, package_with_reference, tmp_path / "dark")
+        assert saved.streams["brightness"].alarm_direction == 1
+        assert "the picture changed" in said
+        assert "brightness lower" in said
+        # Left as it is, the alarm is still there after the next start, over parts as before.
+        saved, said = self.run(tmp_path, package_with_reference, tmp_path / "same")
+        assert saved.streams["brightness"].alarm_direction == 1
+
+    def test_what_cannot_be_read_begins_anew(self, tmp_path: Path, package_with_reference: Path) -> None:
+        photos = write_images(tmp_path / "photos")
+        folder = tmp_path / "state" / "drift" / "camera"
+        folder.mkdir(parents=True)
+        file = folder / f"{read_package(package_with_reference).sha256[:12]}.json"
+        for junk in (b"", b"\xff\x00", b'{"streams": {"score": {"rank": "high"}}}', b'{"format": 77}'):
+            file.write_bytes(junk)
+            saved, _ = self.run(tmp_path, package_with_reference, photos)
+            assert saved.format == 1
+
+    def test_cleared_and_learnt_anew_on_command(self, tmp_path: Path, package_with_reference: Path) -> None:
+        photos = tmp_path / "dark"
+        photos.mkdir()
+        for seed in range(200):
+            write_image(photos / f"{seed:03d}.png", (good_image(seed, 96) * 0.8).astype(np.uint8))
+        heard = threading.Event()
+        with daemon(tmp_path, package_with_reference, source=str(photos), drift=QUICK) as running:
+            running.control.on_change(heard.set)
+
+            def condition() -> str:
+                drift = running.control.statuses()[0].drift
+                return drift.condition.value if drift is not None else "none yet"
+
+            wait_for(lambda: condition() == "alarm", "an alarm")
+            assert heard.is_set()
+            wait_for(lambda: running.control.statuses()[0].ended, "the end of the folder")
+            running.control.drift(None, "clear")
+            assert condition() == "ok"
+            running.control.drift("camera", "relearn")
+            assert condition() == "learning"
+            with pytest.raises(UsageError, match="no camera"):
+                running.control.drift("other", "clear")
+
+    def test_switched_off_nothing_is_watched(self, tmp_path: Path, package_with_reference: Path) -> None:
+        photos = write_images(tmp_path / "photos")
+        off = DriftConfig(enabled=False)
+        with daemon(tmp_path, package_with_reference, source=str(photos), drift=off) as running:
+            wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
+            assert running.control.statuses()[0].drift is None
+            with pytest.raises(UsageError, match="not watched"):
+                running.control.drift(None, "clear")
+        assert not (tmp_path / "state" / "drift").exists()
+
+
+class TestGolden:
+    """The self-test."""
+
+    def test_photographs_that_are_judged_rightly_pass(self, tmp_path: Path, package_with_reference: Path) -> None:
+        golden = GoldenConfig(folder=str(photographs(tmp_path / "golden")))
+        source = "boards:warm_wood?parts=100000"
+        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+            report = running.control.golden()
+            assert isinstance(report, GoldenReport)
+            assert (report.passed, report.message) == (True, "4 golden parts judged rightly")
+            assert [check.part for check in report.checks] == ["good/0.png", "good/1.png", "bad/0.png", "bad/1.png"]
+            status = running.control.statuses()[0]
+            assert status.golden is not None
+            assert status.golden.word == "passed"
+            assert status.not_ready == ()
+        # No photograph is among the results.
+        assert not any(result.golden or result.part_id.startswith("golden") for result in running.told)
+        kept = msgspec.json.decode((tmp_path / "state" / "golden" / "camera.json").read_bytes(), type=GoldenStatus)
+        assert kept.last == report
+
+    def test_a_failed_test_is_a_reason_not_to_be_ready_until_it_is_acknowledged(
+        self, tmp_path: Path, package_with_reference: Path
+    ) -> None:
+        golden = GoldenConfig(folder=str(photographs(tmp_path / "golden", wrong=True)))
+        source = str(write_images(tmp_path / "photos"))
+        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+            running.control.golden()
+            (reason,) = running.control.statuses()[0].not_ready
+            assert "2 of 4 golden parts judged wrongly: bad/0.png should fail and came out pass at 0." in reason
+        # Also after a restart.
+        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+            assert running.control.statuses()[0].not_ready == (reason,)
+            running.control.acknowledge()
+            status = running.control.statuses()[0]
+            assert status.not_ready == ()
+            assert status.golden is not None
+            assert status.golden.word == "acknowledged"
+        lines = (tmp_path / "state" / "golden" / "history.jsonl").read_bytes().splitlines()
+        assert [msgspec.json.decode(line, type=GoldenStatus).acknowledged for line in lines] == [False, True]
+        lax = msgspec.structs.replace(golden, blocks_readiness=False)
+        with daemon(tmp_path, package_with_reference, source=source, golden=lax) as running:
+            running.control.golden()
+            assert running.control.statuses()[0].not_ready == ()
+
+    def test_an_unreadable_photograph_fails_the_test(self, tmp_path: Path, package_with_reference: Path) -> None:
+        folder = photographs(tmp_path / "golden")
+        (folder / "bad" / "0.png").write_bytes(b"no picture")
+        golden = GoldenConfig(folder=str(folder))
+        source = str(write_images(tmp_path / "photos"))
+        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+            report = running.control.golden()
+            assert isinstance(report, GoldenReport)
+            assert not report.passed
+            assert "bad/0.png should fail and came out unknown" in report.message
+
+    def test_a_part_before_the_camera_is_marked_and_no_production(
+        self, tmp_path: Path, package_with_reference: Path
+    ) -> None:
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        for seed in range(400):
+            write_image(photos / f"{seed:03d}.png", good_image(seed, 96))
+        golden = GoldenConfig(wait_s=20)
+        with daemon(tmp_path, package_with_reference, source=str(photos), golden=golden) as running:
+            with pytest.raises(UsageError, match="folder is not configured"):
+                running.control.golden()
+            running.control.pause()
+            answers: list[Any] = []
+            asking = threading.Thread(target=lambda: answers.append(running.control.golden(None, "bad")))
+            asking.start()
+            wait_for(lambda: bool(running.lines[0]._goldens._waiting), "the request")
+            with pytest.raises(UsageError, match="is running"):
+                running.control.golden(None, "good")
+            running.control.resume()
+            asking.join(20)
+            wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
+        (report,) = answers
+        (marked,) = [result for result in running.told if result.golden]
+        assert (report.kind, report.passed, report.checks[0].part) == ("part", False, marked.part_id)
+        assert running.lines[0].parts == len(running.told) - 1
+
+    def test_a_request_that_was_given_up_marks_nothing(self, tmp_path: Path, package_with_reference: Path) -> None:
+        source = str(write_images(tmp_path / "photos"))
+        golden = GoldenConfig(wait_s=0.05)
+        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+            wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
+            with pytest.raises(DataError, match=r"no part came within 0\.05 s"):
+                running.control.golden(None, "good")
+            assert not running.lines[0]._goldens._waiting
+        assert not any(result.golden for result in running.told)
+
+    def test_by_the_clock(self, tmp_path: Path, package_with_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("edge.golden.tester._POLL_S", 0.01)
+        now = dt.datetime(2026, 3, 4, 5, 59, tzinfo=TZ)
+        golden = GoldenConfig(folder=str(photographs(tmp_path / "golden")), times=("06:00", "14:00"))
+        source = str(write_images(tmp_path / "photos"))
+        with daemon(tmp_path, package_with_reference, source=source) as running:
+            line = running.lines[0]
+            first = GoldenTester(line, golden, folder=tmp_path / "kept", now=lambda: now)
+            with first:
+                # Yesterday's was missed while nothing ran.
+                wait_for(lambda: first.status().last is not None, "the test that was missed")
+                at = first.status().last
+                now = dt.datetime(2026, 3, 4, 6, 0, 1, tzinfo=TZ)
+                wait_for(lambda: first.status().last is not at, "the test at six")
+            again = GoldenTester(line, golden, folder=tmp_path / "kept", now=lambda: now)
+            kept = again.status().last
+            assert kept is not None
+            assert kept.at == now
+
+    def test_no_photographs_are_an_error_at_the_start(self, tmp_path: Path, package_with_reference: Path) -> None:
+        config = tmp_path / "line.toml"
+        config.write_text(f'[golden]\nfolder = "{tmp_path / "nowhere"}"\n')
+        arguments = ["inspect", "--model", str(package_with_reference), "--config", str(config), "--source"]
+        with pytest.raises(EdgeFlameError, match="no photographs in"):
+            CliRunner().invoke(cli, [*arguments, str(write_images(tmp_path / "photos"))], catch_exceptions=False)
+
+    @pytest.mark.parametrize(
+        ("last", "now", "due"),
+        [
+            (None, "2026-03-04T05:00", True),  # never tested: yesterday's last is due
+            ("2026-03-03T22:00", "2026-03-04T05:59", False),
+            ("2026-03-03T22:00", "2026-03-04T06:00", True),
+            ("2026-03-04T06:00", "2026-03-04T13:59", False),
+            ("2026-03-01T06:00", "2026-03-04T05:00", True),  # switched off for days
+            ("2026-03-09T06:00", "2026-03-04T07:00", False),  # the clock was set back
+        ],
+    )
+    def test_when_a_test_is_due(self, last: str | None, now: str, due: bool) -> None:
+        times = [dt.time(6), dt.time(14), dt.time(22)]
+        moment = None if last is None else dt.datetime.fromisoformat(last).replace(tzinfo=TZ)
+        assert is_due(times, moment, dt.datetime.fromisoformat(now).replace(tzinfo=TZ)) is due
+        assert not is_due([], moment, dt.datetime.fromisoformat(now).replace(tzinfo=TZ))
+
+    @pytest.mark.parametrize(
+        "keys", [{"times": ["25:00"], "folder": "x"}, {"times": ["06:00"]}, {"wait_s": 0}, {"times": ["now"]}]
+    )
+    def test_settings_that_make_no_sense_are_refused(self, keys: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match="golden"):
+            GoldenConfig(**keys)
