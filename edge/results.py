@@ -38,6 +38,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """First 12 digits of the package's SHA-256."""
     camera: str = ""
     """Which of the daemon's cameras saw it; empty in results of older versions."""
+    part_number: int | None = None
+    """The part's own number in the order of parts, where it has one."""
+    parts_missing: int = 0
+    """Parts that should have come between the one before and this one, by their numbers, and did not."""
+    duplicate: bool = False
+    """A part with this number or name has come before. Of several results for one part the worst is to be believed."""
+    late: bool = False
+    """The deadline had passed; the verdict is then ``unknown``, whatever the score."""
 
     golden: bool = False
     """A golden part of the line's self-test: no part of the production."""
@@ -62,6 +70,9 @@ class Inspected:
     """``[h, w]`` raw distance over the same area, 0 where nothing is judged; or None."""
     ignored: ImageU8 | None = None
     """``[height, width]`` uint8 over the same area, 255 where nothing is judged; None where all is."""
+    """``[h, w]`` raw distance over the same area, or None."""
+    due_monotonic_s: float | None = None
+    """Until when the verdict is of use, on the monotonic clock; None: for good."""
 
 
 def json_line(result: Result) -> bytes:
