@@ -14,6 +14,7 @@ from edge.delivery.webhook import WebhookConfig
 from edge.drift.config import DriftConfig
 from edge.golden.config import GoldenConfig
 from edge.health import HealthLimits
+from edge.parts.config import PartsConfig, TriggerConfig
 from edge.plc.config import ModbusConfig
 from edge.rejects import RejectsConfig
 from edge.view import ViewConfig
@@ -55,6 +56,8 @@ class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drift: DriftConfig | None = None
     golden: GoldenConfig | None = None
     view: ViewConfig | None = None
+    trigger: TriggerConfig | None = None
+    parts: PartsConfig | None = None
     modbus: ModbusConfig | None = None
     """Registers of its own; else its block lies in those of ``[modbus]``, by its place among the cameras."""
 
@@ -72,6 +75,8 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     view: ViewConfig = ViewConfig()
     drift: DriftConfig = DriftConfig()
     golden: GoldenConfig = GoldenConfig()
+    trigger: TriggerConfig = TriggerConfig()
+    parts: PartsConfig = PartsConfig()
     rejects: RejectsConfig = RejectsConfig()
     outbox: OutboxConfig = OutboxConfig()
     delivery: DeliveryConfig = DeliveryConfig()

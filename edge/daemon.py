@@ -22,6 +22,8 @@ from edge.delivery.writer import Writer
 from edge.judge import Judge
 from edge.line import Line
 from edge.loading import Loader
+from edge.parts.counts import PartCounts
+from edge.parts.keeper import PartKeeper
 from edge.plan import CameraPlan, Plan
 from edge.rejects import RejectsSink
 from edge.results import Inspected, Result
@@ -40,6 +42,9 @@ log = EventLog("inspect")
 
 MARKS_FOLDER = "marks"
 
+_RECALLED = 10_000
+"""Results looked at when the daemon starts; more than it remembers parts of each camera by."""
+
 _POLL_S = 0.2
 """How often the main thread looks whether it is to stop; a line that ends wakes it at once."""
 
@@ -54,12 +59,13 @@ def open_lines(plan: Plan, loader: Loader) -> list[Line]:
 
 
 def _open_line(camera: CameraPlan, plan: Plan, loader: Loader) -> Line:
-    opener = partial(open_source, camera.source)
+    keeper = PartKeeper(camera.name, camera.settings.trigger, camera.settings.parts)
+    opener = keeper.camera(partial(open_source, camera.source), plan.config.mqtt)
     file = plan.products[camera.product]
     # The source first: a folder that is not there is said before a model is loaded for it.
     is_live = opener().is_live
     judge = loader.open(file, camera.settings, camera=camera.name, product=camera.product, is_live=is_live)
-    line = Line(camera.name, opener, judge, camera.settings.capture)
+    line = Line(camera.name, opener, judge, keeper.capture(camera.settings.capture), keeper=keeper)
     status = line.status()
     log.info(
         "inspecting",
@@ -132,6 +138,7 @@ def run_inspection(
                     make_room=pictures.discard_oldest if pictures is not None else lambda: False,
                 )
             )
+            _recall(pipeline, lines)
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
             stack.enter_context(open_upkeep(plan, lines, control, state))
@@ -142,8 +149,10 @@ def run_inspection(
     if stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)
     dropped = sum((line.dropped for line in lines[1:]), start=lines[0].dropped)
+    counts = [line.status().counts for line in lines]
     return msgspec.structs.replace(
         tally.summary(dropped=dropped),
+        counts=PartCounts(**{name: sum(getattr(one, name) for one in counts) for name in PartCounts.__struct_fields__}),
         evidence_lost=pictures.num_lost if pictures is not None else 0,
         undelivered=pipeline.undelivered if pipeline is not None else {},
     )
@@ -204,6 +213,15 @@ def _load(plan: Plan, lines: Sequence[Line], loader: Loader, camera: str, produc
     settings = next(entry.settings for entry in plan.cameras if entry.name == camera)
     is_live = next(line.is_live for line in lines if line.name == camera)
     return loader.open(plan.products[product], settings, camera=camera, product=product, is_live=is_live)
+
+
+def _recall(pipeline: Pipeline, lines: Sequence[Line]) -> None:
+    """Remind lines whose parts have numbers of what came before this start."""
+    numbered = [line for line in lines if line.has_identity]
+    if numbered:
+        past = [msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(_RECALLED))]
+        for line in numbered:
+            line.recall(past)
 
 
 def _plcs(stack: contextlib.ExitStack, plan: Plan) -> list[Sink]:

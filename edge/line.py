@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import final
 
 from edge.capture import Capture, CaptureConfig, Captured
 from edge.goldenrequest import GoldenRequests
 from edge.judge import Judge, Watcher, not_judged
-from edge.results import Inspected
+from edge.parts.config import PartsConfig, TriggerConfig
+from edge.parts.keeper import PartKeeper
+from edge.results import Inspected, Result
 from edge.sources import Source
 from edge.sources.interface import make_frame
 from edge.status import CameraStatus
@@ -70,6 +73,7 @@ class Line:
         judge: of its frames.
         capture: how its frames are queued.
         watchers: look on at every part.
+        keeper: of its parts' numbers and deadlines; left out, they have none.
         clock: monotonic, seconds.
 
     Raises:
@@ -84,6 +88,7 @@ class Line:
         capture: CaptureConfig,
         *,
         watchers: Sequence[Watcher] = (),
+        keeper: PartKeeper | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -92,6 +97,7 @@ class Line:
         self._judge = judge
         self._config = capture
         self._watchers = tuple(watchers)
+        self._keeper = PartKeeper(name, TriggerConfig(), PartsConfig()) if keeper is None else keeper
         self._clock = clock
         self._door, self._turn = threading.Lock(), threading.Lock()
         self._resumed = threading.Event()
@@ -134,7 +140,7 @@ class Line:
     def dropped(self) -> collections.Counter[str]:
         """Frames never looked at so far, by reason."""
         capture = self._capture
-        return self._dropped + (capture.dropped if capture is not None else collections.Counter())
+        return self._dropped + self._keeper.dropped + (capture.dropped if capture else collections.Counter())
 
     @property
     def busy_s(self) -> float:
@@ -154,10 +160,21 @@ class Line:
             threshold=judge.threshold,
             paused=self.is_paused,
             ended=self._ended,
-            problem=self._problem,
+            problem=self._keeper.problem() or self._problem,
             parts=self.parts,
             dropped=dict(self.dropped),
+            counts=copy.copy(self._keeper.counts),
+            trigger_up=self._keeper.trigger_up,
         )
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether its parts have numbers or names that mean something."""
+        return self._keeper.has_identity
+
+    def recall(self, past: Iterable[Result]) -> None:
+        """Take note of what was found before this start, oldest first: of parts' numbers and names."""
+        self._keeper.recall(past)
 
     def pause(self) -> None:
         """Judge no more frames. A camera's are dropped and counted; files and triggered parts wait."""
@@ -241,6 +258,12 @@ class Line:
         Raises:
             EdgeFlameError: the source cannot be read; what ``accept`` raised; unexpected errors too often.
         """
+        try:
+            self._run(accept, halt, is_alone=is_alone)
+        finally:
+            self._keeper.close()
+
+    def _run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool) -> None:
         delay_s, is_out = FIRST_DELAY_S, False
         while not halt.is_set():
             parts = self.parts
@@ -295,13 +318,22 @@ class Line:
             self._capture = None
 
     def _rest(self, captured: Captured, halt: threading.Event) -> Captured | None:
-        """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over."""
-        if self.is_live:
+        """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over.
+
+        A part that was announced is not dropped; it waits until its deadline.
+        """
+        is_announced = captured.frame.trigger is not None
+        if self.is_live and not is_announced:
             self._dropped[PAUSED] += 1
             return None
-        while not self._resumed.wait(0.2):
+        due = self._keeper.due_s(captured) if is_announced else None
+        while not self._resumed.wait(0.2 if due is None else max(0.0, min(0.2, due - self._clock()))):
             if halt.is_set():
                 return None
+            if due is not None and self._clock() >= due:
+                break
+        if is_announced:
+            return captured
         # It waited for us, and not we for it: its latency begins now.
         return dataclasses.replace(
             captured, frame=dataclasses.replace(captured.frame, captured_monotonic_s=self._clock())
@@ -317,7 +349,7 @@ class Line:
             self.parts += not inspected.result.golden
             if captured.frame.image_bgr is not None:
                 self._has_worked, self._problem = True, None
-            elif captured.frame.error is not None and self.is_live:
+            elif captured.frame.error is not None and self.is_live and captured.frame.fault in (None, Reason.NO_IMAGE):
                 self._problem = captured.frame.error
             try:
                 accept(inspected)
@@ -333,14 +365,16 @@ class Line:
             except Exception as exc:  # noqa: BLE001 - an onlooker must not break the line
                 log.error("watcher_failed", camera=self.name, watcher=type(watcher).__name__, reason=repr(exc))
                 self.unwatch(watcher)
+        self._keeper.check()
 
     def _judged(self, captured: Captured) -> Inspected:
         try:
-            return self._judge.inspect(captured)
+            inspected = self._keeper.inspect(self._judge, captured)
         except Exception as exc:  # noqa: BLE001 - the outermost frame of a camera's loop
             self._crashed(exc)
             detail = f"an unexpected error: {exc!r}"
-            return not_judged(captured, self._judge, camera=self.name, reason=Reason.RUNTIME_FAILED, detail=detail)
+            inspected = not_judged(captured, self._judge, camera=self.name, reason=Reason.RUNTIME_FAILED, detail=detail)
+        return self._keeper.finish(inspected, captured)
 
     def _report_outage(self, reason: str, accept: Callable[[Inspected], None]) -> None:
         """What nobody looked at is never a pass, and said to be unknown."""
@@ -349,6 +383,8 @@ class Line:
             source=self._source.name,
             error=f"parts may pass unseen: {reason}",
         )
+        # It has a fault and no trigger: no part, and none whose number could be missing.
+        frame = dataclasses.replace(frame, fault=Reason.UNREADABLE)
         captured = Captured(sequence=self._next_sequence, frame=frame)
         self._next_sequence += 1
         self._deal_with(captured, accept)

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from edge.config import CameraConfig, InspectConfig
-from edge.plc.config import NUM_REGISTERS, ModbusConfig
+from edge.plc.config import ModbusConfig
 from edge.status import DEFAULT_CAMERA
 from edgeflame.errors import ConfigError, UsageError
 
@@ -103,4 +103,4 @@ def _modbus(config: InspectConfig, camera: CameraConfig, index: int) -> ModbusCo
     """A camera's own registers, or the block of its place after ``modbus.register``."""
     if camera.modbus is not None or config.modbus is None:
         return camera.modbus
-    return msgspec.structs.replace(config.modbus, register=config.modbus.register + index * NUM_REGISTERS)
+    return msgspec.structs.replace(config.modbus, register=config.modbus.register + index * config.modbus.num_registers)

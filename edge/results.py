@@ -70,7 +70,6 @@ class Inspected:
     """``[h, w]`` raw distance over the same area, 0 where nothing is judged; or None."""
     ignored: ImageU8 | None = None
     """``[height, width]`` uint8 over the same area, 255 where nothing is judged; None where all is."""
-    """``[h, w]`` raw distance over the same area, or None."""
     due_monotonic_s: float | None = None
     """Until when the verdict is of use, on the monotonic clock; None: for good."""
 

@@ -6,6 +6,7 @@ import msgspec
 
 from edge.drift.monitor import DriftStatus
 from edge.golden.report import GoldenStatus
+from edge.parts.counts import PartCounts
 
 DEFAULT_CAMERA = "camera"
 """Name of the one camera of a daemon whose configuration names none."""
@@ -37,3 +38,7 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     golden: GoldenStatus | None = None
     not_ready: tuple[str, ...] = ()
     """What else speaks against its verdicts: a failed self-test."""
+    counts: PartCounts = msgspec.field(default_factory=PartCounts)
+    """What became of its parts."""
+    trigger_up: bool | None = None
+    """Whether its parts can be announced; None where every frame is one."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import numpy as np
 
+from edge.parts.counts import PartCounts
 from edge.results import Result
 
 LATENCY_WINDOW = 100_000
@@ -56,6 +57,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """Pictures of rejected parts that could not be stored, or had to make room for results."""
     undelivered: dict[str, int] = {}
     """Results kept for the next start, by destination."""
+    counts: PartCounts = msgspec.field(default_factory=PartCounts)
+    """What became of announced and numbered parts."""
 
 
 class Tally:

@@ -75,7 +75,12 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(msg)
 
 
-def _broker_url(config: MqttConfig) -> BrokerUrl:
+def broker_url(config: MqttConfig) -> BrokerUrl:
+    """Where the broker is, and what to show it.
+
+    Raises:
+        UsageError: the URL is none, or the kit is not this line's.
+    """
     if config.kit is None:
         assert config.broker is not None
         ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
@@ -168,7 +173,7 @@ class MqttDestination:
         self._config = config
         self._topics = Topics(fleet=config.fleet)
         try:
-            self._url = _broker_url(config)
+            self._url = broker_url(config)
             self._url.ssl_context()
         except (UsageError, LinkError) as exc:
             msg = f"mqtt: {exc}"

@@ -16,8 +16,8 @@ class MqttTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     topic: str | None = None
     """Without wildcards; left out: ``edgeflame/v1/<fleet>/line/<line>/trigger`` of the section ``[mqtt]``."""
     broker: str | None = None
-    """``mqtt://[user@]host[:port]`` or ``mqtts://``, the password from ``EDGEFLAME_TRIGGER_PASSWORD``; left out: that
-    of ``[mqtt]``, with its certificates or kit."""
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``, the password from ``EDGEFLAME_MQTT_PASSWORD``; left out: that of
+    ``[mqtt]``, with its certificates or kit."""
     ca: str | None = None
     cert: str | None = None
     key: str | None = None
@@ -135,8 +135,8 @@ class PartsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_age_ms: float | None = None
     """An image captured longer ago than this when its turn comes is not judged."""
     hang_s: float = 60.0
-    """With a deadline: a model that is busy with one image for so long ends the inspection with exit code 9, to be
-    started again by whoever supervises it."""
+    """With a deadline: a model that is busy with one image for so long ends the inspection with exit code 12,
+    to be started again by whoever supervises it."""
     number: str | None = None
     """Regular expression whose one group is the part's number in its name, for instance ``(\\d+)$``; for parts
     whose trigger gives no number, and for files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 import time
@@ -10,14 +11,17 @@ from typing import final
 
 import msgspec
 
-from edge.capture import Captured
+from edge.capture import CaptureConfig, Captured
+from edge.delivery.mqtt import MqttConfig
 from edge.judge import Judge, not_judged
+from edge.parts.announced import Announced, capture_of
 from edge.parts.config import PartsConfig, TriggerConfig, check_parts, number_range
+from edge.parts.counts import PartCounts
 from edge.parts.identity import Finding, Identity, Kind
 from edge.parts.payload import MAX_NUMBER
 from edge.parts.punctual import Punctual
 from edge.results import Inspected, Result
-from edge.sources import Frame
+from edge.sources import Frame, Source
 from edge.verdict import Reason, Verdict
 from edgeflame.console import EventLog
 from edgeflame.errors import CrashLoopError
@@ -45,12 +49,53 @@ class PartKeeper:
         check_parts(trigger, parts)
         self._camera = camera
         self._parts = parts
+        self.counts = PartCounts()
         self._clock = clock
-        self._is_triggered = trigger.is_on
+        self._trigger = trigger
+        self._announced: Announced | None = None
         self._has_identity = trigger.is_on or parts.number is not None
         self._identity = Identity(wrap=number_range(trigger, parts), max_gap=parts.max_gap, remembered=parts.remembered)
         self._number = None if parts.number is None else re.compile(parts.number)
-        self._punctual = Punctual(camera=camera, clock=clock) if parts.deadline_ms is not None else None
+        self._punctual = (
+            Punctual(camera=camera, counts=self.counts, clock=clock) if parts.deadline_ms is not None else None
+        )
+
+    def camera(self, open_source: Callable[[], Source], mqtt: MqttConfig | None) -> Callable[[], Source]:
+        """How the line opens its camera: as it is, or with its trigger.
+
+        Args:
+            open_source: gives the camera alone.
+            mqtt: the section ``[mqtt]``.
+        """
+        if not self._trigger.is_on:
+            return open_source
+        self._announced = Announced(
+            self._camera, open_source, self._trigger, self._parts, mqtt=mqtt, counts=self.counts
+        )
+        return self._announced.open
+
+    def capture(self, config: CaptureConfig) -> CaptureConfig:
+        """How the camera's frames are queued.
+
+        Raises:
+            ConfigError: announced parts would give way to one another.
+        """
+        return capture_of(config) if self._trigger.is_on else config
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether its parts have numbers or names that mean something."""
+        return self._has_identity
+
+    @property
+    def trigger_up(self) -> bool | None:
+        """Whether parts can be announced; None where they need not be."""
+        return None if self._announced is None else self._announced.problem() is None
+
+    @property
+    def dropped(self) -> collections.Counter[str]:
+        """Frames of the camera that belonged to no part, by reason."""
+        return collections.Counter() if self._announced is None else self._announced.dropped
 
     def recall(self, past: Iterable[Result]) -> None:
         """Take note of earlier results, oldest first, so that a restart hides no gap and no repetition."""
@@ -92,7 +137,11 @@ class PartKeeper:
         if due is not None:
             after_ms = 1000 * (self._clock() - due)
             inspected = dataclasses.replace(inspected, due_monotonic_s=due, result=_on_time(inspected.result, after_ms))
-        return self._identified(inspected, captured.frame)
+        inspected = self._identified(inspected, captured.frame)
+        self.counts.late += inspected.result.late
+        self.counts.missing += inspected.result.parts_missing
+        self.counts.duplicates += inspected.result.duplicate
+        return inspected
 
     def due_s(self, captured: Captured) -> float | None:
         """Until when a part waits to be judged, on the clock; None: for ever."""
@@ -103,7 +152,9 @@ class PartKeeper:
         return since + self._parts.deadline_ms / 1000
 
     def problem(self) -> str | None:
-        """Why parts are not judged at present; None if they are."""
+        """Why parts are not announced or not judged at present; None if they are."""
+        if self._announced is not None and (unannounced := self._announced.problem()) is not None:
+            return unannounced
         if self._punctual is None or self._parts.deadline_ms is None:
             return None
         busy_s = self._punctual.busy_s()
@@ -124,11 +175,6 @@ class PartKeeper:
             )
             raise CrashLoopError(msg)
 
-    @property
-    def num_late_answers(self) -> int:
-        """Answers of the model for parts that had been decided without it."""
-        return 0 if self._punctual is None else self._punctual.num_late_answers
-
     def close(self) -> None:
         """End."""
         if self._punctual is not None:
@@ -136,7 +182,7 @@ class PartKeeper:
 
     def _identified(self, inspected: Inspected, frame: Frame) -> Inspected:
         """The result with what its number or name says."""
-        if not self._has_identity or (frame.trigger is None and (self._is_triggered or frame.fault is not None)):
+        if not self._has_identity or (frame.trigger is None and (self._trigger.is_on or frame.fault is not None)):
             # An outage is no part.
             return inspected
         name = frame.part_id if frame.trigger is None else frame.trigger.part_id

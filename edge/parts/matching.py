@@ -74,17 +74,17 @@ class Matcher(Generic[F]):
 
     Args:
         window: see :class:`Window`.
+        dropped: counts images that are never looked at, by reason.
     """
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, dropped: collections.Counter[str] | None = None) -> None:
         self._window = window
         self._pending: list[Trigger] = []
         self._held: collections.deque[tuple[float, F]] = collections.deque()
         self._ready: collections.deque[Match[F]] = collections.deque()
         self._num_ready_images = 0
         self._away: str | None = None
-        self.dropped: collections.Counter[str] = collections.Counter()
-        """Images that were never looked at, by reason."""
+        self.dropped: collections.Counter[str] = collections.Counter() if dropped is None else dropped
 
     def add_trigger(self, trigger: Trigger, now: float) -> bool:
         """A trigger comes. False: too many wait, and it was not taken."""

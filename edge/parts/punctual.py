@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from edge.capture import Captured
 from edge.judge import Judge, not_judged
+from edge.parts.counts import PartCounts
 from edge.parts.deadline import Deadline, Step
 from edge.results import Inspected
 from edge.verdict import Reason
@@ -28,10 +29,11 @@ class Punctual:
 
     Args:
         camera: for results and messages.
+        counts: of parts.
         clock: monotonic, seconds.
     """
 
-    def __init__(self, *, camera: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, camera: str, counts: PartCounts, clock: Callable[[], float] = time.monotonic) -> None:
         self._camera = camera
         self._clock = clock
         self._deadline = Deadline()
@@ -39,9 +41,8 @@ class Punctual:
         self._jobs: queue.SimpleQueue[tuple[int, Judge, Captured] | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[int, Inspected | BaseException]] = queue.SimpleQueue()
         self._busy: tuple[str, float] | None = None
+        self._counts = counts
         self._thread: threading.Thread | None = None
-        self.num_late_answers = 0
-        """Answers of the model for parts that had been decided without it."""
 
     def busy_s(self) -> float:
         """How long the model has been at one image; 0 where it is at none. From any thread."""
@@ -112,7 +113,7 @@ class Punctual:
 
     def _too_late(self, answer: Inspected | BaseException) -> None:
         """An answer for a part that was decided without it: noted, and no more."""
-        self.num_late_answers += 1
+        self._counts.late_answers += 1
         if isinstance(answer, BaseException):
             log.error("late_answer", camera=self._camera, failed=repr(answer))
             return
@@ -129,11 +130,11 @@ class Punctual:
     def _late(self, judge: Judge, captured: Captured, answer: Inspected | BaseException | None) -> Inspected:
         if isinstance(answer, Inspected):
             # Worth to be known; that it is late is said where all late results are.
-            self.num_late_answers += 1
+            self._counts.late_answers += 1
             return answer
         busy = self._busy
         if answer is not None:
-            self.num_late_answers += 1
+            self._counts.late_answers += 1
             detail = f"the model failed after the deadline: {answer!r}"
         elif busy is None:
             detail = "its turn came after the deadline"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from edge.parts.counts import PartCounts
 from edge.parts.matching import Match, Matcher, Window
 from edge.parts.trigger import Trigger, TriggerSource
 from edge.sources import Frame, Source
@@ -32,30 +33,32 @@ class TriggeredSource:
         source: a camera or stream.
         trigger: says when a part is there.
         window: when an image is an image of a part.
+        counts: of parts.
+        dropped: counts the camera's frames that are never looked at, by reason.
     """
 
     is_live = True
     is_endless = True
     num_frames: int | None = None
 
-    def __init__(self, source: Source, trigger: TriggerSource, window: Window) -> None:
+    def __init__(
+        self,
+        source: Source,
+        trigger: TriggerSource,
+        window: Window,
+        *,
+        counts: PartCounts,
+        dropped: collections.Counter[str],
+    ) -> None:
         self.name = source.name
         self._source = source
         self._trigger = trigger
-        self._matcher: Matcher[Frame] = Matcher(window)
+        self._matcher: Matcher[Frame] = Matcher(window, dropped)
+        self._counts = counts
         self._changed = threading.Condition()
         self._ended = False
         self._failure: BaseException | None = None
         self._num_unnamed = 0
-        self.num_triggers = 0
-        """Triggers that came."""
-        self.num_lost = 0
-        """Triggers that were not taken since too many parts waited."""
-
-    @property
-    def dropped(self) -> collections.Counter[str]:
-        """The camera's frames that were never looked at, by reason."""
-        return self._matcher.dropped
 
     def problem(self) -> str | None:
         """Why no part can be announced at present; None if it can."""
@@ -139,12 +142,12 @@ class TriggeredSource:
     def _accept(self, trigger: Trigger) -> None:
         """A trigger, on its transport's thread."""
         with self._changed:
-            self.num_triggers += 1
+            self._counts.triggers += 1
             taken = self._matcher.add_trigger(trigger, time.monotonic())
-            self.num_lost += not taken
+            self._counts.triggers_lost += not taken
             self._changed.notify_all()
         if not taken:
-            log.error("trigger_not_taken", part=trigger.part_id, number=trigger.number, lost=self.num_lost)
+            log.error("trigger_not_taken", part=trigger.part_id, number=trigger.number, lost=self._counts.triggers_lost)
 
     def _join(self, reader: threading.Thread, done: threading.Event) -> None:
         done.set()

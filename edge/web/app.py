@@ -182,6 +182,8 @@ class Station:
             return "paused"
         if status.not_ready:
             return "; ".join(status.not_ready)
+        if status.problem is not None:
+            return status.problem
         if last_part_s is None:
             return "no part has been judged since the start"
         if last_part_s > self._config.stale_after_s:

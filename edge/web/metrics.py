@@ -31,6 +31,16 @@ _RATIO_BUCKETS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5
 
 _CONDITIONS = {Condition.LEARNING: -1, Condition.OK: 0, Condition.WARNING: 1, Condition.ALARM: 2}
 
+_COUNTED = (
+    ("triggers", "triggers", "Parts announced."),
+    ("triggers_lost", "triggers_lost", "Triggers not taken: too many parts waited."),
+    ("missing", "parts_missing", "Parts that never came, by the others' numbers."),
+    ("duplicates", "parts_duplicate", "Parts whose number or name had come before."),
+    ("late", "parts_late", "Parts without a verdict at their deadline."),
+    ("late_answers", "late_answers", "Answers of the model for parts that had been decided without it."),
+)
+"""Of :class:`edge.parts.counts.PartCounts`: field, metric, meaning."""
+
 
 class LineMetrics:
     """Counts results; a sink.
@@ -139,6 +149,7 @@ class _Asked(Collector):
             for reason, count in status.dropped.items():
                 dropped.add_metric([status.camera, reason], count)
         yield from (threshold, model, paused, dropped, drift, evidence, rank, golden, tested)
+        yield from _of_parts(self._statuses())
         waiting = GaugeMetricFamily("edgeflame_outbox_waiting", "Results not yet delivered.", labels=["destination"])
         lost = CounterMetricFamily("edgeflame_results_lost", "Results given up undelivered.", labels=["destination"])
         failures = CounterMetricFamily("edgeflame_delivery_failures", "Failed attempts.", labels=["destination"])
@@ -148,3 +159,16 @@ class _Asked(Collector):
             lost.add_metric([deliverer.name], standing.lost)
             failures.add_metric([deliverer.name], deliverer.num_failures)
         yield from (waiting, lost, failures)
+
+
+def _of_parts(statuses: Sequence[CameraStatus]) -> Iterable[Metric]:
+    for name, metric, meaning in _COUNTED:
+        counter = CounterMetricFamily(f"edgeflame_{metric}", meaning, labels=["camera"])
+        for status in statuses:
+            counter.add_metric([status.camera], getattr(status.counts, name))
+        yield counter
+    up = GaugeMetricFamily("edgeflame_trigger_up", "1 while parts can be announced.", labels=["camera"])
+    for status in statuses:
+        if status.trigger_up is not None:
+            up.add_metric([status.camera], status.trigger_up)
+    yield up

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [drift], "
-    "[golden], [rejects], [outbox], [delivery], [mqtt], [webhook], [web], [modbus]; options given here win.",
+    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [trigger], "
+    "[parts], [drift], [golden], [rejects], [outbox], [delivery], [mqtt], [webhook], [web], [modbus]; options given "
+    "here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(
@@ -198,6 +199,9 @@ def _show(summary: Summary, *, as_json: bool) -> None:
             failed=summary.failed,
             unknown=summary.unknown,
             dropped=sum(summary.dropped.values()),
+            missing=summary.counts.missing,
+            duplicates=summary.counts.duplicates,
+            late=summary.counts.late,
             latency_p95_ms=summary.latency_ms.p95 if summary.latency_ms else None,
             **truth,
         )
@@ -210,6 +214,16 @@ def _show(summary: Summary, *, as_json: bool) -> None:
     for title, counts in (("reasons", summary.reasons), ("dropped frames", summary.dropped)):
         if counts:
             click.echo(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    fates = summary.counts
+    told = (
+        (fates.triggers, "announced"),
+        (fates.triggers_lost, "triggers not taken"),
+        (fates.missing, "missing"),
+        (fates.duplicates, "duplicate"),
+        (fates.late, "late"),
+    )
+    if any(count for count, _ in told):
+        click.echo("parts: " + ", ".join(f"{count} {what}" for count, what in told if count))
     if summary.latency_ms is not None:
         latency = summary.latency_ms
         click.echo(f"latency: p50 {latency.p50:.1f} ms, p95 {latency.p95:.1f} ms, p99 {latency.p99:.1f} ms")

@@ -116,13 +116,13 @@ def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow:
         assert slow.begun == ["late"]  # and not answered: it has no leave
         assert (late.verdict, late.reasons, late.late, late.score) == ("unknown", ("late",), True, None)
         assert "the model has not answered within" in (late.detail or "")
-        assert keeper.num_late_answers == 0
+        assert keeper.counts.late_answers == 0
         slow.may_go.release()
         wait_for(lambda: keeper._punctual is not None and not keeper._punctual._answers.empty(), "the model answers")
         slow.may_go.release()
         following = part("following", age_s=-AGES)  # with a deadline far away
         assert verdict(keeper, slow, following).verdict == "pass"
-        assert keeper.num_late_answers == 1
+        assert keeper.counts.late_answers == 1
     assert slow.begun == ["late", "following"]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from brokers import wait_for
 from plc import Plc
 from results import inspected
 
 from edge.plc.config import ModbusConfig
-from edge.plc.sink import NO_SCORE, PlcSink
+from edge.plc.sink import DUPLICATE, HAS_NUMBER, LATE, MISSING, NO_SCORE, PlcSink
 from edgeflame.broker import free_port
 from edgeflame.errors import ConfigError
 
@@ -45,6 +48,31 @@ def test_each_part_is_written_with_its_number_verdict_and_score(plc: Plc, sink: 
     assert plc.registers[2] == 2000  # twice the threshold
     assert plc.registers[4:] == [0, 2, 0, 1, 0, 1]
     assert NO_SCORE == 65535
+
+
+def test_layout_2_tells_the_plc_its_own_number_of_the_part_and_what_is_the_matter(plc: Plc) -> None:
+    sink = PlcSink(ModbusConfig(host="127.0.0.1", port=plc.port, register=BASE, layout=2))
+    for number, keys in enumerate(
+        [{}, {"part_number": 70_000}, {"part_number": 2**32 + 5, "duplicate": True, "parts_missing": 2, "late": True}]
+    ):
+        one = inspected(number, "unknown")
+        sink.accept(dataclasses.replace(one, result=msgspec.structs.replace(one.result, **keys)))
+    wait_for(lambda: plc.registers[0] == 3, "the third part is written")
+    sink.close()
+    told = dict.fromkeys((words[0], *words[10:]) for words in plc.writes if words[0])
+    assert list(told) == [(1, 0, 0, 0), (2, 1, 4464, HAS_NUMBER), (3, 0, 5, HAS_NUMBER | LATE | DUPLICATE | MISSING)]
+    assert {len(words) for words in plc.writes} == {13}
+
+
+def test_a_pass_that_is_written_after_its_deadline_is_unknown(plc: Plc) -> None:
+    sink = PlcSink(ModbusConfig(host="127.0.0.1", port=plc.port, register=BASE, layout=2))
+    for due_s in (time.monotonic() - 1, time.monotonic() + 3600):
+        sink.accept(dataclasses.replace(inspected(0, "pass"), due_monotonic_s=due_s))
+    wait_for(lambda: plc.registers[0] == 2, "the second part is written")
+    sink.close()
+    told = dict.fromkeys((words[0], words[1], words[12]) for words in plc.writes if words[0])
+    assert list(told) == [(1, 3, LATE), (2, 1, 0)]
+    assert sink.num_late == 1
 
 
 def test_the_heart_beats_without_parts(plc: Plc, sink: PlcSink) -> None:

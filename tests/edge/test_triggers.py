@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import queue
@@ -16,6 +17,7 @@ from plc import Plc
 from small_model import good_image
 
 from edge.parts.config import ModbusTriggerConfig, MqttTriggerConfig
+from edge.parts.counts import PartCounts
 from edge.parts.identity import Wrap
 from edge.parts.matching import Window
 from edge.parts.modbus import ModbusTrigger
@@ -254,6 +256,8 @@ class Rig:
     button: Button
     source: TriggeredSource
     frames: queue.SimpleQueue[Frame | BaseException]
+    counts: PartCounts
+    dropped: collections.Counter[str]
 
     def next(self) -> Frame:
         frame = self.frames.get(timeout=20)
@@ -264,7 +268,9 @@ class Rig:
 @contextlib.contextmanager
 def rigged(window: Window) -> Iterator[Rig]:
     camera, button = Camera(), Button()
-    rig = Rig(camera, button, TriggeredSource(camera, button, window), queue.SimpleQueue())
+    counts, dropped = PartCounts(), collections.Counter[str]()
+    source = TriggeredSource(camera, button, window, counts=counts, dropped=dropped)
+    rig = Rig(camera, button, source, queue.SimpleQueue(), counts, dropped)
     stop = threading.Event()
 
     def read() -> None:
@@ -296,7 +302,7 @@ def test_one_frame_a_trigger_with_its_name_and_the_rest_are_counted() -> None:
         for _ in range(4):
             rig.camera.show()
         frames = [rig.next() for _ in range(3)]
-        wait_for(lambda: rig.source.dropped["untriggered"] >= 1, "frames are dropped")
+        wait_for(lambda: rig.dropped["untriggered"] >= 1, "frames are dropped")
     assert [frame.part_id for frame in frames] == ["A-1", "part-2", "trigger-000001"]
     assert all(frame.image_bgr is not None for frame in frames)
     triggers = [frame.trigger for frame in frames]
@@ -304,7 +310,7 @@ def test_one_frame_a_trigger_with_its_name_and_the_rest_are_counted() -> None:
     for frame in frames:
         assert frame.trigger is not None
         assert frame.captured_monotonic_s >= frame.trigger.at_s
-    assert rig.source.num_triggers == 3
+    assert rig.counts.triggers == 3
 
 
 def test_a_trigger_while_the_camera_is_away_gets_a_frame_that_says_so() -> None:

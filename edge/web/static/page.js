@@ -113,6 +113,11 @@ function showHealth(health) {
   const facts = [];
   const dropped = Object.entries(health.dropped).filter(([, count]) => count);
   facts.push(["Frames dropped", dropped.length ? dropped.map(([why, count]) => `${count} ${why.replaceAll("_", " ")}`).join(", ") : "none"]);
+  const counts = { triggers: "Parts announced", missing: "Parts missing", duplicates: "Parts repeated", late: "Parts late" };
+  for (const [key, name] of Object.entries(counts)) {
+    const count = health.cameras.reduce((sum, camera) => sum + camera.counts[key], 0);
+    if (count) facts.push([name, String(count)]);
+  }
   for (const one of health.deliveries) {
     const lost = one.lost ? `, ${one.lost} lost` : "";
     facts.push([`Delivery to ${one.name}`, one.error ? `${one.waiting} waiting${lost}: ${one.error}` : one.waiting ? `${one.waiting} waiting${lost}` : `all delivered${lost}`]);

@@ -1,0 +1,136 @@
+"""From the configuration to a camera whose parts are announced, and what the line has to know of it."""
+
+from __future__ import annotations
+
+import collections
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+import msgspec
+
+from edge.capture import CaptureConfig
+from edge.delivery.mqtt import MqttConfig, broker_url
+from edge.parts.config import MqttTriggerConfig, PartsConfig, TriggerConfig, number_range
+from edge.parts.counts import PartCounts
+from edge.parts.matching import Window
+from edge.parts.mqtt import MqttTrigger
+from edge.parts.source import TriggeredSource
+from edge.parts.trigger import TriggerSource
+from edge.sources import Source
+from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
+from edgeflame.errors import ConfigError, LinkError, MissingDependencyError, UsageError
+from edgeflame.topics import Topics
+
+
+@final
+class Announced:
+    """Opens a camera whose parts are announced, as often as the line asks for it.
+
+    Args:
+        camera: its name.
+        open_source: gives the camera.
+        trigger: how its parts are announced.
+        parts: what is asked of them.
+        mqtt: the section ``[mqtt]``.
+        counts: of parts.
+
+    Raises:
+        ConfigError: it cannot be done so.
+    """
+
+    def __init__(
+        self,
+        camera: str,
+        open_source: Callable[[], Source],
+        trigger: TriggerConfig,
+        parts: PartsConfig,
+        *,
+        mqtt: MqttConfig | None,
+        counts: PartCounts,
+    ) -> None:
+        self._camera = camera
+        self._open_source = open_source
+        self._trigger = trigger
+        self._parts = parts
+        self._mqtt = mqtt
+        self._counts = counts
+        self._source: TriggeredSource | None = None
+        self.dropped: collections.Counter[str] = collections.Counter()
+        """Frames of the camera that no part claimed, by reason; over all times that it was opened."""
+
+    def open(self) -> Source:
+        """The camera with its trigger, neither of them at work yet.
+
+        Raises:
+            EdgeFlameError: there is no such camera, or it needs no trigger.
+        """
+        source = self._open_source()
+        if not source.is_live:
+            msg = f"[trigger] is for cameras: of {source.name} every file or frame is a part already"
+            raise ConfigError(msg)
+        deadline_ms = self._parts.deadline_ms
+        window = Window(
+            delay_s=self._trigger.delay_ms / 1000,
+            window_s=self._trigger.window_ms / 1000,
+            lookback_s=self._trigger.lookback_ms / 1000,
+            deadline_s=None if deadline_ms is None else deadline_ms / 1000,
+        )
+        self._source = TriggeredSource(source, self._transport(), window, counts=self._counts, dropped=self.dropped)
+        return self._source
+
+    def problem(self) -> str | None:
+        """Why no part can be announced at present; None if it can."""
+        return None if self._source is None else self._source.problem()
+
+    def _transport(self) -> TriggerSource:
+        if self._trigger.modbus is None:
+            assert self._trigger.mqtt is not None
+            return self._over_mqtt(self._trigger.mqtt)
+        try:
+            from edge.parts.modbus import ModbusTrigger
+        except ImportError as exc:
+            msg = f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
+            raise MissingDependencyError(msg) from exc
+        return ModbusTrigger(
+            self._trigger.modbus,
+            counting=number_range(self._trigger, self._parts) if self._trigger.modbus.is_counter else None,
+            max_gap=self._parts.max_gap,
+            window_s=self._trigger.window_ms / 1000,
+        )
+
+    def _over_mqtt(self, config: MqttTriggerConfig) -> TriggerSource:
+        topic = config.topic
+        if topic is None:
+            if self._mqtt is None:
+                msg = "trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own"
+                raise ConfigError(msg)
+            topic = Topics(fleet=self._mqtt.fleet).line_trigger(self._mqtt.line)
+        name = f"edgeflame-trigger-{self._camera}-{uuid.uuid4().hex[:12]}"
+        try:
+            return MqttTrigger(self._url(config), topic=topic, client_id=name, config=config)
+        except (UsageError, LinkError) as exc:
+            msg = f"trigger.mqtt: {exc}"
+            raise ConfigError(msg) from exc
+
+    def _url(self, config: MqttTriggerConfig) -> BrokerUrl:
+        if config.broker is None:
+            if self._mqtt is None:
+                msg = "trigger.mqtt.broker is missing, and there is no section [mqtt] whose broker it could be"
+                raise ConfigError(msg)
+            return broker_url(self._mqtt)
+        ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
+        return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+
+
+def capture_of(config: CaptureConfig) -> CaptureConfig:
+    """How the frames of announced parts are queued: none gives way to another.
+
+    Raises:
+        ConfigError: it is configured otherwise.
+    """
+    if config.policy == "latest":
+        msg = 'capture.policy = "latest" would drop announced parts; leave it out, or out of this camera'
+        raise ConfigError(msg)
+    return msgspec.structs.replace(config, policy="wait")
