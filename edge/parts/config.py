@@ -19,9 +19,11 @@ class MqttTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """``mqtt://[user@]host[:port]`` or ``mqtts://``, the password from ``EDGEFLAME_MQTT_PASSWORD``; left out: that of
     ``[mqtt]``, with its certificates or kit."""
     ca: str | None = None
+    """PEM file of the authority of a broker of its own."""
     cert: str | None = None
+    """PEM file of our certificate there."""
     key: str | None = None
-    """PEM files for a broker of its own."""
+    """PEM file of its key."""
     part_id: str = "part_id"
     """Key of the part's name in a message that is a JSON object; any other message is the name itself."""
     number: str = "number"
@@ -45,7 +47,9 @@ class ModbusTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
     """Section ``[trigger.modbus]``: exactly one of the four places is polled."""
 
     host: str
+    """Name or address of the PLC."""
     port: int = 502
+    """Of Modbus TCP."""
     unit: int = 1
     """Device id."""
     register: int | None = None
@@ -100,7 +104,9 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     lookback_ms: float = 250.0
     """How long after an image's capture its trigger may reach us; so long images are held."""
     mqtt: MqttTriggerConfig | None = None
+    """Messages that announce parts."""
     modbus: ModbusTriggerConfig | None = None
+    """A PLC's register or contact that announces parts."""
 
     def __post_init__(self) -> None:
         if self.mqtt is not None and self.modbus is not None:
