@@ -111,9 +111,9 @@ def test_in_time_the_models_verdict_is_the_parts(inspector: Inspector, deadline_
 
 
 def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow: SlowJudge) -> None:
-    with keeping(deadline_ms=50) as keeper:
+    with keeping(deadline_ms=500) as keeper:
         late = verdict(keeper, slow, part("late"))
-        assert slow.begun == ["late"]  # and not answered: it has no leave
+        wait_for(lambda: slow.begun == ["late"], "the model has it")  # and does not answer: it has no leave
         assert (late.verdict, late.reasons, late.late, late.score) == ("unknown", ("late",), True, None)
         assert "the model has not answered within" in (late.detail or "")
         assert keeper.counts.late_answers == 0
@@ -127,12 +127,12 @@ def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow:
 
 
 def test_while_the_model_hangs_every_part_is_unknown_in_time_and_the_line_says_so(slow: SlowJudge) -> None:
-    with keeping(deadline_ms=40, hang_s=0.1) as keeper:
+    with keeping(deadline_ms=500, hang_s=0.1) as keeper:
         first, second = verdict(keeper, slow, part("first")), verdict(keeper, slow, part("second"))
         assert (first.reasons, first.late) == (("late",), True)
         assert (second.verdict, second.reasons, second.late) == ("unknown", ("late", "model_not_ready"), True)
         assert "busy with part first" in (second.detail or "")
-        assert slow.begun == ["first"]
+        wait_for(lambda: slow.begun == ["first"], "the model has the first")
         assert "the model has been busy with one image" in (keeper.problem() or "")
         wait_for(lambda: keeper._punctual is not None and keeper._punctual.busy_s() > 0.1, "it has hung for long")
         with pytest.raises(CrashLoopError, match="has to be started again"):
