@@ -40,6 +40,10 @@ class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError(msg)
 
 
+JUDGE_SECTIONS = ("verdict", "health", "view")
+"""Sections of a camera that its judge alone goes by: they can change between two frames."""
+
+
 class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[cameras.NAME]``: one camera of the daemon.
 

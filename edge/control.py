@@ -18,10 +18,11 @@ import msgspec
 from edge.judge import Judge
 from edge.line import Line
 from edge.overlay import overlay
+from edge.overrides import Overrides
 from edge.results import Result
 from edge.status import CameraStatus
 from edgeflame.console import EventLog
-from edgeflame.errors import DataError, UsageError
+from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.statedir import storage_errors
 
@@ -55,8 +56,9 @@ class Control:
 
     Args:
         lines: the cameras, in order.
-        products: package files by the product's name.
+        products: package files by the product's name, as they are now.
         load: makes the judge of a camera (first) for a product (second).
+        overrides: keeps what outlives a restart.
         folder: for snapshots; None: there is none.
     """
 
@@ -64,13 +66,15 @@ class Control:
         self,
         lines: Sequence[Line],
         *,
-        products: Mapping[str, Path],
+        products: Callable[[], Mapping[str, Path]],
         load: Callable[[str, str], Judge],
+        overrides: Overrides,
         folder: Path | None = None,
     ) -> None:
         self._lines = {line.name: line for line in lines}
-        self._products = dict(products)
+        self._products = products
         self._load = load
+        self._overrides = overrides
         self._folder = folder
         self._handlers: dict[Registered, Callable[..., msgspec.Struct]] = {}
         self._listeners: tuple[Callable[[], None], ...] = ()
@@ -97,7 +101,9 @@ class Control:
 
     def describe(self) -> Description:
         """What the daemon is doing."""
-        return Description(cameras=self.statuses(), products={name: str(file) for name, file in self._products.items()})
+        return Description(
+            cameras=self.statuses(), products={name: str(file) for name, file in self._products().items()}
+        )
 
     def statuses(self) -> tuple[CameraStatus, ...]:
         """What each camera is doing."""
@@ -122,35 +128,55 @@ class Control:
         return self._changed()
 
     def set_threshold(self, camera: str | None, value: float | None) -> Description:
-        """Another threshold for the model a camera uses now; None for the one it began with.
+        """Another threshold for the model a camera uses now, kept over restarts.
+
+        Args:
+            camera: which.
+            value: raw distance; None: that of the configuration, or the package's own.
 
         Raises:
             UsageError: that is no threshold.
+            StorageError: it cannot be kept; nothing is changed then.
         """
         if value is not None and not (math.isfinite(value) and value > 0):
             msg = f"a threshold is a positive number, not {value}"
             raise UsageError(msg)
         with self._lock:
             line = self._one(camera)
-            before = line.judge.threshold
-            line.set_threshold(value)
+            model, before = line.judge.model_id, line.judge.threshold
+            kept = self._overrides.of(line.name).thresholds.get(model)
+            # Kept first: a threshold that a restart would take back in silence is worse than none.
+            self._overrides.set_threshold(line.name, model, value)
+            try:
+                line.set_threshold(value)
+            except EdgeFlameError:
+                self._overrides.set_threshold(line.name, model, kept)
+                raise
             log.warning("threshold_set", camera=line.name, before=before, now=line.judge.threshold)
             return self._changed()
 
     def switch_product(self, camera: str | None, product: str) -> Description:
-        """Judge another product from the next part on.
+        """Judge another product from the next part on; kept over restarts.
 
         Raises:
             UsageError: there is no such product.
+            StorageError: it cannot be kept; nothing is changed then.
             EdgeFlameError: its package may not judge here; the camera goes on as before.
         """
         with self._lock:
             line = self._one(camera)
-            if product not in self._products:
-                msg = f"no product {product!r}; there are {', '.join(self._products)}"
+            products = self._products()
+            if product not in products:
+                msg = f"no product {product!r}; there are {', '.join(products)}"
                 raise UsageError(msg)
             judge = self._load(line.name, product)
-            before = line.use(judge)
+            kept = self._overrides.of(line.name)
+            self._overrides.set_product(line.name, product)
+            try:
+                before = line.use(judge, threshold=kept.thresholds.get(judge.model_id))
+            except EdgeFlameError:
+                self._overrides.set_product(line.name, kept.product)
+                raise
             log.warning(
                 "product_switched", camera=line.name, before=before.product, now=judge.product, model=judge.model_id
             )
@@ -206,8 +232,17 @@ class Control:
         return self._registered("rollback")(product)
 
     def reload(self) -> msgspec.Struct:
-        """Read the configuration again and change what can be changed."""
-        return self._registered("reload")()
+        """Read the configuration again and change what can be changed; nothing, where it is wrong."""
+        handler = self._registered("reload")
+        with self._lock:
+            try:
+                done = handler()
+            except EdgeFlameError as exc:
+                log.error("reload_refused", reason=str(exc))
+                raise
+            log.warning("reloaded", **{name: getattr(done, name) for name in done.__struct_fields__})
+            self._changed()
+            return done
 
     def _registered(self, name: Registered) -> Callable[..., msgspec.Struct]:
         handler = self._handlers.get(name)

@@ -7,28 +7,26 @@ import queue
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from edge.cameras import Cameras
+from edge.commands.desk import Desk
 from edge.control import SNAPSHOTS_FOLDER, Control
 from edge.delivery.mqtt import line_state
 from edge.delivery.pipeline import Pipeline, open_pipeline
 from edge.delivery.writer import Writer
-from edge.judge import Judge
 from edge.line import Line
-from edge.loading import Loader
+from edge.overrides import Overrides
 from edge.parts.counts import PartCounts
-from edge.parts.keeper import PartKeeper
-from edge.plan import CameraPlan, Plan
+from edge.plan import Plan
 from edge.rejects import RejectsSink
 from edge.results import Inspected, Result
 from edge.sinks import InTurn, OfCamera, Production, Sink
-from edge.sources import open_source
 from edge.summary import Summary, Tally
 from edge.upkeep import open_upkeep
 from edgeflame.console import EventLog
@@ -49,42 +47,12 @@ _POLL_S = 0.2
 """How often the main thread looks whether it is to stop; a line that ends wakes it at once."""
 
 
-def open_lines(plan: Plan, loader: Loader) -> list[Line]:
-    """Every camera of a plan with its judge, not yet running.
-
-    Raises:
-        EdgeFlameError: a package may not judge here, or there is no such source.
-    """
-    return [_open_line(camera, plan, loader) for camera in plan.cameras]
-
-
-def _open_line(camera: CameraPlan, plan: Plan, loader: Loader) -> Line:
-    keeper = PartKeeper(camera.name, camera.settings.trigger, camera.settings.parts)
-    opener = keeper.camera(partial(open_source, camera.source), plan.config.mqtt)
-    file = plan.products[camera.product]
-    # The source first: a folder that is not there is said before a model is loaded for it.
-    is_live = opener().is_live
-    judge = loader.open(file, camera.settings, camera=camera.name, product=camera.product, is_live=is_live)
-    line = Line(camera.name, opener, judge, keeper.capture(camera.settings.capture), keeper=keeper)
-    status = line.status()
-    log.info(
-        "inspecting",
-        camera=camera.name,
-        source=status.source,
-        product=status.product,
-        model=status.model,
-        threshold=status.threshold,
-        provider=status.provider,
-    )
-    return line
-
-
 def run_inspection(
-    plan: Plan,
-    lines: Sequence[Line],
-    loader: Loader,
+    cameras: Cameras,
     sinks: Sequence[Sink],
     *,
+    overrides: Overrides,
+    reread: Callable[[], Plan],
     state: Path | None = None,
     pictures: RejectsSink | None = None,
     limit: int | None = None,
@@ -95,10 +63,10 @@ def run_inspection(
     The part in hand when the stop comes still gets its verdict.
 
     Args:
-        plan: of the cameras.
-        lines: of :func:`open_lines`.
-        loader: of packages, when a camera is to judge another product.
+        cameras: with their lines.
         sinks: see every result; with ``state`` only once it is on the disk.
+        overrides: what is changed by command, and kept.
+        reread: gives the plan anew from the configuration, for a reload.
         state: folder for the outbox; without it results go to the sinks alone.
         pictures: pictures of rejected parts; also told every result, and asked for room when the disk is full.
         limit: of parts.
@@ -108,7 +76,7 @@ def run_inspection(
         ConfigError: something is configured that needs a state folder.
         EdgeFlameError: a source cannot be read, or a result cannot be kept.
     """
-    config = plan.config
+    config, lines = cameras.plan.config, cameras.lines
     if state is None and (config.mqtt or config.webhook or config.web):
         msg = "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
         raise ConfigError(msg)
@@ -116,32 +84,38 @@ def run_inspection(
     tally = Tally()
     with contextlib.ExitStack() as stack:
         # First: the part is already on its way to the ejector.
-        outlets: list[Sink] = [*_plcs(stack, plan), *sinks]
+        outlets: list[Sink] = [*_plcs(stack, cameras.plan), *sinks]
         if pictures is not None:
             outlets.append(Production(pictures))
         control = Control(
             lines,
-            products=plan.products,
-            load=partial(_load, plan, lines, loader),
+            products=lambda: cameras.products,
+            load=cameras.load,
+            overrides=overrides,
             folder=state / SNAPSHOTS_FOLDER if state is not None else None,
         )
+        control.register("reload", lambda: cameras.reload(reread()))
         if state is None:
-            stack.enter_context(open_upkeep(plan, lines, control, None))
+            stack.enter_context(open_upkeep(cameras.plan, lines, control, None))
             outlet: Sink = InTurn(outlets)
         else:
             boot = uuid.uuid4().hex
+            # Answers nobody until the pipeline stands; whoever asks so early asks again.
+            desk = Desk(control, lambda data: pipeline.answer(data) if pipeline is not None else None)
             pipeline = stack.enter_context(
                 open_pipeline(
                     state,
                     config,
                     line_state(control.statuses(), boot=boot),
                     make_room=pictures.discard_oldest if pictures is not None else lambda: False,
+                    take=desk.take,
                 )
             )
             _recall(pipeline, lines)
+            stack.enter_context(desk)
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
-            stack.enter_context(open_upkeep(plan, lines, control, state))
+            stack.enter_context(open_upkeep(cameras.plan, lines, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control)
             outlet = stack.enter_context(Writer(pipeline.outbox, outlets))
@@ -206,13 +180,6 @@ def _run_lines(lines: Sequence[Line], outlet: Sink, tally: Tally, *, limit: int 
             thread.join()
     if failures:
         raise failures[0]
-
-
-def _load(plan: Plan, lines: Sequence[Line], loader: Loader, camera: str, product: str) -> Judge:
-    """Another judge for a camera, while the present one goes on."""
-    settings = next(entry.settings for entry in plan.cameras if entry.name == camera)
-    is_live = next(line.is_live for line in lines if line.name == camera)
-    return loader.open(plan.products[product], settings, camera=camera, product=product, is_live=is_live)
 
 
 def _recall(pipeline: Pipeline, lines: Sequence[Line]) -> None:

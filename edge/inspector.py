@@ -50,6 +50,7 @@ class Inspector:
         self.model_id = package.sha256[:12]
         self.product = package.manifest.product if product is None else product
         self._camera = camera
+        self._is_live = is_live
         self.provider = runtime.provider
         self._view = View(config.view, package.manifest.learning.input, package.manifest.grid)
         self._runtime = runtime
@@ -68,6 +69,18 @@ class Inspector:
     def set_threshold(self, value: float | None) -> None:
         """Another threshold from the next frame on; None for the configuration's or the package's."""
         self.threshold = self._own_threshold if value is None else value
+
+    def reconfigured(self, config: InspectConfig) -> Inspector:
+        """The same model on the same runtime with other rules, and the threshold of these."""
+        return Inspector(
+            self.package,
+            self._runtime,
+            config,
+            camera=self._camera,
+            product=self.product,
+            is_live=self._is_live,
+            clock=self._clock,
+        )
 
     def inspect(self, captured: Captured) -> Inspected:
         """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""

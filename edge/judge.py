@@ -6,6 +6,7 @@ import time
 from typing import Protocol
 
 from edge.capture import Captured
+from edge.config import InspectConfig
 from edge.results import Inspected, Result
 from edge.verdict import Reason, Verdict
 
@@ -35,6 +36,10 @@ class Judge(Protocol):
 
     def set_threshold(self, value: float | None) -> None:
         """Another threshold from the next frame on; None for the one it began with. Never during a frame."""
+        ...
+
+    def reconfigured(self, config: InspectConfig) -> Judge:
+        """The same model with other rules, and the threshold of these; this one may be in use meanwhile."""
         ...
 
     def inspect(self, captured: Captured) -> Inspected:

@@ -95,6 +95,7 @@ class Line:
         self._open_source = open_source
         self._source = open_source()
         self._judge = judge
+        self._threshold_set = False
         self._config = capture
         self._watchers = tuple(watchers)
         self._keeper = PartKeeper(name, TriggerConfig(), PartsConfig()) if keeper is None else keeper
@@ -158,6 +159,7 @@ class Line:
             model=judge.model_id,
             provider=judge.provider,
             threshold=judge.threshold,
+            threshold_set=self._threshold_set,
             paused=self.is_paused,
             ended=self._ended,
             problem=self._keeper.problem() or self._problem,
@@ -192,15 +194,22 @@ class Line:
         """
         with self._between_frames():
             self._judge.set_threshold(value)
+            self._threshold_set = value is not None
 
-    def use(self, judge: Judge) -> Judge:
+    def use(self, judge: Judge, *, threshold: float | None = None) -> Judge:
         """Have another judge from the next frame on; returns the one before. Not a frame is lost between them.
+
+        Args:
+            judge: the other.
+            threshold: for it, in place of its own.
 
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
         with self._between_frames():
-            before, self._judge = self._judge, judge
+            if threshold is not None:
+                judge.set_threshold(threshold)
+            before, self._judge, self._threshold_set = self._judge, judge, threshold is not None
         return before
 
     def watch(self, watcher: Watcher) -> None:

@@ -24,8 +24,7 @@ class Loader:
     Args:
         device: what runs models.
         engines: folder of engines.
-        num_threads: of the CPU for one image; None: as many as there are cores, shared among the cameras.
-        num_cameras: that judge at the same time.
+        num_threads: of the CPU for one image; None: as many as there are cores.
         public_key: file of the key that must have signed a package; None: none need be signed.
     """
 
@@ -35,17 +34,19 @@ class Loader:
         device: LineDevice = "auto",
         engines: Path | None = None,
         num_threads: int | None = None,
-        num_cameras: int = 1,
         public_key: Path | None = None,
     ) -> None:
         self._device = device
         self._engines = engines
         self._num_threads = num_threads
-        if num_threads is None and num_cameras > 1:
-            self._num_threads = max(1, (os.cpu_count() or 1) // num_cameras)
         self._public_key = public_key
         self._packages: dict[Path, Package] = {}
         self._lock = threading.Lock()
+
+    def share_cores(self, num_cameras: int) -> None:
+        """Several cameras judge at the same time: give each its share of the cores, unless a number was asked for."""
+        if self._num_threads is None and num_cameras > 1:
+            self._num_threads = max(1, (os.cpu_count() or 1) // num_cameras)
 
     def package(self, file: Path) -> Package:
         """A package, read once and then remembered until :meth:`forget`.

@@ -24,6 +24,8 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     provider: str
     """What runs the model."""
     threshold: float
+    threshold_set: bool = False
+    """It was set by command, and is not that of the configuration or the package."""
     paused: bool = False
     ended: bool = False
     """Its source has come to its end."""

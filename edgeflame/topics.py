@@ -11,6 +11,8 @@
     edgeflame/v1/<fleet>/line/<line>/state          retained birth, will: what an inspection daemon runs
     edgeflame/v1/<fleet>/line/<line>/result         one message a part
     edgeflame/v1/<fleet>/line/<line>/trigger        to the line: a part is there
+    edgeflame/v1/<fleet>/line/<line>/command        to the line: pause, set the threshold, take a snapshot, ...
+    edgeflame/v1/<fleet>/line/<line>/reply          from the line: what came of a command
     edgeflame/v1/<fleet>/line/<line>/models         retained: which packages it runs, tries and refused
     edgeflame/v1/<fleet>/line/<line>/up/message     from the line: what it lacks of a released package
     edgeflame/v1/<fleet>/model/<product>            retained: the package released for a product
@@ -132,6 +134,12 @@ class Topics:
 
     def line_result(self, line: str) -> str:
         return f"{self.base}/line/{line}/result"
+
+    def line_command(self, line: str) -> str:
+        return f"{self.base}/line/{line}/command"
+
+    def line_reply(self, line: str) -> str:
+        return f"{self.base}/line/{line}/reply"
 
     def line_trigger(self, line: str) -> str:
         return f"{self.base}/line/{line}/trigger"

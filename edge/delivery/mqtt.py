@@ -2,6 +2,8 @@
 
 edgeflame/v1/<fleet>/line/<line>/result     :class:`edge.delivery.message.Delivery`, QoS 1
 edgeflame/v1/<fleet>/line/<line>/state      :class:`LineState`, retained; ``online`` false from the last will
+edgeflame/v1/<fleet>/line/<line>/command    :mod:`edge.commands.messages`, to the line
+edgeflame/v1/<fleet>/line/<line>/reply      what came of a command
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,6 +31,14 @@ log = EventLog("mqtt")
 
 MAX_BATCH = 50
 """Results on their way at once; the link keeps to the broker's Receive Maximum by itself."""
+
+
+TakeCommand = Callable[[bytes, bool], None]
+"""Takes a payload of the command topic, and whether the broker had kept it."""
+
+
+def _ignore(_payload: bytes, _retained: bool) -> None:
+    """No commands are taken."""
 
 
 class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,6 +123,8 @@ class CameraState(msgspec.Struct, frozen=True, kw_only=True):
     """The same for people."""
     golden: str | None = None
     """Of the last self-test: ``passed``, ``failed``, or ``acknowledged`` where a person knows that it failed."""
+    threshold_set: bool = False
+    """The threshold was set by command, and is not that of the configuration or the package."""
 
 
 class LineState(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +153,7 @@ def line_state(cameras: Sequence[CameraStatus], *, boot: str) -> LineState:
             drift=camera.drift.condition.value if camera.drift is not None else None,
             drift_message=camera.drift.message if camera.drift is not None else None,
             golden=camera.golden.word if camera.golden is not None else None,
+            threshold_set=camera.threshold_set,
         )
         for camera in cameras
     )
@@ -161,6 +175,7 @@ class MqttDestination:
     Args:
         config: where and as whom.
         state: what the line runs, while it is online; see :meth:`announce`.
+        take: gets what comes on the command topic, on the link's thread; must neither wait nor fail.
 
     Raises:
         ConfigError: the broker's URL or the TLS files make no sense.
@@ -169,7 +184,7 @@ class MqttDestination:
     name = "mqtt"
     max_batch = MAX_BATCH
 
-    def __init__(self, config: MqttConfig, state: LineState) -> None:
+    def __init__(self, config: MqttConfig, state: LineState, *, take: TakeCommand = _ignore) -> None:
         self._config = config
         self._topics = Topics(fleet=config.fleet)
         try:
@@ -181,6 +196,14 @@ class MqttDestination:
         self._state = state
         self._announced: LineState | None = None
         self._session: _Session | None = None
+        self._take = take
+
+    def answer(self, reply: bytes) -> None:
+        """Publish the reply to a command; nobody hears it where there is no connection."""
+        session = self._session
+        if session is not None:
+            with contextlib.suppress(LinkError):
+                session.link.publish(self._topics.line_reply(self._config.line), reply)
 
     def announce(self, state: LineState) -> None:
         """What the line runs from now on; told to the broker by the next :meth:`idle` or :meth:`deliver`."""
@@ -231,12 +254,13 @@ class MqttDestination:
     def _connected(self) -> _Session:
         if self._session is None:
             offline = msgspec.structs.replace(self._state, online=False)
+            events: queue.SimpleQueue[Event] = queue.SimpleQueue()
             session = _Session(
                 Link(
                     self._url,
                     client_id=f"edgeflame-line-{self._config.fleet}-{self._config.line}",
-                    filters=[self._state_topic],
-                    sink=(events := queue.SimpleQueue[Event]()).put,
+                    filters=[self._state_topic, self._topics.line_command(self._config.line)],
+                    sink=partial(self._hear, events),
                     will=Will(topic=self._state_topic, payload=msgspec.json.encode(offline)),
                     connect_timeout_s=self._config.timeout_s,
                 ),
@@ -258,6 +282,14 @@ class MqttDestination:
             self._session.link.publish(self._state_topic, msgspec.json.encode(state), retain=True)
             self._announced = state
         return self._session
+
+    def _hear(self, events: queue.SimpleQueue[Event], event: Event) -> None:
+        """On the link's thread: commands go to whoever takes them, everything else to the delivery."""
+        if isinstance(event, Received) and event.topic != self._state_topic:
+            event.done()
+            self._take(event.payload, event.retained)
+            return
+        events.put(event)
 
     def _drop(self, *, flush_s: float) -> None:
         if self._session is not None:
@@ -340,7 +372,7 @@ def _raise_trouble(event: Event) -> None:
             msg = f"the connection to the broker was lost: {event.reason}"
             raise LinkError(msg)
         case Received():
-            # The line's own state, the one topic that is subscribed to: a link has to listen to something.
+            # The line's own state.
             event.done()
         case Up() | Sent():
             pass

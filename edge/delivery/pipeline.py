@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edge.config import InspectConfig
 from edge.delivery.deliverer import Deliverer, Destination
-from edge.delivery.mqtt import LineState, MqttDestination
+from edge.delivery.mqtt import LineState, MqttDestination, TakeCommand
 from edge.delivery.outbox import Outbox
 from edge.delivery.webhook import WebhookDestination
 from edgeflame.console import EventLog
@@ -31,6 +31,11 @@ class Pipeline:
     undelivered: dict[str, int]
     """After the end: results kept for the next start, by destination; none for one that has all."""
 
+    def answer(self, reply: bytes) -> None:
+        """Publish the reply to a command."""
+        if self.mqtt is not None:
+            self.mqtt.answer(reply)
+
 
 @contextlib.contextmanager
 def open_pipeline(
@@ -39,6 +44,7 @@ def open_pipeline(
     line: LineState,
     *,
     make_room: Callable[[], bool],
+    take: TakeCommand,
 ) -> Iterator[Pipeline]:
     """Open the outbox in a state folder and start delivering what it holds.
 
@@ -48,6 +54,7 @@ def open_pipeline(
         state: the daemon's folder; one daemon at a time.
         config: outbox, delivery and destinations.
         line: what is announced of it at first.
+        take: gets what comes on the line's command topic.
         make_room: frees something of less worth than results when the disk is full.
 
     Raises:
@@ -65,7 +72,7 @@ def open_pipeline(
         folder = stack.enter_context(locked_state_dir(state, holds="line"))
         outbox = stack.enter_context(Outbox(folder / OUTBOX_FILE, config.outbox, make_room=make_room))
         destinations: list[Destination] = []
-        mqtt = MqttDestination(config.mqtt, line) if config.mqtt is not None else None
+        mqtt = MqttDestination(config.mqtt, line, take=take) if config.mqtt is not None else None
         if mqtt is not None:
             destinations.append(mqtt)
         if config.webhook is not None:

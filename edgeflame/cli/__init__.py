@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("edgeflame.cli.calibrate", "Set a package's threshold from good images of the line."),
     "export": ("edgeflame.cli.export", "Write a package's model for other runtimes."),
     "inspect": ("edgeflame.cli.inspect", "Judge the parts that pass a camera: pass, fail or unknown."),
+    "line": ("edgeflame.cli.line", "Ask something of a running inspection: status, pause, snapshot."),
     "bench": ("edgeflame.cli.bench", "Time a package on this machine."),
     "fleet": ("edgeflame.cli.fleet", "Make a fleet, enrol and revoke its sites, see how it is doing."),
     "model": ("edgeflame.cli.model", "Look into model packages."),

@@ -41,10 +41,11 @@ def _reaches_the_broker(function: F) -> F:
 @_NAME
 @click.option(
     "--role",
-    type=click.Choice(["site", "line", "observer", "publisher"]),
+    type=click.Choice(["site", "line", "observer", "operator", "publisher"]),
     default="site",
     show_default=True,
-    help="site: trains. line: inspects. observer: only watches. publisher: brings models to lines.",
+    help="site: trains. line: inspects. observer: only watches. operator: commands lines. publisher: brings models to "
+    "lines.",
 )
 @_DAYS
 @_OUT

@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from edge.config import InspectConfig
+    from edge.plan import Plan
     from edge.sinks import Sink
     from edge.summary import Summary
 
@@ -119,31 +120,41 @@ def command(
     """
     from typing import cast
 
+    from edge.cameras import Cameras
     from edge.choice import LineDevice
     from edge.config import InspectConfig
-    from edge.daemon import open_lines, run_inspection, stop_on_signals
+    from edge.daemon import run_inspection, stop_on_signals
     from edge.loading import Loader
+    from edge.overrides import Overrides
     from edge.plan import make_plan
     from edge.rejects import RejectsSink
     from edgeflame.config import load_config
 
-    settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
-    loader = Loader(
-        device=cast(LineDevice, device),
-        engines=engines,
-        num_threads=threads,
-        num_cameras=max(len(settings.cameras), 1),
-        public_key=public_key,
-    )
-    plan = make_plan(
-        settings, model=model, source=address, product_of=lambda file: loader.package(file).manifest.product
-    )
-    lines = open_lines(plan, loader)
-    pictures = RejectsSink(rejects, settings.rejects) if rejects is not None else None
+    def read_plan() -> Plan:
+        settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
+        return make_plan(
+            settings, model=model, source=address, product_of=lambda file: loader.package(file).manifest.product
+        )
+
+    loader = Loader(device=cast(LineDevice, device), engines=engines, num_threads=threads, public_key=public_key)
+    plan = read_plan()
+    loader.share_cores(len(plan.cameras))
+    overrides = Overrides(state)
+    cameras = Cameras(plan, loader, overrides)
+    pictures = RejectsSink(rejects, plan.config.rejects) if rejects is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
         with stop_on_signals() as stop:
-            summary = run_inspection(plan, lines, loader, sinks, state=state, pictures=pictures, limit=limit, stop=stop)
+            summary = run_inspection(
+                cameras,
+                sinks,
+                overrides=overrides,
+                reread=read_plan,
+                state=state,
+                pictures=pictures,
+                limit=limit,
+                stop=stop,
+            )
             stopped = stop.is_set()
     finally:
         for sink in sinks:
@@ -151,7 +162,7 @@ def command(
     _show(summary, as_json=as_json)
     if summary_file is not None:
         _write(summary_file, summary)
-    if stopped and not all(line.is_endless for line in lines):
+    if stopped and not all(line.is_endless for line in cameras.lines):
         raise KeyboardInterrupt
 
 

@@ -17,8 +17,8 @@ import msgspec
 
 from edgeflame.topics import ROOT
 
-Role = Literal["site", "line", "observer", "publisher", "aggregator", "admin", "broker"]
-ENROLLED_ROLES: tuple[Role, ...] = ("site", "line", "observer", "publisher")
+Role = Literal["site", "line", "observer", "operator", "publisher", "aggregator", "admin", "broker"]
+ENROLLED_ROLES: tuple[Role, ...] = ("site", "line", "observer", "operator", "publisher")
 """What ``enrol`` may make; broker, aggregator and administrator are made with the fleet, one of each."""
 
 _CONTROL = "$CONTROL/dynamic-security/#"
@@ -58,6 +58,9 @@ def grants(client: Client, fleet: str) -> tuple[Grant, ...]:
         case "line":
             own = f"{base}/line/{name}"
             return (*_may_write(f"{own}/#"), *_may_read(*shared, f"{base}/release/#", f"{own}/#"))
+        case "operator":
+            # Commands lines, and hears what they say; brings them nothing new.
+            return (*_may_write(f"{base}/line/+/command"), *_may_read(f"{base}/model/#", f"{base}/line/#"))
         case "publisher":
             # Brings packages to the lines, and none of it touches the training.
             return (

@@ -30,6 +30,7 @@ _USE: dict[str, str] = {
     "site": "edgeflame train --kit {name}.kit --data GOOD-PARTS --out {name}.edgeflame",
     "line": 'edgeflame inspect --config line.toml ..., with kit = "{name}.kit" in its section [mqtt]',
     "observer": "edgeflame fleet status --kit {name}.kit",
+    "operator": "edgeflame line status LINE --kit {name}.kit",
     "publisher": "edgeflame model publish F.edgeflame --kit {name}.kit",
     "aggregator": "edgeflame aggregate --kit {name}.kit --state DIR",
     "admin": "edgeflame fleet enrol, revoke and sync use it; it stays in the fleet's folder",

@@ -17,9 +17,9 @@ from brokers import wait_for
 from click.testing import CliRunner
 from small_model import LEARNING, bad_image, good_image, write_images, write_small_package
 
+from edge.cameras import Cameras
 from edge.config import InspectConfig
 from edge.control import Control
-from edge.daemon import open_lines
 from edge.drift.config import DriftConfig
 from edge.drift.monitor import Saved
 from edge.golden.config import GoldenConfig
@@ -28,6 +28,7 @@ from edge.golden.schedule import is_due
 from edge.golden.tester import GoldenTester
 from edge.line import Line
 from edge.loading import Loader
+from edge.overrides import Overrides
 from edge.plan import Plan, make_plan
 from edge.results import Inspected, Result
 from edge.upkeep import open_upkeep
@@ -84,8 +85,10 @@ def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> It
     config = InspectConfig(**sections)
     loader = Loader(device="cpu", num_threads=1)
     plan = make_plan(config, model=package, source=source, product_of=lambda _: "tile")
-    lines = open_lines(plan, loader)
-    control = Control(lines, products=plan.products, load=lambda *_: lines[0].judge)
+    overrides = Overrides(None)
+    cameras = Cameras(plan, loader, overrides)
+    lines = cameras.lines
+    control = Control(lines, products=lambda: cameras.products, load=cameras.load, overrides=overrides)
     told: list[Result] = []
     halt = threading.Event()
 

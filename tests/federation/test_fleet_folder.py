@@ -284,6 +284,7 @@ REFERENCE = (
     Client(name="admin", role="admin"),
     Client(name="aggregator", role="aggregator"),
     Client(name="engineer", role="publisher"),
+    Client(name="foreman", role="operator"),
     Client(name="line-1", role="line"),
     Client(name="office", role="observer"),
     Client(name="plant-a", role="site"),

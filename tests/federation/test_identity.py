@@ -75,6 +75,7 @@ def make_plant(folder: Path, *sites: str) -> FleetFolder:
         fleet.enrol("watcher", role="observer", days=10, out=None, reinstate=False)
         fleet.enrol("line-1", role="line", days=10, out=None, reinstate=False)
         fleet.enrol("engineer", role="publisher", days=10, out=None, reinstate=False)
+        fleet.enrol("foreman", role="operator", days=10, out=None, reinstate=False)
         fleet.write_access()
     return made
 
@@ -216,6 +217,7 @@ def test_a_certificate_nobody_enrolled_has_no_rights(plant: Plant) -> None:
         ("line-1", f"{BASE}/line/line-2/models"),
         ("engineer", f"{BASE}/blob/+/+"),
         ("engineer", f"{BASE}/site/+/up/message"),
+        ("foreman", f"{BASE}/release/+/+"),
         ("watcher", f"{BASE}/release/+/+"),
         ("watcher", f"{BASE}/blob/+/+"),
         ("watcher", f"{BASE}/site/+/up/#"),
@@ -238,6 +240,7 @@ def test_nobody_reads_what_is_not_theirs(plant: Plant, name: str, topic_filter: 
         ("engineer", f"{BASE}/model/+"),
         ("engineer", f"{BASE}/line/+/models"),
         ("engineer", f"{BASE}/line/+/up/message"),
+        ("foreman", f"{BASE}/line/+/reply"),
         ("watcher", f"{BASE}/line/+/models"),
         ("line-1", f"{BASE}/line/line-1/command"),
         ("watcher", f"{BASE}/site/+/up/message"),
@@ -265,6 +268,10 @@ def test_everybody_reads_what_is_theirs(plant: Plant, name: str, topic_filter: s
         ("engineer", f"{BASE}/line/line-1/models", f"{BASE}/model/tile"),
         ("engineer", f"{BASE}/blob/{'0' * 64}/0", f"{BASE}/release/{'0' * 64}/0"),
         ("engineer", f"{BASE}/round", f"{BASE}/line/line-1/command"),
+        ("foreman", f"{BASE}/line/line-1/reply", f"{BASE}/line/line-1/command"),
+        ("foreman", f"{BASE}/model/tile", f"{BASE}/line/line-1/command"),
+        ("line-1", f"{BASE}/line/line-2/command", f"{BASE}/line/line-1/reply"),
+        ("aggregator", f"{BASE}/line/line-1/command", f"{BASE}/round"),
         ("aggregator", f"{BASE}/model/tile", f"{BASE}/round"),
         ("aggregator", f"{BASE}/site/a/up/message", f"{BASE}/site/a/down/message"),
         ("admin", f"{BASE}/round", f"{BASE}/site/a/down/message"),
@@ -284,7 +291,7 @@ def test_a_watcher_only_watches(plant: Plant) -> None:
         reader.up()
         with Client(plant.url("watcher")) as watcher:
             watcher.up()
-            for topic in ("status/phase", "round", "site/watcher/up/message", "watcher"):
+            for topic in ("status/phase", "round", "site/watcher/up/message", "watcher", "line/line-1/command"):
                 watcher.link.publish(f"{BASE}/{topic}", b"forged")
         # Its end has sent them all.
         reader.link.publish(f"{BASE}/end", b"rightly")
@@ -292,7 +299,11 @@ def test_a_watcher_only_watches(plant: Plant) -> None:
 
 
 def _any_filter(name: str) -> tuple[str, ...]:
-    return {"admin": ("$CONTROL/dynamic-security/v1/response",), "engineer": (f"{BASE}/model/+",)}.get(name, ())
+    own = {
+        "admin": "$CONTROL/dynamic-security/v1/response",
+        **dict.fromkeys(("engineer", "foreman"), f"{BASE}/model/+"),
+    }
+    return (own[name],) if name in own else ()
 
 
 def edgeflame(*arguments: object) -> subprocess.CompletedProcess[str]:

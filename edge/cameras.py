@@ -1,0 +1,221 @@
+"""The daemon's cameras, each with its line and its judge; and what becomes of them when the configuration changes.
+
+What can be changed while parts pass is changed between two frames: the rules of the judges, their packages, and what
+other parts of the daemon said they can take. Everything else is named, so that nobody believes it changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import msgspec
+
+from edge.config import JUDGE_SECTIONS, CameraConfig, InspectConfig
+from edge.judge import Judge
+from edge.line import Line
+from edge.loading import Loader
+from edge.overrides import Overrides
+from edge.parts.keeper import PartKeeper
+from edge.plan import CameraPlan, Plan
+from edge.sources import open_source
+from edgeflame.console import EventLog
+
+log = EventLog("inspect")
+
+_CAMERA_SECTIONS = tuple(name for name in CameraConfig.__struct_fields__ if name not in ("source", "product"))
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of reading the configuration again."""
+
+    changed: tuple[str, ...]
+    """In force from the next part on."""
+    needs_restart: tuple[str, ...]
+    """Different in the file, and still as before: these can only be changed by a new start."""
+
+
+@final
+class Cameras:
+    """All cameras of a plan, opened but not yet running.
+
+    Args:
+        plan: which there are.
+        loader: of packages.
+        overrides: what was changed by command earlier.
+
+    Raises:
+        EdgeFlameError: a package may not judge here, or there is no such source.
+    """
+
+    def __init__(self, plan: Plan, loader: Loader, overrides: Overrides) -> None:
+        self._loader = loader
+        self._overrides = overrides
+        self._products = dict(plan.products)
+        self._settings = {camera.name: camera.settings for camera in plan.cameras}
+        self._digests: dict[str, str] = {}
+        """Of the packages that are or were in use, by product: a file may be replaced under its name."""
+        self._takers: dict[str, Callable[[Any], None]] = {}
+        self.plan = plan
+        """As it runs: what a reload could not change is as it was."""
+        self.lines = tuple(self._open(camera) for camera in plan.cameras)
+
+    @property
+    def products(self) -> Mapping[str, Path]:
+        """Package files by name."""
+        return self._products
+
+    def load(self, camera: str, product: str) -> Judge:
+        """A judge of a camera for a product; nothing uses it yet.
+
+        Raises:
+            EdgeFlameError: its package may not judge here.
+        """
+        line = next(line for line in self.lines if line.name == camera)
+        return self._judge(camera, product, self._products[product], self._settings[camera], is_live=line.is_live)
+
+    def on_section(self, name: str, taker: Callable[[Any], None]) -> None:
+        """Let another part of the daemon take a changed section, say ``rejects``, while it runs."""
+        self._takers[name] = taker
+
+    def reload(self, plan: Plan) -> Reloaded:
+        """Change what can be changed; nothing, where a package of the new plan may not judge.
+
+        Raises:
+            EdgeFlameError: that, and why.
+        """
+        self._loader.forget()
+        changed: list[str] = []
+        restart: list[str] = []
+        judges: list[tuple[Line, Judge]] = []
+        new = {camera.name: camera for camera in plan.cameras}
+        old = {camera.name: camera for camera in self.plan.cameras}
+        restart += [f"cameras.{name}" for name in (*(new.keys() - old.keys()), *(old.keys() - new.keys()))]
+        products = self._new_products(plan, changed, restart)
+        running = []
+        for line in self.lines:
+            before, after = old[line.name], new.get(line.name, old[line.name])
+            judge, now = self._prepare(line, before, after, products, changed, restart)
+            if judge is not None:
+                judges.append((line, judge))
+            running.append(now)
+        sections = [
+            name
+            for name in InspectConfig.__struct_fields__
+            if name not in ("products", "cameras", *_CAMERA_SECTIONS)
+            and getattr(plan.config, name) != getattr(self.plan.config, name)
+        ]
+        # Everything is known to work; from here on it takes effect.
+        for line, judge in judges:
+            threshold = self._overrides.of(line.name).thresholds.get(judge.model_id)
+            line.use(judge, threshold=threshold)
+        for name in sections:
+            if name in self._takers:
+                self._takers[name](getattr(plan.config, name))
+                changed.append(name)
+            else:
+                restart.append(name)
+        config = msgspec.structs.replace(
+            self.plan.config, **{name: getattr(plan.config, name) for name in sections if name in self._takers}
+        )
+        self._products = products
+        self._digests = {name: self._digest(file) for name, file in products.items() if name in self._digests}
+        self._settings = {camera.name: camera.settings for camera in running}
+        self.plan = Plan(config=config, products=products, cameras=tuple(running))
+        return Reloaded(changed=tuple(sorted(set(changed))), needs_restart=tuple(sorted(set(restart))))
+
+    def _new_products(self, plan: Plan, changed: list[str], restart: list[str]) -> dict[str, Path]:
+        """The new plan's products, and those that cameras still need."""
+        products = dict(plan.products)
+        for name in {line.judge.product for line in self.lines} - products.keys():
+            if name in self._products:
+                products[name] = self._products[name]
+                restart.append(f"products.{name}")
+        changed += [f"products.{name}" for name in products.keys() - self._products.keys()]
+        changed += [f"products.{name}" for name in self._products.keys() - products.keys()]
+        for name, file in products.items():
+            used = name in self._digests and self._digest(file) != self._digests[name]
+            if used or (name in self._products and self._products[name] != file):
+                changed.append(f"products.{name}")
+        return products
+
+    def _prepare(
+        self,
+        line: Line,
+        before: CameraPlan,
+        after: CameraPlan,
+        products: Mapping[str, Path],
+        changed: list[str],
+        restart: list[str],
+    ) -> tuple[Judge | None, CameraPlan]:
+        """The judge a camera needs now, if it is another one; and the camera as it will run."""
+        name = line.name
+        different = [
+            section
+            for section in _CAMERA_SECTIONS
+            if getattr(before.settings, section) != getattr(after.settings, section)
+        ]
+        ruled = {section: getattr(after.settings, section) for section in different if section in JUDGE_SECTIONS}
+        restart += [f"cameras.{name}.{section}" for section in different if section not in JUDGE_SECTIONS]
+        if before.source != after.source:
+            restart.append(f"cameras.{name}.source")
+        if before.modbus != after.modbus:
+            restart.append(f"cameras.{name}.modbus")
+        settings = msgspec.structs.replace(before.settings, **ruled)
+        changed += [f"cameras.{name}.{section}" for section in ruled]
+        product = line.judge.product
+        if before.product != after.product and self._overrides.of(name).product is None:
+            product = after.product
+            changed.append(f"cameras.{name}.product")
+        now = CameraPlan(
+            name=name, source=before.source, product=after.product, settings=settings, modbus=before.modbus
+        )
+        other_file = product in self._digests and self._digest(products[product]) != self._digests[product]
+        if product != line.judge.product or other_file:
+            return self._judge(name, product, products[product], settings, is_live=line.is_live), now
+        return (line.judge.reconfigured(settings) if ruled else None), now
+
+    def _open(self, camera: CameraPlan) -> Line:
+        keeper = PartKeeper(camera.name, camera.settings.trigger, camera.settings.parts)
+        opener = keeper.camera(partial(open_source, camera.source), self.plan.config.mqtt)
+        # The source first: a folder that is not there is said before a model is loaded for it.
+        is_live = opener().is_live
+        product = self._first_product(camera)
+        judge = self._judge(camera.name, product, self._products[product], camera.settings, is_live=is_live)
+        own = judge.threshold
+        line = Line(camera.name, opener, judge, keeper.capture(camera.settings.capture), keeper=keeper)
+        threshold = self._overrides.of(camera.name).thresholds.get(judge.model_id)
+        if threshold is not None:
+            line.set_threshold(threshold)
+            log.warning("threshold_set_by_command", camera=camera.name, own=own, now=threshold)
+        status = line.status()
+        log.info(
+            "inspecting",
+            camera=camera.name,
+            source=status.source,
+            product=status.product,
+            model=status.model,
+            threshold=status.threshold,
+            provider=status.provider,
+        )
+        return line
+
+    def _first_product(self, camera: CameraPlan) -> str:
+        commanded = self._overrides.of(camera.name).product
+        if commanded is None or commanded == camera.product:
+            return camera.product
+        if commanded not in self._products:
+            log.warning("commanded_product_gone", camera=camera.name, product=commanded, now=camera.product)
+            return camera.product
+        log.warning("product_set_by_command", camera=camera.name, configured=camera.product, now=commanded)
+        return commanded
+
+    def _judge(self, camera: str, product: str, file: Path, settings: InspectConfig, *, is_live: bool) -> Judge:
+        judge = self._loader.open(file, settings, camera=camera, product=product, is_live=is_live)
+        self._digests[product] = self._digest(file)
+        return judge
+
+    def _digest(self, file: Path) -> str:
+        return self._loader.package(file).sha256
