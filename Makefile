@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults fuzz check reference format clean
+.PHONY: demo test faults fuzz check reference docs docs-serve format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
@@ -25,10 +25,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # The pages of docs/reference, made from the code.
 reference: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
+
+# The documentation site in site/; any dead link, missing anchor or page outside of the menu is an error.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -237,6 +237,8 @@ def _type(hint: Any) -> str:
         inner = [option for option in options if option is not Ellipsis]
         if Ellipsis in options or len(inner) == 1:
             return f"list of {_many(inner[0])}"
+        if len(set(inner)) == 1:
+            return f"list of {len(inner)} {_many(inner[0])}"
         return "list of " + ", ".join(_type(option) for option in inner)
     if origin is dict:
         return f"table of {_many(options[1])} by name"
@@ -245,7 +247,7 @@ def _type(hint: Any) -> str:
 
 def _many(hint: Any) -> str:
     plain = {str: "texts", int: "integers", float: "numbers"}
-    return plain.get(hint) or _type(hint).replace(" or ", ", ")
+    return plain.get(hint) or _type(hint).replace("list of", "lists of").replace(" or ", ", ")
 
 
 def _literal(field: Any) -> str:
