@@ -14,6 +14,7 @@ from typing import Any, final
 import msgspec
 
 from edge.config import JUDGE_SECTIONS, CameraConfig, InspectConfig
+from edge.delivery.pipeline import OUTBOX_FILE
 from edge.judge import Judge
 from edge.line import Line
 from edge.loading import Loader
@@ -45,12 +46,14 @@ class Cameras:
         plan: which there are.
         loader: of packages.
         overrides: what was changed by command earlier.
+        state: the daemon's folder; watched folders ask its outbox which files are done.
 
     Raises:
         EdgeFlameError: a package may not judge here, or there is no such source.
     """
 
-    def __init__(self, plan: Plan, loader: Loader, overrides: Overrides) -> None:
+    def __init__(self, plan: Plan, loader: Loader, overrides: Overrides, state: Path | None = None) -> None:
+        self._outbox = None if state is None else state / OUTBOX_FILE
         self._loader = loader
         self._overrides = overrides
         self._products = dict(plan.products)
@@ -179,7 +182,7 @@ class Cameras:
 
     def _open(self, camera: CameraPlan) -> Line:
         keeper = PartKeeper(camera.name, camera.settings.trigger, camera.settings.parts)
-        opener = keeper.camera(partial(open_source, camera.source), self.plan.config.mqtt)
+        opener = keeper.camera(partial(open_source, camera.source, outbox=self._outbox), self.plan.config.mqtt)
         # The source first: a folder that is not there is said before a model is loaded for it.
         is_live = opener().is_live
         product = self._first_product(camera)

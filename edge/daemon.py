@@ -27,6 +27,7 @@ from edge.plan import Plan
 from edge.rejects import RejectsSink
 from edge.results import Inspected, Result
 from edge.sinks import InTurn, OfCamera, Production, Sink
+from edge.sources.watch.disposal import Disposal
 from edge.summary import Summary, Tally
 from edge.upkeep import open_upkeep
 from edgeflame.console import EventLog
@@ -97,7 +98,7 @@ def run_inspection(
         control.register("reload", lambda: cameras.reload(reread()))
         if state is None:
             stack.enter_context(open_upkeep(cameras.plan, lines, control, None))
-            outlet: Sink = InTurn(outlets)
+            outlet: Sink = InTurn([*outlets, Disposal()])
         else:
             boot = uuid.uuid4().hex
             # Answers nobody until the pipeline stands; whoever asks so early asks again.
@@ -118,7 +119,7 @@ def run_inspection(
             stack.enter_context(open_upkeep(cameras.plan, lines, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control)
-            outlet = stack.enter_context(Writer(pipeline.outbox, outlets))
+            outlet = stack.enter_context(Writer(pipeline.outbox, [*outlets, Disposal()]))
         _run_lines(lines, outlet, tally, limit=limit, stop=stop)
     if stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)

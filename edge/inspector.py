@@ -143,4 +143,4 @@ class Inspector:
             model=self.model_id,
         )
         ignored = None if view is None else view.ignored
-        return Inspected(result=result, image=evidence, anomaly_map=anomaly_map, ignored=ignored)
+        return Inspected(result=result, image=evidence, anomaly_map=anomaly_map, ignored=ignored, origin=frame.origin)

@@ -80,4 +80,4 @@ def not_judged(captured: Captured, judge: Judge, *, camera: str, reason: Reason,
         label=frame.label,
         model=judge.model_id,
     )
-    return Inspected(result=result, image=frame.image_bgr, anomaly_map=None)
+    return Inspected(result=result, image=frame.image_bgr, anomaly_map=None, origin=frame.origin)

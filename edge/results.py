@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edge.sources.interface import FileOrigin
 from edgeflame.images import ImageU8
 
 
@@ -72,6 +73,8 @@ class Inspected:
     """``[height, width]`` uint8 over the same area, 255 where nothing is judged; None where all is."""
     due_monotonic_s: float | None = None
     """Until when the verdict is of use, on the monotonic clock; None: for good."""
+    origin: FileOrigin | None = None
+    """The file of a watched folder that it was read from."""
 
 
 def json_line(result: Result) -> bytes:

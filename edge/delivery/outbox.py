@@ -27,7 +27,9 @@ from types import TracebackType
 
 import msgspec
 
+from edge.delivery import files
 from edge.delivery.message import Delivery
+from edge.sources.interface import FileOrigin
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.statedir import refuse_newer
@@ -110,7 +112,7 @@ class Outbox:
         with self._translated("open"):
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
+            self._db.executescript(_SCHEMA + files.SCHEMA)
             with self._transaction():
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
@@ -127,15 +129,19 @@ class Outbox:
         with self._lock:
             self._db.close()
 
-    def append(self, bodies: Sequence[bytes]) -> list[int]:
+    def append(self, bodies: Sequence[bytes], origins: Sequence[FileOrigin] = ()) -> list[int]:
         """Keep results, all or none; when this returns they are on the disk. Returns their numbers.
+
+        Args:
+            bodies: of the results.
+            origins: files whose results are among them, noted as done with the same commit.
 
         Raises:
             StorageError: the disk is full, and no room could be made, or it fails.
         """
         while True:
             try:
-                return self._append(bodies)
+                return self._append(bodies, origins)
             except StorageError as exc:
                 if not (_is_full(exc) and self._make_room()):
                     raise
@@ -203,13 +209,14 @@ class Outbox:
         row = self._db.execute("SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'format'").fetchone()
         return 0 if row is None else int(row[0])
 
-    def _append(self, bodies: Sequence[bytes]) -> list[int]:
+    def _append(self, bodies: Sequence[bytes], origins: Sequence[FileOrigin]) -> list[int]:
         with self._lock, self._translated("write"), self._transaction():
             numbers = []
             for body in bodies:
                 cursor = self._db.execute("INSERT INTO results (body) VALUES (?)", (body,))
                 assert cursor.lastrowid is not None
                 numbers.append(cursor.lastrowid)
+            files.mark(self._db, origins)
             self._unpruned += len(bodies)
             if self._unpruned >= _PRUNE_EVERY:
                 self._prune(numbers[-1])

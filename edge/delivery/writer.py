@@ -87,7 +87,10 @@ class Writer:
     def _run(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
-                self._outbox.append([msgspec.json.encode(inspected.result) for inspected in batch])
+                self._outbox.append(
+                    [msgspec.json.encode(inspected.result) for inspected in batch],
+                    [inspected.origin for inspected in batch if inspected.origin is not None],
+                )
                 for inspected in batch:
                     for sink in self._sinks:
                         sink.accept(inspected)

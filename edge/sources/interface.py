@@ -7,11 +7,27 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from edge.parts.trigger import Trigger
 from edge.verdict import Reason
 from edgeflame.images import ImageU8
+
+After = Literal["keep", "move", "delete"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOrigin:
+    """The file that a frame was read from, where that must be remembered: in the same transaction as its result."""
+
+    folder: str
+    """Absolute."""
+    name: str
+    """Relative to the folder, with slashes."""
+    size: int
+    mtime_ns: int
+    after: After = "keep"
+    """What is to become of it when the result is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +48,7 @@ class Frame:
     """``[height, width]`` uint8, 255 on the defect, where the source knows it."""
     missed: Mapping[str, int] = field(default_factory=dict)
     """Frames that the source lost just before this one, by reason."""
+    origin: FileOrigin | None = None
     trigger: Trigger | None = None
     """What announced the part; None where every frame is one."""
     fault: Reason | None = None
@@ -80,6 +97,7 @@ def make_frame(
     label: str | None = None,
     mask: ImageU8 | None = None,
     missed: Mapping[str, int] | None = None,
+    origin: FileOrigin | None = None,
     captured_monotonic_s: float | None = None,
     captured_utc: dt.datetime | None = None,
 ) -> Frame:
@@ -94,4 +112,5 @@ def make_frame(
         label=label,
         mask=mask,
         missed=missed or {},
+        origin=origin,
     )

@@ -9,12 +9,13 @@ from edgeflame.errors import DataError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES
 
 
-def open_source(address: str) -> Source:
+def open_source(address: str, *, outbox: Path | None = None) -> Source:
     """Find the source that an address names; cameras and streams are opened only when frames are read.
 
     Args:
         address: a folder, an image, a video file, ``camera:0``, ``rtsp://...``, ``gst:PIPELINE``, ``csi:0`` or
-            ``boards:TEXTURE``; see docs/sources.md.
+            ``boards:TEXTURE``, ``watch:FOLDER``; see docs/sources.md.
+        outbox: SQLite file in which the results will be kept, if in any; a watched folder asks it what is done.
 
     Raises:
         UsageError: an address of no known kind.
@@ -24,6 +25,10 @@ def open_source(address: str) -> Source:
         from edge.sources.boards import board_source
 
         return board_source(address)
+    if address.startswith("watch:"):
+        from edge.sources.watch.folder import watched_folder
+
+        return watched_folder(address, outbox=outbox)
     if address.startswith("camera:"):
         from edge.sources.camera import camera_source
 
@@ -58,7 +63,7 @@ def _file_source(address: str) -> Source:
         msg = f"--source {without_password(address)}: of URLs only rtsp:// and rtsps:// are read"
         raise UsageError(msg)
     msg = (
-        f"{address}: no such folder or file (a source is a folder, a file, camera:0, rtsp://..., gst:PIPELINE, csi:0 "
-        "or boards:TEXTURE)"
+        f"{address}: no such folder or file (a source is a folder, a file, watch:FOLDER, camera:0, rtsp://..., "
+        "gst:PIPELINE, csi:0 or boards:TEXTURE)"
     )
     raise DataError(msg)

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     "--source",
     "address",
     metavar="SRC",
-    help="Where the configuration has no [cameras]: folder of images, image, video file, camera:0, rtsp://..., or "
-    "generated boards: boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256.",
+    help="Where the configuration has no [cameras]: folder of images, image, video file, watch:FOLDER for files as "
+    "they arrive, camera:0, rtsp://..., gst:PIPELINE, csi:0, or generated boards: "
+    "boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256.",
 )
 @click.option(
     "--config",
@@ -140,7 +141,7 @@ def command(
     plan = read_plan()
     loader.share_cores(len(plan.cameras))
     overrides = Overrides(state)
-    cameras = Cameras(plan, loader, overrides)
+    cameras = Cameras(plan, loader, overrides, state)
     pictures = RejectsSink(rejects, plan.config.rejects) if rejects is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
