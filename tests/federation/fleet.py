@@ -63,7 +63,8 @@ class Process:
             assert self.exit_code is None, f"{self.name} ended with {self.exit_code} before {text!r}:\n{self.log}"
             return False
 
-        wait_for(seen, f"{self.name} logs {text!r}")
+        # A busy machine takes its time to start processes that import torch; one that fails ends, and is told above.
+        wait_for(seen, f"{self.name} logs {text!r}", timeout_s=100.0)
 
     def wait(self) -> int:
         """Until it ends by itself; its exit code."""

@@ -217,7 +217,7 @@ scoring = { rank = 4, ridge = 0.1 }
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_training_gives_the_same_bits_simulated_and_over_mqtt(tmp_path: Path) -> None:
     """The command, real images from cameras of their own, and the real worker processes."""
     config, out = tmp_path / "simulation.toml", tmp_path / "out"
