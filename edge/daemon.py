@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from edgeflame.errors import ConfigError, DataError, MissingDependencyError
 
 if TYPE_CHECKING:
     from edge.plc.config import ModbusConfig
+    from edge.plc.sink import PlcSink
     from edge.web.config import WebConfig
 
 log = EventLog("inspect")
@@ -85,7 +86,8 @@ def run_inspection(
     tally = Tally()
     with contextlib.ExitStack() as stack:
         # First: the part is already on its way to the ejector.
-        outlets: list[Sink] = [*_plcs(stack, cameras.plan), *sinks]
+        plcs = _plcs(stack, cameras.plan)
+        outlets: list[Sink] = [*(OfCamera(camera, plc) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
             outlets.append(Production(pictures))
         control = Control(
@@ -118,7 +120,7 @@ def run_inspection(
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
             stack.enter_context(open_upkeep(cameras.plan, lines, control, state))
             if config.web is not None:
-                outlets += _page(stack, config.web, state, pipeline, control)
+                outlets += _page(stack, config.web, state, pipeline, control, plcs)
             outlet = stack.enter_context(Writer(pipeline.outbox, [*outlets, Disposal()]))
         _run_lines(lines, outlet, tally, limit=limit, stop=stop)
     if stop.is_set():
@@ -192,17 +194,18 @@ def _recall(pipeline: Pipeline, lines: Sequence[Line]) -> None:
             line.recall(past)
 
 
-def _plcs(stack: contextlib.ExitStack, plan: Plan) -> list[Sink]:
-    sinks: list[Sink] = []
+def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
+    """By the camera whose verdicts they are told."""
+    plcs: dict[str, PlcSink] = {}
     for camera in plan.cameras:
         if camera.modbus is not None:
             plc = _plc(camera.modbus)
             stack.callback(plc.close)
-            sinks.append(OfCamera(camera.name, plc))
-    return sinks
+            plcs[camera.name] = plc
+    return plcs
 
 
-def _plc(config: ModbusConfig) -> Sink:
+def _plc(config: ModbusConfig) -> PlcSink:
     try:
         from edge.plc.sink import PlcSink
     except ImportError as exc:
@@ -212,7 +215,12 @@ def _plc(config: ModbusConfig) -> Sink:
 
 
 def _page(
-    stack: contextlib.ExitStack, config: WebConfig, state: Path, pipeline: Pipeline, control: Control
+    stack: contextlib.ExitStack,
+    config: WebConfig,
+    state: Path,
+    pipeline: Pipeline,
+    control: Control,
+    plcs: Mapping[str, PlcSink],
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     try:
@@ -221,6 +229,7 @@ def _page(
         from edge.web.marks import MarkStore
         from edge.web.metrics import LineMetrics
         from edge.web.server import operator_token, serve
+        from edge.web.surroundings import Surroundings
     except ImportError as exc:
         msg = f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
         raise MissingDependencyError(msg) from exc
@@ -228,6 +237,8 @@ def _page(
     past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
     board = Board(config, past)
     metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
+    expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None
+    metrics.registry.register(Surroundings(state, plcs, certificate_expires=expires))
     station = Station(
         config,
         control.statuses,

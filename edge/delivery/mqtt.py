@@ -23,7 +23,7 @@ from edge.status import CameraStatus
 from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, UsageError
-from edgeflame.fleet.kit import read_kit
+from edgeflame.fleet.kit import Kit, read_kit
 from edgeflame.link import Down, Event, Failed, Link, Received, Sent, Up, Will
 from edgeflame.topics import Topics, check_name
 
@@ -86,16 +86,23 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(msg)
 
 
-def broker_url(config: MqttConfig) -> BrokerUrl:
-    """Where the broker is, and what to show it.
+def broker_url(config: MqttConfig, kit: Kit | None = None) -> BrokerUrl:
+    """Where the broker is, and what to show it; ``kit`` is the configuration's, if it was read already.
 
     Raises:
         UsageError: the URL is none, or the kit is not this line's.
     """
+    kit = kit or _read_kit(config)
+    if kit is not None:
+        return kit.broker_url(config.broker)
+    assert config.broker is not None
+    ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
+    return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+
+
+def _read_kit(config: MqttConfig) -> Kit | None:
     if config.kit is None:
-        assert config.broker is not None
-        ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
-        return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+        return None
     # A line goes on without its broker; results wait in the outbox for a new kit.
     kit = read_kit(Path(config.kit), must_be_valid=False)
     if (kit.role, kit.fleet, kit.name) != ("line", config.fleet, config.line):
@@ -104,7 +111,7 @@ def broker_url(config: MqttConfig) -> BrokerUrl:
             f"line {config.line!r} of {config.fleet!r}"
         )
         raise UsageError(msg)
-    return kit.broker_url(config.broker)
+    return kit
 
 
 class CameraState(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,7 +195,9 @@ class MqttDestination:
         self._config = config
         self._topics = Topics(fleet=config.fleet)
         try:
-            self._url = broker_url(config)
+            kit = _read_kit(config)
+            self.certificate_expires = None if kit is None else kit.expires
+            self._url = broker_url(config, kit)
             self._url.ssl_context()
         except (UsageError, LinkError) as exc:
             msg = f"mqtt: {exc}"

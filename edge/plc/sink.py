@@ -90,6 +90,11 @@ class PlcSink:
         self._thread = threading.Thread(target=self._run, name="edgeflame-plc", daemon=True)
         self._thread.start()
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the last write, a verdict or a heartbeat, reached the PLC."""
+        return bool(self._is_up)
+
     def accept(self, inspected: Inspected) -> None:
         """Hand a verdict over."""
         result = inspected.result

@@ -115,6 +115,7 @@ class _Asked(Collector):
             "edgeflame_threshold", "Raw distance above which a part fails.", labels=["camera"]
         )
         model = GaugeMetricFamily("edgeflame_model_info", "The model that runs.", labels=["camera", "product", "model"])
+        up = GaugeMetricFamily("edgeflame_camera_up", "1 while parts come from a camera.", labels=["camera"])
         paused = GaugeMetricFamily("edgeflame_paused", "1 while a camera is paused.", labels=["camera"])
         dropped = CounterMetricFamily(
             "edgeflame_frames_dropped", "Frames never looked at.", labels=["camera", "reason"]
@@ -145,10 +146,11 @@ class _Asked(Collector):
                 tested.add_metric([status.camera], status.golden.last.at.timestamp())
             threshold.add_metric([status.camera], status.threshold)
             model.add_metric([status.camera, status.product, status.model], 1)
+            up.add_metric([status.camera], status.problem is None and not status.ended)
             paused.add_metric([status.camera], status.paused)
             for reason, count in status.dropped.items():
                 dropped.add_metric([status.camera, reason], count)
-        yield from (threshold, model, paused, dropped, drift, evidence, rank, golden, tested)
+        yield from (threshold, model, up, paused, dropped, drift, evidence, rank, golden, tested)
         yield from _of_parts(self._statuses())
         waiting = GaugeMetricFamily("edgeflame_outbox_waiting", "Results not yet delivered.", labels=["destination"])
         lost = CounterMetricFamily("edgeflame_results_lost", "Results given up undelivered.", labels=["destination"])

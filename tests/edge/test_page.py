@@ -28,6 +28,7 @@ from edge.web.config import WebConfig
 from edge.web.marks import MarkStore
 from edge.web.metrics import LineMetrics
 from edge.web.server import operator_token, serve
+from edge.web.surroundings import Surroundings
 from edgeflame.cli import cli
 from edgeflame.errors import ConfigError, LinkError
 from edgeflame.images import read_image
@@ -95,14 +96,25 @@ def statuses() -> tuple[CameraStatus, ...]:
     )  # fmt: skip
 
 
+class Plc:
+    """One that is away."""
+
+    is_connected = False
+    num_missed = 2
+
+
 @contextlib.contextmanager
 def station(folder: Path, package: Package, **keys: Any) -> Iterator[tuple[Station, str]]:
     config = WebConfig(listen="127.0.0.1:0", **keys)
+    metrics = LineMetrics(statuses, deliverers=[])
+    metrics.registry.register(
+        Surroundings(folder, {"camera": Plc()}, certificate_expires=dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc))
+    )
     opened = Station(
         config,
         statuses,
         board=Board(config),
-        metrics=LineMetrics(statuses, deliverers=[]),
+        metrics=metrics,
         marks=MarkStore(folder / "marks"),
         deliverers=[],
         token=TOKEN,
@@ -144,6 +156,10 @@ def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, p
     assert 'edgeflame_parts_total{camera="camera",verdict="fail"} 1.0' in text
     assert 'edgeflame_frames_dropped_total{camera="camera",reason="superseded"} 3.0' in text
     assert 'edgeflame_score_ratio_count{camera="camera"} 2.0' in text
+    assert 'edgeflame_camera_up{camera="camera"} 1.0' in text
+    assert 'edgeflame_plc_connected{camera="camera"} 0.0' in text
+    assert 'edgeflame_plc_missed_total{camera="camera"} 2.0' in text
+    assert "edgeflame_certificate_expiry_timestamp_seconds 1.8934" in text
     told = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "inspection.md").read_text(), re.MULTILINE))
     assert told == documented
