@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def aggregate(
     connect_timeout_s: float | None = None,
     stay: bool = False,
     metrics: str | None = None,
+    certificate_expires: datetime | None = None,
 ) -> RunResult:
     """Serve a run to its end: a new one, or the one the state directory holds.
 
@@ -83,6 +85,7 @@ def aggregate(
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
         stay: answer and serve late sites after the end, until interrupted or told to stop.
         metrics: ``HOST:PORT`` where Prometheus may ask.
+        certificate_expires: end of the validity of what we show the broker, if that is known.
 
     Raises:
         ConfigError: the interrupted run has another configuration.
@@ -106,6 +109,7 @@ def aggregate(
             out_dir=out_dir,
             report=report,
             metrics=server,
+            certificate_expires=certificate_expires,
             stay=stay,
         )
         service.serve(broker, connect_timeout_s)
@@ -124,6 +128,7 @@ class _Service:
         report: Progress,
         stay: bool,
         metrics: MetricsServer | None,
+        certificate_expires: datetime | None,
     ) -> None:
         now = time.monotonic()
         store = BlobStore(state_dir)
@@ -139,7 +144,7 @@ class _Service:
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._intake = Intake(store, self._tell)
         self._announcer = Announcer(store, drafts=state_dir)
-        self._watch = Watch(state_dir, self._say_tag, metrics)
+        self._watch = Watch(state_dir, self._say_tag, metrics, certificate_expires=certificate_expires)
         self._link: Link | None = None
         self._is_up = False
         self._stay = stay

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, get_args
 
 from aggregator.facts import RunState
@@ -30,6 +32,7 @@ class Snapshot:
         bytes_in: received since the start.
         bytes_out: sent since the start.
         free_bytes: on the disk of the state folder.
+        certificate_expires: end of the validity of what we show the broker; None: not known.
     """
 
     state: RunState
@@ -42,6 +45,7 @@ class Snapshot:
     bytes_in: int
     bytes_out: int
     free_bytes: int
+    certificate_expires: datetime | None = None
 
     def sites(self) -> dict[SiteState, int]:
         """How many members are in which state; each in one."""
@@ -113,6 +117,7 @@ def metrics(snapshot: Snapshot) -> list[Metric]:
         gauge("last_round_seconds", "How long the last round took; 0 if none ended yet.", snapshot.last_round_s or 0),
         by("sites", "Members by state.", "state", {name: float(count) for name, count in snapshot.sites().items()}),
         gauge("sites_online", "Sites heard lately.", snapshot.num_online),
+        gauge("quorum", "Sites whose answers the open round needs; 0 while none is open.", _quorum(state)),
         gauge("accepted_updates", "Updates of this run that count.", accepted),
         by(
             "refusals",
@@ -126,7 +131,17 @@ def metrics(snapshot: Snapshot) -> list[Metric]:
         counter("received_bytes", "Payload received since the start.", snapshot.bytes_in),
         counter("sent_bytes", "Payload sent since the start.", snapshot.bytes_out),
         gauge("free_bytes", "Free on the disk of the state folder.", snapshot.free_bytes),
+        gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When the kit's certificate expires; NaN if that is not known.",
+            math.nan if snapshot.certificate_expires is None else snapshot.certificate_expires.timestamp(),
+        ),
     ]
+
+
+def _quorum(state: RunState) -> int:
+    entry = {"train": state.round, "statistics": state.statistics}.get(state.phase)
+    return 0 if entry is None else state.config.replies_needed(len(entry.asked))
 
 
 def _rounds_done(state: RunState) -> int:

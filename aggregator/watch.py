@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from aggregator.facts import RunState
@@ -20,10 +21,19 @@ class Watch:
         state_dir: whose disk matters.
         say: publishes a tag, retained; called only while the broker is connected.
         server: Prometheus' side; None: nobody asks.
+        certificate_expires: end of the validity of what we show the broker, if that is known.
     """
 
-    def __init__(self, state_dir: Path, say: Callable[[str, bytes], None], server: MetricsServer | None) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        say: Callable[[str, bytes], None],
+        server: MetricsServer | None,
+        *,
+        certificate_expires: datetime | None = None,
+    ) -> None:
         self._state_dir = state_dir
+        self._certificate_expires = certificate_expires
         self._say = say
         self._server = server
         self._said: dict[str, str] = {}
@@ -64,6 +74,7 @@ class Watch:
             bytes_in=0 if link is None else link.bytes_in,
             bytes_out=0 if link is None else link.bytes_out,
             free_bytes=_free_bytes(self._state_dir),
+            certificate_expires=self._certificate_expires,
         )
         if self._server is not None:
             self._server.show(metrics(snapshot))

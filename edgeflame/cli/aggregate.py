@@ -77,6 +77,7 @@ def command(
             connect_timeout_s=connect_timeout,
             stay=stay,
             metrics=metrics,
+            certificate_expires=met.certificate_expires,
         )
     if as_json:
         print_json(result.ledger)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from edgeflame.brokerurl import BrokerUrl
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +61,7 @@ class Contact:
     url: BrokerUrl
     fleet: str | None = None
     name: str | None = None
+    certificate_expires: datetime | None = None
 
 
 def contact(
@@ -106,7 +109,9 @@ def contact(
             f"{' or '.join(roles)}"
         )
         raise UsageError(msg)
-    return Contact(url=opened.broker_url(broker), fleet=opened.fleet, name=opened.name)
+    return Contact(
+        url=opened.broker_url(broker), fleet=opened.fleet, name=opened.name, certificate_expires=opened.expires
+    )
 
 
 def agreed(option: str, given: str | None, from_kit: str | None) -> str:

@@ -126,6 +126,7 @@ def command(
                 connect_timeout_s=connect_timeout,
                 schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
                 metrics=metrics,
+                certificate_expires=met.certificate_expires,
             ),
             report=report,
         )

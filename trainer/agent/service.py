@@ -70,6 +70,7 @@ class SiteOptions:
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
         schedule: when the site may train; None: always.
         metrics: ``HOST:PORT`` where Prometheus may ask; None: nowhere.
+        certificate_expires: end of the validity of what we show the broker, if that is known.
     """
 
     broker: BrokerUrl
@@ -82,6 +83,7 @@ class SiteOptions:
     connect_timeout_s: float | None = None
     schedule: Schedule | None = None
     metrics: str | None = None
+    certificate_expires: datetime | None = None
 
 
 BY_AGGREGATOR = Pause(reason="the aggregator's operator paused it")
@@ -111,7 +113,8 @@ def take_part(options: SiteOptions, *, report: Progress) -> SiteResult | None:
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(options.state_dir, holds="site"))
         server = None if options.metrics is None else stack.enter_context(MetricsServer(options.metrics))
-        return _Site(options, Topics(fleet=options.fleet), report, Watch(options.state_dir, server)).serve()
+        watch = Watch(options.state_dir, server, certificate_expires=options.certificate_expires)
+        return _Site(options, Topics(fleet=options.fleet), report, watch).serve()
 
 
 class _Site:

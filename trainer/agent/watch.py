@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 from edgeflame.link import Link
@@ -20,10 +22,14 @@ class Watch:
     Args:
         state_dir: whose disk matters.
         server: who asks; None: nobody does.
+        certificate_expires: end of the validity of what we show the broker, if that is known.
     """
 
-    def __init__(self, state_dir: Path, server: MetricsServer | None) -> None:
+    def __init__(
+        self, state_dir: Path, server: MetricsServer | None, *, certificate_expires: datetime | None = None
+    ) -> None:
         self._state_dir = state_dir
+        self._certificate_expires = certificate_expires
         self._server = server
         self._refusals: Counter[str] = Counter()
         self._due_at = 0.0
@@ -90,6 +96,11 @@ class Watch:
                 _counter("received_bytes", "Payload received since the start.", 0 if link is None else link.bytes_in),
                 _counter("sent_bytes", "Payload sent since the start.", 0 if link is None else link.bytes_out),
                 _gauge("free_bytes", "Free on the disk of the state folder.", free_bytes),
+                _gauge(
+                    "certificate_expiry_timestamp_seconds",
+                    "When the kit's certificate expires; NaN if that is not known.",
+                    math.nan if self._certificate_expires is None else self._certificate_expires.timestamp(),
+                ),
             ]
         )
 
