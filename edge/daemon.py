@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import queue
-import signal
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,13 +22,16 @@ from edge.overrides import Overrides
 from edge.parts.counts import PartCounts
 from edge.plan import Plan
 from edge.rejects import RejectsSink
-from edge.results import Inspected, Result
+from edge.results import Result
+from edge.runner import Runner
+from edge.service import Heart, Notifier
+from edge.signals import LastResort, Signals
 from edge.sinks import InTurn, OfCamera, Production, Sink
 from edge.sources.watch.disposal import Disposal
 from edge.summary import Summary, Tally
 from edge.upkeep import open_upkeep
 from edgeflame.console import EventLog
-from edgeflame.errors import ConfigError, DataError, MissingDependencyError
+from edgeflame.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from edge.plc.config import ModbusConfig
@@ -45,8 +45,8 @@ MARKS_FOLDER = "marks"
 _RECALLED = 10_000
 """Results looked at when the daemon starts; more than it remembers parts of each camera by."""
 
-_POLL_S = 0.2
-"""How often the main thread looks whether it is to stop; a line that ends wakes it at once."""
+STOP_GRACE_S = 2.0
+"""A stop takes at most so much longer than results may still be delivered (``delivery.flush_s``), whatever hangs."""
 
 
 def run_inspection(
@@ -58,9 +58,9 @@ def run_inspection(
     state: Path | None = None,
     pictures: RejectsSink | None = None,
     limit: int | None = None,
-    stop: threading.Event,
+    signals: Signals,
 ) -> Summary:
-    """Inspect until all sources end, ``limit`` parts are done, or ``stop`` is set.
+    """Inspect until all sources end, ``limit`` parts are done, or a signal says stop.
 
     The part in hand when the stop comes still gets its verdict.
 
@@ -72,7 +72,7 @@ def run_inspection(
         state: folder for the outbox; without it results go to the sinks alone.
         pictures: pictures of rejected parts; also told every result, and asked for room when the disk is full.
         limit: of parts.
-        stop: ends the run.
+        signals: end the run, or have the configuration read again.
 
     Raises:
         ConfigError: something is configured that needs a state folder.
@@ -85,6 +85,8 @@ def run_inspection(
     pipeline: Pipeline | None = None
     tally = Tally()
     with contextlib.ExitStack() as stack:
+        # Called off last of all: what hangs may be anything below.
+        last_resort = stack.enter_context(LastResort())
         # First: the part is already on its way to the ejector.
         plcs = _plcs(stack, cameras.plan)
         outlets: list[Sink] = [*(OfCamera(camera, plc) for camera, plc in plcs.items()), *sinks]
@@ -121,9 +123,20 @@ def run_inspection(
             stack.enter_context(open_upkeep(cameras.plan, lines, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control, plcs)
+            stack.callback(_begin_end, pipeline, plcs)
             outlet = stack.enter_context(Writer(pipeline.outbox, [*outlets, Disposal()]))
-        _run_lines(lines, outlet, tally, limit=limit, stop=stop)
-    if stop.is_set():
+        busy: dict[str, Callable[[], float]] = {f"camera {line.name}": partial(_busy_s, line) for line in lines}
+        if isinstance(outlet, Writer):
+            busy["outbox"] = partial(_busy_s, outlet)
+        with Heart(Notifier(), busy_s=busy, status=partial(_status, control, tally)) as heart:
+            runner = Runner(lines, outlet, tally, limit)
+            runner.run(
+                signals,
+                heart,
+                reload=control.reload,
+                on_stop=lambda: last_resort.begin(config.delivery.flush_s + STOP_GRACE_S),
+            )
+    if signals.stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)
     dropped = sum((line.dropped for line in lines[1:]), start=lines[0].dropped)
     counts = [line.status().counts for line in lines]
@@ -135,54 +148,15 @@ def run_inspection(
     )
 
 
-def _run_lines(lines: Sequence[Line], outlet: Sink, tally: Tally, *, limit: int | None, stop: threading.Event) -> None:
-    """Each line on a thread of its own, until all have ended.
+def _busy_s(part: Line | Writer) -> float:
+    return part.busy_s
 
-    Raises:
-        EdgeFlameError: a line's error. One that can only be its own waits until the others have ended.
-    """
-    halt = threading.Event()
-    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def accept(inspected: Inspected) -> None:
-        outlet.accept(inspected)
-        if inspected.result.golden:
-            return
-        if tally.add(inspected.result) == limit:
-            halt.set()
-
-    def run(line: Line) -> None:
-        try:
-            line.run(accept, halt, is_alone=len(lines) == 1)
-        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the main thread raises it
-            done.put(exc)
-        else:
-            done.put(None)
-
-    threads = [threading.Thread(target=run, args=(line,), name=f"edgeflame-{line.name}", daemon=True) for line in lines]
-    for thread in threads:
-        thread.start()
-    running, failures = len(threads), []
-    try:
-        while running:
-            with contextlib.suppress(queue.Empty):
-                failure = done.get(timeout=_POLL_S)
-                running -= 1
-                if failure is not None:
-                    failures.append(failure)
-                    if not isinstance(failure, DataError):
-                        # Not this camera's alone: a disk, a defect.
-                        halt.set()
-                    elif running:
-                        log.error("camera_ended", reason=str(failure))
-            if stop.is_set():
-                halt.set()
-    finally:
-        halt.set()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
+def _status(control: Control, tally: Tally) -> str:
+    statuses = control.statuses()
+    troubles = [f"{status.camera}: {status.problem}" for status in statuses if status.problem is not None]
+    troubles += [f"{status.camera}: paused" for status in statuses if status.paused]
+    return "; ".join((f"{len(statuses)} cameras, {tally.parts} parts", *troubles))
 
 
 def _recall(pipeline: Pipeline, lines: Sequence[Line]) -> None:
@@ -203,6 +177,13 @@ def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
             stack.callback(plc.close)
             plcs[camera.name] = plc
     return plcs
+
+
+def _begin_end(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
+    """Every result is on the disk: all that wait for somebody outside do so at the same time."""
+    pipeline.begin_flush()
+    for plc in plcs.values():
+        plc.finish()
 
 
 def _plc(config: ModbusConfig) -> PlcSink:
@@ -250,23 +231,3 @@ def _page(
     )
     stack.enter_context(serve(station, config))
     return [Production(board), Production(metrics)]
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal interrupts at once."""
-    stop = threading.Event()
-
-    def request_stop(signum: int, frame: FrameType | None) -> None:
-        del signum, frame
-        if stop.is_set():
-            raise KeyboardInterrupt
-        # Nothing else: the handler may run in the middle of a write to the terminal.
-        stop.set()
-
-    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -151,7 +151,8 @@ class Line:
 
     def status(self) -> CameraStatus:
         """What it is doing now."""
-        judge = self._judge
+        judge, busy_s = self._judge, self.busy_s
+        hangs = f"one part has been in hand for {busy_s:.0f} s" if busy_s > _PATIENCE_S else None
         return CameraStatus(
             camera=self.name,
             source=self._source.name,
@@ -162,7 +163,7 @@ class Line:
             threshold_set=self._threshold_set,
             paused=self.is_paused,
             ended=self._ended,
-            problem=self._keeper.problem() or self._problem,
+            problem=hangs or self._keeper.problem() or self._problem,
             parts=self.parts,
             dropped=dict(self.dropped),
             counts=copy.copy(self._keeper.counts),

@@ -100,6 +100,6 @@ class NumericalError(EdgeFlameError):
 
 
 class CrashLoopError(EdgeFlameError):
-    """A part of a daemon failed unexpectedly again and again; a new start may cure it."""
+    """A part of a daemon failed unexpectedly again and again, or hangs; a new start may cure it."""
 
     exit_code = 12

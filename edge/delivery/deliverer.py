@@ -95,16 +95,22 @@ class Deliverer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._flush_until = time.monotonic() + self._config.flush_s
-        self._closing.set()
-        with self._outbox.changed:
-            self._outbox.changed.notify_all()
+        flush_until = self.begin_flush()
         # A destination has timeouts of its own; nothing of ours waits longer for it than this.
-        self._thread.join(self._config.flush_s + 1.0)
+        self._thread.join(max(0.0, flush_until - time.monotonic()) + 0.3)
         self._destination.close()
         waiting = self.standing().waiting
         if waiting:
             log.warning("results_kept_for_the_next_start", destination=self._destination.name, count=waiting)
+
+    def begin_flush(self) -> float:
+        """Deliver what waits for ``flush_s`` more, and no longer; until when that is, on the monotonic clock."""
+        if self._flush_until is None:
+            self._flush_until = time.monotonic() + self._config.flush_s
+            self._closing.set()
+            with self._outbox.changed:
+                self._outbox.changed.notify_all()
+        return self._flush_until
 
     @property
     def name(self) -> str:

@@ -31,6 +31,11 @@ class Pipeline:
     undelivered: dict[str, int]
     """After the end: results kept for the next start, by destination; none for one that has all."""
 
+    def begin_flush(self) -> None:
+        """All destinations get their last results at the same time, and not one after another."""
+        for deliverer in self.deliverers:
+            deliverer.begin_flush()
+
     def answer(self, reply: bytes) -> None:
         """Publish the reply to a command."""
         if self.mqtt is not None:

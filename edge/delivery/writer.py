@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -38,6 +39,7 @@ class Writer:
         self._queue: queue.Queue[Inspected | None] = queue.Queue(MAX_WAITING)
         self._failure: EdgeFlameError | None = None
         self._closed = False
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="edgeflame-outbox", daemon=True)
         self._thread.start()
 
@@ -57,6 +59,11 @@ class Writer:
         """
         while True:
             self._raise_failure()
+            if self._closed:
+                # A camera that hung when we were told to stop, and comes round now.
+                log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
+                msg = "the outbox is closed"
+                raise StorageError(msg)
             try:
                 self._queue.put(inspected, timeout=0.2)
             except queue.Full:
@@ -80,6 +87,12 @@ class Writer:
             self._thread.join()
         self._raise_failure()
 
+    @property
+    def busy_s(self) -> float:
+        """How long the disk and the sinks have had the results in hand; 0 between them."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -87,6 +100,7 @@ class Writer:
     def _run(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
+                self._busy_since = time.monotonic()
                 self._outbox.append(
                     [msgspec.json.encode(inspected.result) for inspected in batch],
                     [inspected.origin for inspected in batch if inspected.origin is not None],
@@ -94,6 +108,7 @@ class Writer:
                 for inspected in batch:
                     for sink in self._sinks:
                         sink.accept(inspected)
+                self._busy_since = None
         except EdgeFlameError as exc:
             self._fail(exc)
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the next accept raises it

@@ -117,11 +117,15 @@ class PlcSink:
             self._waiting.append(part)
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Write what waits, once, and let go."""
+    def finish(self) -> None:
+        """Write what waits, once, and then let go; does not wait for that."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finish, and wait for it."""
+        self.finish()
         self._thread.join(2 * self._config.timeout_s + 1)
         if self.num_missed or self.num_late:
             log.warning("plc_verdicts_missed", count=self.num_missed, late=self.num_late, host=self._config.host)

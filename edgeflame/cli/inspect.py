@@ -124,11 +124,12 @@ def command(
     from edge.cameras import Cameras
     from edge.choice import LineDevice
     from edge.config import InspectConfig
-    from edge.daemon import run_inspection, stop_on_signals
+    from edge.daemon import run_inspection
     from edge.loading import Loader
     from edge.overrides import Overrides
     from edge.plan import make_plan
     from edge.rejects import RejectsSink
+    from edge.signals import heed_signals
     from edgeflame.config import load_config
 
     def read_plan() -> Plan:
@@ -145,7 +146,7 @@ def command(
     pictures = RejectsSink(rejects, plan.config.rejects) if rejects is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
-        with stop_on_signals() as stop:
+        with heed_signals() as signals:
             summary = run_inspection(
                 cameras,
                 sinks,
@@ -154,9 +155,9 @@ def command(
                 state=state,
                 pictures=pictures,
                 limit=limit,
-                stop=stop,
+                signals=signals,
             )
-            stopped = stop.is_set()
+            stopped = signals.stop.is_set()
     finally:
         for sink in sinks:
             sink.close()

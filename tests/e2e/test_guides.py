@@ -48,7 +48,9 @@ def test_getting_started(tmp_path: Path) -> None:
     }
     work = tmp_path / "work"
     work.mkdir()
-    done = subprocess.run(["bash", "-euxo", "pipefail", "-c", script], cwd=work, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", script], cwd=work, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for said in (
         r"photos: warm_wood, 25 boards, 50 photographs written",
