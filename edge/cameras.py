@@ -79,6 +79,54 @@ class Cameras:
         line = next(line for line in self.lines if line.name == camera)
         return self._judge(camera, product, self._products[product], self._settings[camera], is_live=line.is_live)
 
+    def settings(self, camera: str) -> InspectConfig:
+        """The rules of a camera."""
+        return self._settings[camera]
+
+    def try_package(self, camera: str, product: str, file: Path) -> Judge:
+        """As :meth:`load`, of another package of a product."""
+        is_live = next(line.is_live for line in self.lines if line.name == camera)
+        return self._loader.open(file, self._settings[camera], camera=camera, product=product, is_live=is_live)
+
+    def put_package(self, product: str, file: Path, judges: Mapping[str, Judge]) -> Mapping[str, Judge]:
+        """Have a product judged with another package from the next part on, and whenever a camera is switched to it.
+
+        Args:
+            product: which.
+            file: the package.
+            judges: of :meth:`try_package`, by camera; for others one is opened.
+
+        Returns:
+            The judges before them.
+
+        Raises:
+            EdgeFlameError: one cannot be opened, or a part in hand does not come to an end.
+        """
+        self._products[product] = file
+        self._loader.forget()
+        self._digests[product] = self._digest(file)
+        replaced: dict[str, Judge] = {}
+        for line in self.lines:
+            if line.judge.product != product:
+                continue
+            judge = judges.get(line.name) or self.try_package(line.name, product, file)
+            if judge.model_id == line.judge.model_id:
+                continue
+            # The rules may have changed since it was opened.
+            judge = judge.reconfigured(self._settings[line.name])
+            threshold = self._overrides.of(line.name).thresholds.get(judge.model_id)
+            before = replaced[line.name] = line.use(judge, threshold=threshold)
+            log.warning(
+                "model_switched",
+                camera=line.name,
+                product=product,
+                before=before.model_id,
+                now=judge.model_id,
+                threshold_before=before.threshold,
+                threshold=judge.threshold,
+            )
+        return replaced
+
     def on_section(self, name: str, taker: Callable[[Any], None]) -> None:
         """Let another part of the daemon take a changed section, say ``rejects``, while it runs."""
         self._takers[name] = taker

@@ -14,6 +14,7 @@ from edge.delivery.webhook import WebhookConfig
 from edge.drift.config import DriftConfig
 from edge.golden.config import GoldenConfig
 from edge.health import HealthLimits
+from edge.models.config import ModelsConfig
 from edge.parts.config import PartsConfig, TriggerConfig
 from edge.plc.config import ModbusConfig
 from edge.rejects import RejectsConfig
@@ -88,6 +89,7 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     webhook: WebhookConfig | None = None
     web: WebConfig | None = None
     modbus: ModbusConfig | None = None
+    models: ModelsConfig | None = None
 
     def __post_init__(self) -> None:
         for kind, names in (("products", self.products), ("cameras", self.cameras)):

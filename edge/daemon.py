@@ -18,6 +18,7 @@ from edge.delivery.mqtt import line_state
 from edge.delivery.pipeline import Pipeline, open_pipeline
 from edge.delivery.writer import Writer
 from edge.line import Line
+from edge.models.field import FieldModels
 from edge.overrides import Overrides
 from edge.parts.counts import PartCounts
 from edge.plan import Plan
@@ -59,6 +60,7 @@ def run_inspection(
     pictures: RejectsSink | None = None,
     limit: int | None = None,
     signals: Signals,
+    models: FieldModels | None = None,
 ) -> Summary:
     """Inspect until all sources end, ``limit`` parts are done, or a signal says stop.
 
@@ -73,6 +75,7 @@ def run_inspection(
         pictures: pictures of rejected parts; also told every result, and asked for room when the disk is full.
         limit: of parts.
         signals: end the run, or have the configuration read again.
+        models: released ones, where the line takes them; the cameras were opened by it then.
 
     Raises:
         ConfigError: something is configured that needs a state folder.
@@ -99,7 +102,7 @@ def run_inspection(
             overrides=overrides,
             folder=state / SNAPSHOTS_FOLDER if state is not None else None,
         )
-        control.register("reload", lambda: cameras.reload(reread()))
+        control.register("reload", lambda: cameras.reload(reread() if models is None else models.overlay(reread())))
         if state is None:
             stack.enter_context(open_upkeep(cameras.plan, lines, control, None))
             outlet: Sink = InTurn([*outlets, Disposal()])
@@ -125,6 +128,8 @@ def run_inspection(
                 outlets += _page(stack, config.web, state, pipeline, control, plcs)
             stack.callback(_begin_end, pipeline, plcs)
             outlet = stack.enter_context(Writer(pipeline.outbox, [*outlets, Disposal()]))
+        if models is not None:
+            stack.enter_context(models.running(cameras, control))
         busy: dict[str, Callable[[], float]] = {f"camera {line.name}": partial(_busy_s, line) for line in lines}
         if isinstance(outlet, Writer):
             busy["outbox"] = partial(_busy_s, outlet)

@@ -172,6 +172,16 @@ def key_id(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
+def public_key_id(path: Path) -> str:
+    """The id of a public key's file.
+
+    Raises:
+        UsageError: not a public Ed25519 key.
+        MissingDependencyError: cryptography is not installed.
+    """
+    return key_id(_read_public(path))
+
+
 def _read_private(path: Path) -> Ed25519PrivateKey:
     data = _read_key(path)
     from cryptography.exceptions import UnsupportedAlgorithm

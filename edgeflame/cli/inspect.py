@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [trigger], "
-    "[parts], [drift], [golden], [rejects], [outbox], [delivery], [mqtt], [webhook], [web], [modbus]; options given "
-    "here win.",
+    "[parts], [drift], [golden], [rejects], [outbox], [delivery], [mqtt], [models], [webhook], [web], [modbus]; "
+    "options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
 @click.option(
@@ -126,6 +126,7 @@ def command(
     from edge.config import InspectConfig
     from edge.daemon import run_inspection
     from edge.loading import Loader
+    from edge.models.field import open_field_models
     from edge.overrides import Overrides
     from edge.plan import make_plan
     from edge.rejects import RejectsSink
@@ -142,7 +143,11 @@ def command(
     plan = read_plan()
     loader.share_cores(len(plan.cameras))
     overrides = Overrides(state)
-    cameras = Cameras(plan, loader, overrides, state)
+    models = open_field_models(plan, loader, state)
+    if models is None:
+        cameras = Cameras(plan, loader, overrides, state)
+    else:
+        cameras = models.open_cameras(lambda decided: Cameras(decided, loader, overrides, state))
     pictures = RejectsSink(rejects, plan.config.rejects) if rejects is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
@@ -156,6 +161,7 @@ def command(
                 pictures=pictures,
                 limit=limit,
                 signals=signals,
+                models=models,
             )
             stopped = signals.stop.is_set()
     finally:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from brokers import BROKERS, BrokerProcess
+from daemon import stream
 from keys import Keys
-from small_model import with_references
+from small_model import bad_image, good_image, with_references
 
-from edgeflame.package import Package
+from edgeflame.package import Package, read_package
 from edgeflame.signing import sign_package, write_keys
 
 
@@ -42,3 +43,17 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerPro
     """Each kind of broker."""
     with BrokerProcess(request.param, tmp_path) as process:
         yield process
+
+
+PARTS = 60_000
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = [good_image(seed) for seed in range(8)] + [bad_image(seed) for seed in range(2)]
+    return stream(tmp_path_factory.mktemp("parts") / "parts", images, PARTS)
+
+
+@pytest.fixture(scope="session")
+def referenced(signed: Path) -> Package:
+    return read_package(signed)

@@ -1,0 +1,175 @@
+"""Models in the field, put together for a daemon: what it starts with, and the thread that looks after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import final
+
+from edge.cameras import Cameras
+from edge.control import Control
+from edge.delivery.mqtt import broker_url
+from edge.loading import Loader
+from edge.models.agent import Agent
+from edge.models.check import TrustedKeys
+from edge.models.keeper import Keeper
+from edge.models.record import ProductRecord, RecordFile
+from edge.models.seats import CameraSeats, Configured
+from edge.models.start import files, one_back, settle
+from edge.models.store import FOLDER, RECORD, PackageStore
+from edge.plan import Plan
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
+from edgeflame.transfer.store import sha256_of
+
+log = EventLog("models")
+
+
+def open_field_models(plan: Plan, loader: Loader, state: Path | None) -> FieldModels | None:
+    """What section ``[models]`` asks for; None where there is none.
+
+    Raises:
+        ConfigError: it lacks something, or contradicts other sections.
+        EdgeFlameError: keys, packages or the state folder cannot be read.
+    """
+    config = plan.config
+    if config.models is None:
+        return None
+    if state is None or config.mqtt is None:
+        msg = "[models] needs the section [mqtt], where models are announced, and --state DIR, where they are kept"
+        raise ConfigError(msg)
+    check_thresholds(plan)
+    products: dict[str, Configured] = {}
+    for name, file in plan.products.items():
+        package = loader.package(file)
+        product = package.manifest.product
+        if product in products:
+            msg = (
+                f"products.{products[product].name} and products.{name} are both packages of the product {product!r}; "
+                "with [models] each product is there once, or a release would be for both"
+            )
+            raise ConfigError(msg)
+        products[product] = Configured(name=name, product=product, file=str(file), sha256=package.sha256)
+    return FieldModels(plan, loader, products, state / FOLDER)
+
+
+def check_thresholds(plan: Plan) -> None:
+    """Whether a threshold would hold for models it was not made for.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if any(camera.settings.verdict.threshold is not None for camera in plan.cameras):
+        msg = (
+            "[models] and a threshold of the configuration (verdict.threshold or --threshold): a threshold is a raw "
+            "distance of one model, and would hold for every later one; put it into the package: edgeflame calibrate"
+        )
+        raise ConfigError(msg)
+
+
+@final
+class FieldModels:
+    """The released models of a daemon.
+
+    Args:
+        plan: as configured.
+        loader: opens packages.
+        products: the plan's, by their names in the fleet.
+        folder: for packages and decisions.
+
+    Raises:
+        EdgeFlameError: keys or the folder cannot be read.
+    """
+
+    def __init__(self, plan: Plan, loader: Loader, products: dict[str, Configured], folder: Path) -> None:
+        assert plan.config.models is not None
+        self._config = plan.config.models
+        self._loader = loader
+        self._configured = products
+        self._keys = TrustedKeys(self._config.public_keys)
+        self._store = PackageStore(folder)
+        self._record = RecordFile(folder / RECORD)
+        self._plan = plan
+        self._is_running = False
+        """The record says what was decided; before, it is what was settled at the start."""
+        self._settled: dict[str, ProductRecord] = settle(
+            self._record.record, products, store=self._store, keys=self._keys
+        )
+
+    def open_cameras(self, opener: Callable[[Plan], Cameras]) -> Cameras:
+        """The cameras with what was decided or, where that cannot be opened here any more, what was before.
+
+        Raises:
+            EdgeFlameError: they cannot be opened with the configuration's files either.
+        """
+        while True:
+            try:
+                return opener(self._overlaid(self._plan))
+            except (NegativeAnswerError, PackageError, RuntimeUnavailableError) as exc:
+                released = {product: entry for product, entry in self._settled.items() if entry.present is not None}
+                if not released:
+                    raise
+                for product, entry in released.items():
+                    self._settled[product] = one_back(entry, product, "not_opened", str(exc))
+
+    def overlay(self, plan: Plan) -> Plan:
+        """A configuration that was read again, with what was decided in place of its files.
+
+        Raises:
+            ConfigError: it contradicts section ``[models]``.
+        """
+        check_thresholds(plan)
+        for configured in self._configured.values():
+            file = plan.products.get(configured.name)
+            if file is not None and sha256_of(file) != configured.sha256:
+                log.warning(
+                    "product_file_needs_restart",
+                    product=configured.name,
+                    file=str(file),
+                    reason="with [models], another file of a product is taken at the next start",
+                )
+        return self._overlaid(plan)
+
+    @contextlib.contextmanager
+    def running(self, cameras: Cameras, control: Control) -> Iterator[Keeper]:
+        """Look after models meanwhile. The state folder is this process's alone.
+
+        Raises:
+            EdgeFlameError: what was decided cannot be written, or the broker's settings make no sense.
+        """
+        mqtt = self._plan.config.mqtt
+        assert mqtt is not None
+        for product, entry in self._settled.items():
+            if self._record.record.products.get(product) != entry:
+                self._record.write(product, entry)
+        self._is_running = True
+        deadlines = [one.deadline_ms for one in (camera.settings.parts for camera in self._plan.cameras)]
+        agent = Agent(
+            lambda wake: Keeper(
+                self._config,
+                line=mqtt.line,
+                products=self._configured,
+                seats=CameraSeats(cameras),
+                store=self._store,
+                record=self._record,
+                keys=self._keys,
+                deadline_ms=min((one for one in deadlines if one is not None), default=None),
+                wake=wake,
+            ),
+            store=self._store,
+            broker=broker_url(mqtt),
+            fleet=mqtt.fleet,
+            line=mqtt.line,
+            on_change=control.changed,
+        )
+        with agent:
+            for line in cameras.lines:
+                line.watch(agent.keeper)
+            yield agent.keeper
+
+    def _overlaid(self, plan: Plan) -> Plan:
+        record = {**self._settled, **self._record.record.products} if self._is_running else self._settled
+        decided = files(record, self._configured, self._store)
+        return replace(plan, products={name: decided.get(name, file) for name, file in plan.products.items()})
