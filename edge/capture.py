@@ -94,6 +94,11 @@ class Capture:
                 captured = dataclasses.replace(captured, frame=frame)
             yield captured
 
+    def unread(self) -> list[Captured]:
+        """After the end: frames that came and were not taken, in order."""
+        with self._changed:
+            return list(self._queue)
+
     def _next(self) -> Captured | None:
         with self._changed:
             while not self._queue:
@@ -134,8 +139,6 @@ class Capture:
                     self.dropped[SUPERSEDED] += 1
                 else:
                     self._changed.wait()
-            if self._closed.is_set():
-                return False
             self._queue.append(captured)
             self._changed.notify_all()
-            return True
+            return not self._closed.is_set()

@@ -106,6 +106,7 @@ class Line:
         self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
         self._goldens = GoldenRequests()
         self._capture: Capture | None = None
+        self._unread: list[Captured] = []
         self._dropped: collections.Counter[str] = collections.Counter()
         self._crashes: collections.deque[float] = collections.deque()
         self._next_sequence = 0
@@ -270,6 +271,11 @@ class Line:
         """
         try:
             self._run(accept, halt, is_alone=is_alone)
+        except CrashLoopError:
+            self._give_up_unread(accept)
+            raise
+        else:
+            self._give_up_unread(accept)
         finally:
             self._keeper.close()
 
@@ -325,7 +331,19 @@ class Line:
                         self._deal_with(wanted, accept)
         finally:
             self._dropped += self._capture.dropped
+            self._unread = self._keeper.unfinished(self._capture.unread())
             self._capture = None
+
+    def _give_up_unread(self, accept: Callable[[Inspected], None]) -> None:
+        """Parts that were announced before the end, and whose turn has not come: unknown, and not forgotten."""
+        unread, self._unread = self._unread, []
+        for captured in unread:
+            placed = dataclasses.replace(captured, sequence=self._next_sequence)
+            self._next_sequence += 1
+            detail = "the inspection was stopped before its turn"
+            inspected = not_judged(placed, self._judge, camera=self.name, reason=Reason.NOT_SCORED, detail=detail)
+            self.parts += 1
+            accept(self._keeper.finish(inspected, placed))
 
     def _rest(self, captured: Captured, halt: threading.Event) -> Captured | None:
         """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over.
@@ -339,7 +357,7 @@ class Line:
         due = self._keeper.due_s(captured) if is_announced else None
         while not self._resumed.wait(0.2 if due is None else max(0.0, min(0.2, due - self._clock()))):
             if halt.is_set():
-                return None
+                return captured if is_announced else None
             if due is not None and self._clock() >= due:
                 break
         if is_announced:

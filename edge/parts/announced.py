@@ -18,7 +18,7 @@ from edge.parts.matching import Window
 from edge.parts.mqtt import MqttTrigger
 from edge.parts.source import TriggeredSource
 from edge.parts.trigger import TriggerSource
-from edge.sources import Source
+from edge.sources import Frame, Source
 from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.errors import ConfigError, LinkError, MissingDependencyError, UsageError
 from edgeflame.topics import Topics
@@ -79,6 +79,10 @@ class Announced:
         )
         self._source = TriggeredSource(source, self._transport(), window, counts=self._counts, dropped=self.dropped)
         return self._source
+
+    def unfinished(self) -> list[Frame]:
+        """After the end: parts that were announced, and that the line has not seen."""
+        return [] if self._source is None else self._source.unfinished()
 
     def problem(self) -> str | None:
         """Why no part can be announced at present; None if it can."""

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 import msgspec
@@ -81,6 +81,18 @@ class PartKeeper:
             ConfigError: announced parts would give way to one another.
         """
         return capture_of(config) if self._trigger.is_on else config
+
+    def unfinished(self, unread: Sequence[Captured]) -> list[Captured]:
+        """After the end: parts that were announced and have no verdict yet, in order.
+
+        Args:
+            unread: frames that were captured and not taken.
+        """
+        if self._announced is None:
+            return []
+        sequence = unread[-1].sequence + 1 if unread else 0
+        frames = self._announced.unfinished()
+        return [*unread, *(Captured(sequence=sequence + index, frame=frame) for index, frame in enumerate(frames))]
 
     @property
     def has_identity(self) -> bool:

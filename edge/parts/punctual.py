@@ -64,9 +64,11 @@ class Punctual:
         key = next(self._keys)
         step = self._deadline.take(key, due, self._clock())
         answer: Inspected | BaseException | None = None
+        given = False
         while step is not Step.LATE:
             if step is Step.SCORE:
                 self._give(key, judge, captured)
+                given = True
             try:
                 answering, answered = self._answers.get(timeout=max(0.0, due - self._clock()))
             except queue.Empty:
@@ -82,7 +84,7 @@ class Punctual:
                 if isinstance(answer, BaseException):
                     raise answer
                 return answer
-        return self._late(judge, captured, answer)
+        return self._late(judge, captured, answer, given=given)
 
     def close(self) -> None:
         """Let the thread go; one that hangs in the model is left behind."""
@@ -98,7 +100,6 @@ class Punctual:
         self._jobs.put((key, judge, captured))
 
     def _answered(self, key: int) -> Step:
-        self._busy = None
         return self._deadline.answered(key, self._clock())
 
     def _collect(self) -> None:
@@ -127,23 +128,25 @@ class Punctual:
             latency_ms=result.latency_ms,
         )
 
-    def _late(self, judge: Judge, captured: Captured, answer: Inspected | BaseException | None) -> Inspected:
+    def _late(
+        self, judge: Judge, captured: Captured, answer: Inspected | BaseException | None, *, given: bool
+    ) -> Inspected:
         if isinstance(answer, Inspected):
             # Worth to be known; that it is late is said where all late results are.
             self._counts.late_answers += 1
             return answer
-        busy = self._busy
+        reason, busy = Reason.LATE, self._busy
         if answer is not None:
             self._counts.late_answers += 1
             detail = f"the model failed after the deadline: {answer!r}"
+        elif given:
+            detail = "the model has not answered by then"
         elif busy is None:
             detail = "its turn came after the deadline"
-        elif busy[0] == captured.frame.part_id:
-            detail = f"the model has not answered within {1000 * self.busy_s():.0f} ms"
         else:
-            detail = f"the model has been busy with part {busy[0]} for {1000 * self.busy_s():.0f} ms"
-            return not_judged(captured, judge, camera=self._camera, reason=Reason.MODEL_NOT_READY, detail=detail)
-        return not_judged(captured, judge, camera=self._camera, reason=Reason.LATE, detail=detail)
+            reason = Reason.MODEL_NOT_READY
+            detail = f"the model has been busy with part {busy[0]} for {1000 * (self._clock() - busy[1]):.0f} ms"
+        return not_judged(captured, judge, camera=self._camera, reason=reason, detail=detail)
 
     def _work(self) -> None:
         """The model's thread."""
@@ -153,4 +156,5 @@ class Punctual:
                 answer: Inspected | BaseException = judge.inspect(captured)
             except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: whoever waits raises it
                 answer = exc
+            self._busy = None
             self._answers.put((key, answer))

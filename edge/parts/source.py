@@ -90,6 +90,12 @@ class TriggeredSource:
                         continue
                 yield self._frame(match)
 
+    def unfinished(self) -> list[Frame]:
+        """After the end of :meth:`frames`: the parts that were announced and not given, in order, without images."""
+        with self._changed:
+            self._matcher.close("the inspection was stopped")
+            return [self._frame(match) for match in self._matcher.matches()]
+
     def _next(self) -> Match[Frame] | None:
         self._matcher.advance(time.monotonic())
         return next(self._matcher.matches(), None)

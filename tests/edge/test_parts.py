@@ -115,7 +115,7 @@ def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow:
         late = verdict(keeper, slow, part("late"))
         wait_for(lambda: slow.begun == ["late"], "the model has it")  # and does not answer: it has no leave
         assert (late.verdict, late.reasons, late.late, late.score) == ("unknown", ("late",), True, None)
-        assert "the model has not answered within" in (late.detail or "")
+        assert "the model has not answered by then" in (late.detail or "")
         assert keeper.counts.late_answers == 0
         slow.may_go.release()
         wait_for(lambda: keeper._punctual is not None and not keeper._punctual._answers.empty(), "the model answers")

@@ -28,6 +28,7 @@ from aggregator.config import AggregateConfig
 from aggregator.journal import Journal
 from aggregator.models import check_initial, check_update
 from aggregator.requests import PauseSite, RequestBox, Stop
+from edge.parts.payload import read_announcement
 from edgeflame import messages as m
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli.train import SiteFile
@@ -306,6 +307,12 @@ def targets(folder: Path) -> dict[str, Target]:
             feed=text(parse_broker_url),
             errors=(UsageError,),
         ),
+        "announcement of a part": Target(
+            valid=[b"A-17", b'{"part_id": "A-17", "number": 17, "time": "2026-01-02T03:04:05.678Z"}'],
+            mutate=mutations.raw,
+            feed=read_announcement,
+            errors=(DataError,),
+        ),
         "groups file": Target(
             valid=[b"path,group\ntrain/good/a.png,1\ntrain/good/b.png,1\ntrain/good/c.png,2\n"],
             mutate=mutations.raw,
@@ -381,7 +388,7 @@ NAMES = (
     "memory", "shared statistics", "package",
     "package statistics", "public key", "aggregator's configuration", "learning",
     "site's configuration", "kit", "broker URL", "groups file", "image", "journal", "site's record", "wish", "request",
-    "schedule",
+    "schedule", "announcement of a part",
 )  # fmt: skip
 
 
