@@ -101,7 +101,7 @@ class WebhookDestination:
             headers["Authorization"] = f"Bearer {token}"
         target = (self._url.path or "/") + (f"?{self._url.query}" if self._url.query else "")
         try:
-            connection = self._connection or self._connect()
+            connection = self._connection or self.connect()
             self._connection = connection
             connection.request("POST", target, body=item.encode(), headers=headers)
             response = connection.getresponse()
@@ -117,7 +117,8 @@ class WebhookDestination:
             msg = f"{self._url.scheme}://{self._url.netloc} answers {response.status} {response.reason}"
             raise LinkError(msg)
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def connect(self) -> http.client.HTTPConnection:
+        """A new connection, which is made on its first use."""
         host, port, timeout_s = str(self._url.hostname), self._url.port, self._config.timeout_s
         if self._ssl is not None:
             return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._ssl)

@@ -51,7 +51,7 @@ def serve(station: Station, config: WebConfig) -> Iterator[str]:
     Raises:
         LinkError: the address cannot be listened on.
     """
-    listener = _listen(config)
+    listener = listen(config)
     server = uvicorn.Server(
         uvicorn.Config(
             build_app(station),
@@ -77,7 +77,12 @@ def serve(station: Station, config: WebConfig) -> Iterator[str]:
         listener.close()
 
 
-def _listen(config: WebConfig) -> socket.socket:
+def listen(config: WebConfig) -> socket.socket:
+    """The page's address, bound.
+
+    Raises:
+        LinkError: it cannot be listened on.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)

@@ -75,6 +75,11 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Keep every result here before anybody is told, and deliver it to [mqtt] and [webhook] until they have it.",
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Touch everything that this command line and configuration name, say what is wrong and what to do, and end.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N parts.")
 @click.option(
     "--device",
@@ -105,6 +110,7 @@ def command(
     rejects: Path | None,
     summary_file: Path | None,
     state: Path | None,
+    check: bool,
     limit: int | None,
     device: str,
     engines: Path | None,
@@ -115,6 +121,9 @@ def command(
     An image that cannot be read or is no picture of a part gets the verdict "unknown" with the reason; none is
     skipped. Ctrl-C or SIGTERM ends the run after the part in hand, with the summary. The exit code is 0 when
     all was inspected, whatever the verdicts, and 130 when the run was stopped before its source ended.
+
+    With --check nothing is inspected: cameras give one frame, models, broker, web service, PLC, page and folders are
+    touched, and the exit code is 0 when all is well and 1 otherwise.
 
     With --state, results outlive a crash, a power cut and an outage of their destinations: what was not
     acknowledged is delivered after the next start.
@@ -140,6 +149,13 @@ def command(
         )
 
     loader = Loader(device=cast(LineDevice, device), engines=engines, num_threads=threads, public_key=public_key)
+    if check:
+        from edge.check import check_daemon
+        from edgeflame.cli.findings_report import report
+
+        findings = list(check_daemon(read_plan, loader, state=state, rejects=rejects))
+        report(findings, as_json=as_json)
+        return
     plan = read_plan()
     loader.share_cores(len(plan.cameras))
     overrides = Overrides(state)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeflame.cli.findings_report import report
 from edgeflame.cli.link_options import link_options
 
 if TYPE_CHECKING:
-    from edgeflame.cli.doctor.findings import Finding
-
-_STYLES = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✕", "red")}
+    from edgeflame.findings import Finding
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -48,34 +47,23 @@ def command(
     """
     from edgeflame.cli.doctor.bundle import write_bundle
     from edgeflame.cli.doctor.machine import check_machine
-    from edgeflame.console import print_json
-    from edgeflame.errors import NegativeAnswerError
 
     findings = list(check_machine(state))
     if model is not None or config is not None or broker is not None or kit is not None:
         findings += _given(model, config, broker, kit, ca, cert, key, connect_timeout or CONNECT_TIMEOUT_S)
     if bundle is not None:
         write_bundle(bundle, findings)
-    if as_json:
-        print_json(findings)
-    else:
-        _show(findings)
-        if bundle is not None:
-            click.echo(f"bundle: {bundle}")
-    count = sum(finding.level == "problem" for finding in findings)
-    if count:
-        msg = f"{count} problem{'s' if count > 1 else ''} found"
-        raise NegativeAnswerError(msg)
+    report(findings, as_json=as_json, footer=None if bundle is None else f"bundle: {bundle}")
 
 
 def _given(
     model: Path | None, config: Path | None, broker: str | None, kit: Path | None, ca: Path | None, cert: Path | None,
     key: Path | None, connect_timeout_s: float,
 ) -> list[Finding]:  # fmt: skip
-    from edgeflame.cli.doctor.findings import problem
     from edgeflame.cli.doctor.given import check_broker, check_config, check_package
     from edgeflame.cli.link_options import contact
     from edgeflame.errors import EdgeFlameError
+    from edgeflame.findings import problem
     from edgeflame.fleet.kit import read_kit
 
     findings: list[Finding] = []
@@ -96,13 +84,3 @@ def _given(
         else:
             findings += check_broker(url, connect_timeout_s)
     return findings
-
-
-def _show(findings: list[Finding]) -> None:
-    width = max(len(finding.check) for finding in findings)
-    for finding in findings:
-        sign, colour = _STYLES[finding.level]
-        mark = click.style(sign, fg=colour, bold=finding.level == "problem")
-        click.echo(f"{mark} {finding.check:<{width}}  {finding.what}")
-        if finding.do is not None:
-            click.echo(f"{'':<{width + 2}}  → {finding.do}")

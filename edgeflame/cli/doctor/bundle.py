@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from edgeflame import __version__
-from edgeflame.cli.doctor.findings import Finding
 from edgeflame.errors import StorageError
+from edgeflame.findings import Finding
 
 
 def write_bundle(path: Path, findings: Sequence[Finding]) -> None:

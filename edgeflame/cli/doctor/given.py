@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeflame.cli.doctor.findings import Finding, note, ok, problem
 from edgeflame.console import LOGGER_NAME
 from edgeflame.errors import ConfigError, EdgeFlameError, PackageError
+from edgeflame.findings import Finding, note, ok, problem
 
 if TYPE_CHECKING:
     from edgeflame.brokerurl import BrokerUrl

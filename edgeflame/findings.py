@@ -1,4 +1,4 @@
-"""What a check came to."""
+"""What a check came to: of the doctor, and of a daemon before it runs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,313 @@
+"""``edgeflame inspect --check``: does everything work that a daemon of this configuration would touch?
+
+Each thing is touched as the daemon would: cameras give a frame, packages are loaded and held to their reference
+images, the frame is judged, the broker lets us in, folders are written to. Nothing is sent that a plant would take for
+a result: no verdict is written to the PLC, and nothing is posted to the web service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import queue
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from edge.capture import Captured
+from edge.delivery.mqtt import LineState, MqttConfig, broker_url
+from edge.delivery.webhook import WebhookConfig, WebhookDestination
+from edge.judge import Judge
+from edge.loading import Loader
+from edge.overrides import Overrides
+from edge.plan import CameraPlan, Plan
+from edge.plc.config import ModbusConfig
+from edge.sources import Frame, Source, open_source
+from edge.web.config import WebConfig
+from edgeflame.errors import EdgeFlameError, StorageError
+from edgeflame.findings import Finding, note, ok, problem
+from edgeflame.link import Event, Failed, Link, Received, Up
+from edgeflame.statedir import is_in_use, storage_errors, write_durably
+from edgeflame.topics import Topics
+
+FRAME_TIMEOUT_S = 15.0
+"""For a camera to be opened and to give its first picture."""
+
+CONNECT_TIMEOUT_S = 5.0
+
+LITTLE_ROOM_BYTES = 500_000_000
+"""Less than this on the disk is worth a note: an outbox of a long outage takes more."""
+
+
+def check_daemon(
+    read_plan: Callable[[], Plan], loader: Loader, *, state: Path | None, rejects: Path | None
+) -> Iterator[Finding]:
+    """Touch everything; each finding as soon as it is there.
+
+    Args:
+        read_plan: reads the configuration.
+        loader: of packages.
+        state: the state folder.
+        rejects: the folder of rejected pictures.
+    """
+    try:
+        plan = read_plan()
+    except EdgeFlameError as exc:
+        yield problem("configuration", str(exc), "correct what the message names")
+        return
+    config = plan.config
+    yield ok("configuration", f"{_count(len(plan.cameras), 'camera')}, {_count(len(plan.products), 'product')}")
+    loader.share_cores(len(plan.cameras))
+    runs = state is not None and is_in_use(state)
+    for name, file in plan.products.items():
+        yield from _product(name, file, plan, loader)
+    for camera in plan.cameras:
+        yield from _camera(camera, plan, loader, runs=runs)
+    needy = [name for name in ("mqtt", "webhook", "web") if getattr(config, name) is not None]
+    if state is not None:
+        yield from _state(state, runs=runs)
+    elif needy:
+        yield problem("state folder", f"[{'], ['.join(needy)}] need one", "give --state DIR")
+    if rejects is not None:
+        yield from _folder("rejects folder", rejects)
+    if config.mqtt is not None:
+        yield from _broker(config.mqtt, runs=runs)
+    if config.webhook is not None:
+        yield from _webhook(config.webhook)
+    for camera in plan.cameras:
+        if camera.modbus is not None:
+            yield from _modbus(camera.name, camera.modbus)
+    if config.web is not None:
+        yield from _page(config.web, runs=runs)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _product(name: str, file: Path, plan: Plan, loader: Loader) -> Iterator[Finding]:
+    check = f"product {name}"
+    settings = next((camera.settings for camera in plan.cameras if camera.product == name), plan.cameras[0].settings)
+    try:
+        package = loader.package(file)
+        judge = loader.open(file, settings, camera="check", product=name, is_live=False)
+    except EdgeFlameError as exc:
+        yield problem(check, str(exc), "fetch or make the package again, or name another one or another --device")
+        return
+    yield ok(check, f"model {judge.model_id} on {judge.provider}, threshold {judge.threshold:.6g}")
+    if not package.references:
+        yield note(check, "the package holds no reference images: its scores here cannot be compared with training")
+
+
+def _camera(camera: CameraPlan, plan: Plan, loader: Loader, *, runs: bool) -> Iterator[Finding]:
+    check = f"camera {camera.name}"
+    try:
+        source = open_source(camera.source)
+        frame = _first_frame(source)
+    except EdgeFlameError as exc:
+        if runs:
+            yield note(check, f"{exc}; the daemon that runs may have it in use")
+        else:
+            yield problem(check, str(exc), "correct the source, or see to the camera and its cable")
+        return
+    if frame is None:
+        what = f"{source.name}: no frame within {FRAME_TIMEOUT_S:g} s"
+        if source.is_live:
+            yield problem(check, what, "see to the camera, its cable and its address")
+        else:
+            yield note(check, f"{what}; nothing is there to inspect yet")
+        return
+    if frame.image_bgr is None:
+        yield problem(check, f"{source.name}: {frame.error}", "see to the camera, or to the file that is named")
+        return
+    size = f"{source.name}: a frame of {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]}"
+    try:
+        judge: Judge = loader.open(
+            plan.products[camera.product], camera.settings, camera=camera.name, product=camera.product, is_live=False
+        )
+    except EdgeFlameError:
+        # Said with its product.
+        yield ok(check, size)
+        return
+    result = judge.rehearse(Captured(sequence=0, frame=frame)).result
+    words = ", ".join(result.reasons) + (f" ({result.detail})" if result.detail else "")
+    if result.verdict == "unknown":
+        yield problem(
+            check, f"{size}, judged unknown: {words}", "see to lamp, lens and view; docs/inspection.md has the reasons"
+        )
+    else:
+        ratio = "" if result.score is None else f", {result.score / result.threshold:.2f} x threshold"
+        yield ok(check, f"{size}, judged {result.verdict}{ratio}, in {result.latency_ms:.0f} ms")
+
+
+def _first_frame(source: Source) -> Frame | None:
+    """The first frame of a source; None if none came in time.
+
+    Raises:
+        EdgeFlameError: it cannot be read.
+    """
+    stop = threading.Event()
+    came: queue.SimpleQueue[Frame | EdgeFlameError | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            frames = source.frames(stop)
+            came.put(next(frames, None))
+            stop.set()
+            # The end of a generator lets go of its camera.
+            for _ in frames:
+                pass
+        except EdgeFlameError as exc:
+            came.put(exc)
+
+    thread = threading.Thread(target=read, name="edgeflame-check", daemon=True)
+    thread.start()
+    try:
+        answer = came.get(timeout=FRAME_TIMEOUT_S)
+    except queue.Empty:
+        answer = None
+    finally:
+        stop.set()
+        thread.join(3.0)
+    if isinstance(answer, EdgeFlameError):
+        raise answer
+    return answer
+
+
+def _state(folder: Path, *, runs: bool) -> Iterator[Finding]:
+    yield from _folder("state folder", folder)
+    if runs:
+        yield note(
+            "state folder", f"{folder} is in use: a daemon runs with it", "use `edgeflame line reload`, or stop it"
+        )
+    try:
+        Overrides(folder)
+    except StorageError as exc:
+        yield problem("state folder", str(exc), "do what the message says")
+
+
+def _folder(check: str, folder: Path) -> Iterator[Finding]:
+    probe = folder / f".check-{os.getpid()}"
+    try:
+        with storage_errors(folder, "be written to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(probe, b"edgeflame inspect --check")
+            probe.unlink()
+            free = shutil.disk_usage(folder).free
+    except StorageError as exc:
+        yield problem(check, str(exc), "give the user it runs as the right to write there, or make room")
+        return
+    if free < LITTLE_ROOM_BYTES:
+        yield note(check, f"{folder}: only {free / 1e6:.0f} MB are free", "make room: a full disk stops the inspection")
+    else:
+        yield ok(check, f"{folder}: can be written to, {free / 1e9:.1f} GB free")
+
+
+def _broker(config: MqttConfig, *, runs: bool) -> Iterator[Finding]:
+    check, topics = "broker", Topics(fleet=config.fleet)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    try:
+        url = broker_url(config)
+        link = Link(
+            url,
+            client_id=f"edgeflame-check-{uuid.uuid4().hex[:12]}",
+            filters=[topics.line_state(config.line), topics.line_command(config.line)],
+            sink=events.put,
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+        )
+    except EdgeFlameError as exc:
+        yield problem(check, str(exc), "correct [mqtt]")
+        return
+    try:
+        while not isinstance(event := events.get(timeout=CONNECT_TIMEOUT_S + 15.0), Up):
+            if isinstance(event, Failed):
+                yield problem(check, str(event.error), "correct [mqtt], renew the kit, or see to the broker")
+                return
+        yield ok(check, f"{url.address}: lets us in and hears commands as line {config.line} of {config.fleet}")
+        state = _retained_state(events, topics.line_state(config.line))
+        if state is not None and state.online and not runs:
+            yield problem(
+                check,
+                f"a line {config.line} is online already, with {state.source}: two of a name throw each other out",
+                "give this one another name in [mqtt]",
+            )
+    except queue.Empty:
+        yield problem(check, f"{url.address}: no answer", "see to the broker")
+    finally:
+        link.close(flush_s=0.0)
+
+
+def _retained_state(events: queue.SimpleQueue[Event], topic: str) -> LineState | None:
+    with contextlib.suppress(queue.Empty, msgspec.DecodeError, UnicodeDecodeError):
+        while True:
+            event = events.get(timeout=0.5)
+            if isinstance(event, Received) and event.topic == topic:
+                event.done()
+                return msgspec.json.decode(event.payload, type=LineState)
+    return None
+
+
+def _webhook(config: WebhookConfig) -> Iterator[Finding]:
+    check, url = "webhook", urlsplit(config.url)
+    address = f"{url.scheme}://{url.netloc}"
+    try:
+        connection = WebhookDestination(config).connect()
+        connection.timeout = CONNECT_TIMEOUT_S
+        with contextlib.closing(connection):
+            connection.connect()
+    except EdgeFlameError as exc:
+        yield problem(check, str(exc), "correct [webhook]")
+    except (OSError, http.client.HTTPException) as exc:
+        yield problem(check, f"{address}: {exc or type(exc).__name__}", "correct webhook.url, or see to the service")
+    else:
+        yield ok(check, f"{address}: takes a connection; nothing was posted")
+
+
+def _modbus(camera: str, config: ModbusConfig) -> Iterator[Finding]:
+    check, address = f"PLC of {camera}", f"{config.host}:{config.port}"
+    try:
+        from pymodbus.client import ModbusTcpClient
+        from pymodbus.exceptions import ModbusException
+    except ImportError as exc:
+        yield problem(check, f"{exc.name} is not installed", "pip install 'edgeflame[plc]'")
+        return
+    client = ModbusTcpClient(config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0)
+    try:
+        if not client.connect():  # type: ignore[no-untyped-call]
+            yield problem(check, f"{address}: no connection", "see to the PLC and modbus.host, modbus.port")
+            return
+        answer = client.read_holding_registers(config.register, count=config.num_registers, device_id=config.unit)
+        last = config.register + config.num_registers - 1
+        if answer.isError():
+            what = f"{address}: refuses to show registers {config.register} to {last} of unit {config.unit}: {answer}"
+            yield problem(check, what, "correct modbus.register and modbus.unit, or the PLC's memory map")
+        else:
+            yield ok(check, f"{address}: has registers {config.register} to {last}; nothing was written")
+    except (ModbusException, OSError) as exc:
+        yield problem(check, f"{address}: {exc}", "see to the PLC and the network")
+    finally:
+        client.close()  # type: ignore[no-untyped-call]
+
+
+def _page(config: WebConfig, *, runs: bool) -> Iterator[Finding]:
+    check = "page"
+    try:
+        from edge.web.server import listen
+    except ImportError as exc:
+        yield problem(check, f"{exc.name} is not installed", "pip install 'edgeflame[web]'")
+        return
+    try:
+        listen(config).close()
+    except EdgeFlameError as exc:
+        if runs:
+            yield note(check, f"{exc}; the daemon that runs has it")
+        else:
+            yield problem(check, str(exc), "choose another web.listen, or stop what uses it")
+    else:
+        yield ok(check, f"{config.listen} can be listened on")
