@@ -7,7 +7,8 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
-from typing import Literal
+from concurrent.futures import Future
+from typing import Any, Literal
 
 import msgspec
 
@@ -43,11 +44,22 @@ class CaptureConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Ahead:
+    """What is being found out about a frame ahead of its turn; see :mod:`edge.lanes`."""
+
+    looker: object
+    """Who looks."""
+    found: Future[Any]
+    """What it finds, or raises."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Captured:
     """A frame and its place in the order of capture; a gap in the numbers is a dropped frame."""
 
     sequence: int
     frame: Frame
+    ahead: Ahead | None = None
 
 
 class Capture:
@@ -102,7 +114,7 @@ class Capture:
     def _next(self) -> Captured | None:
         with self._changed:
             while not self._queue:
-                if self._stop.is_set():
+                if self._stop.is_set() or self._closed.is_set():
                     return None
                 if self._ended:
                     if self._failure is not None:

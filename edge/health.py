@@ -131,16 +131,21 @@ class ImageHealth:
         return self._frame not in (None, size)
 
     def faults(self, image: ImageU8) -> tuple[Reason, ...]:
-        """What is wrong with an image as an image, ``[H, W, 3]`` uint8 BGR, the model's input; empty if nothing is."""
+        """What is wrong with an image as an image, ``[H, W, 3]`` uint8 BGR, the model's input; empty if nothing is.
+
+        On any thread; what an image has to do with the ones before it is asked for apart from this.
+        """
         faults = list(image_faults(image, self._limits, reference_sharpness=self._sharpness))
         if not faults:
             # A dark picture has no colours, either; one reason is enough.
             faults += self._colour.faults(image)
             if self._shift is not None and self._shift.is_shifted(image):
                 faults.append(Reason.SHIFTED)
-        if self._freeze.is_frozen(image):
-            faults.append(Reason.FROZEN)
         return tuple(faults)
+
+    def is_frozen(self, image: ImageU8) -> bool:
+        """Whether the camera gave this picture, ``[H, W, 3]`` uint8, once too often; asked once for each, in order."""
+        return self._freeze.is_frozen(image)
 
 
 class FreezeDetector:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from edge.capture import Captured
 from edge.config import InspectConfig
+from edge.lanes import Looker
 from edge.results import Inspected, Result
 from edge.verdict import Reason, Verdict
 
@@ -32,6 +33,11 @@ class Judge(Protocol):
     @property
     def provider(self) -> str:
         """What runs the model."""
+        ...
+
+    @property
+    def looker(self) -> Looker | None:
+        """Who can look at frames for it ahead of their turn; None where nobody can."""
         ...
 
     def set_threshold(self, value: float | None) -> None:

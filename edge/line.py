@@ -27,6 +27,7 @@ from typing import final
 from edge.capture import Capture, CaptureConfig, Captured
 from edge.goldenrequest import GoldenRequests
 from edge.judge import Judge, Watcher, not_judged
+from edge.lanes import Lanes
 from edge.parts.config import PartsConfig, TriggerConfig
 from edge.parts.keeper import PartKeeper
 from edge.results import Inspected, Result
@@ -321,8 +322,9 @@ class Line:
     def _run_once(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
         first = self._next_sequence
         self._capture = Capture(self._source, self._config, halt)
+        ahead = self._ahead(self._capture, halt)
         try:
-            with self._capture as frames:
+            with ahead as frames:
                 for captured in frames:
                     self._next_sequence = first + captured.sequence + 1
                     placed = dataclasses.replace(captured, sequence=first + captured.sequence) if first else captured
@@ -331,7 +333,7 @@ class Line:
                         self._deal_with(wanted, accept)
         finally:
             self._dropped += self._capture.dropped
-            self._unread = self._keeper.unfinished(self._capture.unread())
+            self._unread = self._keeper.unfinished(ahead.unread())
             self._capture = None
 
     def _give_up_unread(self, accept: Callable[[Inspected], None]) -> None:
@@ -344,6 +346,13 @@ class Line:
             inspected = not_judged(placed, self._judge, camera=self.name, reason=Reason.NOT_SCORED, detail=detail)
             self.parts += 1
             accept(self._keeper.finish(inspected, placed))
+
+    def _ahead(self, capture: Capture, halt: threading.Event) -> Lanes | Capture:
+        """The capture's frames, looked at ahead of their turn where that is worth it."""
+        looker = self._judge.looker
+        if looker is None:
+            return capture
+        return Lanes(capture, lambda: self._judge.looker if self._resumed.is_set() else None, halt, count=looker.lanes)
 
     def _rest(self, captured: Captured, halt: threading.Event) -> Captured | None:
         """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over.

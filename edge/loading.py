@@ -10,12 +10,16 @@ from edge.choice import LineDevice, open_for_line
 from edge.config import InspectConfig
 from edge.inspector import Inspector
 from edge.parity import require_parity
-from edge.runtimes import check_runtime_fits
+from edge.runtimes import Runtime, check_runtime_fits, open_runtime
+from edge.runtimes.onnx_runtime import CPU
 from edgeflame.console import EventLog
 from edgeflame.package import Package, read_package
 from edgeflame.signing import verify_signature
 
 log = EventLog("inspect")
+
+MAX_LANES = 4
+"""Each holds an image and the model's activations; on more cores, each lane has several."""
 
 
 class Loader:
@@ -91,6 +95,27 @@ class Loader:
             log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
         else:
             log.warning("parity_unchecked", reason="the package holds no reference images")
-        inspector = Inspector(package, runtime, settings, camera=camera, product=product, is_live=is_live)
+        lanes, shared = self._lanes(package, runtime)
+        inspector = Inspector(
+            package,
+            runtime,
+            settings,
+            camera=camera,
+            product=product,
+            lanes=lanes,
+            shared=shared,
+            is_live=is_live,
+        )
         inspector.warm_up()
         return inspector
+
+    def _lanes(self, package: Package, runtime: Runtime) -> tuple[int, Runtime | None]:
+        """On the CPU, as many lanes as it has threads for us, and a runtime whose images share these threads."""
+        threads = self._num_threads or os.cpu_count() or 1
+        lanes = min(threads, MAX_LANES)
+        if runtime.provider != CPU or lanes == 1:
+            return 1, None
+        shared = open_runtime(package.model_onnx, device="cpu", num_threads=threads // lanes)
+        if package.references:
+            require_parity(shared, package)
+        return lanes, shared

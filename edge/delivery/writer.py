@@ -22,8 +22,12 @@ MAX_WAITING = 64
 """Inspected parts between the inspection and the disk. When the disk is slower than the line for longer than this,
 the inspection waits for it: parts are then late or dropped by name, never forgotten."""
 
-MAX_BATCH = 32
+MAX_BATCH = 64
 """Results committed at once."""
+
+COMMIT_INTERVAL_S = 0.01
+"""Between two commits, at least: each costs a wait for the disk, here and again for every destination. A line of up to
+a hundred parts a second notices nothing of it."""
 
 
 class Writer:
@@ -38,8 +42,9 @@ class Writer:
         self._sinks = sinks
         self._queue: queue.Queue[Inspected | None] = queue.Queue(MAX_WAITING)
         self._failure: EdgeFlameError | None = None
-        self._closed = False
         self._busy_since: float | None = None
+        self._closing = threading.Event()
+        self._committed_at = 0.0
         self._thread = threading.Thread(target=self._run, name="edgeflame-outbox", daemon=True)
         self._thread.start()
 
@@ -59,7 +64,7 @@ class Writer:
         """
         while True:
             self._raise_failure()
-            if self._closed:
+            if self._closing.is_set():
                 # A camera that hung when we were told to stop, and comes round now.
                 log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
                 msg = "the outbox is closed"
@@ -76,8 +81,8 @@ class Writer:
         Raises:
             StorageError: not everything could be kept.
         """
-        if not self._closed:
-            self._closed = True
+        if not self._closing.is_set():
+            self._closing.set()
             while self._thread.is_alive():
                 try:
                     self._queue.put(None, timeout=0.2)
@@ -100,7 +105,7 @@ class Writer:
     def _run(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
-                self._busy_since = time.monotonic()
+                self._busy_since = self._committed_at = time.monotonic()
                 self._outbox.append(
                     [msgspec.json.encode(inspected.result) for inspected in batch],
                     [inspected.origin for inspected in batch if inspected.origin is not None],
@@ -124,6 +129,7 @@ class Writer:
         if first is None:
             return None
         batch = [first]
+        self._closing.wait(max(0.0, self._committed_at + COMMIT_INTERVAL_S - time.monotonic()))
         while len(batch) < MAX_BATCH:
             try:
                 item = self._queue.get_nowait()

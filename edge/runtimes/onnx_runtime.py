@@ -40,7 +40,7 @@ class OnnxRuntime:
         self._failures = failures
         self._input_size, self._grid = _read_signature(session)
         self._provider: str = session.get_providers()[0]
-        self._bound: _Bound | None = None
+        self._idle: list[_Bound] = []
         self._precision: str = session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, "fp32")
 
     @property
@@ -61,21 +61,26 @@ class OnnxRuntime:
 
     def score(self, batch: ImageU8) -> Scores:
         check_batch(batch, self._input_size)
-        if self._bound is None or len(self._bound.image) != len(batch):
-            self._bound = self._bind(len(batch))
-        bound = self._bound
+        try:
+            # Each to one thread at a time; as many as there ever were threads at once.
+            bound = self._idle.pop()
+        except IndexError:
+            bound = self._bind(len(batch))
+        if len(bound.image) != len(batch):
+            bound = self._bind(len(batch))
         np.copyto(bound.image, batch)
         try:
             self._session.run_with_iobinding(bound.binding)
             bound.binding.synchronize_outputs()
         except self._failures as exc:
-            self._bound = None
             msg = f"ONNX Runtime failed on a batch of {len(batch)} ({_first_line(exc)})"
             raise RuntimeUnavailableError(msg) from exc
-        return Scores(bound.scores.copy(), bound.maps.copy())
+        scores = Scores(bound.scores.copy(), bound.maps.copy())
+        self._idle.append(bound)
+        return scores
 
     def _bind(self, count: int) -> _Bound:
-        """Buffers for a batch size, made once and told to ONNX Runtime once; kept until another size comes."""
+        """Buffers for a batch size, told to ONNX Runtime once; kept for the next batch of that size."""
         image = np.empty((count, *self._input_size, 3), dtype=np.uint8)
         # NaN until written: a graph that gives fewer values than it says is a fault, never an old score.
         scores = np.full(count, np.nan, dtype=np.float32)
@@ -112,6 +117,8 @@ def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) 
     # A model in memory must be whole; one that names files beside it would otherwise read them from the
     # working directory.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    # Threads that wait for the next operator must not go on burning their cores between two images: others need them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     try:

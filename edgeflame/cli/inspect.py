@@ -96,7 +96,10 @@ if TYPE_CHECKING:
     help="Engines of `edgeflame export --trt`, for the devices rtx and tensorrt.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads for one image.  [default: one a core]"
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPU cores, for one image or several at once.  [default: all]",
 )
 def command(
     model: Path | None,

@@ -56,6 +56,7 @@ class Belt:
 
 class FakeJudge:
     provider = "CPU"
+    looker = None
 
     def __init__(self, product: str = "tile", failures: int = 0) -> None:
         self.product, self.model_id, self.threshold = product, product * 3, 1.0

@@ -23,7 +23,7 @@ from edgeflame.package import Package
 class FakeRuntime:
     """Answers what it is told to."""
 
-    provider, input_size, grid = "fake", (SIZE, SIZE), (GRID, GRID)
+    provider, precision, input_size, grid = "fake", "fp32", (SIZE, SIZE), (GRID, GRID)
 
     def __init__(self, score: float = 1.0, *, in_map: float | None = None, failure: Exception | None = None) -> None:
         self._scores = Scores(np.array([score], np.float32), np.zeros((1, GRID, GRID), np.float32))

@@ -37,7 +37,7 @@ AGES = 3600.0
 class SlowJudge:
     """A real inspector that waits for leave before each image."""
 
-    product, provider = "p", "cpu"
+    product, provider, looker = "p", "cpu", None
 
     def __init__(self, inspector: Inspector) -> None:
         self._inspector = inspector

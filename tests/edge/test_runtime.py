@@ -154,12 +154,11 @@ def test_a_graph_that_is_not_its_manifests_is_refused(package: Package) -> None:
 def test_buffers_are_made_once_for_a_batch_size_and_answers_are_the_callers(package: Package) -> None:
     runtime = open_onnx_runtime(package.model_onnx, device="cpu", num_threads=1)
     first = runtime.score(good_image(1)[None])
-    bound = runtime._bound
-    assert bound is not None
+    (bound,) = runtime._idle
     addresses = [array.ctypes.data for array in (bound.image, bound.scores, bound.maps)]
     kept = first.scores.copy()
     second = runtime.score(bad_image(2)[None])
-    assert runtime._bound is bound
+    assert runtime._idle == [bound]
     assert [array.ctypes.data for array in (bound.image, bound.scores, bound.maps)] == addresses
     np.testing.assert_array_equal(bound.image[0], bad_image(2))
     np.testing.assert_array_equal(first.scores, kept)
