@@ -66,6 +66,29 @@ def test_a_file_cut_short_is_refused_at_every_length(photo: np.ndarray, suffix: 
             decode_image(data[:length], "part")
 
 
+@pytest.mark.parametrize("options", [[], [cv2.IMWRITE_JPEG_RST_INTERVAL, 4]])
+def test_a_jpeg_with_a_hole_in_its_data_is_refused_where_opencv_fills_it(photo: np.ndarray, options: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    lively = np.clip(cv2.resize(photo, (256, 256)).astype(int) + rng.integers(-40, 40, (256, 256, 3)), 0, 255)
+    data = cv2.imencode(".jpg", lively.astype(np.uint8), options)[1].tobytes()
+    assert decode_image(data, "whole").shape == (256, 256, 3)
+    for start in range(len(data) // 4, len(data) - 3000, 997):
+        holed = data[:start] + bytes(2048) + data[start + 2048 :]
+        with pytest.raises(DataError, match=r"damaged \((Corrupt JPEG data|Premature end)|not an image"):
+            decode_image(holed, "holed")
+
+
+def test_odd_jpegs_that_are_whole_are_read(photo: np.ndarray) -> None:
+    data = cv2.imencode(".jpg", photo)[1].tobytes()
+    whole = decode_image(data, "whole")
+    for odd in (data[:-2] + bytes(4) + data[-2:], data + bytes(500), data[:-2] + b"ab" + data[-2:]):
+        np.testing.assert_array_equal(decode_image(odd, "padded"), whole)
+    for side in (1, 7):
+        small = cv2.imencode(".jpg", photo[:side, :side])[1].tobytes()
+        assert decode_image(small, "small").shape == (side, side, 3)
+    assert decode_image(cv2.imencode(".jpg", photo[..., 0])[1].tobytes(), "grey").shape == photo.shape
+
+
 def test_text_is_not_an_image(tmp_path: Path) -> None:
     path = tmp_path / "notes.png"
     path.write_text("these are not pixels")
