@@ -1,0 +1,39 @@
+# A fleet's aggregator: no torch, no runtime. Build from the repository's root:
+#   docker build -f deploy/docker/aggregator.Dockerfile -t edgeflame-aggregator:0.1.0 .
+# Pinned by tag; pin by digest as well once you have pulled it: FROM debian:12-slim@sha256:...
+ARG BASE=debian:12-slim
+
+FROM ${BASE} AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3 python3-pip python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY edgeflame edgeflame
+COPY trainer trainer
+COPY aggregator aggregator
+COPY export export
+COPY edge edge
+ARG EXTRAS=fleet,memory,metrics,zstd
+RUN python3 -m venv /opt/edgeflame/venv \
+    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" \
+    && /opt/edgeflame/venv/bin/python -m pip check
+
+FROM ${BASE}
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 10001 --home-dir /var/lib/edgeflame --create-home --shell /usr/sbin/nologin edgeflame
+COPY --from=build /opt/edgeflame /opt/edgeflame
+COPY deploy/docker/healthcheck.py /opt/edgeflame/healthcheck.py
+USER 10001
+WORKDIR /var/lib/edgeflame
+VOLUME /var/lib/edgeflame
+EXPOSE 9464
+ENV PYTHONUNBUFFERED=1
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=4 \
+    CMD ["/opt/edgeflame/venv/bin/python", "-I", "/opt/edgeflame/healthcheck.py", "http://127.0.0.1:9464/metrics"]
+ENTRYPOINT ["/opt/edgeflame/venv/bin/python", "-I", "-m", "edgeflame"]
+CMD ["aggregate", "--help"]

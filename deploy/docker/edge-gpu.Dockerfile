@@ -1,0 +1,41 @@
+# A line that judges on an NVIDIA GPU of a PC: ONNX Runtime's CUDA provider, or TensorRT-RTX (--device rtx). The host
+# needs the driver and NVIDIA's container toolkit; run it with --gpus all. Build from the repository's root:
+#   docker build -f deploy/docker/edge-gpu.Dockerfile -t edgeflame-edge-gpu:0.1.0 .
+# Otherwise as edge-cpu.Dockerfile. Pinned by tag; pin by digest as well once you have pulled it. The base's CUDA must be
+# the one onnxruntime-gpu is built for: its release notes say which.
+ARG BASE=nvidia/cuda:12.8.1-cudnn-runtime-ubuntu24.04
+
+FROM ${BASE} AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3 python3-pip python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY edgeflame edgeflame
+COPY trainer trainer
+COPY aggregator aggregator
+COPY export export
+COPY edge edge
+ARG EXTRAS=gpu,rtx,web,plc,video,sign
+RUN python3 -m venv /opt/edgeflame/venv \
+    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" \
+    && /opt/edgeflame/venv/bin/python -m pip check
+
+FROM ${BASE}
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 10001 --home-dir /var/lib/edgeflame --create-home --shell /usr/sbin/nologin edgeflame
+COPY --from=build /opt/edgeflame /opt/edgeflame
+COPY deploy/docker/healthcheck.py /opt/edgeflame/healthcheck.py
+USER 10001
+WORKDIR /var/lib/edgeflame
+VOLUME /var/lib/edgeflame
+EXPOSE 8080
+ENV PYTHONUNBUFFERED=1 NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=4 \
+    CMD ["/opt/edgeflame/venv/bin/python", "-I", "/opt/edgeflame/healthcheck.py", "http://127.0.0.1:8080/healthz"]
+ENTRYPOINT ["/opt/edgeflame/venv/bin/python", "-I", "-m", "edgeflame"]
+CMD ["inspect", "--help"]
