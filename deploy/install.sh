@@ -28,6 +28,7 @@ usage: install.sh [options] [ROLE...]      install or upgrade; ROLE: aggregator,
   --package SPEC           what to install: edgeflame==X.Y.Z or a wheel
                            [default: the wheelhouse's, else the newest edgeflame of the package index]
   --gpu                    models run on an NVIDIA GPU (onnxruntime-gpu)
+  --with REQUIREMENT       a package more that the machine needs; may be given again
   --python PYTHON          of which Python; 3.10 or later  [default: python3]
   --system-site-packages   also see the system's Python packages (TensorRT and OpenCV of a Jetson)
   --root DIR               install below this folder (an image being made); starts and asks nothing of systemd
@@ -51,14 +52,15 @@ run() {
     fi
 }
 
-root="" dry=0 action=install purge=0 wheelhouse="" package="" runtime=cpu python=python3 site_packages="" roles=""
+root="" dry=0 action=install purge=0 wheelhouse="" package="" runtime=cpu python=python3 site_packages="" roles="" more=""
 while [ $# -gt 0 ]; do
     case $1 in
-        --wheelhouse | --package | --python | --root) [ $# -ge 2 ] || fail "$1 needs a value; see --help" 2 ;;
+        --wheelhouse | --package | --with | --python | --root) [ $# -ge 2 ] || fail "$1 needs a value; see --help" 2 ;;
     esac
     case $1 in
         --wheelhouse) wheelhouse=$2; shift ;;
         --package) package=$2; shift ;;
+        --with) more="$more $2"; shift ;;
         --gpu) runtime=gpu ;;
         --python) python=$2; shift ;;
         --system-site-packages) site_packages=--system-site-packages ;;
@@ -95,11 +97,11 @@ releases() { # oldest first; names are times
     done
 }
 
-# The roles, or those of the last time; and --gpu with them, so that an upgrade does not lose one or the other.
+# The roles, or those of the last time; and what was given with them, so that an upgrade loses nothing.
 settle_roles() {
     if [ -z "$roles" ]; then
         [ -f "$opt/roles" ] || fail "no role given: aggregator, site or line; see --help" 2
-        read -r runtime roles <"$opt/roles"
+        { read -r runtime roles && read -r more && read -r site_packages; } <"$opt/roles"
     fi
     # shellcheck disable=SC2086 # words of a list
     extras=$(join_extras "$runtime" $roles) || exit 2
@@ -127,7 +129,8 @@ install_release() {
     release=$(date -u +%Y%m%dT%H%M%SZ)
     if [ "$dry" = 1 ]; then
         run "$python" -m venv $site_packages "$opt/releases/$release"
-        run "$opt/releases/$release/bin/python" -m pip install "$@" "${package:-edgeflame}[$extras]"
+        # shellcheck disable=SC2086 # words of a list
+        run "$opt/releases/$release/bin/python" -m pip install "$@" "${package:-edgeflame}[$extras]" $more
         switch_to "$release"
         return
     fi
@@ -138,7 +141,9 @@ install_release() {
     trap "rm -rf '$new'" EXIT
     trap 'exit 130' INT TERM
     "$python" -m venv $site_packages "$new"
-    env -u PYTHONPATH -u PYTHONHOME "$new/bin/python" -m pip install --quiet "$@" "${package:-edgeflame}[$extras]" ||
+    # shellcheck disable=SC2086 # words of a list
+    env -u PYTHONPATH -u PYTHONHOME "$new/bin/python" -m pip install --quiet "$@" \
+        "${package:-edgeflame}[$extras]" $more ||
         fail "pip could not install it; the release that was current still is"
     env -u PYTHONPATH "$new/bin/python" -I -m pip check >/dev/null || fail "the packages do not fit together"
     found=$(env -u PYTHONPATH "$new/bin/python" -I -m edgeflame --version) || fail "the new release does not start"
@@ -170,7 +175,7 @@ contents() { # what a release consists of; our own files by their hashes, for a 
 install_files() {
     run install -D -m 755 "$here/launcher.sh" "$opt/edgeflame"
     # shellcheck disable=SC2086 # words of a list
-    [ "$dry" = 1 ] || echo "$runtime" $roles >"$opt/roles"
+    [ "$dry" = 1 ] || printf '%s\n' "$runtime $roles" "$more" "$site_packages" >"$opt/roles"
     run mkdir -p "$root/usr/local/bin"
     run ln -sfn /opt/edgeflame/edgeflame "$root/usr/local/bin/edgeflame"
     for unit in $UNITS; do

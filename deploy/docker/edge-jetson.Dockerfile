@@ -19,7 +19,7 @@ COPY export export
 COPY edge edge
 ARG EXTRAS=cpu,web,plc,video,sign
 RUN python3 -m venv --system-site-packages /opt/edgeflame/venv \
-    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" "cuda-bindings>=12.6,<13"
+    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" "cuda-bindings>=12.6,<13" "onnx>=1.16"
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -11,7 +11,7 @@ l4t_release() {
 jetpack_of() {
     case $1 in
         36.*) echo 6 ;;
-        38.* | 39.*) echo 7 ;;
+        38.*) echo 7 ;;
         *) return 1 ;;
     esac
 }

@@ -56,7 +56,7 @@ echo "jetson/install.sh: L4T $l4t, JetPack $jetpack"
 run apt-get install -y --no-install-recommends python3-venv python3-libnvinfer
 [ "$dry" = 0 ] || set -- --dry-run
 # shellcheck disable=SC2086 # words of a list
-"$here/../install.sh" --system-site-packages --with "$(cuda_bindings_of "$jetpack")" "$@" $rest line
+"$here/../install.sh" --system-site-packages --with "$(cuda_bindings_of "$jetpack")" --with "onnx>=1.16" "$@" $rest line
 if [ "$dry" = 0 ]; then
     /opt/edgeflame/current/bin/python -c 'import tensorrt; print("TensorRT", tensorrt.__version__)' ||
         fail "JetPack's TensorRT is not seen: apt install nvidia-jetpack"
