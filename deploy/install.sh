@@ -128,6 +128,7 @@ install_release() {
     fi
     release=$(date -u +%Y%m%dT%H%M%SZ)
     if [ "$dry" = 1 ]; then
+        # shellcheck disable=SC2086 # one option or none
         run "$python" -m venv $site_packages "$opt/releases/$release"
         # shellcheck disable=SC2086 # words of a list
         run "$opt/releases/$release/bin/python" -m pip install "$@" "${package:-edgeflame}[$extras]" $more
@@ -140,6 +141,7 @@ install_release() {
     # shellcheck disable=SC2064 # now, while the name is known
     trap "rm -rf '$new'" EXIT
     trap 'exit 130' INT TERM
+    # shellcheck disable=SC2086 # one option or none
     "$python" -m venv $site_packages "$new"
     # shellcheck disable=SC2086 # words of a list
     env -u PYTHONPATH -u PYTHONHOME "$new/bin/python" -m pip install --quiet "$@" \

@@ -11,12 +11,12 @@ from units import REPOSITORY
 
 JETSON = REPOSITORY / "deploy" / "jetson"
 
-ORIN = (
-    "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n"
-    "# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia\nTARGET_USERSPACE_LIB_DIR_PATH=usr/lib/aarch64-linux-gnu/nvidia\n"
+_TEXT = (
+    "# R{} (release), REVISION: {}, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 01:49:37 UTC 2025\n"
 )
-THOR = "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64, DATE: Fri Aug 22 00:55:42 UTC 2025\n"
-NANO = "# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t210ref, EABI: aarch64, DATE: Sat Feb 19 17:05:08 UTC 2022\n"
+ORIN = _TEXT.format(36, "4.3") + "# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia\n"
+THOR = _TEXT.format(38, "2.0") + "# KERNEL_VARIANT: oot\n"
+NANO = _TEXT.format(32, "7.1")
 
 
 def install(release: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
