@@ -236,7 +236,8 @@ class Cameras:
         product = self._first_product(camera)
         judge = self._judge(camera.name, product, self._products[product], camera.settings, is_live=is_live)
         own = judge.threshold
-        line = Line(camera.name, opener, judge, keeper.capture(camera.settings.capture), keeper=keeper)
+        capture = keeper.capture(camera.settings.capture, is_live=is_live)
+        line = Line(camera.name, opener, judge, capture, keeper=keeper)
         threshold = self._overrides.of(camera.name).thresholds.get(judge.model_id)
         if threshold is not None:
             line.set_threshold(threshold)

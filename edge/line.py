@@ -147,9 +147,12 @@ class Line:
 
     @property
     def busy_s(self) -> float:
-        """How long the frame in hand has been judged and handed on; 0 between frames."""
+        """How long the frame in hand has been judged and handed on; 0 between frames, unless the model is still busy
+        with one whose deadline has passed.
+        """
         since = self._busy_since
-        return 0.0 if since is None else max(0.0, self._clock() - since)
+        own = 0.0 if since is None else max(0.0, self._clock() - since)
+        return max(own, self._keeper.busy_s())
 
     def status(self) -> CameraStatus:
         """What it is doing now."""

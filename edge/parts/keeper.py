@@ -24,7 +24,7 @@ from edge.results import Inspected, Result
 from edge.sources import Frame, Source
 from edge.verdict import Reason, Verdict
 from edgeflame.console import EventLog
-from edgeflame.errors import CrashLoopError
+from edgeflame.errors import ConfigError, CrashLoopError
 
 log = EventLog("parts")
 
@@ -74,12 +74,22 @@ class PartKeeper:
         )
         return self._announced.open
 
-    def capture(self, config: CaptureConfig) -> CaptureConfig:
+    def capture(self, config: CaptureConfig, *, is_live: bool) -> CaptureConfig:
         """How the camera's frames are queued.
 
+        Args:
+            config: the section ``[capture]``.
+            is_live: whether they come from a camera.
+
         Raises:
-            ConfigError: announced parts would give way to one another.
+            ConfigError: announced parts would give way to one another, or frames have no numbers of their own.
         """
+        if is_live and self._number is not None and not self._trigger.is_on:
+            msg = (
+                "[parts] number reads the names of files and of announced parts; the frames of a camera without "
+                "[trigger] have none of their own"
+            )
+            raise ConfigError(msg)
         return capture_of(config) if self._trigger.is_on else config
 
     def unfinished(self, unread: Sequence[Captured]) -> list[Captured]:
@@ -173,6 +183,10 @@ class PartKeeper:
         if 1000 * busy_s < self._parts.deadline_ms:
             return None
         return f"the model has been busy with one image for {busy_s:.1f} s"
+
+    def busy_s(self) -> float:
+        """How long the model has been at one image, also when its part was decided without it; from any thread."""
+        return 0.0 if self._punctual is None else self._punctual.busy_s()
 
     def check(self) -> None:
         """To be called after a part was handed on.

@@ -40,7 +40,7 @@ class Station:
             "a",
             keeper.camera(lambda: self.camera, None),
             self.judge,
-            keeper.capture(CaptureConfig(depth=1)),
+            keeper.capture(CaptureConfig(depth=1), is_live=True),
             keeper=keeper,
         )
         self.told: list[Result] = []
@@ -113,6 +113,7 @@ def test_a_model_that_hangs_costs_no_part_its_verdict_and_ends_the_line(plc: Plc
     for _ in range(3):
         station.announce()
     wait_for(lambda: station.error is not None, "the line gives up")
+    assert station.line.busy_s > 0.5  # what the watchdog sees: nothing moves any more
     station.end()
     assert isinstance(station.error, CrashLoopError)
     assert numbers(station) == [1, 2, 3]
@@ -141,6 +142,19 @@ def test_a_part_that_waits_beyond_its_deadline_is_late_also_while_the_line_rests
     station.end()
     assert (station.told[0].verdict, station.told[0].reasons) == ("unknown", ("late",))
     assert station.line.is_paused
+
+
+def test_files_with_numbers_are_missed_when_they_are_missing(package_file: Path, tmp_path: Path) -> None:
+    folder, config = write_images(tmp_path / "photos") / "good", tmp_path / "line.toml"
+    (folder / "1.png").unlink()
+    config.write_text("[parts]\nnumber = '(\\d+)\\.png$'\n")
+    arguments = ["inspect", "--model", package_file, "--source", folder, "--config", config, "--state", tmp_path / "s"]
+    shown = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    assert "parts: 1 missing" in shown.stdout
+    assert "1 parts missing between 0 and 2" in shown.stdout
+    # The outbox remembers them: the same files again are the same parts again.
+    again = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    assert "parts: 2 duplicate" in again.stdout
 
 
 # Configuration.
@@ -178,6 +192,7 @@ def test_each_camera_may_have_triggers_of_its_own() -> None:
         ('[trigger.mqtt]\nbroker = "ftp://h"\ntopic = "t"\n', "camera:9", "trigger.mqtt: broker"),
         (MODBUS + "[parts]\ndeadline_ms = 0.5\n", "camera:9", "deadline_ms"),
         ("[trigger]\ndelay = 3\n", "camera:9", "delay"),
+        ("[parts]\nnumber = '(\\d+)$'\n", "camera:9", "have none of their own"),
     ],
 )
 def test_mistakes_are_one_clear_error(

@@ -70,11 +70,16 @@ def slow(inspector: Inspector) -> Iterator[SlowJudge]:
 
 
 @contextlib.contextmanager
-def keeping(trigger: TriggerConfig | None = None, **keys: Any) -> Iterator[PartKeeper]:
+def keeping(
+    trigger: TriggerConfig | None = None, *, judge: SlowJudge | None = None, **keys: Any
+) -> Iterator[PartKeeper]:
+    """A keeper; in the end ``judge`` may go, so that closing need not wait for it."""
     keeper = PartKeeper("cam", trigger or TriggerConfig(), PartsConfig(**keys))
     try:
         yield keeper
     finally:
+        if judge is not None:
+            judge.may_go.release(1000)
         keeper.close()
 
 
@@ -127,7 +132,7 @@ def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow:
 
 
 def test_while_the_model_hangs_every_part_is_unknown_in_time_and_the_line_says_so(slow: SlowJudge) -> None:
-    with keeping(deadline_ms=500, hang_s=0.1) as keeper:
+    with keeping(judge=slow, deadline_ms=500, hang_s=0.1) as keeper:
         first, second = verdict(keeper, slow, part("first")), verdict(keeper, slow, part("second"))
         assert (first.reasons, first.late) == (("late",), True)
         assert (second.verdict, second.reasons, second.late) == ("unknown", ("late", "model_not_ready"), True)
@@ -186,7 +191,7 @@ def test_an_image_captured_too_long_ago_is_not_judged(slow: SlowJudge) -> None:
 
 @pytest.mark.parametrize("fault", [None, Reason.NO_IMAGE, Reason.OVERRUN, Reason.TRIGGER_UNCLEAR])
 def test_a_part_without_an_image_is_unknown_even_while_the_model_hangs(slow: SlowJudge, fault: Reason | None) -> None:
-    with keeping(deadline_ms=30) as keeper:
+    with keeping(judge=slow, deadline_ms=30) as keeper:
         verdict(keeper, slow, part("hangs"))
         captured = part(age_s=-AGES, fault=fault, error="why")
         captured = dataclasses.replace(captured, frame=dataclasses.replace(captured.frame, image_bgr=None))
