@@ -210,11 +210,11 @@ def _page(
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     try:
-        from edge.web.app import Station
         from edge.web.board import Board
         from edge.web.marks import MarkStore
         from edge.web.metrics import LineMetrics
         from edge.web.server import operator_token, serve
+        from edge.web.station import Station
         from edge.web.surroundings import Surroundings
     except ImportError as exc:
         msg = f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
@@ -227,10 +227,10 @@ def _page(
     metrics.registry.register(Surroundings(state, plcs, certificate_expires=expires))
     station = Station(
         config,
-        control.statuses,
+        control,
         board=board,
         metrics=metrics,
-        marks=MarkStore(state / MARKS_FOLDER),
+        marks=MarkStore(state / MARKS_FOLDER, max_marks=config.max_marks),
         deliverers=pipeline.deliverers,
         token=operator_token(state),
     )

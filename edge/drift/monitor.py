@@ -240,7 +240,7 @@ class DriftMonitor:
         self._detector.wealth = wealth
 
     def _counting(self, name: str, evidence: F64) -> F64:
-        """What of ``evidence [2]`` counts.
+        """What counts of ``evidence [2]`` for higher and for lower.
 
         A package's scores are those of statistics that had not seen the part's like; statistics of all images score a
         little lower, the more so the fewer they are. Lower than the package is thus no sign of anything.
@@ -248,6 +248,13 @@ class DriftMonitor:
         if name in PART_STREAMS and self._streams[name].learnt is None:
             return np.array([evidence[HIGHER], 0.0])
         return evidence
+
+    def _is_off(self, name: str) -> bool:
+        rank = self._streams[name].rank
+        if rank is None:
+            return False
+        higher, lower = self._counting(name, np.array([rank - 0.5, 0.5 - rank]))
+        return bool(max(higher, lower) > self._config.tolerance)
 
     def _judge(self, stream: SavedStream, evidence: F64, now: dt.datetime) -> None:
         strongest = int(np.argmax(evidence))
@@ -287,7 +294,7 @@ class DriftMonitor:
             rank=None if stream.rank is None else round(stream.rank, 3),
             evidence=round(min(1.0, math.log1p(evidence) / math.log1p(self._alarm_at)), 3),
             since=stream.since,
-            is_off=stream.rank is not None and abs(stream.rank - 0.5) > self._config.tolerance,
+            is_off=self._is_off(name),
             learnt=len(stream.values) if stream.is_learning else None,
         )
 

@@ -2,10 +2,11 @@
 
 GET  /                        the page
 GET  /api/line                what runs here
-GET  /api/view                what is to be seen now (:class:`edge.web.board.View` and the line's health)
+GET  /api/view                what is to be seen now (:class:`edge.web.station.Page`), with ?camera=NAME of that one
 GET  /api/events              the same as server-sent events, whenever it changes
 GET  /parts/{key}/plain.jpg   a remembered part, or with its heat map: heat.jpg
 POST /api/parts/{key}/mark    {"was": "good" | "bad"}, with Authorization: Bearer <token>
+POST /api/cameras/{name}/do   :class:`edge.web.actions.Order`, with the same
 GET  /metrics                 Prometheus
 GET  /healthz                 200: the process serves
 GET  /readiness               200 if parts come and are judged, else 503 with the reason
@@ -14,11 +15,8 @@ GET  /readiness               200 if parts come and are judged, else 503 with th
 from __future__ import annotations
 
 import asyncio
-import collections
-import hmac
 import re
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from edge.delivery import Deliverer
-from edge.status import CameraStatus
-from edge.web.board import Board, View
-from edge.web.config import WebConfig
-from edge.web.marks import MarkStore, Truth
-from edge.web.metrics import CONTENT_TYPE, LineMetrics
+from edge.web.actions import Order, status_of
+from edge.web.marks import Truth
+from edge.web.metrics import CONTENT_TYPE
+from edge.web.station import Station
 from edgeflame.errors import DataError, EdgeFlameError
 
 STATIC = Path(__file__).parent / "static"
@@ -52,143 +48,8 @@ _HEADERS = {
 }
 
 
-class Running(msgspec.Struct, frozen=True, kw_only=True):
-    """``/api/line``: what runs here. Of several cameras, the first stands outside of the list as well."""
-
-    product: str
-    model: str
-    threshold: float
-    source: str
-    provider: str
-    cameras: tuple[CameraStatus, ...]
-
-
-class DeliveryHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """A destination's health."""
-
-    name: str
-    waiting: int
-    lost: int
-    error: str | None
-
-
-class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """Of camera and destinations."""
-
-    problem: str | None
-    """Why the line is not ready; None if it is."""
-    dropped: dict[str, int]
-    """Frames never looked at, of all cameras, by reason."""
-    cameras: tuple[CameraStatus, ...]
-    deliveries: tuple[DeliveryHealth, ...]
-
-
-class Page(msgspec.Struct, frozen=True, kw_only=True):
-    """``/api/view``."""
-
-    view: View
-    health: Health
-
-
 class _MarkBody(msgspec.Struct, forbid_unknown_fields=True):
     was: Truth
-
-
-class Station:
-    """The routes' view of a running inspection.
-
-    Args:
-        config: of the page.
-        statuses: of the cameras.
-        board: what is shown.
-        metrics: what is counted.
-        marks: where opinions are kept.
-        deliverers: of the destinations.
-        token: what a request that changes something must carry.
-    """
-
-    def __init__(
-        self,
-        config: WebConfig,
-        statuses: Callable[[], Sequence[CameraStatus]],
-        *,
-        board: Board,
-        metrics: LineMetrics,
-        marks: MarkStore,
-        deliverers: Sequence[Deliverer],
-        token: str,
-    ) -> None:
-        self.board = board
-        self.metrics = metrics
-        self.marks = marks
-        self.closing = threading.Event()
-        """Set before the server stops, so that open event streams end."""
-        self._config = config
-        self._deliverers = deliverers
-        self._statuses = statuses
-        self._token = token
-
-    def running(self) -> Running:
-        """What runs."""
-        statuses = tuple(self._statuses())
-        first = statuses[0]
-        return Running(
-            product=first.product,
-            model=first.model,
-            threshold=first.threshold,
-            source=first.source,
-            provider=first.provider,
-            cameras=statuses,
-        )
-
-    def page(self) -> Page:
-        """What is to be seen now."""
-        view = self.board.view()
-        deliveries = []
-        for deliverer in self._deliverers:
-            standing = deliverer.standing()
-            deliveries.append(
-                DeliveryHealth(
-                    name=deliverer.name, waiting=standing.waiting, lost=standing.lost, error=deliverer.last_error
-                )
-            )
-        statuses = tuple(self._statuses())
-        dropped: collections.Counter[str] = collections.Counter()
-        for status in statuses:
-            dropped.update(status.dropped)
-        health = Health(
-            problem=self._problem(view, statuses),
-            dropped=dict(dropped),
-            cameras=statuses,
-            deliveries=tuple(deliveries),
-        )
-        return Page(view=view, health=health)
-
-    def may_change(self, request: Request) -> bool:
-        """Whether a request carries the token."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self._token.encode())
-
-    def _problem(self, view: View, statuses: Sequence[CameraStatus]) -> str | None:
-        problems = [
-            problem if len(statuses) == 1 else f"{status.camera}: {problem}"
-            for status in statuses
-            if not status.ended and (problem := self._problem_of(status, view.last_parts_s.get(status.camera)))
-        ]
-        return "; ".join(problems) or None
-
-    def _problem_of(self, status: CameraStatus, last_part_s: float | None) -> str | None:
-        if status.paused:
-            return "paused"
-        if status.not_ready:
-            return "; ".join(status.not_ready)
-        if status.problem is not None:
-            return status.problem
-        if last_part_s is None:
-            return "no part has been judged since the start"
-        if last_part_s > self._config.stale_after_s:
-            return f"no part for {last_part_s:.0f} s"
-        return None
 
 
 def build_app(station: Station) -> Starlette:
@@ -204,11 +65,12 @@ def build_app(station: Station) -> Starlette:
     async def line(_request: Request) -> Response:
         return _json(await asyncio.to_thread(station.running))
 
-    async def view(_request: Request) -> Response:
-        return _json(await asyncio.to_thread(station.page))
+    async def view(request: Request) -> Response:
+        return _json(await asyncio.to_thread(station.page, request.query_params.get("camera")))
 
-    async def events(_request: Request) -> Response:
-        return StreamingResponse(_events(station), media_type="text/event-stream", headers=_HEADERS)
+    async def events(request: Request) -> Response:
+        camera = request.query_params.get("camera")
+        return StreamingResponse(_events(station, camera), media_type="text/event-stream", headers=_HEADERS)
 
     async def picture(request: Request) -> Response:
         kind, side = request.path_params["kind"], request.query_params.get("side", "960")
@@ -225,11 +87,8 @@ def build_app(station: Station) -> Starlette:
     async def mark(request: Request) -> Response:
         if not station.may_change(request):
             return _problem(401, "this needs the operator's token")
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > _MAX_BODY_BYTES:
-                return _problem(413, "too long")
+        if (body := await _body(request)) is None:
+            return _problem(413, "too long")
         try:
             was = msgspec.json.decode(body, type=_MarkBody).was
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -244,6 +103,20 @@ def build_app(station: Station) -> Starlette:
         except EdgeFlameError as exc:
             return _problem(507, str(exc))
         return _json(kept)
+
+    async def do(request: Request) -> Response:
+        if not station.may_change(request):
+            return _problem(401, "this needs the operator's token")
+        if (body := await _body(request)) is None:
+            return _problem(413, "too long")
+        try:
+            order = msgspec.json.decode(body, type=Order)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            return _problem(400, f'expected {{"action": ...}} ({exc})')
+        try:
+            return _json(await station.actions.run(request.path_params["camera"], order))
+        except EdgeFlameError as exc:
+            return _problem(status_of(exc), str(exc))
 
     async def metrics(_request: Request) -> Response:
         text = await asyncio.to_thread(station.metrics.text)
@@ -261,12 +134,15 @@ def build_app(station: Station) -> Starlette:
             Route("/", index),
             Route("/page.css", asset),
             Route("/page.js", asset),
+            Route("/parts.js", asset),
+            Route("/upkeep.js", asset),
             Route("/icon.svg", asset),
             Route("/api/line", line),
             Route("/api/view", view),
             Route("/api/events", events),
             Route("/parts/{key:int}/{kind}.jpg", picture),
             Route("/api/parts/{key:int}/mark", mark, methods=["POST"]),
+            Route("/api/cameras/{camera}/do", do, methods=["POST"]),
             Route("/metrics", metrics),
             Route("/healthz", healthz),
             Route("/readiness", readiness),
@@ -274,7 +150,7 @@ def build_app(station: Station) -> Starlette:
     )
 
 
-async def _events(station: Station) -> AsyncIterator[bytes]:
+async def _events(station: Station, camera: str | None) -> AsyncIterator[bytes]:
     seen: int | None = None
     quiet = 0.0
     while not station.closing.is_set():
@@ -282,10 +158,20 @@ async def _events(station: Station) -> AsyncIterator[bytes]:
         # Every few seconds without news as well: ages and queues change without parts.
         if version != seen or quiet >= 2.0:
             seen, quiet = version, 0.0
-            page = await asyncio.to_thread(station.page)
+            page = await asyncio.to_thread(station.page, camera)
             yield b"data: " + msgspec.json.encode(page) + b"\n\n"
         await asyncio.sleep(_EVENT_INTERVAL_S)
         quiet += _EVENT_INTERVAL_S
+
+
+async def _body(request: Request) -> bytes | None:
+    """A request's body; None if it is too long."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MAX_BODY_BYTES:
+            return None
+    return body
 
 
 def _json(value: Any) -> Response:

@@ -14,6 +14,7 @@ import numpy as np
 
 from edge.overlay import overlay
 from edge.results import Inspected, Result
+from edge.status import DEFAULT_CAMERA
 from edge.web.config import WebConfig
 from edgeflame.images import ImageU8, shrink
 
@@ -47,8 +48,18 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     unknown: int = 0
 
 
+class Hour(msgspec.Struct, frozen=True, kw_only=True):
+    """Verdicts of one hour of today."""
+
+    hour: int
+    """0..23, local time."""
+    parts: int
+    rejected: int
+    """Failed and unknown."""
+
+
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything the page shows that changes with the parts."""
+    """Everything the page shows of one camera that changes with the parts."""
 
     latest: Shown | None
     rejects: tuple[Shown, ...]
@@ -58,14 +69,39 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     scores: tuple[tuple[float | None, str], ...]
     """Ratio and verdict of the last parts, oldest first."""
     today: Counts
+    hours: tuple[Hour, ...]
+    """Of today, those with parts, in order."""
     last_part_s: float | None
     """Seconds since the last part; None before the first."""
-    last_parts_s: dict[str, float]
-    """The same by camera, of those that had one."""
+
+
+class _Memory:
+    """Of one camera."""
+
+    def __init__(self, config: WebConfig) -> None:
+        self.recent: collections.deque[Shown] = collections.deque(maxlen=config.recent)
+        self.rejects: collections.deque[Shown] = collections.deque(maxlen=config.rejects)
+        self.scores: collections.deque[tuple[float | None, str]] = collections.deque(maxlen=config.history)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.hours: collections.Counter[tuple[int, bool]] = collections.Counter()
+        """By hour and whether the part was rejected."""
+        self.latest: Shown | None = None
+        self.last_part: float | None = None
+
+    def count(self, result: Result, today: str) -> None:
+        local = result.captured.astimezone()
+        if local.date().isoformat() == today:
+            self.counts[result.verdict] += 1
+            self.hours[local.hour, result.verdict != "pass"] += 1
+        self.scores.append((_ratio(result), result.verdict))
+
+    def forget_day(self) -> None:
+        self.counts.clear()
+        self.hours.clear()
 
 
 class Board:
-    """Remembers a bounded number of parts, safe for any thread.
+    """Remembers a bounded number of parts of each camera, safe for any thread.
 
     Args:
         config: how many.
@@ -76,27 +112,26 @@ class Board:
     def __init__(
         self, config: WebConfig, past: Iterable[Result] = (), *, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._config = config
         self._clock = clock
         self._lock = threading.Lock()
         self._kept: dict[int, Inspected] = {}
-        self._recent: collections.deque[Shown] = collections.deque(maxlen=config.recent)
-        self._rejects: collections.deque[Shown] = collections.deque(maxlen=config.rejects)
-        self._scores: collections.deque[tuple[float | None, str]] = collections.deque(maxlen=config.history)
-        self._counts: collections.Counter[str] = collections.Counter()
+        self._cameras: dict[str, _Memory] = {}
         self._date = _today()
-        self._last_parts: dict[str, float] = {}
-        self._latest: Shown | None = None
         self.version = 0
         """Rises with every change."""
         for result in past:
-            self._count(result)
+            if not result.golden:
+                self._memory(result.camera).count(result, self._date)
 
     def accept(self, inspected: Inspected) -> None:
         """Show a part."""
         result = inspected.result
         with self._lock:
+            self._turn_day()
             self.version += 1
-            self._count(result)
+            memory = self._memory(result.camera)
+            memory.count(result, self._date)
             shown = Shown(
                 key=self.version,
                 camera=result.camera,
@@ -109,39 +144,52 @@ class Board:
                 latency_ms=result.latency_ms,
                 has_picture=inspected.image is not None,
             )
-            self._latest = shown
-            self._last_parts[result.camera] = self._clock()
+            before = {part.key for part in (*memory.recent, *memory.rejects)}
+            memory.latest = shown
+            memory.last_part = self._clock()
             self._kept[shown.key] = inspected
-            self._recent.append(shown)
+            memory.recent.append(shown)
             if result.verdict != "pass":
-                self._rejects.append(shown)
-            wanted = {part.key for part in (*self._recent, *self._rejects)}
-            for key in self._kept.keys() - wanted:
+                memory.rejects.append(shown)
+            for key in before - {part.key for part in (*memory.recent, *memory.rejects)}:
                 del self._kept[key]
 
     def close(self) -> None:
         """Nothing to close."""
 
-    def view(self) -> View:
-        """What is to be seen now."""
+    def view(self, camera: str = DEFAULT_CAMERA) -> View:
+        """What is to be seen of a camera now."""
         with self._lock:
             self._turn_day()
-            now = self._clock()
-            ages = {camera: round(now - at, 1) for camera, at in self._last_parts.items()}
+            memory = self._cameras.get(camera) or _Memory(self._config)
+            hours = sorted({hour for hour, _ in memory.hours})
             return View(
-                latest=self._latest,
-                rejects=tuple(reversed(self._rejects)),
-                recent=tuple(reversed(self._recent)),
-                scores=tuple(self._scores),
+                latest=memory.latest,
+                rejects=tuple(reversed(memory.rejects)),
+                recent=tuple(reversed(memory.recent)),
+                scores=tuple(memory.scores),
                 today=Counts(
                     date=self._date,
-                    passed=self._counts["pass"],
-                    failed=self._counts["fail"],
-                    unknown=self._counts["unknown"],
+                    passed=memory.counts["pass"],
+                    failed=memory.counts["fail"],
+                    unknown=memory.counts["unknown"],
                 ),
-                last_part_s=min(ages.values(), default=None),
-                last_parts_s=ages,
+                hours=tuple(
+                    Hour(
+                        hour=hour,
+                        parts=memory.hours[hour, False] + memory.hours[hour, True],
+                        rejected=memory.hours[hour, True],
+                    )
+                    for hour in hours
+                ),
+                last_part_s=self._age(memory),
             )
+
+    def latest(self, camera: str) -> tuple[Shown | None, float | None]:
+        """A camera's last part, and how many seconds ago it came."""
+        with self._lock:
+            memory = self._cameras.get(camera)
+            return (None, None) if memory is None else (memory.latest, self._age(memory))
 
     def part(self, key: int) -> Inspected | None:
         """A part that is still remembered."""
@@ -158,17 +206,19 @@ class Board:
             image = overlay(image, part.anomaly_map, part.result.threshold, ignored=part.ignored)
         return _jpeg(shrink(image, min(side, PICTURE_SIDE)))
 
-    def _count(self, result: Result) -> None:
-        self._turn_day()
-        if result.captured.astimezone().date().isoformat() == self._date:
-            self._counts[result.verdict] += 1
-        self._scores.append((_ratio(result), result.verdict))
+    def _memory(self, camera: str) -> _Memory:
+        # Results of older versions name no camera.
+        return self._cameras.setdefault(camera or DEFAULT_CAMERA, _Memory(self._config))
+
+    def _age(self, memory: _Memory) -> float | None:
+        return None if memory.last_part is None else round(self._clock() - memory.last_part, 1)
 
     def _turn_day(self) -> None:
         today = _today()
         if today != self._date:
             self._date = today
-            self._counts.clear()
+            for memory in self._cameras.values():
+                memory.forget_day()
 
 
 def _today() -> str:

@@ -24,6 +24,9 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Last failed and unknown parts whose picture is kept in memory."""
     history: int = 300
     """Scores shown in the chart."""
+    max_marks: int = 10_000
+    """Parts that operators said something about and whose pictures are kept for the next training. They are never
+    deleted: beyond these a mark is refused."""
 
     def __post_init__(self) -> None:
         match = _LISTEN.fullmatch(self.listen)
@@ -34,6 +37,7 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             (self.stale_after_s > 0, "web.stale_after_s must be > 0", self.stale_after_s),
             (1 <= self.recent <= 100, "web.recent must be 1..100", self.recent),
             (1 <= self.rejects <= 100, "web.rejects must be 1..100", self.rejects),
+            (self.max_marks >= 1, "web.max_marks must be at least 1", self.max_marks),
             (10 <= self.history <= 10_000, "web.history must be 10..10000", self.history),
         )
         for holds, rule, value in rules:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -17,6 +17,9 @@ from edgeflame.images import write_image
 log = EventLog("marks")
 
 Truth = Literal["good", "bad"]
+
+WARN_SHARE = 0.8
+"""Of the most marks that are kept; from then on each new one is warned of."""
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,12 +36,17 @@ class MarkStore:
     """Pictures in ``good/`` and ``bad/``, ready to be looked through and added to the next training's images, and one
     line each in ``marks.jsonl``. Marking a part again replaces its picture; the lines remain.
 
+    Marks are training data and never deleted: when there are ``max_marks``, new ones are refused until somebody has
+    taken the folder away.
+
     Args:
         folder: made with the first mark.
+        max_marks: most pictures kept.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, max_marks: int = 10_000) -> None:
         self._folder = folder
+        self._max_marks = max_marks
 
     def add(self, inspected: Inspected, was: Truth) -> Mark:
         """Keep an opinion.
@@ -60,6 +68,16 @@ class MarkStore:
             file=f"{was}/{name}",
             result=msgspec.Raw(msgspec.json.encode(result)),
         )
+        kept = self._count()
+        is_new = not (other.exists() or (self._folder / was / name).exists())
+        if kept >= self._max_marks and is_new:
+            msg = (
+                f"{self._folder}: {kept} marked parts are kept, and no more (web.max_marks); take good/ and bad/ away "
+                "for the next training"
+            )
+            raise StorageError(msg)
+        if kept >= WARN_SHARE * self._max_marks:
+            log.warning("marks_nearly_full", kept=kept + 1, at_most=self._max_marks, folder=str(self._folder))
         try:
             (self._folder / was).mkdir(parents=True, exist_ok=True)
             write_image(self._folder / was / name, image)
@@ -71,3 +89,7 @@ class MarkStore:
             raise StorageError(msg) from exc
         log.info("part_marked", part=result.part_id, verdict=result.verdict, was=was)
         return mark
+
+    def _count(self) -> int:
+        # A person marks a part now and then: looking takes nothing that matters.
+        return sum(len(list((self._folder / was).glob("*.png"))) for was in get_args(Truth))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import uvicorn
 
-from edge.web.app import Station, build_app
+from edge.web.app import build_app
 from edge.web.config import WebConfig
+from edge.web.station import Station
 from edgeflame.console import EventLog
 from edgeflame.errors import LinkError
 from edgeflame.statedir import storage_errors

@@ -156,6 +156,7 @@ class TestMonitor:
         lower = parts(600, score=-1.5, embedding=-1.5)
         monitor = DriftMonitor(QUICK, normal_reference())
         assert feed(monitor, lower) == []
+        assert not any(one.is_off for one in monitor.status().streams)
         own = DriftMonitor(msgspec.structs.replace(QUICK, learn=300, reference="line"))
         feed(own, parts(300, seed=11))
         feed(own, lower)

@@ -8,7 +8,7 @@ import http.client
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,27 @@ from click.testing import CliRunner
 from results import result
 from small_model import GRID, bad_image, good_image, write_images
 
+from edge.cameras import Cameras
+from edge.config import CameraConfig, InspectConfig
+from edge.control import Control
+from edge.drift.monitor import Condition, DriftStatus, StreamStatus
+from edge.golden.config import GoldenConfig
+from edge.loading import Loader
+from edge.overrides import Overrides
+from edge.plan import make_plan
 from edge.results import Inspected
-from edge.status import CameraStatus
-from edge.web.app import Station
+from edge.upkeep import open_upkeep
 from edge.web.board import Board
 from edge.web.config import WebConfig
 from edge.web.marks import MarkStore
 from edge.web.metrics import LineMetrics
 from edge.web.server import operator_token, serve
+from edge.web.station import Station
 from edge.web.surroundings import Surroundings
 from edgeflame.cli import cli
-from edgeflame.errors import ConfigError, LinkError
-from edgeflame.images import read_image
-from edgeflame.package import Package
+from edgeflame.condition import STREAMS
+from edgeflame.errors import ConfigError, LinkError, StorageError
+from edgeflame.images import read_image, write_image
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TOKEN = "let-me-in"
@@ -40,11 +48,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def part(
-    sequence: int, verdict: str = "pass", *, captured: dt.datetime | None = None, picture: bool = True
+    sequence: int,
+    verdict: str = "pass",
+    *,
+    captured: dt.datetime | None = None,
+    picture: bool = True,
+    camera: str = "camera",
 ) -> Inspected:
     image = good_image(sequence, 96) if verdict == "pass" else bad_image(sequence, 96)
     told = msgspec.structs.replace(
         result(sequence, verdict, part_id=f"part-{sequence:04d}"),
+        camera=camera,
         captured=captured or dt.datetime.now(dt.timezone.utc),
         score={"pass": 0.5, "fail": 1.6, "unknown": None}[verdict],
         reasons={"pass": (), "fail": ("above_threshold",), "unknown": ("unreadable",)}[verdict],
@@ -87,13 +101,25 @@ class TestBoard:
         assert len(board.picture(1, with_heat=False, side=40) or b"") < len(board.picture(1, with_heat=False) or b"")
 
 
-def statuses() -> tuple[CameraStatus, ...]:
-    return (
-        CameraStatus(
-            camera="camera", product="tile", model="0" * 12, threshold=1.0, source="camera:0", provider="CPU",
-            dropped={"superseded": 3},
-        ),
-    )  # fmt: skip
+def drifting(condition: Condition = Condition.OK, **streams: Condition) -> DriftStatus:
+    """What a camera's drift might be."""
+    told = tuple(
+        StreamStatus(
+            name=name,
+            condition=streams.get(name, Condition.OK),
+            direction="lower" if name in streams else None,
+            rank=0.08 if name in streams else 0.5,
+            evidence=1.0 if name in streams else 0.1,
+            since=dt.datetime(2026, 1, 2, 3, 4, tzinfo=dt.timezone.utc) if name in streams else None,
+            is_off=name in streams,
+            learnt=None,
+        )
+        for name in STREAMS
+    )
+    message = (
+        "camera or light changed: brightness lower" if streams else "parts, camera and light are as they were learnt"
+    )
+    return DriftStatus(condition=condition, parts=Condition.OK, camera=condition, message=message, streams=told)
 
 
 class Plc:
@@ -104,23 +130,48 @@ class Plc:
 
 
 @contextlib.contextmanager
-def station(folder: Path, package: Package, **keys: Any) -> Iterator[tuple[Station, str]]:
+def station(
+    folder: Path,
+    package: Path,
+    *,
+    cameras: Sequence[str] = ("camera",),
+    golden: GoldenConfig | None = None,
+    **keys: Any,
+) -> Iterator[tuple[Station, str]]:
+    """A page over real cameras, whose parts are shown by hand; with drift and golden parts as in a daemon."""
     config = WebConfig(listen="127.0.0.1:0", **keys)
-    metrics = LineMetrics(statuses, deliverers=[])
-    metrics.registry.register(
-        Surroundings(folder, {"camera": Plc()}, certificate_expires=dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc))
+    settings = InspectConfig(
+        products={"tile": str(package), "other": str(package)},
+        cameras={name: CameraConfig(source="boards:warm_wood", product="tile") for name in cameras},
+        golden=golden or GoldenConfig(),
     )
-    opened = Station(
-        config,
-        statuses,
-        board=Board(config),
-        metrics=metrics,
-        marks=MarkStore(folder / "marks"),
-        deliverers=[],
-        token=TOKEN,
+    plan = make_plan(settings, model=None, source=None, product_of=str)
+    overrides = Overrides(None)
+    opened_cameras = Cameras(plan, Loader(device="cpu", num_threads=1), overrides)
+    lines = opened_cameras.lines
+    control = Control(
+        lines,
+        products=lambda: opened_cameras.products,
+        load=opened_cameras.load,
+        overrides=overrides,
+        folder=folder / "snapshots",
     )
-    with serve(opened, config) as address:
-        yield opened, address
+    with open_upkeep(plan, lines, control, folder / "state"):
+        control.annotate(lambda status: msgspec.structs.replace(status, dropped={"superseded": 3}, source="camera:0"))
+        metrics = LineMetrics(control.statuses, deliverers=[])
+        expires = dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc)
+        metrics.registry.register(Surroundings(folder, {"camera": Plc()}, certificate_expires=expires))
+        opened = Station(
+            config,
+            control,
+            board=Board(config),
+            metrics=metrics,
+            marks=MarkStore(folder / "marks"),
+            deliverers=[],
+            token=TOKEN,
+        )
+        with serve(opened, config) as address:
+            yield opened, address
 
 
 def judge(opened: Station, inspected: Inspected) -> None:
@@ -138,8 +189,82 @@ def ask(
         return response.status, response.read()
 
 
-def test_health_says_ready_only_while_parts_come(tmp_path: Path, package: Package) -> None:
-    with station(tmp_path, package, stale_after_s=0.2) as (opened, address):
+def order(address: str, camera: str = "camera", **what: Any) -> tuple[int, dict[str, Any]]:
+    body = msgspec.json.encode(what)
+    status, answer = ask(address, f"/api/cameras/{camera}/do", method="POST", body=body, token=TOKEN)
+    return status, msgspec.json.decode(answer)
+
+
+def photographs(folder: Path, *, wrong: bool = False) -> GoldenConfig:
+    for kind, make in (("good", good_image), ("bad", good_image if wrong else bad_image)):
+        (folder / kind).mkdir(parents=True)
+        write_image(folder / kind / "0.png", make(0, 96))
+    return GoldenConfig(folder=str(folder), wait_s=0.05)
+
+
+class TestOrders:
+    """What an operator may ask, over real HTTP."""
+
+    def test_orders_need_the_token_and_make_sense(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file) as (_, address):
+            path = "/api/cameras/camera/do"
+            assert ask(address, path, method="POST", body=b'{"action": "pause"}')[0] == 401
+            assert ask(address, path, method="POST", body=b'{"action": "pause"}', token="guess")[0] == 401
+            assert ask(address, path, token=TOKEN)[0] == 405
+            assert ask(address, path, method="POST", body=b"x" * 20_000, token=TOKEN)[0] == 413
+            for junk in (b"", b"\xff", b"[]", b'{"action": "explode"}', b'{"action": "pause", "when": "now"}'):
+                assert ask(address, path, method="POST", body=junk, token=TOKEN)[0] == 400
+            assert order(address, "nowhere", action="pause") == (400, {"error": "there is no camera 'nowhere'"})
+            assert order(address, action="product", product="unheard of")[0] == 400
+            assert order(address, action="product")[0] == 400
+            assert ask(address, "/readiness")[1] == b"no part has been judged since the start\n"
+
+    def test_pause_resume_and_switch(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file, cameras=("left", "right")) as (_, address):
+            assert order(address, "right", action="pause") == (200, {"ok": True, "message": "Paused."})
+            assert b"right: paused" in ask(address, "/readiness")[1]
+            assert order(address, "right", action="snapshot")[0] == 409
+            assert order(address, "right", action="resume")[0] == 200
+            assert b"paused" not in ask(address, "/readiness")[1]
+            assert order(address, "left", action="product", product="other")[0] == 200
+            running = msgspec.json.decode(ask(address, "/api/line")[1])
+            assert [camera["product"] for camera in running["cameras"]] == ["other", "tile"]
+            assert running["products"] == ["tile", "other"]
+
+    def test_self_tests_and_what_readiness_says_of_them(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file, golden=photographs(tmp_path / "golden", wrong=True)) as (opened, address):
+            judge(opened, part(0))
+            status, answer = order(address, action="golden")
+            assert (status, answer["ok"]) == (200, False)
+            assert answer["message"].startswith(
+                "Self-test FAILED: 1 of 2 golden parts judged wrongly: bad/0.png should"
+            )
+            assert ask(address, "/readiness")[0] == 503
+            assert b"the self-test failed" in ask(address, "/readiness")[1]
+            assert b'edgeflame_golden_passed{camera="camera"} 0.0' in ask(address, "/metrics")[1]
+            assert order(address, action="acknowledge")[0] == 200
+            assert ask(address, "/readiness")[0] == 200
+            assert order(address, action="golden", expected="good")[0] == 409  # no part comes
+            assert order(address, action="drift-clear")[0] == 200
+
+
+def test_each_camera_has_its_own_view(tmp_path: Path, package_file: Path) -> None:
+    with station(tmp_path, package_file, cameras=("left", "right")) as (opened, address):
+        judge(opened, part(0, "fail", camera="left"))
+        judge(opened, part(1, camera="right"))
+        page = msgspec.json.decode(ask(address, "/api/view?camera=right")[1])
+        assert (page["camera"], page["view"]["latest"]["part_id"], page["view"]["rejects"]) == (
+            "right",
+            "part-0001",
+            [],
+        )
+        assert [light["latest"]["verdict"] for light in page["lights"]] == ["fail", "pass"]
+        page = msgspec.json.decode(ask(address, "/api/view?camera=gone")[1])
+        assert (page["camera"], page["view"]["today"]["failed"]) == ("left", 1)
+
+
+def test_health_says_ready_only_while_parts_come(tmp_path: Path, package_file: Path) -> None:
+    with station(tmp_path, package_file, stale_after_s=0.2) as (opened, address):
         assert ask(address, "/healthz") == (200, b"ok\n")
         assert ask(address, "/readiness") == (503, b"no part has been judged since the start\n")
         judge(opened, part(0))
@@ -148,8 +273,8 @@ def test_health_says_ready_only_while_parts_come(tmp_path: Path, package: Packag
         assert ask(address, "/readiness")[1].startswith(b"no part for ")
 
 
-def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, package: Package) -> None:
-    with station(tmp_path, package) as (opened, address):
+def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, package_file: Path) -> None:
+    with station(tmp_path, package_file) as (opened, address):
         for sequence, verdict in enumerate(["pass", "fail", "unknown"]):
             judge(opened, part(sequence, verdict))
         text = ask(address, "/metrics")[1].decode()
@@ -165,8 +290,8 @@ def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, p
     assert told == documented
 
 
-def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package: Package) -> None:
-    with station(tmp_path, package, recent=2, rejects=2) as (opened, address):
+def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package_file: Path) -> None:
+    with station(tmp_path, package_file, recent=2, rejects=2) as (opened, address):
         judge(opened, part(0, "fail"))
         judge(opened, part(1, picture=False))
         good = b'{"was": "good"}'
@@ -193,6 +318,19 @@ def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package: 
         ]
 
 
+def test_marks_are_refused_rather_than_deleted_when_there_are_too_many(tmp_path: Path) -> None:
+    store = MarkStore(tmp_path / "marks", max_marks=2)
+    marked = [part(sequence) for sequence in range(2)]
+    for one in marked:
+        store.add(one, "good")
+    with pytest.raises(StorageError, match=r"2 marked parts are kept.*take good/ and bad/ away"):
+        store.add(part(2), "good")
+    store.add(marked[1], "bad")  # a second thought is no new mark
+    assert sorted(path.parent.name for path in (tmp_path / "marks").glob("*/*.png")) == ["bad", "good"]
+    (tmp_path / "marks" / "good").rename(tmp_path / "taken")
+    store.add(part(2), "good")
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -205,8 +343,8 @@ def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package: 
         "/parts/1/heat.jpg?side=0",
     ],
 )
-def test_what_is_not_there_is_404(tmp_path: Path, package: Package, path: str) -> None:
-    with station(tmp_path, package) as (opened, address):
+def test_what_is_not_there_is_404(tmp_path: Path, package_file: Path, path: str) -> None:
+    with station(tmp_path, package_file) as (opened, address):
         judge(opened, part(0))
         assert ask(address, path)[0] == 404
 
@@ -226,7 +364,15 @@ def test_an_address_in_use_is_an_error(tmp_path: Path, package_file: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "keys", [{"listen": "8080"}, {"listen": "host:99999"}, {"recent": 0}, {"history": 1}, {"stale_after_s": 0}]
+    "keys",
+    [
+        {"listen": "8080"},
+        {"listen": "host:99999"},
+        {"recent": 0},
+        {"history": 1},
+        {"stale_after_s": 0},
+        {"max_marks": 0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="web"):
@@ -262,9 +408,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("width", "height"), [(1400, 900), (390, 844)])
-def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package: Package, width: int, height: int) -> None:
+def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package_file: Path, width: int, height: int) -> None:
     complaints: list[str] = []
-    with station(tmp_path, package) as (opened, address):
+    with station(tmp_path, package_file) as (opened, address):
         page = browser.new_page(viewport={"width": width, "height": height})
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -272,12 +418,13 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package: Package, w
         page.goto(address)
         page.get_by_text("no part yet").wait_for()
         page.get_by_text("Not ready: no part has been judged since the start.").wait_for()
+        assert page.locator("#lights").is_hidden()
         for sequence, verdict in enumerate(["pass", "fail", "unknown", "pass"]):
             judge(opened, part(sequence, verdict))
         page.locator("#light.pass").wait_for()
         assert page.locator("#word").inner_text().lower() == "pass"
         assert page.locator("#ratio").inner_text() == "0.50 × threshold"
-        page.locator("#problem").wait_for(state="hidden")
+        page.get_by_text("Ready.", exact=True).wait_for()
         assert page.locator("#rejects li").count() == 2
         assert page.locator("#failed").inner_text() == "1"
         # Parts that come once the page stands move nothing.
@@ -306,8 +453,71 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package: Package, w
     assert [text for text in complaints if "401" not in text] == []
 
 
-def test_the_page_says_when_the_daemon_is_gone(browser: Any, tmp_path: Path, package: Package) -> None:
-    with station(tmp_path, package) as (_, address):
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (360, 740)])
+def test_several_cameras_drift_and_orders_in_a_browser(
+    browser: Any, tmp_path: Path, package_file: Path, width: int, height: int
+) -> None:
+    complaints: list[str] = []
+    golden = photographs(tmp_path / "golden", wrong=True)
+    with station(tmp_path, package_file, cameras=("left", "right"), golden=golden) as (opened, address):
+        state = drifting()
+        opened._control.annotate(lambda status: msgspec.structs.replace(status, drift=state))
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.add_init_script(_WATCH_SHIFTS)
+        for sequence, camera in enumerate(["left", "right", "left"]):
+            judge(opened, part(sequence, "fail" if camera == "right" else "pass", camera=camera))
+        page.goto(address)
+        lights = page.locator("#lights button")
+        lights.nth(1).locator(".word").get_by_text("✕ fail").wait_for()
+        page.locator("#light.pass").wait_for()
+        # Three metres: letters of at least 15 mm, 57 pixels at 96 to the inch; a phone is held in the hand.
+        if width > 1000:
+            assert float(lights.nth(1).locator(".word").evaluate("e => getComputedStyle(e).fontSize")[:-2]) >= 57
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # The other camera, by the keyboard; what was chosen is still chosen when the page is loaded again.
+        lights.nth(1).press("Enter")
+        page.locator("#light.fail").wait_for()
+        assert page.locator("#rejects li").count() == 1
+        page.reload()
+        page.locator("#light.fail").wait_for()
+        # Drift: what it is, and since when; nothing moves when it comes.
+        page.get_by_text("Parts, camera and light are as they were learnt.").wait_for()
+        page.evaluate("window.shifts = 0")
+        state = drifting(Condition.ALARM, brightness=Condition.ALARM)
+        judge(opened, part(3, "fail", camera="right"))
+        page.locator("#drift-message").get_by_text("Camera or light changed: brightness lower.").wait_for()
+        assert "alarm: lower since" in page.locator("#streams tr.bad").inner_text()
+        page.locator("#standing.bad").get_by_text("Camera or light changed: brightness lower.").wait_for()
+        assert page.evaluate("window.shifts") < 0.1
+        # Orders: without the token none, with it a self-test that fails, and is acknowledged.
+        page.get_by_role("button", name="Test photographs").press("Enter")
+        page.locator("#done").get_by_text("Not done: this needs the operator's token.").wait_for()
+        page.locator("#order-token").fill(TOKEN)
+        page.get_by_role("button", name="Test photographs").press("Enter")
+        page.locator("#done.wrong").get_by_text("Self-test FAILED: 1 of 2 golden parts judged wrongly").wait_for()
+        page.locator("#golden-wrong li").get_by_text("bad/0.png: should fail, came out pass").wait_for()
+        page.locator("#standing").get_by_text("Not ready: right: the self-test failed").wait_for()
+        page.get_by_role("button", name="Acknowledge").press("Enter")
+        page.locator("#golden-message.warn").wait_for()
+        page.get_by_role("button", name="Pause").press("Enter")
+        page.locator("#standing").get_by_text("Not ready: right: paused.").wait_for()
+        page.get_by_role("button", name="Resume").press("Enter")
+        page.locator("#done.good").get_by_text("Goes on.").wait_for()
+        # What cannot be undone asks again.
+        page.get_by_role("button", name="Learn anew").press("Enter")
+        page.get_by_role("button", name="Sure?").press("Enter")
+        page.locator("#done.good").get_by_text("The next parts are learnt.").wait_for()
+        page.locator("#products").select_option("other")
+        page.locator("#product").get_by_text("other", exact=True).wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.close()
+    assert [text for text in complaints if "401" not in text] == []
+
+
+def test_the_page_says_when_the_daemon_is_gone(browser: Any, tmp_path: Path, package_file: Path) -> None:
+    with station(tmp_path, package_file) as (_, address):
         page = browser.new_page()
         page.goto(address)
         page.get_by_text("live", exact=True).wait_for()

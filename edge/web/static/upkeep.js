@@ -1,0 +1,133 @@
+"use strict";
+// What watches over the line beside the verdicts, and what an operator may ask of a camera.
+
+const GRADE = { ok: "ok", learning: "none", warning: "warn", alarm: "bad" };
+
+function showStanding(status, problem) {
+  const drift = status.drift;
+  const grade = problem ? "bad" : drift ? GRADE[drift.condition] : "none";
+  const words = problem ? `Not ready: ${problem}.` : status.ended ? "The source has ended." : "Ready.";
+  const more = drift && ["warning", "alarm"].includes(drift.condition) ? ` ${sentence(drift.message)}` : "";
+  $("standing").className = problem || more ? grade : "ok";
+  text("standing", words + more);
+}
+
+const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}.`;
+
+function showDrift(drift) {
+  $("drift-message").className = `standing ${drift ? GRADE[drift.condition] : "none"}`;
+  text("drift-message", drift ? sentence(drift.message) : "Nothing to be said yet.");
+  for (const button of document.querySelectorAll("#condition [data-do]")) button.disabled = !drift;
+  const rows = drift ? drift.streams : [];
+  const body = $("streams").tBodies[0];
+  const present = new Map([...body.rows].map((row) => [row.dataset.name, row]));
+  const wanted = rows.map((one) => present.get(one.name) || streamRow(one.name));
+  if (wanted.length !== body.rows.length || wanted.some((row, index) => row !== body.rows[index])) body.replaceChildren(...wanted);
+  rows.forEach((one, index) => fillRow(wanted[index], one));
+}
+
+function streamRow(name) {
+  const row = make("tr");
+  row.dataset.name = name;
+  const title = make("th", "", name.replaceAll("_", " "));
+  title.scope = "row";
+  // Where the last parts lie among those learnt: a dot on a line whose middle third is usual.
+  const place = make("td", "place");
+  place.append(make("i"));
+  row.append(title, place, make("td", "said"));
+  return row;
+}
+
+function fillRow(row, one) {
+  row.className = GRADE[one.condition];
+  const dot = row.querySelector("i");
+  dot.hidden = one.rank === null;
+  dot.style.left = `${100 * (one.rank ?? 0.5)}%`;
+  const said = one.condition === "learning" ? `learning (${one.learnt ?? 0})`
+    : one.direction ? `${one.condition}: ${one.direction}${one.since ? ` since ${new Date(one.since).toLocaleString()}` : ""}${one.is_off ? "" : ", by now back"}`
+      : one.is_off ? `${one.rank > 0.5 ? "higher" : "lower"}, not yet sure` : "as learnt";
+  const cell = row.querySelector(".said");
+  if (cell.textContent !== said) cell.textContent = said;
+}
+
+function showGolden(golden) {
+  const last = golden && golden.last;
+  const failing = Boolean(last && !last.passed && !golden.acknowledged);
+  $("golden-message").className = `standing ${!last ? "none" : last.passed ? "ok" : failing ? "bad" : "warn"}`;
+  const how = last ? `${last.passed ? "Passed" : golden.acknowledged ? "Failed, acknowledged" : "Failed"} ${new Date(last.at).toLocaleString()} (${last.kind === "part" ? "before the camera" : "photographs"}): ${last.message}.` : "Not made yet.";
+  text("golden-message", how);
+  const wrong = last ? last.checks.filter((one) => one.verdict !== one.expected) : [];
+  const list = $("golden-wrong");
+  const lines = wrong.map((one) => `${one.part}: should ${one.expected}, came out ${one.verdict}${one.ratio === null ? "" : ` at ${one.ratio.toFixed(2)} × threshold`}`);
+  if (list.dataset.shown !== lines.join("|")) {
+    list.dataset.shown = lines.join("|");
+    list.replaceChildren(...lines.map((line) => make("li", "", line)));
+  }
+  $("acknowledge").disabled = !failing;
+}
+
+function showOperate(status) {
+  text("operated", current.lights.length > 1 ? status.camera : "");
+  $("pause").disabled = status.paused;
+  $("resume").disabled = !status.paused;
+  if (document.activeElement !== $("products") && $("products").value !== status.product) $("products").value = status.product;
+}
+
+function showHealth(health, status) {
+  const facts = [];
+  const dropped = Object.entries(status.dropped).filter(([, count]) => count);
+  facts.push(["Model", `${status.model} for ${status.product}, on ${status.provider}`]);
+  facts.push(["Threshold", status.threshold.toPrecision(5)]);
+  if (status.problem) facts.push(["Camera", status.problem]);
+  facts.push(["Frames dropped", dropped.length ? dropped.map(([why, count]) => `${count} ${why.replaceAll("_", " ")}`).join(", ") : "none"]);
+  const counted = { triggers: "Parts announced", missing: "Parts missing", duplicates: "Parts repeated", late: "Parts late" };
+  for (const [key, name] of Object.entries(counted)) {
+    if (status.counts[key]) facts.push([name, String(status.counts[key])]);
+  }
+  for (const one of health.deliveries) {
+    const lost = one.lost ? `, ${one.lost} lost` : "";
+    facts.push([`Delivery to ${one.name}`, one.error ? `${one.waiting} waiting${lost}: ${one.error}` : one.waiting ? `${one.waiting} waiting${lost}` : `all delivered${lost}`]);
+  }
+  const list = $("facts");
+  const next = JSON.stringify(facts);
+  if (list.dataset.shown === next) return;
+  list.dataset.shown = next;
+  list.replaceChildren(...facts.flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+}
+
+let forget = 0;
+
+function say(words, kind) {
+  $("done").className = kind;
+  text("done", words);
+  clearTimeout(forget);
+  if (kind !== "busy") forget = setTimeout(() => { text("done", ""); $("done").className = ""; }, 15000);
+}
+
+async function order(body) {
+  say(body.expected ? "Put the golden part before the camera…" : "…", "busy");
+  try {
+    const { response, answer } = await post(`api/cameras/${encodeURIComponent(current.camera)}/do`, body);
+    if (response.status === 401) $("order-token").focus();
+    say(response.ok ? answer.message : `Not done: ${answer.error}.`, response.ok && answer.ok ? "good" : "wrong");
+  } catch {
+    say("Not done: the daemon does not answer.", "wrong");
+  }
+}
+
+for (const button of document.querySelectorAll("[data-do]")) {
+  const usual = button.textContent;
+  let sure = 0;
+  button.addEventListener("click", () => {
+    if (button.dataset.sure && !sure) {
+      button.textContent = button.dataset.sure;
+      sure = setTimeout(() => { sure = 0; button.textContent = usual; }, 6000);
+      return;
+    }
+    clearTimeout(sure);
+    sure = 0;
+    button.textContent = usual;
+    order({ action: button.dataset.do, ...(button.dataset.expected ? { expected: button.dataset.expected } : {}) });
+  });
+}
+$("products").addEventListener("change", () => order({ action: "product", product: $("products").value }));
