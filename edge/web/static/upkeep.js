@@ -31,7 +31,7 @@ function streamRow(name) {
   row.dataset.name = name;
   const title = make("th", "", name.replaceAll("_", " "));
   title.scope = "row";
-  // Where the last parts lie among those learnt: a dot on a line whose middle third is usual.
+  // Where the last parts lie among those learnt: a dot on a line whose green middle is usual.
   const place = make("td", "place");
   place.append(make("i"));
   row.append(title, place, make("td", "said"));
