@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults fuzz check reference docs docs-serve format clean
+.PHONY: demo test faults fuzz guides check reference docs docs-serve format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
@@ -20,6 +20,10 @@ faults: $(VENV)/.installed-dev
 # 10,000 hostile inputs for each decoder in the table of tests/fuzz.
 fuzz: $(VENV)/.installed-dev
 	EDGEFLAME_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
+
+# The longer guides, typed word by word into a shell.
+guides: $(VENV)/.installed-dev
+	EDGEFLAME_GUIDES=all $(BIN)/python -m pytest tests/e2e/test_guides.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -88,6 +88,11 @@ def grants(client: Client, fleet: str) -> tuple[Grant, ...]:
             )
 
 
+def readable_topic(client: Client, fleet: str) -> str:
+    """A topic, or filter, that an identity may subscribe to."""
+    return next(grant.topic for grant in grants(client, fleet) if grant.acltype == "subscribePattern")
+
+
 def dynamic_security(clients: Sequence[Client], fleet: str) -> bytes:
     """The plugin's configuration file for a broker that starts with these clients."""
     active = [client for client in clients if client.is_active]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -412,3 +413,11 @@ def test_a_line_speaks_with_its_kit(plant: Plant) -> None:
         MqttConfig(fleet="test", line="line-1")
     with pytest.raises(ConfigError, match=r"mqtt\.kit holds the certificates"):
         MqttConfig(fleet="test", line="line-1", kit=kit, ca="x")
+
+
+@pytest.mark.parametrize("name", ["a", "line-1", "watcher", "foreman", "engineer", "aggregator", "admin"])
+def test_the_doctor_is_let_in_with_the_kit_of_any_role(name: str, plant: Plant) -> None:
+    kit = str(plant.kits / f"{name}.kit")
+    told = CliRunner().invoke(cli, ["doctor", "--kit", kit, "--connect-timeout", "5", "--json"]).stdout
+    findings = {finding["check"]: finding for finding in json.loads(told)}
+    assert findings["broker"]["level"] == "ok", findings["broker"]

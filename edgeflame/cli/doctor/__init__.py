@@ -64,6 +64,7 @@ def _given(
     from edgeflame.cli.link_options import contact
     from edgeflame.errors import EdgeFlameError
     from edgeflame.findings import problem
+    from edgeflame.fleet.access import Client, readable_topic
     from edgeflame.fleet.kit import read_kit
 
     findings: list[Finding] = []
@@ -72,15 +73,17 @@ def _given(
     if config is not None:
         findings += check_config(config)
     if broker is not None or kit is not None:
+        readable = "edgeflame/v1/doctor"
         try:
             # A kit of any role: the doctor is not a member, it only looks.
-            url = (
-                read_kit(kit).broker_url(broker)
-                if kit is not None
-                else contact(broker, kit=None, ca=ca, cert=cert, key=key, role="site").url
-            )
+            if kit is not None:
+                opened = read_kit(kit)
+                url = opened.broker_url(broker)
+                readable = readable_topic(Client(name=opened.name, role=opened.role), opened.fleet)
+            else:
+                url = contact(broker, kit=None, ca=ca, cert=cert, key=key, role="site").url
         except EdgeFlameError as exc:
             findings.append(problem("broker", str(exc), "correct what the message names"))
         else:
-            findings += check_broker(url, connect_timeout_s)
+            findings += check_broker(url, connect_timeout_s, readable=readable)
     return findings

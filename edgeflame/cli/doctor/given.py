@@ -82,8 +82,14 @@ def _config_kinds() -> Iterator[tuple[str, type]]:
     yield "fit", Learning
 
 
-def check_broker(url: BrokerUrl, timeout_s: float) -> Iterator[Finding]:
-    """Connect as a member would, for ``timeout_s`` at most, and look at our certificate's dates."""
+def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator[Finding]:
+    """Connect as a member would, for ``timeout_s`` at most, and look at our certificate's dates.
+
+    Args:
+        url: the broker.
+        timeout_s: how long to try.
+        readable: a topic, or filter, that whoever we come as may read.
+    """
     from edgeflame.link import Event, Failed, Link, Up
 
     if url.tls is not None and url.tls.cert is not None:
@@ -93,7 +99,7 @@ def check_broker(url: BrokerUrl, timeout_s: float) -> Iterator[Finding]:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         with Link(
-            url, client_id="edgeflame-doctor", filters=["edgeflame/v1/doctor"], sink=events.put,
+            url, client_id="edgeflame-doctor", filters=[readable], sink=events.put,
             connect_timeout_s=timeout_s,
         ):  # fmt: skip
             event = events.get(timeout=timeout_s + 10.0)
