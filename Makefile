@@ -29,15 +29,16 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # The pages of docs/reference, made from the code.
 reference: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
 
-# The documentation site in site/; any dead link, missing anchor or page outside of the menu is an error.
+# The documentation site in site/; any dead link, missing anchor or page outside of the menu is an error
+# (not with --quiet, which silences what makes it one).
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 docs-serve: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

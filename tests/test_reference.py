@@ -99,3 +99,15 @@ def test_every_exit_code_is_documented_and_none_that_is_not_there() -> None:
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", (DOCS / "exit-codes.md").read_text(), re.MULTILINE)}
     kinds = [EdgeFlameError, *EdgeFlameError.__subclasses__()]
     assert documented == {0, EXIT_INTERRUPTED, *(kind.exit_code for kind in kinds)}
+
+
+def test_every_event_that_troubleshooting_names_is_logged_somewhere() -> None:
+    table = (DOCS / "troubleshooting.md").read_text().partition("## By event of the log")[2]
+    named = {
+        event for row in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for event in re.findall(r"`(\w+)`", row)
+    }
+    folders = ("edge", "edgeflame", "aggregator", "trainer", "export")
+    sources = (path for folder in folders for path in (DOCS.parent / folder).rglob("*.py"))
+    logged = {event for path in sources for event in re.findall(r'"([a-z][a-z_]+)"', path.read_text())}
+    assert len(named) >= 30
+    assert named <= logged
