@@ -33,8 +33,11 @@ PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
 
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
 
-# What only an event makes: refusals, losses, drops.
-_OF_EVENTS = ("_refusals", "_reasons_total", "_frames_dropped_total", "_certificate_expiry_")
+# What only an event makes, or a line that has a reference, golden parts or triggers.
+_OF_EVENTS = (
+    "_refusals", "_reasons_total", "_frames_dropped_total", "_certificate_expiry_", "_drift", "_golden_", "_missing_",
+    "_late_", "triggers_lost",
+)  # fmt: skip
 
 
 def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
