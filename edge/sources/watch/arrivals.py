@@ -48,7 +48,6 @@ class _Pending:
     """It had not changed for long when it was first seen."""
     tried: Identity | None = None
     failure: str | None = None
-    missing_since_s: float | None = None
 
 
 class GivenUp(NamedTuple):
@@ -73,6 +72,8 @@ class Arrivals:
         self._settle_s = settle_s
         self._deadline_s = deadline_s
         self._pending: dict[str, _Pending] = {}
+        self._missing_since_s: dict[str, float] = {}
+        """Pending files that were there and are not."""
         self._order = 0
 
     @property
@@ -92,7 +93,7 @@ class Arrivals:
 
     def renamed(self, old: str) -> None:
         """A file goes by another name now, of which there is a hint as well."""
-        self._pending.pop(old, None)
+        self._drop(old)
 
     def observe(self, name: str, seen: Seen | None, now_s: float, *, is_old: bool = False) -> None:
         """What the file system says about a file; None: it is not there.
@@ -104,18 +105,17 @@ class Arrivals:
             is_old: by the file system's own clock it has not changed for ``settle_s``.
         """
         if seen is None:
-            pending = self._pending.get(name)
-            if pending is not None and pending.missing_since_s is None:
-                pending.missing_since_s = now_s
+            if name in self._pending:
+                self._missing_since_s.setdefault(name, now_s)
             return
         if self.done.get(name) == seen.identity:
-            self._pending.pop(name, None)
+            self._drop(name)
             return
         is_new = name not in self._pending
         if is_new:
             self._drop_former_names(seen.inode)
         pending = self._get(name, now_s)
-        pending.missing_since_s = None
+        self._missing_since_s.pop(name, None)
         if pending.seen is None:
             pending.is_old = is_old
         elif pending.seen.identity != seen.identity:
@@ -128,7 +128,7 @@ class Arrivals:
             (pending.order, name)
             for name, pending in self._pending.items()
             if pending.seen is not None
-            and pending.missing_since_s is None
+            and name not in self._missing_since_s
             and pending.tried != pending.seen.identity
             and (pending.is_hinted or pending.is_old or now_s - pending.changed_s >= self._settle_s)
         ]
@@ -142,13 +142,13 @@ class Arrivals:
 
     def finish(self, name: str, identity: Identity) -> None:
         """A file was handed over."""
-        self._pending.pop(name, None)
+        self._drop(name)
         self.done[name] = identity
 
     def given_up(self, now_s: float) -> Iterator[GivenUp]:
         """Files that will not be complete; they are done with."""
         for name, pending in list(self._pending.items()):
-            if pending.seen is None or pending.missing_since_s is not None:
+            if pending.seen is None or name in self._missing_since_s:
                 continue
             unchanged_s, age_s = now_s - pending.changed_s, now_s - pending.first_seen_s
             if pending.tried == pending.seen.identity and unchanged_s >= self._deadline_s:
@@ -162,9 +162,9 @@ class Arrivals:
 
     def lost(self, now_s: float) -> Iterator[str]:
         """Files that were there and are gone before they could be read; they are forgotten."""
-        for name, pending in list(self._pending.items()):
-            if pending.missing_since_s is not None and now_s - pending.missing_since_s >= self._settle_s:
-                del self._pending[name]
+        for name, since_s in list(self._missing_since_s.items()):
+            if now_s - since_s >= self._settle_s:
+                self._drop(name)
                 yield name
 
     def forget_absent(self, present: Iterable[str]) -> list[str]:
@@ -182,9 +182,14 @@ class Arrivals:
         return pending
 
     def _drop_former_names(self, inode: int) -> None:
-        for name, pending in list(self._pending.items()):
-            if pending.missing_since_s is not None and pending.seen is not None and pending.seen.inode == inode:
-                del self._pending[name]
+        for name in list(self._missing_since_s):
+            seen = self._pending[name].seen
+            if seen is not None and seen.inode == inode:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._pending.pop(name, None)
+        self._missing_since_s.pop(name, None)
 
     def _next_order(self) -> int:
         self._order += 1

@@ -19,7 +19,7 @@ from edge.sources.watch.arrivals import Arrivals, Identity, Seen
 from edge.sources.watch.disposal import DONE_FOLDER, dispose
 from edge.sources.watch.events import FolderEvents, Kind
 from edgeflame.console import EventLog
-from edgeflame.errors import DataError
+from edgeflame.errors import DataError, StorageError
 from edgeflame.images import IMAGE_SUFFIXES, ImageU8, decode_image
 
 log = EventLog("watch")
@@ -94,7 +94,7 @@ class WatchedFolder:
         )
         # The daemon may have ended after a result was kept and before its file was moved.
         leftover = set(done) if self._options.after != "keep" else set()
-        next_scan_s, forget_s, outage = 0.0, time.monotonic(), None
+        next_scan_s, earliest_s, forget_s, outage = 0.0, 0.0, time.monotonic(), None
         with FolderEvents() as events:
             while not stop.is_set():
                 now_s = time.monotonic()
@@ -117,11 +117,11 @@ class WatchedFolder:
                     if now_s >= forget_s:
                         self._forget(arrivals.forget_absent(present))
                         forget_s = now_s + _FORGET_EVERY_S
-                    took_s = time.monotonic() - now_s
-                    next_scan_s = now_s + max(self._options.poll_s, took_s / _SCAN_SHARE)
+                    earliest_s = now_s + (time.monotonic() - now_s) / _SCAN_SHARE
+                    next_scan_s = max(now_s + self._options.poll_s, earliest_s)
                 wait_s = min(max(next_scan_s - time.monotonic(), 0.0), _TICK_S if arrivals.pending else 2 * _TICK_S)
                 if self._listen(arrivals, events, stop, wait_s):
-                    next_scan_s = 0.0
+                    next_scan_s = min(next_scan_s, earliest_s)
                 for name in arrivals.pending:
                     arrivals.observe(name, _look(self._folder / name), time.monotonic())
                 yield from self._read_ready(arrivals, stop)
@@ -218,7 +218,11 @@ class WatchedFolder:
 
     def _forget(self, names: list[str]) -> None:
         if self._outbox is not None and names:
-            files.forget(self._outbox, str(self._folder), names)
+            try:
+                files.forget(self._outbox, str(self._folder), names)
+            except StorageError as exc:
+                # They only take room, until the next time.
+                log.warning("done_files_not_forgotten", count=len(names), reason=str(exc))
 
     def _origin(self, name: str, identity: Identity) -> FileOrigin:
         return FileOrigin(
