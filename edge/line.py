@@ -336,7 +336,7 @@ class Line:
                         self._deal_with(wanted, accept)
         finally:
             self._dropped += self._capture.dropped
-            self._unread = self._keeper.unfinished(ahead.unread())
+            self._unread += self._keeper.unfinished(ahead.unread())
             self._capture = None
 
     def _give_up_unread(self, accept: Callable[[Inspected], None]) -> None:
@@ -353,7 +353,8 @@ class Line:
     def _ahead(self, capture: Capture, halt: threading.Event) -> Lanes | Capture:
         """The capture's frames, looked at ahead of their turn where that is worth it."""
         looker = self._judge.looker
-        if looker is None:
+        # A model that hangs would hold the lanes, and with them the parts behind, beyond their deadlines.
+        if looker is None or self._keeper.has_deadline:
             return capture
         return Lanes(capture, lambda: self._judge.looker if self._resumed.is_set() else None, halt, count=looker.lanes)
 

@@ -194,7 +194,7 @@ def check_parts(trigger: TriggerConfig, parts: PartsConfig) -> None:
     """Whether the two sections go together.
 
     Raises:
-        ConfigError: no image could come before the deadline, or numbers are asked of what gives none.
+        ConfigError: no image could come before the deadline.
     """
     if trigger.is_on and parts.deadline_ms is not None and parts.deadline_ms <= trigger.delay_ms:
         msg = (

@@ -93,12 +93,12 @@ class Identity:
             number = None
         if number is None:
             return self._see_name(part_id)
-        last, self_seen = self._last, number in self._seen
+        last, was_seen = self._last, number in self._seen
         if last is None:
             finding = Finding(kind=Kind.FIRST)
         else:
             ahead = self._ahead(number, last)
-            if ahead == 0 or (self_seen and ahead < 0):
+            if ahead == 0 or (was_seen and ahead < 0):
                 finding = Finding(kind=Kind.DUPLICATE, last=last)
             elif abs(ahead) > self._max_gap:
                 finding = Finding(kind=Kind.RESTART, last=last)

@@ -110,6 +110,11 @@ class PartKeeper:
         return self._has_identity
 
     @property
+    def has_deadline(self) -> bool:
+        """Whether a verdict may come too late."""
+        return self._parts.deadline_ms is not None
+
+    @property
     def trigger_up(self) -> bool | None:
         """Whether parts can be announced; None where they need not be."""
         return None if self._announced is None else self._announced.problem() is None

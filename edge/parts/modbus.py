@@ -66,6 +66,7 @@ class ModbusTrigger:
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(self._config.timeout_s + 1)
+        self._problem = "the camera is not open"
 
     def _run(self) -> None:
         poll_s = self._config.poll_ms / 1000

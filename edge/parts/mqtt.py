@@ -23,6 +23,9 @@ from edgeflame.link import Down, Event, Failed, Link, Received, Up
 
 log = EventLog("trigger")
 
+MAX_AHEAD_S, MAX_BEHIND_S = 1.0, 10.0
+"""A time further from our clock is no time of a part that is there: the clocks differ, or the message was held up."""
+
 RETRY_S = 10.0
 """A broker that refuses us is asked again after so long: somebody may put its rights right."""
 
@@ -70,6 +73,7 @@ class MqttTrigger:
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join(3.0)
+        self._problem = "the camera is not open"
 
     def _run(self) -> None:
         while not self._closing:
@@ -129,11 +133,14 @@ class MqttTrigger:
 
 
 def at_time(trigger: Trigger, time: dt.datetime) -> Trigger:
-    """A trigger at the time that it names, for clocks that are kept together.
+    """A trigger at the time that it names, for clocks that are kept together; with a fault if they cannot be.
 
     Args:
         trigger: with the time of its arrival.
-        time: UTC; one in the future is taken as it is.
+        time: UTC.
     """
     behind_s = (trigger.at_utc - time).total_seconds()
+    if not -MAX_AHEAD_S <= behind_s <= MAX_BEHIND_S:
+        detail = f"the trigger's time is {abs(behind_s):.3g} s {'behind' if behind_s > 0 else 'ahead of'} our clock"
+        return dataclasses.replace(trigger, fault=Reason.TRIGGER_UNCLEAR, detail=detail)
     return dataclasses.replace(trigger, at_s=trigger.at_s - behind_s, at_utc=time)

@@ -56,7 +56,7 @@ class TriggeredSource:
         self._matcher: Matcher[Frame] = Matcher(window, dropped)
         self._counts = counts
         self._changed = threading.Condition()
-        self._ended = False
+        self._ended: str | None = None
         self._failure: BaseException | None = None
         self._num_unnamed = 0
 
@@ -81,7 +81,7 @@ class TriggeredSource:
             while not stop.is_set():
                 with self._changed:
                     match = self._next()
-                    if match is None and self._ended:
+                    if match is None and self._ended is not None:
                         if self._failure is not None:
                             raise self._failure
                         return
@@ -142,7 +142,7 @@ class TriggeredSource:
         finally:
             with self._changed:
                 self._matcher.close(reason)
-                self._ended = True
+                self._ended = reason
                 self._changed.notify_all()
 
     def _accept(self, trigger: Trigger) -> None:
@@ -151,6 +151,8 @@ class TriggeredSource:
             self._counts.triggers += 1
             taken = self._matcher.add_trigger(trigger, time.monotonic())
             self._counts.triggers_lost += not taken
+            if self._ended is not None:
+                self._matcher.close(self._ended)
             self._changed.notify_all()
         if not taken:
             log.error("trigger_not_taken", part=trigger.part_id, number=trigger.number, lost=self._counts.triggers_lost)

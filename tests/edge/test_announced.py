@@ -15,7 +15,7 @@ from small_model import write_images
 from test_line import FakeJudge
 from test_triggers import Camera
 
-from edge.capture import CaptureConfig
+from edge.capture import CaptureConfig, Captured
 from edge.config import InspectConfig
 from edge.line import Line
 from edge.parts.config import ModbusTriggerConfig, PartsConfig, TriggerConfig
@@ -30,8 +30,8 @@ from edgeflame.errors import ConfigError, CrashLoopError
 class Station:
     """A camera, a PLC that counts parts, and a line between them."""
 
-    def __init__(self, plc: Plc, **parts: Any) -> None:
-        self.plc, self.camera, self.judge = plc, Camera(), FakeJudge()
+    def __init__(self, plc: Plc, judge: FakeJudge | None = None, **parts: Any) -> None:
+        self.plc, self.camera, self.judge = plc, Camera(), judge or FakeJudge()
         trigger = TriggerConfig(
             window_ms=60_000, modbus=ModbusTriggerConfig(host="127.0.0.1", port=plc.port, register=0, poll_ms=2)
         )
@@ -80,6 +80,20 @@ class Station:
             self.error = exc
 
 
+class LookingJudge(FakeJudge):
+    """Would look at two images side by side, and hangs."""
+
+    lanes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate: threading.Event = threading.Event()
+        self.looker = self  # type: ignore[assignment]
+
+    def look(self, captured: Captured) -> None:
+        assert self.gate.wait(60)
+
+
 @pytest.fixture
 def plc() -> Iterator[Plc]:
     opened = Plc(free_port())
@@ -120,6 +134,17 @@ def test_a_model_that_hangs_costs_no_part_its_verdict_and_ends_the_line(plc: Plc
     assert all(result.verdict == "unknown" for result in station.told)
     first = station.told[0]
     assert (first.reasons, first.late, first.detail and "has not answered" in first.detail) == (("late",), True, True)
+
+
+def test_a_model_that_looks_ahead_and_hangs_costs_no_part_its_verdict(plc: Plc) -> None:
+    judge = LookingJudge()
+    station = Station(plc, judge, deadline_ms=300)
+    for number in range(1, 8):
+        station.announce()
+        station.wait(number)
+    judge.gate.set()
+    station.end()
+    assert [(result.verdict, result.late) for result in station.told] == [("unknown", True)] * 7
 
 
 def test_announced_parts_wait_while_the_line_rests(plc: Plc) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import datetime as dt
 import queue
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from edge.parts.counts import PartCounts
 from edge.parts.identity import Wrap
 from edge.parts.matching import Window
 from edge.parts.modbus import ModbusTrigger
-from edge.parts.mqtt import MqttTrigger
+from edge.parts.mqtt import MqttTrigger, at_time
 from edge.parts.source import TriggeredSource
 from edge.parts.trigger import AcceptTrigger, Trigger, trigger_now
 from edge.sources import Frame
@@ -92,6 +93,15 @@ def test_a_senders_clock_is_believed_only_if_it_shall_be(tmp_path: Path) -> None
     assert arrived[0].at_s > believed[0].at_s
 
 
+@pytest.mark.parametrize(("ahead_s", "says"), [(3600, "3.6e+03 s ahead of our clock"), (-60, "60 s behind our clock")])
+def test_a_time_far_from_our_clock_is_no_time(ahead_s: float, says: str) -> None:
+    """Believed, a part of tomorrow would wait until then, and keep others from being taken."""
+    arrived = trigger_now("A-1")
+    timed = at_time(arrived, arrived.at_utc + dt.timedelta(seconds=ahead_s))
+    assert (timed.at_s, timed.fault) == (arrived.at_s, Reason.TRIGGER_UNCLEAR)
+    assert says in (timed.detail or "")
+
+
 @pytest.mark.parametrize("kind", BROKERS)
 def test_a_broker_that_is_away_is_said_and_found_again(kind: str, tmp_path: Path) -> None:
     with BrokerProcess(kind, tmp_path) as broker, listening(broker) as (source, triggers):
@@ -104,6 +114,7 @@ def test_a_broker_that_is_away_is_said_and_found_again(kind: str, tmp_path: Path
             plant.publish(TOPIC, b"after")
             wait_for(lambda: triggers, "the part is announced")
     assert [part.part_id for part in triggers] == ["after"]
+    assert source.problem() == "the camera is not open"
 
 
 def test_a_broker_that_refuses_us_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +340,10 @@ def test_a_camera_that_cannot_be_opened_is_an_error_after_the_parts_that_waited(
         rig.camera.given.put(DataError("no such camera"))
         assert rig.next().fault is Reason.NO_IMAGE
         assert isinstance(rig.frames.get(timeout=20), DataError)
+        # At the last moment, before the trigger is closed: not forgotten either.
+        rig.button.press("A-2")
+        (unseen,) = rig.source.unfinished()
+        assert (unseen.part_id, unseen.fault, unseen.error) == ("A-2", Reason.NO_IMAGE, "no such camera")
 
 
 def test_a_trigger_that_cannot_come_is_a_problem() -> None:
