@@ -95,6 +95,7 @@ def run_inspection(
         outlets: list[Sink] = [*(OfCamera(camera, plc) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
             outlets.append(Production(pictures))
+            cameras.on_section("rejects", pictures.reconfigure)
         control = Control(
             lines,
             products=lambda: cameras.products,

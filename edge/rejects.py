@@ -67,7 +67,7 @@ class _Shelf:
     """What lies in the folder, in the order of writing, and what of it is too much."""
 
     def __init__(self, config: RejectsConfig) -> None:
-        self._config = config
+        self.config = config
         self._pictures: collections.deque[_Picture] = collections.deque()
         self._bytes = 0
 
@@ -87,7 +87,7 @@ class _Shelf:
         """Whether the oldest has to go. The newest stays, however large: a bound is no reason to keep nothing."""
         if not self._pictures:
             return False
-        config, age = self._config, now - self._pictures[0].taken
+        config, age = self.config, now - self._pictures[0].taken
         if config.max_age_days is not None and age > dt.timedelta(days=config.max_age_days):
             return True
         return len(self._pictures) > config.max_count or (
@@ -142,6 +142,12 @@ class RejectsSink:
                 except (StorageError, OSError) as exc:
                     self.num_lost += 1
                     log.error("reject_not_stored", part=result.part_id, reason=str(exc))
+            self._drop_surplus()
+
+    def reconfigure(self, config: RejectsConfig) -> None:
+        """Other bounds from now on."""
+        with self._lock:
+            self._shelf.config = config
             self._drop_surplus()
 
     def discard_oldest(self, count: int = 20) -> bool:

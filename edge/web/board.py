@@ -88,9 +88,10 @@ class _Memory:
         self.latest: Shown | None = None
         self.last_part: float | None = None
 
-    def count(self, result: Result, today: str) -> None:
+    def count(self, result: Result, today: str | None) -> None:
+        """Add a result; to the day's counts if it is of ``today``, and for None in any case."""
         local = result.captured.astimezone()
-        if local.date().isoformat() == today:
+        if today is None or local.date().isoformat() == today:
             self.counts[result.verdict] += 1
             self.hours[local.hour, result.verdict != "pass"] += 1
         self.scores.append((_ratio(result), result.verdict))
@@ -131,7 +132,8 @@ class Board:
             self._turn_day()
             self.version += 1
             memory = self._memory(result.camera)
-            memory.count(result, self._date)
+            # A part that is judged now is of today, whatever a clock said that was set meanwhile.
+            memory.count(result, None)
             shown = Shown(
                 key=self.version,
                 camera=result.camera,
@@ -215,10 +217,11 @@ class Board:
 
     def _turn_day(self) -> None:
         today = _today()
-        if today != self._date:
-            self._date = today
+        # A clock that is set back to yesterday makes no new day; the counts go on.
+        if today > self._date:
             for memory in self._cameras.values():
                 memory.forget_day()
+        self._date = today
 
 
 def _today() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from brokers import wait_for
+from daemons import daemon, judged, logged
 
 from edge.service import Heart, Notifier
 from edge.signals import LastResort
@@ -108,37 +109,6 @@ class TestNotifier:
             done.set()
             thread.join()
             wait_for(lambda: "STATUS=hangs: main" in supervisor.listen(), "the main thread hangs")
-
-
-@contextlib.contextmanager
-def daemon(
-    package_file: Path, folder: Path, config: str, *, code: str = "", **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """``edgeflame inspect`` on an endless belt; ``code`` runs in it first, to break something."""
-    (folder / "line.toml").write_text(config)
-    arguments = [
-        "inspect", "--model", str(package_file), "--source", "boards:warm_white_grid?size=64", "--config",
-        str(folder / "line.toml"), "--state", str(folder / "state"), "--threads", "1", "--json",
-    ]  # fmt: skip
-    program = f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nfrom edgeflame.cli import main; main()"
-    with (folder / "out").open("ab") as out, (folder / "log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=out, stderr=log,
-            env={**os.environ, **environment},
-        )  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def judged(folder: Path) -> int:
-    return (folder / "out").read_bytes().count(b"\n")
-
-
-def logged(folder: Path) -> str:
-    return (folder / "log").read_text()
 
 
 def test_systemd_hears_of_start_reload_and_end(package_file: Path, tmp_path: Path, supervisor: Supervisor) -> None:
