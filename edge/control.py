@@ -31,7 +31,7 @@ log = EventLog("control")
 SNAPSHOTS_FOLDER = "snapshots"
 SNAPSHOT_TIMEOUT_S = 10.0
 
-Registered = Literal["golden", "acknowledge", "drift", "rollback", "reload"]
+Registered = Literal["golden", "acknowledge", "drift", "rollback", "switch_model", "reload"]
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,9 +227,13 @@ class Control:
         """What was done about a camera's drift: the cause was removed, or the line as it is now is right."""
         return self._registered("drift")(self._one(camera).name, action)
 
-    def rollback(self, product: str) -> msgspec.Struct:
-        """Go back to the model before, on every camera with this product."""
-        return self._registered("rollback")(product)
+    def rollback(self, product: str, *, to_file: bool = False) -> msgspec.Struct:
+        """Go back to the model before, or to the configuration's file, on every camera with this product."""
+        return self._registered("rollback")(product, to_file)
+
+    def switch_model(self, product: str) -> msgspec.Struct:
+        """Switch to the released model that has passed its shadow run and waits for this word."""
+        return self._registered("switch_model")(product)
 
     def reload(self) -> msgspec.Struct:
         """Read the configuration again and change what can be changed; nothing, where it is wrong."""

@@ -126,7 +126,7 @@ def run_inspection(
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
             stack.enter_context(open_upkeep(cameras.plan, lines, control, state))
             if config.web is not None:
-                outlets += _page(stack, config.web, state, pipeline, control, plcs)
+                outlets += _page(stack, config.web, state, pipeline, control, plcs, models)
             stack.callback(_begin_end, pipeline, plcs)
             outlet = stack.enter_context(Writer(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
@@ -208,12 +208,14 @@ def _page(
     pipeline: Pipeline,
     control: Control,
     plcs: Mapping[str, PlcSink],
+    models: FieldModels | None,
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     try:
         from edge.web.board import Board
         from edge.web.marks import MarkStore
         from edge.web.metrics import LineMetrics
+        from edge.web.models import ModelFigures
         from edge.web.server import operator_token, serve
         from edge.web.station import Station
         from edge.web.surroundings import Surroundings
@@ -226,6 +228,8 @@ def _page(
     metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
     expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None
     metrics.registry.register(Surroundings(state, plcs, certificate_expires=expires))
+    if models is not None:
+        metrics.registry.register(ModelFigures(models.figures))
     station = Station(
         config,
         control,

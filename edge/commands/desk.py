@@ -33,6 +33,7 @@ from edge.commands.messages import (
     Resume,
     RollBack,
     SetThreshold,
+    SwitchModel,
     SwitchProduct,
     TakeSnapshot,
     decode_command,
@@ -187,7 +188,9 @@ class Desk:
             case DealWithDrift():
                 return control.drift(command.camera, command.action)
             case RollBack():
-                return control.rollback(command.product)
+                return control.rollback(command.product, to_file=command.to_file)
+            case SwitchModel():
+                return control.switch_model(command.product)
             case Reload():
                 return control.reload()
             case Describe():

@@ -90,6 +90,14 @@ class RollBack(_Command, frozen=True, kw_only=True, tag="rollback"):
     """Go back to the model before."""
 
     product: Name
+    to_file: bool = False
+    """To that of the configuration's file, however many were between."""
+
+
+class SwitchModel(_Command, frozen=True, kw_only=True, tag="switch_model"):
+    """Switch to the released model that waits for this word."""
+
+    product: Name
 
 
 class Reload(_Command, frozen=True, kw_only=True, tag="reload"):
@@ -110,6 +118,7 @@ Command = (
     | Acknowledge
     | DealWithDrift
     | RollBack
+    | SwitchModel
     | Reload
     | Describe
 )

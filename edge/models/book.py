@@ -78,6 +78,8 @@ class Book:
         self.slots = {product: Slot(configured) for product, configured in products.items()}
         self.by_model: Mapping[str, Slot] = {}
         """Slots by the first 12 digits of what runs in them; replaced whole, for other threads to read."""
+        self.fates: collections.Counter[tuple[str, str]] = collections.Counter()
+        """What became of releases since the start, by the configuration's product and fate."""
         self._seats = seats
         self._store = store
         self._record = record
@@ -109,7 +111,10 @@ class Book:
 
     def write(self, product: str, entry: ProductRecord) -> None:
         """Decide something, durably."""
+        before = self.entry(product)
         self._record.write(product, entry)
+        if entry.outcomes[:1] != before.outcomes[:1]:
+            self.fates[self.slots[product].configured.name, entry.outcomes[0].fate] += 1
         self._index()
 
     def _index(self) -> None:

@@ -14,6 +14,7 @@ from edge.delivery.mqtt import broker_url
 from edge.loading import Loader
 from edge.models.agent import Agent
 from edge.models.check import TrustedKeys
+from edge.models.figures import Figures
 from edge.models.keeper import Keeper
 from edge.models.record import ProductRecord, RecordFile
 from edge.models.seats import CameraSeats, Configured
@@ -22,6 +23,7 @@ from edge.models.store import FOLDER, RECORD, PackageStore
 from edge.plan import Plan
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
+from edgeflame.releases.messages import ProductModels
 from edgeflame.transfer.store import sha256_of
 
 log = EventLog("models")
@@ -92,6 +94,7 @@ class FieldModels:
         self._store = PackageStore(folder)
         self._record = RecordFile(folder / RECORD)
         self._plan = plan
+        self._keeper: Keeper | None = None
         self._is_running = False
         """The record says what was decided; before, it is what was settled at the start."""
         self._settled: dict[str, ProductRecord] = settle(
@@ -133,7 +136,7 @@ class FieldModels:
         return self._overlaid(plan)
 
     @contextlib.contextmanager
-    def running(self, cameras: Cameras, control: Control) -> Iterator[Keeper]:
+    def running(self, cameras: Cameras, control: Control) -> Iterator[None]:
         """Look after models meanwhile. The state folder is this process's alone.
 
         Raises:
@@ -165,9 +168,28 @@ class FieldModels:
             on_change=control.changed,
         )
         with agent:
+            keeper = agent.keeper
             for line in cameras.lines:
-                line.watch(agent.keeper)
-            yield agent.keeper
+                line.watch(keeper)
+
+            def roll_back(name: str, to_file: bool) -> ProductModels:
+                product = keeper.find(name)
+                agent.ask(lambda: keeper.roll_back(product, to_file=to_file))
+                return keeper.model_of(product)
+
+            def switch(name: str) -> ProductModels:
+                product = keeper.find(name)
+                agent.ask(lambda: keeper.switch(product))
+                return keeper.model_of(product)
+
+            control.register("rollback", roll_back)
+            control.register("switch_model", switch)
+            self._keeper = keeper
+            yield
+
+    def figures(self) -> Figures:
+        """For metrics."""
+        return Figures() if self._keeper is None else self._keeper.figures()
 
     def _overlaid(self, plan: Plan) -> Plan:
         record = {**self._settled, **self._record.record.products} if self._is_running else self._settled

@@ -10,6 +10,7 @@ from edge.models import record as records
 from edge.models.book import Book, Slot, utc_now
 from edge.models.check import RefusedError, TrustedKeys, read_trusted, refuse_unseen
 from edge.models.config import ModelsConfig
+from edge.models.figures import Beside, Figures
 from edge.models.record import RecordFile
 from edge.models.seats import Configured, Seats
 from edge.models.store import PackageStore
@@ -199,14 +200,26 @@ class Keeper:
             for product, slot in self._book.slots.items()
         )
 
-    def shadows(self) -> dict[str, tuple[str, Disagreement]]:
-        """By the configuration's product name: what runs beside the present model, ``candidate`` or ``before``."""
-        found = {}
+    def model_of(self, product: str) -> ProductModels:
+        """One of :meth:`models`."""
+        return self._models(product, self._book.slots[product], None, is_checking=False)
+
+    def figures(self) -> Figures:
+        """For metrics; for any thread."""
+        beside = []
         for product, slot in self._book.slots.items():
-            if slot.shadow is not None:
-                role = "before" if slot.trial is not None else "candidate"
-                found[self._book.slots[product].configured.name] = (role, slot.shadow.progress().disagreement)
-        return found
+            name, shadow = slot.configured.name, slot.shadow
+            entry = self._book.entry(product)
+            found = None if shadow is None else shadow.progress().disagreement
+            beside.append(
+                Beside(
+                    product=name,
+                    role="candidate" if slot.trial is None else "before",
+                    on_trial=entry.on_trial,
+                    found=found,
+                )
+            )
+        return Figures(beside=tuple(beside), fates=dict(self._book.fates))
 
     def close(self) -> None:
         """End shadow runs; they begin anew after the next start."""

@@ -146,11 +146,22 @@ def drift(line: str, action: Literal["clear", "relearn"], camera: str | None, **
 @command.command()
 @_asks
 @click.argument("product")
-def rollback(line: str, product: str, **given: Any) -> None:
+@click.option("--to-file", is_flag=True, help="To that of its configuration's file, however many were between.")
+def rollback(line: str, product: str, to_file: bool, **given: Any) -> None:
     """Have LINE go back to the model of PRODUCT that it ran before."""
     from edge.commands.messages import RollBack
 
-    _ask(line, given, RollBack, product=product)
+    _ask(line, given, RollBack, product=product, to_file=to_file)
+
+
+@command.command("switch-model")
+@_asks
+@click.argument("product")
+def switch_model(line: str, product: str, **given: Any) -> None:
+    """Have LINE switch to the released model of PRODUCT that has passed its shadow run and waits for a word."""
+    from edge.commands.messages import SwitchModel
+
+    _ask(line, given, SwitchModel, product=product)
 
 
 @command.command()

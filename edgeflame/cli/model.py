@@ -9,6 +9,7 @@ import click
 
 from edgeflame.cli.model_release import publish, status, withdraw
 from edgeflame.cli.model_trust import keygen, sign, verify
+from edgeflame.cli.model_word import rollback, switch
 
 if TYPE_CHECKING:
     from edgeflame.package import Package
@@ -19,7 +20,7 @@ def command() -> None:
     """Look into model packages, sign and verify them, bring them to the lines."""
 
 
-for _other in (keygen, sign, verify, publish, withdraw, status):
+for _other in (keygen, sign, verify, publish, withdraw, status, switch, rollback):
     command.add_command(_other)
 
 

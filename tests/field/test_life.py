@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 
+import msgspec
 import pytest
 from brokers import BrokerProcess, wait_for
+from click.testing import CliRunner
 from daemon import Daemon, stream, variant
 from keys import Keys
 from server import Server
 from small_model import good_image
 
+from edge.models.check import TrustedKeys
+from edge.models.record import ProductRecord, Record, Version
+from edge.models.seats import Configured
+from edge.models.start import files, settle
+from edge.models.store import PackageStore
 from edgeflame.brokerurl import parse_broker_url
+from edgeflame.cli import cli
+from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package, read_package
 from edgeflame.releases.onlooker import withdraw_release
-from edgeflame.signing import public_key_id
+from edgeflame.signing import public_key_id, write_keys
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,8 +54,8 @@ def test_a_model_that_proves_bad_is_rolled_back_by_itself_and_not_taken_again(
     factor = (good + faint) / 2 / threshold
     strict = variant(referenced, tmp_path / "strict.edgeflame", keys.private, factor=factor)
     # First parts on which both agree, for as long as the shadow run lasts; then faint marks.
-    parts = stream(tmp_path / "parts", [good_image(seed) for seed in range(8)], 2500)
-    stream(parts, [faint_image(3), good_image(1), good_image(2)], 20_000, start=2500)
+    parts = stream(tmp_path / "parts", [good_image(seed) for seed in range(8)], 2000)
+    stream(parts, [faint_image(3), good_image(1), good_image(2)], 20_000, start=2000)
     with (
         Daemon(
             tmp_path / "line",
@@ -103,30 +112,24 @@ def test_a_withdrawn_release_goes_also_from_a_line_that_was_off(
         release = server.announce(new, key=public_key_id(keys.public))
         server.wait_for(release, "running")
         daemon.kill()
+        number = len(daemon.results())
         withdraw_release(parse_broker_url(embedded.url), daemon.topics, "test piece", connect_timeout_s=10)
         daemon.start()
         outcome = server.wait_for(release, "withdrawn")
         assert outcome.detail == "by its publisher"
         # It began with what was decided last, and went back when it heard of it.
         assert daemon.named("model_from_release")
+        assert daemon.results()[number]["model"] == read_package(new).sha256[:12]
         wait_for(lambda: daemon.results()[-1]["model"] == referenced.sha256[:12], "the file judges again")
         assert daemon.record["present"] is None
 
 
-@pytest.mark.parametrize("moment", ["fetching", "shadow", "running"])
-def test_sigkill_at_any_moment_leaves_the_last_decision(
-    moment: str,
-    embedded: BrokerProcess,
-    signed: Path,
-    referenced: Package,
-    keys: Keys,
-    parts: Path,
-    tmp_path: Path,
+def test_sigkill_while_it_is_fetched_and_while_it_is_tried(
+    embedded: BrokerProcess, signed: Path, referenced: Package, keys: Keys, parts: Path, tmp_path: Path
 ) -> None:
     new = variant(referenced, tmp_path / "new.edgeflame", keys.private)
-    sha256, key = read_package(new).sha256, public_key_id(keys.public)
-    shadow_parts = 60 if moment != "shadow" else 100_000
-    fleet = f"killed-{moment}"
+    sha256, present = read_package(new).sha256, referenced.sha256[:12]
+    num_chunks = -(-new.stat().st_size // 4096)
     with (
         Daemon(
             tmp_path / "line",
@@ -134,66 +137,16 @@ def test_sigkill_at_any_moment_leaves_the_last_decision(
             model=signed,
             key=keys.public,
             source=parts,
-            fleet=fleet,
-            models=f"shadow_parts = {shadow_parts}\nmax_slowdown = 10",
+            fleet="killed",
+            models="shadow_parts = 100000\nmax_slowdown = 10",
         ) as daemon,
-        Server(embedded, fleet=fleet) as server,
+        Server(embedded, fleet="killed") as server,
     ):
-        server.max_chunks = 4 if moment == "fetching" else None
-        release = server.announce(new, key=key)
-        if moment == "fetching":
-            # The publisher is gone in the middle: the line has some chunks, and waits.
-            partial = daemon.state / "models" / "incoming" / "partial" / "publisher" / sha256
-            wait_for(lambda: partial.exists() and partial.stat().st_blocks * 512 >= 4 * 4096, "some chunks are there")
-        elif moment == "shadow":
-            candidate_parts = lambda: server.models and server.models.candidate and server.models.candidate.done  # noqa: E731
-            wait_for(candidate_parts, "the shadow run has begun")
-        else:
-            server.wait_for(release, "running")
-        daemon.kill()
-        number = len(daemon.results())
-        record = json.loads((daemon.state / "models" / "record.json").read_bytes())["products"]["test piece"]
-        stage = None if record["candidate"] is None else record["candidate"]["stage"]
-        assert stage == {"fetching": "fetching", "shadow": "shadow", "running": None}[moment]
-        server.max_chunks, sent = None, server.num_chunks
-        if moment == "shadow":
-            config = tmp_path / "line" / "line.toml"
-            config.write_text(config.read_text().replace("100000", "60"))
-        daemon.start()
-        if moment != "running":
-            server.wait_for(release, "running")
-        wait_for(lambda: len(daemon.results()) > number + 5, "the line judges again")
-        first = daemon.results()[number]["model"]
-        assert first == (sha256[:12] if moment == "running" else referenced.sha256[:12])
-        wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
-        if moment == "fetching":
-            total = -(-new.stat().st_size // 4096)
-            assert server.num_chunks - sent <= total - 4 + 1, "what had come was not sent again"
-        else:
-            assert server.num_chunks == sent, "it was all there"
 
-
-def test_who_puts_another_file_into_the_configuration_has_decided_anew(
-    embedded: BrokerProcess, signed: Path, referenced: Package, keys: Keys, parts: Path, tmp_path: Path
-) -> None:
-    new = variant(referenced, tmp_path / "new.edgeflame", keys.private)
-    other = variant(referenced, tmp_path / "other.edgeflame", keys.private, factor=1.02)
-    configured = tmp_path / "configured.edgeflame"
-    os.link(signed, configured)
-    with (
-        Daemon(
-            tmp_path / "line",
-            broker=embedded,
-            model=configured,
-            key=keys.public,
-            source=parts,
-            fleet="configured",
-            models="shadow_parts = 0\ntrial_parts = 0",
-        ) as daemon,
-        Server(embedded, fleet="configured") as server,
-    ):
-        release = server.announce(new, key=public_key_id(keys.public))
-        server.wait_for(release, "confirmed")
+        def killed_at(stage: str) -> None:
+            daemon.kill()
+            candidate = daemon.record["candidate"]
+            assert (candidate["release"]["manifest"]["sha256"], candidate["stage"]) == (sha256, stage)
 
         def started_with() -> str:
             number = len(daemon.results())
@@ -201,38 +154,82 @@ def test_who_puts_another_file_into_the_configuration_has_decided_anew(
             wait_for(lambda: len(daemon.results()) > number, "the line judges again")
             return str(daemon.results()[number]["model"])
 
-        daemon.kill()
-        assert started_with() == read_package(new).sha256[:12], "the release stays"
-        # Its key is trusted no more, or the package was damaged: the file.
-        daemon.kill()
-        stored = daemon.state / "models" / f"{read_package(new).sha256}.edgeflame"
-        data = stored.read_bytes()
-        stored.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
-        assert started_with() == referenced.sha256[:12]
-        assert daemon.named("released_model_not_used")
-        wait_for(lambda: server.models and server.models.outcomes[0].fate == "rolled_back", "the line says so")
-        # Taken again on purpose, and then a new file in the configuration: the newer decision.
-        again = server.announce(new, key=public_key_id(keys.public))
-        server.wait_for(again, "confirmed")
-        daemon.kill()
-        configured.unlink()
-        os.link(other, configured)
-        assert started_with() == read_package(other).sha256[:12]
-        assert daemon.named("model_from_file")
-        wait_for(lambda: server.models and server.models.present.origin == "file", "the line says so")
+        # The publisher is gone in the middle: the line has some chunks, and waits.
+        server.max_chunks = 4
+        release = server.announce(new, key=public_key_id(keys.public))
+        partial = daemon.state / "models" / "incoming" / "partial" / "publisher" / sha256
+        wait_for(lambda: partial.exists() and partial.stat().st_blocks * 512 >= 4 * 4096, "some chunks are there")
+        killed_at("fetching")
+        # Both come back.
+        server.max_chunks, before = None, server.num_chunks
+        assert started_with() == present
+        wait_for(lambda: server.models and server.models.candidate and server.models.candidate.done, "it is tried")
+        wait_for(lambda: server.models and server.models.candidate and server.models.candidate.stage == "shadow", "")
+        assert server.num_chunks - before <= num_chunks - 4, "what had come was not sent again"
+        killed_at("shadow")
+        config = tmp_path / "line" / "line.toml"
+        config.write_text(config.read_text().replace("100000", "60"))
+        before = server.num_chunks
+        assert started_with() == present
+        server.wait_for(release, "running")
+        assert server.num_chunks == before, "it was all there"
+        wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
 
 
-def test_a_threshold_of_the_configuration_is_not_for_every_model(
-    embedded: BrokerProcess, signed: Path, keys: Keys, parts: Path, tmp_path: Path
-) -> None:
-    daemon = Daemon(
-        tmp_path / "line",
-        broker=embedded,
-        model=signed,
-        key=keys.public,
-        source=parts,
-        models="\n[verdict]\nthreshold = 3.0",
-    )
-    with daemon:
-        assert daemon.wait() == 5
-    assert "a threshold is a raw distance of one model" in (tmp_path / "line" / "log").read_text()
+def test_what_a_line_starts_with(signed: Path, referenced: Package, keys: Keys, tmp_path: Path) -> None:
+    first = variant(referenced, tmp_path / "first.edgeflame", keys.private)
+    second = variant(referenced, tmp_path / "second.edgeflame", keys.private, factor=1.02)
+    write_keys(tmp_path / "other")
+    store = PackageStore(tmp_path / "models")
+    configured = Configured(name="piece", product="test piece", file=str(signed), sha256=referenced.sha256)
+    versions = []
+    for path in (second, first):
+        sha256 = read_package(path).sha256
+        os.link(path, store.path(sha256))
+        versions.append(Version(sha256=sha256, release="0" * 32, name=path.name, since=datetime.now(timezone.utc)))
+    entry = ProductRecord(configured=referenced.sha256, present=versions[0], previous=(versions[1],), on_trial=True)
+    record = Record(products={"test piece": entry})
+
+    def settled(product: Configured = configured, key: Path = keys.public) -> tuple[ProductRecord, Path]:
+        trusted = TrustedKeys((str(key),))
+        found = settle(record, {"test piece": product}, store=store, keys=trusted)
+        return found["test piece"], files(found, {"test piece": product}, store)["piece"]
+
+    assert settled() == (entry, store.path(versions[0].sha256)), "the release stays"
+    # Another file in the configuration is a newer decision.
+    other = msgspec.structs.replace(configured, sha256="1" * 64)
+    found, file = settled(other)
+    assert (found.present, found.previous, found.configured, file) == (None, (), "1" * 64, signed)
+    # A key that is trusted no more.
+    found, file = settled(key=tmp_path / "other" / "edgeflame-key.pub")
+    assert (found.present, file) == (None, signed)
+    assert found.outcomes[0].reason == "untrusted"
+    # A damaged package gives way to the one before it, at last to the file.
+    stored = store.path(versions[0].sha256)
+    data = bytearray(stored.read_bytes())
+    data[5000] ^= 1
+    stored.unlink()
+    stored.write_bytes(data)
+    found, file = settled()
+    assert (found.present, file) == (versions[1], store.path(versions[1].sha256))
+    assert (found.outcomes[0].fate, found.outcomes[0].reason) == ("rolled_back", "package")
+    store.path(versions[1].sha256).unlink()
+    assert settled()[1] == signed
+
+
+def test_a_threshold_of_the_configuration_is_not_for_every_model(signed: Path, keys: Keys, tmp_path: Path) -> None:
+    config = tmp_path / "line.toml"
+    section = f'[models]\npublic_keys = ["{keys.public}"]\n'
+    arguments = ["inspect", "--model", str(signed), "--source", str(tmp_path), "--config", str(config)]
+
+    def error(text: str, *more: str) -> str:
+        config.write_text(text)
+        result = CliRunner().invoke(cli, [*arguments, *more])
+        assert isinstance(result.exception, ConfigError), result.output
+        return str(result.exception)
+
+    mqtt = '[mqtt]\nbroker = "mqtt://127.0.0.1:1"\nfleet = "f"\nline = "l"\n'
+    state = ("--state", str(tmp_path / "state"))
+    assert "needs the section [mqtt]" in error(section, *state)
+    assert "needs the section [mqtt]" in error(section + mqtt)
+    assert "a threshold is a raw distance of one model" in error(section + mqtt, "--threshold", "3", *state)

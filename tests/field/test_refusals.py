@@ -17,6 +17,7 @@ from server import Server
 from edgeflame.archive import write_archive
 from edgeflame.package import Package, read_package, write_package
 from edgeflame.references import Reference
+from edgeflame.releases.publisher import describe_package
 from edgeflame.signing import public_key_id, sign_package, write_keys
 from edgeflame.transfer.manifest import describe_file
 
@@ -33,7 +34,7 @@ def daemon(
         model=signed,
         key=keys.public,
         source=parts,
-        models="shadow_parts = 40\nmax_bytes = 1000000",
+        models="shadow_parts = 40\nmax_bytes = 1000000\nmax_slowdown = 10",
         fleet="refusals",
     ) as process:
         yield process
@@ -272,6 +273,34 @@ def test_what_was_refused_is_not_tried_again_unless_it_is_published_anew(
     assert server.num_chunks <= 2 * fetched
     assert server.num_chunks > fetched
     assert len(daemon.named("release_offered")) == offers + 1, "the repetition was not taken up"
+
+
+def test_after_all_that_a_good_one_is_taken_tried_and_switched_to_without_a_gap(
+    keys: Keys, server: Server, daemon: Daemon, referenced: Package, tmp_path: Path
+) -> None:
+    new = variant(referenced, tmp_path / "new.edgeflame", keys.private)
+    sha256 = read_package(new).sha256
+    (standing,) = daemon.publish(new, describe_package(new, keys.public))
+    assert (standing.word, standing.is_good) == ("running", True), standing
+    said = daemon.said()
+    assert said is not None
+    assert (said.present.sha256, said.present.origin, said.present.on_trial) == (sha256, "release", True)
+    assert said.previous[-1].sha256 == referenced.sha256
+    found = said.outcomes[0].disagreement
+    assert found is not None
+    assert found.parts >= 40
+    assert (found.differing, found.faults) == (0, 0)
+    assert found.correlation == pytest.approx(1.0)
+    assert found.slowdown is not None
+    wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
+    assert daemon.stop() in (0, 130)
+    results = daemon.results()
+    assert [one["sequence"] for one in results] == list(range(len(results))), "no part is missing"
+    models = [one["model"] for one in results]
+    first = models.index(sha256[:12])
+    assert set(models[:first]) == {referenced.sha256[:12]}
+    assert set(models[first:]) == {sha256[:12]}, "from one part to the next, and not back"
+    assert {one["verdict"] for one in results} == {"pass", "fail"}
 
 
 def test_nothing_went_wrong_in_silence(daemon: Daemon) -> None:
