@@ -26,6 +26,7 @@ from edge.control import Control
 from edge.drift.monitor import Condition, DriftStatus, StreamStatus
 from edge.golden.config import GoldenConfig
 from edge.loading import Loader
+from edge.models.figures import Beside, Figures
 from edge.overrides import Overrides
 from edge.plan import make_plan
 from edge.results import Inspected
@@ -34,6 +35,7 @@ from edge.web.board import Board
 from edge.web.config import WebConfig
 from edge.web.marks import MarkStore
 from edge.web.metrics import LineMetrics
+from edge.web.models import ModelFigures
 from edge.web.server import operator_token, serve
 from edge.web.station import Station
 from edge.web.surroundings import Surroundings
@@ -41,6 +43,7 @@ from edgeflame.cli import cli
 from edgeflame.condition import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.images import read_image, write_image
+from edgeflame.releases.messages import Disagreement
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TOKEN = "let-me-in"
@@ -161,6 +164,10 @@ def station(
         metrics = LineMetrics(control.statuses, deliverers=[])
         expires = dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc)
         metrics.registry.register(Surroundings(folder, {"camera": Plc()}, certificate_expires=expires))
+        found = Disagreement(parts=20, differing=3, skipped=5)
+        beside = Beside(product="tile", role="candidate", on_trial=False, found=found)
+        figures = Figures(beside=(beside,), fates={("tile", "refused"): 2})
+        metrics.registry.register(ModelFigures(lambda: figures))
         opened = Station(
             config,
             control,
@@ -285,6 +292,8 @@ def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, p
     assert 'edgeflame_plc_connected{camera="camera"} 0.0' in text
     assert 'edgeflame_plc_missed_total{camera="camera"} 2.0' in text
     assert "edgeflame_certificate_expiry_timestamp_seconds 1.8934" in text
+    assert 'edgeflame_shadow_differing{product="tile",role="candidate"} 3.0' in text
+    assert 'edgeflame_releases_total{fate="refused",product="tile"} 2.0' in text
     told = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "inspection.md").read_text(), re.MULTILINE))
     assert told == documented
