@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults fuzz guides check reference docs docs-serve format clean
+.PHONY: demo test faults fuzz guides check lock coverage reference docs docs-serve format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
@@ -31,6 +31,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# The newest of everything, and what the tests then ran with, as constraints for the next installation.
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager -e ".[cpu,train,broker,demo,report,dev]"
+	$(BIN)/python requirements/lock.py
+
+# Which lines and branches the tests run, those in child processes included; slower than the tests alone.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered --cov-report=html $(PYTEST_ARGS)
+
 # The pages of docs/reference, made from the code.
 reference: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_reference.py
@@ -50,13 +59,14 @@ format: $(VENV)/.installed-dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+# The constraints have markers: they hold for the Python and machine that CI has, elsewhere the newest fitting are taken.
+$(VENV)/.installed: pyproject.toml requirements/ci.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e ".[cpu,train,broker,demo,report]"
+	$(BIN)/python -m pip install -c requirements/ci.txt -e ".[cpu,train,broker,demo,report]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -e ".[cpu,train,broker,demo,report,dev]"
+	$(BIN)/python -m pip install -c requirements/ci.txt -e ".[cpu,train,broker,demo,report,dev]"
 	touch $@
 
 clean:
