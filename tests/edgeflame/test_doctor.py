@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import sys
 import zipfile
@@ -130,3 +131,57 @@ def test_people_read_what_to_do(tmp_path: Path) -> None:
     assert "✓ python" in result.stdout
     assert "✕ configuration" in result.stdout
     assert "→ correct the key" in result.stdout
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_a_runtime_built_for_cuda_is_tried_there(package_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    offered = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    code, findings = doctor("--model", package_file)
+    # Built for it, as far as it says, but no such thing is here.
+    assert code == 1
+    assert findings["runtime cuda"]["level"] == "problem"
+    assert findings["parity"]["level"] == "note"
+
+
+def test_what_a_line_names_is_touched(package_file: Path, tmp_path: Path) -> None:
+    with BrokerProcess("embedded", tmp_path) as broker:
+        path = tmp_path / "line.toml"
+        path.write_text(
+            f'[products]\nsmall = "{package_file}"\ngone = "{tmp_path / "gone.edgeflame"}"\n'
+            '[cameras.top]\nsource = "camera:97"\nproduct = "small"\n'
+            '[cameras.side]\nsource = "boards:warm_wood?parts=1&size=64"\nproduct = "small"\n'
+            f'[mqtt]\nbroker = "{broker.url}"\nfleet = "test"\nline = "line-1"\n'
+        )
+        code, findings = doctor("--config", path)
+    assert code == 1
+    wrong = {name for name, finding in findings.items() if finding["level"] == "problem"}
+    assert wrong == {"product gone", "camera top"}
+    assert findings["configuration"]["what"].endswith("is one for edgeflame inspect")
+    assert {"product small", "camera side", "broker"} <= set(findings)
+
+
+def test_what_systemd_says_of_our_services_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As systemd 252 prints it.
+    (tmp_path / "systemctl").write_text(
+        "#!/bin/sh\n"
+        "echo 'edgeflame-aggregate.service      loaded active     running      EdgeFlame aggregator'\n"
+        "echo 'edgeflame-inspect@line-1.service loaded failed     failed       EdgeFlame inspection of line-1'\n"
+        "echo 'edgeflame-train@plant-a.service  loaded activating auto-restart EdgeFlame site plant-a'\n"
+    )
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    code, findings = doctor()
+    assert code == 1
+    assert findings["edgeflame-aggregate"]["what"] == "active (running)"
+    assert findings["edgeflame-inspect@line-1"]["level"] == "problem"
+    assert "journalctl -u edgeflame-inspect@line-1.service" in findings["edgeflame-inspect@line-1"]["do"]
+    assert findings["edgeflame-train@plant-a"]["level"] == "note"
+
+
+def test_a_machine_without_torch_trains_not_and_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    # scikit-learn is there, for an aggregator.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
+    assert doctor()[1]["training"]["level"] == "ok"

@@ -20,7 +20,12 @@ _FILE = click.Path(path_type=Path)
 
 @click.command("doctor")
 @click.option("--model", type=_FILE, metavar="FILE", help="Check this model package, and run it.")
-@click.option("--config", type=_FILE, metavar="FILE", help="Check this configuration of inspect, aggregate or fit.")
+@click.option(
+    "--config",
+    type=_FILE,
+    metavar="FILE",
+    help="Check this configuration of inspect, aggregate or fit; of a line also all it names.",
+)
 @click.option("--state", type=_FILE, metavar="DIR", help="Check this state folder and its disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option(
@@ -47,8 +52,9 @@ def command(
     """
     from edgeflame.cli.doctor.bundle import write_bundle
     from edgeflame.cli.doctor.machine import check_machine
+    from edgeflame.cli.doctor.services import check_services
 
-    findings = list(check_machine(state))
+    findings = [*check_machine(state), *check_services()]
     if model is not None or config is not None or broker is not None or kit is not None:
         findings += _given(model, config, broker, kit, ca, cert, key, connect_timeout or CONNECT_TIMEOUT_S)
     if bundle is not None:

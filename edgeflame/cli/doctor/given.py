@@ -14,15 +14,17 @@ from edgeflame.errors import ConfigError, EdgeFlameError, PackageError
 from edgeflame.findings import Finding, note, ok, problem
 
 if TYPE_CHECKING:
+    from edge.config import InspectConfig
+    from edge.runtimes import Device
     from edgeflame.brokerurl import BrokerUrl
+    from edgeflame.package import Package
 
 EXPIRY_WARNING_DAYS = 30
 
 
 def check_package(path: Path) -> Iterator[Finding]:
-    """Read a package, run it on the CPU, and hold it to its reference images."""
-    from edge.parity import compare_with_references
-    from edge.runtimes import check_runtime_fits, open_runtime
+    """Read a package, run it on whatever the installed runtime offers, and hold it to its reference images."""
+    from edgeflame.cli.doctor.machine import offers_cuda
     from edgeflame.package import read_package
 
     try:
@@ -34,42 +36,77 @@ def check_package(path: Path) -> Iterator[Finding]:
     yield ok("package", f"{manifest.product}, method {manifest.learning.method}, sha256 {package.sha256[:12]}")
     if package.signature_json is None:
         yield note("signature", "the package is not signed", "edgeflame model sign, and inspect with --public-key")
+    devices: list[Device] = ["cpu"]
+    if offers_cuda():
+        devices.append("cuda")
+    for device in devices:
+        yield from _run_package(package, device)
+
+
+def _run_package(package: Package, device: Device) -> Iterator[Finding]:
+    from edge.parity import compare_with_references
+    from edge.runtimes import check_runtime_fits, open_runtime
+
+    suffix = "" if device == "cpu" else f" {device}"
     try:
-        runtime = open_runtime(package.model_onnx, device="cpu")
-        check_runtime_fits(runtime, manifest)
+        runtime = open_runtime(package.model_onnx, device=device)
+        check_runtime_fits(runtime, package.manifest)
         if not package.references:
-            yield note("parity", "the package holds no reference images, so its graph cannot be checked here")
+            yield note(f"parity{suffix}", "the package holds no reference images, so its graph cannot be checked here")
             return
         report = compare_with_references(runtime, package)
     except EdgeFlameError as exc:
-        yield problem("runtime", str(exc), "pip install 'edgeflame[cpu]', or export the package again")
+        do = (
+            "pip install 'edgeflame[cpu]', or export the package again"
+            if device == "cpu"
+            else "install the NVIDIA driver, CUDA and cuDNN that this onnxruntime-gpu is built for, or use --device cpu"
+        )
+        yield problem(f"runtime{suffix}", str(exc), do)
         return
     worst = "not finite" if report.worst is None else f"{report.worst:.2g}"
     text = f"{report.num_images} reference images on {report.provider}: worst difference {worst}"
     if report.passed:
-        yield ok("parity", f"{text}, {report.tolerance:g} allowed")
+        yield ok(f"parity{suffix}", f"{text}, {report.tolerance:g} allowed")
     else:
         yield problem(
-            "parity", f"{text}, {report.tolerance:g} allowed", "export the package again; do not inspect with it"
+            f"parity{suffix}",
+            f"{text}, {report.tolerance:g} allowed",
+            "export the package again; do not inspect with it",
         )
 
 
 def check_config(path: Path) -> Iterator[Finding]:
-    """A configuration of whichever command it is for."""
+    """A configuration of whichever command it is for; of a line with cameras also everything that it names."""
+    from edge.config import InspectConfig
     from edgeflame.config import load_config
 
     failures = []
     for command, kind in _config_kinds():
         try:
-            load_config(path, kind)
+            settings: object = load_config(path, kind)
         except ConfigError as exc:
             failures.append(f"{command}: {str(exc).removeprefix(f'{path}: ')}")
         else:
             yield ok("configuration", f"{path} is one for edgeflame {command}")
+            if isinstance(settings, InspectConfig) and settings.cameras and settings.products:
+                yield from _touch(settings)
             return
     yield problem(
         "configuration", f"{path} fits no command: {'; '.join(failures)}", "correct the key that the right one names"
     )
+
+
+def _touch(settings: InspectConfig) -> Iterator[Finding]:
+    from edge.check import check_daemon
+    from edge.loading import Loader
+    from edge.plan import make_plan
+
+    loader = Loader()
+    plan = make_plan(settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product)
+    for finding in check_daemon(lambda: plan, loader, state=None, rejects=None):
+        # The file has been said to be right, and state folders are looked at by an option of their own.
+        if finding.check not in ("configuration", "state folder"):
+            yield finding
 
 
 def _config_kinds() -> Iterator[tuple[str, type]]:

@@ -89,9 +89,18 @@ def _onnxruntime() -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def offers_cuda() -> bool:
+    """Whether the installed ONNX Runtime is built for CUDA, be it able to run it here or not."""
+    try:
+        return "CUDAExecutionProvider" in importlib.import_module("onnxruntime").get_available_providers()
+    except (ImportError, AttributeError, OSError):
+        return False
+
+
 def _training() -> Finding:
     missing = [name for name in _TRAINING if importlib.util.find_spec(name) is None]
-    if len(missing) == len(_TRAINING):
+    # Others need scikit-learn or onnx as well; training begins with torch.
+    if "torch" in missing:
         return ok("training", "not installed, and not needed to inspect (for training: pip install 'edgeflame[train]')")
     if missing:
         return problem("training", f"{', '.join(missing)} missing", "pip install 'edgeflame[train]'")
