@@ -60,7 +60,9 @@ def overlay(
     ratio = float(anomaly_map.max() / threshold) if finite else math.nan
     line_width = max(1, round(max(size) / 320))
     if finite:
-        relative = cv2.resize((anomaly_map / threshold).astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
+        # Beside a cell that is left out, a cubic's ringing would draw heat that is not there.
+        smooth = cv2.INTER_CUBIC if ignored is None else cv2.INTER_LINEAR
+        relative = cv2.resize((anomaly_map / threshold).astype(np.float32), size, interpolation=smooth)
         canvas = _blend_heat(canvas, np.asarray(relative, dtype=np.float32))
         _outline(canvas, np.asarray(relative) > 1.0, _OUTLINE, line_width)
     if ignored is not None:

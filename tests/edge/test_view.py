@@ -219,6 +219,9 @@ def test_what_is_ignored_is_dimmed_and_shows_no_heat() -> None:
     picture = overlay(image, anomaly_map, 1.0, ignored=ignored, label=False)
     assert (picture[:, :200] == int(200 * LIGHT_LEFT)).all()
     assert (picture[:, 200:] == 200).all()
+    # Just below the threshold beside the mask: no line may be drawn around what does not reach it.
+    anomaly_map[:, 4:] = 0.69
+    np.testing.assert_array_equal(overlay(image, anomaly_map, 1.0, ignored=ignored, label=False), picture)
 
 
 def test_the_whole_command_with_a_view(package_file: Path, tmp_path: Path) -> None:
