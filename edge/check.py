@@ -13,8 +13,10 @@ import os
 import queue
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,11 +28,13 @@ from edge.delivery.webhook import WebhookConfig, WebhookDestination
 from edge.judge import Judge
 from edge.loading import Loader
 from edge.overrides import Overrides
+from edge.parts.announced import trigger_source
+from edge.parts.keeper import PartKeeper
 from edge.plan import CameraPlan, Plan
 from edge.plc.config import ModbusConfig
 from edge.sources import Frame, Source, open_source
 from edge.web.config import WebConfig
-from edgeflame.errors import EdgeFlameError, StorageError
+from edgeflame.errors import ConfigError, EdgeFlameError, MissingDependencyError, StorageError
 from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.link import Event, Failed, Link, Received, Up
 from edgeflame.statedir import is_in_use, storage_errors, write_durably
@@ -69,6 +73,7 @@ def check_daemon(
         yield from _product(name, file, plan, loader)
     for camera in plan.cameras:
         yield from _camera(camera, plan, loader, runs=runs)
+        yield from _trigger(camera, config.mqtt)
     needy = [name for name in ("mqtt", "webhook", "web") if getattr(config, name) is not None]
     if state is not None:
         yield from _state(state, runs=runs)
@@ -144,6 +149,35 @@ def _camera(camera: CameraPlan, plan: Plan, loader: Loader, *, runs: bool) -> It
     else:
         ratio = "" if result.score is None else f", {result.score / result.threshold:.2f} x threshold"
         yield ok(check, f"{size}, judged {result.verdict}{ratio}, in {result.latency_ms:.0f} ms")
+
+
+def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
+    """Of a camera whose parts are announced: whether somebody can announce them."""
+    check, settings = f"parts of {camera.name}", camera.settings
+    try:
+        keeper = PartKeeper(camera.name, settings.trigger, settings.parts)
+        source = keeper.camera(partial(open_source, camera.source), mqtt)()
+        keeper.capture(settings.capture, is_live=source.is_live)
+        if not settings.trigger.is_on:
+            return
+        trigger = trigger_source(camera.name, settings.trigger, settings.parts, mqtt)
+    except (ConfigError, MissingDependencyError) as exc:
+        yield problem(check, str(exc), "correct what the message names")
+        return
+    except EdgeFlameError:
+        # Said with the camera.
+        return
+    trigger.open(lambda _: None)
+    try:
+        until = time.monotonic() + CONNECT_TIMEOUT_S
+        while (reason := trigger.problem()) is not None and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        trigger.close()
+    if reason is not None:
+        yield problem(check, f"{trigger.name}: {reason}", "see to what announces the parts, and to [trigger]")
+    else:
+        yield ok(check, f"{trigger.name}: can announce them; none was waited for")
 
 
 def _first_frame(source: Source) -> Frame | None:

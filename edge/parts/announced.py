@@ -77,7 +77,8 @@ class Announced:
             lookback_s=self._trigger.lookback_ms / 1000,
             deadline_s=None if deadline_ms is None else deadline_ms / 1000,
         )
-        self._source = TriggeredSource(source, self._transport(), window, counts=self._counts, dropped=self.dropped)
+        transport = trigger_source(self._camera, self._trigger, self._parts, self._mqtt)
+        self._source = TriggeredSource(source, transport, window, counts=self._counts, dropped=self.dropped)
         return self._source
 
     def unfinished(self) -> list[Frame]:
@@ -88,44 +89,53 @@ class Announced:
         """Why no part can be announced at present; None if it can."""
         return None if self._source is None else self._source.problem()
 
-    def _transport(self) -> TriggerSource:
-        if self._trigger.modbus is None:
-            assert self._trigger.mqtt is not None
-            return self._over_mqtt(self._trigger.mqtt)
-        try:
-            from edge.parts.modbus import ModbusTrigger
-        except ImportError as exc:
-            msg = f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
-            raise MissingDependencyError(msg) from exc
-        return ModbusTrigger(
-            self._trigger.modbus,
-            counting=number_range(self._trigger, self._parts) if self._trigger.modbus.is_counter else None,
-            max_gap=self._parts.max_gap,
-            window_s=self._trigger.window_ms / 1000,
-        )
 
-    def _over_mqtt(self, config: MqttTriggerConfig) -> TriggerSource:
-        topic = config.topic
-        if topic is None:
-            if self._mqtt is None:
-                msg = "trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own"
-                raise ConfigError(msg)
-            topic = Topics(fleet=self._mqtt.fleet).line_trigger(self._mqtt.line)
-        name = f"edgeflame-trigger-{self._camera}-{uuid.uuid4().hex[:12]}"
-        try:
-            return MqttTrigger(self._url(config), topic=topic, client_id=name, config=config)
-        except (UsageError, LinkError) as exc:
-            msg = f"trigger.mqtt: {exc}"
-            raise ConfigError(msg) from exc
+def trigger_source(camera: str, trigger: TriggerConfig, parts: PartsConfig, mqtt: MqttConfig | None) -> TriggerSource:
+    """What announces a camera's parts, not yet at work.
 
-    def _url(self, config: MqttTriggerConfig) -> BrokerUrl:
-        if config.broker is None:
-            if self._mqtt is None:
-                msg = "trigger.mqtt.broker is missing, and there is no section [mqtt] whose broker it could be"
-                raise ConfigError(msg)
-            return broker_url(self._mqtt)
-        ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
-        return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+    Raises:
+        ConfigError: the settings make no sense, or something is missing among them.
+        MissingDependencyError: it needs an extra that is not installed.
+    """
+    if trigger.modbus is None:
+        assert trigger.mqtt is not None
+        return _over_mqtt(camera, trigger.mqtt, mqtt)
+    try:
+        from edge.parts.modbus import ModbusTrigger
+    except ImportError as exc:
+        msg = f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
+        raise MissingDependencyError(msg) from exc
+    return ModbusTrigger(
+        trigger.modbus,
+        counting=number_range(trigger, parts) if trigger.modbus.is_counter else None,
+        max_gap=parts.max_gap,
+        window_s=trigger.window_ms / 1000,
+    )
+
+
+def _over_mqtt(camera: str, config: MqttTriggerConfig, mqtt: MqttConfig | None) -> TriggerSource:
+    topic = config.topic
+    if topic is None:
+        if mqtt is None:
+            msg = "trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own"
+            raise ConfigError(msg)
+        topic = Topics(fleet=mqtt.fleet).line_trigger(mqtt.line)
+    name = f"edgeflame-trigger-{camera}-{uuid.uuid4().hex[:12]}"
+    try:
+        return MqttTrigger(_url(config, mqtt), topic=topic, client_id=name, config=config)
+    except (UsageError, LinkError) as exc:
+        msg = f"trigger.mqtt: {exc}"
+        raise ConfigError(msg) from exc
+
+
+def _url(config: MqttTriggerConfig, mqtt: MqttConfig | None) -> BrokerUrl:
+    if config.broker is None:
+        if mqtt is None:
+            msg = "trigger.mqtt.broker is missing, and there is no section [mqtt] whose broker it could be"
+            raise ConfigError(msg)
+        return broker_url(mqtt)
+    ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
+    return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
 
 
 def capture_of(config: CaptureConfig) -> CaptureConfig:

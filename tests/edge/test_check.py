@@ -199,3 +199,17 @@ def test_people_get_a_line_each(check: Check) -> None:
     assert done.exit_code == 0
     assert "✓ configuration" in done.stdout
     assert "✓ camera camera" in done.stdout
+
+
+def test_what_announces_parts_is_asked_whether_it_can(check: Check, plc: Plc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The camera is not there, so that nothing else is well; its parts are checked all the same."""
+    modbus = f'[trigger.modbus]\nhost = "127.0.0.1"\nport = {plc.port}\nregister = '
+    arguments = ("--model", str(check.package), "--source", "camera:97")
+    (found,) = check.run(modbus + "7\n", *arguments)["parts of camera"]
+    assert (found["level"], found["what"]) == ("ok", f"127.0.0.1:{plc.port}: can announce them; none was waited for")
+    monkeypatch.setattr("edge.check.CONNECT_TIMEOUT_S", 0.5)
+    (found,) = check.run(modbus + "500\n", *arguments)["parts of camera"]
+    assert (found["level"], "the PLC refuses" in found["what"]) == ("problem", True)
+    (found,) = check.run("[trigger.mqtt]\n", *arguments)["parts of camera"]
+    assert (found["level"], "topic is missing" in found["what"]) == ("problem", True)
+    assert "parts of camera" not in check.run("", *arguments)
