@@ -27,6 +27,9 @@ from edge.delivery.mqtt import LineState, MqttConfig, broker_url
 from edge.delivery.webhook import WebhookConfig, WebhookDestination
 from edge.judge import Judge
 from edge.loading import Loader
+from edge.models.field import read_settings
+from edge.models.record import RecordFile
+from edge.models.store import RECORD
 from edge.overrides import Overrides
 from edge.parts.announced import trigger_source
 from edge.parts.keeper import PartKeeper
@@ -83,6 +86,8 @@ def check_daemon(
         yield from _folder("rejects folder", rejects)
     if config.mqtt is not None:
         yield from _broker(config.mqtt, runs=runs)
+    if config.models is not None:
+        yield from _models(plan, loader, state)
     if config.webhook is not None:
         yield from _webhook(config.webhook)
     for camera in plan.cameras:
@@ -108,6 +113,22 @@ def _product(name: str, file: Path, plan: Plan, loader: Loader) -> Iterator[Find
     yield ok(check, f"model {judge.model_id} on {judge.provider}, threshold {judge.threshold:.6g}")
     if not package.references:
         yield note(check, "the package holds no reference images: its scores here cannot be compared with training")
+
+
+def _models(plan: Plan, loader: Loader, state: Path | None) -> Iterator[Finding]:
+    try:
+        products, keys, folder = read_settings(plan, loader, state)
+        decided = RecordFile(folder / RECORD).record.products
+    except EdgeFlameError as exc:
+        yield problem("models", str(exc), "correct what the message names; docs/models.md has the whole section")
+        return
+    released = [
+        f"{one.name} runs {present.sha256[:12]} ({present.name})"
+        for product, one in products.items()
+        if product in decided and (present := decided[product].present) is not None
+    ]
+    runs = "; ".join(released) or "none has been taken"
+    yield ok("models", f"packages signed with key {keys} are taken; of released models {runs}")
 
 
 def _camera(camera: CameraPlan, plan: Plan, loader: Loader, *, runs: bool) -> Iterator[Finding]:

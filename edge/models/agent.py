@@ -32,6 +32,8 @@ log = EventLog("models")
 TICK_S = 0.5
 SAY_EVERY_S = 1.0
 """How often progress is told at most; a change of anything but progress at once."""
+SAY_TROUBLE_EVERY_S = 60.0
+"""The same trouble is logged at most so often."""
 ANSWER_S = 60.0
 """How long a command waits for the thread: opening a large package takes seconds."""
 RETRY_S = 30.0
@@ -79,6 +81,7 @@ class Agent:
         self._said_at = 0.0
         self._milestones: tuple[object, ...] = ()
         self._retry_at: float | None = None
+        self._trouble = "", 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="edgeflame-models", daemon=True)
 
@@ -166,7 +169,11 @@ class Agent:
         try:
             call()
         except EdgeFlameError as exc:
-            log.error("models_not_settled", reason=str(exc))
+            # It may be tried twice a second for as long as the disk is full.
+            said, now = str(exc), time.monotonic()
+            if said != self._trouble[0] or now > self._trouble[1] + SAY_TROUBLE_EVERY_S:
+                self._trouble = said, now
+                log.error("models_not_settled", reason=said)
 
     def _connect_if_due(self) -> None:
         if self._link is not None or (self._retry_at is not None and time.monotonic() < self._retry_at):

@@ -36,9 +36,19 @@ def open_field_models(plan: Plan, loader: Loader, state: Path | None) -> FieldMo
         ConfigError: it lacks something, or contradicts other sections.
         EdgeFlameError: keys, packages or the state folder cannot be read.
     """
-    config = plan.config
-    if config.models is None:
+    if plan.config.models is None:
         return None
+    products, keys, folder = read_settings(plan, loader, state)
+    return FieldModels(plan, products, keys, folder)
+
+
+def read_settings(plan: Plan, loader: Loader, state: Path | None) -> tuple[dict[str, Configured], TrustedKeys, Path]:
+    """The plan's products by their names in the fleet, the trusted keys, and the folder for packages and decisions.
+
+    Nothing is written. Raises as :func:`open_field_models`.
+    """
+    config = plan.config
+    assert config.models is not None
     if state is None or config.mqtt is None:
         msg = "[models] needs the section [mqtt], where models are announced, and --state DIR, where they are kept"
         raise ConfigError(msg)
@@ -54,7 +64,7 @@ def open_field_models(plan: Plan, loader: Loader, state: Path | None) -> FieldMo
             )
             raise ConfigError(msg)
         products[product] = Configured(name=name, product=product, file=str(file), sha256=package.sha256)
-    return FieldModels(plan, loader, products, state / FOLDER)
+    return products, TrustedKeys(config.models.public_keys), state / FOLDER
 
 
 def check_thresholds(plan: Plan) -> None:
@@ -77,20 +87,19 @@ class FieldModels:
 
     Args:
         plan: as configured.
-        loader: opens packages.
         products: the plan's, by their names in the fleet.
+        keys: whose packages are taken.
         folder: for packages and decisions.
 
     Raises:
-        EdgeFlameError: keys or the folder cannot be read.
+        EdgeFlameError: the folder cannot be read.
     """
 
-    def __init__(self, plan: Plan, loader: Loader, products: dict[str, Configured], folder: Path) -> None:
+    def __init__(self, plan: Plan, products: dict[str, Configured], keys: TrustedKeys, folder: Path) -> None:
         assert plan.config.models is not None
         self._config = plan.config.models
-        self._loader = loader
         self._configured = products
-        self._keys = TrustedKeys(self._config.public_keys)
+        self._keys = keys
         self._store = PackageStore(folder)
         self._record = RecordFile(folder / RECORD)
         self._plan = plan

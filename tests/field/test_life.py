@@ -16,13 +16,18 @@ from keys import Keys
 from server import Server
 from small_model import good_image
 
+from edge.check import _models
+from edge.config import InspectConfig
+from edge.loading import Loader
 from edge.models.check import TrustedKeys
 from edge.models.record import ProductRecord, Record, Version
 from edge.models.seats import Configured
 from edge.models.start import files, settle
 from edge.models.store import PackageStore
+from edge.plan import make_plan
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
+from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package, read_package
@@ -233,3 +238,13 @@ def test_a_threshold_of_the_configuration_is_not_for_every_model(signed: Path, k
     assert "needs the section [mqtt]" in error(section, *state)
     assert "needs the section [mqtt]" in error(section + mqtt)
     assert "a threshold is a raw distance of one model" in error(section + mqtt, "--threshold", "3", *state)
+    loader = Loader(device="cpu")
+    plan = make_plan(
+        load_config(config, InspectConfig), model=signed, source=str(tmp_path), product_of=lambda file: "test piece"
+    )
+    (finding,) = _models(plan, loader, tmp_path / "state")
+    assert finding.level == "ok"
+    assert f"signed with key {public_key_id(keys.public)} are taken; of released models none" in finding.what
+    (finding,) = _models(plan, loader, None)
+    assert finding.level == "problem"
+    assert not (tmp_path / "state").exists(), "a check writes nothing"
