@@ -3,7 +3,7 @@
     python benchmarks/latency/daemon.py [--model m.edgeflame] [--sizes 640x480 1280x1024 1920x1080] [--repeats 5]
 
 *Bare* is ONNX Runtime with its defaults, one thread a core, in a loop at batch 1 on inputs that are pre-processed.
-*Daemon* is `edge.daemon.run_inspection` on frames in memory: pre-processing, image health, score, verdict, outbox on
+*Daemon* is `edgeflame inspect` on frames in memory: pre-processing, image health, score, verdict, outbox on
 the disk (`synchronous = FULL`), and each result acknowledged by Mosquitto, which is a process of its own; its time
 ends when the last result is acknowledged. Segments of both alternate; each of the daemon's is compared with the bare
 ones before and after it.
@@ -15,9 +15,11 @@ bare rate; latency is from the child's time stamp to the verdict. Writes `daemon
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import threading
@@ -25,26 +27,25 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import cv2
+import msgspec
 import numpy as np
 import onnxruntime
 
-from edge.config import InspectConfig
-from edge.daemon import run_inspection
-from edge.delivery.mqtt import MqttConfig
-from edge.health import HealthLimits
-from edge.line import Line
-from edge.loading import Loader
-from edge.plan import CameraPlan, Plan
-from edge.results import Inspected
+from edge.delivery.outbox import Outbox, OutboxConfig
+from edge.delivery.pipeline import OUTBOX_FILE
+from edge.results import Result
 from edge.runtimes.interface import INPUT
 from edge.sources import Frame
 from edge.sources.interface import make_frame
 from edge.sources.live import live_frames
 from edge.sources.taken import Remark, TakenImage, take
 from edgeflame.boards.stream import BoardStream
+from edgeflame.cli import cli as edgeflame
 from edgeflame.images import ImageU8
+from edgeflame.package import read_package
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "federation"))
 from brokers import mosquitto_version, running
@@ -104,19 +105,18 @@ class Bench:
     def __init__(
         self, model: Path, url: str, broker_pid: int, folder: Path, seconds: float, threads: int | None
     ) -> None:
+        self._model = model
         self._folder = folder
         self._broker_pid = broker_pid
         self._seconds = seconds
+        self._threads = threads
         self._num_states = 0
-        config = InspectConfig(
-            mqtt=MqttConfig(broker=url, fleet="bench", line="bench"),
-            # The camera of a benchmark shows few pictures again and again.
-            health=HealthLimits(max_repeats=0),
+        self._config = folder / "line.toml"
+        # The camera of a benchmark shows few pictures again and again.
+        self._config.write_text(
+            f'[health]\nmax_repeats = 0\n[mqtt]\nbroker = "{url}"\nfleet = "bench"\nline = "bench"\n'
         )
-        camera = CameraPlan(name="camera", source="", product="p", settings=config, modbus=None)
-        self._plan = Plan(config=config, products={"p": model}, cameras=(camera,))
-        self._loader = Loader(device="cpu", num_threads=threads)
-        package = self._loader.package(model)
+        package = read_package(model)
         self._preprocessing = package.manifest.learning.input
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -159,42 +159,50 @@ class Bench:
         return measured.bare_rates[-1]
 
     def _full(self, measured: Measured, frames: list[ImageU8], parts: int) -> float:
-        told = Told(WARM_UP_PARTS, self._cpu_s)
-        end = self._run(MemorySource(images=frames, num_frames=parts + WARM_UP_PARTS), None, told)
-        measured.cpu_ms.append(1000 * (self._cpu_s() - told.cpu_s) / parts)
-        measured.daemon_rates.append(parts / (end - told.started))
+        watch = Watch(WARM_UP_PARTS, self._cpu_s)
+        source = MemorySource(images=frames, num_frames=parts + WARM_UP_PARTS, watch=watch)
+        self._run(source, parts + WARM_UP_PARTS, watch)
+        measured.cpu_ms.append(1000 * watch.used_s / parts)
+        measured.daemon_rates.append(parts / watch.took_s)
         return measured.daemon_rates[-1]
 
     def _half(self, measured: Measured, rate: float) -> None:
-        told = Told(int(rate), self._cpu_s)
-        end = self._run(PacedCamera(size=measured.size, rate=rate), int(rate * (1 + self._seconds)), told)
-        measured.half_cpu.append((self._cpu_s() - told.cpu_s) / (end - told.started))
-        p50, p99 = np.percentile(told.latencies_ms, (50, 99))
+        watch = Watch(int(rate), self._cpu_s)
+        results = self._run(
+            PacedCamera(size=measured.size, rate=rate, watch=watch), int(rate * (1 + self._seconds)), watch
+        )
+        results = results[int(rate) :]
+        measured.half_cpu.append(watch.used_s / watch.took_s)
+        p50, p99 = np.percentile([result.latency_ms for result in results], (50, 99))
         measured.half_p50_ms.append(float(p50))
         measured.half_p99_ms.append(float(p99))
         measured.half_ratios.append(float(p99) / float(np.median(measured.bare_ms)))
-        measured.dropped += told.num_missing
+        measured.dropped += results[-1].sequence - results[0].sequence + 1 - len(results)
 
-    def _run(self, source: MemorySource | PacedCamera, limit: int | None, told: Told) -> float:
-        """When it ended, all delivered."""
+    def _run(self, source: MemorySource | PacedCamera, parts: int, watch: Watch) -> list[Result]:
+        """The command itself, with a source that it has no address for; its results, all of them delivered."""
         self._num_states += 1
-        camera = self._plan.cameras[0]
-        judge = self._loader.open(self._plan.products["p"], camera.settings, camera=camera.name, is_live=source.is_live)
-        summary = run_inspection(
-            self._plan,
-            [Line(camera.name, lambda: source, judge, camera.settings.capture)],
-            self._loader,
-            [told],
-            state=self._folder / f"state-{self._num_states}",
-            limit=limit,
-            stop=threading.Event(),
-        )
-        end = time.perf_counter()
-        wanted = limit if limit is not None else source.num_frames
-        if summary.parts != wanted or summary.unknown or summary.undelivered:
-            msg = f"{wanted} parts wanted, all judged and delivered; got {summary}"
+        state = self._folder / f"state-{self._num_states}"
+        command = ["inspect", "--model", str(self._model), "--source", "benchmark", "--config", str(self._config)]
+        command += ["--state", str(state), "--limit", str(parts), "--device", "cpu", "--json"]
+        command += [] if self._threads is None else ["--threads", str(self._threads)]
+        with (
+            mock.patch("edge.cameras.open_source", return_value=source),
+            mock.patch.object(Outbox, "acknowledge", watch.acknowledging(Outbox.acknowledge)),
+            (self._folder / "log").open("w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            edgeflame(command, standalone_mode=False)
+        if watch.acknowledged != parts:
+            msg = f"{parts} parts wanted, all of them delivered; {watch.acknowledged} were"
             raise RuntimeError(msg)
-        return end
+        with Outbox(state / OUTBOX_FILE, OutboxConfig()) as outbox:
+            results = [msgspec.json.decode(body, type=Result) for _, body in reversed(outbox.newest(parts))]
+        if any(result.verdict == "unknown" for result in results):
+            msg = f"a part was not judged: {next(result for result in results if result.verdict == 'unknown')}"
+            raise RuntimeError(msg)
+        return results
 
     def _cpu_s(self) -> float:
         """Of the daemon and of the broker, not of the camera's process."""
@@ -204,12 +212,45 @@ class Bench:
         return ours.ru_utime + ours.ru_stime + broker
 
 
+class Watch:
+    """From the frame that ends the warm-up to the last acknowledgement: the time, and the processor's.
+
+    Args:
+        skip: frames of the warm-up.
+        cpu_s: reads the processor's time.
+    """
+
+    def __init__(self, skip: int, cpu_s: Callable[[], float]) -> None:
+        self.acknowledged = 0
+        self.took_s = self.used_s = 0.0
+        self._skip = skip
+        self._cpu_s = cpu_s
+        self._started = self._started_cpu_s = 0.0
+
+    def frame(self, number: int) -> None:
+        """The source gives this frame, from 0."""
+        if number == self._skip:
+            self._started, self._started_cpu_s = time.perf_counter(), self._cpu_s()
+
+    def acknowledging(self, acknowledge: Callable[[Outbox, str, int], None]) -> Callable[[Outbox, str, int], None]:
+        """The outbox's method, and what it is called with."""
+
+        def watched(outbox: Outbox, name: str, number: int) -> None:
+            acknowledge(outbox, name, number)
+            self.acknowledged = number
+            self.took_s = time.perf_counter() - self._started
+            self.used_s = self._cpu_s() - self._started_cpu_s
+
+        return watched
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemorySource:
     """Frames that are there already: the source waits for the daemon."""
 
     images: list[ImageU8]
     num_frames: int
+    watch: Watch
     name: str = "memory"
     is_live: bool = False
     is_endless: bool = False
@@ -218,6 +259,7 @@ class MemorySource:
         for number in range(self.num_frames):
             if stop.is_set():
                 return
+            self.watch.frame(number)
             image = self.images[number % len(self.images)]
             yield make_frame(part_id=f"part-{number:06d}", source=self.name, image_bgr=image)
 
@@ -228,48 +270,32 @@ class PacedCamera:
 
     size: tuple[int, int]
     rate: float
+    watch: Watch = field(compare=False)
     name: str = "paced"
     is_live: bool = True
     is_endless: bool = True
     num_frames: int | None = None
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        return live_frames(self.name, self.read, stop)
+        for number, frame in enumerate(live_frames(self.name, PacedReader(self.size, self.rate), stop)):
+            self.watch.frame(number)
+            yield frame
 
-    def read(self, stop: threading.Event) -> Iterator[TakenImage | Remark]:
-        """Images, in the child process."""
+
+@dataclass(frozen=True)
+class PacedReader:
+    """What runs in the camera's child process."""
+
+    size: tuple[int, int]
+    rate: float
+
+    def __call__(self, stop: threading.Event) -> Iterator[TakenImage | Remark]:
         frames = make_frames(self.size)
         start, number = time.monotonic(), 0
         while not stop.is_set():
             yield take(frames[number % len(frames)])
             number += 1
             time.sleep(max(0.0, start + number / self.rate - time.monotonic()))
-
-
-class Told:
-    """A sink: latencies, and what is missing between the parts, from a certain part on."""
-
-    def __init__(self, skip: int, cpu_s: Callable[[], float]) -> None:
-        self.latencies_ms: list[float] = []
-        self.num_missing = 0
-        self.started = self.cpu_s = 0.0
-        self._skip = skip
-        self._read_cpu_s = cpu_s
-        self._last = 0
-
-    def accept(self, inspected: Inspected) -> None:
-        result = inspected.result
-        if self._skip:
-            self._skip -= 1
-            if not self._skip:
-                self.started, self.cpu_s = time.perf_counter(), self._read_cpu_s()
-        else:
-            self.latencies_ms.append(result.latency_ms)
-            self.num_missing += result.sequence - self._last - 1
-        self._last = result.sequence
-
-    def close(self) -> None:
-        pass
 
 
 def make_frames(size: tuple[int, int]) -> list[ImageU8]:
@@ -280,18 +306,9 @@ def make_frames(size: tuple[int, int]) -> list[ImageU8]:
 
 def _fitted(folder: Path) -> Path:
     """The default model, fitted to generated boards by the command itself."""
-    from click.testing import CliRunner
-
-    from edgeflame.cli import main as edgeflame
-
     data, model = folder / "data", folder / "boards.edgeflame"
-    for command in (
-        ["demo-data", "--out", str(data)],
-        ["fit", "--data", str(data), "--out", str(model)],
-    ):
-        result = CliRunner().invoke(edgeflame, command)
-        if result.exit_code:
-            raise RuntimeError(result.output)
+    for command in (["demo-data", "--out", str(data)], ["fit", "--data", str(data), "--out", str(model)]):
+        subprocess.run([sys.executable, "-m", "edgeflame", *command], check=True, stdout=subprocess.DEVNULL)
     return model
 
 
