@@ -232,7 +232,7 @@ def _type(hint: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f'`"{option}"`' if isinstance(option, str) else f"`{option}`" for option in options)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(option) for option in options if option is not type(None))
+        return " or ".join(_type(option) for option in options if option not in (type(None), msgspec.UnsetType))
     if origin in (tuple, list, frozenset):
         inner = [option for option in options if option is not Ellipsis]
         if Ellipsis in options or len(inner) == 1:
@@ -253,7 +253,7 @@ def _many(hint: Any) -> str:
 def _literal(field: Any) -> str:
     """A default as TOML has it."""
     value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-    if value is None:
+    if value is None or value is msgspec.UNSET:
         return "none"
     if isinstance(value, frozenset):
         value = sorted(value)

@@ -40,11 +40,12 @@ class Arrived:
         self.num_unmarked = 0
         """Of these, repetitions that were not marked as such."""
 
-    def add(self, body: bytes) -> None:
+    def add(self, body: bytes, *, is_brokers: bool = False) -> None:
+        """A message; ``is_brokers``: the broker says itself that it may have sent it before."""
         message = msgspec.json.decode(body, type=_Numbered)
         if message.number in self.numbers:
             self.num_repeated += 1
-            self.num_unmarked += not message.redelivered
+            self.num_unmarked += not (message.redelivered or is_brokers)
         self.numbers.add(message.number)
 
 
@@ -100,7 +101,9 @@ class Subscriber:
         self._topic = topic
         self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="soak", protocol=mqtt.MQTTv5)
         self._client.on_connect = lambda client, *_: client.subscribe(topic, qos=1)
-        self._client.on_message = lambda _client, _data, message: self.arrived.add(message.payload)
+        self._client.on_message = lambda _client, _data, message: self.arrived.add(
+            message.payload, is_brokers=message.dup
+        )
         self._client.reconnect_delay_set(1, 2)
         session = Properties(PacketTypes.CONNECT)
         session.SessionExpiryInterval = 24 * 3600

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
+from edgeflame.boards.stream import BoardStream
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import Preprocessing, Region, decode_image, read_image, read_mask, write_image
 
@@ -121,6 +123,34 @@ def test_preprocessing_crops_and_resizes(photo: np.ndarray) -> None:
     out = Preprocessing(height=32, width=64, roi=roi).apply(photo)
     assert np.array_equal(out, cv2.resize(photo[4:44, 8:40], (64, 32), interpolation=cv2.INTER_AREA))
     assert out.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "size", [(300, 280), (512, 512), (640, 480), (1280, 720), (1280, 1024), (1920, 1080), (2448, 2048)]
+)
+def test_halving_gives_nearly_the_means_over_areas(size: tuple[int, int]) -> None:
+    board = next(
+        iter(BoardStream(texture="warm_wood", seed=0, defect_rate=1.0, num_parts=1, image_size=1024))
+    ).image_bgr
+    noise = np.random.default_rng(0).normal(0, 4, (size[1], size[0], 3))
+    frame = np.clip(cv2.resize(board, size, interpolation=cv2.INTER_AREA) + noise, 0, 255).astype(np.uint8)
+    by_area = Preprocessing().apply(frame).astype(int)
+    difference = Preprocessing(resize="halving").apply(frame) - by_area
+    assert np.abs(difference).mean() < 0.6
+    assert np.abs(difference).max() <= 8
+    assert abs(difference.mean()) < 0.5
+
+
+@pytest.mark.parametrize("size", [(4096, 500), (2001, 1001)])
+def test_what_halving_does_not_suit_is_resized_by_area(size: tuple[int, int]) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    np.testing.assert_array_equal(Preprocessing(resize="halving").apply(frame), Preprocessing().apply(frame))
+
+
+def test_versions_without_the_choice_of_resizing_read_what_does_not_make_it() -> None:
+    assert b"resize" not in msgspec.json.encode(Preprocessing())
+    chosen = Preprocessing(resize="halving")
+    assert msgspec.json.decode(msgspec.json.encode(chosen), type=Preprocessing) == chosen
 
 
 def test_preprocessing_keeps_masks_binary_and_aligned() -> None:
