@@ -6,7 +6,7 @@ other parts of the daemon said they can take. Everything else is named, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -58,8 +58,9 @@ class Cameras:
         self._overrides = overrides
         self._products = dict(plan.products)
         self._settings = {camera.name: camera.settings for camera in plan.cameras}
-        self._digests: dict[str, str] = {}
-        """Of the packages that are or were in use, by product: a file may be replaced under its name."""
+        self._configured: dict[str, str] = {}
+        """SHA-256 of the packages that were opened as the configuration has them, by product: a file may be replaced
+        under its name, and what judges may since have come from the fleet."""
         self._takers: dict[str, Callable[[Any], None]] = {}
         self.plan = plan
         """As it runs: what a reload could not change is as it was."""
@@ -104,7 +105,6 @@ class Cameras:
         """
         self._products[product] = file
         self._loader.forget()
-        self._digests[product] = self._digest(file)
         replaced: dict[str, Judge] = {}
         for line in self.lines:
             if line.judge.product != product:
@@ -144,11 +144,13 @@ class Cameras:
         new = {camera.name: camera for camera in plan.cameras}
         old = {camera.name: camera for camera in self.plan.cameras}
         restart += [f"cameras.{name}" for name in (*(new.keys() - old.keys()), *(old.keys() - new.keys()))]
-        products = self._new_products(plan, changed, restart)
+        configured = {name: self._digest(file) for name, file in plan.products.items() if name in self._configured}
+        replaced = {name for name, digest in configured.items() if digest != self._configured[name]}
+        products = self._new_products(plan, replaced, changed, restart)
         running = []
         for line in self.lines:
             before, after = old[line.name], new.get(line.name, old[line.name])
-            judge, now = self._prepare(line, before, after, products, changed, restart)
+            judge, now = self._prepare(line, before, after, products, replaced, changed, restart)
             if judge is not None:
                 judges.append((line, judge))
             running.append(now)
@@ -171,25 +173,28 @@ class Cameras:
         config = msgspec.structs.replace(
             self.plan.config, **{name: getattr(plan.config, name) for name in sections if name in self._takers}
         )
+        self._configured.update(configured)
         self._products = products
-        self._digests = {name: self._digest(file) for name, file in products.items() if name in self._digests}
         self._settings = {camera.name: camera.settings for camera in running}
-        self.plan = Plan(config=config, products=products, cameras=tuple(running))
+        self.plan = Plan(config=config, products={**products, **plan.products}, cameras=tuple(running))
         return Reloaded(changed=tuple(sorted(set(changed))), needs_restart=tuple(sorted(set(restart))))
 
-    def _new_products(self, plan: Plan, changed: list[str], restart: list[str]) -> dict[str, Path]:
-        """The new plan's products, and those that cameras still need."""
+    def _new_products(
+        self, plan: Plan, replaced: Collection[str], changed: list[str], restart: list[str]
+    ) -> dict[str, Path]:
+        """The new plan's products, and those that cameras still need; what came from the fleet stays."""
         products = dict(plan.products)
         for name in {line.judge.product for line in self.lines} - products.keys():
             if name in self._products:
                 products[name] = self._products[name]
                 restart.append(f"products.{name}")
-        changed += [f"products.{name}" for name in products.keys() - self._products.keys()]
-        changed += [f"products.{name}" for name in self._products.keys() - products.keys()]
-        for name, file in products.items():
-            used = name in self._digests and self._digest(file) != self._digests[name]
-            if used or (name in self._products and self._products[name] != file):
+        for name in plan.products:
+            before = self.plan.products.get(name)
+            if name in self._products and name not in replaced and self._products[name] != before:
+                products[name] = self._products[name]
+            elif name in replaced or before != products[name]:
                 changed.append(f"products.{name}")
+        changed += [f"products.{name}" for name in self._products.keys() - products.keys()]
         return products
 
     def _prepare(
@@ -198,6 +203,7 @@ class Cameras:
         before: CameraPlan,
         after: CameraPlan,
         products: Mapping[str, Path],
+        replaced: Collection[str],
         changed: list[str],
         restart: list[str],
     ) -> tuple[Judge | None, CameraPlan]:
@@ -223,8 +229,7 @@ class Cameras:
         now = CameraPlan(
             name=name, source=before.source, product=after.product, settings=settings, modbus=before.modbus
         )
-        other_file = product in self._digests and self._digest(products[product]) != self._digests[product]
-        if product != line.judge.product or other_file:
+        if product != line.judge.product or product in replaced:
             return self._judge(name, product, products[product], settings, is_live=line.is_live), now
         return (line.judge.reconfigured(settings) if ruled else None), now
 
@@ -266,7 +271,8 @@ class Cameras:
 
     def _judge(self, camera: str, product: str, file: Path, settings: InspectConfig, *, is_live: bool) -> Judge:
         judge = self._loader.open(file, settings, camera=camera, product=product, is_live=is_live)
-        self._digests[product] = self._digest(file)
+        if file == self.plan.products.get(product):
+            self._configured.setdefault(product, self._digest(file))
         return judge
 
     def _digest(self, file: Path) -> str:

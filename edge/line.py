@@ -306,8 +306,10 @@ class Line:
                     raise CrashLoopError(msg) from exc
                 reason = f"an unexpected error: {exc!r}"
             else:
-                self._ended = not halt.is_set()
-                return
+                if halt.is_set() or not self.is_endless:
+                    self._ended = not halt.is_set()
+                    return
+                reason = "the source ended, which it never should"
             if self.parts > parts:
                 delay_s, is_out = FIRST_DELAY_S, False
             self._problem = reason

@@ -70,7 +70,7 @@ def random_gaussian(
     return LowRankGaussian(
         grid=grid,
         count=100,
-        ridge=0.01,
+        ridge=ridge,
         mean=(rng.normal(size=(positions, channels)) if mean is None else mean).astype(np.float32),
         # As a package holds it.
         basis=np.ascontiguousarray(basis).astype(np.float16).astype(np.float32),
@@ -79,7 +79,7 @@ def random_gaussian(
     )
 
 
-def write_small_package(path: Path) -> Path:
+def write_small_package(path: Path, *, ridge: float = 0.01) -> Path:
     """A package whose threshold lies between good and bad images."""
     from edgeflame.statistics import smooth_maps
     from export.graph import scoring_graph
@@ -90,7 +90,7 @@ def write_small_package(path: Path) -> Path:
     statistics = LowRankGaussian(
         grid=(GRID, GRID),
         count=len(good),
-        ridge=0.01,
+        ridge=ridge,
         mean=mean,
         basis=np.tile(np.eye(good.shape[2], 2, dtype=np.float32), (GRID * GRID, 1, 1)),
         eigenvalues=good.var(axis=0)[:, :2],

@@ -278,3 +278,14 @@ class TestFailures:
         running.belt.put()
         running.wait(3)
         assert [told.verdict for told in running.told] == ["pass", "unknown", "pass"]
+
+    def test_a_camera_that_ends_is_lost_and_not_done(self, start: Start) -> None:
+        running = start()
+        running.belt.put()
+        running.wait(1)
+        running.belt.end()
+        running.wait(2)
+        assert running.told[1].detail == "parts may pass unseen: the source ended, which it never should"
+        running.belt.put()
+        running.wait(3)
+        assert not running.line.status().ended

@@ -1,0 +1,117 @@
+"""Reading the configuration again: what changes between two frames, and what stays."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_model import write_images, write_small_package
+
+from edge.cameras import Cameras, Reloaded
+from edge.config import InspectConfig
+from edge.loading import Loader
+from edge.overrides import Overrides
+from edge.plan import Plan, make_plan
+from edgeflame.config import parse_config
+from edgeflame.errors import EdgeFlameError
+from edgeflame.package import read_package
+
+
+class Factory:
+    """Two cameras of one product, and the file that says so."""
+
+    def __init__(self, folder: Path, package_file: Path) -> None:
+        self.folder = folder
+        self.file = folder / "tile.edgeflame"
+        shutil.copy(package_file, self.file)
+        photos = write_images(folder / "photos")
+        self.cameras_text = "".join(f'[cameras.{name}]\nsource = "{photos}"\nproduct = "tile"\n' for name in "ab")
+        self.overrides = Overrides(folder / "state")
+        self.cameras = Cameras(self.plan(), Loader(device="cpu", num_threads=1), self.overrides)
+
+    def plan(self, *, products: str = "", more: str = "") -> Plan:
+        text = f'[products]\ntile = "{self.file}"\n{products}{self.cameras_text}{more}'
+        config = parse_config(text.encode(), InspectConfig, "line.toml")
+        return make_plan(config, model=None, source=None, product_of=str)
+
+    def reload(self, *, products: str = "", more: str = "") -> Reloaded:
+        return self.cameras.reload(self.plan(products=products, more=more))
+
+    @property
+    def models(self) -> list[str]:
+        return [line.judge.model_id for line in self.cameras.lines]
+
+
+@pytest.fixture(scope="module")
+def other_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the product."""
+    return write_small_package(tmp_path_factory.mktemp("other") / "other.edgeflame", ridge=0.02)
+
+
+@pytest.fixture
+def factory(tmp_path: Path, package_file: Path) -> Factory:
+    return Factory(tmp_path, package_file)
+
+
+def model_of(file: Path) -> str:
+    return read_package(file).sha256[:12]
+
+
+def test_nothing_new_changes_nothing(factory: Factory) -> None:
+    judges = [line.judge for line in factory.cameras.lines]
+    assert factory.reload() == Reloaded(changed=(), needs_restart=())
+    assert [line.judge for line in factory.cameras.lines] == judges
+
+
+def test_a_package_that_was_replaced_is_used_by_every_camera(factory: Factory, other_file: Path) -> None:
+    shutil.copy(other_file, factory.file)
+    assert factory.reload().changed == ("products.tile",)
+    assert factory.models == [model_of(other_file)] * 2
+    assert factory.reload().changed == ()
+
+
+def test_a_package_that_is_none_changes_nothing_at_all(factory: Factory) -> None:
+    before = factory.models
+    factory.file.write_bytes(b"half a pack")
+    with pytest.raises(EdgeFlameError):
+        factory.reload(more="[verdict]\nthreshold = 7.0\n")
+    assert factory.models == before
+    assert all(line.judge.threshold != 7.0 for line in factory.cameras.lines)
+
+
+def test_what_came_from_the_fleet_stays_and_takes_the_new_rules(factory: Factory, other_file: Path) -> None:
+    factory.cameras.put_package("tile", other_file, {})
+    assert factory.models == [model_of(other_file)] * 2
+    done = factory.reload(more="[verdict]\nthreshold = 7.0\n")
+    assert done.changed == ("cameras.a.verdict", "cameras.b.verdict")
+    assert factory.models == [model_of(other_file)] * 2
+    assert [line.judge.threshold for line in factory.cameras.lines] == [7.0, 7.0]
+    assert factory.cameras.products["tile"] == other_file
+
+
+def test_a_threshold_set_by_command_outlives_a_reload(factory: Factory) -> None:
+    (model, _) = factory.models
+    factory.overrides.set_threshold("a", model, 3.0)
+    factory.reload(more="[verdict]\nthreshold = 7.0\n")
+    assert [line.judge.threshold for line in factory.cameras.lines] == [3.0, 7.0]
+
+
+def test_products_come_and_go_but_not_one_that_is_in_use(factory: Factory, other_file: Path) -> None:
+    done = factory.reload(products=f'board = "{other_file}"\n')
+    assert done.changed == ("products.board",)
+    assert set(factory.cameras.products) == {"tile", "board"}
+    assert factory.cameras.load("a", "board").model_id == model_of(other_file)
+    assert factory.reload().changed == ("products.board",)
+    assert set(factory.cameras.products) == {"tile"}
+
+
+def test_cameras_that_come_and_go_and_what_else_needs_a_restart(factory: Factory) -> None:
+    factory.cameras_text = factory.cameras_text.replace("[cameras.b]", "[cameras.c]")
+    done = factory.reload(more='[web]\nlisten = "127.0.0.1:0"\n[capture]\ndepth = 9\n')
+    assert done.changed == ()
+    assert done.needs_restart == ("cameras.a.capture", "cameras.b", "cameras.c", "web")
+    # It says so again: it is still not in force.
+    assert factory.reload(more="[capture]\ndepth = 9\n").needs_restart == (
+        "cameras.a.capture", "cameras.b", "cameras.c",
+    )  # fmt: skip
