@@ -147,7 +147,9 @@ install_release() {
     env -u PYTHONPATH -u PYTHONHOME "$new/bin/python" -m pip install --quiet "$@" \
         "${package:-edgeflame}[$extras]" $more ||
         fail "pip could not install it; the release that was current still is"
-    env -u PYTHONPATH "$new/bin/python" -I -m pip check >/dev/null || fail "the packages do not fit together"
+    # The system's own packages are not ours to judge, where they are seen.
+    [ -n "$site_packages" ] || env -u PYTHONPATH "$new/bin/python" -I -m pip check >/dev/null ||
+        fail "the packages do not fit together"
     found=$(env -u PYTHONPATH "$new/bin/python" -I -m edgeflame --version) || fail "the new release does not start"
     if [ -e "$opt/current" ] && [ "$(contents "$opt/current")" = "$(contents "$new")" ]; then
         say "$found is installed already, with the same packages"
