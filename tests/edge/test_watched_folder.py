@@ -22,7 +22,7 @@ from small_model import bad_image, good_image
 
 from edge.sources import Frame, open_source
 from edge.sources.watch import events
-from edge.sources.watch.folder import printable
+from edge.sources.watch.reading import printable
 from edgeflame.cli import cli
 from edgeflame.errors import DataError, UsageError
 
@@ -44,7 +44,6 @@ class Watched:
         assert not source.is_live
         assert source.is_endless
         self._frames = source.frames(self.stop)
-        self._ready: list[Frame] = []
 
     def next(self) -> Frame:
         return next(self._frames)

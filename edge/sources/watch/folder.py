@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +14,13 @@ from typing import final
 from edge.delivery import files
 from edge.sources.interface import After, FileOrigin, Frame, make_frame
 from edge.sources.query import Query
-from edge.sources.watch.arrivals import Arrivals, Identity, Seen
+from edge.sources.watch.arrivals import Arrivals, Identity
 from edge.sources.watch.disposal import DONE_FOLDER, dispose
 from edge.sources.watch.events import FolderEvents, Kind
+from edge.sources.watch.reading import look, printable, read_complete
 from edgeflame.console import EventLog
 from edgeflame.errors import DataError, StorageError
-from edgeflame.images import IMAGE_SUFFIXES, ImageU8, decode_image
+from edgeflame.images import IMAGE_SUFFIXES
 
 log = EventLog("watch")
 
@@ -123,7 +123,7 @@ class WatchedFolder:
                 if self._listen(arrivals, events, stop, wait_s):
                     next_scan_s = min(next_scan_s, earliest_s)
                 for name in arrivals.pending:
-                    arrivals.observe(name, _look(self._folder / name), time.monotonic())
+                    arrivals.observe(name, look(self._folder / name), time.monotonic())
                 yield from self._read_ready(arrivals, stop)
                 if self._folder.is_dir():
                     yield from self._report(arrivals)
@@ -153,7 +153,7 @@ class WatchedFolder:
                 if entry.is_dir(follow_symlinks=False):
                     if self._options.recursive and not entry.name.startswith(".") and name != DONE_FOLDER:
                         folders.append(name)
-                elif self._is_wanted(name) and (seen := _look(entry)) is not None:
+                elif self._is_wanted(name) and (seen := look(entry)) is not None:
                     found.append((seen.identity.mtime_ns, name, seen))
         wall_ns = time.time_ns()
         for mtime_ns, name, seen in sorted(found):
@@ -163,10 +163,10 @@ class WatchedFolder:
 
     def _listen(self, arrivals: Arrivals, events: FolderEvents, stop: threading.Event, wait_s: float) -> bool:
         """Take in what the kernel says; whether everything has to be looked at again."""
-        look = False
+        again = False
         for kind, path in events.wait(wait_s, stop.wait):
             if kind is Kind.LOOK:
-                look = True
+                again = True
             elif self._is_wanted(name := path.relative_to(self._folder).as_posix()):
                 now_s = time.monotonic()
                 if kind is Kind.COMPLETE:
@@ -177,7 +177,7 @@ class WatchedFolder:
                     arrivals.renamed(name)
                 else:
                     arrivals.observe(name, None, now_s)
-        return look
+        return again
 
     def _read_ready(self, arrivals: Arrivals, stop: threading.Event) -> Iterator[Frame]:
         for name in arrivals.ready(time.monotonic()):
@@ -185,10 +185,10 @@ class WatchedFolder:
                 return
             path = self._folder / name
             try:
-                identity, image, failure = _read(path)
+                identity, image, failure = read_complete(path)
             except FileNotFoundError:
-                arrivals.observe(name, _look(path), time.monotonic())
-                if (seen := _look(path)) is not None:
+                arrivals.observe(name, look(path), time.monotonic())
+                if (seen := look(path)) is not None:
                     arrivals.failed(name, seen.identity, "it is a link to nothing")
                 continue
             if image is None:
@@ -271,55 +271,3 @@ def watched_folder(address: str, *, outbox: Path | None) -> WatchedFolder:
         ),
         outbox=outbox,
     )
-
-
-def printable(name: str) -> str:
-    """A file's name as it may be shown and sent: bytes that are no UTF-8, and control characters, in hexadecimal."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
-
-
-def _look(path: Path | os.DirEntry[str]) -> Seen | None:
-    """A file as it is now; None where there is none, or something else than a file."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        try:
-            # A link to nothing is there, and will not be read.
-            status = os.lstat(path)
-        except OSError:
-            return None
-        return Seen(Identity(status.st_size, status.st_mtime_ns), status.st_ino)
-    except OSError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return Seen(Identity(status.st_size, status.st_mtime_ns), status.st_ino)
-
-
-def _read(path: Path) -> tuple[Identity, ImageU8 | None, str]:
-    """A file's image, or why there is none, and what the file was while it was read.
-
-    Raises:
-        FileNotFoundError: it is not there.
-    """
-    identity = Identity(-1, -1)
-    try:
-        with path.open("rb") as stream:
-            identity = _identity(stream.fileno())
-            data = stream.read()
-            if _identity(stream.fileno()) != identity:
-                return identity, None, "it changed while it was read"
-        return identity, decode_image(data, printable(str(path))), ""
-    except FileNotFoundError:
-        raise
-    except OSError as exc:
-        status = _look(path)
-        return status.identity if status else identity, None, f"{printable(str(path))}: cannot be read ({exc.strerror})"
-    except DataError as exc:
-        return identity, None, str(exc)
-
-
-def _identity(descriptor: int) -> Identity:
-    status = os.fstat(descriptor)
-    return Identity(status.st_size, status.st_mtime_ns)
