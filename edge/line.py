@@ -105,7 +105,7 @@ class Line:
         self._resumed = threading.Event()
         self._resumed.set()
         self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
-        self._goldens = GoldenRequests()
+        self._goldens = GoldenRequests(clock)
         self._capture: Capture | None = None
         self._unread: list[Captured] = []
         self._dropped: collections.Counter[str] = collections.Counter()
@@ -388,7 +388,7 @@ class Line:
             with self._door:
                 pass
             with self._turn:
-                inspected = self._goldens.take(self._judged(captured))
+                inspected = self._goldens.take(self._judged(captured), captured)
             self.parts += not inspected.result.golden
             if captured.frame.image_bgr is not None:
                 self._has_worked, self._problem = True, None

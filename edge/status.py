@@ -7,6 +7,7 @@ import msgspec
 from edge.drift.monitor import DriftStatus
 from edge.golden.report import GoldenStatus
 from edge.parts.counts import PartCounts
+from edgeflame.releases.messages import ProductModels
 
 DEFAULT_CAMERA = "camera"
 """Name of the one camera of a daemon whose configuration names none."""
@@ -36,10 +37,12 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     dropped: dict[str, int] = {}
     """Frames never looked at, by reason."""
     drift: DriftStatus | None = None
-    """None where drift is not watched, or no part has come yet."""
+    """None where drift is not watched."""
     golden: GoldenStatus | None = None
     not_ready: tuple[str, ...] = ()
     """What else speaks against its verdicts: a failed self-test."""
+    models: ProductModels | None = None
+    """Its product's models, where they come from the fleet: what runs, is tried, and may be gone back to."""
     counts: PartCounts = msgspec.field(default_factory=PartCounts)
     """What became of its parts."""
     trigger_up: bool | None = None

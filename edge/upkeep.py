@@ -56,6 +56,7 @@ def open_upkeep(plan: Plan, lines: Sequence[Line], control: Control, state: Path
             watcher = DriftWatcher(
                 line.name,
                 config.drift,
+                line.judge.model_id,
                 partial(_model_of, line, config.view),
                 folder=state / DRIFT_FOLDER,
                 on_change=control.changed,

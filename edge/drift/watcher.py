@@ -86,6 +86,7 @@ class DriftWatcher:
     Args:
         camera: its name.
         config: how.
+        model: id of the model that judges at the start.
         model_of: what drift has to know of a model by its id; None: of one that is not known here, nothing is watched.
         folder: for its files; None: nothing outlives the run.
         on_change: called when a condition becomes another.
@@ -96,6 +97,7 @@ class DriftWatcher:
         self,
         camera: str,
         config: DriftConfig,
+        model: str,
         model_of: Callable[[str], DriftModel | None],
         *,
         folder: Path | None,
@@ -114,6 +116,7 @@ class DriftWatcher:
         self._monitor: DriftMonitor | None = None
         self._next_look = 0.0
         self._last_save = clock()
+        self._follow(model)
         self._thread = threading.Thread(target=self._run, name=f"edgeflame-drift-{camera}", daemon=True)
 
     def __enter__(self) -> DriftWatcher:
@@ -140,7 +143,7 @@ class DriftWatcher:
         self._next_look = max(self._next_look, now - 1.0) + 1.0 / self._config.max_per_s
 
     def status(self) -> DriftStatus | None:
-        """What there is to be said; None before the first part."""
+        """What there is to be said; None where the model is not known here."""
         with self._lock:
             return self._monitor.status() if self._monitor is not None else None
 
@@ -162,7 +165,10 @@ class DriftWatcher:
 
     def _run(self) -> None:
         while (inspected := self._queue.get()) is not None:
-            self._look(inspected)
+            try:
+                self._look(inspected)
+            except Exception as exc:  # noqa: BLE001 - the thread's outermost frame: a part is left out, watching goes on
+                log.error("drift_failed", camera=self._camera, part=inspected.result.part_id, reason=repr(exc))
 
     def _look(self, inspected: Inspected) -> None:
         result, image = inspected.result, inspected.image

@@ -197,6 +197,8 @@ class GoldenTester:
                 self.test()
             except EdgeFlameError as exc:
                 log.error("golden_test_not_made", camera=self._line.name, reason=str(exc))
+            except Exception as exc:  # noqa: BLE001 - the thread's outermost frame: the next shift is tested again
+                log.error("golden_test_not_made", camera=self._line.name, reason=repr(exc))
 
     def _read(self) -> GoldenStatus:
         file = self._file()

@@ -23,7 +23,7 @@ from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, RuntimeUnavailableError, StorageError
 from edgeflame.link import Down, Event, Failed, Link, Received, Up
 from edgeflame.messages import BlobNeed, encode
-from edgeflame.releases.messages import LineModels, Release, decode_release
+from edgeflame.releases.messages import LineModels, ProductModels, Release, decode_release
 from edgeflame.topics import Chunk, Spoken, Topics
 from edgeflame.transfer.download import Download
 
@@ -77,6 +77,8 @@ class Agent:
         """By product: the release's id, and its package's arrival."""
         self._link: Link | None = None
         self._is_up = False
+        self.models: tuple[ProductModels, ...] = ()
+        """As the fleet is told, whether or not it can be."""
         self._said: LineModels | None = None
         self._said_at = 0.0
         self._milestones: tuple[object, ...] = ()
@@ -310,6 +312,7 @@ class Agent:
     def _say(self, now: float, *, is_checking: str | None = None) -> None:
         progress = {product: download.progress for product, (_, download) in self._downloads.items()}
         models = LineModels(boot=self._boot, products=self.keeper.models(progress, is_checking=is_checking))
+        self.models = models.products
         milestones = _milestones(models)
         is_progress = milestones == self._milestones
         if not is_progress:

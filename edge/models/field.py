@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import final
+
+import msgspec
 
 from edge.cameras import Cameras
 from edge.control import Control
@@ -21,6 +23,7 @@ from edge.models.seats import CameraSeats, Configured
 from edge.models.start import files, one_back, settle
 from edge.models.store import FOLDER, RECORD, PackageStore
 from edge.plan import Plan
+from edge.status import CameraStatus
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.releases.messages import ProductModels
@@ -193,12 +196,19 @@ class FieldModels:
 
             control.register("rollback", roll_back)
             control.register("switch_model", switch)
+            control.annotate(lambda status: self._with_models(status, agent.models))
             self._keeper = keeper
             yield
 
     def figures(self) -> Figures:
         """For metrics."""
         return Figures() if self._keeper is None else self._keeper.figures()
+
+    def _with_models(self, status: CameraStatus, models: Sequence[ProductModels]) -> CameraStatus:
+        """A camera's status with what is known of its product's models."""
+        names = {product: one.name for product, one in self._configured.items()}
+        found = next((one for one in models if names.get(one.product) == status.product), None)
+        return msgspec.structs.replace(status, models=found)
 
     def _overlaid(self, plan: Plan) -> Plan:
         record = {**self._settled, **self._record.record.products} if self._is_running else self._settled

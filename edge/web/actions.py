@@ -20,7 +20,9 @@ log = EventLog("web")
 MAX_ORDERS = 8
 """At once."""
 
-Action = Literal["pause", "resume", "snapshot", "golden", "acknowledge", "drift-clear", "drift-relearn", "product"]
+Action = Literal[
+    "pause", "resume", "snapshot", "golden", "acknowledge", "drift-clear", "drift-relearn", "product", "rollback"
+]
 
 
 class Order(msgspec.Struct, forbid_unknown_fields=True):
@@ -106,6 +108,10 @@ class Actions:
                 raise UsageError(msg)
             self._control.switch_product(camera, order.product)
             return Done(ok=True, message=f"Judges {order.product} from the next part on.")
+        if order.action == "rollback":
+            product = next(status.product for status in self._control.statuses() if status.camera == camera)
+            self._control.rollback(product)
+            return Done(ok=True, message=f"{product}: back to the model before.")
         report = self._control.golden(camera, order.expected)
         assert isinstance(report, GoldenReport)
         verdict = "Self-test passed" if report.passed else "Self-test FAILED"

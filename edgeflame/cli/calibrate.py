@@ -18,8 +18,17 @@ from edgeflame.cli.scoring_options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from edgeflame.condition import ConditionReference
     from edgeflame.dataset import Dataset, ImageRecord
     from edgeflame.learning import Calibration
+    from edgeflame.package import Package
+
+    F32 = npt.NDArray[np.float32]
 
 
 @click.command()
@@ -85,7 +94,7 @@ def command(
     from trainer.threshold import set_f1_threshold, set_threshold
 
     with progress_bar("Scoring images") as progress:
-        kept, scores, _ = score_records(
+        kept, scores, maps = score_records(
             runtime.score, records, manifest.learning.input, on_unreadable=on_unreadable, progress=progress
         )
     is_good = np.array([record.is_good for record in kept])
@@ -116,7 +125,9 @@ def command(
         model_onnx=package.model_onnx,
         statistics=package.statistics,
         references=package.references,
-        condition=package.condition,
+        condition=_condition(
+            package, [record for record, fine in zip(kept, is_good, strict=True) if fine], good, maps[is_good]
+        ),
     )
     if package.signature_json is not None:
         click.echo(
@@ -135,6 +146,24 @@ def changed(calibration: Calibration, **options: Any) -> Calibration:
     import msgspec
 
     return msgspec.structs.replace(calibration, **{name: one for name, one in options.items() if one is not None})
+
+
+def _condition(package: Package, records: Sequence[ImageRecord], scores: F32, maps: F32) -> ConditionReference:
+    """What drift is measured against from now on: these images, since the threshold is about them."""
+    from edgeflame.condition import MAX_IMAGES, Template, condition_reference, image_condition
+    from edgeflame.dataset import load_images
+    from edgeflame.references import evenly_spaced
+
+    preprocessing = package.manifest.learning.input
+    references = [reference.image(preprocessing) for reference in package.references]
+    template = Template(references) if references else None
+    chosen = [records[index] for index in evenly_spaced(len(records), MAX_IMAGES)]
+    return condition_reference(
+        {"score": scores, "embedding": maps.mean(axis=(1, 2))},
+        [image_condition(image, template) for _, image in load_images(chosen, preprocessing)],
+        num_parts=len({record.group for record in records}),
+        num_images=len(records),
+    )
 
 
 def _records(dataset: Dataset, data: Path, *, max_f1: bool) -> tuple[ImageRecord, ...]:

@@ -43,7 +43,7 @@ from edgeflame.cli import cli
 from edgeflame.condition import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.images import read_image, write_image
-from edgeflame.releases.messages import Disagreement
+from edgeflame.releases.messages import Candidate, Disagreement, ProductModels, RunningModel
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TOKEN = "let-me-in"
@@ -523,6 +523,42 @@ def test_several_cameras_drift_and_orders_in_a_browser(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()
     assert [text for text in complaints if "401" not in text] == []
+
+
+def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_file: Path) -> None:
+    file = RunningModel(sha256="a" * 64, origin="file")
+    release = RunningModel(sha256="b" * 64, origin="release", name="spring", release="r1", on_trial=True)
+    found = Disagreement(parts=200, differing=3, newly_failed=1, newly_passed=2, share=0.015, upper=0.043)
+    tried = Candidate(
+        release="r2", sha256="c" * 64, name="summer", stage="shadow", done=200, total=500, disagreement=found
+    )
+    models = ProductModels(product="tile", present=file, candidate=tried)
+    asked: list[str] = []
+
+    def roll_back(product: str, to_file: bool) -> RunningModel:
+        assert not to_file
+        asked.append(product)
+        return file
+
+    with station(tmp_path, package_file) as (opened, address):
+        control = opened._control
+        control.annotate(lambda status: msgspec.structs.replace(status, models=models))
+        control.register("rollback", roll_back)
+        judge(opened, part(0))
+        page = browser.new_page()
+        page.goto(address)
+        message = page.locator("#models-message")
+        message.get_by_text("summer: shadow 200 of 500, 3 of 200 verdicts differ (at most 4.3 %)").wait_for()
+        assert page.locator("#rollback").is_disabled()
+        models = ProductModels(product="tile", present=release, previous=(file,))
+        judge(opened, part(1))
+        message.get_by_text("On trial: spring.").wait_for()
+        page.locator("#order-token").fill(TOKEN)
+        page.locator("#rollback").click()
+        page.get_by_role("button", name="Sure?").click()
+        page.locator("#done.good").get_by_text("tile: back to the model before.").wait_for()
+        assert asked == ["tile"]
+        page.close()
 
 
 def test_the_page_says_when_the_daemon_is_gone(browser: Any, tmp_path: Path, package_file: Path) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from brokers import wait_for
 from click.testing import CliRunner
+from results import inspected as judged
 from small_model import LEARNING, bad_image, good_image, write_images, write_small_package
 
 from edge.cameras import Cameras
+from edge.capture import Captured
 from edge.config import InspectConfig
 from edge.control import Control
 from edge.drift.config import DriftConfig
@@ -26,11 +28,13 @@ from edge.golden.config import GoldenConfig
 from edge.golden.report import GoldenReport, GoldenStatus
 from edge.golden.schedule import is_due
 from edge.golden.tester import GoldenTester
+from edge.goldenrequest import GoldenRequests
 from edge.line import Line
 from edge.loading import Loader
 from edge.overrides import Overrides
 from edge.plan import Plan, make_plan
 from edge.results import Inspected, Result
+from edge.sources.interface import make_frame
 from edge.upkeep import open_upkeep
 from edgeflame.cli import cli
 from edgeflame.condition import condition_reference, image_condition, part_condition
@@ -271,6 +275,24 @@ class TestGolden:
         (marked,) = [result for result in running.told if result.golden]
         assert (report.kind, report.passed, report.checks[0].part) == ("part", False, marked.part_id)
         assert running.lines[0].parts == len(running.told) - 1
+
+    def test_neither_an_outage_nor_a_frame_from_before_the_request_is_the_golden_part(self) -> None:
+        now = 10.0
+        requests = GoldenRequests(lambda: now)
+        answers: list[Inspected | None] = []
+        asking = threading.Thread(target=lambda: answers.append(requests.wait_for_one(20)))
+        asking.start()
+        wait_for(lambda: bool(requests._waiting), "the request")
+        picture = good_image(0)
+        for number, (image, at) in enumerate([(picture, 9.9), (None, 11.0), (picture, 10.1), (picture, 10.2)]):
+            frame = make_frame(
+                part_id=str(number), source="s", image_bgr=image, error=None if image is not None else "away",
+                captured_monotonic_s=at,
+            )  # fmt: skip
+            told = requests.take(judged(number), Captured(sequence=number, frame=frame))
+            assert told.result.golden is (number == 2)
+        asking.join(20)
+        assert [answer.result.sequence for answer in answers if answer is not None] == [2]
 
     def test_a_request_that_was_given_up_marks_nothing(self, tmp_path: Path, package_with_reference: Path) -> None:
         source = str(write_images(tmp_path / "photos"))

@@ -98,7 +98,14 @@ def test_the_package_knows_what_good_parts_are_like(fitted_package: Path, parts_
     assert all(stream.count <= package.manifest.threshold.num_groups for stream in streams.values())
     out = tmp_path / "calibrated.edgeflame"
     edgeflame("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", out)
-    assert read_package(out).condition == package.condition
+    # The threshold is now about other images, and so is what drift is measured against.
+    calibrated = read_package(out).condition
+    assert calibrated is not None
+    assert set(calibrated.streams) == set(STREAMS)
+    assert calibrated.streams["brightness"] != streams["brightness"]
+    assert all(
+        stream.count <= read_package(out).manifest.threshold.num_groups for stream in calibrated.streams.values()
+    )
 
 
 def test_evaluate_runs_the_packages_own_graph(fitted_package: Path, parts_folder: Path) -> None:

@@ -22,6 +22,7 @@ function show(page) {
   $("no-rejects").hidden = page.view.rejects.length > 0;
   showDrift(status.drift);
   showGolden(status.golden);
+  showModels(status.models);
   showOperate(status);
   showHealth(page.health, status);
 }

@@ -66,6 +66,40 @@ function showGolden(golden) {
   $("acknowledge").disabled = !failing;
 }
 
+const modelName = (one) => one.name || (one.origin === "file" ? "the configured file" : one.sha256.slice(0, 12));
+
+function facts(list, pairs) {
+  const next = JSON.stringify(pairs);
+  if (list.dataset.shown === next) return;
+  list.dataset.shown = next;
+  list.replaceChildren(...pairs.flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+}
+
+function compared(found) {
+  if (!found || !found.parts) return "";
+  const tail = found.upper === null ? "" : ` (at most ${(100 * found.upper).toFixed(1)} %)`;
+  return `, ${found.differing} of ${found.parts} verdicts differ${tail}: ${found.newly_failed} newly failed, ${found.newly_passed} newly passed`;
+}
+
+function showModels(models) {
+  $("models").hidden = !models;
+  if (!models) return;
+  const { present, candidate, previous, outcomes } = models;
+  const last = outcomes[0];
+  const undone = last && ["rolled_back", "refused"].includes(last.fate);
+  $("models-message").className = `standing ${candidate || present.on_trial ? "warn" : undone ? "bad" : "ok"}`;
+  const words = present.on_trial ? `On trial: ${modelName(present)}. It is rolled back by itself if it proves bad.`
+    : candidate ? `${modelName(candidate)}: ${candidate.stage}${candidate.total ? ` ${candidate.done} of ${candidate.total}` : ""}${compared(candidate.disagreement)}.`
+      : undone ? `${modelName(last)} was ${last.fate.replaceAll("_", " ")}: ${last.detail || (last.reason || "").replaceAll("_", " ")}.` : `${modelName(present)} runs.`;
+  text("models-message", words);
+  facts($("models-facts"), [
+    ["Runs", `${modelName(present)}${present.since ? ` since ${new Date(present.since).toLocaleString()}` : ""}`],
+    ["Before it", previous.map(modelName).join(", ") || "none"],
+    ...outcomes.slice(0, 3).map((one) => [new Date(one.at).toLocaleString(), `${modelName(one)}: ${one.fate.replaceAll("_", " ")}${one.detail ? `, ${one.detail}` : ""}${compared(one.disagreement)}`]),
+  ]);
+  $("rollback").disabled = previous.length === 0;
+}
+
 function showOperate(status) {
   text("operated", current.lights.length > 1 ? status.camera : "");
   $("pause").disabled = status.paused;
@@ -74,25 +108,21 @@ function showOperate(status) {
 }
 
 function showHealth(health, status) {
-  const facts = [];
+  const told = [];
   const dropped = Object.entries(status.dropped).filter(([, count]) => count);
-  facts.push(["Model", `${status.model} for ${status.product}, on ${status.provider}`]);
-  facts.push(["Threshold", status.threshold.toPrecision(5)]);
-  if (status.problem) facts.push(["Camera", status.problem]);
-  facts.push(["Frames dropped", dropped.length ? dropped.map(([why, count]) => `${count} ${why.replaceAll("_", " ")}`).join(", ") : "none"]);
+  told.push(["Model", `${status.model} for ${status.product}, on ${status.provider}`]);
+  told.push(["Threshold", status.threshold.toPrecision(5)]);
+  if (status.problem) told.push(["Camera", status.problem]);
+  told.push(["Frames dropped", dropped.length ? dropped.map(([why, count]) => `${count} ${why.replaceAll("_", " ")}`).join(", ") : "none"]);
   const counted = { triggers: "Parts announced", missing: "Parts missing", duplicates: "Parts repeated", late: "Parts late" };
   for (const [key, name] of Object.entries(counted)) {
-    if (status.counts[key]) facts.push([name, String(status.counts[key])]);
+    if (status.counts[key]) told.push([name, String(status.counts[key])]);
   }
   for (const one of health.deliveries) {
     const lost = one.lost ? `, ${one.lost} lost` : "";
-    facts.push([`Delivery to ${one.name}`, one.error ? `${one.waiting} waiting${lost}: ${one.error}` : one.waiting ? `${one.waiting} waiting${lost}` : `all delivered${lost}`]);
+    told.push([`Delivery to ${one.name}`, one.error ? `${one.waiting} waiting${lost}: ${one.error}` : one.waiting ? `${one.waiting} waiting${lost}` : `all delivered${lost}`]);
   }
-  const list = $("facts");
-  const next = JSON.stringify(facts);
-  if (list.dataset.shown === next) return;
-  list.dataset.shown = next;
-  list.replaceChildren(...facts.flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+  facts($("facts"), told);
 }
 
 let forget = 0;
