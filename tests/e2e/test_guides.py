@@ -50,14 +50,14 @@ def follow(page: str, folder: Path, replacements: dict[str, str]) -> tuple[str, 
 
 def test_getting_started(tmp_path: Path) -> None:
     # The same way with fewer and smaller boards, and the page on a port that is free here.
-    smaller = {"--parts 60": "--parts 10 --size 96", "parts=30": "parts=6", ":8080": f":{free_port()}"}
+    smaller = {"--parts 60": "--parts 6 --size 96", "parts=30": "parts=4", ":8080": f":{free_port()}"}
     printed, work = follow("getting-started.md", tmp_path, smaller)
     for said in (
-        r"photos: warm_wood, 25 boards, 50 photographs written",
-        r"wood\.edgeflame: none, 20 images",
+        r"photos: warm_wood, 15 boards, 30 photographs written",
+        r"wood\.edgeflame: none, 12 images",
         r"broken_corner +│",
         r"\d+ parts in [\d.]+ s: ",
-        r"^6 parts in ",
+        r"^4 parts in ",
         r"✓ configuration +line\.toml is one for edgeflame inspect",
     ):
         assert re.search(said, printed, re.MULTILINE), said
