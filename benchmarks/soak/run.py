@@ -211,7 +211,8 @@ def _slope(at_s: list[float], values: list[float] | list[int], begin: float) -> 
     # The first and last may be of a few seconds.
     means = np.array([np.mean(block, axis=0) for block in list(blocks.values())[1:-1]])
     line = stats.linregress(means[:, 0], means[:, 1])
-    return float(line.slope), float(stats.t.ppf(0.975, len(means) - 2) * line.stderr)
+    # What never changes has no scatter, and scipy no number for it.
+    return float(line.slope), float(np.nan_to_num(stats.t.ppf(0.975, len(means) - 2) * line.stderr))
 
 
 def _wait_for_arrivals(*receivers: Arrived) -> None:
