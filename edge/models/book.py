@@ -19,7 +19,7 @@ from edge.models.record import ProductRecord, RecordFile
 from edge.models.seats import Configured, Seats
 from edge.models.shadow import Shadow
 from edge.models.store import PackageStore
-from edge.models.trial import Alarm, Trial
+from edge.models.trial import Trial
 from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, UsageError
 from edgeflame.releases.messages import Disagreement, Fate
@@ -41,7 +41,6 @@ class Slot:
         self.configured = configured
         self.shadow: Shadow | None = None
         self.trial: Trial | None = None
-        self.alarm: Alarm | None = None
         self.judges: Mapping[str, Judge] | None = None
         """Of the candidate, ready to be used."""
         self.before: tuple[str, Mapping[str, Judge]] | None = None
@@ -151,7 +150,7 @@ class Book:
         slot = self.slots[product]
         if slot.shadow is not None:
             slot.shadow.close()
-        slot.shadow = slot.trial = slot.alarm = None
+        slot.shadow = slot.trial = None
 
     def drop(
         self, product: str, fate: Fate, reason: str | None, detail: str, found: Disagreement | None = None

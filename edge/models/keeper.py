@@ -93,16 +93,19 @@ class Keeper:
             return candidate.stage == "fetching"
         if release.release in entry.decided:
             return False
-        if candidate is not None:
-            self._book.stop_shadow(product)
-        entry = records.begin(entry, release, utc_now())
-        self._book.write(product, entry)
         log.info("release_offered", product=product, sha256=release.manifest.sha256[:12], name=release.name)
         try:
             refuse_unseen(release, keys=self._keys, max_bytes=self._config.max_bytes)
         except RefusedError as exc:
-            self.refuse(product, exc.reason, str(exc))
+            # Whoever announces what nobody takes does not end what is being tried.
+            log.error("release_refused", product=product, reason=exc.reason, detail=str(exc))
+            entry = records.decide(entry, release, "refused", utc_now(), reason=exc.reason, detail=str(exc))
+            self._book.write(product, entry)
             return False
+        if candidate is not None:
+            self._book.stop_shadow(product)
+        entry = records.begin(entry, release, utc_now())
+        self._book.write(product, entry)
         if release.manifest.sha256 == entry.present_sha256:
             self._book.write(product, records.drop(entry, "confirmed", utc_now(), detail="it runs already"))
             return False
@@ -172,8 +175,7 @@ class Keeper:
         slot.latencies.append(result.latency_ms)
         # Looked at once each: the other thread may end them meanwhile.
         trial, shadow = slot.trial, slot.shadow
-        if trial is not None and slot.alarm is None and (alarm := trial.judged(result)) is not None:
-            slot.alarm = alarm
+        if trial is not None and trial.alarm is None and trial.judged(result) is not None:
             self._wake()
         if shadow is not None:
             shadow.offer(captured, inspected)

@@ -24,7 +24,7 @@ import numpy as np
 from edge.capture import Captured
 from edge.judge import Judge
 from edge.models.comparison import Comparison
-from edge.models.trial import Alarm, Trial
+from edge.models.trial import Trial
 from edge.overlay import overlay
 from edge.results import Inspected
 from edge.runtimes import Runtime
@@ -65,8 +65,6 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     disagreement: Disagreement
     problem: str | None = None
     """The second model cannot be tried: why."""
-    alarm: Alarm | None = None
-    """Of the trial, if it is one."""
 
 
 @final
@@ -97,7 +95,6 @@ class Shadow:
         self._comparison = Comparison()
         self._num_skipped = 0
         self._problem: str | None = None
-        self._alarm: Alarm | None = None
         self._is_ready = False
         self._closing = threading.Event()
         self._worst: list[tuple[float, int, str]] = []
@@ -121,7 +118,6 @@ class Shadow:
             return Progress(
                 disagreement=self._comparison.disagreement(skipped=self._num_skipped),
                 problem=self._problem,
-                alarm=self._alarm,
             )
 
     def close(self, *, timeout_s: float = 1.0) -> None:
@@ -170,10 +166,8 @@ class Shadow:
         other = judge.rehearse(captured)
         with self._lock:
             distance = self._comparison.add(present, other.result)
-            if self._trial is not None and self._alarm is None:
-                # On trial is the present model; the second is the one before.
-                self._alarm = self._trial.compared(present, other.result)
-            alarm = self._alarm
+            # On trial is the present model; the second is the one before.
+            alarm = None if self._trial is None else self._trial.compared(present, other.result)
         if distance is not None and distance > 0 and self._folder is not None:
             self._keep_picture(self._folder, distance, inspected, other)
         if alarm is not None or distance is None or self._comparison.parts % 10 == 0:

@@ -75,6 +75,8 @@ class Trial:
 
     def __init__(self, *, parts: int, accepted: float, max_faults: int) -> None:
         rate = max(accepted, LEAST_RATE)
+        self.alarm: Alarm | None = None
+        """The first reason to roll back; set by whichever thread comes upon it."""
         self._parts = parts
         self._accepted = accepted
         self._max_faults = max_faults
@@ -90,13 +92,13 @@ class Trial:
     def judged(self, result: Result) -> Alarm | None:
         """Take every verdict of the model on trial."""
         if Reason.SCORE_NOT_FINITE.value in result.reasons:
-            return Alarm(reason="not_finite", detail=f"the score of part {result.part_id} is no finite number")
+            return self._raise("not_finite", f"the score of part {result.part_id} is no finite number")
         self._faults.append(is_fault(result))
         count = sum(self._faults)
         if count < self._max_faults:
             return None
         detail = f"{count} of the last {len(self._faults)} parts without a score: {result.detail or 'no details'}"
-        return Alarm(reason="faults", detail=detail)
+        return self._raise("faults", detail)
 
     def compared(self, present: Result, before: Result) -> Alarm | None:
         """Take a part that the model before could judge as well."""
@@ -117,5 +119,9 @@ class Trial:
                     f"it {what} {'passed' if test is self._newly_failed else 'failed'}: {test.num_yes} of {test.num}; "
                     f"{self._accepted:.2%} was accepted"
                 )
-                return Alarm(reason=reason, detail=detail)
+                return self._raise(reason, detail)
         return None
+
+    def _raise(self, reason: str, detail: str) -> Alarm:
+        self.alarm = self.alarm or Alarm(reason=reason, detail=detail)
+        return self.alarm

@@ -83,7 +83,9 @@ class Tryouts:
         if progress.problem is not None:
             self._book.drop(product, "refused", "not_opened", progress.problem, found)
             return
-        latency_ms = float(np.quantile(slot.latencies, 0.95)) if len(slot.latencies) >= 20 else None
+        # Copied first: the line goes on adding to it.
+        latencies = list(slot.latencies)
+        latency_ms = float(np.quantile(latencies, 0.95)) if len(latencies) >= MIN_LATENCIES else None
         times = LineTimes(latency_ms=latency_ms, deadline_ms=self._deadline_ms)
         ruling = rule(found, needed=needed, config=self._config, times=times)
         if ruling is None:
@@ -111,7 +113,7 @@ class Tryouts:
             self._start_trial(product, slot, entry)
             return
         progress = None if slot.shadow is None else slot.shadow.progress()
-        alarm = slot.alarm or (progress.alarm if progress is not None else None)
+        alarm = slot.trial.alarm
         if alarm is not None:
             log.error("trial_failed", product=product, reason=alarm.reason, detail=alarm.detail)
             self._end_trial_badly(product, alarm, progress)

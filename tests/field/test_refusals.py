@@ -275,6 +275,22 @@ def test_what_was_refused_is_not_tried_again_unless_it_is_published_anew(
     assert len(daemon.named("release_offered")) == offers + 1, "the repetition was not taken up"
 
 
+def test_what_nobody_takes_does_not_end_what_is_being_tried(
+    keys: Keys, key: str, server: Server, daemon: Daemon, referenced: Package, tmp_path: Path
+) -> None:
+    good = variant(referenced, tmp_path / "good.edgeflame", keys.private, factor=1.03)
+    release = server.announce(good, key=key, shadow_parts=100_000)
+    wait_for(lambda: server.models and server.models.candidate and server.models.candidate.done, "it is tried")
+    outcome = server.wait_for(server.announce(good, key="0123456789abcdef"))
+    assert (outcome.fate, outcome.reason) == ("refused", "untrusted")
+    assert server.models is not None
+    assert server.models.candidate is not None
+    assert (server.models.candidate.release, server.models.candidate.stage) == (release.release, "shadow")
+    server.say(msgspec.structs.replace(release, withdrawn=True))
+    assert server.wait_for(release).fate == "withdrawn"
+    assert_nothing_is_left(daemon, server, referenced)
+
+
 def test_after_all_that_a_good_one_is_taken_tried_and_switched_to_without_a_gap(
     keys: Keys, server: Server, daemon: Daemon, referenced: Package, tmp_path: Path
 ) -> None:
