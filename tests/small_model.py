@@ -70,7 +70,7 @@ def random_gaussian(
     return LowRankGaussian(
         grid=grid,
         count=100,
-        ridge=ridge,
+        ridge=0.01,
         mean=(rng.normal(size=(positions, channels)) if mean is None else mean).astype(np.float32),
         # As a package holds it.
         basis=np.ascontiguousarray(basis).astype(np.float16).astype(np.float32),
