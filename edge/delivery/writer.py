@@ -22,6 +22,9 @@ MAX_WAITING = 64
 """Inspected parts between the inspection and the disk. When the disk is slower than the line for longer than this,
 the inspection waits for it: parts are then late or dropped by name, never forgotten."""
 
+MAX_WAITING_BYTES = 256 << 20
+"""Of the pictures that parts bring along; a large camera's 64 would be a gigabyte."""
+
 MAX_BATCH = 64
 """Results committed at once."""
 
@@ -41,6 +44,8 @@ class Writer:
         self._outbox = outbox
         self._sinks = sinks
         self._queue: queue.Queue[Inspected | None] = queue.Queue(MAX_WAITING)
+        self._room = threading.Condition()
+        self._waiting_bytes = 0
         self._failure: EdgeFlameError | None = None
         self._busy_since: float | None = None
         self._closing = threading.Event()
@@ -57,11 +62,12 @@ class Writer:
         self.close()
 
     def accept(self, inspected: Inspected) -> None:
-        """Hand a result over; waits while ``MAX_WAITING`` are.
+        """Hand a result over; waits while ``MAX_WAITING`` are, or pictures of ``MAX_WAITING_BYTES``.
 
         Raises:
             StorageError: an earlier result could not be kept.
         """
+        size_bytes = _size_bytes(inspected)
         while True:
             self._raise_failure()
             if self._closing.is_set():
@@ -69,9 +75,15 @@ class Writer:
                 log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
                 msg = "the outbox is closed"
                 raise StorageError(msg)
+            with self._room:
+                if self._waiting_bytes and self._waiting_bytes + size_bytes > MAX_WAITING_BYTES:
+                    self._room.wait(0.2)
+                    continue
+                self._waiting_bytes += size_bytes
             try:
                 self._queue.put(inspected, timeout=0.2)
             except queue.Full:
+                self._release(size_bytes)
                 continue
             break
 
@@ -114,10 +126,16 @@ class Writer:
                     for sink in self._sinks:
                         sink.accept(inspected)
                 self._busy_since = None
+                self._release(sum(map(_size_bytes, batch)))
         except EdgeFlameError as exc:
             self._fail(exc)
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the next accept raises it
             self._fail(StorageError(f"the writer of results failed: {exc!r}"))
+
+    def _release(self, size_bytes: int) -> None:
+        with self._room:
+            self._waiting_bytes -= size_bytes
+            self._room.notify_all()
 
     def _fail(self, failure: EdgeFlameError) -> None:
         self._failure = failure
@@ -141,3 +159,7 @@ class Writer:
                 break
             batch.append(item)
         return batch
+
+
+def _size_bytes(inspected: Inspected) -> int:
+    return sum(array.nbytes for array in (inspected.image, inspected.anomaly_map) if array is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sqlite3
@@ -10,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import body, inspected
 
 from edge.delivery import Outbox, OutboxConfig, Writer
+from edge.delivery.writer import MAX_WAITING_BYTES
 from edge.results import Inspected
 from edgeflame.errors import ConfigError, StorageError
 
@@ -206,6 +209,26 @@ def test_the_writer_keeps_all_in_order_and_shows_them_only_then(outbox: Outbox) 
             writer.accept(inspected(sequence))
     assert shown.sequences == list(range(300))
     assert len(outbox.newest(1000)) == 300
+
+
+def test_large_pictures_do_not_pile_up_before_the_disk(outbox: Outbox) -> None:
+    """By their bytes, that is; nothing of a picture's size is allocated here."""
+    handed, ahead = [0], []
+
+    class Counting(Shown):
+        def accept(self, inspected: Inspected) -> None:
+            super().accept(inspected)
+            ahead.append(handed[0] - len(self.sequences))
+
+    picture = np.broadcast_to(np.uint8(0), (MAX_WAITING_BYTES // 3 // 1000, 1000, 3))[:, :250]
+    assert picture.nbytes <= MAX_WAITING_BYTES // 4 < 2 * picture.nbytes
+    shown = Counting()
+    with Writer(outbox, [shown]) as writer:
+        for sequence in range(200):
+            writer.accept(dataclasses.replace(inspected(sequence), image=picture))
+            handed[0] += 1
+    assert shown.sequences == list(range(200))
+    assert max(ahead) <= 4
 
 
 def test_an_error_behind_the_writer_reaches_the_inspection(outbox: Outbox) -> None:
