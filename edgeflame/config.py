@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from edgeflame.configkeys import unknown_key
 from edgeflame.errors import ConfigError
 from edgeflame.presets import overlay, start_from_presets
 
@@ -16,6 +18,9 @@ T = TypeVar("T")
 
 _TOML_TYPES = (dt.datetime, dt.date, dt.time)
 """What TOML has of its own, and messages should call by its name."""
+
+_AT = re.compile(r"(?P<what>.*) - at `(?:key in )?\$\.?(?P<key>.*)`", re.DOTALL)
+"""How msgspec says where something is wrong; people write ``web.listen``."""
 
 
 def load_config(path: Path | None, kind: type[T], overrides: Mapping[str, Any] | None = None) -> T:
@@ -49,13 +54,16 @@ def parse_config(data: bytes, kind: type[T], name: str, overrides: Mapping[str, 
     """
     try:
         raw = overlay(msgspec.toml.decode(data), _without_none(overrides or {}))
+        if unknown := unknown_key(raw, kind):
+            raise ConfigError(unknown)
         return msgspec.convert(start_from_presets(raw, kind), kind, str_keys=True, builtin_types=_TOML_TYPES)
     except ConfigError as exc:
         msg = f"{name}: {exc}"
         raise ConfigError(msg) from exc
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
         # The parser lets through dates that are none, integers of thousands of digits, and hundreds of brackets.
-        msg = f"{name}: {exc}"
+        what = _AT.sub(lambda found: f"{found['key'] or 'the file'}: {found['what']}", str(exc))
+        msg = f"{name}: {what}"
         raise ConfigError(msg) from exc
 
 

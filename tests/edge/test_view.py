@@ -164,7 +164,7 @@ def test_what_is_not_finite_is_a_fault_also_where_nothing_is_judged(package: Pac
         ("ignore = [[[1, 2], [3, 4], [5, 6]]]", "with an area"),
         ("ignore = [[[1, 2], 3, [5, 6]]]", r"view\.ignore"),
         ("ignore = [[0.5, 0, 3, 3]]", "Expected `int"),
-        ("ignored = []", "unknown field `ignored`"),
+        ("ignored = []", "unknown key `ignored`"),
     ],
 )
 def test_shapes_that_make_no_sense_are_refused(toml: str, message: str) -> None:

@@ -39,7 +39,11 @@ def test_sections(tmp_path: Path) -> None:
     [
         ('method = "magic"', "unknown method 'magic'; known are none, fade"),
         ("seed = ", "learning.toml"),
-        ("sead = 1", "unknown field `sead`"),
+        ("sead = 1", "unknown key `sead`; did you mean `seed`? There are "),
+        ("[imput]\nheight = 128", "unknown key [imput]; did you mean `input`?"),
+        ("[input]\nhight = 128", "unknown key `hight` in [input]; did you mean `height`?"),
+        ("[input]\nzzz = 128", "unknown key `zzz` in [input]; There are "),
+        ('[input]\nheight = "128"', "input.height: Expected `int`, got `str`"),
         ('seed = "one"', "Expected `int`"),
         ("[input]\nheight = 100", "multiple of 32"),
         ("[training]\nepochs = -1", "training.epochs must be >= 0, not -1"),
