@@ -244,7 +244,7 @@ class Control:
             except EdgeFlameError as exc:
                 log.error("reload_refused", reason=str(exc))
                 raise
-            log.warning("reloaded", **{name: getattr(done, name) for name in done.__struct_fields__})
+            log.warning("reloaded", **{name: ",".join(getattr(done, name)) for name in done.__struct_fields__})
             self._changed()
             return done
 

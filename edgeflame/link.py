@@ -166,7 +166,9 @@ class Link:
                     return
                 delay_s = min(delay_s, left_s)
             if not was_up:
-                log.warning(
+                # Who gives up is told why by the error; a line tries again for days, and its log is for people.
+                say = log.warning if attempt == 1 or self._connect_timeout_s is None else log.debug
+                say(
                     "broker_unreachable",
                     address=self._shared.url.address,
                     attempt=attempt,

@@ -86,7 +86,7 @@ def build_app(station: Station) -> Starlette:
 
     async def mark(request: Request) -> Response:
         if not station.may_change(request):
-            return _problem(401, "this needs the operator's token")
+            return _not_taken(request)
         if (body := await _body(request)) is None:
             return _problem(413, "too long")
         try:
@@ -106,7 +106,7 @@ def build_app(station: Station) -> Starlette:
 
     async def do(request: Request) -> Response:
         if not station.may_change(request):
-            return _problem(401, "this needs the operator's token")
+            return _not_taken(request)
         if (body := await _body(request)) is None:
             return _problem(413, "too long")
         try:
@@ -176,6 +176,11 @@ async def _body(request: Request) -> bytes | None:
 
 def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json", headers=_HEADERS)
+
+
+def _not_taken(request: Request) -> Response:
+    given = request.headers.get("authorization", "").removeprefix("Bearer").strip()
+    return _problem(401, "that is not the operator's token" if given else "this needs the operator's token")
 
 
 def _problem(status: int, text: str) -> Response:

@@ -450,7 +450,7 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package_file: Path,
         assert "above threshold" in page.locator("#closer-why").inner_text()
         page.locator("#token").fill("guess")
         page.get_by_role("button", name="It was good").press("Enter")
-        page.get_by_text("Not kept: this needs the operator's token.").wait_for()
+        page.get_by_text("Not kept: that is not the operator's token.").wait_for()
         page.locator("#token").fill(TOKEN)
         page.get_by_role("button", name="It was good").press("Enter")
         page.get_by_text("Kept as good for the next training.").wait_for()

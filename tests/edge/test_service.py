@@ -119,7 +119,7 @@ def test_systemd_hears_of_start_reload_and_end(package_file: Path, tmp_path: Pat
         (tmp_path / "line.toml").write_text("[verdict]\nthreshold = 1e9\n")
         process.send_signal(signal.SIGHUP)
         wait_for(lambda: "RELOADING=1" in supervisor.listen(), "it reloads")
-        wait_for(lambda: "reloaded changed=" in logged(tmp_path), "it says what changed")
+        wait_for(lambda: "reloaded changed=cameras.camera.verdict" in logged(tmp_path), "it says what changed")
         wait_for(lambda: b'"threshold":1000000000.0' in (tmp_path / "out").read_bytes(), "it goes by it")
         (tmp_path / "line.toml").write_text("[verdict]\nthreshold = 0\n")
         process.send_signal(signal.SIGHUP)

@@ -138,7 +138,9 @@ def test_a_missing_broker_is_retried_and_said_with_its_address(caplog: pytest.Lo
     assert not inbox.events
 
 
-def test_a_missing_broker_is_given_up_when_a_time_is_set() -> None:
+def test_a_missing_broker_is_given_up_when_a_time_is_set(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("edgeflame").propagate = True
+    caplog.set_level(logging.WARNING, logger="edgeflame")
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     url = BrokerUrl(host="127.0.0.1", port=free_port())
     with Link(url, client_id="x", filters=["t"], sink=events.put, connect_timeout_s=0.6):
@@ -146,6 +148,8 @@ def test_a_missing_broker_is_given_up_when_a_time_is_set() -> None:
     assert isinstance(event, Failed)
     assert "within 0.6 s" in str(event.error)
     assert url.address in str(event.error)
+    # A line whose broker is away for days asks again and again in this way: no line of the log for each try.
+    assert [record.message for record in caplog.records] == ["broker_unreachable"]
 
 
 def test_a_wrong_password_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
