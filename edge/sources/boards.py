@@ -11,7 +11,9 @@ from edge.sources.interface import Frame, make_frame
 from edgeflame.boards import TEXTURES, BoardStream, Camera
 from edgeflame.errors import UsageError
 
-SYNTAX = "boards:TEXTURE?seed=0&defect_rate=0.3&parts=100&site=1&size=256"
+SYNTAX = "boards:TEXTURE?seed=0&defect_rate=0.3&parts=100&site=1&size=256&every=1"
+
+MAX_EVERY_S = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class BoardSource:
 
     name: str
     stream: BoardStream
+    every_s: float = 0.0
+    """Seconds from one board to the next; 0: as fast as they are judged."""
     is_live: bool = False
 
     @property
@@ -31,8 +35,8 @@ class BoardSource:
         return self.stream.num_parts
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        for part in self.stream:
-            if stop.is_set():
+        for index, part in enumerate(self.stream):
+            if stop.wait(self.every_s if index else 0.0):
                 return
             yield make_frame(
                 part_id=part.part_id, source=self.name, image_bgr=part.image_bgr, label=part.label, mask=part.mask
@@ -66,10 +70,14 @@ def board_source(address: str) -> BoardSource:
         if stream.image_size < 64 or stream.image_size > 2048:
             msg = f"size lies between 64 and 2048, got {stream.image_size}"
             raise ValueError(msg)
+        every_s = float(options.pop("every", "0"))
+        if not 0 <= every_s <= MAX_EVERY_S:
+            msg = f"every lies between 0 and {MAX_EVERY_S} seconds, got {every_s:g}"
+            raise ValueError(msg)
     except ValueError as exc:
         msg = f"--source {address}: {exc}; it is written {SYNTAX}"
         raise UsageError(msg) from exc
     if options:
         msg = f"--source {address}: unknown option {', '.join(options)}; it is written {SYNTAX}"
         raise UsageError(msg)
-    return BoardSource(name=address, stream=stream)
+    return BoardSource(name=address, stream=stream, every_s=every_s)

@@ -44,7 +44,7 @@ class BoardStream:
     Attributes:
         texture: one of ``TEXTURES``.
         seed: which parts.
-        camera: of the site; the one the data set was photographed with.
+        camera: of the site.
         defect_rate: probability that a part is defective, in ``[0, 1]``; defects and severities are then
             drawn uniformly.
         num_parts: after how many parts the stream ends; None for never.

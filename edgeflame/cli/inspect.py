@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     metavar="SRC",
     help="Where the configuration has no [cameras]: folder of images, image, video file, watch:FOLDER for files as "
     "they arrive, camera:0, rtsp://..., gst:PIPELINE, csi:0, or generated boards: "
-    "boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256.",
+    "boards:TEXTURE?seed=0&parts=100&defect_rate=0.3&site=1&size=256&every=1.",
 )
 @click.option(
     "--config",

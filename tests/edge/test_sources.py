@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from small_model import good_image, write_images
 
 from edge.sources import Frame, open_source
+from edge.sources.boards import BoardSource
 from edge.sources.reconnect import Lost, reconnecting
 from edgeflame.boards import BoardStream, Camera
+from edgeflame.cli import cli
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 
 
@@ -74,6 +79,24 @@ def test_generated_boards_are_those_of_the_stream() -> None:
         np.testing.assert_array_equal(frame.mask, part.mask)
 
 
+def test_a_pause_between_generated_boards_ends_with_the_run() -> None:
+    stop = threading.Event()
+    frames = open_source("boards:warm_wood?size=64&every=3600").frames(stop)
+    assert next(frames).part_id == "part-000000"
+    threading.Timer(0.05, stop.set).start()
+    assert list(frames) == []
+
+
+def test_generated_boards_are_of_the_data_set_s_camera(tmp_path: Path) -> None:
+    """What is fitted to ``demo-data --seed 3`` sees no other camera in ``boards:...?seed=3&site=1``."""
+    arguments = ["demo-data", "--out", str(tmp_path), "--parts", "2", "--size", "64", "--seed", "3"]
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    camera = json.loads((tmp_path / "dataset.json").read_text())["spec"]["camera"]
+    source = open_source("boards:warm_wood?seed=3&site=1")
+    assert isinstance(source, BoardSource)
+    assert dataclasses.asdict(source.stream.camera) == camera
+
+
 def test_a_whole_data_set_is_not_taken_for_parts(tmp_path: Path) -> None:
     write_images(tmp_path / "test")
     (tmp_path / "train").mkdir()
@@ -94,6 +117,8 @@ def test_a_whole_data_set_is_not_taken_for_parts(tmp_path: Path) -> None:
         ("boards:warm_wood?colour=red", UsageError, "unknown option colour"),
         ("boards:warm_wood?size=9", UsageError, "size"),
         ("boards:warm_wood?defect_rate=2", UsageError, "defect_rate"),
+        ("boards:warm_wood?every=-1", UsageError, "every lies between 0 and 3600 seconds, got -1"),
+        ("boards:warm_wood?every=nan", UsageError, "every lies between"),
     ],
 )
 def test_addresses_that_make_no_sense(
