@@ -441,8 +441,11 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package_file: Path,
         judge(opened, part(4, "fail"))
         page.locator("#light.fail").wait_for()
         page.locator("#rejects li").nth(2).wait_for()
+        page.get_by_text("✕ part-0004", exact=True).wait_for()  # whose picture it is
         assert page.evaluate("window.shifts") < 0.1
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.get_by_label("heat map").uncheck()
+        assert "plain.jpg" in (page.locator("#picture").get_attribute("src") or "")
         # With the keyboard alone: open the newest reject, say that it was good, close.
         page.locator("#rejects button").first.focus()
         page.keyboard.press("Enter")

@@ -39,9 +39,28 @@ function showLatest(part) {
   picture.hidden = !(part && part.has_picture);
   $("open-latest").disabled = !part;
   if (!part) return;
+  if (part.has_picture) showPicture(part);
+}
+
+// One picture at a time: where parts come faster than pictures, each newer one would cut the last one off. Until it is
+// there the part before is seen, so the words beneath say whose picture it is.
+let loading = null;
+
+function showPicture(part) {
+  const picture = $("picture");
   const source = pictureOf(part.key, $("heat").checked);
-  if (part.has_picture && !picture.src.endsWith(source)) picture.src = source;
-  picture.alt = `${part.part_id}: ${part.verdict}`;
+  if (loading || picture.src.endsWith(source)) return;
+  loading = part;
+  picture.src = source;
+}
+
+function pictureSettled(event) {
+  const part = loading;
+  loading = null;
+  if (!part) return;
+  $("picture").alt = event.type === "load" ? `${part.part_id}: ${part.verdict}` : "";
+  text("pictured", event.type === "load" ? `${SIGNS[part.verdict]} ${part.part_id}` : "\u00a0");
+  if (current) showLatest(current.view.latest);
 }
 
 function showCounts(today) {
@@ -183,6 +202,7 @@ for (const id of ["closer-plain", "closer-heat"]) {
 }
 $("picture").addEventListener("error", () => { $("picture").hidden = true; });
 $("opinion").addEventListener("submit", () => $("closer").close());
+for (const end of ["load", "error"]) $("picture").addEventListener(end, pictureSettled);
 $("heat").addEventListener("change", () => current && showLatest(current.view.latest));
 $("open-latest").addEventListener("click", () => current && current.view.latest && look(current.view.latest));
 showTokens();
