@@ -14,7 +14,8 @@ def unknown_key(raw: object, kind: Any, section: str = "") -> str | None:
 
     Args:
         raw: as read from a file; not checked yet, so it may hold anything.
-        kind: a type; structs are looked into, and mappings to structs.
+        kind: a type; structs are looked into, and mappings to structs. A struct that takes keys it does not know,
+            such as the head of a file, is asked only about those it does.
         section: the dotted keys that lead to ``raw``.
     """
     if not isinstance(raw, Mapping):
@@ -23,8 +24,9 @@ def unknown_key(raw: object, kind: Any, section: str = "") -> str | None:
         fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
         for key, value in raw.items():
             if key not in fields:
-                return _words(str(key), isinstance(value, Mapping), section, list(fields))
-            if said := _look_below(value, fields[key], _dotted(section, key)):
+                if kind.__struct_config__.forbid_unknown_fields:
+                    return _words(str(key), isinstance(value, Mapping), section, list(fields))
+            elif said := _look_below(value, fields[key], _dotted(section, key)):
                 return said
         return None
     if isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Mapping):
