@@ -109,7 +109,7 @@ class FleetFolder:
         """
         entry = self.registry.require(name)
         if entry.revoked_at is not None:
-            msg = f"{name} was revoked; `edgeflame fleet enrol {name} --reinstate` takes it in again"
+            msg = f"{name} was revoked; `edgeflame fleet enrol FOLDER {name} --reinstate` takes it in again"
             raise UsageError(msg)
         if entry.role == BROKER:
             made = self._give_broker(days=days)

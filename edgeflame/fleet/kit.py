@@ -77,7 +77,7 @@ def encode_kit(kit: Kit) -> bytes:
     lines = [
         f"# EdgeFlame kit: makes its holder the {kit.role} {kit.name} of the fleet {kit.fleet}. KEEP IT SECRET.",
         f"#   {_USE[kit.role].format(name=kit.name)}",
-        f"# Valid until {kit.expires:%Y-%m-%d}. If it was lost or seen by others: edgeflame fleet revoke {kit.name}",
+        f"# Valid until {kit.expires:%Y-%m-%d}. Lost, or seen by others: edgeflame fleet revoke FOLDER {kit.name}",
     ]
     for name, value in msgspec.structs.asdict(kit).items():
         match value:
@@ -130,13 +130,14 @@ def read_kit(path: Path, *, now: datetime | None = None, must_be_valid: bool = T
     if left <= timedelta(0):
         msg = (
             f"{path}: the certificate of {kit.role} {kit.name} expired on {kit.expires:%Y-%m-%d}; ask whoever runs the "
-            f"fleet for a new kit (edgeflame fleet renew {kit.name}), and check this machine's clock"
+            f"fleet for a new kit (edgeflame fleet renew FOLDER {kit.name}), and check this machine's clock"
         )
         if must_be_valid:
             raise LinkError(msg)
-        log.error("kit_expired", file=str(path), advice=f"edgeflame fleet renew {kit.name}")
+        log.error("kit_expired", file=str(path), advice=f"edgeflame fleet renew FOLDER {kit.name}")
     elif left < EXPIRY_WARNING:
-        log.warning("kit_expires_soon", name=kit.name, days=left.days, advice=f"edgeflame fleet renew {kit.name}")
+        advice = f"edgeflame fleet renew FOLDER {kit.name}"
+        log.warning("kit_expires_soon", name=kit.name, days=left.days, advice=advice)
     return kit
 
 

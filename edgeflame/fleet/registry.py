@@ -111,7 +111,7 @@ def revoked(registry: Registry, *, name: str, reason: str, now: datetime) -> Reg
     """
     entry = registry.require(name)
     if name in (BROKER, ADMIN):
-        msg = f"{name} cannot be revoked: renew it (edgeflame fleet renew {name} --revoke-old), or make a new fleet"
+        msg = f"{name} cannot be revoked: renew (edgeflame fleet renew FOLDER {name} --revoke-old), or make a new fleet"
         raise UsageError(msg)
     if entry.revoked_at is not None:
         return registry
@@ -149,7 +149,7 @@ def check_new_name(registry: Registry, name: str, *, role: str, reinstate: bool)
     if entry is None:
         return
     if entry.revoked_at is None:
-        msg = f"{entry.role} {name!r} is enrolled already; `edgeflame fleet renew {name}` makes it a new kit"
+        msg = f"{entry.role} {name!r} is enrolled already; `edgeflame fleet renew FOLDER {name}` makes it a new kit"
         raise UsageError(msg)
     if not reinstate:
         msg = (

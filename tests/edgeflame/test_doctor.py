@@ -97,6 +97,13 @@ def test_a_configuration_that_fits_nothing_names_the_key(tmp_path: Path) -> None
     code, findings = doctor("--config", path)
     assert code == 1
     assert "lissten" in findings["configuration"]["what"]
+    assert "aggregate" not in findings["configuration"]["what"]
+
+
+def test_a_configuration_that_is_not_there_is_said_once(tmp_path: Path) -> None:
+    code, findings = doctor("--config", tmp_path / "lime.toml")
+    assert code == 1
+    assert findings["configuration"]["what"] == f"{tmp_path / 'lime.toml'}: cannot be read (No such file or directory)"
 
 
 def test_a_broker_that_is_there_and_one_that_is_not(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_what_is_no_kit_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_an_expired_kit_says_so_before_it_connects(fleet: FleetFolder) -> None:
     path = enrol(fleet, "plant-a")
     later = datetime.now(timezone.utc) + timedelta(days=101)
-    with pytest.raises(LinkError, match=r"the certificate of site plant-a expired on .*edgeflame fleet renew plant-a"):
+    with pytest.raises(LinkError, match=r"of site plant-a expired on .*edgeflame fleet renew FOLDER plant-a"):
         read_kit(path, now=later)
 
 

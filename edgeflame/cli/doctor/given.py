@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edgeflame.console import LOGGER_NAME
 from edgeflame.errors import ConfigError, EdgeFlameError, PackageError
 from edgeflame.findings import Finding, note, ok, problem
@@ -80,20 +82,35 @@ def check_config(path: Path) -> Iterator[Finding]:
     from edge.config import InspectConfig
     from edgeflame.config import load_config
 
+    try:
+        text = path.read_bytes()
+    except OSError as exc:
+        yield problem("configuration", f"{path}: cannot be read ({exc.strerror})", "correct its name, or its rights")
+        return
     failures = []
     for command, kind in _config_kinds():
         try:
             settings: object = load_config(path, kind)
         except ConfigError as exc:
-            failures.append(f"{command}: {str(exc).removeprefix(f'{path}: ')}")
+            failures.append((_num_known(text, kind), f"{command}: {str(exc).removeprefix(f'{path}: ')}"))
         else:
             yield ok("configuration", f"{path} is one for edgeflame {command}")
             if isinstance(settings, InspectConfig) and settings.cameras and settings.products:
                 yield from _touch(settings)
             return
-    yield problem(
-        "configuration", f"{path} fits no command: {'; '.join(failures)}", "correct the key that the right one names"
-    )
+    # What is wrong with it as another command's configuration says nothing, where it is clear whose it is.
+    most = max(known for known, _ in failures)
+    words = "; ".join(what for known, what in failures if known == most)
+    yield problem("configuration", f"{path} fits no command: {words}", "correct the key that is named")
+
+
+def _num_known(text: bytes, kind: type) -> int:
+    """How many of a file's sections and keys a command has."""
+    try:
+        keys: set[str] = set(msgspec.toml.decode(text))
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return 0
+    return len(keys & {field.encode_name for field in msgspec.structs.fields(kind)})
 
 
 def _touch(settings: InspectConfig) -> Iterator[Finding]:
