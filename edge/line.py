@@ -3,8 +3,7 @@
 Theory of operation
 -------------------
 The loop runs on a thread of its own, in :meth:`Line.run`. Everybody else changes it through the methods above it,
-which wait for the frame in hand and take effect before the next one: a *turn* is held while a frame is judged, and a
-*door* before it lets whoever waits for the turn go first, however fast frames follow one another.
+which wait for the frame in hand and take effect before the next one (:mod:`edge.turn`).
 
 A camera that cannot be opened, or whose capture fails, is tried again with growing pauses. Each outage gives one part
 with the verdict ``unknown``. A judge that fails unexpectedly costs the part in hand its verdict (``unknown`` as well)
@@ -21,10 +20,11 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
 from edge.capture import Capture, CaptureConfig, Captured
+from edge.crashes import CrashLimit
 from edge.goldenrequest import GoldenRequests
 from edge.judge import Judge, Watcher, not_judged
 from edge.lanes import Lanes
@@ -34,6 +34,7 @@ from edge.results import Inspected, Result
 from edge.sources import Source
 from edge.sources.interface import make_frame
 from edge.status import CameraStatus
+from edge.turn import PATIENCE_S, Turn
 from edge.verdict import Reason
 from edgeflame.console import EventLog
 from edgeflame.errors import (
@@ -41,7 +42,6 @@ from edgeflame.errors import (
     CrashLoopError,
     EdgeFlameError,
     MissingDependencyError,
-    RuntimeUnavailableError,
     StorageError,
     UsageError,
 )
@@ -51,14 +51,8 @@ log = EventLog("line")
 PAUSED = "paused"
 """Why a live frame was dropped: the line was told to rest."""
 
-MAX_CRASHES, CRASH_WINDOW_S = 5, 600.0
-"""So many unexpected errors of one camera within so long are taken for a defect that only a new start may cure."""
-
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 """Between attempts to get a camera back: doubles from the first to the longest."""
-
-_PATIENCE_S = 5.0
-"""How long a command waits for the frame in hand; a judge that takes longer hangs."""
 
 _HOPELESS = (ConfigError, UsageError, MissingDependencyError)
 """What no later attempt will mend."""
@@ -101,7 +95,7 @@ class Line:
         self._watchers = tuple(watchers)
         self._keeper = PartKeeper(name, TriggerConfig(), PartsConfig()) if keeper is None else keeper
         self._clock = clock
-        self._door, self._turn = threading.Lock(), threading.Lock()
+        self._turn = Turn(name)
         self._resumed = threading.Event()
         self._resumed.set()
         self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
@@ -109,7 +103,7 @@ class Line:
         self._capture: Capture | None = None
         self._unread: list[Captured] = []
         self._dropped: collections.Counter[str] = collections.Counter()
-        self._crashes: collections.deque[float] = collections.deque()
+        self._crashes = CrashLimit(name, clock)
         self._next_sequence = 0
         self._has_worked = False
         self._ended = False
@@ -157,7 +151,7 @@ class Line:
     def status(self) -> CameraStatus:
         """What it is doing now."""
         judge, busy_s = self._judge, self.busy_s
-        hangs = f"one part has been in hand for {busy_s:.0f} s" if busy_s > _PATIENCE_S else None
+        hangs = f"one part has been in hand for {busy_s:.0f} s" if busy_s > PATIENCE_S else None
         return CameraStatus(
             camera=self.name,
             source=self._source.name,
@@ -198,7 +192,7 @@ class Line:
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
-        with self._between_frames():
+        with self._turn.between_frames():
             self._judge.set_threshold(value)
             self._threshold_set = value is not None
 
@@ -212,7 +206,7 @@ class Line:
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
-        with self._between_frames():
+        with self._turn.between_frames():
             if threshold is not None:
                 judge.set_threshold(threshold)
             before, self._judge, self._threshold_set = self._judge, judge, threshold is not None
@@ -245,19 +239,8 @@ class Line:
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
-        with self._between_frames():
+        with self._turn.between_frames():
             return self._judge.rehearse(captured)
-
-    @contextlib.contextmanager
-    def _between_frames(self) -> Iterator[None]:
-        with self._door:
-            if not self._turn.acquire(timeout=_PATIENCE_S):
-                msg = f"camera {self.name}: the part in hand has been judged for more than {_PATIENCE_S:g} s"
-                raise RuntimeUnavailableError(msg)
-            try:
-                yield
-            finally:
-                self._turn.release()
 
     # The loop.
 
@@ -299,7 +282,7 @@ class Line:
                     raise
                 reason = str(exc)
             except Exception as exc:
-                self._crashed(exc)
+                self._crashes.note(exc)
                 if not self.is_endless:
                     # From its beginning again, it would give its parts a second time.
                     msg = f"camera {self.name}: the source failed unexpectedly: {exc!r}"
@@ -385,9 +368,7 @@ class Line:
     def _deal_with(self, captured: Captured, accept: Callable[[Inspected], None]) -> None:
         self._busy_since = self._clock()
         try:
-            with self._door:
-                pass
-            with self._turn:
+            with self._turn.frame():
                 inspected = self._goldens.take(self._judged(captured), captured)
             self.parts += not inspected.result.golden
             if captured.frame.image_bgr is not None:
@@ -414,7 +395,7 @@ class Line:
         try:
             inspected = self._keeper.inspect(self._judge, captured)
         except Exception as exc:  # noqa: BLE001 - the outermost frame of a camera's loop
-            self._crashed(exc)
+            self._crashes.note(exc)
             detail = f"an unexpected error: {exc!r}"
             inspected = not_judged(captured, self._judge, camera=self.name, reason=Reason.RUNTIME_FAILED, detail=detail)
         return self._keeper.finish(inspected, captured)
@@ -437,24 +418,6 @@ class Line:
         """A new source; where there is none now, the old one fails again and says why."""
         with contextlib.suppress(EdgeFlameError):
             self._source = self._open_source()
-
-    def _crashed(self, exc: Exception) -> None:
-        """Note an unexpected error.
-
-        Raises:
-            CrashLoopError: it was one too many.
-        """
-        now = self._clock()
-        self._crashes.append(now)
-        while now - self._crashes[0] > CRASH_WINDOW_S:
-            self._crashes.popleft()
-        log.error("unexpected_error", camera=self.name, reason=repr(exc), count=len(self._crashes))
-        if len(self._crashes) > MAX_CRASHES:
-            msg = (
-                f"camera {self.name}: {len(self._crashes)} unexpected errors within {CRASH_WINDOW_S:g} s, the last "
-                f"{exc!r}; the daemon has to be started again"
-            )
-            raise CrashLoopError(msg) from exc
 
 
 class _NotTakenError(Exception):

@@ -13,8 +13,10 @@ from belt import Belt, FakeJudge
 from brokers import wait_for
 
 from edge import line as line_module
+from edge import turn
 from edge.capture import CaptureConfig, Captured
-from edge.line import MAX_CRASHES, PAUSED, Line
+from edge.crashes import MAX_CRASHES
+from edge.line import PAUSED, Line
 from edge.results import Inspected
 from edgeflame.errors import CrashLoopError, DataError, RuntimeUnavailableError, StorageError
 
@@ -140,7 +142,7 @@ def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: St
 
 
 def test_a_judge_that_hangs_is_said_to_and_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(line_module, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(turn, "PATIENCE_S", 0.05)
     running = start()
     running.judge.gate = threading.Event()
     running.belt.put()
