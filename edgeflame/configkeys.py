@@ -21,6 +21,8 @@ def unknown_key(raw: object, kind: Any, section: str = "") -> str | None:
     if not isinstance(raw, Mapping):
         return None
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if kind.__struct_config__.tag is not None:
+            return None  # one of several: which, its tag says, which msgspec reads
         fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
         for key, value in raw.items():
             if key not in fields:
