@@ -174,7 +174,7 @@ def test_a_failing_site_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        (toml().replace("[fleet]", "[fleets]"), ConfigError, "unknown key [fleets]; did you mean `fleet`?"),
+        (toml().replace("[fleet]", "[fleets]"), ConfigError, r"unknown key \[fleets\]; did you mean `fleet`"),
         (toml(sites=0), ConfigError, "sites must be 1"),
         (toml(sites=30), ConfigError, "30 sites of at least 1 parts need 30, there are 20"),
         (toml(fleet='expected_sites = ["a"]'), ConfigError, "expected_sites follows from sites"),
