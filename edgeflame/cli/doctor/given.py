@@ -149,7 +149,9 @@ def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator
     if url.tls is not None and url.tls.cert is not None:
         yield from _certificate(url.tls.cert)
     # Every attempt's failure is a line of the log; here the last one is the finding.
-    logging.getLogger(f"{LOGGER_NAME}.link").setLevel(logging.ERROR)
+    logger = logging.getLogger(f"{LOGGER_NAME}.link")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         with Link(
@@ -163,6 +165,8 @@ def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator
     except EdgeFlameError as exc:
         yield problem("broker", str(exc), "check the files given with --ca, --cert and --key, or the kit")
         return
+    finally:
+        logger.setLevel(before)
     match event:
         case Up():
             yield ok("broker", f"{url.address} takes us")
