@@ -515,6 +515,9 @@ def test_several_cameras_drift_and_orders_in_a_browser(
         page.locator("#golden-message.warn").wait_for()
         page.get_by_role("button", name="Pause").press("Enter")
         page.locator("#standing").get_by_text("Not ready: right: paused.").wait_for()
+        # No light of a verdict while nothing is looked at.
+        page.locator("#light.none").get_by_text("paused", exact=True).wait_for()
+        lights.nth(1).locator(".word").get_by_text("paused").wait_for()
         page.get_by_role("button", name="Resume").press("Enter")
         page.locator("#done.good").get_by_text("Goes on.").wait_for()
         # What cannot be undone asks again.

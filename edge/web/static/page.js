@@ -42,13 +42,13 @@ function showLights(page) {
   }
   page.lights.forEach((one, index) => {
     const button = box.children[index];
-    const verdict = one.latest ? one.latest.verdict : "none";
-    const drift = page.health.cameras[index].drift;
+    const { drift, paused } = page.health.cameras[index];
+    const verdict = one.latest && !paused ? one.latest.verdict : "none";
     const worry = one.problem || (drift && ["warning", "alarm"].includes(drift.condition) ? drift.message : "");
     button.className = verdict;
     button.setAttribute("aria-pressed", String(one.camera === page.camera));
     const [, word, why] = button.children;
-    const said = one.latest ? `${SIGNS[verdict]} ${verdict}` : "no part";
+    const said = paused ? `${PAUSED_SIGN} paused` : one.latest ? `${SIGNS[verdict]} ${verdict}` : "no part";
     if (word.textContent !== said) word.textContent = said;
     const told = worry ? `⚠ ${worry}` : "ready";
     if (why.textContent !== told) why.textContent = told;

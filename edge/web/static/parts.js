@@ -2,6 +2,7 @@
 // Parts: the verdict light, counts, charts, cards, and the dialog. Text goes in as text, never as HTML.
 
 const SIGNS = { pass: "✓", fail: "✕", unknown: "?" };
+const PAUSED_SIGN = "❚❚";
 const $ = (id) => document.getElementById(id);
 const THUMB = 320;
 const pictureOf = (key, heat, side = 960) => `parts/${key}/${heat ? "heat" : "plain"}.jpg?side=${side}`;
@@ -29,9 +30,11 @@ const ratioOf = (part) => (part.ratio === null ? "no score" : `${part.ratio.toFi
 const timeOf = (part) => new Date(part.captured).toLocaleTimeString();
 
 function showLatest(part) {
-  $("light").className = part ? part.verdict : "none";
-  text("sign", part ? SIGNS[part.verdict] : "–");
-  text("word", part ? part.verdict : "no part yet");
+  // A line that rests looks at nothing: the last part's green light would say that the next one is good.
+  const rests = current && statusOf(current).paused;
+  $("light").className = part && !rests ? part.verdict : "none";
+  text("sign", rests ? PAUSED_SIGN : part ? SIGNS[part.verdict] : "–");
+  text("word", rests ? "paused" : part ? part.verdict : "no part yet");
   text("ratio", part ? ratioOf(part) : "\u00a0");
   text("why", (part && reasonsOf(part)) || "\u00a0");
   text("part", part ? `${part.part_id} · ${timeOf(part)} · ${part.latency_ms.toFixed(0)} ms` : "\u00a0");
