@@ -292,7 +292,7 @@ class _Service:
                 self._on_leaving(site, message, now)
             case _ if not self._hall.knows(site):
                 # It says hello first; if it did before our start, it sees our boot and does so again.
-                log.debug("message_before_hello", site=site, message=type(message).__name__)
+                log.debug("message_before_hello", site=site, message=message.__struct_config__.tag)
             case Heartbeat():
                 if not self._hall.heartbeat(site, message, now):
                     return

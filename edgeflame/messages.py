@@ -68,8 +68,8 @@ Reason = Literal[
 ]
 
 
-class WireMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=str.lower):
-    """What every message has."""
+class WireMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """What every message has. Each kind states its ``tag``: the class's name is not part of the protocol."""
 
     v: Version = VERSION
 
@@ -263,7 +263,7 @@ def encode(message: WireMessage) -> bytes:
     """
     data = msgspec.json.encode(message)
     if len(data) > MAX_MESSAGE_BYTES:
-        msg = f"a {type(message).__name__} message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}"
+        msg = f"a {message.__struct_config__.tag} message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}"
         raise FederationError(msg)
     return data
 

@@ -230,7 +230,7 @@ class _Simulation:
             case TaskFailed() as failed:
                 self._carry_out(machine.task_failed(site, failed, NOW))
             case other:
-                msg = f"{site} says {type(other).__name__}, which nobody asked for"
+                msg = f"{site} says {other.__struct_config__.tag}, which nobody asked for"
                 raise FederationError(msg)
 
     def _carry_out(self, outputs: Sequence[Output], blob: Path | None = None) -> None:

@@ -118,7 +118,7 @@ def wrap_site() -> None:
 
 def begun(step: Any) -> str | None:
     """A step of the site's plan."""
-    name = type(step).__name__.lower()
+    name = step.wire_name
     return None if name == "wait" else "-".join(str(p) for p in (name, getattr(step, "round", None)) if p is not None)
 
 

@@ -205,7 +205,7 @@ class Errand:
     @property
     def activity(self) -> tuple[str, int, int]:
         """What is being done, how far it is and how far it goes; 0 of 0 where that is unknown."""
-        name = type(self.step).__name__.lower()
+        name = self.step.wire_name
         if self._download is not None:
             return (name, *self._download.progress)
         if self._upload is not None:

@@ -26,11 +26,14 @@ crashed, or slept through half a run, therefore needs no special treatment: it l
     failed       -                                         Leave
 
 Otherwise it waits. After a failure of the work the step is TellFailure until the aggregator has heard it.
+
+A step's ``wire_name`` is what heartbeats and metrics call it; it stays, whatever the class is called.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from edgeflame.messages import Purpose, RoundState, StatisticsWanted
 from edgeflame.transfer.manifest import Manifest
@@ -71,6 +74,7 @@ class Knowledge:
 class Wait:
     """Nothing to do until something is announced. ``why`` is for people."""
 
+    wire_name: ClassVar[str] = "wait"
     why: str
 
 
@@ -78,6 +82,7 @@ class Wait:
 class Prepare:
     """Write the initial model."""
 
+    wire_name: ClassVar[str] = "prepare"
     run: str
 
 
@@ -85,6 +90,7 @@ class Prepare:
 class Fetch:
     """Get a blob; of the others only those in ``keep`` are still needed."""
 
+    wire_name: ClassVar[str] = "fetch"
     run: str
     manifest: Manifest
     keep: frozenset[str]
@@ -92,6 +98,7 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
+    wire_name: ClassVar[str] = "train"
     run: str
     round: int
     base: str
@@ -99,11 +106,13 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class OfferInitial:
+    wire_name: ClassVar[str] = "offerinitial"
     run: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfferUpdate:
+    wire_name: ClassVar[str] = "offerupdate"
     run: str
     round: int
 
@@ -112,6 +121,7 @@ class OfferUpdate:
 class Gather:
     """Make what the fleet is to have of our statistics."""
 
+    wire_name: ClassVar[str] = "gather"
     run: str
     model: str
     wanted: StatisticsWanted
@@ -119,6 +129,7 @@ class Gather:
 
 @dataclass(frozen=True, kw_only=True)
 class OfferStatistics:
+    wire_name: ClassVar[str] = "offerstatistics"
     run: str
 
 
@@ -126,6 +137,7 @@ class OfferStatistics:
 class Finish:
     """Make the package. ``ledger`` is None where it could not be had any more, ``statistics`` where none are shared."""
 
+    wire_name: ClassVar[str] = "finish"
     run: str
     model: str
     ledger: str | None
@@ -134,12 +146,14 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
+    wire_name: ClassVar[str] = "report"
     run: str
     model: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class TellFailure:
+    wire_name: ClassVar[str] = "tellfailure"
     run: str
     round: int
     purpose: Purpose
@@ -150,6 +164,7 @@ class TellFailure:
 class Leave:
     """The run is over; ``problem`` if it is not over well for this site."""
 
+    wire_name: ClassVar[str] = "leave"
     run: str
     problem: str | None = None
     run_failed: bool = False
