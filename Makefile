@@ -23,7 +23,7 @@ fuzz: $(VENV)/.installed-dev
 
 # The longer guides, typed word by word into a shell.
 guides: $(VENV)/.installed-dev
-	EDGEFLAME_GUIDES=all $(BIN)/python -m pytest tests/e2e/test_guides.py $(PYTEST_ARGS)
+	EDGEFLAME_GUIDES=all $(BIN)/python -m pytest tests/docs/test_guides.py $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPOSITORY
+
 ROLES = ("trainer", "aggregator", "export", "edge")
 PACKAGES = ("edgeflame", *ROLES)
 LEARNING_LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "sklearn")

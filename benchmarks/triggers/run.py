@@ -13,11 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "edge"))
-
-from brokers import MOSQUITTO, BrokerProcess, wait_for
-from plc import Plc
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from edge.capture import Captured
 from edge.parts.config import ModbusTriggerConfig, MqttTriggerConfig
@@ -32,6 +28,9 @@ from edge.sources.interface import make_frame
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.link import Link, Up
+from tests.support.brokers import MOSQUITTO, BrokerProcess
+from tests.support.modbus_server import Plc
+from tests.support.waiting import wait_for
 
 TOPIC = "plant/part"
 PAUSE_S = 0.013

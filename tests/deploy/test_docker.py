@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from units import REPOSITORY
 
 from edgeflame.metrics import Metric, MetricsServer
+from tests.support.paths import REPOSITORY
 
 DOCKER = REPOSITORY / "deploy" / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))

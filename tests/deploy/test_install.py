@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from units import REPOSITORY, SERVICES
+
+from tests.support.paths import REPOSITORY
+from tests.support.systemd_units import SERVICES
 
 DEPLOY = REPOSITORY / "deploy"
 INSTALL = DEPLOY / "install.sh"

@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from units import REPOSITORY
+
+from tests.support.paths import REPOSITORY
 
 JETSON = REPOSITORY / "deploy" / "jetson"
 

@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 import yaml
-from brokers import BrokerProcess, wait_for
-from units import REPOSITORY
 
 from edgeflame.broker import free_port
+from tests.support.brokers import BrokerProcess
+from tests.support.paths import REPOSITORY, TINY_TRAINER
+from tests.support.waiting import wait_for
 
 RULES = REPOSITORY / "deploy" / "prometheus" / "edgeflame.rules.yml"
 RULE_TESTS = RULES.with_name("edgeflame.test.yml")
 CONFIG = RULES.with_name("prometheus.yml")
 DASHBOARD = REPOSITORY / "deploy" / "grafana" / "edgeflame.json"
-TINY_WORKER = REPOSITORY / "tests" / "federation" / "tiny_work.py"
 PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
 
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
@@ -209,7 +209,7 @@ def test_a_real_prometheus_answers_every_query_of_dashboard_and_alerts(tmp_path:
         line.write_text(line.read_text().replace("BROKER", broker.url))
         (tmp_path / "data").mkdir()
         fleet = ["--broker", broker.url, "--fleet", "test", "--metrics"]
-        worker = shlex.join([sys.executable, str(TINY_WORKER)])
+        worker = shlex.join([sys.executable, str(TINY_TRAINER)])
         for name, arguments in {
             "line": ["inspect", "--config", line, "--state", tmp_path / "line", "--json"],
             "aggregator": [

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from brokers import BrokerProcess, wait_for
-from small_model import write_images
-from units import REPOSITORY
 
 from edge.delivery.message import Delivery
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.link import Event, Link, Received, Up
-
-TINY_WORKER = REPOSITORY / "tests" / "federation" / "tiny_work.py"
+from tests.support.brokers import BrokerProcess
+from tests.support.paths import REPOSITORY, TINY_TRAINER
+from tests.support.small_package import write_images
+from tests.support.waiting import wait_for
 
 
 def moved(state: Path, elsewhere: Path) -> Path:
@@ -81,7 +80,7 @@ def test_a_run_goes_on_from_restored_folders(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     gate.mkdir()
     (tmp_path / "data").mkdir()
-    worker = shlex.join([sys.executable, str(TINY_WORKER)])
+    worker = shlex.join([sys.executable, str(TINY_TRAINER)])
     with BrokerProcess("embedded", tmp_path) as broker:
         fleet = ["--broker", broker.url, "--fleet", "test"]
 

@@ -14,17 +14,18 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from brokers import BrokerProcess, wait_for
 from click.testing import CliRunner
-from units import EXAMPLES, LAUNCHER, REPOSITORY, SERVICES, SYSTEMD, command_line, environment_file, settings
 
 from edgeflame.broker import free_port
 from edgeflame.cli import cli
 from edgeflame.errors import EXIT_INTERRUPTED, ConfigError, MissingDependencyError, UsageError
 from edgeflame.fleet.folder import make_fleet, open_fleet
+from tests.support.brokers import BrokerProcess
+from tests.support.paths import REPOSITORY, TINY_TRAINER
+from tests.support.systemd_units import EXAMPLES, LAUNCHER, SERVICES, SYSTEMD, command_line, environment_file, settings
+from tests.support.waiting import wait_for
 
 ANALYZE = shutil.which("systemd-analyze")
-TINY_WORKER = REPOSITORY / "tests" / "federation" / "tiny_work.py"
 
 needs_analyze = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
 
@@ -171,7 +172,7 @@ def test_the_command_lines_of_the_units_run_a_fleet_and_a_line(tmp_path: Path, p
             (tmp_path / "data").mkdir(exist_ok=True)
             out = services.state / "sites" / site / "own.edgeflame"
             (services.etc / "sites" / f"{site}.toml").write_text(f'data = "{tmp_path / "data"}"\nout = "{out}"\n')
-            worker = shlex.join([sys.executable, str(TINY_WORKER)])
+            worker = shlex.join([sys.executable, str(TINY_TRAINER)])
             services.start(
                 train, kits / f"{site}.kit", site, EDGEFLAME_METRICS=f"127.0.0.1:{page}",
                 EDGEFLAME_ARGS=f"--worker {shlex.quote(worker)}",

@@ -17,11 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from brokers import BrokerProcess, wait_for
 from click.testing import CliRunner
-from daemons import daemon, judged, logged
-from results import inspected
-from small_model import write_images
 
 from edge.delivery import Outbox, OutboxConfig
 from edge.results import Result
@@ -31,6 +27,11 @@ from edge.web.board import Board
 from edge.web.config import WebConfig
 from edgeflame.cli import cli
 from edgeflame.errors import StorageError
+from tests.support.brokers import BrokerProcess
+from tests.support.inspection_results import inspected
+from tests.support.line_daemon import daemon, judged, logged
+from tests.support.small_package import write_images
+from tests.support.waiting import wait_for
 
 
 def shown(folder: Path) -> list[Result]:

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from small_model import write_images
 
 from edge.config import InspectConfig
 from edge.delivery import Outbox, OutboxConfig
@@ -16,6 +15,7 @@ from edge.plan import make_plan
 from edgeflame.cli import cli
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError, UsageError
+from tests.support.small_package import write_images
 
 
 def inspect(*arguments: object) -> Result:

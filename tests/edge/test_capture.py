@@ -6,12 +6,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from small_model import good_image
 
 from edge.capture import SUPERSEDED, Capture, CaptureConfig
 from edge.sources import Frame
 from edge.sources.interface import make_frame
 from edgeflame.errors import ConfigError, DataError
+from tests.support.small_package import good_image
 
 IMAGE = good_image(0)
 

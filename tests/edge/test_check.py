@@ -11,16 +11,16 @@ import cv2
 import msgspec
 import numpy as np
 import pytest
-from brokers import BrokerProcess
 from click.testing import CliRunner
-from plc import Plc
-from small_model import write_images
 
 from edge.overrides import FILE
 from edgeflame.broker import free_port
 from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError
 from edgeflame.statedir import locked_state_dir
+from tests.support.brokers import BrokerProcess
+from tests.support.modbus_server import Plc
+from tests.support.small_package import write_images
 
 
 class Check:

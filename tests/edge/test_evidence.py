@@ -8,14 +8,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from results import result
-from small_model import GRID, good_image
 
 from edge.overlay import MIN_SIDE, overlay
 from edge.rejects import RejectsConfig, RejectsSink
 from edge.results import Inspected
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.images import read_image, write_image
+from tests.support.inspection_results import result
+from tests.support.small_package import GRID, good_image
 
 IMAGE = good_image(0, 128)
 TAKEN = result(0).captured

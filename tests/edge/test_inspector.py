@@ -7,7 +7,6 @@ import dataclasses
 import msgspec
 import numpy as np
 import pytest
-from small_model import GRID, SIZE, bad_image, good_image
 
 from edge.capture import Captured
 from edge.config import InspectConfig, VerdictConfig
@@ -18,6 +17,7 @@ from edge.sources.interface import make_frame
 from edgeflame.errors import ConfigError, RuntimeUnavailableError
 from edgeflame.images import ImageU8, Preprocessing, Region
 from edgeflame.package import Package
+from tests.support.small_package import GRID, SIZE, bad_image, good_image
 
 
 class FakeRuntime:

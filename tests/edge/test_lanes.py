@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from small_model import bad_image, good_image
 
 from edge.capture import SUPERSEDED, Capture, CaptureConfig, Captured
 from edge.config import InspectConfig
@@ -18,6 +17,7 @@ from edge.sources import Frame
 from edge.sources.interface import make_frame
 from edgeflame.errors import DataError
 from edgeflame.package import Package
+from tests.support.small_package import bad_image, good_image
 
 IMAGE = good_image(0)
 

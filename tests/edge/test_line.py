@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from belt import Belt, FakeJudge
-from brokers import wait_for
 
 from edge import line as line_module
 from edge import turn
@@ -19,6 +17,8 @@ from edge.crashes import MAX_CRASHES
 from edge.line import PAUSED, Line
 from edge.results import Inspected
 from edgeflame.errors import CrashLoopError, DataError, RuntimeUnavailableError, StorageError
+from tests.support.scripted_camera import Belt, FakeJudge
+from tests.support.waiting import wait_for
 
 
 class Running:

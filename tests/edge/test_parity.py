@@ -13,7 +13,6 @@ import onnx
 import onnx.numpy_helper
 import pytest
 from click.testing import CliRunner
-from small_model import GRID, SIZE, good_image, with_references, write_images
 
 from edge.parity import compare_with_references, require_parity
 from edge.runtimes import Scores, open_runtime
@@ -22,6 +21,7 @@ from edgeflame.errors import NegativeAnswerError, PackageError
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.package import MODEL, Package, read_package, reference_member, write_package
 from edgeflame.references import MAX_REFERENCES, Reference, evenly_spaced, make_references
+from tests.support.small_package import GRID, SIZE, good_image, with_references, write_images
 
 
 @pytest.fixture(scope="module")

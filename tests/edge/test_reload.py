@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_model import write_images, write_small_package
 
 from edge.cameras import Cameras, Reloaded
 from edge.config import InspectConfig
@@ -16,6 +15,7 @@ from edge.plan import Plan, make_plan
 from edgeflame.config import parse_config
 from edgeflame.errors import EdgeFlameError
 from edgeflame.package import read_package
+from tests.support.small_package import write_images, write_small_package
 
 
 class Factory:

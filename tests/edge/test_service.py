@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import wait_for
-from daemons import daemon, judged, logged
 
 from edge.service import Heart, Notifier
 from edge.signals import LastResort
 from edgeflame.errors import CrashLoopError
+from tests.support.line_daemon import daemon, judged, logged
+from tests.support.waiting import wait_for
 
 
 class Supervisor:

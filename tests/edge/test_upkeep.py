@@ -13,10 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from brokers import wait_for
 from click.testing import CliRunner
-from results import inspected as judged
-from small_model import LEARNING, bad_image, good_image, write_images, write_small_package
 
 from edge.cameras import Cameras
 from edge.capture import Captured
@@ -41,6 +38,9 @@ from edgeflame.condition import condition_reference, image_condition, part_condi
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.package import read_package, write_package
+from tests.support.inspection_results import inspected as judged
+from tests.support.small_package import LEARNING, bad_image, good_image, write_images, write_small_package
+from tests.support.waiting import wait_for
 
 QUICK = DriftConfig(parts_per_year=20_000, alike=1, max_per_s=1e6, learn=60)
 TZ = dt.timezone(dt.timedelta(hours=2))

@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small_model import GRID, PREPROCESSING, SIZE, bad_image, good_image
 
 from edge.capture import Captured
 from edge.config import InspectConfig
@@ -23,6 +22,7 @@ from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_image, write_image
 from edgeflame.package import Package
+from tests.support.small_package import GRID, PREPROCESSING, SIZE, bad_image, good_image
 
 CELL = SIZE // GRID
 

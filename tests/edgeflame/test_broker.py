@@ -10,13 +10,13 @@ import subprocess
 import sys
 
 import pytest
-from brokers import wait_for
 
 from edgeflame.broker import EmbeddedBroker, free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.errors import LinkError, MissingDependencyError, UsageError
 from edgeflame.link import Event, Link, Received, Up
 from edgeflame.messages import MAX_MESSAGE_BYTES
+from tests.support.waiting import wait_for
 
 
 def listens(port: int) -> bool:

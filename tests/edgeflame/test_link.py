@@ -7,11 +7,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import BROKERS, BrokerProcess, wait_for
 
 from edgeflame import link as link_module
 from edgeflame.broker import free_port
@@ -19,6 +17,8 @@ from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.connection import MAX_UNPROCESSED
 from edgeflame.errors import LinkError, UsageError
 from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
+from tests.support.brokers import BrokerProcess
+from tests.support.waiting import wait_for
 
 
 class Inbox:
@@ -43,12 +43,6 @@ class Inbox:
 
     def count(self, kind: type[Event]) -> int:
         return sum(isinstance(event, kind) for event in self.events)
-
-
-@pytest.fixture(params=BROKERS)
-def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerProcess]:
-    with BrokerProcess(request.param, tmp_path) as process:
-        yield process
 
 
 def connect(broker: BrokerProcess, name: str, inbox: Inbox, *filters: str, will: Will | None = None) -> Link:

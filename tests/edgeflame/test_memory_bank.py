@@ -13,13 +13,13 @@ import safetensors
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_model import small_manifest
 
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.memory_bank import METADATA_KEY, MemoryBank, empty_bank, read_bank, write_bank
 from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.package import read_package, write_package
 from edgeflame.statistics_codec import decode_statistics, encode_statistics
+from tests.support.small_package import small_manifest
 
 SPACE = "a" * 64
 again = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,7 +18,6 @@ import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from small_model import random_gaussian, small_manifest
 
 from edgeflame.condition import ConditionReference, stream_reference
 from edgeflame.errors import DataError, PackageError, StorageError
@@ -33,6 +32,7 @@ from edgeflame.package import (
     read_package,
     write_package,
 )
+from tests.support.small_package import random_gaussian, small_manifest
 
 STATS = random_gaussian(grid=(2, 3), channels=5, rank=2)
 GRAPH = b"no real graph: reading a package does not look into it" * 20

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from small_model import random_gaussian, small_manifest, with_references, write_images
 
 from edgeflame.cli import cli
 from edgeflame.errors import MissingDependencyError, NegativeAnswerError, PackageError, StorageError, UsageError
 from edgeflame.package import MANIFEST, MODEL, SIGNATURE, STATISTICS, Package, read_package, write_package
 from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, sign_package, verify_signature, write_keys
+from tests.support.small_package import random_gaussian, small_manifest, with_references, write_images
 
 STATS = random_gaussian(grid=(2, 3), channels=5, rank=2)
 

@@ -9,7 +9,6 @@ import onnx
 import onnx.numpy_helper
 import onnxruntime
 import pytest
-from small_model import bad_image, embed, good_image, random_gaussian
 
 from edgeflame.errors import NumericalError, UsageError
 from edgeflame.images import Preprocessing
@@ -21,6 +20,7 @@ from export.graph import scoring_graph
 from export.int8 import Target
 from export.precision import backbone_borders, backbone_nodes, with_precision
 from export.trt import build_engines
+from tests.support.small_package import bad_image, embed, good_image, random_gaussian
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 

@@ -9,7 +9,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from small_model import GRID, PREPROCESSING, SIZE, bad_image, embed, good_image, random_gaussian, small_network
 from torch import Tensor, nn
 
 from edgeflame.errors import DataError, NumericalError
@@ -21,6 +20,17 @@ from edgeflame.statistics_codec import PackageStatistics
 from export.folding import fold_constants
 from export.graph import scoring_graph
 from export.mahalanobis import MAX_ERROR, single_product_error, takes_one_product
+from tests.support.small_package import (
+    GRID,
+    PREPROCESSING,
+    SIZE,
+    bad_image,
+    embed,
+    good_image,
+    memory_statistics,
+    random_gaussian,
+    small_network,
+)
 
 IMAGES = np.stack([good_image(1), bad_image(2), good_image(3)])
 
@@ -249,19 +259,6 @@ def test_the_network_is_left_as_it_was() -> None:
     export(network, small_statistics())
     assert network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-
-
-def memory_statistics(size: int = 9) -> MemoryStatistics:
-    """Prototypes among the images' own embeddings, in a metric that is not the plain one."""
-    rng = np.random.default_rng(4)
-    embeddings = embed(small_network(), IMAGES).reshape(-1, 6)
-    return MemoryStatistics(
-        grid=(GRID, GRID),
-        count=3,
-        prototypes=rng.permutation(embeddings)[:size],
-        transform=(np.eye(6) + 0.2 * rng.normal(size=(6, 6))).astype(np.float32),
-        centre=embeddings.mean(axis=0),
-    )
 
 
 def slow_memory_maps(statistics: MemoryStatistics, images: np.ndarray) -> np.ndarray:

@@ -228,10 +228,8 @@ def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: py
 
 
 def test_an_engine_of_a_memory_is_built(rtx: TensorRT, tmp_path: Path) -> None:
-    from small_model import PREPROCESSING, small_network
-    from test_scoring_graph import memory_statistics
-
     from export.graph import scoring_graph
+    from tests.support.small_package import PREPROCESSING, memory_statistics, small_network
 
     model = scoring_graph(
         small_network(),  # type: ignore[arg-type]

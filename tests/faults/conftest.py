@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "federation"))
-
-from brokers import BrokerProcess
-from faulty import Outcome, faulty_fleet, outcome
+from tests.support.brokers import BrokerProcess
+from tests.support.faulty_run import Outcome, faulty_fleet, outcome
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

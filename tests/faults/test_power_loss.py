@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from brokers import BrokerProcess
-from faulty import NAMES, VICTIM, Outcome, faulty_fleet, outcome, start_all
 
 from aggregator.config import AggregateConfig
 from aggregator.facts import (
@@ -32,6 +30,8 @@ from aggregator.facts import (
 )
 from aggregator.journal import Journal
 from edgeflame.transfer.store import BlobStore, sha256_of
+from tests.support.brokers import BrokerProcess
+from tests.support.faulty_run import FAULT_INJECTOR, NAMES, Outcome, faulty_fleet, outcome, start_all
 from trainer.agent.memory import Finished, Memory
 from trainer.agent.memory import Outcome as Trained
 
@@ -213,7 +213,7 @@ def test_an_aggregator_that_lost_its_newest_facts(
     undisturbed: Outcome,
 ) -> None:
     with faulty_fleet(broker_of("embedded"), tmp_path) as fleet:
-        fleet.programs["aggregator"] = [VICTIM, "aggregator", moment, "kill"]
+        fleet.programs["aggregator"] = [FAULT_INJECTOR, "aggregator", moment, "kill"]
         processes = start_all(fleet)
         aggregator = processes["aggregator"]
         assert aggregator.wait() == -9
@@ -260,7 +260,7 @@ def test_damaged_files(
 ) -> None:
     with faulty_fleet(broker_of("embedded"), tmp_path) as fleet:
         moment = "before storing a chunk#2" if pattern.startswith("partial") else MOMENTS[role]
-        fleet.programs[NAMES[role]] = [VICTIM, role, moment, "kill"]
+        fleet.programs[NAMES[role]] = [FAULT_INJECTOR, role, moment, "kill"]
         processes = start_all(fleet)
         victim = processes[NAMES[role]]
         assert victim.wait() == -9

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from brokers import BROKERS, BrokerProcess, wait_for
-from faulty import NAMES, VICTIM, Outcome, faulty_fleet, outcome, start_all
-from steps import BROKER_KILLS, KILLS, REPRESENTATIVE, STEPS
+
+from tests.support.brokers import BROKERS, BrokerProcess
+from tests.support.faulty_run import FAULT_INJECTOR, NAMES, Outcome, faulty_fleet, outcome, start_all
+from tests.support.protocol_steps import BROKER_KILLS, KILLS, REPRESENTATIVE, STEPS
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -30,7 +32,7 @@ def table(who: str, moments: list[tuple[str, str]]) -> list[object]:
 def test_the_table_is_complete(broker_of: Callable[[str], BrokerProcess], tmp_path: Path, undisturbed: Outcome) -> None:
     with faulty_fleet(broker_of("embedded"), tmp_path) as fleet:
         for role, name in NAMES.items():
-            fleet.programs[name] = [VICTIM, role, "-", f"trace:{tmp_path / role}.steps"]
+            fleet.programs[name] = [FAULT_INJECTOR, role, "-", f"trace:{tmp_path / role}.steps"]
         assert [process.wait() for process in start_all(fleet).values()] == [0, 0, 0]
         assert outcome(fleet) == undisturbed
     for role, steps in STEPS.items():
@@ -53,7 +55,7 @@ def test_killed(
     undisturbed: Outcome,
 ) -> None:
     with faulty_fleet(broker_of(kind), tmp_path) as fleet:
-        fleet.programs[NAMES[role]] = [VICTIM, role, moment, "kill"]
+        fleet.programs[NAMES[role]] = [FAULT_INJECTOR, role, moment, "kill"]
         processes = start_all(fleet)
         victim = processes[NAMES[role]]
         assert victim.wait() == -9, "the step was not reached"
@@ -67,7 +69,7 @@ def test_broker_killed(role: str, moment: str, kind: str, tmp_path: Path, undist
     gate = tmp_path / "gate"
     gate.mkdir()
     with BrokerProcess(kind, tmp_path) as broker, faulty_fleet(broker, tmp_path) as fleet:
-        fleet.programs[NAMES[role]] = [VICTIM, role, moment, f"hold:{gate}"]
+        fleet.programs[NAMES[role]] = [FAULT_INJECTOR, role, moment, f"hold:{gate}"]
         processes = start_all(fleet)
         victim = processes[NAMES[role]]
         wait_for(lambda: (gate / "held").exists() or victim.exit_code is not None, f"{moment} is reached")

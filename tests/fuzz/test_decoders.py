@@ -16,13 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mutations
 import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
-from mutations import Mutator
-from small_model import good_image, random_gaussian, small_manifest
 
 from aggregator.config import AggregateConfig
 from aggregator.journal import Journal
@@ -56,6 +53,10 @@ from edgeflame.statistics_blob import StatisticsFile, read_moments, write_site_s
 from edgeflame.tensors import TensorFile
 from edgeflame.topics import Topics
 from edgeflame.transfer.manifest import unpack_mask
+from tests.support import mutations
+from tests.support.mutations import Mutator
+from tests.support.paths import RECORDED
+from tests.support.small_package import good_image, random_gaussian, small_manifest
 from trainer.agent.memory import Finished, Memory
 from trainer.agent.schedule import parse_schedule
 from trainer.agent.wishes import Pause, Wishes
@@ -64,7 +65,6 @@ CASES = int(os.environ.get("EDGEFLAME_FUZZ", "100"))
 MAX_GROWTH_BYTES = 300 << 20
 """Of the whole process, Hypothesis's own memory included; a single bomb let through would be far above. Most of it is
 for images: a flat one of 8 megapixels at 16 bit may be true, and takes 250 MB on its way to 8 bit."""
-RECORDED = Path(__file__).resolve().parent.parent / "recorded"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from edgeflame.dataset import open_dataset
-from edgeflame.images import ImageU8, Preprocessing, write_image
+from edgeflame.images import Preprocessing, write_image
 from edgeflame.learning import Backbone, Calibration, Learning, Scoring, Training
+from tests.support.part_images import SIZE, part_image
 from trainer.imageset import ImageSet
-
-SIZE = 64
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,17 +22,6 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def part_image(seed: int, *, hole: bool = False, size: int = SIZE) -> ImageU8:
-    """A textured part, each a little different; ``hole`` spoils it."""
-    rng = np.random.default_rng(seed)
-    ramp = np.linspace(90, 150, size)[None, :, None] + 20 * np.sin(np.arange(size) / 5)[:, None, None]
-    image = np.clip(ramp * rng.uniform(0.9, 1.1) + rng.normal(0, 4, (size, size, 3)), 0, 255).astype(np.uint8)
-    if hole:
-        corner = rng.integers(size // 8, size // 2)
-        image[corner : corner + size // 4, corner : corner + size // 4] //= 6
-    return image
 
 
 @pytest.fixture(scope="session")

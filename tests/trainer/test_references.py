@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_model import embed, good_image, random_gaussian
 
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing, write_image
 from edgeflame.learning import Backbone
 from edgeflame.statistics import smooth_maps
+from tests.support.small_package import embed, good_image, random_gaussian
 from trainer.backbone import build_network
 from trainer.imageset import ImageSet
 from trainer.references import choose_references, score_references

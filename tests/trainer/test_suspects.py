@@ -17,10 +17,9 @@ from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import write_image
 from edgeflame.learning import Learning, Scoring
 from edgeflame.package import read_package
+from tests.support.part_images import part_image
 from trainer.fit import fit
 from trainer.suspects import HighestMaps, worst
-
-from conftest import part_image  # isort: skip
 
 
 @pytest.fixture(scope="module")

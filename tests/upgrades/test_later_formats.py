@@ -18,9 +18,10 @@ from edgeflame.cli import cli
 from edgeflame.errors import ConfigError
 from edgeflame.fleet.kit import read_kit
 from edgeflame.statedir import MARKER, locked_state_dir
+from tests.support.paths import RECORDED
 
 Unpack = Callable[[str, str], Path]
-PACKAGE = Path(__file__).resolve().parent.parent / "recorded" / "state" / "first" / "package.edgeflame"
+PACKAGE = RECORDED / "state" / "first" / "package.edgeflame"
 
 
 def contents(folder: Path) -> dict[str, str]:

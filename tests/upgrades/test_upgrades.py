@@ -1,6 +1,6 @@
 """What an earlier version left on the disk is opened by this one, and nothing of it is lost.
 
-The recordings are made by ``tests/recorded/record_state.py``, once for each format, and never changed afterwards.
+The recordings are made by ``tests/support/record_state.py``, once for each format, and never changed afterwards.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import BrokerProcess
 from click.testing import CliRunner
-from fleet import Fleet
-from small_model import write_images
 
 from aggregator.journal import Journal
 from edge.parity import require_parity
@@ -28,9 +25,13 @@ from edgeflame.fleet.folder import open_fleet
 from edgeflame.fleet.kit import read_kit
 from edgeflame.images import read_image
 from edgeflame.package import read_package
+from tests.support import paths
+from tests.support.brokers import BrokerProcess
+from tests.support.fleet_processes import Fleet
+from tests.support.small_package import write_images
 
 Unpack = Callable[[str, str], Path]
-RECORDED = Path(__file__).resolve().parent.parent / "recorded" / "state"
+RECORDED = paths.RECORDED / "state"
 VERSIONS = sorted(path.name for path in RECORDED.iterdir())
 
 pytestmark = pytest.mark.timeout(90)

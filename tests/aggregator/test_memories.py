@@ -1,0 +1,204 @@
+"""FedDyMem at the aggregator: checks, k-means, and whole runs in which memories travel."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.conduct import open_run
+from aggregator.config import AggregateConfig
+from aggregator.journal import Journal
+from aggregator.memories import check_initial_memory, check_memory, memory_change
+from aggregator.models import merge
+from aggregator.strategies.interface import Contribution
+from aggregator.strategies.kmeans import clusters
+from edgeflame.errors import ConfigError, MissingDependencyError
+from edgeflame.learning import Learning, Memory
+from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
+from edgeflame.messages import Refusal
+from tests.support.brokers import BrokerProcess
+from tests.support.fleet_processes import Fleet
+from tests.support.paths import REPOSITORY
+from tests.support.round_driver import Driver, sha
+
+WORKER = shlex.join([sys.executable, str(REPOSITORY / "tests" / "support" / "tiny_memory_trainer.py")])
+SPACE = "a" * 64
+CONFIG = AggregateConfig(
+    learning=Learning(method="feddymem", memory=Memory(prototypes=8, global_prototypes=5, min_group=30, min_images=3))
+)
+
+
+def bank(size: int = 8, seed: int = 0, **changes: object) -> MemoryBank:
+    rng = np.random.default_rng(seed)
+    weights = rng.uniform(0.5, 1, size)
+    made = MemoryBank(
+        prototypes=rng.normal(size=(size, 3)).astype(np.float32),
+        weights=(weights / weights.sum()).astype(np.float32),
+        effective_patches=np.full(size, 40, np.float32),
+        effective_images=np.full(size, 4, np.float32),
+        count=20,
+        space=SPACE,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def written(path: Path, memory: MemoryBank) -> Path:
+    write_bank(path, memory)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return written(tmp_path / "base", empty_bank(3, SPACE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "reason"),
+    [
+        ({}, 20, None),
+        ({"space": "b" * 64}, 20, "space"),
+        ({}, 21, "samples"),
+        ({"effective_patches": np.full(8, 29, np.float32)}, 20, "floor"),
+        ({"effective_images": np.full(8, 2.9, np.float32)}, 20, "floor"),
+        ({"prototypes": np.zeros((8, 4), np.float32)}, 20, "schema"),
+    ],
+)
+def test_what_a_site_sends_is_checked(
+    changes: dict[str, object], samples: int, reason: str | None, base: Path, tmp_path: Path
+) -> None:
+    update = written(tmp_path / "update", bank(**changes))
+    assert check_memory(update, base, CONFIG, num_samples=samples).reason == reason
+
+
+def test_more_prototypes_than_asked_for_and_far_ones_are_refused(base: Path, tmp_path: Path) -> None:
+    update = written(tmp_path / "update", bank(9))
+    assert check_memory(update, base, CONFIG, num_samples=20).reason == "schema"
+    fleet = written(tmp_path / "fleet", bank(seed=1))
+    far = written(tmp_path / "far", bank(prototypes=np.full((8, 3), 100, np.float32)))
+    assert check_memory(far, fleet, CONFIG, num_samples=20).reason == "norm"
+    assert check_memory(written(tmp_path / "near", bank()), fleet, CONFIG, num_samples=20).reason is None
+    (tmp_path / "bytes").write_bytes(b"no bank")
+    assert check_memory(tmp_path / "bytes", base, CONFIG, num_samples=20).reason == "not_tensors"
+
+
+def test_a_run_starts_from_an_empty_memory(base: Path, tmp_path: Path) -> None:
+    assert check_initial_memory(base).reason is None
+    assert check_initial_memory(written(tmp_path / "full", bank())).reason == "schema"
+
+
+def contributions(folder: Path, seeds: list[int]) -> list[Contribution]:
+    return [
+        Contribution(site=f"s{seed}", path=written(folder / f"s{seed}", bank(seed=seed)), weight=1 / len(seeds))
+        for seed in seeds
+    ]
+
+
+def test_the_fleets_memory_is_the_weighted_k_means_of_the_sites(base: Path, tmp_path: Path) -> None:
+    parts = contributions(tmp_path, [1, 2, 3])
+    merge(CONFIG, base, parts, tmp_path / "one", num_members=3)
+    merge(CONFIG, base, reversed(parts), tmp_path / "two", num_members=3)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    fleet, banks = read_bank(tmp_path / "one"), [bank(seed=seed) for seed in (1, 2, 3)]
+    assert (len(fleet), fleet.count, fleet.space) == (5, 60, SPACE)
+    assert fleet.weights.sum() == pytest.approx(1, abs=1e-6)
+    # The weighted mean stays, and every prototype is its cluster's: no other is nearer to what went into it.
+    everything = np.concatenate([one.prototypes for one in banks])
+    shares = np.concatenate([one.weights / 3 for one in banks])
+    np.testing.assert_allclose(fleet.weights @ fleet.prototypes, shares @ everything, atol=1e-5)
+    nearest = np.square(everything[:, None] - fleet.prototypes).sum(axis=2).argmin(axis=1)
+    for index, prototype in enumerate(fleet.prototypes):
+        members = nearest == index
+        np.testing.assert_allclose(prototype, shares[members] @ everything[members] / shares[members].sum(), atol=1e-4)
+    assert fleet.effective_patches.min() >= 40 * (1 - 1e-6)
+    assert fleet.effective_images.min() >= 4 * (1 - 1e-6)
+    # The change from an empty base is unknown; from itself none.
+    assert memory_change(base, tmp_path / "one") is None
+    assert memory_change(tmp_path / "one", tmp_path / "two") == pytest.approx(0, abs=1e-6)
+
+
+def test_few_prototypes_are_kept_as_they_are() -> None:
+    assert clusters(np.eye(3), np.ones(3), 5, seed=0).tolist() == [0, 1, 2]
+
+
+def test_without_scikit_learn_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        with pytest.raises(MissingDependencyError, match=r"pip install 'edgeflame\[memory\]'"):
+            open_run(journal, CONFIG)
+        assert journal.last_run() is None
+        open_run(journal, AggregateConfig())
+
+
+def test_a_memory_is_pooled_already() -> None:
+    with pytest.raises(ConfigError, match="pools a memory already"):
+        AggregateConfig(statistics="federated", learning=Learning(method="feddymem"))
+    with pytest.raises(ConfigError, match="kmeans aggregates memory, but the sites of method flame send weights"):
+        AggregateConfig(strategy="kmeans", learning=Learning(method="flame"))
+
+
+def test_a_memory_may_be_larger_than_the_empty_one_it_starts_from() -> None:
+    run = Driver(sites=2, rounds=1, learning=CONFIG.learning)
+    run.start("a", "b")
+    limit = 8 * 4 * ((1 << 14) + 3) + (64 << 10)
+    refused = run.deliver("a", run.offer("update", 1, sha(7), size=limit + 1))
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "too_large"
+    assert not isinstance(run.deliver("b", run.offer("update", 1, sha(8), size=limit)), Refusal)
+
+
+RUN = """
+min_sites = 3
+rounds = 2
+quorum = 0.5
+[learning]
+method = "feddymem"
+[learning.memory]
+global_prototypes = 8
+"""
+
+
+@pytest.mark.timeout(90)
+def test_three_sites_share_their_memories(embedded: BrokerProcess, tmp_path: Path) -> None:
+    models = []
+    for disturbed in (False, True):
+        folder = tmp_path / str(disturbed)
+        folder.mkdir()
+        with Fleet(embedded, folder, config=RUN) as fleet:
+            aggregator = fleet.aggregator()
+            sites = [fleet.site(name, "--worker", WORKER) for name in "abc"]
+            if disturbed:
+                # Two of them have trained, and one restarts from what it keeps to itself.
+                aggregator.wait_for_log("round_started round=2")
+                for process in (aggregator, sites[0]):
+                    process.kill()
+                for process in (aggregator, sites[0]):
+                    process.start()
+            assert [process.wait() for process in (aggregator, *sites)] == [0, 0, 0, 0]
+            ledger = fleet.ledger()
+            assert (ledger["method"], ledger["outcome"]) == ("feddymem", "done")
+            assert [len(entry["contributed"]) for entry in ledger["rounds"]] == [3, 3]
+            models.append(fleet.model())
+    assert models[0] == models[1]
+    assert hashlib.sha256(models[0]).hexdigest() == ledger["model_sha256"]
+    fleet_memory = read_bank(tmp_path / "True" / "aggregator" / "global-model.safetensors")
+    assert len(fleet_memory) == 8
+
+
+@pytest.mark.timeout(90)
+def test_what_is_below_the_floor_or_of_another_backbone_is_refused(embedded: BrokerProcess, tmp_path: Path) -> None:
+    with Fleet(embedded, tmp_path, config=RUN.replace("rounds = 2", "rounds = 1").replace("0.5", "0.3")) as fleet:
+        aggregator = fleet.aggregator()
+        fleet.site("good", "--worker", WORKER)
+        floor = fleet.site("floor", "--worker", WORKER, TINY_FAIL="floor:1:floor")
+        fleet.site("space", "--worker", WORKER, TINY_FAIL="space:1:space")
+        assert [aggregator.wait(), floor.wait()] == [0, 0]
+        entry = fleet.ledger()["rounds"][0]
+        assert [part["site"] for part in entry["contributed"]] == ["good"]
+        assert {part["site"]: part["reason"] for part in entry["left_out"]} == {"floor": "floor", "space": "space"}
+        assert "the privacy floor is 32" in floor.log

@@ -1,0 +1,57 @@
+"""Home Assistant's discovery messages, with their templates rendered as it renders them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+import msgspec
+import pytest
+
+from edge.delivery.home_assistant import discovery
+from edge.delivery.message import Delivery
+from edgeflame.topics import Topics
+from tests.support.inspection_results import result
+
+
+def entities(*cameras: str) -> dict[str, dict[str, Any]]:
+    told = discovery("homeassistant", Topics(fleet="f.1"), "l1", cameras)
+    return {topic: msgspec.json.decode(payload) for topic, payload in told}
+
+
+def shown(entity: dict[str, Any], camera: str, verdict: str, score: float | None, before: str = "unknown") -> str:
+    """The entity's state after a result, where it was ``before``."""
+    told = msgspec.structs.replace(result(0, verdict), camera=camera, score=score, threshold=2.0)
+    delivery = Delivery(outbox="o", number=1, redelivered=False, result=msgspec.Raw(msgspec.json.encode(told)))
+    template = jinja2.Environment(autoescape=False).from_string(entity["value_template"])
+    return template.render(value_json=msgspec.json.decode(delivery.encode()), this={"state": before})
+
+
+def test_one_camera_is_the_line() -> None:
+    told = entities("camera")
+    assert list(told) == [
+        "homeassistant/sensor/edgeflame_f_1_l1/verdict/config",
+        "homeassistant/sensor/edgeflame_f_1_l1/score/config",
+    ]
+    verdict, score = told.values()
+    assert verdict["state_topic"] == "edgeflame/v1/f.1/line/l1/result"
+    assert shown(verdict, "camera", "fail", 3.0) == "fail"
+    assert shown(score, "camera", "fail", 3.0) == "1.5"
+    assert shown(score, "camera", "unknown", None) == "None"
+
+
+def test_each_of_several_cameras_has_entities_that_heed_no_other() -> None:
+    told = entities("left", "right.2")
+    assert len({entity["unique_id"] for entity in told.values()}) == 4
+    verdict = told["homeassistant/sensor/edgeflame_f_1_l1/left_verdict/config"]
+    assert verdict["name"] == "left: Verdict"
+    assert shown(verdict, "left", "fail", 3.0, before="pass") == "fail"
+    assert shown(verdict, "right.2", "fail", 3.0, before="pass") == "pass"
+    score = told["homeassistant/sensor/edgeflame_f_1_l1/right_2_score/config"]
+    assert shown(score, "right.2", "pass", 1.0, before="9") == "0.5"
+    assert shown(score, "left", "unknown", None, before="9") == "9"
+
+
+@pytest.mark.parametrize("prefix", ["homeassistant", "ha/devices"])
+def test_the_prefix_is_the_configurations(prefix: str) -> None:
+    assert all(topic.startswith(f"{prefix}/sensor/") for topic, _ in discovery(prefix, Topics(fleet="f"), "l", ["a"]))

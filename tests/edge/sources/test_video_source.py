@@ -1,0 +1,122 @@
+"""Video files and network cameras."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge.sources import open_source, reconnect
+from edge.sources.live import live_frames
+from edge.sources.video import RtspSource, without_password
+from edgeflame.broker import free_port
+from edgeflame.errors import DataError
+from tests.support.rtsp_server import RtspServer
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(8):
+            image = np.zeros((64, 96, 3), dtype=np.uint8)
+            image[:, : 12 * (index + 1)] = (40, 120, 200)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_every_frame_of_a_video_comes_in_order_as_bgr(video: Path) -> None:
+    source = open_source(str(video))
+    assert not source.is_live
+    frames = list(source.frames(threading.Event()))
+    assert [frame.part_id for frame in frames] == [f"frame-{index:06d}" for index in range(8)]
+    for index, frame in enumerate(frames):
+        assert frame.image_bgr is not None
+        assert abs(int((frame.image_bgr[32, :, 2] > 100).sum()) - 12 * (index + 1)) <= 4
+        blue, green, red = frame.image_bgr[32, 4].astype(int)
+        assert blue < green < red
+
+
+def test_a_stop_ends_it(video: Path) -> None:
+    stop = threading.Event()
+    frames = open_source(str(video)).frames(stop)
+    next(frames)
+    stop.set()
+    assert len(list(frames)) <= 1
+
+
+@pytest.mark.parametrize("data", [b"", b"not a video", bytes(4096)])
+def test_a_file_that_is_no_video(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"clip\.mp4: cannot be opened as video"):
+        list(open_source(str(path)).frames(threading.Event()))
+
+
+def test_a_video_cut_short_is_a_clear_error_or_fewer_frames(video: Path) -> None:
+    whole = video.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 25)):
+        video.write_bytes(whole[:length])
+        # Any other error, or a crash inside the decoder, fails the test.
+        with contextlib.suppress(DataError):
+            assert 0 < len(list(open_source(str(video)).frames(threading.Event()))) <= 8
+
+
+def test_a_network_camera_that_is_not_there_is_an_error_without_its_password() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        source = open_source(f"rtsp://admin:secret@127.0.0.1:{port}/stream")
+        assert source.is_live
+        assert "secret" not in source.name
+        with pytest.raises(DataError, match="cannot be opened as video") as raised:
+            next(iter(source.frames(threading.Event())))
+    assert "secret" not in str(raised.value)
+
+
+def test_passwords_are_never_shown() -> None:
+    assert without_password("rtsp://me:pw@cam:554/live?x=1") == "rtsp://***@cam:554/live?x=1"
+    assert without_password("rtsp://cam/live") == "rtsp://cam/live"
+
+
+def test_a_network_camera_is_read_and_found_again_after_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconnect, "FIRST_DELAY_S", 0.2)
+    monkeypatch.setattr(reconnect, "LONGEST_DELAY_S", 0.5)
+    port = free_port()
+    server = RtspServer(port)
+    stop = threading.Event()
+    try:
+        frames = open_source(f"rtsp://127.0.0.1:{port}/live").frames(stop)
+        images = [next(frames).image_bgr for _ in range(5)]
+        for image in images:
+            assert image is not None
+            assert image.shape == (120, 160, 3)
+        assert any((images[0] != image).any() for image in images[1:])
+        server.kill()
+        # What was on its way still comes; then one frame says that the camera is lost.
+        lost = next(frame for frame in frames if frame.image_bgr is None)
+        assert str(lost.error).startswith("parts may pass unseen: ")
+        server = RtspServer(port)
+        assert next(frames).image_bgr is not None
+        stop.set()
+        assert list(frames) == []
+    finally:
+        stop.set()
+        server.kill()
+
+
+def test_a_server_that_accepts_and_says_nothing_is_an_error_within_its_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
+        frames = live_frames(url, RtspSource(url=url).read, threading.Event(), stall_timeout_s=2.0)
+        with pytest.raises(DataError, match="no image for 2 s; the process that reads it was killed"):
+            next(frames)

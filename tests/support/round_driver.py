@@ -1,0 +1,98 @@
+"""The round machine with a test that plays every site."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from aggregator.config import AggregateConfig
+from aggregator.facts import Fact, RunStarted, RunState, begin
+from aggregator.models import Verdict
+from aggregator.rounds import Merge, Output, Receive, Record, RoundMachine, Tell
+from edgeflame.messages import FinishReport, Offer, Receipt, Refusal
+from edgeflame.transfer.manifest import Manifest
+
+RUN = "0" * 32
+DEADLINE_S = 100.0
+
+
+def sha(number: int) -> str:
+    return f"{number:064x}"
+
+
+class Driver:
+    """A machine and the facts it recorded; plays every site."""
+
+    def __init__(self, *, sites: int = 3, rounds: int = 2, quorum: float = 0.6, **more: object) -> None:
+        config = AggregateConfig(rounds=rounds, min_sites=sites, quorum=quorum, deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
+        self.facts: list[Fact] = [RunStarted(run=RUN, config=config, time="2026-01-01T00:00:00Z")]
+        assert isinstance(self.facts[0], RunStarted)
+        self.machine = RoundMachine(begin(self.facts[0]), now=0.0)
+        self.said: list[Output] = []
+        self.counter = itertools.count(1)
+        self.made = 0
+        self.changes: Iterator[float] = iter(())
+
+    @property
+    def state(self) -> RunState:
+        return self.machine.state
+
+    def take(self, outputs: list[Output]) -> list[Output]:
+        self.said += outputs
+        self.facts += [output.fact for output in outputs if isinstance(output, Record)]
+        for output in outputs:
+            if isinstance(output, Merge):
+                self.made += 1
+                if output.round.purpose == "statistics":
+                    truncation = {"measured_max": 0.25}
+                    self.take(self.machine.pooled(sha256=sha(2000), size_bytes=9, truncation=truncation, now=0.0))
+                    continue
+                self.take(
+                    self.machine.merged(
+                        output.round.number,
+                        sha256=sha(1000 + self.made),
+                        size_bytes=500,
+                        relative_change=next(self.changes, None),
+                        now=0.0,
+                    )
+                )
+        return outputs
+
+    def ready(self, *sites: str, now: float = 0.0) -> None:
+        for site in sites:
+            self.take(self.machine.ready(site, install="1" * 32, initial=sha(0), now=now))
+
+    def offer(
+        self, purpose: str, number: int, sha256: str, *, samples: int = 10, size: int = 500, steps: int = 0
+    ) -> Offer:
+        manifest = Manifest(sha256=sha256, size_bytes=size, chunk_bytes=size, crc32s=bytes(4))
+        return Offer(
+            run=RUN,
+            purpose=purpose,  # type: ignore[arg-type]
+            round=number,
+            manifest=manifest,
+            num_samples=samples,
+            num_steps=steps,
+        )
+
+    def deliver(self, site: str, offer: Offer, verdict: Verdict | None = None, now: float = 0.0) -> Receipt | Refusal:
+        """Offer, and let the blob arrive if it is wanted; the answer."""
+        outputs = self.take(self.machine.offered(site, offer, now))
+        if any(isinstance(output, Receive) for output in outputs):
+            outputs = self.take(self.machine.checked(site, offer, verdict or Verdict(), now))
+        answers = [o.message for o in outputs if isinstance(o, Tell) and o.site == site]
+        assert len(answers) == 1
+        assert isinstance(answers[0], Receipt | Refusal)
+        return answers[0]
+
+    def start(self, *sites: str) -> None:
+        self.ready(*sites)
+        assert isinstance(self.deliver(sites[0], self.offer("initial", 0, sha(0))), Receipt)
+
+    def update(self, site: str, number: int, *, now: float = 0.0) -> Receipt | Refusal:
+        return self.deliver(site, self.offer("update", number, sha(next(self.counter))), now=now)
+
+    def finish(self, *sites: str) -> None:
+        assert self.state.model is not None
+        for site in sites:
+            self.take(self.machine.finish_reported(site, FinishReport(run=RUN, model=self.state.model), 0.0))

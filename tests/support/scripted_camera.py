@@ -1,0 +1,87 @@
+"""A camera whose parts come when a test says so, and a judge that does as it is told."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import msgspec
+
+from edge.capture import Captured
+from edge.config import InspectConfig
+from edge.results import Inspected
+from edge.sources import Frame
+from edge.sources.interface import make_frame
+from tests.support.inspection_results import result
+from tests.support.small_package import good_image
+
+IMAGE = good_image(0)
+
+
+class Belt:
+    """Parts that come when the test says so; each script is one life of the camera."""
+
+    name = "belt"
+    num_frames = None
+
+    def __init__(self, *, is_live: bool = True, is_endless: bool = True) -> None:
+        self.is_live, self.is_endless = is_live, is_endless
+        self.coming: queue.SimpleQueue[Exception | str] = queue.SimpleQueue()
+        self.given = 0
+
+    def put(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.coming.put("part")
+
+    def fail(self, failure: Exception) -> None:
+        self.coming.put(failure)
+
+    def end(self) -> None:
+        self.coming.put("end")
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        while not stop.is_set():
+            try:
+                what = self.coming.get(timeout=0.02)
+            except queue.Empty:
+                continue
+            if isinstance(what, Exception):
+                raise what
+            if what == "end":
+                return
+            self.given += 1
+            yield make_frame(part_id=f"p{self.given}", source=self.name, image_bgr=IMAGE)
+
+
+class FakeJudge:
+    provider = "CPU"
+    looker = None
+
+    def __init__(self, product: str = "tile", failures: int = 0) -> None:
+        self.product, self.model_id, self.threshold = product, product * 3, 1.0
+        self.failures = failures
+        self.gate: threading.Event | None = None
+
+    def set_threshold(self, value: float | None) -> None:
+        self.threshold = 1.0 if value is None else value
+
+    def rehearse(self, captured: Captured) -> Inspected:
+        return self.inspect(captured)
+
+    def reconfigured(self, config: InspectConfig) -> FakeJudge:
+        return FakeJudge(self.product)
+
+    def inspect(self, captured: Captured) -> Inspected:
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        if self.failures:
+            self.failures -= 1
+            msg = "a defect of ours"
+            raise RuntimeError(msg)
+        told = msgspec.structs.replace(
+            result(captured.sequence, "unknown" if captured.frame.image_bgr is None else "pass"),
+            part_id=captured.frame.part_id, threshold=self.threshold, model=self.model_id,
+            detail=captured.frame.error,
+        )  # fmt: skip
+        return Inspected(result=told, image=captured.frame.image_bgr, anomaly_map=None)
