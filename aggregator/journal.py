@@ -10,21 +10,21 @@ from types import TracebackType
 
 import msgspec
 
-from aggregator.facts import Fact, RunStarted, RunState, apply, begin
+from aggregator.events import Event, RunStarted, RunState, apply_event, initial_state
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.statedir import refuse_newer
 
-FORMAT = 1
+JOURNAL_FORMAT = 1
 """Of the file, kept as SQLite's ``user_version``; 0 is the same, from before it was kept."""
 
 # The time is for those who read the file; nothing is decided by it.
-_SCHEMA = """CREATE TABLE IF NOT EXISTS facts (
+_SQL_SCHEMA = """CREATE TABLE IF NOT EXISTS facts (
     number INTEGER PRIMARY KEY,
     run TEXT NOT NULL,
     fact BLOB NOT NULL,
     time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
 )"""
-_FACT: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Fact)
+_EVENT_DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 class Journal:
@@ -40,7 +40,7 @@ class Journal:
             self._db = sqlite3.connect(path, isolation_level=None)
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
         try:
-            refuse_newer(f"{path}: the journal", found=found, known=FORMAT)
+            refuse_newer(f"{path}: the journal", found=found, known=JOURNAL_FORMAT)
         except StorageError:
             self._db.close()
             raise
@@ -48,9 +48,9 @@ class Journal:
             # WAL with FULL: a committed transaction survives a power cut, not only a crash of this process.
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute(_SCHEMA)
-            if found != FORMAT:
-                self._db.execute(f"PRAGMA user_version = {FORMAT}")
+            self._db.execute(_SQL_SCHEMA)
+            if found != JOURNAL_FORMAT:
+                self._db.execute(f"PRAGMA user_version = {JOURNAL_FORMAT}")
 
     def __enter__(self) -> Journal:
         return self
@@ -60,7 +60,7 @@ class Journal:
     ) -> None:
         self._db.close()
 
-    def append(self, run: str, facts: Sequence[Fact]) -> None:
+    def append(self, run: str, facts: Sequence[Event]) -> None:
         """Add facts, all or none, durably."""
         with self._translated("write"):
             self._db.execute("BEGIN IMMEDIATE")
@@ -76,13 +76,13 @@ class Journal:
             if row is None:
                 return None
             rows = self._db.execute("SELECT fact FROM facts WHERE run = ? ORDER BY number", row).fetchall()
-            facts = [_FACT.decode(fact) for (fact,) in rows]
+            facts = [_EVENT_DECODER.decode(fact) for (fact,) in rows]
         state: RunState | None = None
         for fact in facts:
             if isinstance(fact, RunStarted):
-                state = begin(fact)
+                state = initial_state(fact)
             elif state is not None:
-                state = apply(state, fact)
+                state = apply_event(state, fact)
         return state
 
     @contextlib.contextmanager

@@ -1,18 +1,17 @@
-"""The ledger of a run: who was asked, who contributed what, who was left out and why. Made of facts alone."""
+"""The ledger of a run: who was asked, who contributed what, who was left out and why. Computed from the run's
+events alone: the same events give the same ledger.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from aggregator.config import AggregateConfig
-from aggregator.facts import Round, RunState
-from aggregator.strategies import STRATEGIES, rule_name
-from aggregator.strategies.interface import Contribution, Rule
+from aggregator.aggregate import configured_rule, update_weights
+from aggregator.events import Round, RunState
+from aggregator.strategies import resolve_strategy
 
 
-def ledger(state: RunState) -> dict[str, Any]:
+def build_ledger(state: RunState) -> dict[str, Any]:
     """The ledger as plain data for JSON; the same facts give the same ledger."""
     return {
         "run": state.run,
@@ -20,7 +19,7 @@ def ledger(state: RunState) -> dict[str, Any]:
         "outcome": "running" if state.ended is None else "done" if state.ended.succeeded else "failed",
         "reason": state.ended.reason if state.ended else "",
         "method": state.config.learning.method,
-        "strategy": rule_name(state.config.strategy, state.config.learning.method),
+        "strategy": resolve_strategy(state.config.strategy, state.config.learning.method),
         "rounds_planned": state.config.rounds,
         "rounds_ended_early": None
         if state.last_round is None
@@ -34,9 +33,9 @@ def ledger(state: RunState) -> dict[str, Any]:
             {"site": fact.site, "reason": fact.reason, "detail": fact.detail}
             for _, fact in sorted(state.refused_sources.items())
         ],
-        "rounds": [_round(entry, state) for entry in state.rounds],
+        "rounds": [_round_entry(entry, state) for entry in state.rounds],
         "model_sha256": state.model,
-        "statistics": None if state.statistics is None else _statistics(state.statistics, state),
+        "statistics": None if state.statistics is None else _statistics_entry(state.statistics, state),
         "packages": [
             {"site": fact.site, "sha256": fact.package, "summary": fact.summary}
             for _, fact in sorted(state.finished.items())
@@ -50,36 +49,8 @@ def ledger(state: RunState) -> dict[str, Any]:
     }
 
 
-def shares(entry: Round, *, equal: bool = False) -> dict[str, float]:
-    """The weight of each accepted update, its share of the round's samples (or ``equal``); they sum to 1."""
-    if equal:
-        return {site: 1 / len(entry.accepted) for site in sorted(entry.accepted)}
-    total = sum(update.num_samples for update in entry.accepted.values())
-    return {site: update.num_samples / total for site, update in sorted(entry.accepted.items())}
-
-
-def contributions(entry: Round, config: AggregateConfig, path_of: Callable[[str], Path]) -> list[Contribution]:
-    """The accepted updates of a round as a strategy gets them; ``path_of`` tells where a blob is by its SHA-256."""
-    accepted = entry.accepted
-    return [
-        Contribution(
-            site=site,
-            path=path_of(accepted[site].decoded or accepted[site].sha256),
-            weight=weight,
-            num_samples=accepted[site].num_samples,
-            num_steps=accepted[site].num_steps,
-            relative_change=accepted[site].relative_change,
-        )
-        for site, weight in shares(entry, equal=_rule(config).equal_votes).items()
-    ]
-
-
-def _rule(config: AggregateConfig) -> Rule:
-    return STRATEGIES[rule_name(config.strategy, config.learning.method)]
-
-
-def _statistics(entry: Round, state: RunState) -> dict[str, Any]:
-    weights = shares(entry)
+def _statistics_entry(entry: Round, state: RunState) -> dict[str, Any]:
+    weights = update_weights(entry)
     return {
         "form": state.config.statistics_form,
         "rank": state.config.statistics_rank if state.config.statistics_form == "low_rank" else None,
@@ -95,14 +66,14 @@ def _statistics(entry: Round, state: RunState) -> dict[str, Any]:
             }
             for site, part in sorted(entry.accepted.items())
         ],
-        "left_out": _left_out(entry),
+        "left_out": _left_out_entries(entry),
         "sha256": entry.model,
         # Of the covariances, relative to their Frobenius norm; over the positions.
         "truncation_error": state.truncation or None,
     }
 
 
-def _left_out(entry: Round) -> list[dict[str, str]]:
+def _left_out_entries(entry: Round) -> list[dict[str, str]]:
     left_out = [
         {"site": site, "reason": "paused" if site in entry.paused else "no progress until the deadline", "detail": ""}
         for site in entry.left_out
@@ -114,8 +85,8 @@ def _left_out(entry: Round) -> list[dict[str, str]]:
     return sorted(left_out + refused, key=lambda item: item["site"])
 
 
-def _round(entry: Round, state: RunState) -> dict[str, Any]:
-    weights = shares(entry, equal=_rule(state.config).equal_votes)
+def _round_entry(entry: Round, state: RunState) -> dict[str, Any]:
+    weights = update_weights(entry, equal=configured_rule(state.config).equal_votes)
     return {
         "round": entry.number,
         "base_sha256": entry.base,
@@ -135,7 +106,7 @@ def _round(entry: Round, state: RunState) -> dict[str, Any]:
             }
             for site, update in sorted(entry.accepted.items())
         ],
-        "left_out": _left_out(entry),
+        "left_out": _left_out_entries(entry),
         "model_sha256": entry.model,
         "model_relative_change": entry.relative_change,
     }

@@ -1,4 +1,4 @@
-"""The round machine: every transition of a run, pure. What happened goes in, what is to be done comes out.
+"""The round state machine: every transition of a run. Pure: inputs and timers go in, outputs to carry out come out.
 
 Theory of operation
 -------------------
@@ -22,25 +22,26 @@ A run goes through these phases::
 
 Three things may happen in any phase before the end:
 
-    pause       A site, or the aggregator's operator, has a site rest. It is not asked and not missed: a round in
-                which it was asked waits for it as long as for any other site; then it is left out without being
-                lost, unless the quorum depends on it: while it shows that it lives the round waits, for there would
-                be nothing to win by failing. With every site at rest no round begins.
+    pause       A site, or the aggregator's operator, pauses a site. It is not asked and not missed: a round in
+                which it was asked waits for it as long as for any other site; then it is left out without counting
+                as lost, unless the quorum depends on it: while its heartbeats come the round waits, for nothing
+                would be gained by failing. While every site is paused no round begins.
     leave       A site, or the operator, ends its part for good. What it has contributed stays; nothing is asked of
                 it or waited for any more. It may come back as another install, by joining anew.
     early end   The rounds are over before their number when the configuration's criterion says that the model has
-                converged, or the operator wants no further one; then the finish follows. ``stop`` ends the run.
+                converged (:func:`convergence_reason`; from journalled events only), or the operator wants no further
+                one; then the finish follows. ``stop`` ends the run.
 
-Everything decided is a :class:`~aggregator.facts.Fact`. A call returns the facts it decided on, as
-:class:`Record` outputs, before the outputs that act on them; the caller writes all facts of a call in one
-transaction before it does anything else. A restarted aggregator folds the facts into the same state and calls
+Every decision is an :class:`~aggregator.events.Event`. A call returns the events it decided on, as
+:class:`RecordEvent` outputs, before the outputs that act on them; the caller writes all events of a call in one
+transaction before it does anything else. A restarted aggregator folds the events into the same state and calls
 :meth:`RoundMachine.resume`, which asks for whatever that state still waits for.
 
 What is *not* journalled is who made progress when, and who was heard when. It only delays the deadline: after a
 restart every site has the whole of it again.
 
 Answers are idempotent. An offer that was accepted gets its receipt again, one that was refused its refusal; an
-offer is judged by the state at hand, so nothing depends on the order or number of messages. A site that was left
+offer is checked against the state at hand, so nothing depends on the order or number of messages. A site that was left
 out is not asked in the next rounds until it shows progress again.
 """
 
@@ -49,17 +50,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from aggregator.answers import implausible, known_answer, receipt, refusal
-from aggregator.convergence import converged
-from aggregator.facts import (
-    Fact,
-    InitialAccepted,
-    InitialRefused,
-    LastRound,
-    ModelMade,
-    Pauser,
+from aggregator.events import (
+    Event,
+    InitialModelAccepted,
+    InitialModelRefused,
+    InitialSiteChosen,
+    ModelAggregated,
+    PausedBy,
     Round,
     RoundClosed,
+    RoundsEndedEarly,
     RoundStarted,
     RunEnded,
     RunState,
@@ -69,30 +69,73 @@ from aggregator.facts import (
     SiteNotFinished,
     SitePaused,
     SiteResumed,
-    SourceChosen,
-    StatisticsMade,
+    StatisticsPooled,
     UpdateAccepted,
     UpdateRefused,
-    apply,
+    apply_event,
 )
-from aggregator.models import Verdict
+from aggregator.validation import ValidationResult, answer_from_state, receipt_for, refusal_for, validate_offer
 from edgeflame.messages import DownMessage, FinishReport, Offer, Reason, Receipt, Refusal, TaskFailed
 
 
+def convergence_reason(state: RunState) -> str | None:
+    """Why the rounds may end after the newest one, in words; None if they may not.
+
+    The criterion (:class:`aggregator.config.Convergence`) has to hold in each of the last ``patience`` rounds.
+    """
+    rule = state.config.convergence
+    if (rule.model_change is None and rule.metric_change is None) or len(state.rounds) < rule.min_rounds:
+        return None
+    newest = range(len(state.rounds) - rule.patience, len(state.rounds))
+    if newest.start < 0:
+        return None
+    found: list[str] = []
+    for index in newest:
+        entry = state.rounds[index]
+        found = []
+        if rule.model_change is not None:
+            change = entry.relative_change
+            if change is None or change >= rule.model_change:
+                return None
+            found.append(f"the model changed by {change:.3g} (below {rule.model_change:g})")
+        if rule.metric_change is not None:
+            change = _metric_change(state, index, rule.metric)
+            if change is None or change >= rule.metric_change:
+                return None
+            found.append(f"{rule.metric} by {change:.3g} (below {rule.metric_change:g})")
+    return f"converged in round {len(state.rounds)}: {' and '.join(found)}, for {rule.patience} rounds"
+
+
+def mean_metric(entry: Round, name: str) -> float | None:
+    """A figure of the accepted updates, averaged by samples over the sites that reported it; None if none did."""
+    told = [(update.num_samples, update.metrics[name]) for update in entry.accepted.values() if name in update.metrics]
+    return sum(samples * value for samples, value in told) / sum(samples for samples, _ in told) if told else None
+
+
+def _metric_change(state: RunState, index: int, name: str) -> float | None:
+    """The change of a mean metric from one round to the next, relative to the earlier one."""
+    if index == 0:
+        return None
+    before, after = (mean_metric(state.rounds[number], name) for number in (index - 1, index))
+    if before is None or after is None:
+        return None
+    return abs(after - before) / (abs(before) or 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class RecordEvent:
     """Write a fact to the journal, before anything after it."""
 
-    fact: Fact
+    fact: Event
 
 
 @dataclass(frozen=True, kw_only=True)
-class Announce:
+class PublishState:
     """Publish the run's state to all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tell:
+class SendToSite:
     """Send a message to a site."""
 
     site: str
@@ -100,7 +143,7 @@ class Tell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Receive:
+class ReceiveUpload:
     """Fetch the offered blob, check it, and report :meth:`RoundMachine.checked`."""
 
     site: str
@@ -108,7 +151,7 @@ class Receive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
+class AggregateRound:
     """Make the round's model from its accepted updates, and report :meth:`RoundMachine.merged`; or pool the accepted
     statistics, and report :meth:`RoundMachine.pooled`.
     """
@@ -117,14 +160,14 @@ class Merge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dismiss:
+class DismissSite:
     """A site is of the run no more: tell its process, forget what it was sending, and give its name free."""
 
     site: str
     detail: str
 
 
-Output = Record | Announce | Tell | Receive | Merge | Dismiss
+RoundOutput = RecordEvent | PublishState | SendToSite | ReceiveUpload | AggregateRound | DismissSite
 
 
 class RoundMachine:
@@ -151,16 +194,16 @@ class RoundMachine:
         """When any site was last a step further; the start, if none was."""
         return max((*self._progress.values(), self._restarted_at))
 
-    def resume(self, now: float) -> list[Output]:
+    def resume(self, now: float) -> list[RoundOutput]:
         """Ask again for what the state waits for; call it once after construction."""
-        outputs: list[Output] = [Announce()]
+        outputs: list[RoundOutput] = [PublishState()]
         current = self._state.gathering
         is_open = self._state.phase in ("train", "statistics")
         if is_open and current is not None and current.is_closed and current.model is None:
-            outputs.append(Merge(round=current))
+            outputs.append(AggregateRound(round=current))
         return outputs + self._go_on(now)
 
-    def ready(self, site: str, *, install: str, initial: str, now: float) -> list[Output]:
+    def ready(self, site: str, *, install: str, initial: str, now: float) -> list[RoundOutput]:
         """A site can take part. Repeated; only the first time matters, and after it left only another install does."""
         known = self._state.members.get(site)
         if self._state.ended or (known is not None and known.install == install):
@@ -182,24 +225,24 @@ class RoundMachine:
         if is_ready:
             self._returned.add(site)
 
-    def offered(self, site: str, offer: Offer, now: float) -> list[Output]:
+    def offered(self, site: str, offer: Offer, now: float) -> list[RoundOutput]:
         """A site has a model for us; maybe not for the first time."""
-        if (known := known_answer(self._state, site, offer)) is not None:
-            return [Tell(site=site, message=known)]
-        if (verdict := implausible(self._state, offer)) is not None:
+        if (known := answer_from_state(self._state, site, offer)) is not None:
+            return [SendToSite(site=site, message=known)]
+        if (verdict := validate_offer(self._state, offer)) is not None:
             return self.checked(site, offer, verdict, now)
-        return [Receive(site=site, offer=offer)]
+        return [ReceiveUpload(site=site, offer=offer)]
 
-    def checked(self, site: str, offer: Offer, verdict: Verdict, now: float) -> list[Output]:
+    def checked(self, site: str, offer: Offer, verdict: ValidationResult, now: float) -> list[RoundOutput]:
         """An offered model has arrived, and this is what the checks say."""
         # The state may have changed while it arrived.
-        if (known := known_answer(self._state, site, offer)) is not None:
-            return [Tell(site=site, message=known)]
+        if (known := answer_from_state(self._state, site, offer)) is not None:
+            return [SendToSite(site=site, message=known)]
         if offer.purpose == "initial":
             return self._checked_initial(site, offer, verdict, now)
         sha256 = offer.manifest.sha256
         if verdict.reason is not None:
-            fact: Fact = UpdateRefused(
+            fact: Event = UpdateRefused(
                 round=offer.round,
                 site=site,
                 sha256=sha256,
@@ -207,7 +250,7 @@ class RoundMachine:
                 detail=verdict.detail,
                 purpose=offer.purpose,
             )
-            answer: DownMessage = refusal(offer, verdict.reason, verdict.detail)
+            answer: DownMessage = refusal_for(offer, verdict.reason, verdict.detail)
         else:
             fact = UpdateAccepted(
                 round=offer.round,
@@ -220,19 +263,19 @@ class RoundMachine:
                 purpose=offer.purpose,
                 decoded=verdict.decoded,
             )
-            answer = receipt(offer)
-        return [*self._record(fact), Tell(site=site, message=answer), *self._close_if_complete(now)]
+            answer = receipt_for(offer)
+        return [*self._record(fact), SendToSite(site=site, message=answer), *self._close_if_complete(now)]
 
-    def task_failed(self, site: str, message: TaskFailed, now: float) -> list[Output]:
+    def task_failed(self, site: str, message: TaskFailed, now: float) -> list[RoundOutput]:
         """A site says that it cannot do its part."""
         state, current = self._state, self._state.gathering
         reply = Refusal(
             run=message.run, purpose=message.purpose, round=message.round, reason="failed", detail=message.detail
         )
-        outputs: list[Output] = []
+        outputs: list[RoundOutput] = []
         if message.run == state.run and site in state.members and state.ended is None:
             if message.purpose == "initial" and state.phase == "initialise" and state.sources[-1] == site:
-                refused = InitialRefused(site=site, reason="failed", detail=message.detail)
+                refused = InitialModelRefused(site=site, reason="failed", detail=message.detail)
                 outputs = [*self._record(refused), *self._next_source(now)]
             elif (
                 current is not None
@@ -255,70 +298,70 @@ class RoundMachine:
                     *self._record(SiteNotFinished(site=site, detail=message.detail)),
                     *self._end_if_finished(now),
                 ]
-        return [*outputs, Tell(site=site, message=reply)]
+        return [*outputs, SendToSite(site=site, message=reply)]
 
     def merged(
         self, number: int, *, sha256: str, size_bytes: int, relative_change: float | None = None, now: float
-    ) -> list[Output]:
-        """A round's model is on disk; ``relative_change`` as in :class:`ModelMade`."""
-        made = ModelMade(round=number, sha256=sha256, size_bytes=size_bytes, relative_change=relative_change)
+    ) -> list[RoundOutput]:
+        """A round's model is on disk; ``relative_change`` as in :class:`ModelAggregated`."""
+        made = ModelAggregated(round=number, sha256=sha256, size_bytes=size_bytes, relative_change=relative_change)
         outputs = self._record(made)
-        if not self._state.rounds_over and (reason := converged(self._state)) is not None:
-            outputs += self._record(LastRound(cause="converged", reason=reason))
+        if not self._state.rounds_over and (reason := convergence_reason(self._state)) is not None:
+            outputs += self._record(RoundsEndedEarly(cause="converged", reason=reason))
         if self._state.phase == "finish":
             self._restart_deadlines(now)
-            return [*outputs, Announce()]
-        return [*outputs, *(self._go_on(now) or [Announce()])]
+            return [*outputs, PublishState()]
+        return [*outputs, *(self._go_on(now) or [PublishState()])]
 
-    def pooled(self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float) -> list[Output]:
+    def pooled(self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float) -> list[RoundOutput]:
         """The pooled statistics are on disk."""
         self._restart_deadlines(now)
-        made = StatisticsMade(sha256=sha256, size_bytes=size_bytes, truncation=truncation)
-        return [*self._record(made), Announce()]
+        made = StatisticsPooled(sha256=sha256, size_bytes=size_bytes, truncation=truncation)
+        return [*self._record(made), PublishState()]
 
-    def finish_reported(self, site: str, report: FinishReport, now: float) -> list[Output]:
+    def finish_reported(self, site: str, report: FinishReport, now: float) -> list[RoundOutput]:
         """A site made its package."""
         state = self._state
         if report.run != state.run or site not in state.members or report.model != state.model:
             reason: Reason = "unknown_run" if report.run != state.run else "stale_round"
             detail = "the report is not of this run's final model by a member of it"
             answer = Refusal(run=report.run, purpose="finish", round=0, reason=reason, detail=detail)
-            return [Tell(site=site, message=answer)]
-        outputs: list[Output] = []
+            return [SendToSite(site=site, message=answer)]
+        outputs: list[RoundOutput] = []
         # After the end as well, if it ended well: the package exists, and the ledger should say so.
         if state.phase in ("finish", "done") and site not in state.finished:
             outputs = self._record(SiteFinished(site=site, package=report.package, summary=report.summary))
-        outputs.append(Tell(site=site, message=Receipt(run=state.run, purpose="finish", round=0)))
+        outputs.append(SendToSite(site=site, message=Receipt(run=state.run, purpose="finish", round=0)))
         return [*outputs, *self._end_if_finished(now)]
 
-    def pause(self, site: str, *, by: Pauser, reason: str, now: float) -> list[Output]:
+    def pause(self, site: str, *, by: PausedBy, reason: str, now: float) -> list[RoundOutput]:
         """A site rests from now on."""
         state = self._state
         if state.ended or site not in state.present or by in state.paused.get(site, {}):
             return []
         self._progress[site] = now
         outputs = self._record(SitePaused(site=site, by=by, reason=reason))
-        return [*outputs, Announce()] if by == "operator" else outputs
+        return [*outputs, PublishState()] if by == "operator" else outputs
 
-    def unpause(self, site: str, *, by: Pauser, now: float) -> list[Output]:
+    def unpause(self, site: str, *, by: PausedBy, now: float) -> list[RoundOutput]:
         """One of those who had a site rest wants it to no more; it goes on when all of them do."""
         if self._state.ended or by not in self._state.paused.get(site, {}):
             return []
         self._progress[site] = now
         outputs = self._record(SiteResumed(site=site, by=by))
         if by == "operator":
-            outputs.append(Announce())
+            outputs.append(PublishState())
         return [*outputs, *self._go_on(now)]
 
-    def leave(self, site: str, *, by: Pauser, detail: str, now: float) -> list[Output]:
+    def leave(self, site: str, *, by: PausedBy, detail: str, now: float) -> list[RoundOutput]:
         """A site leaves the run for good, or is removed from it."""
         state, current = self._state, self._state.gathering
         if state.ended or site not in state.present:
             return []
         outputs = self._record(SiteLeft(site=site, install=state.members[site].install, by=by, detail=detail))
-        outputs.append(Dismiss(site=site, detail=detail))
+        outputs.append(DismissSite(site=site, detail=detail))
         if state.phase == "initialise" and state.initial is None and state.sources[-1] == site:
-            outputs += self._record(InitialRefused(site=site, reason="left", detail=detail))
+            outputs += self._record(InitialModelRefused(site=site, reason="left", detail=detail))
         elif current is not None and not current.is_closed and site in current.open_sites:
             refused = UpdateRefused(
                 round=current.number, site=site, sha256=None, reason="left", detail=detail, purpose=current.purpose
@@ -329,20 +372,20 @@ class RoundMachine:
             outputs += self._record(SiteNotFinished(site=site, detail=f"left: {detail}"))
         return [*outputs, *self._go_on(now)]
 
-    def finish_early(self, reason: str, now: float) -> list[Output]:
+    def finish_early(self, reason: str, now: float) -> list[RoundOutput]:
         """The operator wants no round after the one at hand."""
         if self._state.phase != "train" or self._state.rounds_over:
             return []
-        outputs = self._record(LastRound(cause="operator", reason=reason))
+        outputs = self._record(RoundsEndedEarly(cause="operator", reason=reason))
         if self.state.phase == "finish":
             self._restart_deadlines(now)
-        return [*outputs, *(self._go_on(now) or [Announce()])]
+        return [*outputs, *(self._go_on(now) or [PublishState()])]
 
-    def stop(self, reason: str) -> list[Output]:
+    def stop(self, reason: str) -> list[RoundOutput]:
         """The operator ends the run, without a result."""
         return [] if self._state.ended else self._end(succeeded=False, reason=f"stopped by the operator: {reason}")
 
-    def tick(self, now: float) -> list[Output]:
+    def tick(self, now: float) -> list[RoundOutput]:
         """Time passes; call it at least every second."""
         state, current = self._state, self._state.gathering
         match state.phase:
@@ -357,11 +400,11 @@ class RoundMachine:
 
     # Transitions.
 
-    def _record(self, fact: Fact) -> list[Output]:
-        self._state = apply(self._state, fact)
-        return [Record(fact=fact)]
+    def _record(self, fact: Event) -> list[RoundOutput]:
+        self._state = apply_event(self._state, fact)
+        return [RecordEvent(fact=fact)]
 
-    def _go_on(self, now: float) -> list[Output]:
+    def _go_on(self, now: float) -> list[RoundOutput]:
         """Begin what may begin now; when sites come, go, rest or return, and when something is done."""
         state, current = self._state, self._state.round
         match state.phase:
@@ -376,7 +419,7 @@ class RoundMachine:
             case _:
                 return []
 
-    def _start_if_enough(self, now: float) -> list[Output]:
+    def _start_if_enough(self, now: float) -> list[RoundOutput]:
         config = self._state.config
         ready = self._state.present - self._state.paused.keys()
         enough = ready.issuperset(config.expected_sites) and len(ready) >= (
@@ -384,7 +427,7 @@ class RoundMachine:
         )
         return self._next_source(now) if enough else []
 
-    def _next_source(self, now: float) -> list[Output]:
+    def _next_source(self, now: float) -> list[RoundOutput]:
         state = self._state
         candidates = sorted(state.present - set(state.sources) - state.paused.keys())
         if not candidates:
@@ -392,18 +435,22 @@ class RoundMachine:
                 return []
             return self._end(succeeded=False, reason="no site could give an initial model")
         self._restart_deadlines(now)
-        return [*self._record(SourceChosen(site=candidates[0])), Announce()]
+        return [*self._record(InitialSiteChosen(site=candidates[0])), PublishState()]
 
-    def _checked_initial(self, site: str, offer: Offer, verdict: Verdict, now: float) -> list[Output]:
+    def _checked_initial(self, site: str, offer: Offer, verdict: ValidationResult, now: float) -> list[RoundOutput]:
         if verdict.reason is not None:
-            refused = InitialRefused(site=site, reason=verdict.reason, detail=verdict.detail)
-            answer = Tell(site=site, message=refusal(offer, verdict.reason, verdict.detail))
+            refused = InitialModelRefused(site=site, reason=verdict.reason, detail=verdict.detail)
+            answer = SendToSite(site=site, message=refusal_for(offer, verdict.reason, verdict.detail))
             return [*self._record(refused), *self._next_source(now), answer]
         manifest = offer.manifest
-        accepted = InitialAccepted(site=site, sha256=manifest.sha256, size_bytes=manifest.size_bytes)
-        return [*self._record(accepted), *(self._go_on(now) or [Announce()]), Tell(site=site, message=receipt(offer))]
+        accepted = InitialModelAccepted(site=site, sha256=manifest.sha256, size_bytes=manifest.size_bytes)
+        return [
+            *self._record(accepted),
+            *(self._go_on(now) or [PublishState()]),
+            SendToSite(site=site, message=receipt_for(offer)),
+        ]
 
-    def _gather_next(self, now: float) -> list[Output]:
+    def _gather_next(self, now: float) -> list[RoundOutput]:
         """Ask for the next round's updates or, after the last round, for the statistics; if anyone can be asked."""
         config = self._state.config
         if not self._state.present:
@@ -419,7 +466,7 @@ class RoundMachine:
             sample = random.Random(f"{config.seed}:{number}").sample(asked, config.sample_size(len(asked)))
             fact = RoundStarted(round=number, asked=tuple(sorted(sample)))
         self._restart_deadlines(now)
-        return [*self._record(fact), Announce()]
+        return [*self._record(fact), PublishState()]
 
     def available_sites(self) -> list[str]:
         """Members that may be asked, sorted: all but those that left, rest, or were lost and not heard of since."""
@@ -435,12 +482,12 @@ class RoundMachine:
             lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | missed
         return lost - self._returned
 
-    def _close_if_complete(self, now: float) -> list[Output]:
+    def _close_if_complete(self, now: float) -> list[RoundOutput]:
         current = self._state.gathering
         assert current is not None
         return [] if current.is_closed or current.open_sites else self._close(now)
 
-    def _close(self, now: float) -> list[Output]:
+    def _close(self, now: float) -> list[RoundOutput]:
         current = self._state.gathering
         assert current is not None
         resting = tuple(site for site in current.open_sites if site in self._state.paused)
@@ -455,9 +502,9 @@ class RoundMachine:
             return [*outputs, *self._end(succeeded=False, reason=reason)]
         self._restart_deadlines(now)
         assert self._state.gathering is not None
-        return [*outputs, Merge(round=self._state.gathering)]
+        return [*outputs, AggregateRound(round=self._state.gathering)]
 
-    def _end_if_finished(self, now: float) -> list[Output]:
+    def _end_if_finished(self, now: float) -> list[RoundOutput]:
         state = self._state
         if state.phase != "finish":
             return []
@@ -466,8 +513,8 @@ class RoundMachine:
             return self._end(succeeded=True, reason="")
         return []
 
-    def _end(self, *, succeeded: bool, reason: str) -> list[Output]:
-        return [*self._record(RunEnded(succeeded=succeeded, reason=reason)), Announce()]
+    def _end(self, *, succeeded: bool, reason: str) -> list[RoundOutput]:
+        return [*self._record(RunEnded(succeeded=succeeded, reason=reason)), PublishState()]
 
     def _must_wait(self, now: float) -> bool:
         """Whether the open round lacks its quorum, and a site that rests, and lives, could still help it to one."""

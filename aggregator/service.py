@@ -16,22 +16,31 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from aggregator.announcer import Announcer
-from aggregator.conduct import RunResult, judge, log_fact, open_run, settle, write_results
 from aggregator.config import AggregateConfig
-from aggregator.facts import RunState
-from aggregator.hall import Hall
-from aggregator.intake import Arrived, Intake
+from aggregator.control import FinishEarly, OperatorRequest, PauseSite, RemoveSite, RequestQueue, ResumeSite, StopRun
+from aggregator.events import RunState
 from aggregator.journal import Journal
-from aggregator.models import Verdict
-from aggregator.requests import FinishEarly, PauseSite, RemoveSite, Request, RequestBox, ResumeSite, Stop
-from aggregator.rounds import Announce, Dismiss, Merge, Output, Receive, Record, RoundMachine, Tell
-from aggregator.snapshot import headline
-from aggregator.watch import Watch
+from aggregator.membership import Membership
+from aggregator.metrics import StatusReporter, run_summary
+from aggregator.publisher import StatePublisher
+from aggregator.rounds import (
+    AggregateRound,
+    DismissSite,
+    PublishState,
+    ReceiveUpload,
+    RecordEvent,
+    RoundMachine,
+    RoundOutput,
+    SendToSite,
+)
+from aggregator.run import RunResult, close_round, log_event, open_run, write_results
+from aggregator.uploads import ReceivedUpload, UploadReceiver
+from aggregator.validation import ValidationResult, validate_upload
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
 from edgeflame.errors import FederationError, UsageError
-from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up, Will
 from edgeflame.messages import (
     BlobNeed,
     DownMessage,
@@ -58,7 +67,7 @@ log = EventLog("aggregator")
 TICK_S = 0.5
 
 
-def aggregate(
+def run_aggregator(
     *,
     broker: BrokerUrl,
     fleet: str,
@@ -101,7 +110,7 @@ def aggregate(
         journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))
         state = open_run(journal, config, new_run=new_run)
         server = None if metrics is None else stack.enter_context(MetricsServer(metrics))
-        service = _Service(
+        service = _AggregatorService(
             topics=topics,
             state=state,
             journal=journal,
@@ -116,7 +125,7 @@ def aggregate(
         return service.result()
 
 
-class _Service:
+class _AggregatorService:
     def __init__(
         self,
         *,
@@ -140,15 +149,15 @@ class _Service:
         self._report = report
         self._boot = uuid.uuid4().hex
         self._machine = RoundMachine(state, now=now)
-        self._hall = Hall(state, aggregator_boot=self._boot, now=now)
+        self._hall = Membership(state, aggregator_boot=self._boot, now=now)
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._intake = Intake(store, self._tell)
-        self._announcer = Announcer(store, drafts=state_dir)
-        self._watch = Watch(state_dir, self._say_tag, metrics, certificate_expires=certificate_expires)
+        self._intake = UploadReceiver(store, self._tell)
+        self._announcer = StatePublisher(store, drafts=state_dir)
+        self._watch = StatusReporter(state_dir, self._say_tag, metrics, certificate_expires=certificate_expires)
         self._link: Link | None = None
         self._is_up = False
         self._stay = stay
-        self._requests = RequestBox(state_dir)
+        self._requests = RequestQueue(state_dir)
         self._dismissed = False
         self._is_end_told = False
         self._written: RunState | None = None
@@ -223,7 +232,7 @@ class _Service:
     def _look(self, now: float) -> None:
         state, num_online = self._machine.state, self._hall.num_live(now)
         made = sum(1 for entry in state.rounds if entry.model)
-        self._report(made, state.config.rounds, headline(state, num_online=num_online))
+        self._report(made, state.config.rounds, run_summary(state, num_online=num_online))
         self._watch.look(
             state,
             num_online=num_online,
@@ -325,7 +334,7 @@ class _Service:
             # Also where it never joined, or had left before: there is nothing to leave any more.
             self._tell(site, Turned(boot=message.boot, reason="left", detail=f"{site} has left the run"))
 
-    def _on_request(self, request: Request) -> str:
+    def _on_request(self, request: OperatorRequest) -> str:
         machine, now = self._machine, time.monotonic()
         state = machine.state
         if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.present:
@@ -334,9 +343,9 @@ class _Service:
             raise UsageError(msg)
         match request:
             case _ if state.ended is not None:
-                self._dismissed = isinstance(request, Stop)
+                self._dismissed = isinstance(request, StopRun)
                 return f"the run is over ({state.phase}){'; the aggregator leaves' if self._dismissed else ''}"
-            case Stop():
+            case StopRun():
                 self._carry_out(machine.stop(request.reason), now)
                 self._dismissed = True
                 return "the run is stopped"
@@ -358,12 +367,12 @@ class _Service:
                 self._carry_out(machine.leave(request.site, by="operator", detail=detail, now=now), now)
                 return f"{request.site} is removed"
 
-    def _on_arrival(self, site: str, arrived: Arrived, now: float) -> None:
-        verdict: Verdict | None
+    def _on_arrival(self, site: str, arrived: ReceivedUpload, now: float) -> None:
+        verdict: ValidationResult | None
         if arrived.intact:
-            verdict = judge(self._machine.state, arrived.offer, self._store)
+            verdict = validate_upload(self._machine.state, arrived.offer, self._store)
         else:
-            verdict = Verdict(reason="corrupt", detail="the bytes do not have the announced SHA-256")
+            verdict = ValidationResult(reason="corrupt", detail="the bytes do not have the announced SHA-256")
         if verdict is None:
             return
         if verdict.reason is not None:
@@ -372,41 +381,43 @@ class _Service:
             )
         self._carry_out(self._machine.checked(site, arrived.offer, verdict, now), now)
 
-    def _carry_out(self, outputs: Sequence[Output], now: float) -> None:
-        facts = [output.fact for output in outputs if isinstance(output, Record)]
+    def _carry_out(self, outputs: Sequence[RoundOutput], now: float) -> None:
+        facts = [output.fact for output in outputs if isinstance(output, RecordEvent)]
         if facts:
             self._journal.append(self._machine.state.run, facts)
         for output in outputs:
             match output:
-                case Record():
-                    log_fact(output.fact)
-                case Announce():
+                case RecordEvent():
+                    log_event(output.fact)
+                case PublishState():
                     self._announce()
-                case Tell():
+                case SendToSite():
                     self._tell(output.site, output.message)
-                case Receive():
+                case ReceiveUpload():
                     self._receive(output, now)
-                case Merge():
+                case AggregateRound():
                     self._merge(output)
-                case Dismiss():
+                case DismissSite():
                     self._intake.drop(output.site)
                     if (boot := self._hall.release(output.site)) is not None:
                         self._tell(output.site, Turned(boot=boot, reason="left", detail=output.detail[:500]))
 
-    def _receive(self, output: Receive, now: float) -> None:
+    def _receive(self, output: ReceiveUpload, now: float) -> None:
         site, offer = output.site, output.offer
         size_bytes = offer.manifest.size_bytes
         if offer.purpose == "initial" and not self._store.has_room(size_bytes):
             # It is as large as the site says, unlike an update: one site must not end the run.
-            verdict = Verdict(reason="too_large", detail=f"{size_bytes} bytes; the aggregator's disk has no room")
+            verdict = ValidationResult(
+                reason="too_large", detail=f"{size_bytes} bytes; the aggregator's disk has no room"
+            )
             self._carry_out(self._machine.checked(site, offer, verdict, now), now)
             return
         arrived = self._intake.offer(site, offer, now=now)
         if arrived is not None:
             self._on_arrival(site, arrived, now)
 
-    def _merge(self, output: Merge) -> None:
-        outputs = settle(self._machine, output.round, self._store, self._state_dir, time.monotonic)
+    def _merge(self, output: AggregateRound) -> None:
+        outputs = close_round(self._machine, output.round, self._store, self._state_dir, time.monotonic)
         self._carry_out(outputs, time.monotonic())
         # What the state names now is needed, and what is being sent; the parts are not.
         self._store.prune({*self._machine.state.results, *self._announcer.blobs})

@@ -39,7 +39,8 @@ from edge.sources import Frame, Source, open_source
 from edge.web.config import WebConfig
 from edgeflame.errors import ConfigError, EdgeFlameError, MissingDependencyError, StorageError
 from edgeflame.findings import Finding, note, ok, problem
-from edgeflame.link import Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Failed, Received, Up
 from edgeflame.statedir import is_in_use, storage_errors, write_durably
 from edgeflame.topics import Topics
 

@@ -12,7 +12,7 @@ from edgeflame.boards.textures import TEXTURES
 from edgeflame.errors import ConfigError
 from edgeflame.learning import SOLO_METHODS, Learning
 
-MAX_SITES = 10_000
+MAX_SIMULATED_SITES = 10_000
 
 
 def _require(condition: bool, rule: str, value: object) -> None:
@@ -118,7 +118,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     EdgeFlame and torch, and the output folder and the data under the same paths."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.workers <= MAX_SITES, f"engine.workers must be 0..{MAX_SITES}", self.workers)
+        _require(
+            0 <= self.workers <= MAX_SIMULATED_SITES, f"engine.workers must be 0..{MAX_SIMULATED_SITES}", self.workers
+        )
         _require(self.threads >= 1, "engine.threads must be >= 1", self.threads)
         _require(self.kind == "ray" or self.address is None, "engine.address is for ray only", self.address)
 
@@ -143,7 +145,7 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        _require(1 <= self.sites <= MAX_SITES, f"sites must be 1..{MAX_SITES}", self.sites)
+        _require(1 <= self.sites <= MAX_SIMULATED_SITES, f"sites must be 1..{MAX_SIMULATED_SITES}", self.sites)
         _require(
             not self.fleet.expected_sites, "fleet.expected_sites follows from sites; leave it out",
             list(self.fleet.expected_sites),

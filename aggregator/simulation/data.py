@@ -1,4 +1,5 @@
-"""The sites' images on disk: dealt, and photographed by each site's camera.
+"""The data of a simulation: where its parts come from, how they are partitioned among the sites, and each site's
+images on disk.
 
 ::
 
@@ -8,36 +9,274 @@
     OUT/data/*/groups.csv                       which photographs show the same part
     OUT/data/layout.json                        who has what; written last
 
-These are ordinary data sets: ``edgeflame train --data OUT/data/sites/<site>`` learns from what a simulated site does.
-With one camera for all, a folder's photographs are links to where they lie. With cameras of their own, photographs
-are taken anew: of generated boards by the camera, of a folder's photographs as if the camera had looked at them. Then
-the common test part is dealt over all cameras, so that none of its photographs is of a camera nobody trained on.
+1. Parts come from a folder of photographs or are generated boards (:func:`load_parts`). A part is a physical object
+   with all its photographs.
+2. They are partitioned among the sites (:func:`partition_parts`; pure): a part is never split, and every part goes to
+   exactly one site.
+3. Each site's photographs are written (:func:`prepare_site_data`). These are ordinary data sets: ``edgeflame train
+   --data OUT/data/sites/<site>`` learns from what a simulated site does. With one camera for all, a folder's
+   photographs are links to where they lie. With cameras of their own, photographs are taken anew: of generated boards
+   by the camera, of a folder's photographs as if the camera had looked at them. Then the common test part is shared
+   out over all cameras, so that none of its photographs is of a camera nobody trained on.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
-from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.partition import deal
-from aggregator.simulation.sources import Part, Source, open_source
+from aggregator.simulation.config import BoardsData, FolderData, Partition, SimulationConfig
+from edgeflame.boards.board import make_board
 from edgeflame.boards.camera import Camera
+from edgeflame.boards.plan import DatasetSpec, PlannedPart, plan_parts
 from edgeflame.boards.seeds import generator
 from edgeflame.console import Progress
-from edgeflame.dataset import GOOD, GROUPS_FILES
-from edgeflame.errors import StorageError
-from edgeflame.images import ImageU8, write_image
+from edgeflame.dataset import GOOD, GROUPS_FILES, ImageRecord, open_dataset
+from edgeflame.errors import ConfigError, DataError, StorageError
+from edgeflame.images import ImageU8, read_image, read_mask, write_image
 from edgeflame.statedir import storage_errors, write_durably
 
-LAYOUT = "layout.json"
+
+@dataclass(frozen=True, kw_only=True)
+class Photograph:
+    """One picture of a part: a file that exists, or pixels.
+
+    Attributes:
+        stem, suffix: its file name, unique within split and label of its source.
+        image: a file, or ``[H, W, 3]`` uint8 BGR.
+        mask: of the defect; a file, or ``[H, W]`` uint8, 255 on the defect.
+    """
+
+    stem: str
+    suffix: str
+    image: Path | ImageU8
+    mask: Path | ImageU8 | None = None
 
 
-class SitePlace(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class SimulatedPart:
+    """A physical part: never split between sites.
+
+    Attributes:
+        group: its name, unique in the source.
+        category: its texture; of a folder, the folder's name.
+        split, label: ``train`` or ``test``; ``good`` or the defect.
+        photographs: its pictures as a camera takes them; None is the common camera.
+    """
+
+    group: str
+    category: str
+    split: str
+    label: str
+    photographs: Callable[[Camera | None], Iterator[Photograph]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPool:
+    """Parts by name. ``groups_known``: whether parts are known, or every photograph is taken for one."""
+
+    train: Mapping[str, SimulatedPart]
+    test: Mapping[str, SimulatedPart]
+    groups_known: bool
+
+
+def load_parts(config: SimulationConfig) -> PartPool:
+    """The parts that the configuration names; nothing is drawn or read yet.
+
+    Raises:
+        DataError: the folder is no data set, or has no test part.
+    """
+    match config.data:
+        case FolderData():
+            return _load_folder_parts(config.data, config.seed)
+        case BoardsData():
+            return _generate_board_parts(config.data)
+
+
+def _load_folder_parts(data: FolderData, seed: int) -> PartPool:
+    dataset = open_dataset(Path(data.path), None if data.groups is None else Path(data.groups))
+    if not dataset.test or not any(record.is_good for record in dataset.test):
+        msg = f"{dataset.root}: a simulation measures its models; expected test/good and test/<defect> below it"
+        raise DataError(msg)
+    by_key: dict[tuple[str, str, str], list[ImageRecord]] = {}
+    for split, records in (("train", dataset.train), ("test", dataset.test)):
+        for record in records:
+            by_key.setdefault((split, record.label, record.group), []).append(record)
+    numbers = {record.path: index for index, record in enumerate((*dataset.train, *dataset.test))}
+    train: dict[str, SimulatedPart] = {}
+    test: dict[str, SimulatedPart] = {}
+    for (split, label, group), photographs in by_key.items():
+        part = SimulatedPart(
+            group=group,
+            category=dataset.root.name,
+            split=split,
+            label=label,
+            photographs=_folder_photographer(photographs, numbers, seed),
+        )
+        # A part may have good photographs and defective ones.
+        (train if split == "train" else test)[group if split == "train" else f"{label}:{group}"] = part
+    chosen = _draw_subset(sorted(train), data.max_train_groups, generator(seed, "train parts"))
+    kept: list[str] = []
+    for label in sorted({part.label for part in test.values()}):
+        own = sorted(name for name, part in test.items() if part.label == label)
+        kept += _draw_subset(own, data.max_test_groups, generator(seed, "test parts", label))
+    return PartPool(
+        train={name: train[name] for name in chosen},
+        test={name: test[name] for name in kept},
+        groups_known=dataset.groups_known,
+    )
+
+
+def _draw_subset(names: Sequence[str], at_most: int | None, rng: np.random.Generator) -> list[str]:
+    if at_most is None or at_most >= len(names):
+        return list(names)
+    return sorted(names[index] for index in rng.permutation(len(names))[:at_most])
+
+
+def _folder_photographer(
+    records: Sequence[ImageRecord], numbers: Mapping[Path, int], seed: int
+) -> Callable[[Camera | None], Iterator[Photograph]]:
+    def photographs(camera: Camera | None) -> Iterator[Photograph]:
+        for record in records:
+            # Numbered, because folders below train/good may hold files of one name.
+            stem = f"{numbers[record.path]:05d}-{record.path.stem}"
+            if camera is None:
+                yield Photograph(stem=stem, suffix=record.path.suffix, image=record.path, mask=record.mask)
+                continue
+            image = camera.rephotograph(read_image(record.path), generator(seed, "rephotograph", record.name))
+            mask = None if record.mask is None else read_mask(record.mask)
+            yield Photograph(stem=stem, suffix=".png", image=image, mask=mask)
+
+    return photographs
+
+
+def _generate_board_parts(data: BoardsData) -> PartPool:
+    train: dict[str, SimulatedPart] = {}
+    test: dict[str, SimulatedPart] = {}
+    for texture in data.textures:
+        spec = DatasetSpec(
+            texture=texture,
+            num_train_parts=data.train_parts,
+            num_test_good_parts=data.test_good_parts,
+            num_test_defective_parts=data.test_defective_parts,
+            num_photos=data.photos,
+            image_size=data.image_size,
+            seed=data.seed,
+            camera=Camera(),
+        )
+        for planned in plan_parts(spec):
+            part = SimulatedPart(
+                group=f"{texture}-{planned.group}",
+                category=texture,
+                split=planned.split,
+                label=planned.label,
+                photographs=_board_photographer(planned, spec),
+            )
+            (train if planned.split == "train" else test)[part.group] = part
+    return PartPool(train=train, test=test, groups_known=True)
+
+
+def _board_photographer(planned: PlannedPart, spec: DatasetSpec) -> Callable[[Camera | None], Iterator[Photograph]]:
+    def photographs(camera: Camera | None) -> Iterator[Photograph]:
+        board = make_board(
+            texture=spec.texture,
+            seed=planned.seed,
+            image_size=spec.image_size,
+            defect=None if planned.label == GOOD else planned.label,
+            severity=planned.severity,
+        )
+        for photo, stem in enumerate(planned.stems):
+            image, mask = (camera or spec.camera).photograph(board, generator(planned.seed, "photograph", photo))
+            yield Photograph(stem=f"{spec.texture}-{stem}", suffix=".png", image=image, mask=mask)
+
+    return photographs
+
+
+def partition_parts(
+    groups: Mapping[str, str], sites: Sequence[str], partition: Partition, rng: np.random.Generator
+) -> dict[str, list[str]]:
+    """Which parts each site has.
+
+    Args:
+        groups: the category of every part.
+        sites: who gets them.
+        partition: by which rule.
+        rng: of all that is drawn.
+
+    Returns:
+        For every site its parts, sorted.
+
+    Raises:
+        ConfigError: there are too few parts.
+    """
+    names = sorted(groups)
+    quotas = _site_quotas(len(names), len(sites), partition, rng)
+    shuffled = [names[index] for index in rng.permutation(len(names))]
+    if partition.category_beta is None:
+        edges = np.cumsum([0, *quotas])
+        hands = [shuffled[start:stop] for start, stop in itertools.pairwise(edges)]
+    else:
+        hands = _partition_by_category(shuffled, groups, quotas, partition.category_beta, rng)
+    return {site: sorted(hand) for site, hand in zip(sites, hands, strict=True)}
+
+
+def _site_quotas(num_groups: int, num_sites: int, partition: Partition, rng: np.random.Generator) -> list[int]:
+    """How many parts each site gets: the minimum, and of the rest its share (even, or drawn)."""
+    rest = num_groups - num_sites * partition.min_groups
+    if rest < 0:
+        msg = (
+            f"{num_sites} sites of at least {partition.min_groups} parts need {num_sites * partition.min_groups}, "
+            f"there are {num_groups} to train on; take fewer sites, more parts, or a lower partition.min_groups"
+        )
+        raise ConfigError(msg)
+    if partition.beta == "even":
+        shares = np.full(num_sites, 1 / num_sites)
+    else:
+        shares = rng.dirichlet(np.full(num_sites, partition.beta))
+    extra = np.floor(shares * rest).astype(int)
+    # What rounding down left over goes to those who lost most by it.
+    by_loss = np.argsort(-(shares * rest - extra), kind="stable")
+    extra[by_loss[: rest - int(extra.sum())]] += 1
+    return [int(partition.min_groups + one) for one in extra]
+
+
+def _partition_by_category(
+    shuffled: Sequence[str], groups: Mapping[str, str], quotas: Sequence[int], beta: float, rng: np.random.Generator
+) -> list[list[str]]:
+    """Each site draws its own mixture q ~ Dir(beta p), p the categories' shares, and its parts by q (Hsu et al. 2019).
+
+    A category that is used up is drawn no more: q is renormalised over the rest, in which a site's q may be zero to
+    rounding; then it takes what is most plentiful.
+    """
+    categories = sorted(set(groups.values()))
+    left = {category: [name for name in shuffled if groups[name] == category] for category in categories}
+    prior = np.array([len(left[category]) for category in categories]) / len(shuffled)
+    hands = []
+    for quota in quotas:
+        mixture = rng.dirichlet(beta * prior)
+        hand = []
+        for _ in range(quota):
+            stock = np.array([len(left[category]) for category in categories])
+            weights = np.where(stock > 0, mixture, 0.0)
+            if weights.sum() > 0:
+                chosen = int(rng.choice(len(categories), p=weights / weights.sum()))
+            else:
+                chosen = int(np.argmax(stock))
+            hand.append(left[categories[chosen]].pop())
+        hands.append(hand)
+    return hands
+
+
+LAYOUT_FILE = "layout.json"
+
+
+class SiteData(msgspec.Struct, frozen=True, kw_only=True):
     """What a site has."""
 
     site: str
@@ -53,14 +292,14 @@ class SitePlace(msgspec.Struct, frozen=True, kw_only=True):
     """None: the common one."""
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
+class SiteLayout(msgspec.Struct, frozen=True, kw_only=True):
     """The sites in the order of their names."""
 
     common: str
-    sites: tuple[SitePlace, ...]
+    sites: tuple[SiteData, ...]
 
 
-def lay_out(config: SimulationConfig, out_dir: Path, report: Progress) -> Layout:
+def prepare_site_data(config: SimulationConfig, out_dir: Path, report: Progress) -> SiteLayout:
     """Deal the data and write the sites' folders, if that was not done already.
 
     Raises:
@@ -70,25 +309,25 @@ def lay_out(config: SimulationConfig, out_dir: Path, report: Progress) -> Layout
     """
     target, staging = out_dir / "data", out_dir / ".data.unfinished"
     if not target.exists():
-        source = open_source(config)
+        source = load_parts(config)
         with storage_errors(staging, "prepare the sites' data"):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        layout = _write(config, source, staging, report)
-        write_durably(staging / LAYOUT, msgspec.json.format(msgspec.json.encode(layout), indent=1))
+        layout = _write_site_data(config, source, staging, report)
+        write_durably(staging / LAYOUT_FILE, msgspec.json.format(msgspec.json.encode(layout), indent=1))
         with storage_errors(target, "prepare the sites' data"):
             staging.rename(target)
-    path = target / LAYOUT
+    path = target / LAYOUT_FILE
     try:
         with storage_errors(path, "read"):
-            return msgspec.json.decode(path.read_bytes(), type=Layout)
+            return msgspec.json.decode(path.read_bytes(), type=SiteLayout)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         msg = f"{path}: damaged ({exc}); simulate into another folder"
         raise StorageError(msg) from exc
 
 
-def _write(config: SimulationConfig, source: Source, root: Path, report: Progress) -> Layout:
-    hands = deal(
+def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, report: Progress) -> SiteLayout:
+    hands = partition_parts(
         {name: part.category for name, part in source.train.items()},
         config.site_names,
         config.partition,
@@ -99,21 +338,21 @@ def _write(config: SimulationConfig, source: Source, root: Path, report: Progres
     names = sorted(source.test)
     photographers = [cameras[config.site_names[i % config.sites]] for i in range(len(names))]
     order = generator(config.seed, "photographers").permutation(len(names))
-    common = _Folder(root / "common", with_groups=source.groups_known)
+    common = _DatasetWriter(root / "common", with_groups=source.groups_known)
     common.write((source.test[name], photographers[index]) for name, index in zip(names, order, strict=True))
     everywhere = {part.category for part in source.train.values()}
     places = []
     for done, (site, hand) in enumerate(hands.items(), start=1):
         parts = [source.train[name] for name in hand]
-        folder = _Folder(root / "sites" / site, with_groups=source.groups_known)
+        folder = _DatasetWriter(root / "sites" / site, with_groups=source.groups_known)
         num_images = folder.write((part, cameras[site]) for part in parts)
-        categories = _count(part.category for part in parts)
+        categories = _count_categories(part.category for part in parts)
         apart = config.evaluation.sites and (own or set(categories) != everywhere)
         if apart:
             own_test = [part for name in names if (part := source.test[name]).category in categories]
             folder.write((part, cameras[site]) for part in own_test)
         places.append(
-            SitePlace(
+            SiteData(
                 site=site,
                 data=f"data/sites/{site}",
                 test=f"data/sites/{site}" if apart else "data/common",
@@ -124,10 +363,10 @@ def _write(config: SimulationConfig, source: Source, root: Path, report: Progres
             )
         )
         report(done, config.sites, "photographing" if own else "dealing")
-    return Layout(common="data/common", sites=tuple(places))
+    return SiteLayout(common="data/common", sites=tuple(places))
 
 
-class _Folder:
+class _DatasetWriter:
     """A data set in the MVTec layout that is being written."""
 
     def __init__(self, root: Path, *, with_groups: bool) -> None:
@@ -135,7 +374,7 @@ class _Folder:
         self._with_groups = with_groups
         self._rows = ["path,group"]
 
-    def write(self, parts: Iterable[tuple[Part, Camera | None]]) -> int:
+    def write(self, parts: Iterable[tuple[SimulatedPart, Camera | None]]) -> int:
         """Add parts as a camera sees them; how many photographs those were."""
         before = len(self._rows)
         for part, camera in parts:
@@ -160,7 +399,7 @@ class _Folder:
         write_image(path, content)
 
 
-def _count(categories: Iterable[str]) -> dict[str, int]:
+def _count_categories(categories: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for category in sorted(categories):
         counts[category] = counts.get(category, 0) + 1

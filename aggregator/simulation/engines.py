@@ -1,6 +1,6 @@
-"""Where simulated sites do their work: in this process, in a few others, or on a Ray cluster.
+"""Where simulated sites do their work: in this process, in a pool of worker processes, or on a Ray cluster.
 
-An engine is handed a function from the bytes of a task to the bytes of its answer. What happens in a task depends on
+An engine is given a function from the bytes of a task to the bytes of its answer. What happens in a task depends on
 the task alone and on files it names, so a result does not depend on the engine.
 """
 
@@ -25,13 +25,13 @@ from edgeflame import errors
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, MissingDependencyError
 from edgeflame.simulated import ANSWER, MeasureAnswer, Problem, SiteAnswer, Task
 
-Handle = Callable[[bytes], bytes]
+TaskHandler = Callable[[bytes], bytes]
 """Importable by name in another process."""
 
 PR_SET_PDEATHSIG = 1
 
 
-class Engine(Protocol):
+class SimulationEngine(Protocol):
     """Carries out tasks."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
@@ -44,7 +44,7 @@ class Engine(Protocol):
 
 
 @contextlib.contextmanager
-def open_engine(config: EngineConfig, handle: Handle) -> Iterator[Engine]:
+def open_simulation_engine(config: EngineConfig, handle: TaskHandler) -> Iterator[SimulationEngine]:
     """The engine that is configured; what it started ends with the context.
 
     Raises:
@@ -52,31 +52,31 @@ def open_engine(config: EngineConfig, handle: Handle) -> Iterator[Engine]:
         MissingDependencyError: Ray is not installed.
     """
     if config.kind == "ray":
-        with _ray(config) as ray:
-            yield _Ray(ray, config, handle)
+        with _ray_session(config) as ray:
+            yield _RayEngine(ray, config, handle)
     elif config.workers:
         # Forking would copy the locks of numerical libraries' threads.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_begin_worker) as pool:
+        with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_init_worker) as pool:
             try:
-                yield _Pool(pool, handle)
+                yield _ProcessPoolEngine(pool, handle)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
     else:
-        yield _Here(handle)
+        yield _InProcessEngine(handle)
 
 
-class _Here:
-    def __init__(self, handle: Handle) -> None:
+class _InProcessEngine:
+    def __init__(self, handle: TaskHandler) -> None:
         self._handle = handle
 
     def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
         for task in tasks:
-            yield _decode(self._handle(msgspec.json.encode(task)))
+            yield _decode_answer(self._handle(msgspec.json.encode(task)))
 
 
-class _Pool:
-    def __init__(self, pool: ProcessPoolExecutor, handle: Handle) -> None:
+class _ProcessPoolEngine:
+    def __init__(self, pool: ProcessPoolExecutor, handle: TaskHandler) -> None:
         self._pool = pool
         self._handle = handle
 
@@ -84,14 +84,14 @@ class _Pool:
         futures = [self._pool.submit(self._handle, msgspec.json.encode(task)) for task in tasks]
         try:
             for future in as_completed(futures):
-                yield _decode(future.result())
+                yield _decode_answer(future.result())
         except BrokenProcessPool as exc:
             msg = "a worker process of the simulation died (out of memory?); run the command again to go on"
             raise FederationError(msg) from exc
 
 
-class _Ray:
-    def __init__(self, ray: Any, config: EngineConfig, handle: Handle) -> None:
+class _RayEngine:
+    def __init__(self, ray: Any, config: EngineConfig, handle: TaskHandler) -> None:
         self._ray = ray
         self._at_a_time = config.workers
         # Ray gives a task as many threads of the numerical libraries as it gives it CPUs.
@@ -106,7 +106,7 @@ class _Ray:
                 while waiting and len(running) < (self._at_a_time or len(tasks)):
                     running.append(self._remote.remote(msgspec.json.encode(waiting.pop())))
                 done, running = ray.wait(running, num_returns=1)
-                yield _decode(ray.get(done[0]))
+                yield _decode_answer(ray.get(done[0]))
         except ray.exceptions.RayTaskError:
             # Not the cluster's fault; what is expected comes as a Problem.
             raise
@@ -116,7 +116,7 @@ class _Ray:
 
 
 @contextlib.contextmanager
-def _ray(config: EngineConfig) -> Iterator[Any]:
+def _ray_session(config: EngineConfig) -> Iterator[Any]:
     # Nothing of ours goes to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -141,14 +141,14 @@ def _ray(config: EngineConfig) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _begin_worker() -> None:
+def _init_worker() -> None:
     # The parent decides what Ctrl-C means, and a worker must not outlive it, however it ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _decode(data: bytes) -> SiteAnswer | MeasureAnswer:
+def _decode_answer(data: bytes) -> SiteAnswer | MeasureAnswer:
     answer = ANSWER.decode(data)
     if isinstance(answer, Problem):
         kind = getattr(errors, answer.error, FederationError)

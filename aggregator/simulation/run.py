@@ -1,16 +1,17 @@
-"""A simulated run: the round machine, with sites that are asked in turn instead of over MQTT.
+"""A simulated run: the round state machine, with sites that are asked in turn instead of over MQTT.
 
-What the service does when a message arrives, this does when a site has answered: it tells the machine, writes the
-machine's facts to the journal, and acts on them. Time stands still, so no deadline passes. Killed at any moment and
-started again, it goes on from the journal and the sites' state directories, to the same bits.
+What the service does when a message arrives, this does when a site has answered: it tells the state machine, writes
+the resulting events to the journal, and acts on them. The clock is stopped, so no deadline passes. Killed at any moment
+and started again, it continues from the journal and the sites' state directories, to the same bits.
 
 ::
 
     OUT/simulation.json          the configuration and who has what
     OUT/data                     the sites' images (:mod:`aggregator.simulation.data`)
     OUT/state, OUT/sites/<site>  state directories of the aggregator and the sites
-    OUT/figures/round-<n>.json, site-<site>.json
-    OUT/ledger.json, OUT/global-model.safetensors, OUT/metrics.json
+    OUT/figures/round-<n>.json, site-<site>.json   measured metrics, each measured once and kept
+    OUT/ledger.json, OUT/global-model.safetensors
+    OUT/metrics.json             all measured metrics together
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from typing import Any
 
 import msgspec
 
-from aggregator.announcer import Announcer
-from aggregator.conduct import LEDGER, RunResult, judge, log_fact, open_run, settle, write_results
-from aggregator.facts import RunState
+from aggregator.events import RunState
 from aggregator.journal import Journal
-from aggregator.rounds import Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.publisher import StatePublisher
+from aggregator.rounds import AggregateRound, ReceiveUpload, RecordEvent, RoundMachine, RoundOutput, SendToSite
+from aggregator.run import LEDGER_FILE, RunResult, close_round, log_event, open_run, write_results
 from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.data import Layout, lay_out
-from aggregator.simulation.engines import Engine
-from aggregator.simulation.figures import Figures
+from aggregator.simulation.data import SiteLayout, prepare_site_data
+from aggregator.simulation.engines import SimulationEngine
+from aggregator.validation import validate_upload
 from edgeflame.boards.seeds import derive_seed
 from edgeflame.console import EventLog, Progress
 from edgeflame.errors import ConfigError, FederationError, StorageError
@@ -39,14 +40,73 @@ from edgeflame.simulated import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
 from edgeflame.statedir import link_or_copy, locked_state_dir, storage_errors, write_durably
 from edgeflame.transfer.store import BlobStore
 
+METRICS_FILE = "metrics.json"
+
+
+class MeasuredMetrics:
+    """A folder of figures.
+
+    Raises:
+        StorageError: here and in every method, when the disk fails or a file is damaged.
+    """
+
+    def __init__(self, out_dir: Path) -> None:
+        self._out_dir = out_dir
+        self._folder = out_dir / "figures"
+        with storage_errors(self._folder, "create"):
+            self._folder.mkdir(exist_ok=True)
+
+    def has_round(self, number: int) -> bool:
+        """Whether the global model of a round is measured; 0 is the initial one."""
+        return self._round(number).exists()
+
+    def keep_round(self, number: int, answer: MeasureAnswer) -> None:
+        self._keep(self._round(number), answer)
+
+    def has_site(self, site: str) -> bool:
+        """Whether a site's final model is measured."""
+        return self._site(site).exists()
+
+    def keep_site(self, answer: MeasureAnswer) -> None:
+        self._keep(self._site(answer.name), answer)
+
+    def write_all(self, sites: Sequence[str]) -> dict[str, Any]:
+        """Write ``metrics.json``: the rounds in order, then the sites."""
+        rounds = sorted(int(path.stem[6:]) for path in self._folder.glob("round-*.json"))
+        every = {
+            "rounds": [{"round": number, **self._read(self._round(number))} for number in rounds],
+            "sites": {site: self._read(self._site(site)) for site in sites if self.has_site(site)},
+        }
+        write_durably(self._out_dir / METRICS_FILE, msgspec.json.format(msgspec.json.encode(every), indent=1) + b"\n")
+        return every
+
+    def _round(self, number: int) -> Path:
+        return self._folder / f"round-{number:06d}.json"
+
+    def _site(self, site: str) -> Path:
+        return self._folder / f"site-{site}.json"
+
+    def _keep(self, path: Path, answer: MeasureAnswer) -> None:
+        record = {"figures": answer.figures, "classes": answer.classes}
+        write_durably(path, msgspec.json.encode(record))
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            with storage_errors(path, "read"):
+                return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            msg = f"{path}: damaged ({exc}); delete it to have it measured again"
+            raise StorageError(msg) from exc
+
+
 log = EventLog("simulation")
 
-RECORD = "simulation.json"
-NOW = 0.0
+RECORD_FILE = "simulation.json"
+STOPPED_CLOCK_S = 0.0
 """The clock stands still: nobody is slow in a simulation."""
 
 
-def simulate(config: SimulationConfig, out_dir: Path, engine: Engine, report: Progress) -> RunResult:
+def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, report: Progress) -> RunResult:
     """Run a simulation to its end: a new one, or the one that ``out_dir`` holds.
 
     Args:
@@ -61,11 +121,11 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: Engine, report: Pr
     """
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(out_dir, holds="simulation"))
-        _hold_to(config, out_dir)
-        layout = lay_out(config, out_dir, report)
-        _record(config, layout, out_dir)
+        _require_same_config(config, out_dir)
+        layout = prepare_site_data(config, out_dir, report)
+        _write_record(config, layout, out_dir)
         if config.alone is not None:
-            return _each_alone(config, layout, out_dir.resolve(), engine, report)
+            return _run_solo(config, layout, out_dir.resolve(), engine, report)
         state_dir = out_dir / "state"
         with storage_errors(state_dir, "create"):
             state_dir.mkdir(exist_ok=True)
@@ -77,8 +137,8 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: Engine, report: Pr
             run.close()
 
 
-def _hold_to(config: SimulationConfig, out_dir: Path) -> None:
-    path = out_dir / RECORD
+def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
+    path = out_dir / RECORD_FILE
     if not path.exists():
         return
     try:
@@ -94,14 +154,16 @@ def _hold_to(config: SimulationConfig, out_dir: Path) -> None:
         raise ConfigError(msg)
 
 
-def _record(config: SimulationConfig, layout: Layout, out_dir: Path) -> None:
+def _write_record(config: SimulationConfig, layout: SiteLayout, out_dir: Path) -> None:
     record = {"config": config.decisive(), "sites": layout.sites}
-    write_durably(out_dir / RECORD, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    write_durably(out_dir / RECORD_FILE, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
-def _each_alone(config: SimulationConfig, layout: Layout, out_dir: Path, engine: Engine, report: Progress) -> RunResult:
+def _run_solo(
+    config: SimulationConfig, layout: SiteLayout, out_dir: Path, engine: SimulationEngine, report: Progress
+) -> RunResult:
     """No rounds: every site learns by itself, and is measured."""
-    figures = Figures(out_dir)
+    figures = MeasuredMetrics(out_dir)
     tasks = [
         MeasureTask(
             name=place.site,
@@ -113,16 +175,16 @@ def _each_alone(config: SimulationConfig, layout: Layout, out_dir: Path, engine:
         for place in layout.sites
         if not figures.has_site(place.site)
     ]
-    for done, answer in enumerate(measured(engine, tasks), start=1):
+    for done, answer in enumerate(run_measurements(engine, tasks), start=1):
         figures.keep_site(answer)
         report(done, len(tasks), "sites alone")
     figures.write_all([place.site for place in layout.sites])
     ledger = {"outcome": "done", "method": config.alone, "members": list(config.site_names), "rounds": []}
-    write_durably(out_dir / LEDGER, msgspec.json.format(msgspec.json.encode(ledger), indent=2) + b"\n")
-    return RunResult(succeeded=True, reason="", ledger=ledger, ledger_path=out_dir / LEDGER, model_path=None)
+    write_durably(out_dir / LEDGER_FILE, msgspec.json.format(msgspec.json.encode(ledger), indent=2) + b"\n")
+    return RunResult(succeeded=True, reason="", ledger=ledger, ledger_path=out_dir / LEDGER_FILE, model_path=None)
 
 
-def measured(engine: Engine, tasks: Sequence[MeasureTask]) -> Iterator[MeasureAnswer]:
+def run_measurements(engine: SimulationEngine, tasks: Sequence[MeasureTask]) -> Iterator[MeasureAnswer]:
     """The figures asked for, in the order in which they come."""
     for answer in engine.run(tasks):
         assert isinstance(answer, MeasureAnswer)
@@ -133,10 +195,10 @@ class _Simulation:
     def __init__(
         self,
         config: SimulationConfig,
-        layout: Layout,
+        layout: SiteLayout,
         out_dir: Path,
         journal: Journal,
-        engine: Engine,
+        engine: SimulationEngine,
         report: Progress,
     ) -> None:
         self._config = config
@@ -147,9 +209,9 @@ class _Simulation:
         self._engine = engine
         self._report = report
         self._store = BlobStore(self._state_dir)
-        self._announcer = Announcer(self._store, drafts=self._state_dir)
-        self._figures = Figures(self._out_dir)
-        self._machine = RoundMachine(open_run(journal, config.aggregation()), now=NOW)
+        self._announcer = StatePublisher(self._store, drafts=self._state_dir)
+        self._figures = MeasuredMetrics(self._out_dir)
+        self._machine = RoundMachine(open_run(journal, config.aggregation()), now=STOPPED_CLOCK_S)
 
     def close(self) -> None:
         self._announcer.close()
@@ -157,7 +219,7 @@ class _Simulation:
     def to_the_end(self) -> RunResult:
         """Ask the sites for what the run waits for, phase by phase."""
         machine = self._machine
-        self._carry_out(machine.resume(NOW))
+        self._carry_out(machine.resume(STOPPED_CLOCK_S))
         while machine.state.ended is None:
             self._measure_models()
             before = machine.state
@@ -218,50 +280,50 @@ class _Simulation:
     def _on_answer(self, answer: SiteAnswer) -> None:
         machine, site = self._machine, answer.site
         if machine.state.phase == "waiting" and answer.initial is not None:
-            self._carry_out(machine.ready(site, install=answer.install, initial=answer.initial, now=NOW))
+            self._carry_out(machine.ready(site, install=answer.install, initial=answer.initial, now=STOPPED_CLOCK_S))
         if answer.said is None:
             return
         match decode_up(answer.said.encode()):
             case Offer() as offer:
                 assert answer.blob is not None
-                self._carry_out(machine.offered(site, offer, NOW), blob=Path(answer.blob))
+                self._carry_out(machine.offered(site, offer, STOPPED_CLOCK_S), blob=Path(answer.blob))
             case FinishReport() as finished:
-                self._carry_out(machine.finish_reported(site, finished, NOW))
+                self._carry_out(machine.finish_reported(site, finished, STOPPED_CLOCK_S))
             case TaskFailed() as failed:
-                self._carry_out(machine.task_failed(site, failed, NOW))
+                self._carry_out(machine.task_failed(site, failed, STOPPED_CLOCK_S))
             case other:
                 msg = f"{site} says {other.__struct_config__.tag}, which nobody asked for"
                 raise FederationError(msg)
 
-    def _carry_out(self, outputs: Sequence[Output], blob: Path | None = None) -> None:
-        facts = [output.fact for output in outputs if isinstance(output, Record)]
+    def _carry_out(self, outputs: Sequence[RoundOutput], blob: Path | None = None) -> None:
+        facts = [output.fact for output in outputs if isinstance(output, RecordEvent)]
         if facts:
             self._journal.append(self._machine.state.run, facts)
         for output in outputs:
             match output:
-                case Record():
-                    log_fact(output.fact)
-                case Tell(site=site, message=Refusal() as refusal):
+                case RecordEvent():
+                    log_event(output.fact)
+                case SendToSite(site=site, message=Refusal() as refusal):
                     log.warning("refused", site=site, reason=refusal.reason, detail=refusal.detail)
-                case Receive():
+                case ReceiveUpload():
                     assert blob is not None
                     self._receive(output, blob)
-                case Merge():
+                case AggregateRound():
                     self._merge(output)
                 case _:
                     pass
 
-    def _receive(self, output: Receive, blob: Path) -> None:
+    def _receive(self, output: ReceiveUpload, blob: Path) -> None:
         if output.offer.manifest.sha256 not in self._store:
             draft = self._state_dir / ".blob.draft"
             link_or_copy(blob, draft)
             self._store.add(draft)
-        verdict = judge(self._machine.state, output.offer, self._store)
+        verdict = validate_upload(self._machine.state, output.offer, self._store)
         if verdict is not None:
-            self._carry_out(self._machine.checked(output.site, output.offer, verdict, NOW))
+            self._carry_out(self._machine.checked(output.site, output.offer, verdict, STOPPED_CLOCK_S))
 
-    def _merge(self, output: Merge) -> None:
-        self._carry_out(settle(self._machine, output.round, self._store, self._state_dir, lambda: NOW))
+    def _merge(self, output: AggregateRound) -> None:
+        self._carry_out(close_round(self._machine, output.round, self._store, self._state_dir, lambda: STOPPED_CLOCK_S))
         self._store.prune({*self._machine.state.results, *self._announcer.blobs})
 
     # Figures.
@@ -282,7 +344,7 @@ class _Simulation:
             train=tuple(str(self._out_dir / place.data) for place in self._layout.sites),
             test=str(self._out_dir / self._layout.common),
         )
-        for answer in measured(self._engine, [task]):
+        for answer in run_measurements(self._engine, [task]):
             self._figures.keep_round(number, answer)
 
     def _measure_sites(self) -> None:
@@ -299,6 +361,6 @@ class _Simulation:
             for place in self._layout.sites
             if place.site in state.finished and not self._figures.has_site(place.site)
         ]
-        for done, answer in enumerate(measured(self._engine, tasks), start=1):
+        for done, answer in enumerate(run_measurements(self._engine, tasks), start=1):
             self._figures.keep_site(answer)
             self._report(done, len(tasks), "measuring the sites' models")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from aggregator.strategies.fedavg import FedAvg
-from aggregator.strategies.fednova import FedNova
+from aggregator.strategies.averaging import FedAvg, FedNova, Scaffold
 from aggregator.strategies.interface import BlockRule, FileRule, Rule
-from aggregator.strategies.kmeans import KMeansMemory, require_scikit_learn
+from aggregator.strategies.memory import KMeansMemory, require_scikit_learn
 from aggregator.strategies.robust import Median, NormClipping, TrimmedMean
-from aggregator.strategies.scaffold import Scaffold
 from edgeflame.learning import METHODS
 
 AUTO = "auto"
@@ -25,7 +23,7 @@ STRATEGIES: dict[str, Rule] = {
 """By the name a configuration uses."""
 
 
-def rule_name(strategy: str, method: str) -> str:
+def resolve_strategy(strategy: str, method: str) -> str:
     """The rule's own name: ``strategy``, or what ``auto`` means for a federated method."""
     if strategy != AUTO:
         return strategy

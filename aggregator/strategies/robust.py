@@ -30,7 +30,7 @@ class Median:
 
     def combine(self, name: str, base: F64, updates: Iterable[tuple[Contribution, F64]]) -> F64:
         del name, base
-        result: F64 = np.median(_stack(updates), axis=0, overwrite_input=True)
+        result: F64 = np.median(_stack_updates(updates), axis=0, overwrite_input=True)
         return result
 
 
@@ -45,7 +45,7 @@ class TrimmedMean:
 
     def combine(self, name: str, base: F64, updates: Iterable[tuple[Contribution, F64]]) -> F64:
         del name, base
-        values = _stack(updates)
+        values = _stack_updates(updates)
         values.sort(axis=0)
         result: F64 = values[self._cut : len(values) - self._cut].mean(axis=0)
         return result
@@ -69,6 +69,6 @@ class NormClipping:
         return result
 
 
-def _stack(updates: Iterable[tuple[Contribution, F64]]) -> F64:
+def _stack_updates(updates: Iterable[tuple[Contribution, F64]]) -> F64:
     """``[sites, elements]``."""
     return np.stack([values for _, values in updates])

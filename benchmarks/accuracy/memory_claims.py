@@ -32,9 +32,8 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
+from aggregator.aggregate import aggregate_updates, relative_memory_change, relative_model_change
 from aggregator.config import AggregateConfig
-from aggregator.memories import memory_change
-from aggregator.models import merge, relative_change
 from aggregator.strategies.interface import Contribution
 from edgeflame.console import no_progress
 from edgeflame.dataset import Dataset, open_dataset
@@ -125,8 +124,8 @@ def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Tra
             contributions.append(Contribution(site=site, path=out, weight=1 / len(SITES)))
             trace.num_bytes.append(out.stat().st_size)
         base, model = model, folder / str(number)
-        merge(config, base, contributions, model, num_members=len(SITES))
-        change = memory_change if learning.method == "feddymem" else relative_change
+        aggregate_updates(config, base, contributions, model, num_members=len(SITES))
+        change = relative_memory_change if learning.method == "feddymem" else relative_model_change
         trace.changes.append(change(base, model))
         trace.aurocs.append(measure(model))
         print(f"{learning.method} round {number}: AUROC {trace.aurocs[-1]:.3f}", file=sys.stderr)

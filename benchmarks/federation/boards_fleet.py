@@ -11,12 +11,11 @@ from typing import Any
 import msgspec
 import torch
 
-from aggregator.conduct import RunResult
 from aggregator.config import AggregateConfig
+from aggregator.run import RunResult
 from aggregator.simulation.config import BoardsData, EngineConfig, Evaluation, Partition, SimulationConfig
-from aggregator.simulation.engines import open_engine
-from aggregator.simulation.figures import METRICS
-from aggregator.simulation.run import simulate
+from aggregator.simulation.engines import open_simulation_engine
+from aggregator.simulation.run import METRICS_FILE, simulate
 from edgeflame.console import no_progress
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Learning, Training
@@ -72,11 +71,11 @@ def run(
         out.mkdir()
         (out / "data").symlink_to(data)
     handle = functools.partial(answer, residents=Residents(build), measure=Measurer().measure)
-    with open_engine(config.engine, handle) as engine:
+    with open_simulation_engine(config.engine, handle) as engine:
         result = simulate(config, out, engine, no_progress)
     if not data.exists():
         (out / "data").rename(data)
         (out / "data").symlink_to(data)
     if not result.succeeded:
         return result, {}
-    return result, msgspec.json.decode((out / METRICS).read_bytes())["rounds"][-1]["figures"]
+    return result, msgspec.json.decode((out / METRICS_FILE).read_bytes())["rounds"][-1]["figures"]

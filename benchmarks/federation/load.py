@@ -14,7 +14,8 @@ import numpy as np
 import safetensors.numpy
 
 from edgeflame.brokerurl import BrokerUrl
-from edgeflame.link import Down, Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up
 from edgeflame.messages import (
     BlobNeed,
     FinishReport,

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-from aggregator.intake import Intake
+from aggregator.uploads import UploadReceiver
 from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Event, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Received, Up
 from edgeflame.messages import BlobNeed, Offer, Receipt, decode_down, decode_up, encode
 from edgeflame.topics import Chunk, Topics
 from edgeflame.transfer.download import Download
@@ -130,7 +131,9 @@ def intake(control: Control, url: str, _size_bytes: int) -> None:
         tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
         Link(parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put) as link,
     ):
-        taking = Intake(BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode(message)))
+        taking = UploadReceiver(
+            BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode(message))
+        )
         cpu = _ready(control, inbox)
         arrived = None
         while arrived is None:

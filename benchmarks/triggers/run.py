@@ -27,7 +27,8 @@ from edge.results import Inspected
 from edge.sources.interface import make_frame
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Up
 from tests.support.brokers import MOSQUITTO, BrokerProcess
 from tests.support.modbus_server import Plc
 from tests.support.waiting import wait_for

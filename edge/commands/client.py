@@ -13,7 +13,8 @@ from edge.commands.messages import Command, Reply
 from edge.delivery.mqtt import LineState
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.errors import LinkError
-from edgeflame.link import Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Failed, Received, Up
 from edgeflame.topics import Topics, check_name
 
 STATE_GRACE_S = 1.0

@@ -24,7 +24,8 @@ from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, UsageError
 from edgeflame.fleet.kit import Kit, read_kit
-from edgeflame.link import Down, Event, Failed, Link, Received, Sent, Up, Will
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Sent, Up, Will
 from edgeflame.topics import Topics, check_name
 
 log = EventLog("mqtt")

@@ -21,7 +21,8 @@ from edge.models.store import PUBLISHER, PackageStore
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, RuntimeUnavailableError, StorageError
-from edgeflame.link import Down, Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up
 from edgeflame.messages import BlobNeed, encode
 from edgeflame.releases.messages import LineModels, ProductModels, Release, decode_release
 from edgeflame.topics import Chunk, Spoken, Topics

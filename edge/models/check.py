@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgeflame.errors import (
-    DataError,
-    EdgeFlameError,
-    NegativeAnswerError,
-    PackageError,
-    RuntimeUnavailableError,
-)
+from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package, read_package
 from edgeflame.releases.messages import Release
 from edgeflame.signing import public_key_id, read_signature, verify_signature

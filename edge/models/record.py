@@ -18,15 +18,7 @@ from pathlib import Path
 import msgspec
 
 from edgeflame.errors import StorageError
-from edgeflame.releases.messages import (
-    MAX_OUTCOMES,
-    Disagreement,
-    Fate,
-    Outcome,
-    Release,
-    RunningModel,
-    Stage,
-)
+from edgeflame.releases.messages import MAX_OUTCOMES, Disagreement, Fate, Outcome, Release, RunningModel, Stage
 from edgeflame.statedir import write_durably
 
 FORMAT = 1

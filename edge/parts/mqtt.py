@@ -19,7 +19,8 @@ from edge.verdict import Reason
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog
 from edgeflame.errors import DataError
-from edgeflame.link import Down, Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up
 
 log = EventLog("trigger")
 

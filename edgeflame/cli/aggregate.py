@@ -12,8 +12,8 @@ from edgeflame.learning import FEDERATED_METHODS
 from edgeflame.presets import PRESETS
 
 if TYPE_CHECKING:
-    from aggregator.conduct import RunResult
     from aggregator.config import AggregateConfig
+    from aggregator.run import RunResult
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -58,7 +58,7 @@ def command(
     with the same --state, it continues where it was. With --stay it goes when it is interrupted or told to by
     `edgeflame rounds stop`. `edgeflame rounds` also pauses or removes sites, and ends the rounds early.
     """
-    from aggregator.service import aggregate
+    from aggregator.service import run_aggregator
     from edgeflame.console import print_json, progress_bar
     from edgeflame.errors import NegativeAnswerError
 
@@ -66,7 +66,7 @@ def command(
     met = contact(broker, kit=kit, ca=ca, cert=cert, key=key, role="aggregator")
     fleet = agreed("--fleet", fleet, met.fleet)
     with progress_bar(f"fleet {fleet}: rounds") as report:
-        result = aggregate(
+        result = run_aggregator(
             broker=met.url,
             fleet=fleet,
             state_dir=state,

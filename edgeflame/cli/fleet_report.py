@@ -41,7 +41,7 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
 
 def _from_journal(state: Path) -> dict[str, Any]:
     from aggregator.journal import Journal
-    from aggregator.ledger import ledger
+    from aggregator.ledger import build_ledger
     from edgeflame.errors import UsageError
 
     path = state / "journal.sqlite"
@@ -53,7 +53,7 @@ def _from_journal(state: Path) -> dict[str, Any]:
     if run is None:
         msg = f"{path}: the journal has no run yet"
         raise UsageError(msg)
-    return ledger(run)
+    return build_ledger(run)
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

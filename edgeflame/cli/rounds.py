@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from aggregator.requests import Request
+    from aggregator.control import OperatorRequest
 
 _STATE = click.option(
     "--state",
@@ -36,9 +36,9 @@ def command() -> None:
 @_REASON
 def stop(state: Path, reason: str) -> None:
     """End the run now, without a result; or send away an aggregator that stays after the end."""
-    from aggregator.requests import Stop
+    from aggregator.control import StopRun
 
-    _ask(state, Stop(reason=reason))
+    _ask(state, StopRun(reason=reason))
 
 
 @command.command()
@@ -46,7 +46,7 @@ def stop(state: Path, reason: str) -> None:
 @_REASON
 def finish(state: Path, reason: str) -> None:
     """Begin no further round: the model of the round at hand is the final one."""
-    from aggregator.requests import FinishEarly
+    from aggregator.control import FinishEarly
 
     _ask(state, FinishEarly(reason=reason))
 
@@ -57,7 +57,7 @@ def finish(state: Path, reason: str) -> None:
 @_REASON
 def pause(site: str, state: Path, reason: str) -> None:
     """Have SITE rest: it stops computing, is not asked, and is not missed."""
-    from aggregator.requests import PauseSite
+    from aggregator.control import PauseSite
     from edgeflame.topics import check_name
 
     _ask(state, PauseSite(site=check_name("site", site), reason=reason))
@@ -68,7 +68,7 @@ def pause(site: str, state: Path, reason: str) -> None:
 @_STATE
 def resume(site: str, state: Path) -> None:
     """Have SITE go on."""
-    from aggregator.requests import ResumeSite
+    from aggregator.control import ResumeSite
     from edgeflame.topics import check_name
 
     _ask(state, ResumeSite(site=check_name("site", site)))
@@ -80,14 +80,14 @@ def resume(site: str, state: Path) -> None:
 @_REASON
 def remove(site: str, state: Path, reason: str) -> None:
     """Take SITE out of the run for good. What it has contributed stays; it may come back by joining anew."""
-    from aggregator.requests import RemoveSite
+    from aggregator.control import RemoveSite
     from edgeflame.topics import check_name
 
     _ask(state, RemoveSite(site=check_name("site", site), reason=reason))
 
 
-def _ask(state: Path, request: Request) -> None:
-    from aggregator.requests import RequestBox
+def _ask(state: Path, request: OperatorRequest) -> None:
+    from aggregator.control import RequestQueue
     from edgeflame.errors import StorageError, UsageError
     from edgeflame.statedir import is_in_use
 
@@ -97,7 +97,7 @@ def _ask(state: Path, request: Request) -> None:
     if len(request.reason) > 500:
         msg = f"a reason has at most 500 characters, not {len(request.reason)}"
         raise UsageError(msg)
-    box = RequestBox(state)
+    box = RequestQueue(state)
     running = is_in_use(state)
     number = box.put(request)
     if not running:

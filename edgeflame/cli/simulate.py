@@ -14,7 +14,7 @@ import click
 from edgeflame.console import LOGGER_NAME
 
 if TYPE_CHECKING:
-    from aggregator.conduct import RunResult
+    from aggregator.run import RunResult
     from trainer.agent.orders import Setup
     from trainer.agent.work import SiteWork
 
@@ -39,7 +39,7 @@ def command(config_path: Path, out: Path | None, as_json: bool) -> None:
     and --out, it continues to the same result. Exits with 1 when a round misses its quorum.
     """
     from aggregator.simulation.config import SimulationConfig
-    from aggregator.simulation.engines import open_engine
+    from aggregator.simulation.engines import open_simulation_engine
     from aggregator.simulation.run import simulate
     from edgeflame.config import load_config
     from edgeflame.console import print_json, progress_bar
@@ -49,7 +49,7 @@ def command(config_path: Path, out: Path | None, as_json: bool) -> None:
     # Child processes inherit it, as libraries that are not loaded yet do.
     os.environ[_THREADS] = str(config.engine.threads)
     out_dir = out or Path(config_path.stem)
-    with open_engine(config.engine, handle) as engine, progress_bar("simulation") as report:
+    with open_simulation_engine(config.engine, handle) as engine, progress_bar("simulation") as report:
         result = simulate(config, out_dir, engine, report)
     if as_json:
         print_json(_metrics(out_dir))
@@ -105,9 +105,9 @@ def _work(setup: Setup) -> SiteWork:
 def _metrics(out_dir: Path) -> dict[str, Any]:
     import msgspec
 
-    from aggregator.simulation.figures import METRICS
+    from aggregator.simulation.run import METRICS_FILE
 
-    return msgspec.json.decode((out_dir / METRICS).read_bytes(), type=dict[str, Any])
+    return msgspec.json.decode((out_dir / METRICS_FILE).read_bytes(), type=dict[str, Any])
 
 
 def _print_summary(result: RunResult, out_dir: Path) -> None:

@@ -15,7 +15,8 @@ from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog
 from edgeflame.errors import FederationError, LinkError
 from edgeflame.fleet import access
-from edgeflame.link import Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Failed, Received, Up
 from edgeflame.messages import Presence, Turned, decode_presence, encode
 from edgeflame.topics import Topics
 

@@ -9,7 +9,8 @@ from types import TracebackType
 
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.fleet.view import FleetView
-from edgeflame.link import Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Failed, Received, Up
 
 
 class Onlooker:

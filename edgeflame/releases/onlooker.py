@@ -11,7 +11,8 @@ import msgspec
 
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.errors import LinkError, NegativeAnswerError
-from edgeflame.link import Event, Failed, Link, Received, Sent, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Failed, Received, Sent, Up
 from edgeflame.messages import encode
 from edgeflame.releases.messages import Release
 from edgeflame.releases.view import FleetModels

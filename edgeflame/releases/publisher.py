@@ -21,7 +21,8 @@ import msgspec
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog
 from edgeflame.errors import FederationError, NegativeAnswerError, PackageError
-from edgeflame.link import Down, Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up
 from edgeflame.messages import encode
 from edgeflame.package import read_package
 from edgeflame.releases.messages import Release, decode_need, decode_release

@@ -9,13 +9,7 @@ import msgspec
 
 from edgeflame.errors import FederationError
 from edgeflame.messages import MAX_MESSAGE_BYTES
-from edgeflame.releases.messages import (
-    LineModels,
-    ProductModels,
-    Release,
-    decode_line_models,
-    decode_release,
-)
+from edgeflame.releases.messages import LineModels, ProductModels, Release, decode_line_models, decode_release
 from edgeflame.topics import Spoken, Topics
 
 Until = Literal["checked", "running"]

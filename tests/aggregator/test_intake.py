@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.intake import MAX_CHUNKS_COMING, Intake
+from aggregator.uploads import MAX_CHUNKS_IN_FLIGHT, UploadReceiver
 from edgeflame.messages import BlobNeed, Offer
 from edgeflame.transfer.manifest import describe_file, unpack_mask
 from edgeflame.transfer.sender import Sender
@@ -28,7 +28,7 @@ def test_what_is_on_its_way_from_all_sites_stays_below_what_a_broker_queues(tmp_
     answers: list[tuple[str, BlobNeed]] = []
     on_the_way: list[tuple[str, int]] = []
     most = 0
-    intake = Intake(BlobStore(folder / "store"), lambda site, need: answers.append((site, need)))
+    intake = UploadReceiver(BlobStore(folder / "store"), lambda site, need: answers.append((site, need)))
     waiting = sorted(senders)
     arrived = 0
     now = 0.0
@@ -48,6 +48,6 @@ def test_what_is_on_its_way_from_all_sites_stays_below_what_a_broker_queues(tmp_
         if on_the_way:
             site, index = on_the_way.pop(chance.randrange(min(len(on_the_way), 20)))
             arrived += intake.chunk(site, manifest.sha256, index, blob[index : index + 1], now=now)[1] is not None
-    assert most <= MAX_CHUNKS_COMING + num_sites
-    assert most >= min(NUM_CHUNKS / 2, MAX_CHUNKS_COMING / 2), "the sites are held back for nothing"
+    assert most <= MAX_CHUNKS_IN_FLIGHT + num_sites
+    assert most >= min(NUM_CHUNKS / 2, MAX_CHUNKS_IN_FLIGHT / 2), "the sites are held back for nothing"
     intake.close()

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.conduct import open_run
+from aggregator.aggregate import aggregate_updates, relative_memory_change
 from aggregator.config import AggregateConfig
 from aggregator.journal import Journal
-from aggregator.memories import check_initial_memory, check_memory, memory_change
-from aggregator.models import merge
+from aggregator.run import open_run
 from aggregator.strategies.interface import Contribution
-from aggregator.strategies.kmeans import clusters
+from aggregator.strategies.memory import kmeans_labels
+from aggregator.validation import validate_initial_memory, validate_memory
 from edgeflame.errors import ConfigError, MissingDependencyError
 from edgeflame.learning import Learning, Memory
 from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
@@ -73,23 +73,23 @@ def test_what_a_site_sends_is_checked(
     changes: dict[str, object], samples: int, reason: str | None, base: Path, tmp_path: Path
 ) -> None:
     update = written(tmp_path / "update", bank(**changes))
-    assert check_memory(update, base, CONFIG, num_samples=samples).reason == reason
+    assert validate_memory(update, base, CONFIG, num_samples=samples).reason == reason
 
 
 def test_more_prototypes_than_asked_for_and_far_ones_are_refused(base: Path, tmp_path: Path) -> None:
     update = written(tmp_path / "update", bank(9))
-    assert check_memory(update, base, CONFIG, num_samples=20).reason == "schema"
+    assert validate_memory(update, base, CONFIG, num_samples=20).reason == "schema"
     fleet = written(tmp_path / "fleet", bank(seed=1))
     far = written(tmp_path / "far", bank(prototypes=np.full((8, 3), 100, np.float32)))
-    assert check_memory(far, fleet, CONFIG, num_samples=20).reason == "norm"
-    assert check_memory(written(tmp_path / "near", bank()), fleet, CONFIG, num_samples=20).reason is None
+    assert validate_memory(far, fleet, CONFIG, num_samples=20).reason == "norm"
+    assert validate_memory(written(tmp_path / "near", bank()), fleet, CONFIG, num_samples=20).reason is None
     (tmp_path / "bytes").write_bytes(b"no bank")
-    assert check_memory(tmp_path / "bytes", base, CONFIG, num_samples=20).reason == "not_tensors"
+    assert validate_memory(tmp_path / "bytes", base, CONFIG, num_samples=20).reason == "not_tensors"
 
 
 def test_a_run_starts_from_an_empty_memory(base: Path, tmp_path: Path) -> None:
-    assert check_initial_memory(base).reason is None
-    assert check_initial_memory(written(tmp_path / "full", bank())).reason == "schema"
+    assert validate_initial_memory(base).reason is None
+    assert validate_initial_memory(written(tmp_path / "full", bank())).reason == "schema"
 
 
 def contributions(folder: Path, seeds: list[int]) -> list[Contribution]:
@@ -101,8 +101,8 @@ def contributions(folder: Path, seeds: list[int]) -> list[Contribution]:
 
 def test_the_fleets_memory_is_the_weighted_k_means_of_the_sites(base: Path, tmp_path: Path) -> None:
     parts = contributions(tmp_path, [1, 2, 3])
-    merge(CONFIG, base, parts, tmp_path / "one", num_members=3)
-    merge(CONFIG, base, reversed(parts), tmp_path / "two", num_members=3)
+    aggregate_updates(CONFIG, base, parts, tmp_path / "one", num_members=3)
+    aggregate_updates(CONFIG, base, reversed(parts), tmp_path / "two", num_members=3)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     fleet, banks = read_bank(tmp_path / "one"), [bank(seed=seed) for seed in (1, 2, 3)]
     assert (len(fleet), fleet.count, fleet.space) == (5, 60, SPACE)
@@ -118,12 +118,12 @@ def test_the_fleets_memory_is_the_weighted_k_means_of_the_sites(base: Path, tmp_
     assert fleet.effective_patches.min() >= 40 * (1 - 1e-6)
     assert fleet.effective_images.min() >= 4 * (1 - 1e-6)
     # The change from an empty base is unknown; from itself none.
-    assert memory_change(base, tmp_path / "one") is None
-    assert memory_change(tmp_path / "one", tmp_path / "two") == pytest.approx(0, abs=1e-6)
+    assert relative_memory_change(base, tmp_path / "one") is None
+    assert relative_memory_change(tmp_path / "one", tmp_path / "two") == pytest.approx(0, abs=1e-6)
 
 
 def test_few_prototypes_are_kept_as_they_are() -> None:
-    assert clusters(np.eye(3), np.ones(3), 5, seed=0).tolist() == [0, 1, 2]
+    assert kmeans_labels(np.eye(3), np.ones(3), 5, seed=0).tolist() == [0, 1, 2]
 
 
 def test_without_scikit_learn_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

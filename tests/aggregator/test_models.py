@@ -14,10 +14,11 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aggregator.aggregate import aggregate_blocks, aggregate_updates
 from aggregator.config import AggregateConfig
-from aggregator.models import check_initial, check_update, merge, merge_blocks
 from aggregator.strategies import STRATEGIES
 from aggregator.strategies.interface import Contribution, FileRule, RoundInputs
+from aggregator.validation import validate_initial_model, validate_update
 from edgeflame.errors import DataError
 from edgeflame.tensors import BLOCK_ELEMENTS, TensorFile, TensorSpec, canonicalise, schema_difference
 
@@ -49,7 +50,7 @@ def test_the_merge_is_the_weighted_average(tmp_path: Path) -> None:
     contributions = [
         Contribution(site=site, weight=weights[site], path=save(tmp_path / site, updates[site])) for site in weights
     ]
-    merge(AggregateConfig(), base, contributions, tmp_path / "out", num_members=3)
+    aggregate_updates(AggregateConfig(), base, contributions, tmp_path / "out", num_members=3)
     merged = safetensors.numpy.load_file(tmp_path / "out")
     for name, values in merged.items():
         expected = sum(weights[site] * updates[site][name].astype(np.float64) for site in weights)
@@ -74,7 +75,7 @@ def test_a_rule_on_whole_files_gets_them_in_site_order(tmp_path: Path, monkeypat
     monkeypatch.setitem(STRATEGIES, "last", FileRule(build=Last))
     base = save(tmp_path / "base", model(0))
     updates = [Contribution(site=site, weight=0.5, path=save(tmp_path / site, model(ord(site)))) for site in "ba"]
-    merge(AggregateConfig(strategy="last"), base, updates, tmp_path / "out", num_members=5)
+    aggregate_updates(AggregateConfig(strategy="last"), base, updates, tmp_path / "out", num_members=5)
     assert (tmp_path / "out").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -86,7 +87,7 @@ def test_the_merge_is_bit_identical_for_any_order(tmp_path: Path) -> None:
     ]
     results = set()
     for order in (contributions, contributions[::-1], contributions[2:] + contributions[:2]):
-        merge(AggregateConfig(), base, order, tmp_path / "out", num_members=4)
+        aggregate_updates(AggregateConfig(), base, order, tmp_path / "out", num_members=4)
         results.add((tmp_path / "out").read_bytes())
     assert len(results) == 1
 
@@ -101,7 +102,7 @@ def test_the_merge_holds_one_block_of_one_site_at_a_time(tmp_path: Path) -> None
             return sum((update.weight * values for update, values in updates), np.zeros_like(base))
 
     base = save(tmp_path / "base", model(0))
-    merge_blocks(Watcher(), base, [Contribution(site="a", weight=1.0, path=base)], tmp_path / "out")
+    aggregate_blocks(Watcher(), base, [Contribution(site="a", weight=1.0, path=base)], tmp_path / "out")
     canonicalise(base, tmp_path / "canonical")
     assert (tmp_path / "out").read_bytes() == (tmp_path / "canonical").read_bytes()
 
@@ -130,7 +131,7 @@ def test_canonical_files_are_the_same_bytes_however_they_were_written(tmp_path: 
 )
 def test_bad_updates_are_refused_with_a_reason(tmp_path: Path, change: Tensors, reason: str, text: str) -> None:
     base = save(tmp_path / "base", model(0))
-    verdict = check_update(save(tmp_path / "update", model(1, **change)), base, max_relative_change=10.0)
+    verdict = validate_update(save(tmp_path / "update", model(1, **change)), base, max_relative_change=10.0)
     assert verdict.reason == reason
     assert text in verdict.detail
     assert str(tmp_path) not in verdict.detail
@@ -140,16 +141,16 @@ def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     base = save(tmp_path / "base", model(0))
     update = model(1)
     del update["z"]
-    verdict = check_update(save(tmp_path / "update", update), base, max_relative_change=10.0)
+    verdict = validate_update(save(tmp_path / "update", update), base, max_relative_change=10.0)
     assert (verdict.reason, verdict.detail) == ("schema", "tensor 'z' is missing")
 
 
 def test_the_relative_change_is_a_distance_over_a_norm(tmp_path: Path) -> None:
     base = save(tmp_path / "base", {"w": np.array([3.0, 4.0], np.float32)})
     update = save(tmp_path / "update", {"w": np.array([3.0, 9.0], np.float32)})
-    assert check_update(update, base, max_relative_change=1.0).relative_change == pytest.approx(1.0)
-    assert check_update(update, base, max_relative_change=0.9).reason == "norm"
-    assert check_update(base, base, max_relative_change=1e-9).reason is None
+    assert validate_update(update, base, max_relative_change=1.0).relative_change == pytest.approx(1.0)
+    assert validate_update(update, base, max_relative_change=0.9).reason == "norm"
+    assert validate_update(base, base, max_relative_change=1e-9).reason is None
 
 
 def raw(header: object, data: bytes = b"") -> bytes:
@@ -196,7 +197,7 @@ def test_hostile_tensor_files_are_refused(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError):
         TensorFile(path)
-    assert check_initial(path).reason == "not_tensors"
+    assert validate_initial_model(path).reason == "not_tensors"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

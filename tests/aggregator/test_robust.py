@@ -11,13 +11,13 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator import models
+from aggregator import aggregate as models
+from aggregator.aggregate import MIN_BLOCK_ELEMENTS, aggregate_updates, round_contributions
 from aggregator.config import AggregateConfig
-from aggregator.facts import Round, UpdateAccepted
-from aggregator.ledger import contributions
-from aggregator.models import MIN_BLOCK_ELEMENTS, check_update, merge
+from aggregator.events import Round, UpdateAccepted
 from aggregator.strategies import STRATEGIES
 from aggregator.strategies.interface import Contribution
+from aggregator.validation import validate_update
 from edgeflame.errors import ConfigError
 
 ROBUST = ("median", "trimmed_mean", "norm_clipping")
@@ -34,12 +34,12 @@ def merged(folder: Path, base: np.ndarray, updates: list[np.ndarray], **config: 
     parts = []
     for number, values in enumerate(updates):
         path = save(folder / f"s{number:03}", values)
-        verdict = check_update(path, base_path, max_relative_change=np.inf)
+        verdict = validate_update(path, base_path, max_relative_change=np.inf)
         assert verdict.reason is None
         parts.append(
             Contribution(site=path.name, path=path, weight=1 / len(updates), relative_change=verdict.relative_change)
         )
-    merge(AggregateConfig(**config), base_path, parts[::-1], folder / "out", num_members=len(updates))
+    aggregate_updates(AggregateConfig(**config), base_path, parts[::-1], folder / "out", num_members=len(updates))
     return safetensors.numpy.load_file(folder / "out")["w"]
 
 
@@ -112,7 +112,7 @@ def test_a_claimed_number_of_samples_gives_no_weight(rule: str) -> None:
     }
     entry = Round(number=1, base="0", asked=("a", "b"), accepted=accepted)
     weights = {
-        name: [part.weight for part in contributions(entry, AggregateConfig(strategy=name), Path)]
+        name: [part.weight for part in round_contributions(entry, AggregateConfig(strategy=name), Path)]
         for name in (rule, "fedavg")
     }
     assert weights[rule] == [0.5, 0.5]
@@ -152,7 +152,7 @@ def test_a_negative_variance_does_not_count(tmp_path: Path) -> None:
     before = save(tmp_path / "base", base, **{"bn.running_var": variance})
     for sign, reason in ((1, None), (-1, "schema")):
         after = save(tmp_path / "update", updates[0], **{"bn.running_var": sign * variance})
-        assert check_update(after, before, max_relative_change=10).reason == reason
+        assert validate_update(after, before, max_relative_change=10).reason == reason
 
 
 @pytest.mark.parametrize(

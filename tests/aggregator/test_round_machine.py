@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from aggregator.config import AggregateConfig, Convergence
-from aggregator.facts import Fact, RunEnded, RunStarted, RunState, UpdateAccepted, apply, begin
-from aggregator.ledger import ledger
-from aggregator.models import Verdict
-from aggregator.rounds import Dismiss, Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.events import Event, RunEnded, RunStarted, RunState, UpdateAccepted, apply_event, initial_state
+from aggregator.ledger import build_ledger
+from aggregator.rounds import (
+    AggregateRound,
+    DismissSite,
+    ReceiveUpload,
+    RecordEvent,
+    RoundMachine,
+    RoundOutput,
+    SendToSite,
+)
+from aggregator.validation import ValidationResult
 from edgeflame.learning import Learning
 from edgeflame.messages import FinishReport, Offer, Receipt, Refusal, TaskFailed
 from edgeflame.transfer.manifest import Manifest
@@ -22,12 +30,13 @@ from edgeflame.transfer.manifest import Manifest
 RUN = "0" * 32
 DEADLINE_S = 100.0
 SITES = ("a", "b", "c", "d")
-FACT: msgspec.json.Decoder[Fact] = msgspec.json.Decoder(Fact)
+FACT: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 sites = st.sampled_from(SITES)
 figures = st.integers(0, 5)
 verdicts = st.sampled_from(
-    [Verdict(relative_change=0.5)] * 4 + [Verdict(reason="norm", detail="far"), Verdict(reason="corrupt", detail="x")]
+    [ValidationResult(relative_change=0.5)] * 4
+    + [ValidationResult(reason="norm", detail="far"), ValidationResult(reason="corrupt", detail="x")]
 )
 
 
@@ -35,13 +44,13 @@ def sha(number: int) -> str:
     return f"{number:064x}"
 
 
-def replay(facts: list[Fact]) -> RunState:
+def replay(facts: list[Event]) -> RunState:
     """What a restarted aggregator knows: the facts as the journal's bytes give them back."""
     read = [FACT.decode(msgspec.json.encode(fact)) for fact in facts]
     assert isinstance(read[0], RunStarted)
-    state = begin(read[0])
+    state = initial_state(read[0])
     for fact in read[1:]:
-        state = apply(state, fact)
+        state = apply_event(state, fact)
     return state
 
 
@@ -50,7 +59,7 @@ class Rounds(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.facts: list[Fact] = []
+        self.facts: list[Event] = []
 
     @initialize(
         quorum=st.sampled_from([0.3, 0.6, 1.0]),
@@ -76,38 +85,38 @@ class Rounds(RuleBasedStateMachine):
         self.machine = RoundMachine(replay(self.facts), now=self.now)
         self.installs = dict.fromkeys(SITES, 0)
         self.receipts: dict[tuple[str, str, int], str] = {}
-        self.merging: Merge | None = None
+        self.merging: AggregateRound | None = None
         self.made = 0
         self.take(self.machine.resume(self.now))
         if begun:
             for site in SITES[:3]:
                 self.site_is_ready(site)
-            self.site_offers_an_initial_model("a", Verdict())
+            self.site_offers_an_initial_model("a", ValidationResult())
 
     @property
     def state(self) -> RunState:
         return self.machine.state
 
-    def take(self, outputs: list[Output]) -> list[Output]:
+    def take(self, outputs: list[RoundOutput]) -> list[RoundOutput]:
         recorded = False
         ended_before = any(isinstance(fact, RunEnded) for fact in self.facts)
         for output in outputs:
             match output:
-                case Record():
+                case RecordEvent():
                     if ended_before:
                         assert output.fact.__struct_config__.tag == "site_finished", "an ended run stays ended"
                     self.facts.append(output.fact)
                     recorded = True
-                case Merge():
+                case AggregateRound():
                     assert self.merging is None
                     self.merging = output
-                case Tell(message=Receipt() as receipt, site=site) if receipt.purpose in ("update", "statistics"):
+                case SendToSite(message=Receipt() as receipt, site=site) if receipt.purpose in ("update", "statistics"):
                     assert receipt.sha256 is not None
                     first = self.receipts.setdefault((site, receipt.purpose, receipt.round), receipt.sha256)
                     assert first == receipt.sha256, "two updates of one site in one round"
-                case Tell(message=Refusal() as refusal):
+                case SendToSite(message=Refusal() as refusal):
                     assert refusal.detail, "every refusal says why"
-                case Dismiss():
+                case DismissSite():
                     assert recorded
                 case _:
                     pass
@@ -128,13 +137,15 @@ class Rounds(RuleBasedStateMachine):
 
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, figure=figures, verdict=verdicts, current=st.booleans(), number=st.integers(0, 5))
-    def site_offers_an_update(self, site: str, figure: int, verdict: Verdict, current: bool, number: int) -> None:
+    def site_offers_an_update(
+        self, site: str, figure: int, verdict: ValidationResult, current: bool, number: int
+    ) -> None:
         purpose = "update"
         if current and self.state.gathering is not None:
             number, purpose = self.state.gathering.number, self.state.gathering.purpose
         offer = self.offer(purpose, number, figure, samples=1 + figure)
         for output in self.take(self.machine.offered(site, offer, self.now)):
-            if isinstance(output, Receive):
+            if isinstance(output, ReceiveUpload):
                 self.machine.progressed(site, self.now)
                 self.take(self.machine.checked(site, offer, verdict, self.now))
 
@@ -143,7 +154,7 @@ class Rounds(RuleBasedStateMachine):
     def sites_do_their_round(self, keep: int) -> None:
         current = self.state.gathering
         for site in current.open_sites[keep:] if current is not None else ():
-            self.site_offers_an_update(site, 7 + current.number, Verdict(), True, 0)
+            self.site_offers_an_update(site, 7 + current.number, ValidationResult(), True, 0)
         if self.merging is not None:
             self.model_is_made(0.05 * current.number)
 
@@ -155,12 +166,12 @@ class Rounds(RuleBasedStateMachine):
 
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, verdict=verdicts)
-    def site_offers_an_initial_model(self, site: str, verdict: Verdict) -> None:
+    def site_offers_an_initial_model(self, site: str, verdict: ValidationResult) -> None:
         if self.state.sources:
             site = self.state.sources[-1]
         offer = self.offer("initial", 0, 0)
         for output in self.take(self.machine.offered(site, offer, self.now)):
-            if isinstance(output, Receive):
+            if isinstance(output, ReceiveUpload):
                 self.take(self.machine.checked(site, offer, verdict, self.now))
 
     @precondition(lambda self: self.merging is None)
@@ -243,7 +254,7 @@ class Rounds(RuleBasedStateMachine):
     @invariant()
     def the_journal_is_the_state(self) -> None:
         assert replay(self.facts) == self.state
-        assert msgspec.json.encode(ledger(replay(self.facts))) == msgspec.json.encode(ledger(self.state))
+        assert msgspec.json.encode(build_ledger(replay(self.facts))) == msgspec.json.encode(build_ledger(self.state))
 
     @invariant()
     def a_site_counts_once_a_round(self) -> None:

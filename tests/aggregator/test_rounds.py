@@ -10,9 +10,9 @@ import pytest
 
 from aggregator.config import AggregateConfig, Convergence
 from aggregator.journal import Journal
-from aggregator.ledger import ledger
-from aggregator.models import Verdict
-from aggregator.rounds import Announce, Merge, Record, RoundMachine, Tell
+from aggregator.ledger import build_ledger
+from aggregator.rounds import AggregateRound, PublishState, RecordEvent, RoundMachine, SendToSite
+from aggregator.validation import ValidationResult
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.learning import Learning
 from edgeflame.messages import Offer, Receipt, Refusal, TaskFailed
@@ -41,16 +41,16 @@ def test_a_whole_run() -> None:
 def test_every_decision_is_recorded_before_it_is_acted_upon() -> None:
     run = Driver()
     run.start("a", "b", "c")
-    outputs = run.take(run.machine.checked("a", run.offer("update", 1, sha(1)), Verdict(), 0.0))
+    outputs = run.take(run.machine.checked("a", run.offer("update", 1, sha(1)), ValidationResult(), 0.0))
     kinds = [type(output) for output in outputs]
-    assert kinds.index(Record) < kinds.index(Tell)
+    assert kinds.index(RecordEvent) < kinds.index(SendToSite)
 
 
 def test_the_facts_alone_give_the_same_state_at_every_point(tmp_path: Path) -> None:
     run = Driver()
     run.start("a", "b", "c")
     run.update("b", 1)
-    run.deliver("a", run.offer("update", 1, sha(77)), Verdict(reason="norm", detail="far"))
+    run.deliver("a", run.offer("update", 1, sha(77)), ValidationResult(reason="norm", detail="far"))
     run.update("c", 1)
     run.take(run.machine.task_failed("a", TaskFailed(run=RUN, purpose="update", round=2, detail="x"), 0.0))
     run.update("b", 2)
@@ -61,7 +61,7 @@ def test_the_facts_alone_give_the_same_state_at_every_point(tmp_path: Path) -> N
             journal.append(RUN, [fact])
     with Journal(tmp_path / "journal.sqlite") as journal:
         assert journal.last_run() == run.state
-    assert ledger(run.state)["outcome"] == "done"
+    assert build_ledger(run.state)["outcome"] == "done"
 
 
 def test_a_restarted_machine_asks_for_what_is_missing() -> None:
@@ -70,12 +70,12 @@ def test_a_restarted_machine_asks_for_what_is_missing() -> None:
     run.update("a", 1)
     state = run.state
     # Killed after the second acceptance was journalled and before the model was made.
-    outputs = run.machine.checked("b", run.offer("update", 1, sha(9)), Verdict(), 0.0)
-    assert any(isinstance(output, Merge) for output in outputs)
+    outputs = run.machine.checked("b", run.offer("update", 1, sha(9)), ValidationResult(), 0.0)
+    assert any(isinstance(output, AggregateRound) for output in outputs)
     again = RoundMachine(run.state, now=50.0)
     kinds = [type(output) for output in again.resume(50.0)]
-    assert kinds == [Announce, Merge]
-    assert [type(output) for output in RoundMachine(state, now=0.0).resume(0.0)] == [Announce]
+    assert kinds == [PublishState, AggregateRound]
+    assert [type(output) for output in RoundMachine(state, now=0.0).resume(0.0)] == [PublishState]
 
 
 def test_an_accepted_update_gets_its_first_receipt_again_and_another_is_a_duplicate() -> None:
@@ -125,11 +125,11 @@ def test_quorum_missed_fails_and_says_so() -> None:
     run.start("a", "b", "c")
     run.update("a", 1)
     run.update("b", 1)
-    run.deliver("c", run.offer("update", 1, sha(3)), Verdict(reason="not_finite", detail="NaN"))
+    run.deliver("c", run.offer("update", 1, sha(3)), ValidationResult(reason="not_finite", detail="NaN"))
     assert run.state.phase == "failed"
     assert run.state.ended is not None
     assert run.state.ended.reason == "quorum missed in round 1: 2 of 3 sites contributed, 3 needed"
-    assert isinstance(run.said[-1], Announce)
+    assert isinstance(run.said[-1], PublishState)
 
 
 def test_deadlines_are_about_progress_and_not_about_time() -> None:
@@ -173,7 +173,7 @@ def test_the_next_site_is_asked_when_the_first_has_no_initial_model() -> None:
     run.ready("a", "b", "c")
     run.take(run.machine.tick(DEADLINE_S))
     assert run.state.sources == ("a", "b")
-    bad = run.deliver("b", run.offer("initial", 0, sha(0)), Verdict(reason="not_tensors", detail="x"))
+    bad = run.deliver("b", run.offer("initial", 0, sha(0)), ValidationResult(reason="not_tensors", detail="x"))
     assert isinstance(bad, Refusal)
     run.take(run.machine.task_failed("c", TaskFailed(run=RUN, purpose="initial", round=0, detail="no data"), 0.0))
     assert run.state.phase == "failed"
@@ -212,7 +212,7 @@ def test_any_order_of_arrival_gives_the_same_contributors_and_weights() -> None:
         random.Random(seed).shuffle(order)
         for site in order:
             run.deliver(site, run.offer("update", 1, sha(ord(site)), samples=ord(site)))
-        ledgers.add(str(ledger(run.state)["rounds"]))
+        ledgers.add(str(build_ledger(run.state)["rounds"]))
     assert len(ledgers) == 1
 
 
@@ -257,7 +257,7 @@ def test_a_paused_site_is_not_asked_not_lost_and_does_not_hold_up_a_quorum() -> 
     assert run.take(run.machine.tick(10.0 + DEADLINE_S - 1)) == [], "as long as for any other site"
     run.take(run.machine.tick(10.0 + DEADLINE_S))
     assert (run.state.rounds[0].left_out, run.state.rounds[0].paused) == (("c",), ("c",))
-    assert ledger(run.state)["rounds"][0]["left_out"] == [{"site": "c", "reason": "paused", "detail": ""}]
+    assert build_ledger(run.state)["rounds"][0]["left_out"] == [{"site": "c", "reason": "paused", "detail": ""}]
     assert run.state.rounds[1].asked == ("a", "b")
     run.take(run.machine.unpause("c", by="site", now=200.0))
     run.update("a", 2)
@@ -325,7 +325,9 @@ def test_a_site_gone_wrong_does_not_fill_the_journal() -> None:
     run = Driver()
     run.start("a", "b", "c")
     for number in range(100):
-        answer = run.deliver("a", run.offer("update", 1, sha(500 + number)), Verdict(reason="norm", detail="far"))
+        answer = run.deliver(
+            "a", run.offer("update", 1, sha(500 + number)), ValidationResult(reason="norm", detail="far")
+        )
         assert isinstance(answer, Refusal)
     assert len(run.facts) < 15
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from aggregator.config import AggregateConfig
-from aggregator.facts import apply, begin
-from aggregator.ledger import ledger
-from aggregator.models import Verdict
-from aggregator.rounds import Announce, Merge, RoundMachine
+from aggregator.events import apply_event, initial_state
+from aggregator.ledger import build_ledger
+from aggregator.rounds import AggregateRound, PublishState, RoundMachine
+from aggregator.validation import ValidationResult
 from edgeflame.errors import ConfigError
 from edgeflame.learning import Learning, Training
 from edgeflame.messages import Receipt, Refusal, TaskFailed
@@ -34,7 +34,7 @@ def trained(**more: object) -> Driver:
     return run
 
 
-def statistics(run: Driver, site: str, verdict: Verdict | None = None, **more: int) -> Receipt | Refusal:
+def statistics(run: Driver, site: str, verdict: ValidationResult | None = None, **more: int) -> Receipt | Refusal:
     return run.deliver(site, run.offer("statistics", 0, sha(next(run.counter)), **more), verdict)
 
 
@@ -46,14 +46,14 @@ def test_statistics_are_gathered_after_the_last_round_and_then_handed_out() -> N
     assert run.state.phase == "finish"
     assert run.state.statistics is not None
     assert run.state.results == {model, run.state.statistics.model}
-    assert ledger(run.state)["statistics"]["truncation_error"] == {"measured_max": 0.25}
+    assert build_ledger(run.state)["statistics"]["truncation_error"] == {"measured_max": 0.25}
     run.finish("a", "b", "c")
     assert run.state.phase == "done"
     # The journal alone gives the same state.
     assert run.facts[0].config == run.state.config  # type: ignore[union-attr]
-    state = begin(run.facts[0])  # type: ignore[arg-type]
+    state = initial_state(run.facts[0])  # type: ignore[arg-type]
     for fact in run.facts[1:]:
-        state = apply(state, fact)
+        state = apply_event(state, fact)
     assert state == run.state
 
 
@@ -77,7 +77,7 @@ def test_what_a_site_sends_too_early_or_twice_is_answered() -> None:
 
 def test_who_cannot_contribute_is_left_out_above_the_quorum_and_the_run_fails_below() -> None:
     run = trained(quorum=0.5)
-    refused = statistics(run, "b", Verdict(reason="space", detail="of another model"))
+    refused = statistics(run, "b", ValidationResult(reason="space", detail="of another model"))
     assert isinstance(refused, Refusal)
     assert refused.reason == "space"
     failure = TaskFailed(run=RUN, purpose="statistics", round=0, detail="no images left")
@@ -92,7 +92,7 @@ def test_who_cannot_contribute_is_left_out_above_the_quorum_and_the_run_fails_be
         statistics(run, site)
     run.take(run.machine.tick(DEADLINE_S + 1))
     assert run.state.phase == "finish"
-    left_out = ledger(run.state)["statistics"]["left_out"]
+    left_out = build_ledger(run.state)["statistics"]["left_out"]
     assert [(entry["site"], entry["reason"]) for entry in left_out] == [("c", "no progress until the deadline")]
 
 
@@ -101,12 +101,12 @@ def test_a_restarted_machine_pools_what_was_gathered() -> None:
     for site in "ab":
         statistics(run, site)
     state = run.state
-    checked = run.machine.checked("c", run.offer("statistics", 0, sha(80)), Verdict(), 0.0)
+    checked = run.machine.checked("c", run.offer("statistics", 0, sha(80)), ValidationResult(), 0.0)
     for output in checked:
         if hasattr(output, "fact"):
-            state = apply(state, output.fact)
+            state = apply_event(state, output.fact)
     outputs = RoundMachine(state, now=0.0).resume(0.0)
-    assert [type(output) for output in outputs] == [Announce, Merge]
+    assert [type(output) for output in outputs] == [PublishState, AggregateRound]
     assert outputs[1].round.purpose == "statistics"  # type: ignore[union-attr]
 
 

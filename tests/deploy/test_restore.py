@@ -17,7 +17,8 @@ import msgspec
 from edge.delivery.message import Delivery
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Event, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Received, Up
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
 from tests.support.small_package import write_images

@@ -13,8 +13,8 @@ from urllib.parse import unquote
 import pytest
 
 from aggregator.config import AggregateConfig
-from aggregator.facts import RunStarted, begin
-from aggregator.snapshot import Snapshot, metrics
+from aggregator.events import RunStarted, initial_state
+from aggregator.metrics import RunStatus, prometheus_metrics
 from edgeflame import topics
 from edgeflame.errors import EXIT_INTERRUPTED, EdgeFlameError
 from edgeflame.metrics import Metric
@@ -79,12 +79,12 @@ def said() -> set[str]:
 
 
 def test_every_metric_of_a_run_is_documented_and_none_that_is_not_there(tmp_path: Path) -> None:
-    state = begin(RunStarted(run="0" * 32, config=AggregateConfig(), time="2026-01-02T03:04:05Z"))
-    snapshot = Snapshot(
+    state = initial_state(RunStarted(run="0" * 32, config=AggregateConfig(), time="2026-01-02T03:04:05Z"))
+    snapshot = RunStatus(
         state=state, num_online=0, phase_s=0.0, last_round_s=None, progress_age_s=0.0, progress_at=0.0,
         is_connected=False, bytes_in=0, bytes_out=0, free_bytes=0,
     )  # fmt: skip
-    shown: list[Metric] = list(metrics(snapshot))
+    shown: list[Metric] = list(prometheus_metrics(snapshot))
 
     class Server:
         def show(self, figures: list[Metric]) -> None:

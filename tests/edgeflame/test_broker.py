@@ -14,7 +14,8 @@ import pytest
 from edgeflame.broker import EmbeddedBroker, free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.errors import LinkError, MissingDependencyError, UsageError
-from edgeflame.link import Event, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Received, Up
 from edgeflame.messages import MAX_MESSAGE_BYTES
 from tests.support.waiting import wait_for
 

@@ -16,7 +16,8 @@ from edgeflame.broker import free_port
 from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.connection import MAX_UNPROCESSED
 from edgeflame.errors import LinkError, UsageError
-from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up, Will
 from tests.support.brokers import BrokerProcess
 from tests.support.waiting import wait_for
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
-from aggregator.models import check_update, merge
-from aggregator.strategies import STRATEGIES, rule_name
+from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import Contribution
+from aggregator.validation import validate_update
 from edgeflame.console import no_progress
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing, write_image
@@ -32,7 +33,7 @@ def test_a_method_has_both_sides(name: str) -> None:
     assert method.alone or method.strategy is not None
     if method.strategy is not None:
         assert STRATEGIES[method.strategy].exchange == method.exchange
-        assert rule_name(AggregateConfig(learning=Learning(method=name)).strategy, name) == method.strategy
+        assert resolve_strategy(AggregateConfig(learning=Learning(method=name)).strategy, name) == method.strategy
 
 
 def test_nothing_is_registered_that_no_method_can_use() -> None:
@@ -85,7 +86,7 @@ def test_two_rounds_of_two_sites(method: str, tmp_path: Path) -> None:
             )
             outcome = site.train(task, no_progress)
             assert outcome.num_steps == math.ceil(sizes[name] / 4)
-            verdict = check_update(task.out, base, max_relative_change=config.max_relative_change)
+            verdict = validate_update(task.out, base, max_relative_change=config.max_relative_change)
             assert verdict.reason is None, verdict.detail
             history[name] = task.out
             if task.private_out is not None and task.private_out.exists():
@@ -99,7 +100,7 @@ def test_two_rounds_of_two_sites(method: str, tmp_path: Path) -> None:
                     num_steps=outcome.num_steps,
                 )
             )
-        merge(config, base, contributions, tmp_path / "next", num_members=2)
+        aggregate_updates(config, base, contributions, tmp_path / "next", num_members=2)
         (tmp_path / "next").replace(base)
     model, origin = load_model(base, learning)
     assert origin is not None

@@ -21,17 +21,8 @@ from hypothesis import strategies as st
 
 from edgeflame.condition import ConditionReference, stream_reference
 from edgeflame.errors import DataError, PackageError, StorageError
-from edgeflame.package import (
-    CONDITION,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    MODEL,
-    STATISTICS,
-    decode_statistics,
-    encode_statistics,
-    read_package,
-    write_package,
-)
+from edgeflame.package import CONDITION, MANIFEST, MAX_MANIFEST_BYTES, MODEL, STATISTICS, read_package, write_package
+from edgeflame.statistics_codec import decode_statistics, encode_statistics
 from tests.support.small_package import random_gaussian, small_manifest
 
 STATS = random_gaussian(grid=(2, 3), channels=5, rank=2)

@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import pytest
 
-from aggregator.facts import Fact
-from aggregator.requests import Request
+from aggregator.control import OperatorRequest
+from aggregator.events import Event
 from aggregator.simulation.config import BoardsData, FolderData
 from edge.commands.messages import Command
 from edgeflame.fleet import view
@@ -43,7 +43,7 @@ TAGS: dict[str, tuple[Any, str, set[str]]] = {
         {"round", "presence", "release", "line_models"},
     ),
     "facts of the journal": (
-        Fact,
+        Event,
         "fact",
         {
             "run_started",
@@ -67,7 +67,7 @@ TAGS: dict[str, tuple[Any, str, set[str]]] = {
         },
     ),
     "requests to an aggregator": (
-        Request,
+        OperatorRequest,
         "request",
         {"stop", "finish", "pause", "resume", "remove"},
     ),

@@ -16,13 +16,7 @@ from click.testing import CliRunner
 from edgeflame import trt_library
 from edgeflame.cli import cli
 from edgeflame.engines import read_report
-from edgeflame.errors import (
-    MissingDependencyError,
-    PackageError,
-    RuntimeUnavailableError,
-    StorageError,
-    UsageError,
-)
+from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError, StorageError, UsageError
 from edgeflame.package import Package
 from edgeflame.trt_library import TensorRT, chosen_capabilities, load_tensorrt
 from export.trt import build_engines

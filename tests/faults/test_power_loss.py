@@ -14,19 +14,19 @@ import pytest
 import safetensors.numpy
 
 from aggregator.config import AggregateConfig
-from aggregator.facts import (
-    Fact,
-    InitialAccepted,
-    ModelMade,
+from aggregator.events import (
+    Event,
+    InitialModelAccepted,
+    InitialSiteChosen,
+    ModelAggregated,
     RoundClosed,
     RoundStarted,
     RunStarted,
     RunState,
     SiteJoined,
-    SourceChosen,
     UpdateAccepted,
-    apply,
-    begin,
+    apply_event,
+    initial_state,
 )
 from aggregator.journal import Journal
 from edgeflame.transfer.store import BlobStore, sha256_of
@@ -42,28 +42,28 @@ WAL_HEADER, FRAME = 32, 24 + 4096
 """Bytes; https://www.sqlite.org/fileformat2.html#the_write_ahead_log, at SQLite's default page size."""
 
 
-def transactions() -> list[list[Fact]]:
+def transactions() -> list[list[Event]]:
     def accepted(site: str, number: int) -> UpdateAccepted:
         figures = {"loss": 0.5}
         return UpdateAccepted(
             round=number, site=site, sha256=site * 64, num_samples=9, metrics=figures, relative_change=0.1
         )
 
-    rounds: list[list[Fact]] = []
+    rounds: list[list[Event]] = []
     for number in (1, 2, 3):
         rounds += [
             [accepted("a", number)],
             [accepted("b", number), RoundClosed(round=number, left_out=())],
             [
-                ModelMade(round=number, sha256="c" * 64, size_bytes=9),
+                ModelAggregated(round=number, sha256="c" * 64, size_bytes=9),
                 RoundStarted(round=number + 1, asked=("a", "b")),
             ],
         ]
     return [
         [RunStarted(run=RUN, config=AggregateConfig(rounds=9), time="2026-01-01T00:00:00Z")],
         [SiteJoined(site="a", install="1" * 32, initial="d" * 64)],
-        [SiteJoined(site="b", install="2" * 32, initial="d" * 64), SourceChosen(site="a")],
-        [InitialAccepted(site="a", sha256="d" * 64, size_bytes=9), RoundStarted(round=1, asked=("a", "b"))],
+        [SiteJoined(site="b", install="2" * 32, initial="d" * 64), InitialSiteChosen(site="a")],
+        [InitialModelAccepted(site="a", sha256="d" * 64, size_bytes=9), RoundStarted(round=1, asked=("a", "b"))],
         *rounds,
     ]
 
@@ -76,7 +76,7 @@ def test_a_journal_cut_anywhere_is_a_state_the_run_was_in(tmp_path: Path) -> Non
             journal.append(RUN, facts)
             state = states[-1]
             for fact in facts:
-                state = begin(fact) if isinstance(fact, RunStarted) else apply(state, fact)  # type: ignore[arg-type]
+                state = initial_state(fact) if isinstance(fact, RunStarted) else apply_event(state, fact)  # type: ignore[arg-type]
             states.append(state)
         main, wal = ((tmp_path / "whole" / name).read_bytes() for name in ("journal.sqlite", "journal.sqlite-wal"))
     frames = (len(wal) - WAL_HEADER) // FRAME

@@ -24,7 +24,8 @@ from edgeflame.fleet.certificates import Issued, issue, make_authority
 from edgeflame.fleet.control import Control
 from edgeflame.fleet.folder import FleetFolder, make_fleet, open_fleet
 from edgeflame.fleet.kit import read_kit
-from edgeflame.link import Event, Failed, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Failed, Received, Up
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import REPOSITORY

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from aggregator.config import AggregateConfig
-from aggregator.facts import (
-    InitialAccepted,
+from aggregator.events import (
+    InitialModelAccepted,
     RoundClosed,
     RoundStarted,
     RunEnded,
@@ -26,10 +26,10 @@ from aggregator.facts import (
     SiteJoined,
     UpdateAccepted,
     UpdateRefused,
-    apply,
-    begin,
+    apply_event,
+    initial_state,
 )
-from aggregator.snapshot import Snapshot, headline, metrics, tags
+from aggregator.metrics import RunStatus, prometheus_metrics, run_summary, status_tags
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
@@ -37,7 +37,8 @@ from edgeflame.console import EventLog, configure_logging
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, UsageError
 from edgeflame.fleet.report import render
 from edgeflame.fleet.view import FleetView
-from edgeflame.link import Event, Link, Received
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Received
 from edgeflame.messages import BlobNeed, Heartbeat, Message, Offer, Presence, Refusal, RoundState, TaskFailed, encode
 from edgeflame.metrics import Metric, MetricsServer
 from edgeflame.topics import Topics
@@ -186,11 +187,11 @@ def test_what_went_wrong_stays_visible() -> None:
 
 
 def run_state(*, is_closed: bool = True) -> RunState:
-    state = begin(RunStarted(run=RUN, config=AggregateConfig(rounds=3), time="2030-01-01T00:00:00Z"))
+    state = initial_state(RunStarted(run=RUN, config=AggregateConfig(rounds=3), time="2030-01-01T00:00:00Z"))
     joined = [SiteJoined(site=site, install=site, initial=SHA) for site in "abcd"]
     facts = [
         *joined,
-        InitialAccepted(site="a", sha256=SHA, size_bytes=10),
+        InitialModelAccepted(site="a", sha256=SHA, size_bytes=10),
         RoundStarted(round=1, asked=("a", "b", "c")),
         UpdateAccepted(
             round=1, site="a", sha256=SHA, num_samples=30, metrics={"loss": 0.5, "<b>": 1.0}, relative_change=0.1
@@ -200,12 +201,12 @@ def run_state(*, is_closed: bool = True) -> RunState:
         *([RoundClosed(round=1, left_out=())] if is_closed else []),
     ]
     for fact in facts:
-        state = apply(state, fact)
+        state = apply_event(state, fact)
     return state
 
 
-def snapshot(state: RunState) -> Snapshot:
-    return Snapshot(
+def snapshot(state: RunState) -> RunStatus:
+    return RunStatus(
         state=state, num_online=3, phase_s=5.0, last_round_s=None, progress_age_s=1.0, progress_at=1234567.8,
         is_connected=True, bytes_in=10, bytes_out=20, free_bytes=30,
     )  # fmt: skip
@@ -213,23 +214,23 @@ def snapshot(state: RunState) -> Snapshot:
 
 def test_tags_and_metrics_say_what_the_facts_say() -> None:
     shot = snapshot(run_state())
-    said = tags(shot)
+    said = status_tags(shot)
     assert (said["phase"], said["round"], said["rounds"], said["sites"]) == ("train", "1", "3", "4")
     assert (said["sites_accepted"], said["sites_refused"], said["sites_working"]) == ("2", "1", "0")
     assert said["last_progress"] == "1234560"
-    by_name = {metric.name: metric for metric in metrics(shot)}
+    by_name = {metric.name: metric for metric in prometheus_metrics(shot)}
     assert dict(by_name["edgeflame_aggregator_refusals"].values) == {"norm": 1}
     assert by_name["edgeflame_aggregator_sites"].values["idle"] == 1
     assert sum(by_name["edgeflame_aggregator_sites"].values.values()) == 4
     assert sum(by_name["edgeflame_aggregator_phase"].values.values()) == 1
-    failed = apply(run_state(), RunEnded(succeeded=False, reason="quorum missed"))
-    assert tags(snapshot(failed))["error"] == "quorum missed"
+    failed = apply_event(run_state(), RunEnded(succeeded=False, reason="quorum missed"))
+    assert status_tags(snapshot(failed))["error"] == "quorum missed"
 
 
 def test_a_terminal_is_told_what_the_round_waits_for() -> None:
-    waiting = begin(RunStarted(run=RUN, config=AggregateConfig(), time="now"))
-    assert headline(waiting, num_online=2) == "waiting: 0 ready; 2 online"
-    assert headline(run_state(), num_online=3) == "train: 2 of 3 in, 1 refused; 3 online"
+    waiting = initial_state(RunStarted(run=RUN, config=AggregateConfig(), time="now"))
+    assert run_summary(waiting, num_online=2) == "waiting: 0 ready; 2 online"
+    assert run_summary(run_state(), num_online=3) == "train: 2 of 3 in, 1 refused; 3 online"
 
 
 def test_log_lines_go_where_standard_error_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,10 +266,10 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
 
 
 def page_of(state: RunState) -> str:
-    from aggregator.ledger import ledger
+    from aggregator.ledger import build_ledger
 
     # As a reader of the file has it.
-    return render(msgspec.json.decode(msgspec.json.encode(ledger(state))), version="1", made="today")
+    return render(msgspec.json.decode(msgspec.json.encode(build_ledger(state))), version="1", made="today")
 
 
 def test_the_report_shows_weights_reasons_and_curves_and_runs_nothing() -> None:
@@ -283,7 +284,7 @@ def test_the_report_shows_weights_reasons_and_curves_and_runs_nothing() -> None:
 
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_a_run_at_any_point_has_a_report(is_closed: bool) -> None:
-    assert "no round has begun" in page_of(begin(RunStarted(run=RUN, config=AggregateConfig(), time="now")))
+    assert "no round has begun" in page_of(initial_state(RunStarted(run=RUN, config=AggregateConfig(), time="now")))
     assert "norm" in page_of(run_state(is_closed=is_closed))
 
 

@@ -22,9 +22,9 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 
 from aggregator.config import AggregateConfig
+from aggregator.control import PauseSite, RequestQueue, StopRun
 from aggregator.journal import Journal
-from aggregator.models import check_initial, check_update
-from aggregator.requests import PauseSite, RequestBox, Stop
+from aggregator.validation import validate_initial_model, validate_update
 from edge.parts.payload import read_announcement
 from edgeflame import messages as m
 from edgeflame.brokerurl import parse_broker_url
@@ -46,10 +46,11 @@ from edgeflame.fleet.kit import Kit, encode_kit, read_kit
 from edgeflame.images import decode_image, write_image
 from edgeflame.learning import Learning
 from edgeflame.memory_bank import MemoryBank, read_bank, write_bank
-from edgeflame.package import decode_statistics, encode_statistics, read_package, write_package
+from edgeflame.package import read_package, write_package
 from edgeflame.references import make_references
 from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, read_signature, sign_package, verify_signature, write_keys
 from edgeflame.statistics_blob import StatisticsFile, read_moments, write_site_statistics
+from edgeflame.statistics_codec import decode_statistics, encode_statistics
 from edgeflame.tensors import TensorFile
 from edgeflame.topics import Topics
 from edgeflame.transfer.manifest import unpack_mask
@@ -179,7 +180,7 @@ def targets(folder: Path) -> dict[str, Target]:
     memory = Memory(state)
     memory.keep_finished("0" * 32, Finished(model="a" * 64, package=None, package_sha256=None, summary={"x": 1.0}))
     finish_json = state / "runs" / ("0" * 32) / "finish.json"
-    requests = RequestBox(folder)
+    requests = RequestQueue(folder)
     wishes = Wishes(folder)
 
     def signature(path: Path) -> str:
@@ -243,7 +244,9 @@ def targets(folder: Path) -> dict[str, Target]:
             valid=[base.read_bytes()],
             mutate=mutations.safetensors,
             feed=from_file(
-                folder, "update", lambda path: (check_initial(path), check_update(path, base, max_relative_change=10.0))
+                folder,
+                "update",
+                lambda path: (validate_initial_model(path), validate_update(path, base, max_relative_change=10.0)),
             ),
             errors=(),
         ),
@@ -344,7 +347,7 @@ def targets(folder: Path) -> dict[str, Target]:
             errors=(StorageError,),
         ),
         "request": Target(
-            valid=[m.msgspec.json.encode(PauseSite(site="a")), m.msgspec.json.encode(Stop())],
+            valid=[m.msgspec.json.encode(PauseSite(site="a")), m.msgspec.json.encode(StopRun())],
             mutate=mutations.json_document,
             feed=from_file(folder / "requests", "1.json", request),
             errors=(),
@@ -368,13 +371,13 @@ def kit() -> bytes:
 
 
 def journal_bytes(folder: Path) -> bytes:
-    from aggregator.facts import RunStarted, SiteJoined, SourceChosen
+    from aggregator.events import InitialSiteChosen, RunStarted, SiteJoined
 
     path = folder / "seed.sqlite"
     with Journal(path) as journal:
         started = RunStarted(run="0" * 32, config=AggregateConfig(), time="2026-01-01T00:00:00Z")
         joined = SiteJoined(site="a", install="1" * 32, initial="b" * 64)
-        journal.append("0" * 32, [started, joined, SourceChosen(site="a")])
+        journal.append("0" * 32, [started, joined, InitialSiteChosen(site="a")])
     return path.read_bytes()
 
 

@@ -80,13 +80,14 @@ def wrap_store() -> None:
 
 def wrap_aggregator() -> None:
     """The aggregator's steps."""
-    from aggregator import conduct, service
+    from aggregator import run as conduct
+    from aggregator import service
     from aggregator.journal import Journal
 
     wrap(Journal, "append", lambda _, __, facts: "journalling " + " ".join(tag(fact) for fact in facts))
-    wrap(service._Service, "_tell", lambda _, __, message: f"telling {tag(message)}")
-    wrap(service._Service, "_on_up", lambda _, __, message, ___: f"hearing {tag(message)}")
-    wrap(service._Service, "_announce", lambda self: f"announcing {place(self._machine.state)}")
+    wrap(service._AggregatorService, "_tell", lambda _, __, message: f"telling {tag(message)}")
+    wrap(service._AggregatorService, "_on_up", lambda _, __, message, ___: f"hearing {tag(message)}")
+    wrap(service._AggregatorService, "_announce", lambda self: f"announcing {place(self._machine.state)}")
     wrap(conduct, "make_model", lambda state, entry, *_: f"making model {entry.number}")
     wrap(conduct, "pool_statistics", lambda *_, **__: "pooling")
     wrap(service, "write_results", lambda *_: "writing results")

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Event, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Received, Up
 from edgeflame.messages import encode
 from edgeflame.releases.messages import Outcome, ProductModels, Release, decode_line_models, decode_need
 from edgeflame.topics import Spoken, Topics

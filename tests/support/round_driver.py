@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator
 
 from aggregator.config import AggregateConfig
-from aggregator.facts import Fact, RunStarted, RunState, begin
-from aggregator.models import Verdict
-from aggregator.rounds import Merge, Output, Receive, Record, RoundMachine, Tell
+from aggregator.events import Event, RunStarted, RunState, initial_state
+from aggregator.rounds import AggregateRound, ReceiveUpload, RecordEvent, RoundMachine, RoundOutput, SendToSite
+from aggregator.validation import ValidationResult
 from edgeflame.messages import FinishReport, Offer, Receipt, Refusal
 from edgeflame.transfer.manifest import Manifest
 
@@ -25,10 +25,10 @@ class Driver:
 
     def __init__(self, *, sites: int = 3, rounds: int = 2, quorum: float = 0.6, **more: object) -> None:
         config = AggregateConfig(rounds=rounds, min_sites=sites, quorum=quorum, deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
-        self.facts: list[Fact] = [RunStarted(run=RUN, config=config, time="2026-01-01T00:00:00Z")]
+        self.facts: list[Event] = [RunStarted(run=RUN, config=config, time="2026-01-01T00:00:00Z")]
         assert isinstance(self.facts[0], RunStarted)
-        self.machine = RoundMachine(begin(self.facts[0]), now=0.0)
-        self.said: list[Output] = []
+        self.machine = RoundMachine(initial_state(self.facts[0]), now=0.0)
+        self.said: list[RoundOutput] = []
         self.counter = itertools.count(1)
         self.made = 0
         self.changes: Iterator[float] = iter(())
@@ -37,11 +37,11 @@ class Driver:
     def state(self) -> RunState:
         return self.machine.state
 
-    def take(self, outputs: list[Output]) -> list[Output]:
+    def take(self, outputs: list[RoundOutput]) -> list[RoundOutput]:
         self.said += outputs
-        self.facts += [output.fact for output in outputs if isinstance(output, Record)]
+        self.facts += [output.fact for output in outputs if isinstance(output, RecordEvent)]
         for output in outputs:
-            if isinstance(output, Merge):
+            if isinstance(output, AggregateRound):
                 self.made += 1
                 if output.round.purpose == "statistics":
                     truncation = {"measured_max": 0.25}
@@ -75,12 +75,14 @@ class Driver:
             num_steps=steps,
         )
 
-    def deliver(self, site: str, offer: Offer, verdict: Verdict | None = None, now: float = 0.0) -> Receipt | Refusal:
+    def deliver(
+        self, site: str, offer: Offer, verdict: ValidationResult | None = None, now: float = 0.0
+    ) -> Receipt | Refusal:
         """Offer, and let the blob arrive if it is wanted; the answer."""
         outputs = self.take(self.machine.offered(site, offer, now))
-        if any(isinstance(output, Receive) for output in outputs):
-            outputs = self.take(self.machine.checked(site, offer, verdict or Verdict(), now))
-        answers = [o.message for o in outputs if isinstance(o, Tell) and o.site == site]
+        if any(isinstance(output, ReceiveUpload) for output in outputs):
+            outputs = self.take(self.machine.checked(site, offer, verdict or ValidationResult(), now))
+        answers = [o.message for o in outputs if isinstance(o, SendToSite) and o.site == site]
         assert len(answers) == 1
         assert isinstance(answers[0], Receipt | Refusal)
         return answers[0]

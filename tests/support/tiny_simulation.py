@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.numpy
 
 from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.engines import open_engine
+from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from edgeflame.config import load_config
 from edgeflame.console import no_progress
@@ -44,5 +44,5 @@ def handle(data: bytes) -> bytes:
 
 def main() -> None:
     config = load_config(Path(sys.argv[1]), SimulationConfig)
-    with open_engine(config.engine, handle) as engine:
+    with open_simulation_engine(config.engine, handle) as engine:
         simulate(config, Path(sys.argv[2]), engine, no_progress)

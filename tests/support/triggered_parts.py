@@ -11,7 +11,8 @@ from typing import Any
 from edge.sources import Frame
 from edge.sources.interface import make_frame
 from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Up
 from tests.support.brokers import BrokerProcess
 from tests.support.small_package import good_image
 

@@ -19,15 +19,7 @@ from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
 from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.statistics_codec import decode_statistics
 from trainer.agent.work import FinishTask, TrainTask
-from trainer.feddymem.learning import (
-    assigned,
-    first_memory,
-    metric_loss,
-    metric_of,
-    restored,
-    train_memory,
-    updated,
-)
+from trainer.feddymem.learning import assigned, first_memory, metric_loss, metric_of, restored, train_memory, updated
 from trainer.feddymem.metric import MemoryGenerator, Whitening, greedy_k_centre, transform_of, whitening_of
 from trainer.feddymem.patches import Patches
 from trainer.feddymem.reduce import NO_FLOOR, Contents, Floor, contents_of, reduce_memory

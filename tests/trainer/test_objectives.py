@@ -13,8 +13,8 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
+from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
-from aggregator.models import merge
 from aggregator.strategies.interface import Contribution
 from edgeflame.learning import CONTROL_PREFIX, Learning, Training, accumulated_steps
 from trainer.imageset import ImageSet, rgb_tensor
@@ -139,7 +139,7 @@ def test_fednova_is_the_normalised_average(tmp_path: Path, momentum: float) -> N
     contributions = [
         Contribution(site=s, path=tmp_path / s, weight=weights[s], num_steps=steps[s], num_samples=9) for s in "cab"
     ]
-    merge(federated("fednova", momentum), tmp_path / "base", contributions, tmp_path / "out", num_members=3)
+    aggregate_updates(federated("fednova", momentum), tmp_path / "base", contributions, tmp_path / "out", num_members=3)
     merged = safetensors.numpy.load_file(tmp_path / "out")
 
     tau = {site: sum(sgd_gradient_weights(steps[site], momentum)) for site in steps}
@@ -167,7 +167,7 @@ def test_fednova_of_equal_steps_is_fedavg(tmp_path: Path) -> None:
     ]
     results = []
     for method in ("fednova", "fedavg"):
-        merge(federated(method), tmp_path / "base", contributions, tmp_path / method, num_members=2)
+        aggregate_updates(federated(method), tmp_path / "base", contributions, tmp_path / method, num_members=2)
         results.append(safetensors.numpy.load_file(tmp_path / method)["w"])
     np.testing.assert_allclose(*results, rtol=1e-12)
 
@@ -246,7 +246,7 @@ class Quadratics:
                 Contribution(site=s, path=folder / s, weight=w, num_steps=self.num_steps)
                 for s, w in self.weights.items()
             ]
-            merge(federated(method, momentum), base, contributions, folder / "next", num_members=2)
+            aggregate_updates(federated(method, momentum), base, contributions, folder / "next", num_members=2)
             (folder / "next").replace(base)
         return safetensors.numpy.load_file(base)["x"]
 
@@ -271,7 +271,7 @@ def test_scaffolds_variate_moves_by_the_share_of_sites_that_took_part(tmp_path: 
     safetensors.numpy.save_file({"x": np.ones(2), name: np.full(2, 4.0)}, tmp_path / "base")
     safetensors.numpy.save_file({"x": np.full(2, 3.0), name: np.full(2, 6.0)}, tmp_path / "a")
     contribution = Contribution(site="a", path=tmp_path / "a", weight=1.0, num_steps=1)
-    merge(federated("scaffold"), tmp_path / "base", [contribution], tmp_path / "out", num_members=4)
+    aggregate_updates(federated("scaffold"), tmp_path / "base", [contribution], tmp_path / "out", num_members=4)
     merged = safetensors.numpy.load_file(tmp_path / "out")
     np.testing.assert_allclose(merged["x"], 3.0)
     np.testing.assert_allclose(merged[name], 4.0 + (6.0 - 4.0) / 4)

@@ -18,7 +18,8 @@ from pathlib import Path
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.console import EventLog, Progress
 from edgeflame.errors import EdgeFlameError, FederationError, NegativeAnswerError
-from edgeflame.link import Down, Event, Failed, Link, Received, Up, Will
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up, Will
 from edgeflame.messages import (
     BlobNeed,
     DownMessage,

@@ -19,14 +19,7 @@ from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.learning import Learning
 from edgeflame.memory_bank import MemoryBank
-from trainer.feddymem.metric import (
-    MemoryGenerator,
-    Whitening,
-    greedy_k_centre,
-    nearest,
-    tensor_of,
-    whitening_of,
-)
+from trainer.feddymem.metric import MemoryGenerator, Whitening, greedy_k_centre, nearest, tensor_of, whitening_of
 from trainer.feddymem.patches import Patches
 
 log = EventLog("feddymem")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.data import lay_out
-from aggregator.simulation.figures import METRICS
+from aggregator.simulation.data import prepare_site_data
+from aggregator.simulation.run import METRICS_FILE
 from edgeflame.console import no_progress
 from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
@@ -37,7 +37,7 @@ BATCH = 16
 def measure_peer(name: str, config: SimulationConfig, out: Path) -> None:
     """Fit a peer to all the training images of a one-site simulation, and measure it on its test part."""
     out.mkdir(parents=True, exist_ok=True)
-    layout = lay_out(config, out, no_progress)
+    layout = prepare_site_data(config, out, no_progress)
     learning = config.fleet.learning
     seed = learning.seed
     torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def measure_peer(name: str, config: SimulationConfig, out: Path) -> None:
     test = open_dataset(out / layout.common)
     answer = answer_of(name, evaluate(score, test, learning.input, threshold=0.0, num_resamples=0))
     one = {"figures": answer.figures, "classes": answer.classes}
-    write_durably(out / METRICS, msgspec.json.encode({"rounds": [], "sites": {"all": one}}))
+    write_durably(out / METRICS_FILE, msgspec.json.encode({"rounds": [], "sites": {"all": one}}))
 
 
 def _with_our_weights(

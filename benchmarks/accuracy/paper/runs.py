@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.engines import open_engine
+from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from edgeflame.cli.simulate import handle
 from edgeflame.console import no_progress
@@ -85,7 +85,7 @@ def carry_out(run: Run, root: Path) -> None:
 
         measure_peer(run.peer, config, out)
         return
-    with open_engine(config.engine, handle) as engine:
+    with open_simulation_engine(config.engine, handle) as engine:
         simulate(config, out, engine, no_progress)
 
 

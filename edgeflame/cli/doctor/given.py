@@ -144,7 +144,8 @@ def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator
         timeout_s: how long to try.
         readable: a topic, or filter, that whoever we come as may read.
     """
-    from edgeflame.link import Event, Failed, Link, Up
+    from edgeflame.link import Link
+    from edgeflame.linkevents import Event, Failed, Up
 
     if url.tls is not None and url.tls.cert is not None:
         yield from _certificate(url.tls.cert)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aggregator.simulation.config import Partition
-from aggregator.simulation.partition import deal
+from aggregator.simulation.data import partition_parts
 from edgeflame.errors import ConfigError
 
 SITES = [f"s{number}" for number in range(10)]
@@ -19,7 +19,7 @@ def groups(per_category: int = 100, categories: str = "abcde") -> dict[str, str]
 
 
 def dealt(seed: int = 0, **partition: Any) -> dict[str, list[str]]:
-    return deal(groups(), SITES, Partition(**partition), np.random.default_rng(seed))
+    return partition_parts(groups(), SITES, Partition(**partition), np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("category_beta", [None, 0.1, 100.0])

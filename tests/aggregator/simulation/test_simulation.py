@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from aggregator.conduct import RunResult
+from aggregator.run import RunResult
 from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.engines import open_engine
+from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from edgeflame.config import parse_config
 from edgeflame.console import no_progress
@@ -43,7 +43,7 @@ def toml(*, sites: int = 4, fleet: str = FLEET, engine: str = "", top: str = "")
 def run(text: str, out: Path) -> RunResult:
     """In this process."""
     config = parse_config(text.encode(), SimulationConfig, "test")
-    with open_engine(config.engine, tiny_simulation.handle) as engine:
+    with open_simulation_engine(config.engine, tiny_simulation.handle) as engine:
         return simulate(config, out, engine, no_progress)
 
 

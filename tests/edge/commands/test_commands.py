@@ -25,7 +25,8 @@ from edge.overrides import FILE, Overrides
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
 from edgeflame.errors import DataError, FederationError, LinkError, StorageError, UsageError
-from edgeflame.link import Event, Link, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Up
 from tests.support.brokers import BrokerProcess
 from tests.support.scripted_camera import Belt, FakeJudge
 from tests.support.waiting import wait_for

@@ -25,7 +25,8 @@ from edge.delivery.webhook import WebhookConfig, WebhookDestination
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
 from edgeflame.errors import ConfigError, LinkError, StorageError
-from edgeflame.link import Event, Link, Received, Up
+from edgeflame.link import Link
+from edgeflame.linkevents import Event, Received, Up
 from edgeflame.statedir import locked_state_dir
 from tests.support.brokers import BROKERS, BrokerProcess
 from tests.support.inspection_results import body

@@ -22,12 +22,7 @@ from edge.runtimes import Runtime, Scores, open_runtime
 from edge.runtimes.cuda import Cuda
 from edge.runtimes.engine import EngineRuntime
 from edgeflame.engines import REPORT, BuildReport, EngineRecord, find_engine
-from edgeflame.errors import (
-    NegativeAnswerError,
-    PackageError,
-    RuntimeUnavailableError,
-    UsageError,
-)
+from edgeflame.errors import NegativeAnswerError, PackageError, RuntimeUnavailableError, UsageError
 from edgeflame.package import Package, read_package
 from tests.support.small_package import GRID, SIZE, bad_image, good_image
 

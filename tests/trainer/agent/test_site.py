@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from aggregator.roster import SILENCE_S, Roster
+from aggregator.membership import LIVENESS_TIMEOUT_S, SiteLeases
 from edgeflame.errors import DataError, EdgeFlameError, FederationError, MissingDependencyError, StorageError
 from edgeflame.learning import Learning
 from edgeflame.messages import RoundState
@@ -24,16 +24,7 @@ from tests.support.paths import REPOSITORY
 from trainer.agent.chores import task_seed
 from trainer.agent.labour import Labour
 from trainer.agent.memory import Finished, Memory, Outcome
-from trainer.agent.orders import (
-    FROM_WORKER,
-    Done,
-    FinishOrder,
-    InitialOrder,
-    Problem,
-    Setup,
-    TrainOrder,
-    encode_line,
-)
+from trainer.agent.orders import FROM_WORKER, Done, FinishOrder, InitialOrder, Problem, Setup, TrainOrder, encode_line
 from trainer.agent.plan import (
     Fetch,
     Finish,
@@ -263,18 +254,18 @@ def test_a_worker_that_cannot_start_or_always_dies_is_an_error(tmp_path: Path) -
 
 
 def test_a_name_belongs_to_the_install_that_was_heard_last() -> None:
-    roster = Roster({}, now=0.0)
+    roster = SiteLeases({}, now=0.0)
     assert roster.admit("a", install="1", boot="x", now=0.0)
     assert not roster.admit("a", install="2", boot="y", now=1.0)
     assert roster.admit("a", install="1", boot="z", now=2.0), "restarted"
     assert not roster.heard("a", boot="x", now=2.0)
     assert roster.heard("a", boot="z", now=10.0)
-    assert not roster.admit("a", install="2", boot="y", now=10.0 + SILENCE_S - 1)
-    assert roster.admit("a", install="2", boot="y", now=10.0 + SILENCE_S)
+    assert not roster.admit("a", install="2", boot="y", now=10.0 + LIVENESS_TIMEOUT_S - 1)
+    assert roster.admit("a", install="2", boot="y", now=10.0 + LIVENESS_TIMEOUT_S)
 
 
 def test_a_name_is_free_soon_after_its_holder_left_and_not_at_once_after_a_restart() -> None:
-    roster = Roster({"a": "1"}, now=0.0)
+    roster = SiteLeases({"a": "1"}, now=0.0)
     assert not roster.admit("a", install="2", boot="y", now=1.0), "its holder has not come back yet"
     assert roster.admit("a", install="1", boot="x", now=2.0)
     assert not roster.gone("a", boot="other", now=3.0)

@@ -1,7 +1,8 @@
-"""FedDyMem's server rule: the fleet's memory is the k-means of what the sites send.
+"""FedDyMem's server strategy: the global memory is the k-means of the prototypes that the sites send.
 
-A prototype counts with its site's share of the round's samples times its share of the site's patches. Sites come in
-sorted order, the seed is fixed, and the work is done by one thread: the same updates give the same memory, bit for bit.
+A prototype's weight is its site's share of the round's samples times its share of the site's patches. Sites come in
+sorted order, the seed is fixed, and the work is done by one thread: the same updates give the same memory, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aggregator.strategies.interface import Contribution, RoundInputs
 from edgeflame.errors import MissingDependencyError
 from edgeflame.memory_bank import MemoryBank, read_bank, write_bank
 
-ITERATIONS = 300
+MAX_ITERATIONS = 300
 
 
 class KMeansMemory:
@@ -29,7 +30,7 @@ class KMeansMemory:
         prototypes = np.concatenate([bank.prototypes for bank in banks]).astype(np.float64)
         shares = [c.weight * bank.weights.astype(np.float64) for c, bank in zip(contributions, banks, strict=True)]
         weights = np.concatenate(shares)
-        labels = clusters(prototypes, weights, self._learning.memory.global_prototypes, seed=self._learning.seed)
+        labels = kmeans_labels(prototypes, weights, self._learning.memory.global_prototypes, seed=self._learning.seed)
         patches = np.concatenate([bank.effective_patches for bank in banks]).astype(np.float64)
         images = np.concatenate([bank.effective_images for bank in banks]).astype(np.float64)
         rows = []
@@ -59,7 +60,7 @@ class KMeansMemory:
         )
 
 
-def clusters(
+def kmeans_labels(
     prototypes: np.ndarray[Any, np.dtype[np.float64]],
     weights: np.ndarray[Any, np.dtype[np.float64]],
     count: int,
@@ -80,7 +81,7 @@ def clusters(
 
     with threadpool_limits(limits=1):
         # Weights of 1 on average: a tiny scale would fall under the method's tolerances.
-        fitted = KMeans(n_clusters=count, n_init=1, max_iter=ITERATIONS, random_state=seed).fit(
+        fitted = KMeans(n_clusters=count, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed).fit(
             prototypes, sample_weight=weights / weights.mean()
         )
     labels: np.ndarray[Any, np.dtype[np.int64]] = fitted.labels_.astype(np.int64)

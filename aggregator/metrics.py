@@ -1,16 +1,25 @@
-"""How a run stands, in figures: for a SCADA system's tags and for Prometheus. Pure."""
+"""How a run stands, in numbers: as retained MQTT tags that a SCADA system or PLC can read, and for Prometheus.
+
+:class:`RunStatus` is a run at one moment, with pure functions that render it; :class:`StatusReporter` takes such a
+snapshot twice a second and publishes what has changed. It decides nothing.
+"""
 
 from __future__ import annotations
 
 import math
+import shutil
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Literal, get_args
 
-from aggregator.facts import RunState
+from aggregator.events import RunState
+from edgeflame.link import Link
 from edgeflame.messages import Phase
-from edgeflame.metrics import Metric
+from edgeflame.metrics import Metric, MetricsServer
 
 SiteState = Literal["idle", "working", "accepted", "refused", "left_out", "finished", "not_finished", "paused", "left"]
 SITE_STATES: tuple[SiteState, ...] = get_args(SiteState)
@@ -18,7 +27,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class RunStatus:
     """A run at one moment.
 
     Attributes:
@@ -53,7 +62,7 @@ class Snapshot:
         return {name: counts[name] for name in SITE_STATES}
 
 
-def headline(state: RunState, *, num_online: int) -> str:
+def run_summary(state: RunState, *, num_online: int) -> str:
     """In a few words, for a terminal."""
     entry = state.statistics if state.phase == "statistics" else state.round
     if state.phase in ("train", "statistics") and entry is not None:
@@ -68,7 +77,7 @@ def headline(state: RunState, *, num_online: int) -> str:
     return state.phase
 
 
-def tags(snapshot: Snapshot) -> dict[str, str]:
+def status_tags(snapshot: RunStatus) -> dict[str, str]:
     """The values of the flat topics ``status/<name>``, as text a PLC can read."""
     state, sites = snapshot.state, snapshot.sites()
     return {
@@ -90,7 +99,7 @@ def tags(snapshot: Snapshot) -> dict[str, str]:
     }
 
 
-def metrics(snapshot: Snapshot) -> list[Metric]:
+def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
     """The same and more for Prometheus; ``docs/fleet.md`` lists them."""
     state, prefix = snapshot.state, "edgeflame_aggregator"
     refusals: Counter[str] = Counter(fact.reason for entry in state.rounds for fact in entry.refused.values())
@@ -117,7 +126,7 @@ def metrics(snapshot: Snapshot) -> list[Metric]:
         gauge("last_round_seconds", "How long the last round took; 0 if none ended yet.", snapshot.last_round_s or 0),
         by("sites", "Members by state.", "state", {name: float(count) for name, count in snapshot.sites().items()}),
         gauge("sites_online", "Sites heard lately.", snapshot.num_online),
-        gauge("quorum", "Sites whose answers the open round needs; 0 while none is open.", _quorum(state)),
+        gauge("quorum", "Sites whose answers the open round needs; 0 while none is open.", _open_quorum(state)),
         gauge("accepted_updates", "Updates of this run that count.", accepted),
         by(
             "refusals",
@@ -139,7 +148,7 @@ def metrics(snapshot: Snapshot) -> list[Metric]:
     ]
 
 
-def _quorum(state: RunState) -> int:
+def _open_quorum(state: RunState) -> int:
     entry = {"train": state.round, "statistics": state.statistics}.get(state.phase)
     return 0 if entry is None else state.config.replies_needed(len(entry.asked))
 
@@ -173,3 +182,82 @@ def _site_state(state: RunState, site: str) -> SiteState:
             if site in state.not_finished or state.ended is not None:
                 return "not_finished"
             return "working"
+
+
+class StatusReporter:
+    """Looks at the run and tells; decides nothing.
+
+    Args:
+        state_dir: whose disk matters.
+        say: publishes a tag, retained; called only while the broker is connected.
+        server: Prometheus' side; None: nobody asks.
+        certificate_expires: end of the validity of what we show the broker, if that is known.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        say: Callable[[str, bytes], None],
+        server: MetricsServer | None,
+        *,
+        certificate_expires: datetime | None = None,
+    ) -> None:
+        self._state_dir = state_dir
+        self._certificate_expires = certificate_expires
+        self._say = say
+        self._server = server
+        self._said: dict[str, str] = {}
+        self._stage: tuple[object, ...] = ()
+        self._stage_since = time.monotonic()
+        self._last_round_s: float | None = None
+
+    def connected(self) -> None:
+        """There is a new connection: the broker may have forgotten everything."""
+        self._said.clear()
+
+    def look(
+        self, state: RunState, *, num_online: int, progress_at: float, link: Link | None, is_up: bool, now: float
+    ) -> None:
+        """Tell what has changed.
+
+        Args:
+            state: the run.
+            num_online: sites heard lately.
+            progress_at: when any site was last a step further.
+            link: counts bytes.
+            is_up: whether it is connected.
+            now: monotonic clock, seconds; as ``progress_at``.
+        """
+        stage = (state.phase, None if state.round is None else state.round.number)
+        if stage != self._stage:
+            if self._stage[:1] == ("train",):
+                self._last_round_s = now - self._stage_since
+            self._stage, self._stage_since = stage, now
+        snapshot = RunStatus(
+            state=state,
+            num_online=num_online,
+            phase_s=now - self._stage_since,
+            last_round_s=self._last_round_s,
+            progress_age_s=now - progress_at,
+            progress_at=time.time() - (now - progress_at),
+            is_connected=is_up,
+            bytes_in=0 if link is None else link.bytes_in,
+            bytes_out=0 if link is None else link.bytes_out,
+            free_bytes=_free_bytes(self._state_dir),
+            certificate_expires=self._certificate_expires,
+        )
+        if self._server is not None:
+            self._server.show(prometheus_metrics(snapshot))
+        if is_up:
+            for name, value in status_tags(snapshot).items():
+                if self._said.get(name) != value:
+                    self._say(name, value.encode())
+                    self._said[name] = value
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        # A disk that cannot even say this will make itself felt where something is written.
+        return 0

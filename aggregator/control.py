@@ -1,10 +1,10 @@
-"""What the aggregator's operator asks for: small files in the state directory, each answered by another.
+"""The operator's control of a running aggregator: small files in its state directory, each answered by another.
 
-STATE/requests/<number>.json     a request, written by ``edgeflame rounds``, deleted when it is carried out
-STATE/requests/<number>.answer   what came of it, deleted by who asked
+    STATE/requests/<number>.json     a request, written by ``edgeflame rounds``, deleted when it has been carried out
+    STATE/requests/<number>.answer   its outcome, deleted by who asked
 
-Files, because who may write into the state directory may decide about the run, and because a request waits there
-for an aggregator that does not run just now.
+Files, because who may write into the state directory may decide about the run, and because a request waits there for
+an aggregator that is not running just now.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ log = EventLog("aggregator")
 MAX_REQUEST_BYTES = 4096
 
 
-class _Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="request", forbid_unknown_fields=True):
+class _OperatorRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="request", forbid_unknown_fields=True):
     reason: Text = "no reason given"
 
 
-class Stop(_Request, frozen=True, kw_only=True, tag="stop"):
+class StopRun(_OperatorRequest, frozen=True, kw_only=True, tag="stop"):
     """End the run without a result; after its end, send an aggregator that stays away."""
 
 
-class FinishEarly(_Request, frozen=True, kw_only=True, tag="finish"):
+class FinishEarly(_OperatorRequest, frozen=True, kw_only=True, tag="finish"):
     """No round after the one at hand."""
 
 
-class PauseSite(_Request, frozen=True, kw_only=True, tag="pause"):
+class PauseSite(_OperatorRequest, frozen=True, kw_only=True, tag="pause"):
     site: Name
 
 
-class ResumeSite(_Request, frozen=True, kw_only=True, tag="resume"):
+class ResumeSite(_OperatorRequest, frozen=True, kw_only=True, tag="resume"):
     site: Name
 
 
-class RemoveSite(_Request, frozen=True, kw_only=True, tag="remove"):
+class RemoveSite(_OperatorRequest, frozen=True, kw_only=True, tag="remove"):
     """The site is of the run no more."""
 
     site: Name
 
 
-Request = Stop | FinishEarly | PauseSite | ResumeSite | RemoveSite
+OperatorRequest = StopRun | FinishEarly | PauseSite | ResumeSite | RemoveSite
 
-_REQUEST: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_REQUEST_DECODER: msgspec.json.Decoder[OperatorRequest] = msgspec.json.Decoder(OperatorRequest)
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class RequestResult(msgspec.Struct, frozen=True, kw_only=True):
     """What came of a request; ``text`` is for people."""
 
     ok: bool
     text: str
 
 
-_ANSWER = msgspec.json.Decoder(Answer)
+_RESULT_DECODER = msgspec.json.Decoder(RequestResult)
 
 
-class RequestBox:
+class RequestQueue:
     """The requests of a state directory.
 
     Raises:
@@ -79,17 +79,17 @@ class RequestBox:
         with storage_errors(self._folder, "create"):
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    def put(self, request: Request) -> str:
+    def put(self, request: OperatorRequest) -> str:
         """Ask for something; the number of the request."""
         number = f"{time.time_ns():020d}"
         write_durably(self._folder / f"{number}.json", msgspec.json.encode(request))
         return number
 
-    def answer_to(self, number: str) -> Answer | None:
+    def answer_to(self, number: str) -> RequestResult | None:
         """What came of a request, if it was carried out; the answer can be taken once."""
         path = self._folder / f"{number}.answer"
         try:
-            answer = _ANSWER.decode(path.read_bytes())
+            answer = _RESULT_DECODER.decode(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -98,7 +98,7 @@ class RequestBox:
         path.unlink(missing_ok=True)
         return answer
 
-    def answer(self, carry_out: Callable[[Request], str]) -> None:
+    def answer(self, carry_out: Callable[[OperatorRequest], str]) -> None:
         """Have every request carried out, oldest first.
 
         Args:
@@ -107,21 +107,21 @@ class RequestBox:
         """
         for path in sorted(self._folder.glob("*.json")):
             try:
-                answer = Answer(ok=True, text=carry_out(_read(path)))
+                answer = RequestResult(ok=True, text=carry_out(_read_request(path)))
             except UsageError as exc:
-                answer = Answer(ok=False, text=str(exc))
+                answer = RequestResult(ok=False, text=str(exc))
             log.info("request_answered", ok=answer.ok, answer=answer.text)
             write_durably(path.with_suffix(".answer"), msgspec.json.encode(answer))
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
 
-def _read(path: Path) -> Request:
+def _read_request(path: Path) -> OperatorRequest:
     with storage_errors(path, "read"):
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_REQUEST_BYTES else b""
     try:
-        return _REQUEST.decode(data)
+        return _REQUEST_DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
         msg = f"{path.name} is no request ({exc})"
         raise UsageError(msg) from exc

@@ -1,47 +1,39 @@
-"""What a run's decisions come to on disk, whoever carries them out: the service over MQTT, or a simulation."""
+"""A run's life on disk: open or continue it, make of a closed round its model, write the results.
+
+Used by the service over MQTT and by the simulation alike. Every step may be repeated after a crash: blobs are named by
+their SHA-256, and results are written whole or not at all.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from aggregator.answers import round_of
+from aggregator.aggregate import aggregate_updates, relative_memory_change, relative_model_change, round_contributions
 from aggregator.config import AggregateConfig
-from aggregator.facts import Fact, Round, RunStarted, RunState, begin
+from aggregator.events import Event, Round, RunStarted, RunState, initial_state
 from aggregator.journal import Journal
-from aggregator.ledger import contributions, ledger
-from aggregator.memories import check_initial_memory, check_memory, memory_change
-from aggregator.models import (
-    Verdict,
-    check_initial,
-    check_statistics,
-    check_update,
-    merge,
-    relative_change,
-    without_path,
-)
-from aggregator.rounds import Output, RoundMachine
-from aggregator.strategies import STRATEGIES, rule_name
+from aggregator.ledger import build_ledger
+from aggregator.rounds import RoundMachine, RoundOutput
+from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import FileRule
 from edgeflame.console import EventLog
-from edgeflame.errors import ConfigError, DataError
+from edgeflame.errors import ConfigError
 from edgeflame.learning import METHODS
-from edgeflame.messages import Offer
 from edgeflame.pooling import pool_statistics
 from edgeflame.statedir import copy_durably, write_durably
-from edgeflame.transfer.codec import decode_update
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")
 
-LEDGER = "ledger.json"
-MODEL = "global-model.safetensors"
+LEDGER_FILE = "ledger.json"
+MODEL_FILE = "global-model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +60,7 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
         MissingDependencyError: its rule needs what is not installed here.
         StorageError: the journal fails.
     """
-    rule = STRATEGIES[rule_name(config.strategy, config.learning.method)]
+    rule = STRATEGIES[resolve_strategy(config.strategy, config.learning.method)]
     if isinstance(rule, FileRule) and rule.check is not None:
         rule.check()
     state = journal.last_run()
@@ -89,52 +81,23 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
     fact = RunStarted(run=uuid.uuid4().hex, config=config, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     journal.append(fact.run, [fact])
     log.info("run_started", run=fact.run, rounds=config.rounds, method=config.learning.method)
-    return begin(fact)
+    return initial_state(fact)
 
 
-def judge(state: RunState, offer: Offer, store: BlobStore) -> Verdict | None:
-    """What the checks say of an offered model that lies in the store; None if the offer is of no round of this run."""
-    path, codec = store.path(offer.manifest.sha256), offer.manifest.codec
-    shares_memory = METHODS[state.config.learning.method].exchange == "memory"
-    if codec != "raw" and (offer.purpose != "update" or shares_memory):
-        return Verdict(reason="not_tensors", detail=f"encoded as {codec}; only updates of weights may be")
-    if offer.purpose == "initial":
-        return check_initial_memory(path) if shares_memory else check_initial(path)
-    entry = round_of(state, offer)
-    if entry is None or entry.base not in store:
-        return None
-    if entry.purpose == "statistics":
-        like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
-        return check_statistics(path, model=entry.base, num_samples=offer.num_samples, like=like)
-    if shares_memory:
-        return check_memory(path, store.path(entry.base), state.config, num_samples=offer.num_samples)
-    base, decoded = store.path(entry.base), None
-    if codec != "raw":
-        draft = store.draft("decoded")
-        try:
-            decode_update(codec, base, path, draft)
-        except DataError as exc:
-            return Verdict(reason="not_tensors", detail=without_path(exc, path))
-        decoded = store.add(draft).sha256
-        path = store.path(decoded)
-    verdict = check_update(path, base, max_relative_change=state.config.max_relative_change)
-    return replace(verdict, decoded=decoded)
-
-
-def settle(
+def close_round(
     machine: RoundMachine, entry: Round, store: BlobStore, folder: Path, clock: Callable[[], float]
-) -> list[Output]:
+) -> list[RoundOutput]:
     """Make of a closed round what it is to give, its model or the pooled statistics, and tell the machine.
 
     Args:
-        machine: asked for it by a :class:`~aggregator.rounds.Merge`.
+        machine: asked for it by a :class:`~aggregator.rounds.AggregateRound`.
         entry: the round.
         store: holds the blobs, and gets the result.
         folder: for drafts, on the store's file system.
         clock: the machine's; read when the work is done, so that deadlines do not run from before it.
     """
     if entry.purpose == "update":
-        model = make_model(machine.state, entry, store, folder / ".model.draft")
+        model = aggregate_round(machine.state, entry, store, folder / ".model.draft")
         return machine.merged(
             entry.number,
             sha256=model.sha256,
@@ -152,38 +115,38 @@ def settle(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeModel:
-    """A round's model, in the store; ``relative_change`` as in :class:`aggregator.facts.ModelMade`."""
+class GlobalModel:
+    """A round's model, in the store; ``relative_model_change`` as in :class:`aggregator.events.ModelAggregated`."""
 
     sha256: str
     size_bytes: int
     relative_change: float | None
 
 
-def make_model(state: RunState, entry: Round, store: BlobStore, draft: Path) -> MadeModel:
+def aggregate_round(state: RunState, entry: Round, store: BlobStore, draft: Path) -> GlobalModel:
     """Make a round's model of its accepted updates, into the store; ``draft`` is a path on the store's file system."""
     base = store.path(entry.base)
-    merge(
+    aggregate_updates(
         state.config,
         base,
-        contributions(entry, state.config, store.path),
+        round_contributions(entry, state.config, store.path),
         draft,
         num_members=len(state.members),
     )
     shares_memory = METHODS[state.config.learning.method].exchange == "memory"
-    change = memory_change(base, draft) if shares_memory else relative_change(base, draft)
+    change = relative_memory_change(base, draft) if shares_memory else relative_model_change(base, draft)
     manifest = store.add(draft)
-    return MadeModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)
+    return GlobalModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)
 
 
 def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult:
     """Write the ledger and the final model of a run that is over."""
-    entries = ledger(state)
-    ledger_path = out_dir / LEDGER
+    entries = build_ledger(state)
+    ledger_path = out_dir / LEDGER_FILE
     write_durably(ledger_path, msgspec.json.format(msgspec.json.encode(entries), indent=2) + b"\n")
     model_path: Path | None = None
     if state.model is not None and state.rounds and state.rounds[-1].model is not None:
-        model_path = out_dir / MODEL
+        model_path = out_dir / MODEL_FILE
         copy_durably(store.path(state.model), model_path)
     assert state.ended is not None
     return RunResult(
@@ -195,7 +158,7 @@ def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult
     )
 
 
-def log_fact(fact: Fact) -> None:
+def log_event(fact: Event) -> None:
     """Log a decision, hashes shortened: the ledger has them whole."""
     fields: dict[str, object] = {}
     for name, value in msgspec.structs.asdict(fact).items():

@@ -1,4 +1,6 @@
-"""What everybody may know: the retained state of the run, and the blobs it names, served to whoever asks."""
+"""What the aggregator publishes to all sites: the retained state of the run, and the blobs it names (the base
+model, the pooled statistics, the ledger), sent in chunks to whoever asks for them.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ from pathlib import Path
 
 import msgspec
 
-from aggregator.facts import RunState
-from aggregator.ledger import ledger
+from aggregator.events import RunState
+from aggregator.ledger import build_ledger
 from edgeflame.messages import BlobNeed, RoundState, StatisticsWanted
 from edgeflame.statedir import write_durably
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore, Outgoing
 
 
-class Announcer:
+class StatePublisher:
     """Describes a run, and sends out what the description names.
 
     Args:
@@ -83,7 +85,7 @@ class Announcer:
             statistics=statistics,
             ledger=ledger_manifest,
             deadline_s=config.deadline_s,
-            detail=_detail(state, available)[:500],
+            detail=_status_detail(state, available)[:500],
             codec=config.update_codec,
             paused=tuple(sorted(site for site, by in state.paused.items() if "operator" in by)),
         )
@@ -126,7 +128,7 @@ class Announcer:
         if self._ledger is None or self._ledger not in self._store:
             # As it was when training ended: a restarted aggregator must name the same blob.
             trained = replace(state, finished={}, not_finished={}, left={}, ended=None)
-            write_durably(self._draft, msgspec.json.encode(ledger(trained)))
+            write_durably(self._draft, msgspec.json.encode(build_ledger(trained)))
             self._ledger = self._store.add(self._draft).sha256
         return self._ledger
 
@@ -144,7 +146,7 @@ class Announcer:
             del self._manifests[sha256]
 
 
-def _detail(state: RunState, available: tuple[str, ...]) -> str:
+def _status_detail(state: RunState, available: tuple[str, ...]) -> str:
     if state.ended:
         return state.ended.reason
     if state.phase == "finish" and state.last_round is not None:

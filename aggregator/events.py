@@ -1,7 +1,8 @@
-"""What happened in a run: the facts the journal keeps, and the state they add up to.
+"""The events of a run, and the state that they add up to (event sourcing).
 
-Facts are only ever added. The state of a run is the fold of its facts (:func:`apply`), so an aggregator that was
-killed knows exactly what it knew, and nothing it had not yet written down was acted upon.
+Whatever the aggregator decides is an :class:`Event`. Events are only ever appended to the journal, and the state of a
+run is the fold of its events (:func:`apply_event`). So an aggregator that was killed knows after its restart exactly
+what it knew before, and nothing that was not written down yet was acted upon.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import msgspec
 from aggregator.config import AggregateConfig
 from edgeflame.messages import Phase, Reason
 
-Gathered = Literal["update", "statistics"]
+RoundPurpose = Literal["update", "statistics"]
 """What sites are asked for: the updates of a round, or their statistics after the last. Facts about the latter have
 round 0."""
-Pauser = Literal["site", "operator"]
+PausedBy = Literal["site", "operator"]
 """Who decides about a site: its own operator, or the aggregator's."""
 
 
-class _Fact(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
+class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
     pass
 
 
-class RunStarted(_Fact, frozen=True, kw_only=True, tag="run_started"):
+class RunStarted(_Event, frozen=True, kw_only=True, tag="run_started"):
     """A run waits for sites."""
 
     run: str
@@ -34,7 +35,7 @@ class RunStarted(_Fact, frozen=True, kw_only=True, tag="run_started"):
     """UTC, ISO 8601."""
 
 
-class SiteJoined(_Fact, frozen=True, kw_only=True, tag="site_joined"):
+class SiteJoined(_Event, frozen=True, kw_only=True, tag="site_joined"):
     """A site is ready to take part; ``install`` tells it from another of the same name."""
 
     site: str
@@ -43,32 +44,32 @@ class SiteJoined(_Fact, frozen=True, kw_only=True, tag="site_joined"):
     """SHA-256 of its initial model."""
 
 
-class SourceChosen(_Fact, frozen=True, kw_only=True, tag="source_chosen"):
+class InitialSiteChosen(_Event, frozen=True, kw_only=True, tag="source_chosen"):
     """The site whose initial model the run starts from."""
 
     site: str
 
 
-class InitialAccepted(_Fact, frozen=True, kw_only=True, tag="initial_accepted"):
+class InitialModelAccepted(_Event, frozen=True, kw_only=True, tag="initial_accepted"):
     site: str
     sha256: str
     size_bytes: int
 
 
-class InitialRefused(_Fact, frozen=True, kw_only=True, tag="initial_refused"):
+class InitialModelRefused(_Event, frozen=True, kw_only=True, tag="initial_refused"):
     site: str
     reason: Reason
     detail: str
 
 
-class RoundStarted(_Fact, frozen=True, kw_only=True, tag="round_started"):
+class RoundStarted(_Event, frozen=True, kw_only=True, tag="round_started"):
     round: int
     asked: tuple[str, ...]
     """In sorted order."""
-    purpose: Gathered = "update"
+    purpose: RoundPurpose = "update"
 
 
-class UpdateAccepted(_Fact, frozen=True, kw_only=True, tag="update_accepted"):
+class UpdateAccepted(_Event, frozen=True, kw_only=True, tag="update_accepted"):
     round: int
     site: str
     sha256: str
@@ -77,31 +78,31 @@ class UpdateAccepted(_Fact, frozen=True, kw_only=True, tag="update_accepted"):
     """0: the site did not say."""
     metrics: dict[str, float]
     relative_change: float
-    purpose: Gathered = "update"
+    purpose: RoundPurpose = "update"
     decoded: str | None = None
     """SHA-256 of the update in the store, where ``sha256`` is of an encoded one."""
 
 
-class UpdateRefused(_Fact, frozen=True, kw_only=True, tag="update_refused"):
+class UpdateRefused(_Event, frozen=True, kw_only=True, tag="update_refused"):
     round: int
     site: str
     sha256: str | None
     reason: Reason
     detail: str
-    purpose: Gathered = "update"
+    purpose: RoundPurpose = "update"
 
 
-class RoundClosed(_Fact, frozen=True, kw_only=True, tag="round_closed"):
+class RoundClosed(_Event, frozen=True, kw_only=True, tag="round_closed"):
     """The contributors are fixed; the asked sites that are neither accepted nor refused were left out."""
 
     round: int
     left_out: tuple[str, ...]
-    purpose: Gathered = "update"
+    purpose: RoundPurpose = "update"
     paused: tuple[str, ...] = ()
     """Those of them that were at rest: not asked for more than they could do, so not lost."""
 
 
-class ModelMade(_Fact, frozen=True, kw_only=True, tag="model_made"):
+class ModelAggregated(_Event, frozen=True, kw_only=True, tag="model_made"):
     """The round's global model is on disk."""
 
     round: int
@@ -111,7 +112,7 @@ class ModelMade(_Fact, frozen=True, kw_only=True, tag="model_made"):
     """The distance to the base model over the base model's norm; None if they have not the same tensors."""
 
 
-class StatisticsMade(_Fact, frozen=True, kw_only=True, tag="statistics_made"):
+class StatisticsPooled(_Event, frozen=True, kw_only=True, tag="statistics_made"):
     """The pooled statistics are on disk. ``truncation``: see :class:`edgeflame.statistics_blob.Truncation`."""
 
     sha256: str
@@ -119,44 +120,44 @@ class StatisticsMade(_Fact, frozen=True, kw_only=True, tag="statistics_made"):
     truncation: dict[str, float]
 
 
-class SiteFinished(_Fact, frozen=True, kw_only=True, tag="site_finished"):
+class SiteFinished(_Event, frozen=True, kw_only=True, tag="site_finished"):
     site: str
     package: str | None
     summary: dict[str, float | str]
 
 
-class SiteNotFinished(_Fact, frozen=True, kw_only=True, tag="site_not_finished"):
+class SiteNotFinished(_Event, frozen=True, kw_only=True, tag="site_not_finished"):
     """A site said that it cannot make its package."""
 
     site: str
     detail: str
 
 
-class SitePaused(_Fact, frozen=True, kw_only=True, tag="site_paused"):
+class SitePaused(_Event, frozen=True, kw_only=True, tag="site_paused"):
     """A site rests: it is not asked, and not missed."""
 
     site: str
-    by: Pauser
+    by: PausedBy
     reason: str
 
 
-class SiteResumed(_Fact, frozen=True, kw_only=True, tag="site_resumed"):
+class SiteResumed(_Event, frozen=True, kw_only=True, tag="site_resumed"):
     """One of the two who may pause a site has it go on."""
 
     site: str
-    by: Pauser
+    by: PausedBy
 
 
-class SiteLeft(_Fact, frozen=True, kw_only=True, tag="site_left"):
+class SiteLeft(_Event, frozen=True, kw_only=True, tag="site_left"):
     """A site, as this install, is of the run no more. It may come back as another install, by joining anew."""
 
     site: str
     install: str
-    by: Pauser
+    by: PausedBy
     detail: str
 
 
-class LastRound(_Fact, frozen=True, kw_only=True, tag="last_round"):
+class RoundsEndedEarly(_Event, frozen=True, kw_only=True, tag="last_round"):
     """The rounds are over before their planned number, with the newest model as the final one: when the round at
     hand has its model, or at once if none is open.
     """
@@ -165,30 +166,30 @@ class LastRound(_Fact, frozen=True, kw_only=True, tag="last_round"):
     reason: str
 
 
-class RunEnded(_Fact, frozen=True, kw_only=True, tag="run_ended"):
+class RunEnded(_Event, frozen=True, kw_only=True, tag="run_ended"):
     succeeded: bool
     reason: str
     """Why it failed; empty if it did not."""
 
 
-Fact = (
+Event = (
     RunStarted
     | SiteJoined
-    | SourceChosen
-    | InitialAccepted
-    | InitialRefused
+    | InitialSiteChosen
+    | InitialModelAccepted
+    | InitialModelRefused
     | RoundStarted
     | UpdateAccepted
     | UpdateRefused
     | RoundClosed
-    | ModelMade
-    | StatisticsMade
+    | ModelAggregated
+    | StatisticsPooled
     | SiteFinished
     | SiteNotFinished
     | SitePaused
     | SiteResumed
     | SiteLeft
-    | LastRound
+    | RoundsEndedEarly
     | RunEnded
 )
 
@@ -210,7 +211,7 @@ class Round:
     is_closed: bool = False
     model: str | None = None
     """SHA-256 of what was made of it: the next model, or the pooled statistics."""
-    purpose: Gathered = "update"
+    purpose: RoundPurpose = "update"
     relative_change: float | None = None
     """Of the model to the base."""
     num_refused: dict[str, int] = field(default_factory=dict)
@@ -233,8 +234,8 @@ class RunState:
     members: dict[str, SiteJoined] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     """Who was asked for the initial model, the last of them now."""
-    refused_sources: dict[str, InitialRefused] = field(default_factory=dict)
-    initial: InitialAccepted | None = None
+    refused_sources: dict[str, InitialModelRefused] = field(default_factory=dict)
+    initial: InitialModelAccepted | None = None
     model: str | None = None
     """SHA-256 of the newest global model."""
     rounds: tuple[Round, ...] = ()
@@ -242,11 +243,11 @@ class RunState:
     truncation: dict[str, float] = field(default_factory=dict)
     finished: dict[str, SiteFinished] = field(default_factory=dict)
     not_finished: dict[str, str] = field(default_factory=dict)
-    paused: dict[str, dict[Pauser, str]] = field(default_factory=dict)
+    paused: dict[str, dict[PausedBy, str]] = field(default_factory=dict)
     """Sites at rest: by whom, and why."""
     left: dict[str, SiteLeft] = field(default_factory=dict)
     """Members that left for good and have not joined anew."""
-    last_round: LastRound | None = None
+    last_round: RoundsEndedEarly | None = None
     ended: RunEnded | None = None
 
     @property
@@ -281,24 +282,24 @@ class RunState:
         return bool(self.rounds) and self.rounds[-1].model is not None and self.rounds_over
 
 
-def begin(fact: RunStarted) -> RunState:
+def initial_state(fact: RunStarted) -> RunState:
     """The state after the first fact."""
     return RunState(run=fact.run, config=fact.config, started=fact.time)
 
 
-def apply(state: RunState, fact: Fact) -> RunState:
+def apply_event(state: RunState, fact: Event) -> RunState:
     """The state after one more fact."""
     match fact:
         case RunStarted():
-            return begin(fact)
+            return initial_state(fact)
         case SiteJoined():
             left = {site: gone for site, gone in state.left.items() if site != fact.site}
             return replace(state, members={**state.members, fact.site: fact}, left=left)
-        case SourceChosen():
+        case InitialSiteChosen():
             return replace(state, phase="initialise", sources=(*state.sources, fact.site))
-        case InitialAccepted():
+        case InitialModelAccepted():
             return replace(state, initial=fact, model=fact.sha256)
-        case InitialRefused():
+        case InitialModelRefused():
             return replace(state, refused_sources={**state.refused_sources, fact.site: fact})
         case RoundStarted():
             assert state.model is not None
@@ -306,7 +307,7 @@ def apply(state: RunState, fact: Fact) -> RunState:
             if fact.purpose == "statistics":
                 return replace(state, phase="statistics", statistics=new)
             return replace(state, phase="train", rounds=(*state.rounds, new))
-        case StatisticsMade():
+        case StatisticsPooled():
             assert state.statistics is not None
             pooled = replace(state.statistics, model=fact.sha256)
             return replace(state, phase="finish", statistics=pooled, truncation=fact.truncation)
@@ -324,20 +325,22 @@ def apply(state: RunState, fact: Fact) -> RunState:
         case SiteLeft():
             paused = {site: kept for site, kept in state.paused.items() if site != fact.site}
             return replace(state, left={**state.left, fact.site: fact}, paused=paused)
-        case LastRound():
+        case RoundsEndedEarly():
             state = replace(state, last_round=fact)
-            return replace(state, phase=_phase_after_a_round(state))
+            return replace(state, phase=_phase_after_round(state))
         case RunEnded():
             return replace(state, phase="done" if fact.succeeded else "failed", ended=fact)
-        case UpdateAccepted() | UpdateRefused() | RoundClosed() | ModelMade():
-            return _apply_to_round(state, fact)
+        case UpdateAccepted() | UpdateRefused() | RoundClosed() | ModelAggregated():
+            return _apply_round_event(state, fact)
 
 
-def _apply_to_round(state: RunState, fact: UpdateAccepted | UpdateRefused | RoundClosed | ModelMade) -> RunState:
-    if isinstance(fact, ModelMade):
+def _apply_round_event(
+    state: RunState, fact: UpdateAccepted | UpdateRefused | RoundClosed | ModelAggregated
+) -> RunState:
+    if isinstance(fact, ModelAggregated):
         current = replace(state.rounds[-1], model=fact.sha256, relative_change=fact.relative_change)
         state = replace(state, model=fact.sha256, rounds=(*state.rounds[:-1], current))
-        return replace(state, phase=_phase_after_a_round(state))
+        return replace(state, phase=_phase_after_round(state))
     gathered = state.statistics if fact.purpose == "statistics" else state.round
     assert gathered is not None
     current = gathered
@@ -355,7 +358,7 @@ def _apply_to_round(state: RunState, fact: UpdateAccepted | UpdateRefused | Roun
     return replace(state, rounds=(*state.rounds[:-1], current))
 
 
-def _phase_after_a_round(state: RunState) -> Phase:
+def _phase_after_round(state: RunState) -> Phase:
     """``finish`` when the final model is made; where statistics are shared, these are gathered first."""
     finishes = state.phase == "train" and state.is_trained and state.config.statistics == "site"
     return "finish" if finishes else state.phase
