@@ -20,21 +20,10 @@ from aggregator.config import AggregateConfig
 from aggregator.events import Round
 from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import BlockRule, BlockStrategy, Contribution, FileRule, RoundInputs, Rule
-from aggregator.validation import (
-    validate_update,
-)
+from aggregator.validation import validate_update
 from edgeflame.memory_bank import read_bank
 from edgeflame.statedir import storage_errors
-from edgeflame.tensors import (
-    BLOCK_ELEMENTS,
-    DTYPES,
-    F64,
-    Array,
-    TensorFile,
-    TensorSpec,
-    TensorWriter,
-    block_ranges,
-)
+from edgeflame.tensors import BLOCK_ELEMENTS, DTYPES, F64, Array, TensorFile, TensorSpec, TensorWriter, block_ranges
 
 
 def update_weights(entry: Round, *, equal: bool = False) -> dict[str, float]:

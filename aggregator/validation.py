@@ -31,10 +31,7 @@ from edgeflame.learning import METHODS
 from edgeflame.memory_bank import MAX_CHANNELS, MemoryBank, read_bank
 from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
 from edgeflame.statistics_blob import StatisticsFile, difference
-from edgeflame.tensors import (
-    TensorFile,
-    schema_difference,
-)
+from edgeflame.tensors import TensorFile, schema_difference
 from edgeflame.transfer.codec import decode_update
 from edgeflame.transfer.store import BlobStore
 

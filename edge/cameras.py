@@ -1,35 +1,205 @@
-"""The daemon's cameras, each with its line and its judge; and what becomes of them when the configuration changes.
+"""All cameras of a daemon: which there are, what was changed by command, and what a new configuration changes.
+
+Which cameras a daemon has and which product each begins with comes from the configuration and the command line.
 
 What can be changed while parts pass is changed between two frames: the rules of the judges, their packages, and what
 other parts of the daemon said they can take. Everything else is named, so that nobody believes it changed.
+
+Changes by command that outlive a restart, thresholds and products, are kept in one small file in the state folder. A
+threshold is a raw distance of one model and means nothing to another, so it is kept by model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import msgspec
 
+from edge.camera_worker import CameraWorker
 from edge.config import JUDGE_SECTIONS, CameraConfig, InspectConfig
-from edge.delivery.pipeline import OUTBOX_FILE
-from edge.judge import Judge
-from edge.line import Line
-from edge.loading import Loader
-from edge.overrides import Overrides
-from edge.parts.keeper import PartKeeper
-from edge.plan import CameraPlan, Plan
-from edge.sources import open_source
+from edge.config.outputs import ModbusConfig
+from edge.delivery.outbox import OUTBOX_FILE
+from edge.inspector import InspectorLoader, InspectorProtocol
+from edge.parts.tracker import PartTracker
+from edge.sources.locate import open_image_source
+from edge.status import DEFAULT_CAMERA
 from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, StorageError, UsageError
+from edgeflame.statedir import storage_errors, write_durably
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraPlan:
+    """One camera.
+
+    Attributes:
+        name: of the camera.
+        source: its address, as after ``--source``.
+        product: what it begins with.
+        settings: with the camera's own sections in place of those for all.
+        modbus: where its verdicts go; None: to no PLC.
+    """
+
+    name: str
+    source: str
+    product: str
+    settings: InspectConfig
+    modbus: ModbusConfig | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All cameras and products of a daemon."""
+
+    config: InspectConfig
+    products: Mapping[str, Path]
+    cameras: tuple[CameraPlan, ...]
+
+
+def plan_cameras(
+    config: InspectConfig, *, model: Path | None, source: str | None, product_of: Callable[[Path], str]
+) -> Plan:
+    """Put the configuration and the command line's short form together.
+
+    Args:
+        config: of everything.
+        model: the one package, in place of ``[products]``.
+        source: of the one camera, in place of ``[cameras]``.
+        product_of: the name of a package's product.
+
+    Raises:
+        UsageError: the two contradict each other, or there is nothing to inspect, or nothing to inspect it with.
+        ConfigError: a camera's product is not there.
+    """
+    if model is not None and config.products:
+        msg = "--model is for one product; the configuration has [products] (leave one of the two out)"
+        raise UsageError(msg)
+    if source is not None and config.cameras:
+        msg = "--source is for one camera; the configuration has [cameras] (leave one of the two out)"
+        raise UsageError(msg)
+    if source is not None:
+        config = msgspec.structs.replace(config, cameras={DEFAULT_CAMERA: CameraConfig(source=source)})
+    products = {name: Path(file) for name, file in config.products.items()}
+    if not config.cameras:
+        msg = "--source: missing, and the configuration has no [cameras.NAME] with a source"
+        raise UsageError(msg)
+    if model is None and not products:
+        msg = "--model: missing, and the configuration has no [products]"
+        raise UsageError(msg)
+    if model is not None:
+        products = {product_of(model): model}
+    cameras = tuple(
+        CameraPlan(
+            name=name,
+            source=camera.source,
+            product=_product(name, camera, products),
+            settings=config.of_camera(name),
+            modbus=_modbus(config, camera, index),
+        )
+        for index, (name, camera) in enumerate(config.cameras.items())
+    )
+    return Plan(config=config, products=products, cameras=cameras)
+
+
+def _product(name: str, camera: CameraConfig, products: Mapping[str, Path]) -> str:
+    if camera.product is None and len(products) == 1:
+        return next(iter(products))
+    if camera.product is None:
+        msg = f"cameras.{name}.product: missing; [products] has {', '.join(products)}"
+        raise ConfigError(msg)
+    if camera.product not in products:
+        msg = f"cameras.{name}.product: no product {camera.product!r}; there are {', '.join(products)}"
+        raise ConfigError(msg)
+    return camera.product
+
+
+def _modbus(config: InspectConfig, camera: CameraConfig, index: int) -> ModbusConfig | None:
+    """A camera's own registers, or the block of its place after ``modbus.register``."""
+    if camera.modbus is not None or config.modbus is None:
+        return camera.modbus
+    return msgspec.structs.replace(config.modbus, register=config.modbus.register + index * config.modbus.num_registers)
+
+
+OVERRIDES_FILE = "commanded.json"
+
+
+class CameraOverrides(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one camera."""
+
+    product: str | None = None
+    thresholds: dict[str, float] = {}
+    """By the model's id."""
+
+
+class _Document(msgspec.Struct, frozen=True, kw_only=True):
+    cameras: dict[str, CameraOverrides] = {}
+
+
+@final
+class Overrides:
+    """The file; for one thread at a time.
+
+    Args:
+        folder: the state folder; None: nothing is kept beyond this run.
+
+    Raises:
+        StorageError: the file is there and cannot be read, or is none of ours.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file = None if folder is None else folder / OVERRIDES_FILE
+        self._cameras: dict[str, CameraOverrides] = {}
+        if self._file is not None and self._file.exists():
+            with storage_errors(self._file, "read what was changed by command"):
+                data = self._file.read_bytes()
+            try:
+                self._cameras = dict(msgspec.json.decode(data, type=_Document).cameras)
+            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+                msg = (
+                    f"{self._file}: damaged ({exc}); delete it to go on with the thresholds and products of the "
+                    "configuration"
+                )
+                raise StorageError(msg) from exc
+
+    def of(self, camera: str) -> CameraOverrides:
+        """What was changed of a camera."""
+        return self._cameras.get(camera, CameraOverrides())
+
+    def set_threshold(self, camera: str, model: str, value: float | None) -> None:
+        """Keep a model's threshold, or forget it.
+
+        Raises:
+            StorageError: it cannot be kept; nothing is changed then.
+        """
+        thresholds = {**self.of(camera).thresholds}
+        thresholds.pop(model, None)
+        if value is not None:
+            thresholds[model] = value
+        self._keep(camera, msgspec.structs.replace(self.of(camera), thresholds=thresholds))
+
+    def set_product(self, camera: str, product: str | None) -> None:
+        """Keep a camera's product, or forget it; raises as :meth:`set_threshold`."""
+        self._keep(camera, msgspec.structs.replace(self.of(camera), product=product))
+
+    def _keep(self, camera: str, entry: CameraOverrides) -> None:
+        cameras = {**self._cameras, camera: entry}
+        if self._file is not None:
+            with storage_errors(self._file.parent, "keep what was changed by command"):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self._file, msgspec.json.encode(_Document(cameras=cameras)))
+        self._cameras = cameras
+
 
 log = EventLog("inspect")
 
 _CAMERA_SECTIONS = tuple(name for name in CameraConfig.__struct_fields__ if name not in ("source", "product"))
 
 
-class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+class ReloadReport(msgspec.Struct, frozen=True, kw_only=True):
     """What came of reading the configuration again."""
 
     changed: tuple[str, ...]
@@ -52,7 +222,7 @@ class Cameras:
         EdgeFlameError: a package may not judge here, or there is no such source.
     """
 
-    def __init__(self, plan: Plan, loader: Loader, overrides: Overrides, state: Path | None = None) -> None:
+    def __init__(self, plan: Plan, loader: InspectorLoader, overrides: Overrides, state: Path | None = None) -> None:
         self._outbox = None if state is None else state / OUTBOX_FILE
         self._loader = loader
         self._overrides = overrides
@@ -71,7 +241,7 @@ class Cameras:
         """Package files by name."""
         return self._products
 
-    def load(self, camera: str, product: str) -> Judge:
+    def load(self, camera: str, product: str) -> InspectorProtocol:
         """A judge of a camera for a product; nothing uses it yet.
 
         Raises:
@@ -84,12 +254,14 @@ class Cameras:
         """The rules of a camera."""
         return self._settings[camera]
 
-    def try_package(self, camera: str, product: str, file: Path) -> Judge:
+    def try_package(self, camera: str, product: str, file: Path) -> InspectorProtocol:
         """As :meth:`load`, of another package of a product."""
         is_live = next(line.is_live for line in self.lines if line.name == camera)
         return self._loader.open(file, self._settings[camera], camera=camera, product=product, is_live=is_live)
 
-    def put_package(self, product: str, file: Path, judges: Mapping[str, Judge]) -> Mapping[str, Judge]:
+    def put_package(
+        self, product: str, file: Path, judges: Mapping[str, InspectorProtocol]
+    ) -> Mapping[str, InspectorProtocol]:
         """Have a product judged with another package from the next part on, and whenever a camera is switched to it.
 
         Args:
@@ -105,7 +277,7 @@ class Cameras:
         """
         self._products[product] = file
         self._loader.forget()
-        replaced: dict[str, Judge] = {}
+        replaced: dict[str, InspectorProtocol] = {}
         for line in self.lines:
             if line.judge.product != product:
                 continue
@@ -131,7 +303,7 @@ class Cameras:
         """Let another part of the daemon take a changed section, say ``rejects``, while it runs."""
         self._takers[name] = taker
 
-    def reload(self, plan: Plan) -> Reloaded:
+    def reload(self, plan: Plan) -> ReloadReport:
         """Change what can be changed; nothing, where a package of the new plan may not judge.
 
         Raises:
@@ -140,7 +312,7 @@ class Cameras:
         self._loader.forget()
         changed: list[str] = []
         restart: list[str] = []
-        judges: list[tuple[Line, Judge]] = []
+        judges: list[tuple[CameraWorker, InspectorProtocol]] = []
         new = {camera.name: camera for camera in plan.cameras}
         old = {camera.name: camera for camera in self.plan.cameras}
         restart += [f"cameras.{name}" for name in (*(new.keys() - old.keys()), *(old.keys() - new.keys()))]
@@ -177,7 +349,7 @@ class Cameras:
         self._products = products
         self._settings = {camera.name: camera.settings for camera in running}
         self.plan = Plan(config=config, products={**products, **plan.products}, cameras=tuple(running))
-        return Reloaded(changed=tuple(sorted(set(changed))), needs_restart=tuple(sorted(set(restart))))
+        return ReloadReport(changed=tuple(sorted(set(changed))), needs_restart=tuple(sorted(set(restart))))
 
     def _new_products(
         self, plan: Plan, replaced: Collection[str], changed: list[str], restart: list[str]
@@ -199,14 +371,14 @@ class Cameras:
 
     def _prepare(
         self,
-        line: Line,
+        line: CameraWorker,
         before: CameraPlan,
         after: CameraPlan,
         products: Mapping[str, Path],
         replaced: Collection[str],
         changed: list[str],
         restart: list[str],
-    ) -> tuple[Judge | None, CameraPlan]:
+    ) -> tuple[InspectorProtocol | None, CameraPlan]:
         """The judge a camera needs now, if it is another one; and the camera as it will run."""
         name = line.name
         different = [
@@ -233,16 +405,16 @@ class Cameras:
             return self._judge(name, product, products[product], settings, is_live=line.is_live), now
         return (line.judge.reconfigured(settings) if ruled else None), now
 
-    def _open(self, camera: CameraPlan) -> Line:
-        keeper = PartKeeper(camera.name, camera.settings.trigger, camera.settings.parts)
-        opener = keeper.camera(partial(open_source, camera.source, outbox=self._outbox), self.plan.config.mqtt)
+    def _open(self, camera: CameraPlan) -> CameraWorker:
+        keeper = PartTracker(camera.name, camera.settings.trigger, camera.settings.parts)
+        opener = keeper.camera(partial(open_image_source, camera.source, outbox=self._outbox), self.plan.config.mqtt)
         # The source first: a folder that is not there is said before a model is loaded for it.
         is_live = opener().is_live
         product = self._first_product(camera)
         judge = self._judge(camera.name, product, self._products[product], camera.settings, is_live=is_live)
         own = judge.threshold
         capture = keeper.capture(camera.settings.capture, is_live=is_live)
-        line = Line(camera.name, opener, judge, capture, keeper=keeper)
+        line = CameraWorker(camera.name, opener, judge, capture, keeper=keeper)
         threshold = self._overrides.of(camera.name).thresholds.get(judge.model_id)
         if threshold is not None:
             line.set_threshold(threshold)
@@ -269,7 +441,9 @@ class Cameras:
         log.warning("product_set_by_command", camera=camera.name, configured=camera.product, now=commanded)
         return commanded
 
-    def _judge(self, camera: str, product: str, file: Path, settings: InspectConfig, *, is_live: bool) -> Judge:
+    def _judge(
+        self, camera: str, product: str, file: Path, settings: InspectConfig, *, is_live: bool
+    ) -> InspectorProtocol:
         judge = self._loader.open(file, settings, camera=camera, product=product, is_live=is_live)
         if file == self.plan.products.get(product):
             self._configured.setdefault(product, self._digest(file))

@@ -22,21 +22,19 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from edge.capture import Captured
-from edge.delivery.mqtt import LineState, MqttConfig, broker_url
-from edge.delivery.webhook import WebhookConfig, WebhookDestination
-from edge.judge import Judge
-from edge.loading import Loader
-from edge.models.field import read_settings
-from edge.models.record import RecordFile
-from edge.models.store import RECORD
-from edge.overrides import Overrides
-from edge.parts.announced import trigger_source
-from edge.parts.keeper import PartKeeper
-from edge.plan import CameraPlan, Plan
-from edge.plc.config import ModbusConfig
-from edge.sources import Frame, Source, open_source
-from edge.web.config import WebConfig
+from edge.cameras import CameraPlan, Overrides, Plan
+from edge.config.outputs import ModbusConfig, MqttConfig, WebConfig, WebhookConfig
+from edge.delivery.mqtt import broker_url
+from edge.delivery.webhook import WebhookDestination
+from edge.frame import Captured, Frame, Source
+from edge.inspector import InspectorLoader, InspectorProtocol
+from edge.models.released import read_models_settings
+from edge.models.state import ModelStateFile
+from edge.models.store import RECORD_FILE
+from edge.parts.tracker import PartTracker
+from edge.parts.triggers import trigger_source
+from edge.sources.locate import open_image_source
+from edge.status import LineState
 from edgeflame.errors import ConfigError, EdgeFlameError, MissingDependencyError, StorageError
 from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.link import Link
@@ -54,7 +52,7 @@ LITTLE_ROOM_BYTES = 500_000_000
 
 
 def check_daemon(
-    read_plan: Callable[[], Plan], loader: Loader, *, state: Path | None, rejects: Path | None
+    read_plan: Callable[[], Plan], loader: InspectorLoader, *, state: Path | None, rejects: Path | None
 ) -> Iterator[Finding]:
     """Touch everything; each finding as soon as it is there.
 
@@ -102,7 +100,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _product(name: str, file: Path, plan: Plan, loader: Loader) -> Iterator[Finding]:
+def _product(name: str, file: Path, plan: Plan, loader: InspectorLoader) -> Iterator[Finding]:
     check = f"product {name}"
     settings = next((camera.settings for camera in plan.cameras if camera.product == name), plan.cameras[0].settings)
     try:
@@ -116,10 +114,10 @@ def _product(name: str, file: Path, plan: Plan, loader: Loader) -> Iterator[Find
         yield note(check, "the package holds no reference images: its scores here cannot be compared with training")
 
 
-def _models(plan: Plan, loader: Loader, state: Path | None) -> Iterator[Finding]:
+def _models(plan: Plan, loader: InspectorLoader, state: Path | None) -> Iterator[Finding]:
     try:
-        products, keys, folder = read_settings(plan, loader, state)
-        decided = RecordFile(folder / RECORD).record.products
+        products, keys, folder = read_models_settings(plan, loader, state)
+        decided = ModelStateFile(folder / RECORD_FILE).record.products
     except EdgeFlameError as exc:
         yield problem("models", str(exc), "correct what the message names; docs/models.md has the whole section")
         return
@@ -132,10 +130,10 @@ def _models(plan: Plan, loader: Loader, state: Path | None) -> Iterator[Finding]
     yield ok("models", f"packages signed with key {keys} are taken; of released models {runs}")
 
 
-def _camera(camera: CameraPlan, plan: Plan, loader: Loader, *, runs: bool) -> Iterator[Finding]:
+def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bool) -> Iterator[Finding]:
     check = f"camera {camera.name}"
     try:
-        source = open_source(camera.source)
+        source = open_image_source(camera.source)
         frame = _first_frame(source)
     except EdgeFlameError as exc:
         if runs:
@@ -155,7 +153,7 @@ def _camera(camera: CameraPlan, plan: Plan, loader: Loader, *, runs: bool) -> It
         return
     size = f"{source.name}: a frame of {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]}"
     try:
-        judge: Judge = loader.open(
+        judge: InspectorProtocol = loader.open(
             plan.products[camera.product], camera.settings, camera=camera.name, product=camera.product, is_live=False
         )
     except EdgeFlameError:
@@ -177,8 +175,8 @@ def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
     """Of a camera whose parts are announced: whether somebody can announce them."""
     check, settings = f"parts of {camera.name}", camera.settings
     try:
-        keeper = PartKeeper(camera.name, settings.trigger, settings.parts)
-        source = keeper.camera(partial(open_source, camera.source), mqtt)()
+        keeper = PartTracker(camera.name, settings.trigger, settings.parts)
+        source = keeper.camera(partial(open_image_source, camera.source), mqtt)()
         keeper.capture(settings.capture, is_live=source.is_live)
         if not settings.trigger.is_on:
             return

@@ -15,11 +15,11 @@ from typing import Literal, final
 
 import msgspec
 
-from edge.judge import Judge
-from edge.line import Line
-from edge.overlay import overlay
-from edge.overrides import Overrides
-from edge.results import Result
+from edge.camera_worker import CameraWorker
+from edge.cameras import Overrides
+from edge.inspector import InspectorProtocol
+from edge.overlay import draw_overlay
+from edge.result import Result
 from edge.status import CameraStatus
 from edgeflame.console import EventLog
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
@@ -34,7 +34,7 @@ SNAPSHOT_TIMEOUT_S = 10.0
 Registered = Literal["golden", "acknowledge", "drift", "rollback", "switch_model", "reload"]
 
 
-class Description(msgspec.Struct, frozen=True, kw_only=True):
+class LineDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What a daemon is doing."""
 
     cameras: tuple[CameraStatus, ...]
@@ -42,7 +42,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     """Package files by name."""
 
 
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+class CameraSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The next part of a camera."""
 
     result: Result
@@ -51,7 +51,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @final
-class Control:
+class DaemonControl:
     """The daemon's cameras under one hand; safe for any thread.
 
     Args:
@@ -64,10 +64,10 @@ class Control:
 
     def __init__(
         self,
-        lines: Sequence[Line],
+        lines: Sequence[CameraWorker],
         *,
         products: Callable[[], Mapping[str, Path]],
-        load: Callable[[str, str], Judge],
+        load: Callable[[str, str], InspectorProtocol],
         overrides: Overrides,
         folder: Path | None = None,
     ) -> None:
@@ -99,9 +99,9 @@ class Control:
         for listener in self._listeners:
             listener()
 
-    def describe(self) -> Description:
+    def describe(self) -> LineDescription:
         """What the daemon is doing."""
-        return Description(
+        return LineDescription(
             cameras=self.statuses(), products={name: str(file) for name, file in self._products().items()}
         )
 
@@ -109,7 +109,7 @@ class Control:
         """What each camera is doing."""
         return tuple(self._annotated(line.status()) for line in self._lines.values())
 
-    def pause(self, camera: str | None = None) -> Description:
+    def pause(self, camera: str | None = None) -> LineDescription:
         """Judge no more parts of a camera, or of all.
 
         Raises:
@@ -120,14 +120,14 @@ class Control:
             log.warning("paused", camera=line.name)
         return self._changed()
 
-    def resume(self, camera: str | None = None) -> Description:
+    def resume(self, camera: str | None = None) -> LineDescription:
         """Go on with a camera, or all."""
         for line in self._some(camera):
             line.resume()
             log.info("resumed", camera=line.name)
         return self._changed()
 
-    def set_threshold(self, camera: str | None, value: float | None) -> Description:
+    def set_threshold(self, camera: str | None, value: float | None) -> LineDescription:
         """Another threshold for the model a camera uses now, kept over restarts.
 
         Args:
@@ -155,7 +155,7 @@ class Control:
             log.warning("threshold_set", camera=line.name, before=before, now=line.judge.threshold)
             return self._changed()
 
-    def switch_product(self, camera: str | None, product: str) -> Description:
+    def switch_product(self, camera: str | None, product: str) -> LineDescription:
         """Judge another product from the next part on; kept over restarts.
 
         Raises:
@@ -182,7 +182,7 @@ class Control:
             )
             return self._changed()
 
-    def snapshot(self, camera: str | None = None, *, timeout_s: float = SNAPSHOT_TIMEOUT_S) -> Snapshot:
+    def snapshot(self, camera: str | None = None, *, timeout_s: float = SNAPSHOT_TIMEOUT_S) -> CameraSnapshot:
         """The next part of a camera: its result, and its picture with the heat map in a file.
 
         Raises:
@@ -199,16 +199,16 @@ class Control:
             raise DataError(msg)
         result = inspected.result
         if inspected.image is None or self._folder is None:
-            return Snapshot(result=result, file=None)
+            return CameraSnapshot(result=result, file=None)
         picture = inspected.image
         if inspected.anomaly_map is not None:
-            picture = overlay(picture, inspected.anomaly_map, result.threshold)
+            picture = draw_overlay(picture, inspected.anomaly_map, result.threshold)
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
         file = self._folder / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{line.name}-{part}.png"
         with storage_errors(self._folder, "keep snapshots"):
             self._folder.mkdir(parents=True, exist_ok=True)
         write_image(file, picture)
-        return Snapshot(result=result, file=str(file))
+        return CameraSnapshot(result=result, file=str(file))
 
     def golden(self, camera: str | None = None, expected: Literal["good", "bad"] | None = None) -> msgspec.Struct:
         """Test a camera with the photographs of its golden parts, or with the next part, which is good or bad.
@@ -255,10 +255,10 @@ class Control:
             raise UsageError(msg)
         return handler
 
-    def _some(self, camera: str | None) -> Sequence[Line]:
+    def _some(self, camera: str | None) -> Sequence[CameraWorker]:
         return list(self._lines.values()) if camera is None else [self._one(camera)]
 
-    def _one(self, camera: str | None) -> Line:
+    def _one(self, camera: str | None) -> CameraWorker:
         if camera is None and len(self._lines) == 1:
             return next(iter(self._lines.values()))
         line = None if camera is None else self._lines.get(camera)
@@ -268,7 +268,7 @@ class Control:
             raise UsageError(msg)
         return line
 
-    def _changed(self) -> Description:
+    def _changed(self) -> LineDescription:
         self.changed()
         return self.describe()
 

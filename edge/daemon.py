@@ -1,45 +1,239 @@
-"""One run of the inspection: cameras, their lines, and all that happens to results; and how it is stopped."""
+"""One run of the inspection: cameras on their threads, all that happens to results, and how it is stopped.
+
+The main thread waits for the cameras' threads and for signals. Drift and self-tests watch over the cameras beside the
+verdicts, for as long as the run lasts.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, final
 
 import msgspec
 
-from edge.cameras import Cameras
-from edge.commands.desk import Desk
-from edge.control import SNAPSHOTS_FOLDER, Control
-from edge.delivery.mqtt import line_state
-from edge.delivery.pipeline import Pipeline, open_pipeline
-from edge.delivery.writer import Writer
-from edge.line import Line
-from edge.models.field import FieldModels
-from edge.overrides import Overrides
-from edge.parts.counts import PartCounts
-from edge.plan import Plan
-from edge.rejects import RejectsSink
-from edge.results import Result
-from edge.runner import Runner
-from edge.service import Heart, Notifier
-from edge.signals import LastResort, Signals
-from edge.sinks import InTurn, OfCamera, Production, Sink
-from edge.sources.watch.disposal import Disposal
-from edge.summary import Summary, Tally
-from edge.upkeep import open_upkeep
+from edge.camera_worker import CameraWorker
+from edge.cameras import Cameras, Overrides, Plan
+from edge.commands.server import CommandServer
+from edge.config.inspection import ViewConfig
+from edge.control import SNAPSHOTS_FOLDER, DaemonControl
+from edge.delivery.pipeline import OutboxWriter, Pipeline, open_pipeline
+from edge.delivery.sinks import CameraFilter, LockedSinks, ProductionFilter, RejectsSink, Sink
+from edge.drift.watcher import DriftModel, DriftWatcher
+from edge.golden_parts import GoldenTester
+from edge.inspector import Inspector
+from edge.models.released import ReleasedModels
+from edge.result import Inspected, Result
+from edge.sources.arrivals import Disposal
+from edge.status import CameraStatus, Expected, GoldenReport, GoldenStatus, PartCounts, Summary, Tally, line_state
+from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
 from edgeflame.console import EventLog
-from edgeflame.errors import ConfigError, MissingDependencyError
+from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
-    from edge.plc.config import ModbusConfig
-    from edge.plc.sink import PlcSink
-    from edge.web.config import WebConfig
+    from edge.config.outputs import ModbusConfig, WebConfig
+    from edge.delivery.plc import PlcSink
+
+
+DRIFT_FOLDER = "drift"
+GOLDEN_FOLDER = "golden"
+
+
+@contextlib.contextmanager
+def open_monitoring(
+    plan: Plan, lines: Sequence[CameraWorker], control: DaemonControl, state: Path | None
+) -> Iterator[None]:
+    """Watch drift (with a state folder) and test golden parts until the block is left.
+
+    Args:
+        plan: of the cameras.
+        lines: the cameras.
+        control: is told of both, and hands on what is asked of them.
+        state: the daemon's folder.
+
+    Raises:
+        ConfigError: golden parts are configured and not there.
+    """
+    drift: dict[str, DriftWatcher] = {}
+    golden: dict[str, GoldenTester] = {}
+    settings = {camera.name: camera.settings for camera in plan.cameras}
+    with contextlib.ExitStack() as stack:
+        for line in lines:
+            config = settings[line.name]
+            tester = GoldenTester(
+                line,
+                config.golden,
+                folder=state / GOLDEN_FOLDER if state is not None else None,
+                on_change=control.changed,
+            )
+            golden[line.name] = stack.enter_context(tester)
+            if state is None or not config.drift.enabled:
+                continue
+            watcher = DriftWatcher(
+                line.name,
+                config.drift,
+                line.judge.model_id,
+                partial(_model_of, line, config.view),
+                folder=state / DRIFT_FOLDER,
+                on_change=control.changed,
+            )
+            drift[line.name] = stack.enter_context(watcher)
+            line.watch(watcher)
+            stack.callback(line.unwatch, watcher)
+
+        def annotated(status: CameraStatus) -> CameraStatus:
+            watcher, tester = drift.get(status.camera), golden[status.camera]
+            problem = tester.problem()
+            return msgspec.structs.replace(
+                status,
+                drift=watcher.status() if watcher is not None else None,
+                golden=tester.status(),
+                not_ready=(*status.not_ready, problem) if problem is not None else status.not_ready,
+            )
+
+        def test(camera: str, expected: Expected | None) -> GoldenReport:
+            return golden[camera].test(expected)
+
+        def acknowledge(camera: str) -> GoldenStatus:
+            return golden[camera].acknowledge()
+
+        def deal_with_drift(camera: str, action: Literal["clear", "relearn"]) -> CameraStatus:
+            watcher = drift.get(camera)
+            if watcher is None:
+                msg = f"camera {camera}: drift is not watched ([drift] enabled, and --state DIR)"
+                raise UsageError(msg)
+            if action == "clear":
+                watcher.clear()
+            else:
+                watcher.relearn()
+            return next(status for status in control.statuses() if status.camera == camera)
+
+        control.annotate(annotated)
+        control.register("golden", test)
+        control.register("acknowledge", acknowledge)
+        control.register("drift", deal_with_drift)
+        yield
+
+
+def _model_of(line: CameraWorker, view: ViewConfig, model: str) -> DriftModel | None:
+    """Of the model that a part was judged by; None if another judges by now."""
+    judge = line.judge
+    if not isinstance(judge, Inspector) or judge.model_id != model:
+        return None
+    judges_all = not (view.roi or view.ignore or view.ignore_image)
+    return DriftModel.of(judge.package, scores_as_fitted=judges_all and judge.precision != "int8")
+
 
 log = EventLog("inspect")
+
+_POLL_S = 0.2
+"""How often the main thread looks whether it is to stop; a line that ends wakes it at once."""
+
+LINE_STOP_S = 2.0
+"""How long a stop waits for the parts in hand; a judge or a driver that takes longer hangs."""
+
+
+@final
+class CameraThreads:
+    """Each line on a thread of its own, until all have ended or are to.
+
+    Args:
+        lines: which.
+        outlet: takes every verdict.
+        tally: counts it.
+        limit: of parts.
+    """
+
+    def __init__(self, lines: Sequence[CameraWorker], outlet: Sink, tally: Tally, limit: int | None) -> None:
+        self._outlet, self._tally, self._limit = outlet, tally, limit
+        self._halt = threading.Event()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=self._run_line, args=(line, len(lines) == 1), name=f"edgeflame-{line.name}", daemon=True
+            )
+            for line in lines
+        ]
+
+    def run(
+        self, signals: Signals, heart: Watchdog, *, reload: Callable[[], object], on_stop: Callable[[], None]
+    ) -> None:
+        """Run them, and wait.
+
+        Args:
+            signals: end it, or have the configuration read again.
+            heart: is told that we move.
+            reload: reads the configuration again.
+            on_stop: called when a signal says stop.
+
+        Raises:
+            EdgeFlameError: a line's error. One that can only be its own waits until the others have ended.
+        """
+        for thread in self._threads:
+            thread.start()
+        running, failures = len(self._threads), []
+        try:
+            while running:
+                heart.beat()
+                with contextlib.suppress(queue.Empty):
+                    failure = self._done.get(timeout=_POLL_S)
+                    running -= 1
+                    if failure is not None:
+                        failures.append(failure)
+                        if not isinstance(failure, DataError):
+                            # Not this camera's alone: a disk, a defect.
+                            self._halt.set()
+                        elif running:
+                            log.error("camera_ended", reason=str(failure))
+                if signals.reload.is_set():
+                    signals.reload.clear()
+                    threading.Thread(target=_reload, args=(heart, reload), name="edgeflame-reload", daemon=True).start()
+                if signals.stop.is_set():
+                    on_stop()
+                    break
+        finally:
+            self._halt.set()
+            self._join()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (failure := self._done.get_nowait()) is not None:
+                    failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    def _join(self) -> None:
+        until = time.monotonic() + LINE_STOP_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                log.error("camera_does_not_stop", thread=thread.name, waited_s=LINE_STOP_S)
+
+    def _run_line(self, line: CameraWorker, is_alone: bool) -> None:
+        try:
+            line.run(self._accept, self._halt, is_alone=is_alone)
+        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the main thread raises it
+            self._done.put(exc)
+        else:
+            self._done.put(None)
+
+    def _accept(self, inspected: Inspected) -> None:
+        self._outlet.accept(inspected)
+        if not inspected.result.golden and self._tally.add(inspected.result) == self._limit:
+            self._halt.set()
+
+
+def _reload(heart: Watchdog, reload: Callable[[], object]) -> None:
+    """On a thread of its own: reading models takes seconds, in which a stop must be heard."""
+    # Whatever was wrong is in the log.
+    with heart.reloading(), contextlib.suppress(EdgeFlameError):
+        reload()
+
 
 MARKS_FOLDER = "marks"
 
@@ -60,7 +254,7 @@ def run_inspection(
     pictures: RejectsSink | None = None,
     limit: int | None = None,
     signals: Signals,
-    models: FieldModels | None = None,
+    models: ReleasedModels | None = None,
 ) -> Summary:
     """Inspect until all sources end, ``limit`` parts are done, or a signal says stop.
 
@@ -89,14 +283,14 @@ def run_inspection(
     tally = Tally()
     with contextlib.ExitStack() as stack:
         # Called off last of all: what hangs may be anything below.
-        last_resort = stack.enter_context(LastResort())
+        last_resort = stack.enter_context(ForcedExit())
         # First: the part is already on its way to the ejector.
         plcs = _plcs(stack, cameras.plan)
-        outlets: list[Sink] = [*(OfCamera(camera, plc) for camera, plc in plcs.items()), *sinks]
+        outlets: list[Sink] = [*(CameraFilter(camera, plc) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
-            outlets.append(Production(pictures))
+            outlets.append(ProductionFilter(pictures))
             cameras.on_section("rejects", pictures.reconfigure)
-        control = Control(
+        control = DaemonControl(
             lines,
             products=lambda: cameras.products,
             load=cameras.load,
@@ -105,12 +299,12 @@ def run_inspection(
         )
         control.register("reload", lambda: cameras.reload(reread() if models is None else models.overlay(reread())))
         if state is None:
-            stack.enter_context(open_upkeep(cameras.plan, lines, control, None))
-            outlet: Sink = InTurn([*outlets, Disposal()])
+            stack.enter_context(open_monitoring(cameras.plan, lines, control, None))
+            outlet: Sink = LockedSinks([*outlets, Disposal()])
         else:
             boot = uuid.uuid4().hex
             # Answers nobody until the pipeline stands; whoever asks so early asks again.
-            desk = Desk(control, lambda data: pipeline.answer(data) if pipeline is not None else None)
+            desk = CommandServer(control, lambda data: pipeline.answer(data) if pipeline is not None else None)
             pipeline = stack.enter_context(
                 open_pipeline(
                     state,
@@ -124,18 +318,18 @@ def run_inspection(
             stack.enter_context(desk)
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
-            stack.enter_context(open_upkeep(cameras.plan, lines, control, state))
+            stack.enter_context(open_monitoring(cameras.plan, lines, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control, plcs, models)
             stack.callback(_begin_end, pipeline, plcs)
-            outlet = stack.enter_context(Writer(pipeline.outbox, [*outlets, Disposal()]))
+            outlet = stack.enter_context(OutboxWriter(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
             stack.enter_context(models.running(cameras, control))
         busy: dict[str, Callable[[], float]] = {f"camera {line.name}": partial(_busy_s, line) for line in lines}
-        if isinstance(outlet, Writer):
+        if isinstance(outlet, OutboxWriter):
             busy["outbox"] = partial(_busy_s, outlet)
-        with Heart(Notifier(), busy_s=busy, status=partial(_status, control, tally)) as heart:
-            runner = Runner(lines, outlet, tally, limit)
+        with Watchdog(SystemdNotifier(), busy_s=busy, status=partial(_status, control, tally)) as heart:
+            runner = CameraThreads(lines, outlet, tally, limit)
             runner.run(
                 signals,
                 heart,
@@ -154,18 +348,18 @@ def run_inspection(
     )
 
 
-def _busy_s(part: Line | Writer) -> float:
+def _busy_s(part: CameraWorker | OutboxWriter) -> float:
     return part.busy_s
 
 
-def _status(control: Control, tally: Tally) -> str:
+def _status(control: DaemonControl, tally: Tally) -> str:
     statuses = control.statuses()
     troubles = [f"{status.camera}: {status.problem}" for status in statuses if status.problem is not None]
     troubles += [f"{status.camera}: paused" for status in statuses if status.paused]
     return "; ".join((f"{len(statuses)} cameras, {tally.parts} parts", *troubles))
 
 
-def _recall(pipeline: Pipeline, lines: Sequence[Line]) -> None:
+def _recall(pipeline: Pipeline, lines: Sequence[CameraWorker]) -> None:
     """Remind lines whose parts have numbers of what came before this start."""
     numbered = [line for line in lines if line.has_identity]
     if numbered:
@@ -194,7 +388,7 @@ def _begin_end(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
 
 def _plc(config: ModbusConfig) -> PlcSink:
     try:
-        from edge.plc.sink import PlcSink
+        from edge.delivery.plc import PlcSink
     except ImportError as exc:
         msg = f"[modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
         raise MissingDependencyError(msg) from exc
@@ -206,38 +400,36 @@ def _page(
     config: WebConfig,
     state: Path,
     pipeline: Pipeline,
-    control: Control,
+    control: DaemonControl,
     plcs: Mapping[str, PlcSink],
-    models: FieldModels | None,
+    models: ReleasedModels | None,
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     try:
-        from edge.web.board import Board
-        from edge.web.marks import MarkStore
-        from edge.web.metrics import LineMetrics
-        from edge.web.models import ModelFigures
-        from edge.web.server import operator_token, serve
-        from edge.web.station import Station
-        from edge.web.surroundings import Surroundings
+        from edge.web.feedback import FeedbackStore
+        from edge.web.history import PartHistory
+        from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
+        from edge.web.page import OperatorPage
+        from edge.web.server import operator_token, serve_page
     except ImportError as exc:
         msg = f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
         raise MissingDependencyError(msg) from exc
 
     past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
-    board = Board(config, past)
+    board = PartHistory(config, past)
     metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
     expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None
-    metrics.registry.register(Surroundings(state, plcs, certificate_expires=expires))
+    metrics.registry.register(HostMetrics(state, plcs, certificate_expires=expires))
     if models is not None:
-        metrics.registry.register(ModelFigures(models.figures))
-    station = Station(
+        metrics.registry.register(RolloutMetrics(models.figures))
+    station = OperatorPage(
         config,
         control,
         board=board,
         metrics=metrics,
-        marks=MarkStore(state / MARKS_FOLDER, max_marks=config.max_marks),
+        marks=FeedbackStore(state / MARKS_FOLDER, max_marks=config.max_marks),
         deliverers=pipeline.deliverers,
         token=operator_token(state),
     )
-    stack.enter_context(serve(station, config))
-    return [Production(board), Production(metrics)]
+    stack.enter_context(serve_page(station, config))
+    return [ProductionFilter(board), ProductionFilter(metrics)]

@@ -1,64 +1,44 @@
-"""Is this an image of a part at all? A covered lens or a dead lamp must not be read as "nothing found"."""
+"""Is this an image of a part at all? A covered lens or a dead lamp must not be read as "nothing found".
+
+Colours
+-------
+Has the camera lost its colours, or exchanged red and blue? Told from the package's reference images.
+
+Cameras fall back to grey when a driver is reset or the light is taken for night, and a changed pixel format exchanges
+the outer channels. A model sees either as something odd about every part, or as nothing at all.
+
+Shift
+-----
+Has the camera been moved? Its picture is laid over the package's reference images by phase correlation.
+
+That takes something in the picture that stays in its place from part to part: a fixture, the part's own outline. Where
+parts fill the picture with a texture that is never the same twice there is nothing to lay over, and the check is
+refused rather than left to guess.
+
+Compared are log gradient magnitudes, which light does not change much. With F_i the references' spectra, M their mean
+and X a picture's, the shift is where the inverse transform of
+
+    w * M conj(X) / |M conj(X)|,     w = coherence * low-pass,     coherence = (n |M|^2 / mean |F_i|^2 - 1) / (n - 1)
+
+is highest (generalised cross-correlation, Knapp and Carter 1976). Frequencies that the references do not share weigh
+nothing. Plain phase correlation weighs all alike, and of boards between three pins lost some that had moved by 1%.
+"""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import final
 
 import cv2
-import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from edge.colour import ColourCheck
-from edge.shift import ShiftCheck
-from edge.verdict import Reason
+from edge.config.inspection import HealthLimits
+from edge.result import Reason
 from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
-
-
-class HealthLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[health]``. The defaults refuse only what no working camera and lamp would give."""
-
-    min_mean: float = 3.0
-    """Darkest mean grey level, 0..255, of the model's input; 0 allows any."""
-    max_mean: float = 252.0
-    """Brightest mean grey level; 255 allows any."""
-    min_spread: float = 0.5
-    """Smallest standard deviation, in grey levels, of the liveliest channel; a real sensor's noise alone is
-    more than this, a dropped signal's even grey is less. 0 allows any."""
-
-    min_sharpness: float = 0.0
-    """Least sharpness, as a share of that of the package's reference images; a lens out of focus has a fifth of it or
-    less. 0, the default, allows any: parts may differ in this more than lenses do."""
-    max_repeats: int = 5
-    """A live camera may give the same picture, to the last bit, so many times running: a sensor's noise forbids it, a
-    frozen driver does nothing else. 0 allows any number; so does a synthetic stream need it."""
-
-    min_colour: float = 0.25
-    """Least chroma, as a share of that of the package's least colourful reference image: less is a camera that fell
-    back to grey. Also has exchanged red and blue noticed. Says nothing about grey products. 0 switches it off."""
-    max_shift: float = 0.0
-    """Largest shift against the package's reference images, as a share of the picture's side; 0, the default, allows
-    any. It takes something that stays in its place from part to part; where there is nothing it is refused."""
-
-    def __post_init__(self) -> None:
-        for name, value, most in (("min_colour", self.min_colour, 0.9), ("max_shift", self.max_shift, 0.5)):
-            if not 0 <= value <= most:
-                msg = f"health.{name} must be 0..{most:g}, not {value}"
-                raise ConfigError(msg)
-        if not 0 <= self.min_sharpness <= 1:
-            msg = f"health.min_sharpness must be 0..1, not {self.min_sharpness}"
-            raise ConfigError(msg)
-        if self.max_repeats < 0:
-            msg = f"health.max_repeats must be 0 or more, not {self.max_repeats}"
-            raise ConfigError(msg)
-        if not 0 <= self.min_mean <= self.max_mean <= 255:
-            msg = f"health: 0 <= min_mean <= max_mean <= 255, not {self.min_mean} and {self.max_mean}"
-            raise ConfigError(msg)
-        if not 0 <= self.min_spread <= 128:
-            msg = f"health.min_spread must be 0..128, not {self.min_spread}"
-            raise ConfigError(msg)
 
 
 def sharpness(image: ImageU8) -> float:
@@ -168,3 +148,155 @@ class FreezeDetector:
         self._repeats = self._repeats + 1 if checksum == self._last else 0
         self._last = checksum
         return self._repeats > self._max_repeats
+
+
+MIN_CHROMA = 4.0
+"""Mean chroma, in grey levels, that all reference images must have: less is a grey product, or a grey camera."""
+
+MIN_CAST = 8.0
+"""Least difference of mean red and mean blue in a reference image for telling one from the other."""
+
+MIRROR_TOLERANCE = 0.25
+"""How far a mean may be from the exchanged one, as a share of that difference."""
+
+
+@final
+class ColourCheck:
+    """Compares the colours of images with those of good ones.
+
+    Args:
+        references: ``[H, W, 3]`` uint8 BGR each, the model's input; none for no check.
+        min_colour: least share of the references' chroma.
+    """
+
+    def __init__(self, references: Sequence[ImageU8], min_colour: float) -> None:
+        least = min((chroma(image) for image in references), default=0.0)
+        self._min_chroma = min_colour * least if least >= MIN_CHROMA else 0.0
+        means = [_means(image) for image in references]
+        self._means = [mean for mean in means if abs(mean[2] - mean[0]) >= MIN_CAST] if min_colour else []
+
+    def faults(self, image: ImageU8) -> tuple[Reason, ...]:
+        """What is wrong with an image's colours, ``[H, W, 3]`` uint8 BGR."""
+        if self._min_chroma and chroma(image) < self._min_chroma:
+            return (Reason.COLOUR_LOST,)
+        if self._means and self._is_mirrored(_means(image)):
+            return (Reason.COLOUR_SWAPPED,)
+        return ()
+
+    def _is_mirrored(self, mean: npt.NDArray[np.float64]) -> bool:
+        # Green stays where it is; it tells how much brighter the picture is.
+        if mean[1] == 0:
+            return False
+        for reference in self._means:
+            scaled = mean * (reference[1] / mean[1])
+            tolerance = MIRROR_TOLERANCE * abs(reference[2] - reference[0])
+            if max(abs(scaled[0] - reference[2]), abs(scaled[2] - reference[0])) <= tolerance:
+                return True
+        return False
+
+
+def chroma(image: ImageU8) -> float:
+    """Mean over the pixels of their largest minus their smallest channel, in grey levels; 0 is grey."""
+    blue, green, red = cv2.split(image)
+    largest, smallest = cv2.max(cv2.max(blue, green), red), cv2.min(cv2.min(blue, green), red)
+    return float(cv2.subtract(largest, smallest).mean())
+
+
+def _means(image: ImageU8) -> npt.NDArray[np.float64]:
+    return np.asarray(cv2.mean(image)[:3])
+
+
+SIDE = 128
+"""Pictures are compared at this size: a shift of 1% is a pixel, and it takes a millisecond."""
+
+SMOOTHING = 1.2
+"""Standard deviation of the low-pass, in pixels: a shift is rarely a whole number of them."""
+
+MIN_AGREEMENT = 0.2
+"""Peak, of 1 at most, from which on a shift is believed: each reference must reach it against the others, and a picture
+to be called shifted. Photographs of magnetic tiles, which share nothing, reach 0.16 (95% of them); boards between a
+fixture's pins 0.5, and 0.21 when they are moved by a quarter of the width."""
+
+MIN_REFERENCES = 3
+
+Spectrum = npt.NDArray[np.complex128]
+
+
+@final
+class ShiftCheck:
+    """Tells whether pictures are where the references are.
+
+    Args:
+        references: ``[H, W, 3]`` uint8 BGR each, the model's input.
+        max_shift: largest shift, as a share of the side.
+
+    Raises:
+        ConfigError: the references show nothing that stays in its place, or are too few.
+    """
+
+    def __init__(self, references: Sequence[ImageU8], max_shift: float) -> None:
+        if len(references) < MIN_REFERENCES:
+            msg = (
+                f"health.max_shift compares with the package's reference images and needs {MIN_REFERENCES} of them, "
+                f"not {len(references)}; leave it out"
+            )
+            raise ConfigError(msg)
+        self._max_shift = max_shift
+        spectra = [_spectrum(image) for image in references]
+        for index, own in enumerate(spectra):
+            distance, agreement = _Common(spectra[:index] + spectra[index + 1 :]).find(own)
+            if distance > max_shift or agreement < MIN_AGREEMENT:
+                msg = (
+                    "health.max_shift: the package's reference images show nothing that stays in its place within "
+                    f"{max_shift:g} of the side, so a moved camera cannot be told from another part; leave it out"
+                )
+                raise ConfigError(msg)
+        self._common = _Common(spectra)
+
+    def is_shifted(self, image: ImageU8) -> bool:
+        """Whether a picture, ``[H, W, 3]`` uint8 BGR, is farther off than allowed; not where that is not clear."""
+        distance, agreement = self._common.find(_spectrum(image))
+        return distance > self._max_shift and agreement >= MIN_AGREEMENT
+
+
+class _Common:
+    """What spectra have in common."""
+
+    def __init__(self, spectra: Sequence[Spectrum]) -> None:
+        number = len(spectra)
+        self._mean = np.mean(spectra, axis=0)
+        share = np.square(np.abs(self._mean)) / np.mean(np.square(np.abs(spectra)), axis=0).clip(min=1e-12)
+        rows, columns = np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None]
+        low_pass = np.exp(-0.5 * np.square(2 * np.pi * SMOOTHING) * (np.square(rows) + np.square(columns)))
+        self._weights = np.clip((number * share - 1) / (number - 1), 0, 1) * low_pass
+        self._most = float(_transformed_back(self._weights)[0, 0])
+
+    def find(self, spectrum: Spectrum) -> tuple[float, float]:
+        """The shift, as a share of the side, and how clear it is, 1 at most."""
+        cross = self._mean * np.conj(spectrum)
+        correlation = _transformed_back(self._weights * cross / np.abs(cross).clip(min=1e-12))
+        row, column = np.unravel_index(int(correlation.argmax()), correlation.shape)
+        distance = math.hypot(min(row, SIDE - row), min(column, SIDE - column)) / SIDE
+        return distance, float(correlation.max()) / self._most if self._most > 0 else 0.0
+
+
+def _transformed_back(spectrum: npt.NDArray[np.complexfloating] | npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    return np.fft.irfft2(spectrum, s=(SIDE, SIDE))
+
+
+def _spectrum(image: ImageU8) -> Spectrum:
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    smooth = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 1.0)
+    edges = np.log1p(cv2.magnitude(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1)))
+    return np.fft.rfft2((edges - edges.mean()) * _WINDOW)
+
+
+def _window() -> npt.NDArray[np.float64]:
+    # It fades out where the transform would see an edge, and only there: that is where fixtures are.
+    fading = SIDE // 8
+    edge = 0.5 - 0.5 * np.cos(np.pi * (np.arange(fading) + 0.5) / fading)
+    profile = np.concatenate([edge, np.ones(SIDE - 2 * fading), edge[::-1]])
+    return np.outer(profile, profile)
+
+
+_WINDOW = _window()

@@ -1,33 +1,161 @@
-"""From a captured frame to its result: pre-processing, health, score, verdict. No I/O of its own."""
+"""From a captured frame to its result: pre-processing, image health, score, verdict. No I/O but loading packages.
+
+What one frame shows by itself is an :class:`Observation`, which may be made ahead of the frame's turn and on any
+thread. The verdict is a pure function of the score and of what went wrong on the way (:func:`decide_verdict`); whatever
+goes wrong is in the result, and never a pass. :class:`InspectorLoader` makes an inspector of a package file: signature,
+runtime, parity, warm-up.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from edge.capture import Captured
 from edge.config import InspectConfig
+from edge.frame import Captured, Frame
 from edge.health import ImageHealth
-from edge.lanes import Looker
-from edge.results import Inspected, Result
-from edge.runtimes import Runtime
-from edge.sources import Frame
+from edge.result import Inspected, Reason, Result, Verdict
+from edge.runtimes.interface import Runtime, check_runtime_fits
+from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_parity
+from edge.runtimes.onnx_runtime import CPU
 from edge.status import DEFAULT_CAMERA
-from edge.verdict import Reason, decide
 from edge.view import View
+from edgeflame.console import EventLog
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.images import ImageU8
-from edgeflame.package import Package
+from edgeflame.package import Package, read_package
+from edgeflame.signing import verify_signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A verdict and its reasons; a pass has none."""
+
+    verdict: Verdict
+    reasons: tuple[Reason, ...]
+
+
+def decide_verdict(
+    *, score: float | None, threshold: float, review_band: float = 0.0, faults: Sequence[Reason] = ()
+) -> Decision:
+    """Judge one part.
+
+    Args:
+        score: raw distance; None if it could not be had.
+        threshold: raw distance; a higher score is a defect.
+        review_band: share of the threshold to either side in which the verdict is left to a person.
+        faults: what went wrong before scoring; any makes the verdict ``unknown``.
+
+    Returns:
+        ``unknown`` on any fault or a score that is no finite number, ``fail`` above the threshold, else ``pass``.
+    """
+    reasons = list(faults)
+    if score is None:
+        if not reasons:
+            reasons.append(Reason.NOT_SCORED)
+    elif not (math.isfinite(score) and math.isfinite(threshold)):
+        reasons.append(Reason.SCORE_NOT_FINITE)
+    if reasons or score is None:
+        return Decision(verdict=Verdict.UNKNOWN, reasons=tuple(reasons))
+    if review_band > 0 and abs(score - threshold) <= review_band * abs(threshold):
+        return Decision(verdict=Verdict.UNKNOWN, reasons=(Reason.REVIEW_BAND,))
+    if score > threshold:
+        return Decision(verdict=Verdict.FAIL, reasons=(Reason.ABOVE_THRESHOLD,))
+    return Decision(verdict=Verdict.PASS, reasons=())
+
+
+class FrameObserver(Protocol):
+    """Looks at frames ahead of their turn."""
+
+    @property
+    def lanes(self) -> int:
+        """How many side by side are worth it."""
+        ...
+
+    def look(self, captured: Captured) -> Any:
+        """What can be found out about a frame by itself; on any thread, several at once."""
+        ...
+
+
+class InspectorProtocol(Protocol):
+    """Judges frames, one at a time; :class:`edge.inspector.Inspector` is the real one."""
+
+    @property
+    def product(self) -> str:
+        """Name of the product, as the configuration has it."""
+        ...
+
+    @property
+    def model_id(self) -> str:
+        """First 12 digits of the package's SHA-256."""
+        ...
+
+    @property
+    def threshold(self) -> float:
+        """Raw distance above which a part fails."""
+        ...
+
+    @property
+    def provider(self) -> str:
+        """What runs the model."""
+        ...
+
+    @property
+    def looker(self) -> FrameObserver | None:
+        """Who can look at frames for it ahead of their turn; None where nobody can."""
+        ...
+
+    def set_threshold(self, value: float | None) -> None:
+        """Another threshold from the next frame on; None for the one it began with. Never during a frame."""
+        ...
+
+    def reconfigured(self, config: InspectConfig) -> InspectorProtocol:
+        """The same model with other rules, and the threshold of these; this one may be in use meanwhile."""
+        ...
+
+    def inspect(self, captured: Captured) -> Inspected:
+        """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
+        ...
+
+    def rehearse(self, captured: Captured) -> Inspected:
+        """Judge a photograph that does not come from the camera; leaves no trace in what is known of the camera."""
+        ...
+
+
+def make_unknown(
+    captured: Captured, judge: InspectorProtocol, *, camera: str, reason: Reason, detail: str
+) -> Inspected:
+    """An ``unknown`` for a part that a judge could not deal with."""
+    frame = captured.frame
+    result = Result(
+        camera=camera,
+        sequence=captured.sequence,
+        part_id=frame.part_id,
+        source=frame.source,
+        captured=frame.captured_utc,
+        verdict=Verdict.UNKNOWN.value,
+        reasons=(reason.value,),
+        detail=detail,
+        score=None,
+        threshold=judge.threshold,
+        latency_ms=round(1000 * (time.monotonic() - frame.captured_monotonic_s), 3),
+        label=frame.label,
+        model=judge.model_id,
+    )
+    return Inspected(result=result, image=frame.image_bgr, anomaly_map=None, origin=frame.origin)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Look:
+class Observation:
     """What one frame shows by itself."""
 
     image: ImageU8 | None
@@ -52,7 +180,7 @@ class Inspector:
         config: the rules.
         camera: its name, for the results.
         product: its name; the package's own unless given.
-        lanes: images worth looking at side by side; see :mod:`edge.lanes`.
+        lanes: images worth looking at side by side; see :mod:`edge.capture`.
         shared: runs the graph while other images are looked at; None: ``runtime`` then as well. Both may be used by
             several threads at once, if there are several lanes.
         is_live: whether the images come from a camera; then one that repeats itself is frozen.
@@ -118,11 +246,11 @@ class Inspector:
         )
 
     @property
-    def looker(self) -> Looker | None:
+    def looker(self) -> FrameObserver | None:
         """Itself, where looking at several images side by side is worth it."""
         return self if self.lanes > 1 else None
 
-    def look(self, captured: Captured) -> Look:
+    def look(self, captured: Captured) -> Observation:
         """What one frame shows, whatever came before it; on any thread, several at once."""
         with self._counting:
             self._num_looking += 1
@@ -136,14 +264,14 @@ class Inspector:
     def inspect(self, captured: Captured) -> Inspected:
         """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
         ahead = captured.ahead
-        look: Look = ahead.found.result() if ahead is not None and ahead.looker is self else self.look(captured)
+        look: Observation = ahead.found.result() if ahead is not None and ahead.looker is self else self.look(captured)
         return self._told(captured, look, self._health)
 
     def rehearse(self, captured: Captured) -> Inspected:
         """Judge a photograph: a frame that may come twice and be of another size than the camera's."""
         return self._told(captured, self.look(captured), self._rehearsal)
 
-    def _told(self, captured: Captured, look: Look, health: ImageHealth) -> Inspected:
+    def _told(self, captured: Captured, look: Observation, health: ImageHealth) -> Inspected:
         frame = captured.frame
         faults, details = [*look.faults], [*look.details]
         if frame.image_bgr is not None and health.is_wrong_size(frame.image_bgr):
@@ -151,7 +279,7 @@ class Inspector:
             details.insert(0, f"the frame has {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]} pixels")
         if look.image is not None and health.is_frozen(look.image):
             faults.append(Reason.FROZEN)
-        decision = decide(
+        decision = decide_verdict(
             score=look.score, threshold=self.threshold, review_band=self._config.verdict.review_band, faults=faults
         )
         result = Result(
@@ -177,7 +305,7 @@ class Inspector:
             origin=frame.origin,
         )
 
-    def _look(self, frame: Frame, runtime: Runtime) -> Look:
+    def _look(self, frame: Frame, runtime: Runtime) -> Observation:
         faults: list[Reason] = []
         details: list[str] = []
         image = evidence = view = anomaly_map = score = None
@@ -207,7 +335,7 @@ class Inspector:
                     score = math.nan
                 else:
                     score = float(scores[0]) if view.judged is None else float(anomaly_map.max())
-        return Look(
+        return Observation(
             image=image,
             evidence=evidence,
             ignored=None if view is None else view.ignored,
@@ -216,3 +344,108 @@ class Inspector:
             score=score,
             anomaly_map=anomaly_map,
         )
+
+
+log = EventLog("inspect")
+
+MAX_LANES = 4
+"""Each holds an image and the model's activations; on more cores, each lane has several."""
+
+
+class InspectorLoader:
+    """Opens packages the way this daemon was told to.
+
+    Args:
+        device: what runs models.
+        engines: folder of engines.
+        num_threads: of the CPU for one image; None: as many as there are cores.
+        public_key: file of the key that must have signed a package; None: none need be signed.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: LineDevice = "auto",
+        engines: Path | None = None,
+        num_threads: int | None = None,
+        public_key: Path | None = None,
+    ) -> None:
+        self._device = device
+        self._engines = engines
+        self._num_threads = num_threads
+        self._public_key = public_key
+        self._packages: dict[Path, Package] = {}
+        self._lock = threading.Lock()
+
+    def share_cores(self, num_cameras: int) -> None:
+        """Several cameras judge at the same time: give each its share of the cores, unless a number was asked for."""
+        if self._num_threads is None and num_cameras > 1:
+            self._num_threads = max(1, (os.cpu_count() or 1) // num_cameras)
+
+    def package(self, file: Path) -> Package:
+        """A package, read once and then remembered until :meth:`forget`.
+
+        Raises:
+            PackageError: it cannot be read, or the signature is not the one that must be there.
+        """
+        with self._lock:
+            package = self._packages.get(file)
+            if package is None:
+                package = read_package(file)
+                if self._public_key is not None:
+                    log.info("signature_verified", file=file.name, key=verify_signature(package, self._public_key))
+                self._packages[file] = package
+            return package
+
+    def forget(self) -> None:
+        """Read files anew from now on; those that were changed meanwhile."""
+        with self._lock:
+            self._packages.clear()
+
+    def open(
+        self, file: Path, settings: InspectConfig, *, camera: str, product: str | None = None, is_live: bool
+    ) -> Inspector:
+        """An inspector of one camera, with a runtime of its own, held to the package's reference images and warm.
+
+        Args:
+            file: the package.
+            settings: the camera's.
+            camera: its name.
+            product: its name; the package's own unless given.
+            is_live: whether the images come from a camera.
+
+        Raises:
+            EdgeFlameError: it may not judge here, and why.
+        """
+        package = self.package(file)
+        runtime, _ = open_for_line(package, device=self._device, engines=self._engines, num_threads=self._num_threads)
+        check_runtime_fits(runtime, package.manifest)
+        if package.references:
+            parity = require_parity(runtime, package)
+            log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
+        else:
+            log.warning("parity_unchecked", reason="the package holds no reference images")
+        lanes, shared = self._lanes(package, runtime)
+        inspector = Inspector(
+            package,
+            runtime,
+            settings,
+            camera=camera,
+            product=product,
+            lanes=lanes,
+            shared=shared,
+            is_live=is_live,
+        )
+        inspector.warm_up()
+        return inspector
+
+    def _lanes(self, package: Package, runtime: Runtime) -> tuple[int, Runtime | None]:
+        """On the CPU, as many lanes as it has threads for us, and a runtime whose images share these threads."""
+        threads = self._num_threads or os.cpu_count() or 1
+        lanes = min(threads, MAX_LANES)
+        if runtime.provider != CPU or lanes == 1:
+            return 1, None
+        shared = open_runtime(package.model_onnx, device="cpu", num_threads=threads // lanes)
+        if package.references:
+            require_parity(shared, package)
+        return lanes, shared

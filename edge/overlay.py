@@ -27,7 +27,7 @@ _TRUTH = (255, 214, 64)
 _FAIL, _PASS, _NEUTRAL = (64, 64, 232), (96, 176, 48), (128, 128, 128)
 
 
-def overlay(
+def draw_overlay(
     image_bgr: ImageU8,
     anomaly_map: npt.NDArray[np.floating],
     threshold: float,

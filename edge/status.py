@@ -1,13 +1,167 @@
-"""What one camera's line is doing now, for everyone who asks: the page, metrics, the broker, a command."""
+"""What a camera, a line and a run are doing, for everyone who asks: the page, metrics, the broker, a command.
+
+Values only; who finds them out (drift, self-tests, rollout of models, delivery) is elsewhere.
+"""
 
 from __future__ import annotations
 
-import msgspec
+import collections
+import datetime as dt
+import enum
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-from edge.drift.monitor import DriftStatus
-from edge.golden.report import GoldenStatus
-from edge.parts.counts import PartCounts
-from edgeflame.releases.messages import ProductModels
+import msgspec
+import numpy as np
+
+from edge.result import Result
+from edgeflame.releases.messages import Disagreement, ProductModels
+
+
+class PartCounts(msgspec.Struct, kw_only=True):
+    """Each number is written by one thread, and read by any."""
+
+    triggers: int = 0
+    """Parts that were announced."""
+    triggers_lost: int = 0
+    """Triggers that could not be taken since too many parts waited."""
+    missing: int = 0
+    """Parts that never came, by the others' numbers."""
+    duplicates: int = 0
+    """Parts whose number or name had come before."""
+    late: int = 0
+    """Parts without a verdict at their deadline."""
+    late_answers: int = 0
+    """Answers of the model for parts that had been decided without it."""
+
+
+class DriftCondition(str, enum.Enum):
+    """Of a stream, or of the worst of several."""
+
+    LEARNING = "learning"
+    OK = "ok"
+    WARNING = "warning"
+    ALARM = "alarm"
+
+
+class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream."""
+
+    name: str
+    condition: DriftCondition
+    direction: str | None
+    """``higher`` or ``lower``, where there is a warning or an alarm."""
+    rank: float | None
+    """Where the typical one of the last parts lies among the reference's, 0..1; 0.5 is the middle."""
+    evidence: float
+    """0..1 on a logarithmic scale; 1 is an alarm."""
+    since: dt.datetime | None
+    """When the warning or alarm began."""
+    is_off: bool
+    """Whether the last parts are beyond the tolerance."""
+    learnt: int | None
+    """Parts learnt from so far, while learning."""
+
+
+class DriftStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """All of one camera with one model."""
+
+    condition: DriftCondition
+    parts: DriftCondition
+    camera: DriftCondition
+    message: str
+    """For people, without a full stop."""
+    streams: tuple[StreamStatus, ...]
+    """Those that are known or being learnt."""
+
+
+Expected = Literal["good", "bad"]
+
+
+class GoldenCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """One golden part."""
+
+    part: str
+    """The file, or the part's id."""
+    expected: str
+    """``pass`` or ``fail``."""
+    verdict: str
+    ratio: float | None
+    """Score over threshold."""
+    reasons: tuple[str, ...] = ()
+    """Of the verdict."""
+
+    @property
+    def is_right(self) -> bool:
+        return self.verdict == self.expected
+
+
+class GoldenReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One self-test."""
+
+    camera: str
+    product: str
+    model: str
+    kind: Literal["photographs", "part"]
+    """``part``: a golden part before the camera, which tests lamp and lens as well."""
+    at: dt.datetime
+    """UTC."""
+    passed: bool
+    message: str
+    """For people, without a full stop."""
+    checks: tuple[GoldenCheck, ...]
+
+
+class GoldenStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How a camera stands."""
+
+    last: GoldenReport | None = None
+    acknowledged: bool = False
+    """A person has seen that the last one failed."""
+
+    @property
+    def word(self) -> str | None:
+        """``passed``, ``failed`` or ``acknowledged``; None before the first test."""
+        if self.last is None:
+            return None
+        return "passed" if self.last.passed else "acknowledged" if self.acknowledged else "failed"
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last test failed and nobody has taken note."""
+        return self.last is not None and not self.last.passed and not self.acknowledged
+
+
+class DestinationStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a destination has come."""
+
+    attempted: int
+    acknowledged: int
+    lost: int
+    waiting: int
+    """Results it has still to get."""
+
+
+class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A product, and what is tried beside its present model."""
+
+    product: str
+    role: Literal["candidate", "before"]
+    """What the second model is, if there is one: a candidate, or the model before a switch."""
+    on_trial: bool
+    found: Disagreement | None
+    """None: no second model."""
+
+
+class RolloutStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a daemon."""
+
+    beside: tuple[ShadowStatus, ...] = ()
+    fates: dict[tuple[str, str], int] = {}
+    """How often a product's release met a fate since the start."""
+
 
 DEFAULT_CAMERA = "camera"
 """Name of the one camera of a daemon whose configuration names none."""
@@ -47,3 +201,179 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What became of its parts."""
     trigger_up: bool | None = None
     """Whether its parts can be announced; None where every frame is one."""
+
+
+class CameraState(msgspec.Struct, frozen=True, kw_only=True):
+    """What one camera of a line runs."""
+
+    name: str
+    product: str
+    model: str
+    """First 12 digits of the package's SHA-256."""
+    threshold: float
+    source: str
+    paused: bool = False
+    drift: str | None = None
+    """``learning``, ``ok``, ``warning`` or ``alarm``; null where it is not watched, or before the first part."""
+    drift_message: str | None = None
+    """The same for people."""
+    golden: str | None = None
+    """Of the last self-test: ``passed``, ``failed``, or ``acknowledged`` where a person knows that it failed."""
+    threshold_set: bool = False
+    """The threshold was set by command, and is not that of the configuration or the package."""
+
+
+class LineState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a line runs; retained. Of several cameras, the first stands outside of the list as well."""
+
+    online: bool
+    boot: str
+    product: str
+    model: str
+    """First 12 digits of the package's SHA-256."""
+    threshold: float
+    source: str
+    cameras: tuple[CameraState, ...] = ()
+
+
+def line_state(cameras: Sequence[CameraStatus], *, boot: str) -> LineState:
+    """What to announce of a daemon's cameras, of which there is at least one."""
+    states = tuple(
+        CameraState(
+            name=camera.camera,
+            product=camera.product,
+            model=camera.model,
+            threshold=camera.threshold,
+            source=camera.source,
+            paused=camera.paused,
+            drift=camera.drift.condition.value if camera.drift is not None else None,
+            drift_message=camera.drift.message if camera.drift is not None else None,
+            golden=camera.golden.word if camera.golden is not None else None,
+            threshold_set=camera.threshold_set,
+        )
+        for camera in cameras
+    )
+    first = states[0]
+    return LineState(
+        online=True,
+        boot=boot,
+        product=first.product,
+        model=first.model,
+        threshold=first.threshold,
+        source=first.source,
+        cameras=states,
+    )
+
+
+LATENCY_WINDOW = 100_000
+"""Quantiles are of the last so many parts, so that a run of years takes no more memory than one of days."""
+
+
+class LatencyQuantiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Capture to verdict, in milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+
+class Truth(msgspec.Struct, frozen=True, kw_only=True):
+    """Verdicts against the labels of the parts that have one."""
+
+    right: int
+    wrong: int
+    false_rejects: int
+    """Good parts that failed."""
+    missed: int
+    """Defective parts that passed."""
+    undecided: int
+    """``unknown`` verdicts."""
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """One run."""
+
+    parts: int
+    passed: int
+    failed: int
+    unknown: int
+    reasons: dict[str, int]
+    """How often each reason was given, of failed and unknown parts."""
+    dropped: dict[str, int]
+    """Frames never looked at, by reason."""
+    duration_s: float
+    latency_ms: LatencyQuantiles | None
+    truth: Truth | None
+    evidence_lost: int = 0
+    """Pictures of rejected parts that could not be stored, or had to make room for results."""
+    undelivered: dict[str, int] = {}
+    """Results kept for the next start, by destination."""
+    counts: PartCounts = msgspec.field(default_factory=PartCounts)
+    """What became of announced and numbered parts."""
+
+
+class Tally:
+    """Adds up results, of any number of threads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started = clock()
+        self._lock = threading.Lock()
+        self._verdicts: collections.Counter[str] = collections.Counter()
+        self._reasons: collections.Counter[str] = collections.Counter()
+        self._truth: collections.Counter[str] = collections.Counter()
+        self._latencies: collections.deque[float] = collections.deque(maxlen=LATENCY_WINDOW)
+
+    @property
+    def parts(self) -> int:
+        return self._verdicts.total()
+
+    def add(self, result: Result) -> int:
+        """Count a result; how many there are now."""
+        with self._lock:
+            self._add(result)
+            return self.parts
+
+    def _add(self, result: Result) -> None:
+        self._verdicts[result.verdict] += 1
+        self._reasons.update(result.reasons)
+        self._latencies.append(result.latency_ms)
+        if result.label is None:
+            return
+        if result.is_right is None:
+            self._truth["undecided"] += 1
+        elif result.is_right:
+            self._truth["right"] += 1
+        else:
+            self._truth["missed" if result.verdict == "pass" else "false_rejects"] += 1
+
+    def summary(self, *, dropped: Mapping[str, int]) -> Summary:
+        """The sum so far."""
+        truth = self._truth
+        return Summary(
+            parts=self.parts,
+            passed=self._verdicts["pass"],
+            failed=self._verdicts["fail"],
+            unknown=self._verdicts["unknown"],
+            reasons=dict(self._reasons),
+            dropped=dict(dropped),
+            duration_s=round(self._clock() - self._started, 3),
+            latency_ms=_latency(self._latencies),
+            truth=Truth(
+                right=truth["right"],
+                wrong=truth["missed"] + truth["false_rejects"],
+                false_rejects=truth["false_rejects"],
+                missed=truth["missed"],
+                undecided=truth["undecided"],
+            )
+            if truth
+            else None,
+        )
+
+
+def _latency(latencies_ms: collections.deque[float]) -> LatencyQuantiles | None:
+    if not latencies_ms:
+        return None
+    p50, p95, p99, largest = (round(float(value), 3) for value in np.percentile(latencies_ms, [50, 95, 99, 100]))
+    return LatencyQuantiles(p50=p50, p95=p95, p99=p99, max=largest)

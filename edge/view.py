@@ -12,49 +12,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edge.config.inspection import (
+    Shape,
+    ViewConfig,
+    is_rectangle,
+    shape_words,
+)
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_mask
 
-Rectangle = tuple[int, int, int, int]
-"""x, y, width, height."""
-Point = tuple[int, int]
-Shape = tuple[int | Point, ...]
-"""A rectangle, or a polygon of points."""
-
 COVERED = 0.999
 """Share of a cell beneath shapes from which on it is ignored: all of it, but for rounding."""
-
-
-class ViewConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[view]``: pixels of the camera's frame, from its upper left corner."""
-
-    frame: tuple[int, int] | None = None
-    """Width and height that every frame must have, or the part is ``unknown`` (``wrong_size``). Left out, a live
-    camera must keep to the size of its first frame."""
-    crop: Rectangle | None = None
-    """``[x, y, width, height]`` that the model gets in place of the package's own region of interest, after the camera
-    was mounted anew: it must show there what it showed in training."""
-    roi: Rectangle | None = None
-    """``[x, y, width, height]``: nothing outside it is judged."""
-    ignore: tuple[Shape, ...] = ()
-    """What is not judged: rectangles ``[x, y, width, height]`` and polygons ``[[x, y], [x, y], [x, y], ...]``."""
-    ignore_image: str | None = None
-    """A PNG of the frame's size: what is not black in it is not judged. Relative to the working folder."""
-
-    def __post_init__(self) -> None:
-        if self.frame is not None and min(self.frame) < 1:
-            msg = f"view.frame is [width, height] in pixels, not {list(self.frame)}"
-            raise ConfigError(msg)
-        for name, shape in (("crop", self.crop), ("roi", self.roi), *(("ignore", shape) for shape in self.ignore)):
-            if shape is not None:
-                _check_shape(name, shape)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,45 +121,18 @@ class View:
         return FittedView(ignored=ignored, judged=judged)
 
 
-def _check_shape(name: str, shape: Shape) -> None:
-    if _is_rectangle(shape):
-        x, y, width, height = shape
-        fits = x >= 0 and y >= 0 and width > 0 and height > 0
-    elif _is_polygon(shape):
-        points = np.asarray(shape)
-        fits = len(points) >= 3 and points.min() >= 0 and cv2.contourArea(points.astype(np.float32)) > 0
-    else:
-        fits = False
-    if not fits:
-        shapes = "[x, y, width, height]" + (" or a polygon of three points or more" if name == "ignore" else "")
-        msg = f"view.{name} is {shapes} with an area, in pixels from 0, not {_words(shape)}"
-        raise ConfigError(msg)
-
-
 def _paint(frame: ImageU8, name: str, shape: Shape) -> None:
     height, width = frame.shape
-    if _is_rectangle(shape):
+    if is_rectangle(shape):
         x, y, shape_width, shape_height = shape
         right, bottom = x + shape_width - 1, y + shape_height - 1
         points = np.array([(x, y), (right, y), (right, bottom), (x, bottom)])
     else:
         points = np.asarray(shape, np.int32)
     if (points.max(axis=0) >= (width, height)).any():
-        msg = f"view.{name} {_words(shape)} reaches outside the {width}x{height} frame"
+        msg = f"view.{name} {shape_words(shape)} reaches outside the {width}x{height} frame"
         raise DataError(msg)
     cv2.fillPoly(frame, [points.astype(np.int32)], 255)
-
-
-def _is_rectangle(shape: Shape) -> TypeGuard[Rectangle]:
-    return len(shape) == 4 and all(isinstance(part, int) for part in shape)
-
-
-def _is_polygon(shape: Shape) -> TypeGuard[tuple[Point, ...]]:
-    return all(isinstance(part, tuple) for part in shape)
-
-
-def _words(shape: Shape) -> str:
-    return str([part if isinstance(part, int) else list(part) for part in shape])
 
 
 def _read_picture(path: str) -> ImageU8:

@@ -169,7 +169,9 @@ def test_help_loads_neither_numpy_nor_torch() -> None:
     assert not loaded_after(help_of_all) & {"numpy", "torch", "cv2", "onnxruntime", "rich", "msgspec"}
 
 
-@pytest.mark.parametrize("module", ["edge.daemon", "edge.sources.locate", "edge.runtimes", "edgeflame.cli.inspect"])
+@pytest.mark.parametrize(
+    "module", ["edge.daemon", "edge.sources.locate", "edge.runtimes.load", "edgeflame.cli.inspect"]
+)
 def test_the_line_side_loads_no_torch(module: str) -> None:
     assert not loaded_after(f"import {module}") & set(LEARNING_LIBRARIES)
 

@@ -3,7 +3,7 @@
     python benchmarks/drift/false_alarms.py [--lines 100] [--parts 2000000] [--write]
 
 Every line watches one stream of normal values (ranks make any other continuous distribution the same). The daemon's
-own code decides, at the settings of one alarm in 2,000,000 parts: edge.drift.detector, and beside it what is often done
+own code decides, at the settings of one alarm in 2,000,000 parts: edge.drift.monitor, and beside it what is often done
 instead. `--write` puts the table into false_alarms.md beside this file.
 """
 
@@ -23,8 +23,8 @@ import numpy.typing as npt
 from scipy import stats
 from scipy.special import ndtr, ndtri
 
-from edge.drift.config import DriftConfig
-from edge.drift.detector import Detector
+from edge.config.inspection import DriftConfig
+from edge.drift.monitor import Detector
 
 F64 = npt.NDArray[np.float64]
 CHUNK = 2000

@@ -21,10 +21,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge.drift.config import DriftConfig
-from edge.drift.monitor import Condition, DriftMonitor
-from edge.drift.ranks import Ranks
-from edge.runtimes import open_runtime
+from edge.config.inspection import DriftConfig
+from edge.drift.monitor import DriftMonitor, Ranks
+from edge.runtimes.load import open_runtime
+from edge.status import DriftCondition
 from edgeflame.boards import BoardStream, write_dataset
 from edgeflame.condition import CAMERA_STREAMS, PART_STREAMS, STREAMS, Template, image_condition, part_condition
 from edgeflame.dataset import open_dataset
@@ -135,7 +135,7 @@ def alarms(line: Line, before: list[dict[str, float]], after: Iterator[dict[str,
     monitor, found = line.monitor(), dict[str, int]()
     for index, one in enumerate([*before, *itertools.islice(after, most)], start=1 - len(before)):
         for change in monitor.observe(one, NOW):
-            if change.after is Condition.ALARM:
+            if change.after is DriftCondition.ALARM:
                 found[f"{change.stream} {change.direction}"] = index
     return found
 

@@ -34,14 +34,12 @@ import msgspec
 import numpy as np
 import onnxruntime
 
-from edge.delivery.outbox import Outbox, OutboxConfig
-from edge.delivery.pipeline import OUTBOX_FILE
-from edge.results import Result
+from edge.config.outputs import OutboxConfig
+from edge.delivery.outbox import OUTBOX_FILE, Outbox
+from edge.frame import Frame, make_frame
+from edge.result import Result
 from edge.runtimes.interface import INPUT
-from edge.sources import Frame
-from edge.sources.interface import make_frame
-from edge.sources.live import live_frames
-from edge.sources.taken import Remark, TakenImage, take
+from edge.sources.child import Remark, TakenImage, live_frames, taken_image
 from edgeflame.boards.stream import BoardStream
 from edgeflame.cli import cli as edgeflame
 from edgeflame.images import ImageU8
@@ -293,7 +291,7 @@ class PacedReader:
         frames = make_frames(self.size)
         start, number = time.monotonic(), 0
         while not stop.is_set():
-            yield take(frames[number % len(frames)])
+            yield taken_image(frames[number % len(frames)])
             number += 1
             time.sleep(max(0.0, start + number / self.rate - time.monotonic()))
 

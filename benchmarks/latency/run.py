@@ -1,6 +1,6 @@
 """Latency, memory and size of the scoring graph beside its backbone alone and anomalib's PaDiM, on one machine.
 
-Everything is timed in one process, turn by turn (`edge.bench.take_turns`); memory is that of a fresh process for each
+Everything is timed in one process, turn by turn (`edge.runtimes.bench.take_turns`); memory is that of a fresh process for each
 model. Writes `latency.md` and `latency.png`.
 """
 
@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import onnxruntime
 
-from edge.bench import take_turns
+from edge.runtimes.bench import take_turns
 
 sys.path.insert(0, str(Path(__file__).parent))
 from models import (  # beside this script

@@ -15,16 +15,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from edge.capture import Captured
-from edge.parts.config import ModbusTriggerConfig, MqttTriggerConfig
-from edge.parts.counts import PartCounts
-from edge.parts.identity import Wrap
-from edge.parts.modbus import ModbusTrigger
-from edge.parts.mqtt import MqttTrigger
-from edge.parts.punctual import Punctual
-from edge.parts.trigger import Trigger, TriggerSource
-from edge.results import Inspected
-from edge.sources.interface import make_frame
+from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig
+from edge.frame import Captured, Trigger, TriggerSource, make_frame
+from edge.parts.deadline import BoundedCall
+from edge.parts.modbus_trigger import ModbusTrigger
+from edge.parts.mqtt_trigger import MqttTrigger
+from edge.parts.sequence import NumberRange
+from edge.result import Inspected
+from edge.status import PartCounts
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.link import Link
@@ -69,7 +67,7 @@ def over_modbus(poll_ms: float, count: int) -> list[float]:
     plc = Plc(free_port())
     try:
         config = ModbusTriggerConfig(host="127.0.0.1", port=plc.port, register=0, poll_ms=poll_ms)
-        source = ModbusTrigger(config, counting=Wrap(first=0, last=65535), max_gap=1000, window_s=1.0)
+        source = ModbusTrigger(config, counting=NumberRange(first=0, last=65535), max_gap=1000, window_s=1.0)
         return delays(source, lambda number: plc.set("register", 0, number), count)
     finally:
         plc.stop()
@@ -91,7 +89,7 @@ class Hung:
 
 def after_deadline(count: int) -> list[float]:
     """Seconds from each deadline to the verdict, while the model hangs."""
-    punctual, taken = Punctual(camera="c", counts=PartCounts()), []
+    punctual, taken = BoundedCall(camera="c", counts=PartCounts()), []
     image = np.zeros((256, 256, 3), np.uint8)
     for number in range(count):
         captured = Captured(sequence=number, frame=make_frame(part_id=str(number), source="s", image_bgr=image))

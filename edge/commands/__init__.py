@@ -1,1 +1,1 @@
-"""Commands to a running line over the broker: their messages, the line's desk that takes them, and who sends them."""
+"""Commands to a running line over the broker: their messages, the server that takes them, and the client."""

@@ -10,7 +10,7 @@ import uuid
 import msgspec
 
 from edge.commands.messages import Command, Reply
-from edge.delivery.mqtt import LineState
+from edge.status import LineState
 from edgeflame.brokerurl import BrokerUrl
 from edgeflame.errors import LinkError
 from edgeflame.link import Link
@@ -30,7 +30,7 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
-def ask(
+def send_command(
     url: BrokerUrl, *, fleet: str, line: str, command: Command, timeout_s: float, connect_timeout_s: float = 10.0
 ) -> Reply:
     """Send a command and wait for the answer.

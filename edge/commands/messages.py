@@ -31,13 +31,13 @@ class _Command(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Who asks, for the log; nothing vouches for it."""
 
 
-class Pause(_Command, frozen=True, kw_only=True, tag="pause"):
+class PauseCamera(_Command, frozen=True, kw_only=True, tag="pause"):
     """Judge no more parts."""
 
     camera: Name | None = None
 
 
-class Resume(_Command, frozen=True, kw_only=True, tag="resume"):
+class ResumeCamera(_Command, frozen=True, kw_only=True, tag="resume"):
     """Go on."""
 
     camera: Name | None = None
@@ -64,7 +64,7 @@ class SwitchProduct(_Command, frozen=True, kw_only=True, tag="product"):
     product: Name
 
 
-class GoldenTest(_Command, frozen=True, kw_only=True, tag="golden"):
+class RunGoldenTest(_Command, frozen=True, kw_only=True, tag="golden"):
     """Test a camera with the photographs of its golden parts, or with the next part."""
 
     camera: Name | None = None
@@ -72,13 +72,13 @@ class GoldenTest(_Command, frozen=True, kw_only=True, tag="golden"):
     """The next part is a golden one, and this is what it is; null: the photographs."""
 
 
-class Acknowledge(_Command, frozen=True, kw_only=True, tag="acknowledge"):
+class AcknowledgeTest(_Command, frozen=True, kw_only=True, tag="acknowledge"):
     """A person takes note that a self-test failed."""
 
     camera: Name | None = None
 
 
-class DealWithDrift(_Command, frozen=True, kw_only=True, tag="drift"):
+class HandleDrift(_Command, frozen=True, kw_only=True, tag="drift"):
     """What was done about a camera's drift."""
 
     camera: Name | None = None
@@ -86,7 +86,7 @@ class DealWithDrift(_Command, frozen=True, kw_only=True, tag="drift"):
     """The cause was removed, or the line as it is now is right."""
 
 
-class RollBack(_Command, frozen=True, kw_only=True, tag="rollback"):
+class RollBackModel(_Command, frozen=True, kw_only=True, tag="rollback"):
     """Go back to the model before."""
 
     product: Name
@@ -100,27 +100,27 @@ class SwitchModel(_Command, frozen=True, kw_only=True, tag="switch_model"):
     product: Name
 
 
-class Reload(_Command, frozen=True, kw_only=True, tag="reload"):
+class ReloadConfig(_Command, frozen=True, kw_only=True, tag="reload"):
     """Read the configuration again."""
 
 
-class Describe(_Command, frozen=True, kw_only=True, tag="describe"):
+class DescribeLine(_Command, frozen=True, kw_only=True, tag="describe"):
     """Say what the line is doing."""
 
 
 Command = (
-    Pause
-    | Resume
+    PauseCamera
+    | ResumeCamera
     | SetThreshold
     | TakeSnapshot
     | SwitchProduct
-    | GoldenTest
-    | Acknowledge
-    | DealWithDrift
-    | RollBack
+    | RunGoldenTest
+    | AcknowledgeTest
+    | HandleDrift
+    | RollBackModel
     | SwitchModel
-    | Reload
-    | Describe
+    | ReloadConfig
+    | DescribeLine
 )
 
 
@@ -161,7 +161,7 @@ def decode_command(data: bytes) -> Command:
         raise FederationError(msg) from exc
 
 
-def id_of(data: bytes) -> str | None:
+def read_command_id(data: bytes) -> str | None:
     """The id in what is no command, if one can be read: whoever sent it shall hear that it was not done."""
     if len(data) > MAX_COMMAND_BYTES:
         return None

@@ -1,9 +1,12 @@
 """Results to an MQTT 5 broker: one message a part, a retained state, a last will, and Home Assistant's discovery.
 
-edgeflame/v1/<fleet>/line/<line>/result     :class:`edge.delivery.message.Delivery`, QoS 1
+edgeflame/v1/<fleet>/line/<line>/result     :class:`edge.delivery.outbox.Delivery`, QoS 1
 edgeflame/v1/<fleet>/line/<line>/state      :class:`LineState`, retained; ``online`` false from the last will
 edgeflame/v1/<fleet>/line/<line>/command    :mod:`edge.commands.messages`, to the line
 edgeflame/v1/<fleet>/line/<line>/reply      what came of a command
+
+Home Assistant's discovery makes verdicts and scores appear there by themselves; its source is Home Assistant's
+documentation of MQTT discovery and of the MQTT sensor.
 """
 
 from __future__ import annotations
@@ -17,16 +20,60 @@ from pathlib import Path
 
 import msgspec
 
-from edge.delivery.home_assistant import discovery
-from edge.delivery.message import Delivery
-from edge.status import CameraStatus
+from edge.config.outputs import MqttConfig
+from edge.delivery.outbox import Delivery
+from edge.status import LineState
 from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
 from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, UsageError
 from edgeflame.fleet.kit import Kit, read_kit
 from edgeflame.link import Link
 from edgeflame.linkevents import Down, Event, Failed, Received, Sent, Up, Will
-from edgeflame.topics import Topics, check_name
+from edgeflame.topics import Topics
+
+_ENTITIES = {
+    "verdict": ("Verdict", "value_json.result.verdict"),
+    "score": (
+        "Score, 1 = at the threshold",
+        (
+            "(value_json.result.score / value_json.result.threshold) | round(3) "
+            "if value_json.result.score is not none else none"
+        ),
+    ),
+}
+"""Name and template, by key."""
+
+
+def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Sequence[str]) -> list[tuple[str, bytes]]:
+    """Configuration messages, retained: the verdict and the score, of each camera where there are several.
+
+    Args:
+        prefix: of Home Assistant's discovery topics.
+        topics: of the fleet.
+        line: its name.
+        cameras: their names.
+    """
+    unique = f"edgeflame_{topics.fleet}_{line}".replace(".", "_")
+    told = []
+    for camera in cameras if len(cameras) > 1 else [None]:
+        for key, (name, value) in _ENTITIES.items():
+            own, title, template = key, name, value
+            if camera is not None:
+                own, title = f"{camera}_{key}".replace(".", "_"), f"{camera}: {name}"
+                # All cameras speak on one topic; an entity keeps its state while another camera speaks.
+                template = f"({value}) if value_json.result.camera == '{camera}' else this.state"
+            entity = {
+                "state_topic": topics.line_result(line),
+                "availability_topic": topics.line_state(line),
+                "availability_template": "{{ 'online' if value_json.online else 'offline' }}",
+                "device": {"identifiers": [unique], "name": f"Line {line}", "manufacturer": "EdgeFlame"},
+                "name": title,
+                "unique_id": f"{unique}_{own}",
+                "value_template": f"{{{{ {template} }}}}",
+            }
+            told.append((f"{prefix}/sensor/{unique}/{own}/config", msgspec.json.encode(entity)))
+    return told
+
 
 log = EventLog("mqtt")
 
@@ -40,51 +87,6 @@ TakeCommand = Callable[[bytes, bool], None]
 
 def _ignore(_payload: bytes, _retained: bool) -> None:
     """No commands are taken."""
-
-
-class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[mqtt]``."""
-
-    broker: str | None = None
-    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``. A kit has it."""
-    fleet: str
-    """Which fleet."""
-    line: str
-    """Name of this line; two daemons never share one."""
-    ca: str | None = None
-    """``mqtts``: certificate authority of the broker (PEM)."""
-    cert: str | None = None
-    """``mqtts``: this line's certificate (PEM)."""
-    key: str | None = None
-    """``mqtts``: this line's private key (PEM)."""
-    kit: str | None = None
-    """A kit of ``edgeflame fleet enrol --role line``, made for this fleet and line, in place of those files."""
-    home_assistant: str | None = None
-    """Home Assistant's discovery prefix, ``homeassistant`` as it comes; left out: not announced there."""
-    timeout_s: float = 10.0
-    """Without an answer from the broker for so long, the connection is given up and made anew."""
-
-    def __post_init__(self) -> None:
-        try:
-            check_name("fleet", self.fleet)
-            check_name("line", self.line)
-        except UsageError as exc:
-            msg = f"mqtt: {exc}"
-            raise ConfigError(msg) from exc
-        if self.broker is None and self.kit is None:
-            msg = "mqtt: broker or kit has to say where the broker is"
-            raise ConfigError(msg)
-        if self.kit is not None and (self.ca or self.cert or self.key):
-            msg = "mqtt.kit holds the certificates; ca, cert and key are for those without one"
-            raise ConfigError(msg)
-        if not 0.1 <= self.timeout_s <= 600:
-            msg = f"mqtt.timeout_s must be 0.1..600, not {self.timeout_s}"
-            raise ConfigError(msg)
-        if self.home_assistant is not None and (
-            not self.home_assistant or any(sign in self.home_assistant for sign in "+#")
-        ):
-            msg = f"mqtt.home_assistant must be a topic prefix without wildcards, not {self.home_assistant!r}"
-            raise ConfigError(msg)
 
 
 def broker_url(config: MqttConfig, kit: Kit | None = None) -> BrokerUrl:
@@ -113,68 +115,6 @@ def _read_kit(config: MqttConfig) -> Kit | None:
         )
         raise UsageError(msg)
     return kit
-
-
-class CameraState(msgspec.Struct, frozen=True, kw_only=True):
-    """What one camera of a line runs."""
-
-    name: str
-    product: str
-    model: str
-    """First 12 digits of the package's SHA-256."""
-    threshold: float
-    source: str
-    paused: bool = False
-    drift: str | None = None
-    """``learning``, ``ok``, ``warning`` or ``alarm``; null where it is not watched, or before the first part."""
-    drift_message: str | None = None
-    """The same for people."""
-    golden: str | None = None
-    """Of the last self-test: ``passed``, ``failed``, or ``acknowledged`` where a person knows that it failed."""
-    threshold_set: bool = False
-    """The threshold was set by command, and is not that of the configuration or the package."""
-
-
-class LineState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a line runs; retained. Of several cameras, the first stands outside of the list as well."""
-
-    online: bool
-    boot: str
-    product: str
-    model: str
-    """First 12 digits of the package's SHA-256."""
-    threshold: float
-    source: str
-    cameras: tuple[CameraState, ...] = ()
-
-
-def line_state(cameras: Sequence[CameraStatus], *, boot: str) -> LineState:
-    """What to announce of a daemon's cameras, of which there is at least one."""
-    states = tuple(
-        CameraState(
-            name=camera.camera,
-            product=camera.product,
-            model=camera.model,
-            threshold=camera.threshold,
-            source=camera.source,
-            paused=camera.paused,
-            drift=camera.drift.condition.value if camera.drift is not None else None,
-            drift_message=camera.drift.message if camera.drift is not None else None,
-            golden=camera.golden.word if camera.golden is not None else None,
-            threshold_set=camera.threshold_set,
-        )
-        for camera in cameras
-    )
-    first = states[0]
-    return LineState(
-        online=True,
-        boot=boot,
-        product=first.product,
-        model=first.model,
-        threshold=first.threshold,
-        source=first.source,
-        cameras=states,
-    )
 
 
 class MqttDestination:
@@ -285,7 +225,7 @@ class MqttDestination:
             self._session, self._announced = session, None
             if self._config.home_assistant is not None:
                 cameras = [camera.name for camera in self._state.cameras]
-                told = discovery(self._config.home_assistant, self._topics, self._config.line, cameras)
+                told = home_assistant_discovery(self._config.home_assistant, self._topics, self._config.line, cameras)
                 for topic, payload in told:
                     session.link.publish(topic, payload, retain=True)
         if self._announced != (state := self._state):

@@ -13,26 +13,121 @@ lost for that destination, and its receiver sees the gap in the numbers.
 
 WAL with ``synchronous = FULL``: what was committed survives a power cut. The writer commits many results at once
 when they come faster than the disk.
+
+Which files of watched folders have their results here is a table in the same file, written in one transaction with the
+results, so that no kill between the two makes a file be inspected twice, or never.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
-from edge.delivery import files
-from edge.delivery.message import Delivery
-from edge.sources.interface import FileOrigin
+from edge.config.outputs import OutboxConfig
+from edge.result import FileOrigin, Result
+from edge.status import DestinationStatus
 from edgeflame.console import EventLog
-from edgeflame.errors import ConfigError, StorageError
+from edgeflame.errors import StorageError
 from edgeflame.statedir import refuse_newer
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """One result on its way to one destination; JSON on the wire.
+
+    A receiver keeps the highest ``number`` it has seen of each ``outbox``. A lower or equal one is a repetition,
+    a gap is a loss, and both can be told without asking back.
+    """
+
+    outbox: str
+    """Of this state folder; 32 hexadecimal digits."""
+    number: int
+    """Place in the outbox, from 1, without gaps."""
+    redelivered: bool
+    """It may have been delivered before: the answer to an earlier attempt was lost."""
+    result: msgspec.Raw
+    """:class:`edge.result.Result` as JSON."""
+
+    def encode(self) -> bytes:
+        """The bytes to send."""
+        return msgspec.json.encode(self)
+
+    def read_result(self) -> Result:
+        """The result itself."""
+        return _RESULT.decode(self.result)
+
+
+_RESULT = msgspec.json.Decoder(Result)
+
+FILES_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    folder BLOB NOT NULL,
+    name BLOB NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    done_s INTEGER NOT NULL,
+    PRIMARY KEY (folder, name)
+) WITHOUT ROWID;
+"""
+
+KEPT_S = 7 * 24 * 3600
+"""What is known about a file is kept for so long after it was done, also when it is not there: a network share that is
+away for a while looks like an empty folder."""
+
+_BUSY_S = 30.0
+
+
+def mark_done_files(db: sqlite3.Connection, origins: Iterable[FileOrigin]) -> None:
+    """Note files as done, in the transaction that keeps their results."""
+    now_s = int(time.time())
+    db.executemany(
+        "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
+        [(os.fsencode(one.folder), os.fsencode(one.name), one.size, one.mtime_ns, now_s) for one in origins],
+    )
+
+
+def load_done_files(file: Path, folder: str) -> dict[str, tuple[int, int]]:
+    """Size and time of change, in nanoseconds, of every file of a folder that is done, by its name.
+
+    Raises:
+        StorageError: the outbox cannot be read.
+    """
+    try:
+        with closing(sqlite3.connect(file, timeout=_BUSY_S)) as db:
+            db.executescript(FILES_SCHEMA)
+            rows = db.execute("SELECT name, size, mtime_ns FROM files WHERE folder = ?", (os.fsencode(folder),))
+            return {os.fsdecode(name): (size, mtime_ns) for name, size, mtime_ns in rows}
+    except sqlite3.Error as exc:
+        msg = f"{file}: cannot read which files are done ({exc})"
+        raise StorageError(msg) from exc
+
+
+def forget_done_files(file: Path, folder: str, names: Sequence[str]) -> None:
+    """Drop what is known of files that are no longer there, if it is old.
+
+    Raises:
+        StorageError: the outbox cannot be written.
+    """
+    before_s = int(time.time()) - KEPT_S
+    try:
+        with closing(sqlite3.connect(file, timeout=_BUSY_S)) as db, db:
+            db.executemany(
+                "DELETE FROM files WHERE folder = ? AND name = ? AND done_s < ?",
+                [(os.fsencode(folder), os.fsencode(name), before_s) for name in names],
+            )
+    except sqlite3.Error as exc:
+        msg = f"{file}: cannot forget files that are no longer there ({exc})"
+        raise StorageError(msg) from exc
+
 
 log = EventLog("outbox")
 
@@ -52,33 +147,6 @@ CREATE TABLE IF NOT EXISTS destinations (
     lost INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 """
-
-
-class OutboxConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[outbox]``."""
-
-    history: int = 10_000
-    """Delivered results kept for looking back; about 600 bytes each."""
-    max_results: int = 1_000_000
-    """Results kept at most, delivered or not. At one part a second, eleven days without a broker."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.history <= self.max_results:
-            msg = f"outbox.history must be 0..max_results, not {self.history} with {self.max_results}"
-            raise ConfigError(msg)
-        if self.max_results < 1:
-            msg = f"outbox.max_results must be at least 1, not {self.max_results}"
-            raise ConfigError(msg)
-
-
-class Standing(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a destination has come."""
-
-    attempted: int
-    acknowledged: int
-    lost: int
-    waiting: int
-    """Results it has still to get."""
 
 
 class Outbox:
@@ -112,7 +180,7 @@ class Outbox:
         with self._translated("open"):
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA + files.SCHEMA)
+            self._db.executescript(_SCHEMA + FILES_SCHEMA)
             with self._transaction():
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
@@ -146,7 +214,7 @@ class Outbox:
                 if not (_is_full(exc) and self._make_room()):
                     raise
 
-    def register(self, name: str) -> Standing:
+    def register(self, name: str) -> DestinationStatus:
         """A destination's standing; a new one starts with the next result, not with history."""
         with self._lock, self._translated("write"), self._transaction():
             newest = self._newest()
@@ -156,14 +224,14 @@ class Outbox:
             )
         return self.standing(name)
 
-    def standing(self, name: str) -> Standing:
+    def standing(self, name: str) -> DestinationStatus:
         """How far a registered destination has come."""
         with self._lock, self._translated("read"):
             attempted, acknowledged, lost = self._db.execute(
                 "SELECT attempted, acknowledged, lost FROM destinations WHERE name = ?", (name,)
             ).fetchone()
             waiting = self._db.execute("SELECT COUNT(*) FROM results WHERE number > ?", (acknowledged,)).fetchone()[0]
-        return Standing(attempted=attempted, acknowledged=acknowledged, lost=lost, waiting=waiting)
+        return DestinationStatus(attempted=attempted, acknowledged=acknowledged, lost=lost, waiting=waiting)
 
     def forget(self, keep: Sequence[str]) -> list[str]:
         """Drop destinations that are no longer configured, so that they hold nothing back. Returns their names."""
@@ -216,7 +284,7 @@ class Outbox:
                 cursor = self._db.execute("INSERT INTO results (body) VALUES (?)", (body,))
                 assert cursor.lastrowid is not None
                 numbers.append(cursor.lastrowid)
-            files.mark(self._db, origins)
+            mark_done_files(self._db, origins)
             self._unpruned += len(bodies)
             if self._unpruned >= _PRUNE_EVERY:
                 self._prune(numbers[-1])
@@ -269,3 +337,6 @@ def _is_full(exc: StorageError) -> bool:
     cause = exc.__cause__
     # sqlite3 names its error codes from Python 3.11 on; the text is older and the same.
     return isinstance(cause, sqlite3.Error) and "full" in str(cause)
+
+
+OUTBOX_FILE = "outbox.sqlite"

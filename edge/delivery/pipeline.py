@@ -1,23 +1,312 @@
-"""The parts of guaranteed delivery put together for one run."""
+"""From the inspection to the destinations: onto the disk, and from there in order to each destination until it has said
+that it has them, however long that takes.
+
+Writing is off the inspection's thread: what is slow here must not make the next part late.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import queue
+import random
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import msgspec
 
 from edge.config import InspectConfig
-from edge.delivery.deliverer import Deliverer, Destination
-from edge.delivery.mqtt import LineState, MqttDestination, TakeCommand
-from edge.delivery.outbox import Outbox
+from edge.config.outputs import DeliveryConfig
+from edge.delivery.mqtt import MqttDestination, TakeCommand
+from edge.delivery.outbox import OUTBOX_FILE, Delivery, Outbox
+from edge.delivery.sinks import Sink
 from edge.delivery.webhook import WebhookDestination
+from edge.result import Inspected
+from edge.status import DestinationStatus, LineState
 from edgeflame.console import EventLog
+from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.statedir import locked_state_dir
 
-log = EventLog("delivery")
+delivery_log = EventLog("delivery")
 
-OUTBOX_FILE = "outbox.sqlite"
+
+class Destination(Protocol):
+    """Something that takes results."""
+
+    @property
+    def name(self) -> str:
+        """Which one, for messages and for the outbox; the same after a restart."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """How many it takes at once."""
+        ...
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> int:
+        """Send results and wait for the answers. Returns the highest number that surely arrived with all before it.
+
+        Raises:
+            LinkError: none of them surely arrived, and the rest may or may not have.
+        """
+        ...
+
+    def idle(self) -> None:
+        """Called about every half second while there is nothing to deliver.
+
+        Raises:
+            LinkError: the destination cannot be reached.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Deliverer:
+    """One destination's thread; a context manager. Leaving it tries to deliver what waits, for ``flush_s``."""
+
+    def __init__(self, outbox: Outbox, destination: Destination, config: DeliveryConfig) -> None:
+        self._outbox = outbox
+        self._destination = destination
+        self._config = config
+        self._flush_until: float | None = None
+        self._closing = threading.Event()
+        self.num_failures = 0
+        """Attempts that failed since the start."""
+        self.last_error: str | None = None
+        """Why the last attempt failed; None after one that did not."""
+        waiting = outbox.register(destination.name).waiting
+        if waiting:
+            delivery_log.info("results_waiting", destination=destination.name, count=waiting)
+        self._thread = threading.Thread(target=self._run, name=f"edgeflame-{destination.name}", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Deliverer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        flush_until = self.begin_flush()
+        # A destination has timeouts of its own; nothing of ours waits longer for it than this.
+        self._thread.join(max(0.0, flush_until - time.monotonic()) + 0.3)
+        self._destination.close()
+        waiting = self.standing().waiting
+        if waiting:
+            delivery_log.warning("results_kept_for_the_next_start", destination=self._destination.name, count=waiting)
+
+    def begin_flush(self) -> float:
+        """Deliver what waits for ``flush_s`` more, and no longer; until when that is, on the monotonic clock."""
+        if self._flush_until is None:
+            self._flush_until = time.monotonic() + self._config.flush_s
+            self._closing.set()
+            with self._outbox.changed:
+                self._outbox.changed.notify_all()
+        return self._flush_until
+
+    @property
+    def name(self) -> str:
+        return self._destination.name
+
+    def standing(self) -> DestinationStatus:
+        """How far it has come."""
+        return self._outbox.standing(self._destination.name)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._is_over():
+            try:
+                deliveries = self._outbox.attempt(self._destination.name, self._destination.max_batch)
+                if not deliveries:
+                    if self._closing.is_set():
+                        return
+                    self._destination.idle()
+                    self._wait_for_results()
+                    continue
+                arrived = self._destination.deliver(deliveries)
+                self._outbox.acknowledge(self._destination.name, arrived)
+            except EdgeFlameError as exc:
+                failures += 1
+                self.num_failures += 1
+                self.last_error = str(exc)
+                ceiling = min(self._config.first_delay_s * 2 ** min(failures - 1, 16), self._config.max_delay_s)
+                delay_s = ceiling * random.uniform(0.5, 1.0)
+                delivery_log.warning(
+                    "delivery_failed",
+                    destination=self._destination.name,
+                    attempt=failures,
+                    retry_in_s=round(delay_s, 1),
+                    reason=str(exc),
+                )
+                # On the way out there is no time for patience; flush_s bounds the attempts.
+                self._closing.wait(delay_s) if not self._closing.is_set() else time.sleep(min(delay_s, 0.2))
+            else:
+                if failures:
+                    delivery_log.info("delivery_recovered", destination=self._destination.name, after_attempts=failures)
+                failures = 0
+                self.last_error = None
+
+    def _wait_for_results(self) -> None:
+        with self._outbox.changed:
+            if not self._closing.is_set():
+                # Woken by the writer; the time-out only guards against a wake-up between look and wait.
+                self._outbox.changed.wait(0.5)
+
+    def _is_over(self) -> bool:
+        return self._flush_until is not None and time.monotonic() > self._flush_until
+
+
+writer_log = EventLog("outbox")
+
+MAX_WAITING = 64
+"""Inspected parts between the inspection and the disk. When the disk is slower than the line for longer than this,
+the inspection waits for it: parts are then late or dropped by name, never forgotten."""
+
+MAX_WAITING_BYTES = 256 << 20
+"""Of the pictures that parts bring along; a large camera's 64 would be a gigabyte."""
+
+MAX_BATCH = 64
+"""Results committed at once."""
+
+COMMIT_INTERVAL_S = 0.01
+"""Between two commits, at least: each costs a wait for the disk, here and again for every destination. A line of up to
+a hundred parts a second notices nothing of it."""
+
+
+class OutboxWriter:
+    """A sink that commits every result to the outbox, and only then shows it to the sinks behind it.
+
+    One thread, owned by this context manager; leaving it writes what is waiting. The first error of the outbox or
+    of a sink stops it and is raised by the next :meth:`accept`, or on leaving: no result is swallowed.
+    """
+
+    def __init__(self, outbox: Outbox, sinks: Sequence[Sink]) -> None:
+        self._outbox = outbox
+        self._sinks = sinks
+        self._queue: queue.Queue[Inspected | None] = queue.Queue(MAX_WAITING)
+        self._room = threading.Condition()
+        self._waiting_bytes = 0
+        self._failure: EdgeFlameError | None = None
+        self._busy_since: float | None = None
+        self._closing = threading.Event()
+        self._committed_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="edgeflame-outbox", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> OutboxWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def accept(self, inspected: Inspected) -> None:
+        """Hand a result over; waits while ``MAX_WAITING`` are, or pictures of ``MAX_WAITING_BYTES``.
+
+        Raises:
+            StorageError: an earlier result could not be kept.
+        """
+        size_bytes = _size_bytes(inspected)
+        while True:
+            self._raise_failure()
+            if self._closing.is_set():
+                # A camera that hung when we were told to stop, and comes round now.
+                writer_log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
+                msg = "the outbox is closed"
+                raise StorageError(msg)
+            with self._room:
+                if self._waiting_bytes and self._waiting_bytes + size_bytes > MAX_WAITING_BYTES:
+                    self._room.wait(0.2)
+                    continue
+                self._waiting_bytes += size_bytes
+            try:
+                self._queue.put(inspected, timeout=0.2)
+            except queue.Full:
+                self._release(size_bytes)
+                continue
+            break
+
+    def close(self) -> None:
+        """Write what is waiting and end the thread.
+
+        Raises:
+            StorageError: not everything could be kept.
+        """
+        if not self._closing.is_set():
+            self._closing.set()
+            while self._thread.is_alive():
+                try:
+                    self._queue.put(None, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            self._thread.join()
+        self._raise_failure()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the disk and the sinks have had the results in hand; 0 between them."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            while (batch := self._next_batch()) is not None:
+                self._busy_since = self._committed_at = time.monotonic()
+                self._outbox.append(
+                    [msgspec.json.encode(inspected.result) for inspected in batch],
+                    [inspected.origin for inspected in batch if inspected.origin is not None],
+                )
+                for inspected in batch:
+                    for sink in self._sinks:
+                        sink.accept(inspected)
+                self._busy_since = None
+                self._release(sum(map(_size_bytes, batch)))
+        except EdgeFlameError as exc:
+            self._fail(exc)
+        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the next accept raises it
+            self._fail(StorageError(f"the writer of results failed: {exc!r}"))
+
+    def _release(self, size_bytes: int) -> None:
+        with self._room:
+            self._waiting_bytes -= size_bytes
+            self._room.notify_all()
+
+    def _fail(self, failure: EdgeFlameError) -> None:
+        self._failure = failure
+        writer_log.error("results_not_kept", waiting=self._queue.qsize(), reason=str(failure))
+
+    def _next_batch(self) -> list[Inspected] | None:
+        """At least one result, more if they are there; None at the end, after all of them."""
+        first = self._queue.get()
+        if first is None:
+            return None
+        batch = [first]
+        self._closing.wait(max(0.0, self._committed_at + COMMIT_INTERVAL_S - time.monotonic()))
+        while len(batch) < MAX_BATCH:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:
+                # For the next call, after this batch.
+                self._queue.put(None)
+                break
+            batch.append(item)
+        return batch
+
+
+def _size_bytes(inspected: Inspected) -> int:
+    return sum(array.nbytes for array in (inspected.image, inspected.anomaly_map) if array is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +372,7 @@ def open_pipeline(
         if config.webhook is not None:
             destinations.append(WebhookDestination(config.webhook))
         for name in outbox.forget([destination.name for destination in destinations]):
-            log.warning("destination_forgotten", destination=name, reason="it is no longer configured")
+            delivery_log.warning("destination_forgotten", destination=name, reason="it is no longer configured")
         # Last in, first out: the deliverers finish before the count.
         stack.callback(count_undelivered)
         deliverers += [

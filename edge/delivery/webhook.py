@@ -6,39 +6,15 @@ import http.client
 import os
 import ssl
 from collections.abc import Sequence
-from typing import Literal
 from urllib.parse import urlsplit
 
-import msgspec
-
-from edge.delivery.message import Delivery
+from edge.config.outputs import WebhookConfig
+from edge.delivery.outbox import Delivery
 from edgeflame.errors import ConfigError, LinkError
 
 TOKEN_VARIABLE = "EDGEFLAME_WEBHOOK_TOKEN"  # noqa: S105 - the name of a variable
 MAX_BATCH = 20
 """Results read from the outbox at once; each is a request of its own on one connection."""
-
-
-class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[webhook]``. A token in ``EDGEFLAME_WEBHOOK_TOKEN`` is sent as ``Authorization: Bearer``."""
-
-    url: str
-    """Where results are POSTed."""
-    verdicts: tuple[Literal["pass", "fail", "unknown"], ...] = ("pass", "fail", "unknown")
-    """Parts that are reported; the others are skipped, and their numbers missing."""
-    timeout_s: float = 10.0
-    """Of a request."""
-    ca: str | None = None
-    """Certificate authority of an ``https`` server (PEM); the system's when left out."""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            msg = f"webhook.url must be http(s)://host[:port]/path without credentials, not {self.url[:200]!r}"
-            raise ConfigError(msg)
-        if not 0.1 <= self.timeout_s <= 600:
-            msg = f"webhook.timeout_s must be 0.1..600, not {self.timeout_s}"
-            raise ConfigError(msg)
 
 
 class WebhookDestination:

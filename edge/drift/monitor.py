@@ -1,4 +1,4 @@
-"""One camera with one model: what is learnt, how strong the evidence is, and what is said of it. No clock, no I/O.
+"""Drift of one camera with one model: what is learnt, the evidence, and what is said of it. No clock, no I/O.
 
 The streams of :mod:`edgeflame.condition` are watched one by one and spoken of in two groups, since what is to be done
 differs: the camera's (the picture itself changed: lamp, lens, exposure, mounting) and the parts' (the model sees other
@@ -7,29 +7,161 @@ parts while the picture is as before). Where both did, either may be the cause: 
 An alarm stays until a person clears it, has the line learnt anew, or another model runs; whether the stream is still
 off is said beside it. A warning comes at a twentieth of an alarm's evidence, so at most twenty times as often for
 nothing, and goes by itself.
+
+The evidence
+------------
+Evidence that a stream of ranks has left its middle: a betting e-detector.
+
+A part's value becomes its rank u in [0, 1] among the values of good parts. As long as nothing has changed, u is 1/2 on
+average. Two hypotheses are bet against, part by part: "the mean of u is at most 1/2 + slack", and "at least 1/2 -
+slack". A bet of the share L turns a stake of 1 into
+
+    e = 1 + L (u - 1/2 - slack)            (the other one: 1 + L (1/2 - u - slack))
+
+which is worth at most 1 on average as long as the hypothesis holds, whatever the distribution of u and however parts
+depend on earlier ones, if only each part's mean given those before keeps to the slack. A new stake is laid at every
+part, since the change may begin at any: M <- (M + 1) e. M less the number of parts is then a supermartingale, so the
+mean number of parts until M first reaches C is at least C ("average run length", for all time and without correction
+for looking after every part). Over several shares L the mean is taken, over K detectors each has to reach K C; both
+keep the property.
+
+    J. Shin, A. Ramdas, A. Rinaldo, "E-detectors: a nonparametric framework for sequential change detection",
+    New England Journal of Statistics in Data Science, 2024 (Shiryaev-Roberts form)
+    I. Waudby-Smith, A. Ramdas, "Estimating means of bounded random variables by betting", JRSS B, 2024
+
+Parts on a line resemble their neighbours, so that their mean given those before does wander beyond the slack for a
+while. Small stakes are immune to that: log M falls by L slack per part and wanders with the variance L^2 s^2 f, where
+s^2 = 1/12 is that of a rank and f = 1 + 2 (r1 + r2 + ...) the variance inflation by autocorrelation, about the number
+of parts in a row that are alike. An excursion of log M by x is then as improbable as exp(-x) or more so as long as
+
+    L <= 2 slack / (s^2 (f - 1))
+
+which is the largest share laid here (and never so large that one part may lose the whole stake). How this holds up,
+and what it costs in delay, is measured in benchmarks/drift.
+
+Ranks have no units and no tails: one wild part is one part.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import enum
 import math
 from collections.abc import Mapping
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from edge.drift.config import DriftConfig
-from edge.drift.detector import F64, HIGHER, LOWER, Detector
-from edge.drift.ranks import Ranks
+from edge.config.inspection import DriftConfig
+from edge.status import DriftCondition, DriftStatus, StreamStatus
 from edgeflame.condition import (
     CAMERA_STREAMS,
+    NUM_QUANTILES,
     PART_STREAMS,
     STREAMS,
     ConditionReference,
     StreamReference,
     stream_reference,
 )
+
+F64 = npt.NDArray[np.float64]
+
+NUM_SHARES = 4
+"""Shares laid at once, each half the one before: small shifts call for small ones."""
+
+_LARGEST_STAKE = 0.9
+"""One part takes at most this share of what is at stake."""
+_RANK_VARIANCE = 1 / 12
+HIGHER, LOWER = 0, 1
+"""Places of the two hypotheses' evidence."""
+
+
+class Detector:
+    """Evidence on S streams.
+
+    Args:
+        slack: ``[S]`` by how much each stream's mean rank may differ from 1/2: what is tolerated, and the reference's
+            own uncertainty.
+        tolerance: the part of it that is tolerated for good; bounds the stakes.
+        alike: parts in a row that are alike, 1 where each is independent.
+        ceiling: evidence is held at this: beyond it nothing is learnt, and after the change is over it takes the longer
+            to fall.
+    """
+
+    def __init__(self, slack: F64, *, tolerance: float, alike: float, ceiling: float) -> None:
+        self._slack = np.asarray(slack, dtype=np.float64)
+        self._ceiling = ceiling
+        largest = _LARGEST_STAKE / (0.5 + self._slack)
+        if alike > 1:
+            largest = np.minimum(largest, 2 * tolerance / (_RANK_VARIANCE * (alike - 1)))
+        shares = largest[:, None] * 0.5 ** np.arange(NUM_SHARES)
+        self._shares: F64 = shares[:, None, :]
+        self.wealth: F64 = np.zeros((len(self._slack), 2, NUM_SHARES))
+        """``[S, 2, NUM_SHARES]``, for higher and lower; may be set to what an earlier run left."""
+
+    def update(self, ranks: F64) -> None:
+        """Take one part's ``ranks [S]``, 0..1; NaN where a stream says nothing of it."""
+        off = ranks - 0.5
+        gains = np.stack([off - self._slack, -off - self._slack], axis=1)
+        wealth = (self.wealth + 1) * (1 + self._shares * gains[:, :, None])
+        told = np.isfinite(ranks)[:, None, None]
+        self.wealth = np.where(told, np.minimum(wealth, self._ceiling), self.wealth)
+
+    def evidence(self) -> F64:
+        """Against "not higher" and "not lower", ``[S, 2]``.
+
+        To be compared with the average run length times the number of hypotheses.
+        """
+        mean: F64 = self.wealth.mean(axis=2)
+        return mean
+
+
+RESOLUTION = {
+    "brightness": 2.0,
+    "contrast": 1.0,
+    "colour": 1.5,
+    "sharpness": 0.1,
+    "noise": 0.1,
+    "shift_x": 0.5,
+    "shift_y": 0.5,
+}
+"""Differences of a picture below these matter to no model, however alike the reference's pictures were; in the units of
+:mod:`edgeflame.condition`."""
+
+RELATIVE_RESOLUTION = 0.02
+"""The same for scores, as a share of their median: other runtimes and precisions differ by so much."""
+
+_LEVELS = np.linspace(0, 1, NUM_QUANTILES)
+_REFERENCE_DOUBT = 2.33
+"""Standard errors of the reference's own middle that are allowed for: 99% of references are no further off."""
+
+
+class Ranks:
+    """Ranks among the values of one reference.
+
+    Args:
+        name: of the stream.
+        reference: its distribution.
+    """
+
+    def __init__(self, name: str, reference: StreamReference) -> None:
+        self._quantiles = np.asarray(reference.quantiles, dtype=np.float64)
+        median = abs(reference.quantiles[NUM_QUANTILES // 2])
+        self._step = RELATIVE_RESOLUTION * median if name in PART_STREAMS else RESOLUTION[name]
+        self.doubt = _REFERENCE_DOUBT * math.sqrt(1 / (12 * reference.count))
+        """How far the true middle may be from rank 1/2, for a reference is a sample itself."""
+
+    def rank(self, value: float) -> float:
+        """0..1; 1/2 for a value in the middle, and for any within the resolution of a reference without spread."""
+        return (self._share_below(value - self._step) + self._share_below(value + self._step)) / 2
+
+    def _share_below(self, value: float) -> float:
+        # Among equal quantiles the middle one: np.interp would take either end.
+        first, last = np.searchsorted(self._quantiles, value, "left"), np.searchsorted(self._quantiles, value, "right")
+        if last > first:
+            return float(_LEVELS[first] + _LEVELS[last - 1]) / 2
+        return float(np.interp(value, self._quantiles, _LEVELS))
+
 
 WARNING_SHARE = 1 / 20
 """Of an alarm's evidence."""
@@ -44,47 +176,7 @@ _RECENT = 100
 """Parts over which the middle that people are shown is taken."""
 
 
-class Condition(str, enum.Enum):
-    """Of a stream, or of the worst of several."""
-
-    LEARNING = "learning"
-    OK = "ok"
-    WARNING = "warning"
-    ALARM = "alarm"
-
-
-_BADNESS = {Condition.OK: 0, Condition.LEARNING: 1, Condition.WARNING: 2, Condition.ALARM: 3}
-
-
-class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One stream."""
-
-    name: str
-    condition: Condition
-    direction: str | None
-    """``higher`` or ``lower``, where there is a warning or an alarm."""
-    rank: float | None
-    """Where the typical one of the last parts lies among the reference's, 0..1; 0.5 is the middle."""
-    evidence: float
-    """0..1 on a logarithmic scale; 1 is an alarm."""
-    since: dt.datetime | None
-    """When the warning or alarm began."""
-    is_off: bool
-    """Whether the last parts are beyond the tolerance."""
-    learnt: int | None
-    """Parts learnt from so far, while learning."""
-
-
-class DriftStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """All of one camera with one model."""
-
-    condition: Condition
-    parts: Condition
-    camera: Condition
-    message: str
-    """For people, without a full stop."""
-    streams: tuple[StreamStatus, ...]
-    """Those that are known or being learnt."""
+_BADNESS = {DriftCondition.OK: 0, DriftCondition.LEARNING: 1, DriftCondition.WARNING: 2, DriftCondition.ALARM: 3}
 
 
 class SavedStream(msgspec.Struct, kw_only=True):
@@ -102,19 +194,19 @@ class SavedStream(msgspec.Struct, kw_only=True):
     rank: float | None = None
 
 
-class Saved(msgspec.Struct, kw_only=True):
+class SavedMonitor(msgspec.Struct, kw_only=True):
     """What outlives a restart."""
 
     format: int = 1
     streams: dict[str, SavedStream] = {}
 
 
-class Change(msgspec.Struct, frozen=True, kw_only=True):
+class ConditionChange(msgspec.Struct, frozen=True, kw_only=True):
     """A stream's condition is another one than before."""
 
     stream: str
-    before: Condition
-    after: Condition
+    before: DriftCondition
+    after: DriftCondition
     direction: str | None
 
 
@@ -128,7 +220,7 @@ class DriftMonitor:
     """
 
     def __init__(
-        self, config: DriftConfig, reference: ConditionReference | None = None, saved: Saved | None = None
+        self, config: DriftConfig, reference: ConditionReference | None = None, saved: SavedMonitor | None = None
     ) -> None:
         self._config = config
         given = reference.streams if reference is not None and config.reference == "auto" else {}
@@ -149,7 +241,7 @@ class DriftMonitor:
             if wealth.shape == self._detector.wealth.shape[1:] and np.isfinite(wealth).all():
                 self._detector.wealth[index] = wealth
 
-    def observe(self, values: Mapping[str, float], now: dt.datetime) -> list[Change]:
+    def observe(self, values: Mapping[str, float], now: dt.datetime) -> list[ConditionChange]:
         """Take one part; says what changed.
 
         Args:
@@ -177,7 +269,7 @@ class DriftMonitor:
         for name, old in before.items():
             new = self._condition(name)
             if new is not old:
-                changes.append(Change(stream=name, before=old, after=new, direction=self._direction(name)))
+                changes.append(ConditionChange(stream=name, before=old, after=new, direction=self._direction(name)))
         return changes
 
     def clear(self) -> None:
@@ -192,11 +284,11 @@ class DriftMonitor:
         self._ranks.clear()
         self._detector = self._new_detector()
 
-    def saved(self) -> Saved:
+    def saved(self) -> SavedMonitor:
         """What the next run needs to go on from here."""
         for index, stream in enumerate(self._streams.values()):
             stream.wealth = self._detector.wealth[index].tolist()
-        return Saved(streams=self._streams)
+        return SavedMonitor(streams=self._streams)
 
     def status(self) -> DriftStatus:
         """What there is to be said."""
@@ -272,13 +364,13 @@ class DriftMonitor:
             if stream.alarm_direction is None:
                 stream.since = None
 
-    def _condition(self, name: str) -> Condition:
+    def _condition(self, name: str) -> DriftCondition:
         stream = self._streams[name]
         if stream.is_learning:
-            return Condition.LEARNING
+            return DriftCondition.LEARNING
         if stream.alarm_direction is not None:
-            return Condition.ALARM
-        return Condition.OK if stream.warning_direction is None else Condition.WARNING
+            return DriftCondition.ALARM
+        return DriftCondition.OK if stream.warning_direction is None else DriftCondition.WARNING
 
     def _direction(self, name: str) -> str | None:
         stream = self._streams[name]
@@ -299,26 +391,26 @@ class DriftMonitor:
         )
 
 
-def _worst(conditions: list[Condition]) -> Condition:
-    return max(conditions, key=_BADNESS.__getitem__, default=Condition.LEARNING)
+def _worst(conditions: list[DriftCondition]) -> DriftCondition:
+    return max(conditions, key=_BADNESS.__getitem__, default=DriftCondition.LEARNING)
 
 
-def _message(parts: Condition, camera: Condition, streams: tuple[StreamStatus, ...], learn: int) -> str:
+def _message(parts: DriftCondition, camera: DriftCondition, streams: tuple[StreamStatus, ...], learn: int) -> str:
     def those(group: tuple[str, ...]) -> str:
         told = [one for one in streams if one.name in group and one.direction is not None]
-        over = {one.name: one.condition is Condition.ALARM and not one.is_off for one in told}
+        over = {one.name: one.condition is DriftCondition.ALARM and not one.is_off for one in told}
         return ", ".join(
             f"{one.name.replace('_', ' ')} {one.direction}{', by now back' if over[one.name] else ''}" for one in told
         )
 
     worst = _worst([parts, camera])
-    if worst is Condition.OK:
+    if worst is DriftCondition.OK:
         return "parts, camera and light are as they were learnt"
-    if worst is Condition.LEARNING:
+    if worst is DriftCondition.LEARNING:
         done = min((one.learnt for one in streams if one.learnt is not None), default=0)
         return f"learning what this line looks like ({done} of {learn} parts)"
-    prefix = "" if worst is Condition.ALARM else "perhaps: "
-    if _BADNESS[camera] >= _BADNESS[Condition.WARNING]:
+    prefix = "" if worst is DriftCondition.ALARM else "perhaps: "
+    if _BADNESS[camera] >= _BADNESS[DriftCondition.WARNING]:
         if not (follows := those(PART_STREAMS)):
             return f"{prefix}camera or light changed: {those(CAMERA_STREAMS)}"
         return f"{prefix}the picture changed (camera, light, or quite other parts): {those(CAMERA_STREAMS)}; {follows}"

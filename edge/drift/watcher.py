@@ -19,10 +19,11 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge.capture import Captured
-from edge.drift.config import DriftConfig
-from edge.drift.monitor import Condition, DriftMonitor, DriftStatus, Saved
-from edge.results import Inspected
+from edge.config.inspection import DriftConfig
+from edge.drift.monitor import DriftMonitor, SavedMonitor
+from edge.frame import Captured
+from edge.result import Inspected
+from edge.status import DriftCondition, DriftStatus
 from edgeflame.condition import PART_STREAMS, ConditionReference, Template, image_condition, part_condition
 from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
@@ -192,7 +193,7 @@ class DriftWatcher:
             if changes or self._clock() - self._last_save >= SAVE_EVERY_S:
                 self._save()
         for change in changes:
-            report = {Condition.ALARM: log.error, Condition.WARNING: log.warning}.get(change.after, log.info)
+            report = {DriftCondition.ALARM: log.error, DriftCondition.WARNING: log.warning}.get(change.after, log.info)
             report(
                 "drift",
                 camera=self._camera,
@@ -218,16 +219,16 @@ class DriftWatcher:
     def _file(self, model: str) -> Path | None:
         return self._folder / f"{model}.json" if self._folder is not None else None
 
-    def _read(self, model: str) -> Saved | None:
+    def _read(self, model: str) -> SavedMonitor | None:
         file = self._file(model)
         if file is None or not file.exists():
             return None
         try:
-            saved = msgspec.json.decode(file.read_bytes(), type=Saved)
+            saved = msgspec.json.decode(file.read_bytes(), type=SavedMonitor)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, StorageError) as exc:
             log.warning("drift_state_unreadable", file=str(file), reason=str(exc), consequence="begins anew")
             return None
-        return saved if saved.format == Saved().format else None
+        return saved if saved.format == SavedMonitor().format else None
 
     def _save(self) -> None:
         """Under the lock."""

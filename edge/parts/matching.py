@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from edge.parts.trigger import Trigger
-from edge.verdict import Reason
+from edge.frame import Trigger
+from edge.result import Reason
 
 UNTRIGGERED = "untriggered"
 """Why a frame was dropped: it belongs to no trigger."""
@@ -48,7 +48,7 @@ F = TypeVar("F")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class MatchWindow:
     """When an image is an image of a part, from the time of its trigger; in seconds."""
 
     delay_s: float
@@ -73,11 +73,11 @@ class Matcher(Generic[F]):
     """Brings images and triggers together.
 
     Args:
-        window: see :class:`Window`.
+        window: see :class:`MatchWindow`.
         dropped: counts images that are never looked at, by reason.
     """
 
-    def __init__(self, window: Window, dropped: collections.Counter[str] | None = None) -> None:
+    def __init__(self, window: MatchWindow, dropped: collections.Counter[str] | None = None) -> None:
         self._window = window
         self._pending: list[Trigger] = []
         self._held: collections.deque[tuple[float, F]] = collections.deque()

@@ -1,5 +1,1 @@
-"""What runs the scoring graph on the line."""
-
-from edge.runtimes.interface import Device, Runtime, Scores, check_runtime_fits, open_runtime
-
-__all__ = ["Device", "Runtime", "Scores", "check_runtime_fits", "open_runtime"]
+"""What runs the scoring graph on the line: one interface, ONNX Runtime and TensorRT behind it."""

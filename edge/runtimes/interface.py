@@ -1,4 +1,4 @@
-"""The one interface of all runtimes, and the choice among them. What was asked for is what runs, or it is an error."""
+"""The one interface of all runtimes."""
 
 from __future__ import annotations
 
@@ -66,24 +66,6 @@ class Runtime(Protocol):
             RuntimeUnavailableError: the runtime failed, for instance out of memory.
         """
         ...
-
-
-def open_runtime(model_onnx: bytes, *, device: Device = "auto", num_threads: int | None = None) -> Runtime:
-    """Load a scoring graph.
-
-    Args:
-        model_onnx: the model; its bytes need not be trusted.
-        device: ``auto`` takes CUDA where the installed runtime offers and manages it, the CPU otherwise.
-        num_threads: of the CPU for one image; None for as many as there are cores.
-
-    Raises:
-        PackageError: the bytes are not a scoring graph this runtime can load.
-        RuntimeUnavailableError: the device asked for cannot be had.
-        MissingDependencyError: no runtime is installed.
-    """
-    from edge.runtimes.onnx_runtime import open_onnx_runtime
-
-    return open_onnx_runtime(model_onnx, device=device, num_threads=num_threads)
 
 
 def check_runtime_fits(runtime: Runtime, manifest: Manifest) -> None:

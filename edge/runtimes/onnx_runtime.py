@@ -102,7 +102,7 @@ class _Bound(NamedTuple):
 
 
 def open_onnx_runtime(model_onnx: bytes, *, device: Device, num_threads: int | None) -> OnnxRuntime:
-    """Load a scoring graph into ONNX Runtime; see :func:`edge.runtimes.open_runtime`."""
+    """Load a scoring graph into ONNX Runtime; see :func:`edge.runtimes.load.open_runtime`."""
     session = open_session(model_onnx, device=device, num_threads=num_threads)
     return OnnxRuntime(session, failures=_failures(_import_library()))
 

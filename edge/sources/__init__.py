@@ -1,6 +1,5 @@
-"""Where images come from: folders, files, videos, cameras, and generated boards."""
+"""Where images come from: folders, files, videos, cameras, and generated boards.
 
-from edge.sources.interface import Frame, Source
-from edge.sources.locate import open_source
-
-__all__ = ["Frame", "Source", "open_source"]
+locate ──> files, boards, video, camera, watched_folder
+                          └──────┴──> child (a live camera is read in a process of its own)
+"""

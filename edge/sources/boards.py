@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
-from edge.sources.interface import Frame, make_frame
+from edge.frame import Frame, make_frame
 from edgeflame.boards import TEXTURES, BoardStream, Camera
 from edgeflame.errors import UsageError
 

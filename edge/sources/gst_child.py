@@ -13,6 +13,8 @@ What it writes are records, a header and its payload:
     ENDED    nothing: the pipeline came to its end
 """
 
+from __future__ import annotations
+
 import ctypes
 import signal
 import struct
@@ -32,7 +34,7 @@ TAIL = f" ! videoconvert ! video/x-raw,format=BGR ! appsink name={SINK} sync=fal
 _POLL_NS = 200_000_000
 
 
-def main() -> None:
+def run_gst_child() -> None:
     # The reader is killed, not asked, when a driver hangs; nobody must be left behind to hold the camera.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -112,4 +114,4 @@ def run(description: str, records: Records) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_gst_child()

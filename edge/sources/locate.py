@@ -1,15 +1,81 @@
-"""From what stands after ``--source`` to a source."""
+"""From what stands after ``--source`` to a source; and image files, where one file is one part."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from edge.sources.interface import Source
+from edge.frame import Frame, Source, make_frame
+from edgeflame.dataset import GOOD, list_images
 from edgeflame.errors import DataError, UsageError
-from edgeflame.images import IMAGE_SUFFIXES
+from edgeflame.images import IMAGE_SUFFIXES, read_image
 
 
-def open_source(address: str, *, outbox: Path | None = None) -> Source:
+@dataclass(frozen=True, kw_only=True)
+class FileSource:
+    """Image files in a fixed order, each once.
+
+    Attributes:
+        name: the folder or file they were found by.
+        files: path, part id and label (None where unknown) of each.
+    """
+
+    name: str
+    files: Sequence[tuple[Path, str, str | None]]
+    is_live: bool = False
+    is_endless: bool = False
+
+    @property
+    def num_frames(self) -> int | None:
+        return len(self.files)
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        for path, part_id, label in self.files:
+            if stop.is_set():
+                return
+            try:
+                image, error = read_image(path), None
+            except DataError as exc:
+                image, error = None, str(exc)
+            yield make_frame(part_id=part_id, source=str(path), image_bgr=image, error=error, label=label)
+
+
+def folder_source(folder: Path) -> FileSource:
+    """All images of a folder and its subfolders, sorted by path.
+
+    Where the folder is the test folder of a data set in the MVTec layout, or one class of it, the names of the
+    class folders are taken as the truth.
+
+    Raises:
+        DataError: no such folder, no image in it, or it is the root of a data set, whose masks are no parts.
+    """
+    if (folder / "test").is_dir() and ((folder / "train").is_dir() or (folder / "ground_truth").is_dir()):
+        msg = f"{folder}: this is a whole data set; to inspect its test images give {folder / 'test'}"
+        raise DataError(msg)
+    files = []
+    for path in list_images(folder):
+        part_id = path.relative_to(folder).as_posix()
+        files.append((path, part_id, _label(folder, path)))
+    return FileSource(name=str(folder), files=tuple(files))
+
+
+def image_source(path: Path) -> FileSource:
+    """A single image."""
+    return FileSource(name=str(path), files=((path, path.name, None),))
+
+
+def _label(folder: Path, path: Path) -> str | None:
+    if (folder / GOOD).is_dir():
+        parts = path.relative_to(folder).parts
+        return parts[0] if len(parts) > 1 else None
+    if folder.absolute().parent.name == "test":
+        return folder.absolute().name
+    return None
+
+
+def open_image_source(address: str, *, outbox: Path | None = None) -> Source:
     """Find the source that an address names; cameras and streams are opened only when frames are read.
 
     Args:
@@ -26,7 +92,7 @@ def open_source(address: str, *, outbox: Path | None = None) -> Source:
 
         return board_source(address)
     if address.startswith("watch:"):
-        from edge.sources.watch.folder import watched_folder
+        from edge.sources.watched_folder import watched_folder
 
         return watched_folder(address, outbox=outbox)
     if address.startswith("camera:"):
@@ -34,7 +100,7 @@ def open_source(address: str, *, outbox: Path | None = None) -> Source:
 
         return camera_source(address)
     if address.startswith(("gst:", "csi:")):
-        from edge.sources.gst import csi_source, gst_source
+        from edge.sources.camera import csi_source, gst_source
 
         return gst_source(address) if address.startswith("gst:") else csi_source(address)
     if address.startswith(("rtsp://", "rtsps://")):
@@ -45,7 +111,6 @@ def open_source(address: str, *, outbox: Path | None = None) -> Source:
 
 
 def _file_source(address: str) -> Source:
-    from edge.sources.files import folder_source, image_source
     from edge.sources.video import VIDEO_SUFFIXES, VideoFileSource, without_password
 
     path = Path(address)

@@ -12,9 +12,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from edge.sources.interface import Frame, make_frame
-from edge.sources.live import live_frames
-from edge.sources.taken import TakenImage, take
+from edge.frame import Frame, make_frame
+from edge.sources.child import TakenImage, live_frames, taken_image
 from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.images import ImageU8
 
@@ -66,7 +65,7 @@ class RtspSource:
         return live_frames(self.name, self.read, stop)
 
     def read(self, stop: threading.Event) -> Iterator[TakenImage]:
-        """Images, in the process that calls; see :data:`edge.sources.taken.ReadImages`."""
+        """Images, in the process that calls; see :data:`edge.sources.child.ReadImages`."""
         decoded = _decode(
             _import_av(),
             self.url,
@@ -79,7 +78,7 @@ class RtspSource:
         for image, error, arrived_s in decoded:
             if image is None:
                 raise DataError(error)
-            yield take(image, stamp_s=arrived_s)
+            yield taken_image(image, stamp_s=arrived_s)
 
 
 def without_password(url: str) -> str:

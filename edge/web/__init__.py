@@ -1,5 +1,5 @@
 """The operator's page, and what machines ask the daemon: metrics, health.
 
-Writer ──> Board (what is shown now) ──> app (starlette) ──> server (uvicorn, a thread)
-└─> LineMetrics (Prometheus)  ──┘
+OutboxWriter ──> PartHistory (what is shown now) ──> OperatorPage ──> server (starlette on uvicorn, a thread)
+            └──> LineMetrics (Prometheus) ────────────┘
 """

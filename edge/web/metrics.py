@@ -1,8 +1,15 @@
-"""What Prometheus reads at ``/metrics``; every name is listed in docs/inspection.md, and a test compares the two."""
+"""What Prometheus reads at ``/metrics``; every name is listed in docs/inspection.md, and a test compares the two.
+
+Beside every camera: released models, PLCs, the state folder's disk, and the line's certificate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol, final
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,10 +23,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from edge.delivery import Deliverer
-from edge.drift.monitor import Condition
-from edge.results import Inspected
-from edge.status import CameraStatus
+from edge.delivery.pipeline import Deliverer
+from edge.result import Inspected
+from edge.status import CameraStatus, DriftCondition, RolloutStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -29,7 +35,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _RATIO_BUCKETS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
 
-_CONDITIONS = {Condition.LEARNING: -1, Condition.OK: 0, Condition.WARNING: 1, Condition.ALARM: 2}
+_CONDITIONS = {DriftCondition.LEARNING: -1, DriftCondition.OK: 0, DriftCondition.WARNING: 1, DriftCondition.ALARM: 2}
 
 _COUNTED = (
     ("triggers", "triggers", "Parts announced."),
@@ -39,7 +45,7 @@ _COUNTED = (
     ("late", "parts_late", "Parts without a verdict at their deadline."),
     ("late_answers", "late_answers", "Answers of the model for parts that had been decided without it."),
 )
-"""Of :class:`edge.parts.counts.PartCounts`: field, metric, meaning."""
+"""Of :class:`edge.status.PartCounts`: field, metric, meaning."""
 
 
 class LineMetrics:
@@ -174,3 +180,87 @@ def _of_parts(statuses: Sequence[CameraStatus]) -> Iterable[Metric]:
         if status.trigger_up is not None:
             up.add_metric([status.camera], status.trigger_up)
     yield up
+
+
+@final
+class RolloutMetrics(Collector):
+    """Asked for when they are read.
+
+    Args:
+        figures: gives them.
+    """
+
+    def __init__(self, figures: Callable[[], RolloutStatus]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["product", "role"]
+        trial = GaugeMetricFamily("edgeflame_model_on_trial", "1 while a new model is on trial.", labels=["product"])
+        parts = GaugeMetricFamily("edgeflame_shadow_parts", "Parts judged by two models.", labels=labels)
+        differing = GaugeMetricFamily("edgeflame_shadow_differing", "Of these, with two verdicts.", labels=labels)
+        skipped = GaugeMetricFamily("edgeflame_shadow_skipped", "Parts the second model was busy for.", labels=labels)
+        outcomes = CounterMetricFamily("edgeflame_releases", "What became of releases.", labels=["product", "fate"])
+        figures = self._figures()
+        for one in figures.beside:
+            trial.add_metric([one.product], one.on_trial)
+            if one.found is not None:
+                for metric, value in (
+                    (parts, one.found.parts),
+                    (differing, one.found.differing),
+                    (skipped, one.found.skipped),
+                ):
+                    metric.add_metric([one.product, one.role], value)
+        for (product, fate), count in figures.fates.items():
+            outcomes.add_metric([product, fate], count)
+        yield from (trial, parts, differing, skipped, outcomes)
+
+
+class PlcLink(Protocol):
+    """A PLC that is told verdicts."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the last write reached it."""
+
+    @property
+    def num_missed(self) -> int:
+        """Verdicts that could not be written in time."""
+
+
+@final
+class HostMetrics(Collector):
+    """Asked each time somebody reads.
+
+    Args:
+        state: folder whose disk matters.
+        plcs: by the name of the camera whose verdicts they are told.
+        certificate_expires: end of the validity of the line's certificate; None: there is none.
+    """
+
+    def __init__(self, state: Path, plcs: Mapping[str, PlcLink], *, certificate_expires: datetime | None) -> None:
+        self._state = state
+        self._plcs = plcs
+        self._certificate_expires = certificate_expires
+
+    def collect(self) -> Iterable[Metric]:
+        connected = GaugeMetricFamily("edgeflame_plc_connected", "1 while the PLC takes verdicts.", labels=["camera"])
+        missed = CounterMetricFamily(
+            "edgeflame_plc_missed", "Verdicts that were not written to the PLC in time.", labels=["camera"]
+        )
+        for camera, plc in self._plcs.items():
+            connected.add_metric([camera], plc.is_connected)
+            missed.add_metric([camera], plc.num_missed)
+        yield from (connected, missed)
+        free = GaugeMetricFamily("edgeflame_free_bytes", "Free on the disk of the state folder.")
+        try:
+            free.add_metric([], shutil.disk_usage(self._state).free)
+        except OSError:
+            # A disk that cannot even say this has nothing free for us.
+            free.add_metric([], 0)
+        yield free
+        expiry = GaugeMetricFamily(
+            "edgeflame_certificate_expiry_timestamp_seconds", "When the line's certificate expires."
+        )
+        if self._certificate_expires is not None:
+            expiry.add_metric([], self._certificate_expires.timestamp())
+        yield expiry

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 if TYPE_CHECKING:
-    from edge.bench import BenchReport
+    from edge.runtimes.bench import BenchReport
 
 
 @click.command("bench")
@@ -37,8 +37,8 @@ def command(
     """Time a package's graph on this machine, and its backbone alone for comparison, turn by turn."""
     import msgspec
 
-    from edge.bench import measure
-    from edge.choice import open_for_line
+    from edge.runtimes.bench import run_bench
+    from edge.runtimes.load import open_for_line
     from edgeflame.console import EventLog, print_json
     from edgeflame.package import read_package
 
@@ -46,7 +46,7 @@ def command(
     runtime, candidates = open_for_line(package, device=device, engines=engines, num_threads=threads)
     # An engine has no part that could be timed alone: its backbone is ONNX Runtime's.
     chosen = candidates[0].device if candidates else device
-    report = measure(
+    report = run_bench(
         runtime,
         model_bytes=len(package.model_onnx),
         backbone_onnx=None if chosen in ("rtx", "tensorrt") else _backbone(package.model_onnx),

@@ -69,7 +69,8 @@ def command(
     import msgspec
     import numpy as np
 
-    from edge.runtimes import check_runtime_fits, open_runtime
+    from edge.runtimes.interface import check_runtime_fits
+    from edge.runtimes.load import open_runtime
     from edgeflame.console import print_json, progress_bar
     from edgeflame.dataset import open_dataset
     from edgeflame.errors import UsageError

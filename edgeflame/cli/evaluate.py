@@ -63,7 +63,8 @@ def command(
 
     The package's own graph is run, by the runtime of the line. With a bar that is not reached it exits with 1.
     """
-    from edge.runtimes import check_runtime_fits, open_runtime
+    from edge.runtimes.interface import check_runtime_fits
+    from edge.runtimes.load import open_runtime
     from edgeflame.console import print_json, progress_bar
     from edgeflame.dataset import open_dataset
     from edgeflame.package import read_package

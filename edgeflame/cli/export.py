@@ -153,8 +153,7 @@ def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> Non
     """The parity gate on the package's references and on some of the images it was calibrated on."""
     import dataclasses
 
-    from edge.parity import require_parity
-    from edge.runtimes import open_runtime
+    from edge.runtimes.load import open_runtime, require_parity
     from edgeflame.references import evenly_spaced, make_references
 
     some = images[list(evenly_spaced(len(images), _MAX_COMPARED))]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from edge.cameras import Plan
     from edge.config import InspectConfig
-    from edge.plan import Plan
-    from edge.sinks import Sink
-    from edge.summary import Summary
+    from edge.delivery.sinks import Sink
+    from edge.status import Summary
 
 
 @click.command("inspect")
@@ -133,25 +133,25 @@ def command(
     """
     from typing import cast
 
-    from edge.cameras import Cameras
-    from edge.choice import LineDevice
+    from edge.cameras import Cameras, Overrides, plan_cameras
     from edge.config import InspectConfig
     from edge.daemon import run_inspection
-    from edge.loading import Loader
-    from edge.models.field import open_field_models
-    from edge.overrides import Overrides
-    from edge.plan import make_plan
-    from edge.rejects import RejectsSink
-    from edge.signals import heed_signals
+    from edge.delivery.sinks import RejectsSink
+    from edge.inspector import InspectorLoader
+    from edge.models.released import open_released_models
+    from edge.runtimes.load import LineDevice
+    from edge.systemd import handle_signals
     from edgeflame.config import load_config
 
     def read_plan() -> Plan:
         settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
-        return make_plan(
+        return plan_cameras(
             settings, model=model, source=address, product_of=lambda file: loader.package(file).manifest.product
         )
 
-    loader = Loader(device=cast(LineDevice, device), engines=engines, num_threads=threads, public_key=public_key)
+    loader = InspectorLoader(
+        device=cast(LineDevice, device), engines=engines, num_threads=threads, public_key=public_key
+    )
     if check:
         from edge.check import check_daemon
         from edgeflame.cli.findings_report import report
@@ -162,7 +162,7 @@ def command(
     plan = read_plan()
     loader.share_cores(len(plan.cameras))
     overrides = Overrides(state)
-    models = open_field_models(plan, loader, state)
+    models = open_released_models(plan, loader, state)
     if models is None:
         cameras = Cameras(plan, loader, overrides, state)
     else:
@@ -170,7 +170,7 @@ def command(
     pictures = RejectsSink(rejects, plan.config.rejects) if rejects is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
-        with heed_signals() as signals:
+        with handle_signals() as signals:
             summary = run_inspection(
                 cameras,
                 sinks,
@@ -209,7 +209,7 @@ def _with_options(config: InspectConfig, threshold: float | None, review_band: f
 
 
 def _sinks(*, as_json: bool, results: Path | None) -> list[Sink]:
-    from edge.sinks import ConsoleSink, JsonLinesSink, ResultsFileSink
+    from edge.delivery.sinks import ConsoleSink, JsonLinesSink, ResultsFileSink
 
     sinks: list[Sink] = []
     # The file first: what a reader of standard output has seen is then on disk as well.

@@ -47,9 +47,9 @@ def _asks(function: F) -> F:
 @_asks
 def status(line: str, **given: Any) -> None:
     """Say what LINE is doing: cameras, products, models, thresholds."""
-    from edge.commands.messages import Describe
+    from edge.commands.messages import DescribeLine
 
-    _ask(line, given, Describe)
+    _ask(line, given, DescribeLine)
 
 
 @command.command()
@@ -57,9 +57,9 @@ def status(line: str, **given: Any) -> None:
 @_CAMERA
 def pause(line: str, camera: str | None, **given: Any) -> None:
     """Have LINE judge no more parts, of one camera or of all: a camera's pass unseen and are counted, files wait."""
-    from edge.commands.messages import Pause
+    from edge.commands.messages import PauseCamera
 
-    _ask(line, given, Pause, camera=camera)
+    _ask(line, given, PauseCamera, camera=camera)
 
 
 @command.command()
@@ -67,9 +67,9 @@ def pause(line: str, camera: str | None, **given: Any) -> None:
 @_CAMERA
 def resume(line: str, camera: str | None, **given: Any) -> None:
     """Have LINE go on."""
-    from edge.commands.messages import Resume
+    from edge.commands.messages import ResumeCamera
 
-    _ask(line, given, Resume, camera=camera)
+    _ask(line, given, ResumeCamera, camera=camera)
 
 
 @command.command()
@@ -117,9 +117,9 @@ def product(line: str, product: str, camera: str | None, **given: Any) -> None:
 )
 def golden(line: str, camera: str | None, expect: Literal["good", "bad"] | None, **given: Any) -> None:
     """Have LINE test a camera with its golden parts."""
-    from edge.commands.messages import GoldenTest
+    from edge.commands.messages import RunGoldenTest
 
-    _ask(line, given, GoldenTest, camera=camera, expected=expect)
+    _ask(line, given, RunGoldenTest, camera=camera, expected=expect)
 
 
 @command.command()
@@ -127,9 +127,9 @@ def golden(line: str, camera: str | None, expect: Literal["good", "bad"] | None,
 @_CAMERA
 def acknowledge(line: str, camera: str | None, **given: Any) -> None:
     """Take note that a self-test failed; it is no longer a reason not to be ready."""
-    from edge.commands.messages import Acknowledge
+    from edge.commands.messages import AcknowledgeTest
 
-    _ask(line, given, Acknowledge, camera=camera)
+    _ask(line, given, AcknowledgeTest, camera=camera)
 
 
 @command.command()
@@ -138,9 +138,9 @@ def acknowledge(line: str, camera: str | None, **given: Any) -> None:
 @_CAMERA
 def drift(line: str, action: Literal["clear", "relearn"], camera: str | None, **given: Any) -> None:
     """Say what was done about a camera's drift: its cause was removed, or the line as it is now is right."""
-    from edge.commands.messages import DealWithDrift
+    from edge.commands.messages import HandleDrift
 
-    _ask(line, given, DealWithDrift, camera=camera, action=action)
+    _ask(line, given, HandleDrift, camera=camera, action=action)
 
 
 @command.command()
@@ -149,9 +149,9 @@ def drift(line: str, action: Literal["clear", "relearn"], camera: str | None, **
 @click.option("--to-file", is_flag=True, help="To that of its configuration's file, however many were between.")
 def rollback(line: str, product: str, to_file: bool, **given: Any) -> None:
     """Have LINE go back to the model of PRODUCT that it ran before."""
-    from edge.commands.messages import RollBack
+    from edge.commands.messages import RollBackModel
 
-    _ask(line, given, RollBack, product=product, to_file=to_file)
+    _ask(line, given, RollBackModel, product=product, to_file=to_file)
 
 
 @command.command("switch-model")
@@ -168,9 +168,9 @@ def switch_model(line: str, product: str, **given: Any) -> None:
 @_asks
 def reload(line: str, **given: Any) -> None:
     """Have LINE read its configuration again, and say what needs a restart."""
-    from edge.commands.messages import Reload
+    from edge.commands.messages import ReloadConfig
 
-    _ask(line, given, Reload)
+    _ask(line, given, ReloadConfig)
 
 
 def _number(value: str) -> float | None:
@@ -194,10 +194,10 @@ def _ask(
     import getpass
     import socket
 
-    from edge.commands.client import ask, new_id
+    from edge.commands.client import new_id, send_command
 
     met = contact(given["broker"], kit=given["kit"], ca=given["ca"], cert=given["cert"], key=given["key"], role=ROLES)
-    reply = ask(
+    reply = send_command(
         met.url,
         fleet=agreed("--fleet", given["fleet"], met.fleet),
         line=line,

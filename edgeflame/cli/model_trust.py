@@ -51,8 +51,8 @@ def verify(
 
     The exit code is 1 if a score differs by more than the precision's tolerance or a verdict flips.
     """
-    from edge.parity import compare_with_references, require_parity
-    from edge.runtimes import check_runtime_fits, open_runtime
+    from edge.runtimes.interface import check_runtime_fits
+    from edge.runtimes.load import compare_with_references, open_runtime, require_parity
     from edgeflame.console import print_json
     from edgeflame.errors import UsageError
     from edgeflame.package import read_package

@@ -77,9 +77,9 @@ def rollback(
     """
     from functools import partial
 
-    from edge.commands.messages import RollBack
+    from edge.commands.messages import RollBackModel
 
-    command = partial(RollBack, product=product, to_file=to_file)
+    command = partial(RollBackModel, product=product, to_file=to_file)
     _tell(command, lines, broker, kit, ca, cert, key, connect_timeout, fleet, timeout)
 
 
@@ -101,7 +101,7 @@ def _tell(
 
     import msgspec
 
-    from edge.commands.client import ask, new_id
+    from edge.commands.client import new_id, send_command
     from edgeflame.cli.line import ROLES
     from edgeflame.errors import LinkError, NegativeAnswerError
     from edgeflame.releases.messages import ProductModels
@@ -111,7 +111,7 @@ def _tell(
     failed = []
     for line in lines:
         try:
-            reply = ask(
+            reply = send_command(
                 met.url,
                 fleet=name,
                 line=line,

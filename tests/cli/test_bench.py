@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 
-from edge import bench
-from edge.runtimes import open_runtime
+from edge.runtimes import bench
+from edge.runtimes.load import open_runtime
 from edgeflame.cli import cli
 from edgeflame.package import Package
 from export.backbone import backbone_model
@@ -68,7 +68,7 @@ def test_the_backbone_alone_gives_the_embeddings(package: Package) -> None:
 
 def test_without_a_backbone_there_is_no_ratio(package: Package) -> None:
     runtime = open_runtime(package.model_onnx, device="cpu")
-    report = bench.measure(runtime, model_bytes=1, backbone_onnx=None, batches=[1], seconds=0.0)
+    report = bench.run_bench(runtime, model_bytes=1, backbone_onnx=None, batches=[1], seconds=0.0)
     assert [one.what for one in report.latencies] == ["graph"]
     assert report.ratio(1) is None
     assert report.latencies[0].images_per_s == pytest.approx(1000 / report.latencies[0].p50_ms)

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
-from edge.runtimes import open_runtime
+from edge.runtimes.load import open_runtime
 from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError, PackageError, StorageError, UsageError
 from edgeflame.package import Package

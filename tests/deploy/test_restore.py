@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge.delivery.message import Delivery
+from edge.delivery.outbox import Delivery
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.link import Link

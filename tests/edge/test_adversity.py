@@ -19,12 +19,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edge.delivery import Outbox, OutboxConfig
-from edge.results import Result
-from edge.sources import interface
-from edge.web import board as board_module
-from edge.web.board import Board
-from edge.web.config import WebConfig
+from edge import frame as interface
+from edge.config.outputs import OutboxConfig, WebConfig
+from edge.delivery.outbox import Outbox
+from edge.result import Result
+from edge.web import history as board_module
+from edge.web.history import PartHistory
 from edgeflame.cli import cli
 from edgeflame.errors import StorageError
 from tests.support.brokers import BrokerProcess
@@ -206,7 +206,7 @@ def test_a_clock_set_back_disturbs_neither_order_nor_latency_nor_numbers(
 def test_a_clock_set_back_keeps_the_days_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     today = {"is": "2026-03-02"}
     monkeypatch.setattr(board_module, "_today", lambda: today["is"])
-    shown_board = Board(WebConfig())
+    shown_board = PartHistory(WebConfig())
 
     def failed() -> int:
         return shown_board.view().today.failed

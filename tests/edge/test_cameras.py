@@ -9,9 +9,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+from edge.cameras import plan_cameras
 from edge.config import InspectConfig
-from edge.delivery import Outbox, OutboxConfig
-from edge.plan import make_plan
+from edge.config.outputs import OutboxConfig
+from edge.delivery.outbox import Outbox
 from edgeflame.cli import cli
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError, UsageError
@@ -91,7 +92,7 @@ def test_a_block_of_registers_for_each_camera_in_their_order() -> None:
         b'source = "y"\n[cameras.b.modbus]\nhost = "other"\nregister = 7\n[cameras.c]\nsource = "z"\n'
     )
     config = parse_config(text, InspectConfig, "line.toml")
-    plan = make_plan(config, model=None, source=None, product_of=str)
+    plan = plan_cameras(config, model=None, source=None, product_of=str)
     told = [(camera.modbus.host, camera.modbus.register) for camera in plan.cameras if camera.modbus is not None]
     assert told == [("plc", 100), ("other", 7), ("plc", 120)]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from edge.capture import SUPERSEDED, Capture, CaptureConfig
-from edge.sources import Frame
-from edge.sources.interface import make_frame
+from edge.capture import SUPERSEDED, Capture
+from edge.config.inspection import CaptureConfig
+from edge.frame import Frame, make_frame
 from edgeflame.errors import ConfigError, DataError
 from tests.support.small_package import good_image
 

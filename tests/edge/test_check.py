@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.overrides import FILE
+from edge.cameras import OVERRIDES_FILE
 from edgeflame.broker import free_port
 from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError
@@ -183,7 +183,7 @@ def test_folders_that_cannot_be_used(check: Check) -> None:
     short = ("--model", str(check.package), "--source", str(write_images(check.folder / "photos")))
     (check.folder / "rejects").write_text("a file")
     (check.folder / "state").mkdir()
-    (check.folder / "state" / FILE).write_bytes(b"{")
+    (check.folder / "state" / OVERRIDES_FILE).write_bytes(b"{")
     found = check.run("", *short)
     assert levels(found)["rejects folder"] == ["problem"]
     assert levels(found)["state folder"] == ["ok", "problem"]

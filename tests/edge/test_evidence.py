@@ -9,9 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from edge.overlay import MIN_SIDE, overlay
-from edge.rejects import RejectsConfig, RejectsSink
-from edge.results import Inspected
+from edge.config.outputs import RejectsConfig
+from edge.delivery.sinks import RejectsSink
+from edge.overlay import MIN_SIDE, draw_overlay
+from edge.result import Inspected
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.images import read_image, write_image
 from tests.support.inspection_results import result
@@ -54,31 +55,31 @@ class TestOverlay:
     """The picture."""
 
     def test_heat_lies_where_the_map_is_high_and_nowhere_else(self) -> None:
-        changed = change(overlay(IMAGE, hot_spot(2.0), 1.0))
+        changed = change(draw_overlay(IMAGE, hot_spot(2.0), 1.0))
         assert changed[5:7, 1:3].min() > 20
         assert changed[3:, 5:].max() < 1  # away from the spot and the label
         assert changed[2, 4:].max() < 1
 
     def test_a_quiet_map_leaves_the_image(self) -> None:
-        assert change(overlay(IMAGE, hot_spot(0.3), 1.0))[2:].max() < 1
+        assert change(draw_overlay(IMAGE, hot_spot(0.3), 1.0))[2:].max() < 1
 
     def test_small_images_are_enlarged_and_large_ones_kept(self) -> None:
-        assert overlay(IMAGE, hot_spot(2.0), 1.0).shape == (MIN_SIDE, MIN_SIDE, 3)
-        assert overlay(good_image(0, 500), hot_spot(2.0), 1.0).shape == (500, 500, 3)
+        assert draw_overlay(IMAGE, hot_spot(2.0), 1.0).shape == (MIN_SIDE, MIN_SIDE, 3)
+        assert draw_overlay(good_image(0, 500), hot_spot(2.0), 1.0).shape == (500, 500, 3)
 
     def test_the_mask_is_outlined(self) -> None:
         mask = np.zeros((128, 128), np.uint8)
         mask[90:110, 90:110] = 255
-        assert change(overlay(IMAGE, hot_spot(0.3), 1.0, mask))[5:7, 5:7].max() > 5
+        assert change(draw_overlay(IMAGE, hot_spot(0.3), 1.0, mask))[5:7, 5:7].max() > 5
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_a_broken_map_is_not_drawn(self, value: float) -> None:
-        assert change(overlay(IMAGE, hot_spot(value), 1.0))[2:].max() < 1
+        assert change(draw_overlay(IMAGE, hot_spot(value), 1.0))[2:].max() < 1
 
     def test_the_image_itself_is_not_touched(self) -> None:
         large = good_image(0, 500)
         before = large.copy()
-        overlay(large, hot_spot(2.0), 1.0)
+        draw_overlay(large, hot_spot(2.0), 1.0)
         np.testing.assert_array_equal(large, before)
 
 

@@ -8,10 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from edge.colour import ColourCheck
-from edge.health import FreezeDetector, HealthLimits, ImageHealth, image_faults, sharpness
-from edge.shift import ShiftCheck
-from edge.verdict import Reason
+from edge.config.inspection import HealthLimits
+from edge.health import ColourCheck, FreezeDetector, ImageHealth, ShiftCheck, image_faults, sharpness
+from edge.result import Reason
 from edgeflame.boards import TEXTURES, BoardStream, Camera
 from edgeflame.errors import ConfigError
 from edgeflame.images import read_image

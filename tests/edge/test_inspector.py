@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge.capture import Captured
 from edge.config import InspectConfig, VerdictConfig
+from edge.frame import Captured, make_frame
 from edge.inspector import Inspector
-from edge.results import Inspected, Result, json_line
-from edge.runtimes import Scores, open_runtime
-from edge.sources.interface import make_frame
+from edge.result import Inspected, Result, json_line
+from edge.runtimes.interface import Scores
+from edge.runtimes.load import open_runtime
 from edgeflame.errors import ConfigError, RuntimeUnavailableError
 from edgeflame.images import ImageU8, Preprocessing, Region
 from edgeflame.package import Package

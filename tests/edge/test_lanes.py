@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from edge.capture import SUPERSEDED, Capture, CaptureConfig, Captured
+from edge.capture import SUPERSEDED, Capture, PrefetchPool
 from edge.config import InspectConfig
-from edge.inspector import Inspector, Look
-from edge.lanes import Lanes, Looker
-from edge.runtimes import open_runtime
-from edge.sources import Frame
-from edge.sources.interface import make_frame
+from edge.config.inspection import CaptureConfig
+from edge.frame import Captured, Frame, make_frame
+from edge.inspector import FrameObserver, Inspector, Observation
+from edge.runtimes.load import open_runtime
 from edgeflame.errors import DataError
 from edgeflame.package import Package
 from tests.support.small_package import bad_image, good_image
@@ -63,14 +62,14 @@ class Eyes:
 
 def lanes(
     belt: Belt,
-    looker: Callable[[], Looker | None],
+    looker: Callable[[], FrameObserver | None],
     *,
     count: int = 2,
     depth: int = 2,
     stop: threading.Event | None = None,
-) -> Lanes:
+) -> PrefetchPool:
     stop = stop or threading.Event()
-    return Lanes(Capture(belt, CaptureConfig(depth=depth), stop), looker, stop, count=count)
+    return PrefetchPool(Capture(belt, CaptureConfig(depth=depth), stop), looker, stop, count=count)
 
 
 def test_frames_come_in_order_with_what_was_found_however_long_each_took() -> None:
@@ -187,7 +186,7 @@ def test_another_judge_takes_nobody_elses_word(package: Package) -> None:
     looked: list[int] = []
     look = after.look
 
-    def note(captured: Captured) -> Look:
+    def note(captured: Captured) -> Observation:
         looked.append(captured.sequence)
         return look(captured)
 

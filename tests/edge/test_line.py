@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from edge import line as line_module
-from edge import turn
-from edge.capture import CaptureConfig, Captured
-from edge.crashes import MAX_CRASHES
-from edge.line import PAUSED, Line
-from edge.results import Inspected
+from edge import camera_worker as line_module
+from edge import camera_worker as turn
+from edge.camera_worker import MAX_CRASHES, PAUSED, CameraWorker
+from edge.config.inspection import CaptureConfig
+from edge.frame import Captured
+from edge.result import Inspected
 from edgeflame.errors import CrashLoopError, DataError, RuntimeUnavailableError, StorageError
 from tests.support.scripted_camera import Belt, FakeJudge
 from tests.support.waiting import wait_for
@@ -30,7 +30,7 @@ class Running:
         self.halt = threading.Event()
         self.error: BaseException | None = None
         self.refuse: Exception | None = None
-        self.line = Line("a", lambda: belt, judge, CaptureConfig(depth=16), **keys)
+        self.line = CameraWorker("a", lambda: belt, judge, CaptureConfig(depth=16), **keys)
         self.is_alone = True
         self.thread = threading.Thread(target=self._run)
 

@@ -14,8 +14,8 @@ import onnx.numpy_helper
 import pytest
 from click.testing import CliRunner
 
-from edge.parity import compare_with_references, require_parity
-from edge.runtimes import Scores, open_runtime
+from edge.runtimes.interface import Scores
+from edge.runtimes.load import compare_with_references, open_runtime, require_parity
 from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError, PackageError
 from edgeflame.images import ImageU8, Preprocessing

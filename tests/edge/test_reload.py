@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge.cameras import Cameras, Reloaded
+from edge.cameras import Cameras, Overrides, Plan, ReloadReport, plan_cameras
 from edge.config import InspectConfig
-from edge.loading import Loader
-from edge.overrides import Overrides
-from edge.plan import Plan, make_plan
+from edge.inspector import InspectorLoader
 from edgeflame.config import parse_config
 from edgeflame.errors import EdgeFlameError
 from edgeflame.package import read_package
@@ -28,14 +26,14 @@ class Factory:
         photos = write_images(folder / "photos")
         self.cameras_text = "".join(f'[cameras.{name}]\nsource = "{photos}"\nproduct = "tile"\n' for name in "ab")
         self.overrides = Overrides(folder / "state")
-        self.cameras = Cameras(self.plan(), Loader(device="cpu", num_threads=1), self.overrides)
+        self.cameras = Cameras(self.plan(), InspectorLoader(device="cpu", num_threads=1), self.overrides)
 
     def plan(self, *, products: str = "", more: str = "") -> Plan:
         text = f'[products]\ntile = "{self.file}"\n{products}{self.cameras_text}{more}'
         config = parse_config(text.encode(), InspectConfig, "line.toml")
-        return make_plan(config, model=None, source=None, product_of=str)
+        return plan_cameras(config, model=None, source=None, product_of=str)
 
-    def reload(self, *, products: str = "", more: str = "") -> Reloaded:
+    def reload(self, *, products: str = "", more: str = "") -> ReloadReport:
         return self.cameras.reload(self.plan(products=products, more=more))
 
     @property
@@ -60,7 +58,7 @@ def model_of(file: Path) -> str:
 
 def test_nothing_new_changes_nothing(factory: Factory) -> None:
     judges = [line.judge for line in factory.cameras.lines]
-    assert factory.reload() == Reloaded(changed=(), needs_restart=())
+    assert factory.reload() == ReloadReport(changed=(), needs_restart=())
     assert [line.judge for line in factory.cameras.lines] == judges
 
 

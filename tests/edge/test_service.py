@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.service import Heart, Notifier
-from edge.signals import LastResort
+from edge.systemd import ForcedExit, SystemdNotifier, Watchdog
 from edgeflame.errors import CrashLoopError
 from tests.support.line_daemon import daemon, judged, logged
 from tests.support.waiting import wait_for
@@ -53,9 +52,9 @@ class TestNotifier:
     """What is said to systemd."""
 
     def test_the_life_of_a_service(self, supervisor: Supervisor) -> None:
-        notifier = Notifier({"NOTIFY_SOCKET": str(supervisor.path)})
+        notifier = SystemdNotifier({"NOTIFY_SOCKET": str(supervisor.path)})
         assert notifier.watchdog_s is None
-        with Heart(notifier, busy_s={}, status=lambda: "2 cameras, 7 parts") as heart:
+        with Watchdog(notifier, busy_s={}, status=lambda: "2 cameras, 7 parts") as heart:
             assert supervisor.listen() == ["READY=1", "STATUS=2 cameras, 7 parts"]
             with heart.reloading():
                 assert supervisor.listen()[2] == "RELOADING=1"
@@ -67,10 +66,10 @@ class TestNotifier:
         name = f"edgeflame-test-{os.getpid()}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as opened:
             opened.bind(f"\0{name}")
-            Notifier({"NOTIFY_SOCKET": f"@{name}"}).say(READY=1)
+            SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).say(READY=1)
             assert opened.recv(100) == b"READY=1"
-        Notifier({}).say(READY=1)
-        Notifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).say(READY=1)
+        SystemdNotifier({}).say(READY=1)
+        SystemdNotifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).say(READY=1)
 
     @pytest.mark.parametrize(
         ("environment", "expected"),
@@ -83,18 +82,18 @@ class TestNotifier:
         ],
     )
     def test_whose_watchdog_it_is(self, environment: dict[str, str], expected: float | None) -> None:
-        assert Notifier(environment).watchdog_s == expected
+        assert SystemdNotifier(environment).watchdog_s == expected
 
     def test_the_watchdog_is_fed_only_while_everything_moves(self, supervisor: Supervisor) -> None:
         busy = {"camera a": 0.0}
-        notifier = Notifier({"NOTIFY_SOCKET": str(supervisor.path), "WATCHDOG_USEC": "150000"})
+        notifier = SystemdNotifier({"NOTIFY_SOCKET": str(supervisor.path), "WATCHDOG_USEC": "150000"})
         done = threading.Event()
 
-        def beat(heart: Heart) -> None:
+        def beat(heart: Watchdog) -> None:
             while not done.wait(0.01):
                 heart.beat()
 
-        with Heart(notifier, busy_s={"camera a": lambda: busy["camera a"]}, status=lambda: "") as heart:
+        with Watchdog(notifier, busy_s={"camera a": lambda: busy["camera a"]}, status=lambda: "") as heart:
             thread = threading.Thread(target=beat, args=(heart,))
             thread.start()
             wait_for(lambda: supervisor.listen().count("WATCHDOG=1") >= 3, "the watchdog is fed")
@@ -188,7 +187,7 @@ def test_a_stop_waits_for_nobody_who_does_not_answer(package_file: Path, tmp_pat
 def test_the_last_resort_ends_a_process_that_would_never_end(tmp_path: Path) -> None:
     program = (
         "import threading\nfrom edgeflame.console import configure_logging\n"
-        "configure_logging(log_format='text', verbosity=0)\nfrom edge.signals import LastResort\n"
+        "configure_logging(log_format='text', verbosity=0)\nfrom edge.systemd import LastResort\n"
         "with LastResort() as last:\n    last.begin(0.05)\n    threading.Event().wait()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -197,7 +196,7 @@ def test_the_last_resort_ends_a_process_that_would_never_end(tmp_path: Path) -> 
 
 
 def test_the_last_resort_is_called_off_by_an_end_in_time() -> None:
-    with LastResort() as last:
+    with ForcedExit() as last:
         last.begin(0.05)
     thread = next((one for one in threading.enumerate() if one.name == "edgeflame-last-resort"), None)
     if thread is not None:

@@ -15,24 +15,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.cameras import Cameras
-from edge.capture import Captured
+from edge.camera_worker import CameraWorker, GoldenRequests
+from edge.cameras import Cameras, Overrides, Plan, plan_cameras
 from edge.config import InspectConfig
-from edge.control import Control
-from edge.drift.config import DriftConfig
-from edge.drift.monitor import Saved
-from edge.golden.config import GoldenConfig
-from edge.golden.report import GoldenReport, GoldenStatus
-from edge.golden.schedule import is_due
-from edge.golden.tester import GoldenTester
-from edge.goldenrequest import GoldenRequests
-from edge.line import Line
-from edge.loading import Loader
-from edge.overrides import Overrides
-from edge.plan import Plan, make_plan
-from edge.results import Inspected, Result
-from edge.sources.interface import make_frame
-from edge.upkeep import open_upkeep
+from edge.config.inspection import DriftConfig, GoldenConfig
+from edge.control import DaemonControl
+from edge.daemon import open_monitoring
+from edge.drift.monitor import SavedMonitor
+from edge.frame import Captured, make_frame
+from edge.golden_parts import GoldenTester, is_due
+from edge.inspector import InspectorLoader
+from edge.result import Inspected, Result
+from edge.status import GoldenReport, GoldenStatus
 from edgeflame.cli import cli
 from edgeflame.condition import condition_reference, image_condition, part_condition
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, UsageError
@@ -49,7 +43,7 @@ TZ = dt.timezone(dt.timedelta(hours=2))
 @pytest.fixture(scope="module")
 def package_with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small package, with what good images are like."""
-    from edge.runtimes import open_runtime
+    from edge.runtimes.load import open_runtime
 
     folder = tmp_path_factory.mktemp("reference")
     package = read_package(write_small_package(folder / "plain.edgeflame"))
@@ -78,8 +72,8 @@ class Daemon:
     """A line that waits for files to appear would be a daemon; here its frames are pushed by hand."""
 
     plan: Plan
-    lines: Sequence[Line]
-    control: Control
+    lines: Sequence[CameraWorker]
+    control: DaemonControl
     told: list[Result]
 
 
@@ -87,12 +81,12 @@ class Daemon:
 def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> Iterator[Daemon]:
     """Cameras, control and upkeep as a daemon has them, without page and broker."""
     config = InspectConfig(**sections)
-    loader = Loader(device="cpu", num_threads=1)
-    plan = make_plan(config, model=package, source=source, product_of=lambda _: "tile")
+    loader = InspectorLoader(device="cpu", num_threads=1)
+    plan = plan_cameras(config, model=package, source=source, product_of=lambda _: "tile")
     overrides = Overrides(None)
     cameras = Cameras(plan, loader, overrides)
     lines = cameras.lines
-    control = Control(lines, products=lambda: cameras.products, load=cameras.load, overrides=overrides)
+    control = DaemonControl(lines, products=lambda: cameras.products, load=cameras.load, overrides=overrides)
     told: list[Result] = []
     halt = threading.Event()
 
@@ -100,7 +94,7 @@ def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> It
         told.append(inspected.result)
 
     thread = threading.Thread(target=lines[0].run, args=(accept, halt), daemon=True)
-    with open_upkeep(plan, lines, control, tmp_path / "state"):
+    with open_monitoring(plan, lines, control, tmp_path / "state"):
         thread.start()
         try:
             yield Daemon(plan, lines, control, told)
@@ -121,7 +115,7 @@ def photographs(folder: Path, *, wrong: bool = False) -> Path:
 class TestDrift:
     """Of a folder of pictures, through the whole command."""
 
-    def run(self, tmp_path: Path, package: Path, photos: Path) -> tuple[Saved, str]:
+    def run(self, tmp_path: Path, package: Path, photos: Path) -> tuple[SavedMonitor, str]:
         config = tmp_path / "line.toml"
         config.write_text("[drift]\nparts_per_year = 20000\nalike = 1\nmax_per_s = 1e6\n")
         arguments = ["inspect", "--model", package, "--source", photos, "--config", config, "--device", "cpu"]
@@ -130,7 +124,7 @@ class TestDrift:
         assert result.exit_code == 0, result.output
         (file,) = (tmp_path / "state" / "drift" / "camera").glob("*.json")
         assert file.stem == read_package(package).sha256[:12]
-        return msgspec.json.decode(file.read_bytes(), type=Saved), result.stderr
+        return msgspec.json.decode(file.read_bytes(), type=SavedMonitor), result.stderr
 
     def test_a_weaker_lamp_is_the_cameras_matter_and_a_restart_goes_on(
         self, tmp_path: Path, package_with_reference: Path
@@ -305,7 +299,7 @@ class TestGolden:
         assert not any(result.golden for result in running.told)
 
     def test_by_the_clock(self, tmp_path: Path, package_with_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("edge.golden.tester._POLL_S", 0.01)
+        monkeypatch.setattr("edge.golden_parts._POLL_S", 0.01)
         now = dt.datetime(2026, 3, 4, 5, 59, tzinfo=TZ)
         golden = GoldenConfig(folder=str(photographs(tmp_path / "golden")), times=("06:00", "14:00"))
         source = str(write_images(tmp_path / "photos"))

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.capture import Captured
 from edge.config import InspectConfig
+from edge.config.inspection import ViewConfig
+from edge.frame import Captured, make_frame
 from edge.inspector import Inspector
-from edge.overlay import LIGHT_LEFT, overlay
-from edge.results import Inspected
-from edge.runtimes import Runtime, Scores, open_runtime
-from edge.sources.interface import make_frame
-from edge.view import View, ViewConfig
+from edge.overlay import LIGHT_LEFT, draw_overlay
+from edge.result import Inspected
+from edge.runtimes.interface import Runtime, Scores
+from edge.runtimes.load import open_runtime
+from edge.view import View
 from edgeflame.cli import cli
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError
@@ -216,12 +217,12 @@ def test_what_is_ignored_is_dimmed_and_shows_no_heat() -> None:
     ignored = np.zeros((400, 400), np.uint8)
     ignored[:, :200] = 255
     anomaly_map = np.zeros((8, 8), np.float32)
-    picture = overlay(image, anomaly_map, 1.0, ignored=ignored, label=False)
+    picture = draw_overlay(image, anomaly_map, 1.0, ignored=ignored, label=False)
     assert (picture[:, :200] == int(200 * LIGHT_LEFT)).all()
     assert (picture[:, 200:] == 200).all()
     # Just below the threshold beside the mask: no line may be drawn around what does not reach it.
     anomaly_map[:, 4:] = 0.69
-    np.testing.assert_array_equal(overlay(image, anomaly_map, 1.0, ignored=ignored, label=False), picture)
+    np.testing.assert_array_equal(draw_overlay(image, anomaly_map, 1.0, ignored=ignored, label=False), picture)
 
 
 def test_the_whole_command_with_a_view(package_file: Path, tmp_path: Path) -> None:

@@ -394,7 +394,9 @@ def test_a_revocation_the_broker_does_not_hear_of_is_not_taken_for_one(tmp_path:
 
 
 def test_a_line_speaks_with_its_kit(plant: Plant) -> None:
-    from edge.delivery.mqtt import LineState, MqttConfig, MqttDestination
+    from edge.config.outputs import MqttConfig
+    from edge.delivery.mqtt import MqttDestination
+    from edge.status import LineState
     from edgeflame.errors import ConfigError
 
     kit = str(plant.kits / "line-1.kit")

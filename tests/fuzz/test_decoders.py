@@ -25,7 +25,7 @@ from aggregator.config import AggregateConfig
 from aggregator.control import PauseSite, RequestQueue, StopRun
 from aggregator.journal import Journal
 from aggregator.validation import validate_initial_model, validate_update
-from edge.parts.payload import read_announcement
+from edge.parts.mqtt_trigger import read_announcement
 from edgeflame import messages as m
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli.train import SiteFile

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge.sources.taken import Remark, TakenImage, take
+from edge.sources.child import Remark, TakenImage, taken_image
 from edgeflame.errors import DataError, MissingDependencyError
 from edgeflame.images import ImageU8
 
@@ -23,7 +23,7 @@ def pixels(number: int, height: int = 48, width: int = 64) -> ImageU8:
 
 def image(number: int, height: int = 48, width: int = 64) -> TakenImage:
     """Taken now."""
-    return take(pixels(number, height, width))
+    return taken_image(pixels(number, height, width))
 
 
 def works(_stop: threading.Event) -> Iterator[TakenImage]:
@@ -77,7 +77,7 @@ def stamps(_stop: threading.Event) -> Iterator[TakenImage | Remark]:
     """As a driver does that stamps its pictures: half a second ago; a minute ago, which cannot be; in the future."""
     yield Remark(text="the camera gives otherwise than asked: width 640 instead of 1280")
     for age_s in (0.5, 60.0, -60.0):
-        yield take(pixels(0), stamp_s=time.monotonic() - age_s)
+        yield taken_image(pixels(0), stamp_s=time.monotonic() - age_s)
     time.sleep(3600)
 
 

@@ -6,7 +6,7 @@ import datetime as dt
 
 import msgspec
 
-from edge.results import Inspected, Result
+from edge.result import Inspected, Result
 
 
 def result(sequence: int, verdict: str = "fail", part_id: str = "part") -> Result:

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 
 import msgspec
 
-from edge.capture import Captured
 from edge.config import InspectConfig
-from edge.results import Inspected
-from edge.sources import Frame
-from edge.sources.interface import make_frame
+from edge.frame import Captured, Frame, make_frame
+from edge.result import Inspected
 from tests.support.inspection_results import result
 from tests.support.small_package import good_image
 

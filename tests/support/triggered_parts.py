@@ -8,8 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from edge.sources import Frame
-from edge.sources.interface import make_frame
+from edge.frame import Frame, make_frame
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.link import Link
 from edgeflame.linkevents import Up

@@ -122,7 +122,7 @@ def test_evaluate_runs_the_packages_own_graph(fitted_package: Path, parts_folder
 
 
 def test_the_graph_scores_as_the_trainer_does(fitted_package: Path, parts_folder: Path) -> None:
-    from edge.runtimes import open_runtime
+    from edge.runtimes.load import open_runtime
     from trainer.embedding import embed
     from trainer.fit import read_training_images
     from trainer.gaussian import image_scores, score_maps

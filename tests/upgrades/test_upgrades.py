@@ -18,8 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from aggregator.journal import Journal
-from edge.parity import require_parity
-from edge.runtimes import open_runtime
+from edge.runtimes.load import open_runtime, require_parity
 from edgeflame.cli import cli
 from edgeflame.fleet.folder import open_fleet
 from edgeflame.fleet.kit import read_kit

@@ -167,8 +167,8 @@ def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
     """Test photographs of the first site with their heat maps: every defect from glaring to faint, and good ones."""
     import numpy as np
 
-    from edge.overlay import overlay
-    from edge.runtimes import open_runtime
+    from edge.overlay import draw_overlay
+    from edge.runtimes.load import open_runtime
     from edgeflame.dataset import open_dataset
     from edgeflame.images import read_image, read_mask
     from edgeflame.package import read_package
@@ -197,7 +197,7 @@ def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
                 label=record.label,
                 severity=severities.get(record.name, 0.0),
                 photo=photo,
-                heat_map=overlay(photo, maps[0], threshold, mask),
+                heat_map=draw_overlay(photo, maps[0], threshold, mask),
                 ratio=float(scores[0]) / threshold,
             )
         )

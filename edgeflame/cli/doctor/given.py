@@ -17,7 +17,7 @@ from edgeflame.findings import Finding, note, ok, problem
 
 if TYPE_CHECKING:
     from edge.config import InspectConfig
-    from edge.runtimes import Device
+    from edge.runtimes.interface import Device
     from edgeflame.brokerurl import BrokerUrl
     from edgeflame.package import Package
 
@@ -46,8 +46,8 @@ def check_package(path: Path) -> Iterator[Finding]:
 
 
 def _run_package(package: Package, device: Device) -> Iterator[Finding]:
-    from edge.parity import compare_with_references
-    from edge.runtimes import check_runtime_fits, open_runtime
+    from edge.runtimes.interface import check_runtime_fits
+    from edge.runtimes.load import compare_with_references, open_runtime
 
     suffix = "" if device == "cpu" else f" {device}"
     try:
@@ -114,12 +114,14 @@ def _num_known(text: bytes, kind: type) -> int:
 
 
 def _touch(settings: InspectConfig) -> Iterator[Finding]:
+    from edge.cameras import plan_cameras
     from edge.check import check_daemon
-    from edge.loading import Loader
-    from edge.plan import make_plan
+    from edge.inspector import InspectorLoader
 
-    loader = Loader()
-    plan = make_plan(settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product)
+    loader = InspectorLoader()
+    plan = plan_cameras(
+        settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product
+    )
     for finding in check_daemon(lambda: plan, loader, state=None, rejects=None):
         # The file has been said to be right, and state folders are looked at by an option of their own.
         if finding.check not in ("configuration", "state folder"):

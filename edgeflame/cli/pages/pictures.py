@@ -65,7 +65,7 @@ def example(
     Raises:
         DataError: the file cannot be read any more.
     """
-    from edge.overlay import overlay
+    from edge.overlay import draw_overlay
 
     photograph = shrink(preprocessing.crop(read_image(record.path)), MAX_SIDE)
     truth = None
@@ -84,7 +84,7 @@ def example(
         label=record.label,
         ratio=float(anomaly_map.max()) / threshold,
         picture=picture,
-        heat_map=shrink(overlay(photograph, anomaly_map, threshold, truth, label=False), MAX_SIDE),
+        heat_map=shrink(draw_overlay(photograph, anomaly_map, threshold, truth, label=False), MAX_SIDE),
         mask=None
         if truth is None or pixel_threshold is None
         else _mask_picture(photograph, truth > 0, anomaly_map, pixel_threshold),

@@ -16,12 +16,12 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.capture import CaptureConfig
-from edge.commands.desk import MAX_BURST, MAX_WAITING, Desk
-from edge.commands.messages import MAX_COMMAND_BYTES, Reply, decode_command, id_of
-from edge.control import Control
-from edge.line import Line
-from edge.overrides import FILE, Overrides
+from edge.camera_worker import CameraWorker
+from edge.cameras import OVERRIDES_FILE, Overrides
+from edge.commands.messages import MAX_COMMAND_BYTES, Reply, decode_command, read_command_id
+from edge.commands.server import MAX_BURST, MAX_WAITING, CommandServer
+from edge.config.inspection import CaptureConfig
+from edge.control import DaemonControl
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
 from edgeflame.errors import DataError, FederationError, LinkError, StorageError, UsageError
@@ -39,10 +39,10 @@ class Office:
         self.belts = {name: Belt() for name in names or ("a",)}
         self.judges: dict[str, FakeJudge] = {}
         self.lines = [
-            Line(name, lambda belt=belt: belt, FakeJudge(), CaptureConfig())  # type: ignore[misc]
+            CameraWorker(name, lambda belt=belt: belt, FakeJudge(), CaptureConfig())  # type: ignore[misc]
             for name, belt in self.belts.items()
         ]
-        self.control = Control(
+        self.control = DaemonControl(
             self.lines,
             products=lambda: {"tile": Path("t"), "board": Path("b")},
             load=lambda _camera, product: FakeJudge(product),
@@ -51,7 +51,7 @@ class Office:
         )
         self.now = 0.0
         self.replies: list[Reply] = []
-        self.desk = Desk(self.control, self._hear, clock=lambda: self.now)
+        self.desk = CommandServer(self.control, self._hear, clock=lambda: self.now)
 
     def _hear(self, data: bytes) -> None:
         self.replies.append(msgspec.json.decode(data, type=Reply))
@@ -133,7 +133,7 @@ class TestDesk:
     def test_no_bytes_do_any_harm(self, junk: bytes) -> None:
         with pytest.raises(FederationError):
             decode_command(junk)
-        assert id_of(junk) is None or len(junk) <= MAX_COMMAND_BYTES
+        assert read_command_id(junk) is None or len(junk) <= MAX_COMMAND_BYTES
 
     def test_junk_retained_and_floods_are_counted_and_the_line_still_listens(self) -> None:
         with office() as opened:
@@ -200,7 +200,7 @@ class TestOverrides:
         assert again.of("c").product is None
 
     def test_a_damaged_file_is_an_error_and_not_silence(self, tmp_path: Path) -> None:
-        (tmp_path / FILE).write_bytes(b"{")
+        (tmp_path / OVERRIDES_FILE).write_bytes(b"{")
         with pytest.raises(StorageError, match="damaged"):
             Overrides(tmp_path)
 

@@ -19,9 +19,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edge.delivery import Deliverer, Delivery, DeliveryConfig, Destination, Outbox, OutboxConfig
-from edge.delivery.mqtt import LineState, MqttConfig, MqttDestination
-from edge.delivery.webhook import WebhookConfig, WebhookDestination
+from edge.config.outputs import DeliveryConfig, MqttConfig, OutboxConfig, WebhookConfig
+from edge.delivery.mqtt import MqttDestination
+from edge.delivery.outbox import Delivery, Outbox
+from edge.delivery.pipeline import Deliverer, Destination
+from edge.delivery.webhook import WebhookDestination
+from edge.status import LineState
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
 from edgeflame.errors import ConfigError, LinkError, StorageError

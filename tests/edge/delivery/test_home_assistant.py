@@ -8,14 +8,14 @@ import jinja2
 import msgspec
 import pytest
 
-from edge.delivery.home_assistant import discovery
-from edge.delivery.message import Delivery
+from edge.delivery.mqtt import home_assistant_discovery
+from edge.delivery.outbox import Delivery
 from edgeflame.topics import Topics
 from tests.support.inspection_results import result
 
 
 def entities(*cameras: str) -> dict[str, dict[str, Any]]:
-    told = discovery("homeassistant", Topics(fleet="f.1"), "l1", cameras)
+    told = home_assistant_discovery("homeassistant", Topics(fleet="f.1"), "l1", cameras)
     return {topic: msgspec.json.decode(payload) for topic, payload in told}
 
 
@@ -54,4 +54,7 @@ def test_each_of_several_cameras_has_entities_that_heed_no_other() -> None:
 
 @pytest.mark.parametrize("prefix", ["homeassistant", "ha/devices"])
 def test_the_prefix_is_the_configurations(prefix: str) -> None:
-    assert all(topic.startswith(f"{prefix}/sensor/") for topic, _ in discovery(prefix, Topics(fleet="f"), "l", ["a"]))
+    assert all(
+        topic.startswith(f"{prefix}/sensor/")
+        for topic, _ in home_assistant_discovery(prefix, Topics(fleet="f"), "l", ["a"])
+    )

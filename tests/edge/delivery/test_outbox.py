@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.delivery import Outbox, OutboxConfig, Writer
-from edge.delivery.writer import MAX_WAITING_BYTES
-from edge.results import Inspected
+from edge.config.outputs import OutboxConfig
+from edge.delivery.outbox import Outbox
+from edge.delivery.pipeline import MAX_WAITING_BYTES, OutboxWriter
+from edge.result import Inspected
 from edgeflame.errors import ConfigError, StorageError
 from tests.support.inspection_results import body, inspected
 
@@ -120,7 +121,7 @@ def test_nothing_is_skipped_and_nothing_unmarked_comes_twice(
 _KILLED = """
 import sys
 from pathlib import Path
-from edge.delivery import Outbox, OutboxConfig
+from edge.delivery.pipeline import Outbox, OutboxConfig
 with Outbox(Path(sys.argv[1]), OutboxConfig()) as outbox:
     while True:
         for number in outbox.append([b'{"n": 1}'] * 3):
@@ -204,7 +205,7 @@ class Shown:
 
 def test_the_writer_keeps_all_in_order_and_shows_them_only_then(outbox: Outbox) -> None:
     shown = Shown()
-    with Writer(outbox, [shown]) as writer:
+    with OutboxWriter(outbox, [shown]) as writer:
         for sequence in range(300):
             writer.accept(inspected(sequence))
     assert shown.sequences == list(range(300))
@@ -223,7 +224,7 @@ def test_large_pictures_do_not_pile_up_before_the_disk(outbox: Outbox) -> None:
     picture = np.broadcast_to(np.uint8(0), (MAX_WAITING_BYTES // 3 // 1000, 1000, 3))[:, :250]
     assert picture.nbytes <= MAX_WAITING_BYTES // 4 < 2 * picture.nbytes
     shown = Counting()
-    with Writer(outbox, [shown]) as writer:
+    with OutboxWriter(outbox, [shown]) as writer:
         for sequence in range(200):
             writer.accept(dataclasses.replace(inspected(sequence), image=picture))
             handed[0] += 1
@@ -232,7 +233,7 @@ def test_large_pictures_do_not_pile_up_before_the_disk(outbox: Outbox) -> None:
 
 
 def test_an_error_behind_the_writer_reaches_the_inspection(outbox: Outbox) -> None:
-    writer = Writer(outbox, [Shown(fail_at=3)])
+    writer = OutboxWriter(outbox, [Shown(fail_at=3)])
     with pytest.raises(StorageError, match="No space left"):  # noqa: PT012 - whichever accept comes after it
         for sequence in range(1000):
             writer.accept(inspected(sequence))

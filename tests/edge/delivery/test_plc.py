@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge.plc.config import ModbusConfig
-from edge.plc.sink import DUPLICATE, HAS_NUMBER, LATE, MISSING, NO_SCORE, PlcSink
+from edge.config.outputs import ModbusConfig
+from edge.delivery.plc import DUPLICATE, HAS_NUMBER, LATE, MISSING, NO_SCORE, PlcSink
 from edgeflame.broker import free_port
 from edgeflame.errors import ConfigError
 from tests.support.inspection_results import inspected

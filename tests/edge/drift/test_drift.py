@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
-from edge.drift.config import DriftConfig
-from edge.drift.detector import HIGHER, LOWER, Detector
-from edge.drift.monitor import Condition, DriftMonitor, Saved
-from edge.drift.ranks import Ranks
+from edge.config.inspection import DriftConfig
+from edge.drift.monitor import HIGHER, LOWER, Detector, DriftMonitor, Ranks, SavedMonitor
+from edge.status import DriftCondition
 from edgeflame.condition import (
     CAMERA_STREAMS,
     NUM_QUANTILES,
@@ -131,7 +130,10 @@ class TestMonitor:
         monitor = DriftMonitor(QUICK, normal_reference())
         assert feed(monitor, parts(3000)) == []
         status = monitor.status()
-        assert (status.condition, status.message) == (Condition.OK, "parts, camera and light are as they were learnt")
+        assert (status.condition, status.message) == (
+            DriftCondition.OK,
+            "parts, camera and light are as they were learnt",
+        )
         assert all(abs((one.rank or 0) - 0.5) < 0.1 for one in status.streams)
 
     def test_darker_pictures_are_the_camera_and_other_parts_are_not(self) -> None:
@@ -142,14 +144,14 @@ class TestMonitor:
             ("brightness", "alarm"),
         ]
         status = monitor.status()
-        assert (status.camera, status.parts) == (Condition.ALARM, Condition.ALARM)
+        assert (status.camera, status.parts) == (DriftCondition.ALARM, DriftCondition.ALARM)
         assert status.message == (
             "the picture changed (camera, light, or quite other parts): brightness lower; score higher"
         )
         others = DriftMonitor(QUICK, normal_reference())
         feed(others, parts(400, embedding=1.5))
         status = others.status()
-        assert (status.camera, status.parts) == (Condition.OK, Condition.ALARM)
+        assert (status.camera, status.parts) == (DriftCondition.OK, DriftCondition.ALARM)
         assert status.message == "the parts changed, camera and light did not: embedding higher"
 
     def test_scores_below_the_packages_are_no_alarm_but_below_the_lines_own_are(self) -> None:
@@ -168,18 +170,18 @@ class TestMonitor:
         since = next(one.since for one in monitor.status().streams if one.name == "noise")
         feed(monitor, parts(2000, seed=2))
         status = monitor.status()
-        assert status.camera is Condition.ALARM
+        assert status.camera is DriftCondition.ALARM
         assert status.message == "camera or light changed: noise higher, by now back"
         assert next(one.since for one in status.streams if one.name == "noise") == since
         monitor.clear()
-        assert monitor.status().condition is Condition.OK
+        assert monitor.status().condition is DriftCondition.OK
         assert feed(monitor, parts(1000, seed=3)) == []
 
     def test_a_warning_goes_by_itself(self) -> None:
         monitor = DriftMonitor(QUICK, normal_reference())
         values = parts(2000, seed=4, colour=1.0)
         until = next(index for index, one in enumerate(values) if monitor.observe(one, NOW))
-        assert monitor.status().camera is Condition.WARNING
+        assert monitor.status().camera is DriftCondition.WARNING
         assert monitor.status().message == "perhaps: camera or light changed: colour higher"
         assert until < 400
         assert feed(monitor, parts(2000, seed=5))[-1][1:] == ("colour", "ok")
@@ -190,24 +192,24 @@ class TestMonitor:
         learning = feed(monitor, [{name: one[name] * 2 for name in CAMERA_STREAMS} for one in parts(299)])
         assert learning == []
         assert monitor.status().message == "learning what this line looks like (299 of 300 parts)"
-        assert monitor.status().parts is Condition.OK
+        assert monitor.status().parts is DriftCondition.OK
         learnt = feed(monitor, [{name: one[name] * 2 for name in CAMERA_STREAMS} for one in parts(1)])
         assert {change[2] for change in learnt} == {"ok"}
         assert len(learnt) == len(CAMERA_STREAMS)
         assert feed(monitor, [{name: one[name] * 2 for name in CAMERA_STREAMS} for one in parts(500, seed=6)]) == []
         # What was right for the package's camera is not for this one.
         feed(monitor, [{"brightness": one["brightness"]} for one in parts(300, seed=7)])
-        assert monitor.status().camera is Condition.ALARM
+        assert monitor.status().camera is DriftCondition.ALARM
 
     def test_relearning_takes_the_line_as_it_is(self) -> None:
         config = msgspec.structs.replace(QUICK, learn=300)
         monitor = DriftMonitor(config, normal_reference())
         feed(monitor, parts(300, brightness=3.0))
         monitor.relearn()
-        assert monitor.status().condition is Condition.LEARNING
+        assert monitor.status().condition is DriftCondition.LEARNING
         feed(monitor, parts(300, seed=8, brightness=3.0))
         assert feed(monitor, parts(1000, seed=9, brightness=3.0)) == []
-        assert monitor.status().condition is Condition.OK
+        assert monitor.status().condition is DriftCondition.OK
 
     def test_a_restart_changes_nothing(self) -> None:
         config = msgspec.structs.replace(QUICK, learn=200)
@@ -219,19 +221,19 @@ class TestMonitor:
             for index, one in enumerate(values):
                 again += [(index, *rest) for _, *rest in feed(broken, [one])]
                 if index % 37 == 0:
-                    saved = msgspec.json.decode(msgspec.json.encode(broken.saved()), type=Saved)
+                    saved = msgspec.json.decode(msgspec.json.encode(broken.saved()), type=SavedMonitor)
                     broken = DriftMonitor(config, reference, saved)
             assert [tuple(change) for change in again] == told
             assert any(change[1:] == ("sharpness", "alarm") for change in told)
             assert broken.status().message == straight.status().message
 
     def test_a_reference_of_few_parts_is_not_relied_on(self) -> None:
-        assert DriftMonitor(QUICK, normal_reference(29)).status().condition is Condition.LEARNING
-        assert DriftMonitor(QUICK, normal_reference(30)).status().condition is Condition.OK
+        assert DriftMonitor(QUICK, normal_reference(29)).status().condition is DriftCondition.LEARNING
+        assert DriftMonitor(QUICK, normal_reference(30)).status().condition is DriftCondition.OK
 
     def test_asked_to_it_trusts_the_line_alone(self) -> None:
         monitor = DriftMonitor(msgspec.structs.replace(QUICK, reference="line"), normal_reference())
-        assert monitor.status().condition is Condition.LEARNING
+        assert monitor.status().condition is DriftCondition.LEARNING
 
     def test_a_wild_part_is_one_part_and_a_missing_value_none(self) -> None:
         monitor = DriftMonitor(QUICK, normal_reference())
@@ -239,7 +241,7 @@ class TestMonitor:
             monitor.observe({**one, "score": 1e30}, NOW) if one["score"] > 125 else monitor.observe(one, NOW)
         monitor.observe({"score": math.nan}, NOW)
         monitor.observe({}, NOW)
-        assert monitor.status().condition is Condition.OK
+        assert monitor.status().condition is DriftCondition.OK
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.models import record as records
-from edge.models.comparison import Comparison, rank_correlation, wilson_upper
-from edge.models.config import ModelsConfig
-from edge.models.passing import LineTimes, rule
-from edge.models.record import ProductRecord, RecordFile
-from edge.models.trial import ALPHA, RateTest, Trial
-from edge.results import Result
+from edge.config.outputs import ModelsConfig
+from edge.models import state as records
+from edge.models.rollout import LatencyBudget, check_acceptance
+from edge.models.shadow import ALPHA, Canary, Comparison, RateTest, rank_correlation, wilson_upper
+from edge.models.state import ModelStateFile, ProductState
+from edge.result import Result
 from edgeflame.errors import ConfigError, FederationError, StorageError
 from edgeflame.messages import encode
 from edgeflame.releases.messages import Disagreement, LineModels, Release, decode_line_models, decode_release
@@ -26,7 +25,7 @@ from edgeflame.transfer.manifest import Manifest
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 CONFIG = ModelsConfig(public_keys=("k",), max_disagreement=0.02)
-NO_TIMES = LineTimes()
+NO_TIMES = LatencyBudget()
 
 
 def result(verdict: str, score: float | None = 1.0, reasons: tuple[str, ...] = ()) -> Result:
@@ -90,7 +89,7 @@ def test_the_interval_is_wilsons() -> None:
     ],
 )
 def test_the_ruling_on_a_shadow_run(found: Disagreement, reason: str | None) -> None:
-    ruling = rule(found, needed=200, config=CONFIG, times=NO_TIMES)
+    ruling = check_acceptance(found, needed=200, config=CONFIG, times=NO_TIMES)
     if reason == "more":
         assert ruling is None
     else:
@@ -100,17 +99,17 @@ def test_the_ruling_on_a_shadow_run(found: Disagreement, reason: str | None) -> 
 
 def test_a_model_that_would_miss_the_deadline_is_too_slow() -> None:
     found = Disagreement(parts=200, slowdown=1.3)
-    ruling = rule(found, needed=200, config=CONFIG, times=LineTimes(latency_ms=80, deadline_ms=100))
+    ruling = check_acceptance(found, needed=200, config=CONFIG, times=LatencyBudget(latency_ms=80, deadline_ms=100))
     assert ruling is not None
     assert ruling.reason == "too_slow"
     assert "104 ms" in ruling.detail
-    ruling = rule(found, needed=200, config=CONFIG, times=LineTimes(latency_ms=70, deadline_ms=100))
+    ruling = check_acceptance(found, needed=200, config=CONFIG, times=LatencyBudget(latency_ms=70, deadline_ms=100))
     assert ruling is not None
     assert ruling.passed
 
 
 def test_a_model_that_rejects_everything_is_found_out_at_once() -> None:
-    trial = Trial(parts=2000, accepted=0.02, max_faults=3)
+    trial = Canary(parts=2000, accepted=0.02, max_faults=3)
     assert trial.compared(BAD, GOOD) is None
     assert trial.compared(BAD, GOOD) is None
     alarm = trial.compared(BAD, GOOD)
@@ -119,14 +118,14 @@ def test_a_model_that_rejects_everything_is_found_out_at_once() -> None:
 
 
 def test_a_model_that_lets_defects_pass_is_found_out() -> None:
-    trial = Trial(parts=2000, accepted=0.02, max_faults=3)
+    trial = Canary(parts=2000, accepted=0.02, max_faults=3)
     alarms = [trial.compared(GOOD, BAD if number % 4 == 0 else GOOD) for number in range(60)]
     alarm = next(one for one in alarms if one is not None)
     assert alarm.reason == "rejects_too_little"
 
 
 def test_a_bad_batch_is_not_blamed_on_the_model() -> None:
-    trial = Trial(parts=100, accepted=0.02, max_faults=3)
+    trial = Canary(parts=100, accepted=0.02, max_faults=3)
     for _ in range(100):
         assert not trial.is_over
         assert trial.judged(BAD) is None
@@ -135,7 +134,7 @@ def test_a_bad_batch_is_not_blamed_on_the_model() -> None:
 
 
 def test_its_own_failures_end_a_trial() -> None:
-    trial = Trial(parts=100, accepted=0.02, max_faults=3)
+    trial = Canary(parts=100, accepted=0.02, max_faults=3)
     assert [trial.judged(one) for one in (FAILED, GOOD, FAILED, DARK, DARK, DARK)] == [None] * 6
     for _ in range(99):
         assert trial.judged(GOOD) is None, "long ago does not count"
@@ -144,7 +143,7 @@ def test_its_own_failures_end_a_trial() -> None:
     alarm = trial.judged(FAILED)
     assert alarm is not None
     assert alarm.reason == "faults"
-    not_finite = Trial(parts=100, accepted=0.02, max_faults=3).judged(NAN)
+    not_finite = Canary(parts=100, accepted=0.02, max_faults=3).judged(NAN)
     assert not_finite is not None
     assert not_finite.reason == "not_finite", "once is enough"
 
@@ -187,23 +186,23 @@ def release(**changes: object) -> Release:
     return Release(**values)  # type: ignore[arg-type]
 
 
-def taken(entry: ProductRecord, offered: Release, keep: int = 2) -> ProductRecord:
-    entry = records.advance(records.begin(entry, offered, NOW), "shadow")
-    return records.switch(entry, NOW, keep=keep, disagreement=None)
+def taken(entry: ProductState, offered: Release, keep: int = 2) -> ProductState:
+    entry = records.advance_candidate(records.begin_candidate(entry, offered, NOW), "shadow")
+    return records.promote_candidate(entry, NOW, keep=keep, disagreement=None)
 
 
 def test_one_model_after_the_other_and_back_to_the_file() -> None:
-    entry = ProductRecord(configured="f" * 64)
+    entry = ProductState(configured="f" * 64)
     first, second, third, fourth = (release() for _ in range(4))
     for one in (first, second, third, fourth):
-        entry = records.confirm(taken(entry, one), NOW, None)
+        entry = records.confirm_present(taken(entry, one), NOW, None)
     assert entry.present_sha256 == fourth.manifest.sha256
     assert [one.release for one in entry.previous] == [third.release, second.release], "keep = 2"
     assert entry.needed == {one.manifest.sha256 for one in (second, third, fourth)}
     shown = [one.sha256 for one in entry.earlier()]
     assert shown == [third.manifest.sha256, second.manifest.sha256, "f" * 64]
     for expected in shown:
-        entry = records.roll_back(entry, NOW, reason="command", detail="")
+        entry = records.roll_back_present(entry, NOW, reason="command", detail="")
         assert entry.present_sha256 == expected
     assert entry.present is None
     assert entry.needed == frozenset()
@@ -212,13 +211,13 @@ def test_one_model_after_the_other_and_back_to_the_file() -> None:
 
 
 def test_straight_to_the_file() -> None:
-    entry = taken(taken(ProductRecord(configured="f" * 64), release()), release())
-    assert records.roll_back(entry, NOW, reason="command", detail="", to_file=True).present_sha256 == "f" * 64
+    entry = taken(taken(ProductState(configured="f" * 64), release()), release())
+    assert records.roll_back_present(entry, NOW, reason="command", detail="", to_file=True).present_sha256 == "f" * 64
 
 
 def test_a_candidate_gives_way_to_the_next() -> None:
     first, second = release(), release()
-    entry = records.begin(records.begin(ProductRecord(configured="f" * 64), first, NOW), second, NOW)
+    entry = records.begin_candidate(records.begin_candidate(ProductState(configured="f" * 64), first, NOW), second, NOW)
     assert entry.candidate is not None
     assert entry.candidate.release == second
     assert (entry.outcomes[0].release, entry.outcomes[0].fate) == (first.release, "superseded")
@@ -226,9 +225,9 @@ def test_a_candidate_gives_way_to_the_next() -> None:
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    entry = records.begin(taken(ProductRecord(configured="f" * 64), release()), release(), NOW)
-    RecordFile(path).write("p", entry)
-    assert RecordFile(path).record.products == {"p": entry}
+    entry = records.begin_candidate(taken(ProductState(configured="f" * 64), release()), release(), NOW)
+    ModelStateFile(path).write("p", entry)
+    assert ModelStateFile(path).record.products == {"p": entry}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +243,7 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_guess(tmp_path: Path, data
     path = tmp_path / "record.json"
     path.write_bytes(data)
     with pytest.raises(StorageError, match=words) as raised:
-        RecordFile(path)
+        ModelStateFile(path)
     assert "move record.json away" in str(raised.value)
     assert path.read_bytes() == data
 

@@ -11,15 +11,19 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from edge.cameras import plan_cameras
 from edge.check import _models
 from edge.config import InspectConfig
-from edge.loading import Loader
-from edge.models.check import TrustedKeys
-from edge.models.record import ProductRecord, Record, Version
-from edge.models.seats import Configured
-from edge.models.start import files, settle
-from edge.models.store import PackageStore
-from edge.plan import make_plan
+from edge.inspector import InspectorLoader
+from edge.models.state import (
+    ConfiguredProduct,
+    ModelState,
+    ProductState,
+    ReleasedVersion,
+    package_files,
+    settle_at_start,
+)
+from edge.models.store import PackageStore, TrustedKeys
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.cli import cli
 from edgeflame.config import load_config
@@ -46,7 +50,7 @@ def faint_image(seed: int) -> ImageU8:
 
 
 def score_of(package: Package, image: ImageU8) -> float:
-    from edge.runtimes import open_runtime
+    from edge.runtimes.load import open_runtime
 
     return float(open_runtime(package.model_onnx, device="cpu", num_threads=1).score(image[None]).scores[0])
 
@@ -187,19 +191,21 @@ def test_what_a_line_starts_with(signed: Path, referenced: Package, keys: Keys, 
     second = variant(referenced, tmp_path / "second.edgeflame", keys.private, factor=1.02)
     write_keys(tmp_path / "other")
     store = PackageStore(tmp_path / "models")
-    configured = Configured(name="piece", product="test piece", file=str(signed), sha256=referenced.sha256)
+    configured = ConfiguredProduct(name="piece", product="test piece", file=str(signed), sha256=referenced.sha256)
     versions = []
     for path in (second, first):
         sha256 = read_package(path).sha256
         os.link(path, store.path(sha256))
-        versions.append(Version(sha256=sha256, release="0" * 32, name=path.name, since=datetime.now(timezone.utc)))
-    entry = ProductRecord(configured=referenced.sha256, present=versions[0], previous=(versions[1],), on_trial=True)
-    record = Record(products={"test piece": entry})
+        versions.append(
+            ReleasedVersion(sha256=sha256, release="0" * 32, name=path.name, since=datetime.now(timezone.utc))
+        )
+    entry = ProductState(configured=referenced.sha256, present=versions[0], previous=(versions[1],), on_trial=True)
+    record = ModelState(products={"test piece": entry})
 
-    def settled(product: Configured = configured, key: Path = keys.public) -> tuple[ProductRecord, Path]:
+    def settled(product: ConfiguredProduct = configured, key: Path = keys.public) -> tuple[ProductState, Path]:
         trusted = TrustedKeys((str(key),))
-        found = settle(record, {"test piece": product}, store=store, keys=trusted)
-        return found["test piece"], files(found, {"test piece": product}, store)["piece"]
+        found = settle_at_start(record, {"test piece": product}, store=store, keys=trusted)
+        return found["test piece"], package_files(found, {"test piece": product}, store)["piece"]
 
     assert settled() == (entry, store.path(versions[0].sha256)), "the release stays"
     # Another file in the configuration is a newer decision.
@@ -239,8 +245,8 @@ def test_a_threshold_of_the_configuration_is_not_for_every_model(signed: Path, k
     assert "needs the section [mqtt]" in error(section, *state)
     assert "needs the section [mqtt]" in error(section + mqtt)
     assert "a threshold is a raw distance of one model" in error(section + mqtt, "--threshold", "3", *state)
-    loader = Loader(device="cpu")
-    plan = make_plan(
+    loader = InspectorLoader(device="cpu")
+    plan = plan_cameras(
         load_config(config, InspectConfig), model=signed, source=str(tmp_path), product_of=lambda file: "test piece"
     )
     (finding,) = _models(plan, loader, tmp_path / "state")

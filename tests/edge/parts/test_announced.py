@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edge.capture import CaptureConfig, Captured
+from edge.camera_worker import CameraWorker
 from edge.config import InspectConfig
-from edge.line import Line
-from edge.parts.config import ModbusTriggerConfig, PartsConfig, TriggerConfig
-from edge.parts.keeper import PartKeeper
-from edge.results import Result
+from edge.config.inspection import CaptureConfig
+from edge.config.parts import ModbusTriggerConfig, PartsConfig, TriggerConfig
+from edge.frame import Captured
+from edge.parts.tracker import PartTracker
+from edge.result import Result
 from edgeflame.broker import free_port
 from edgeflame.cli import cli
 from edgeflame.config import parse_config
@@ -35,8 +36,8 @@ class Station:
         trigger = TriggerConfig(
             window_ms=60_000, modbus=ModbusTriggerConfig(host="127.0.0.1", port=plc.port, register=0, poll_ms=2)
         )
-        keeper = PartKeeper("a", trigger, PartsConfig(**parts))
-        self.line = Line(
+        keeper = PartTracker("a", trigger, PartsConfig(**parts))
+        self.line = CameraWorker(
             "a",
             keeper.camera(lambda: self.camera, None),
             self.judge,

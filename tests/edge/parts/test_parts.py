@@ -12,16 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge.capture import Captured
 from edge.config import InspectConfig
+from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
+from edge.frame import Captured, make_frame, trigger_now
 from edge.inspector import Inspector
-from edge.parts.config import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
-from edge.parts.keeper import PartKeeper
-from edge.parts.trigger import trigger_now
-from edge.results import Inspected, Result
-from edge.runtimes import open_runtime
-from edge.sources.interface import make_frame
-from edge.verdict import Reason
+from edge.parts.tracker import PartTracker
+from edge.result import Inspected, Reason, Result
+from edge.runtimes.load import open_runtime
 from edgeflame.errors import CrashLoopError, RuntimeUnavailableError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package
@@ -72,9 +69,9 @@ def slow(inspector: Inspector) -> Iterator[SlowJudge]:
 @contextlib.contextmanager
 def keeping(
     trigger: TriggerConfig | None = None, *, judge: SlowJudge | None = None, **keys: Any
-) -> Iterator[PartKeeper]:
+) -> Iterator[PartTracker]:
     """A keeper; in the end ``judge`` may go, so that closing need not wait for it."""
-    keeper = PartKeeper("cam", trigger or TriggerConfig(), PartsConfig(**keys))
+    keeper = PartTracker("cam", trigger or TriggerConfig(), PartsConfig(**keys))
     try:
         yield keeper
     finally:
@@ -97,7 +94,7 @@ def part(
     return Captured(sequence=0, frame=dataclasses.replace(frame, **keys))
 
 
-def verdict(keeper: PartKeeper, judge: Any, captured: Captured) -> Result:
+def verdict(keeper: PartTracker, judge: Any, captured: Captured) -> Result:
     return keeper.finish(keeper.inspect(judge, captured), captured).result
 
 
@@ -203,7 +200,7 @@ def test_a_part_without_an_image_is_unknown_even_while_the_model_hangs(slow: Slo
 # Numbers and names.
 
 
-def numbered(keeper: PartKeeper, inspector: Inspector, *numbers: int) -> list[tuple[int | None, int, bool]]:
+def numbered(keeper: PartTracker, inspector: Inspector, *numbers: int) -> list[tuple[int | None, int, bool]]:
     found = [verdict(keeper, inspector, part(number=number)) for number in numbers]
     return [(one.part_number, one.parts_missing, one.duplicate) for one in found]
 

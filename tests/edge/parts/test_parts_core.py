@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.parts.config import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig, check_parts
-from edge.parts.contacts import Contact, Counter
-from edge.parts.deadline import Deadline, Step
-from edge.parts.identity import Finding, Identity, Kind, Wrap
-from edge.parts.matching import ARRIVAL_S, MAX_HELD, MAX_IMAGES, MAX_WAITING, UNTRIGGERED, Match, Matcher, Window
-from edge.parts.payload import MAX_PAYLOAD_BYTES, Announcement, read_announcement
-from edge.parts.trigger import Trigger
-from edge.verdict import Reason
+from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
+from edge.frame import Trigger
+from edge.parts.deadline import Deadline, DeadlineStep
+from edge.parts.matching import ARRIVAL_S, MAX_HELD, MAX_IMAGES, MAX_WAITING, UNTRIGGERED, Match, Matcher, MatchWindow
+from edge.parts.modbus_trigger import PartCounter, RisingEdge
+from edge.parts.mqtt_trigger import MAX_PAYLOAD_BYTES, PartAnnouncement, read_announcement
+from edge.parts.sequence import NumberRange, SequenceCheck, SequenceFinding, SequenceKind, check_parts
+from edge.result import Reason
 from edgeflame.errors import ConfigError, DataError
 
 UTC = dt.timezone.utc
 NOON = dt.datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
-def kinds(identity: Identity, *numbers: int) -> list[Kind]:
+def kinds(identity: SequenceCheck, *numbers: int) -> list[SequenceKind]:
     return [identity.see(None, number).kind for number in numbers]
 
 
@@ -31,81 +31,90 @@ def kinds(identity: Identity, *numbers: int) -> list[Kind]:
 
 
 def test_a_jump_is_so_many_missing_parts() -> None:
-    identity = Identity()
-    assert identity.see("a", 4) == Finding(kind=Kind.FIRST)
-    assert identity.see("b", 5) == Finding(kind=Kind.NEXT, last=4)
-    assert identity.see("c", 9) == Finding(kind=Kind.GAP, missing=3, last=5)
+    identity = SequenceCheck()
+    assert identity.see("a", 4) == SequenceFinding(kind=SequenceKind.FIRST)
+    assert identity.see("b", 5) == SequenceFinding(kind=SequenceKind.NEXT, last=4)
+    assert identity.see("c", 9) == SequenceFinding(kind=SequenceKind.GAP, missing=3, last=5)
 
 
 def test_a_number_seen_before_is_a_duplicate_and_changes_nothing() -> None:
-    identity = Identity()
+    identity = SequenceCheck()
     assert kinds(identity, 1, 2, 3, 2, 3, 3, 4) == [
-        Kind.FIRST, Kind.NEXT, Kind.NEXT, Kind.DUPLICATE, Kind.DUPLICATE, Kind.DUPLICATE, Kind.NEXT,
+        SequenceKind.FIRST, SequenceKind.NEXT, SequenceKind.NEXT, SequenceKind.DUPLICATE, SequenceKind.DUPLICATE, SequenceKind.DUPLICATE, SequenceKind.NEXT,
     ]  # fmt: skip
 
 
 def test_a_part_that_was_jumped_over_and_comes_after_all_is_out_of_order_and_no_duplicate() -> None:
-    assert kinds(Identity(), 1, 3, 2, 2, 4) == [
-        Kind.FIRST, Kind.GAP, Kind.OUT_OF_ORDER, Kind.DUPLICATE, Kind.NEXT,
+    assert kinds(SequenceCheck(), 1, 3, 2, 2, 4) == [
+        SequenceKind.FIRST, SequenceKind.GAP, SequenceKind.OUT_OF_ORDER, SequenceKind.DUPLICATE, SequenceKind.NEXT,
     ]  # fmt: skip
 
 
 def test_a_numbering_that_begins_anew_is_no_thousand_missing_parts() -> None:
-    identity = Identity(max_gap=100)
+    identity = SequenceCheck(max_gap=100)
     assert kinds(identity, 5000, 1, 2, 4000, 4001, 2) == [
-        Kind.FIRST, Kind.RESTART, Kind.NEXT, Kind.RESTART, Kind.NEXT, Kind.RESTART,
+        SequenceKind.FIRST, SequenceKind.RESTART, SequenceKind.NEXT, SequenceKind.RESTART, SequenceKind.NEXT, SequenceKind.RESTART,
     ]  # fmt: skip
     assert identity.last == 2
 
 
 def test_counters_wrap() -> None:
-    identity = Identity(wrap=Wrap(first=1, last=65535))
+    identity = SequenceCheck(wrap=NumberRange(first=1, last=65535))
     assert kinds(identity, 65534, 65535, 1, 2, 65535) == [
-        Kind.FIRST, Kind.NEXT, Kind.NEXT, Kind.NEXT, Kind.DUPLICATE,
+        SequenceKind.FIRST, SequenceKind.NEXT, SequenceKind.NEXT, SequenceKind.NEXT, SequenceKind.DUPLICATE,
     ]  # fmt: skip
-    assert identity.see(None, 5) == Finding(kind=Kind.GAP, missing=2, last=2)
-    assert identity.see(None, 0).kind is Kind.NEXT  # no number of this counter: nothing can be said
+    assert identity.see(None, 5) == SequenceFinding(kind=SequenceKind.GAP, missing=2, last=2)
+    assert identity.see(None, 0).kind is SequenceKind.NEXT  # no number of this counter: nothing can be said
     assert identity.last == 5
 
 
 def test_a_missing_part_across_the_wrap() -> None:
-    identity = Identity(wrap=Wrap(first=0, last=99))
+    identity = SequenceCheck(wrap=NumberRange(first=0, last=99))
     assert [identity.see(None, number).missing for number in (98, 1)] == [0, 2]
 
 
 def test_names_without_numbers_can_be_repeated_as_far_as_they_are_remembered() -> None:
-    identity = Identity(remembered=2)
+    identity = SequenceCheck(remembered=2)
     found = [identity.see(name, None).kind for name in ("a", "b", "a", "c", "b", None, None)]
-    assert found == [Kind.NEXT, Kind.NEXT, Kind.DUPLICATE, Kind.NEXT, Kind.NEXT, Kind.NEXT, Kind.NEXT]
+    assert found == [
+        SequenceKind.NEXT,
+        SequenceKind.NEXT,
+        SequenceKind.DUPLICATE,
+        SequenceKind.NEXT,
+        SequenceKind.NEXT,
+        SequenceKind.NEXT,
+        SequenceKind.NEXT,
+    ]
 
 
 @given(st.integers(1, 50), st.lists(st.integers(1, 40), max_size=60), st.booleans())
 def test_missing_parts_are_counted_whole_over_any_number_of_wraps(start: int, steps: list[int], wraps: bool) -> None:
     """Against a plain count that never wraps: what was stepped over is what is missing, once."""
-    wrap = Wrap(first=1, last=100) if wraps else None
-    identity, position, missing = Identity(wrap=wrap), start, 0
+    wrap = NumberRange(first=1, last=100) if wraps else None
+    identity, position, missing = SequenceCheck(wrap=wrap), start, 0
     identity.see(None, start)
     for step in steps:
         position += step
         finding = identity.see(None, (position - 1) % 100 + 1 if wraps else position)
-        assert finding.kind is (Kind.NEXT if step == 1 else Kind.GAP)
+        assert finding.kind is (SequenceKind.NEXT if step == 1 else SequenceKind.GAP)
         missing += finding.missing
     assert missing == position - start - len(steps)
 
 
 @given(
-    st.lists(st.integers(0, 30), max_size=80), st.sampled_from([None, Wrap(first=0, last=30), Wrap(first=3, last=20)])
+    st.lists(st.integers(0, 30), max_size=80),
+    st.sampled_from([None, NumberRange(first=0, last=30), NumberRange(first=3, last=20)]),
 )
 def test_whatever_comes_the_last_number_is_one_that_came_and_memory_is_bounded(
-    numbers: list[int], wrap: Wrap | None
+    numbers: list[int], wrap: NumberRange | None
 ) -> None:
-    identity = Identity(wrap=wrap, max_gap=10, remembered=7)
+    identity = SequenceCheck(wrap=wrap, max_gap=10, remembered=7)
     for index, number in enumerate(numbers):
         finding = identity.see(None, number)
         assert finding.missing >= 0
-        assert (finding.missing > 0) == (finding.kind is Kind.GAP)
+        assert (finding.missing > 0) == (finding.kind is SequenceKind.GAP)
         if index and number == numbers[index - 1] == identity.last:
-            assert finding.kind is Kind.DUPLICATE
+            assert finding.kind is SequenceKind.DUPLICATE
         assert identity.last is None or identity.last in numbers[: index + 1]
         assert len(identity._seen) <= 7
 
@@ -124,7 +133,7 @@ def test_each_part_has_one_verdict_in_time_however_long_the_model_takes(
     deadline, now, captured = Deadline(), 0.0, 0.0
     done_at: dict[int, float] = {}
     answered: set[int] = set()
-    decided: list[tuple[int, Step, float, float]] = []
+    decided: list[tuple[int, DeadlineStep, float, float]] = []
 
     def score(key: int) -> None:
         assert key not in done_at
@@ -138,9 +147,9 @@ def test_each_part_has_one_verdict_in_time_however_long_the_model_takes(
         now = max(now, captured)
         step = deadline.take(key, due, now)
         while True:
-            if step is Step.SCORE:
+            if step is DeadlineStep.SCORE:
                 score(key)
-            if step in (Step.DECIDE, Step.LATE):
+            if step in (DeadlineStep.DECIDE, DeadlineStep.LATE):
                 break
             at_model = deadline.at_model
             answer_at = float("inf") if at_model is None else done_at[at_model]
@@ -149,33 +158,33 @@ def test_each_part_has_one_verdict_in_time_however_long_the_model_takes(
                 assert at_model is not None
                 answered.add(at_model)
                 step = deadline.answered(at_model, now)
-                assert step is not Step.DECIDE or at_model == key, "another part's answer decides nothing"
+                assert step is not DeadlineStep.DECIDE or at_model == key, "another part's answer decides nothing"
             else:
                 now = due
                 step = deadline.passed(now)
-                assert step is Step.LATE
+                assert step is DeadlineStep.LATE
         decided.append((key, step, now, due))
     assert [key for key, *_ in decided] == list(range(len(parts)))
     for _key, step, at, due in decided:
-        assert at < due if step is Step.DECIDE else at >= due
+        assert at < due if step is DeadlineStep.DECIDE else at >= due
 
 
 def test_an_answer_after_its_parts_deadline_only_frees_the_model() -> None:
     deadline = Deadline()
-    assert deadline.take(0, 1.0, 0.0) is Step.SCORE
-    assert deadline.passed(0.9) is Step.WAIT
-    assert deadline.passed(1.0) is Step.LATE
-    assert deadline.take(1, 2.0, 1.1) is Step.WAIT
+    assert deadline.take(0, 1.0, 0.0) is DeadlineStep.SCORE
+    assert deadline.passed(0.9) is DeadlineStep.WAIT
+    assert deadline.passed(1.0) is DeadlineStep.LATE
+    assert deadline.take(1, 2.0, 1.1) is DeadlineStep.WAIT
     assert deadline.at_model == 0
-    assert deadline.answered(0, 1.5) is Step.SCORE  # the answer to the first gives the second its turn
-    assert deadline.answered(1, 1.9) is Step.DECIDE
+    assert deadline.answered(0, 1.5) is DeadlineStep.SCORE  # the answer to the first gives the second its turn
+    assert deadline.answered(1, 1.9) is DeadlineStep.DECIDE
 
 
 def test_an_answer_at_the_very_deadline_is_late() -> None:
     deadline = Deadline()
     deadline.take(0, 1.0, 0.0)
-    assert deadline.answered(0, 1.0) is Step.LATE
-    assert deadline.take(1, 1.0, 1.0) is Step.LATE
+    assert deadline.answered(0, 1.0) is DeadlineStep.LATE
+    assert deadline.take(1, 1.0, 1.0) is DeadlineStep.LATE
     assert deadline.at_model is None
 
 
@@ -187,7 +196,7 @@ def trigger(at_s: float, name: str = "p", **keys: Any) -> Trigger:
 
 
 def matcher(delay_s: float = 0.0, window_s: float = 0.1, **keys: Any) -> Matcher[str]:
-    return Matcher(Window(delay_s=delay_s, window_s=window_s, **keys))
+    return Matcher(MatchWindow(delay_s=delay_s, window_s=window_s, **keys))
 
 
 def ends(matcher: Matcher[str]) -> list[tuple[str | None, str | Reason | None]]:
@@ -290,7 +299,7 @@ def test_every_trigger_ends_once_with_an_image_of_its_window_that_is_nobody_else
     images: list[float], triggers: list[tuple[float, float]], delay_s: float, window_s: float
 ) -> None:
     """Images arrive as they are captured; triggers a little after they are."""
-    matching: Matcher[int] = Matcher(Window(delay_s=delay_s, window_s=window_s))
+    matching: Matcher[int] = Matcher(MatchWindow(delay_s=delay_s, window_s=window_s))
     events: list[tuple[float, int, Any]] = [(at, 0, (key, at)) for key, at in enumerate(images)]
     events += [(at + late, 1, trigger(at, str(key))) for key, (at, late) in enumerate(triggers)]
     found: list[Match[int]] = []
@@ -340,7 +349,7 @@ def test_a_lone_trigger_gets_its_image_whatever_went_before() -> None:
 )
 def test_messages_that_announce_a_part(payload: bytes, expected: tuple[Any, ...]) -> None:
     part_id, number, time = expected
-    assert read_announcement(payload) == Announcement(part_id=part_id, number=number, time=time)
+    assert read_announcement(payload) == PartAnnouncement(part_id=part_id, number=number, time=time)
 
 
 def test_the_plants_own_keys() -> None:
@@ -381,14 +390,14 @@ def test_any_bytes_are_a_part_or_an_error(payload: bytes) -> None:
 
 
 def test_a_contact_closes_once_a_part() -> None:
-    contact = Contact(max_interval_s=0.5)
+    contact = RisingEdge(max_interval_s=0.5)
     noticed = [contact.poll(level, now / 10) for now, level in enumerate([1, 1, 0, 1, 1, 0, 0, 1])]
     assert [number for number, part in enumerate(noticed) if part is not None] == [3, 7]
     assert all(part.fault is None for part in noticed if part is not None)
 
 
 def test_a_contact_that_closed_while_nobody_asked_is_a_part_of_an_unknown_time() -> None:
-    contact = Contact(max_interval_s=0.5)
+    contact = RisingEdge(max_interval_s=0.5)
     contact.poll(False, 0.0)
     part = contact.poll(True, 3.0)
     assert part is not None
@@ -396,7 +405,7 @@ def test_a_contact_that_closed_while_nobody_asked_is_a_part_of_an_unknown_time()
 
 
 def test_a_counter_announces_its_changes() -> None:
-    counter = Counter(Wrap(first=0, last=65535), max_gap=1000, max_interval_s=0.5)
+    counter = PartCounter(NumberRange(first=0, last=65535), max_gap=1000, max_interval_s=0.5)
     values = [7, 7, 8, 11, 65535, 0]
     noticed = [counter.poll(value, now / 10) for now, value in enumerate(values)]
     assert [part and part.number for part in noticed] == [None, None, 8, 11, 65535, 0]
@@ -404,7 +413,7 @@ def test_a_counter_announces_its_changes() -> None:
 
 
 def test_a_counter_that_went_back_may_announce_no_part() -> None:
-    counter = Counter(Wrap(first=1, last=65535), max_gap=1000, max_interval_s=0.5)
+    counter = PartCounter(NumberRange(first=1, last=65535), max_gap=1000, max_interval_s=0.5)
     noticed = [counter.poll(value, 0.1 * now) for now, value in enumerate([500, 0, 1, 2, 1])]
     # 0 is no number of a counter that begins with 1: it was reset, and 1 is the first part after that.
     assert [part and part.number for part in noticed] == [None, None, 1, 2, 1]

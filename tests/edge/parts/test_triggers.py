@@ -14,17 +14,15 @@ from typing import Any
 
 import pytest
 
-from edge.parts.config import ModbusTriggerConfig, MqttTriggerConfig
-from edge.parts.counts import PartCounts
-from edge.parts.identity import Wrap
-from edge.parts.matching import Window
-from edge.parts.modbus import ModbusTrigger
-from edge.parts.mqtt import MqttTrigger, at_time
-from edge.parts.source import TriggeredSource
-from edge.parts.trigger import AcceptTrigger, Trigger, trigger_now
-from edge.sources import Frame
-from edge.sources.interface import make_frame
-from edge.verdict import Reason
+from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig
+from edge.frame import AcceptTrigger, Frame, Trigger, make_frame, trigger_now
+from edge.parts.matching import MatchWindow
+from edge.parts.modbus_trigger import ModbusTrigger
+from edge.parts.mqtt_trigger import MqttTrigger, at_time
+from edge.parts.sequence import NumberRange
+from edge.parts.triggers import TriggeredSource
+from edge.result import Reason
+from edge.status import PartCounts
 from edgeflame.broker import free_port
 from edgeflame.brokerurl import parse_broker_url
 from edgeflame.errors import DataError
@@ -108,7 +106,7 @@ def test_a_broker_that_is_away_is_said_and_found_again(kind: str, tmp_path: Path
 
 
 def test_a_broker_that_refuses_us_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge.parts.mqtt.RETRY_S", 0.05)
+    monkeypatch.setattr("edge.parts.mqtt_trigger.RETRY_S", 0.05)
     with BrokerProcess("mosquitto", tmp_path, mosquitto_lines="allow_anonymous false") as broker:
         source = MqttTrigger(
             parse_broker_url(broker.url), topic=TOPIC, client_id="line", config=MqttTriggerConfig(topic=TOPIC)
@@ -136,7 +134,7 @@ def plc() -> Iterator[Plc]:
 @contextlib.contextmanager
 def polling(plc: Plc, **keys: Any) -> Iterator[tuple[ModbusTrigger, list[Trigger]]]:
     config = ModbusTriggerConfig(host="127.0.0.1", port=plc.port, poll_ms=5, timeout_s=0.5, **keys)
-    counting = Wrap(first=0, last=(1 << 16 * config.words) - 1) if config.is_counter else None
+    counting = NumberRange(first=0, last=(1 << 16 * config.words) - 1) if config.is_counter else None
     triggers: list[Trigger] = []
     source = ModbusTrigger(config, counting=counting, max_gap=1000, window_s=0.5)
     source.open(triggers.append)
@@ -193,7 +191,7 @@ def test_a_plc_that_was_away_announces_its_last_part_with_an_unknown_time(plc: P
 def test_a_register_that_is_not_there_is_said(plc: Plc) -> None:
     source = ModbusTrigger(
         ModbusTriggerConfig(host="127.0.0.1", port=plc.port, register=5000),
-        counting=Wrap(first=0, last=65535), max_gap=1000, window_s=0.5,
+        counting=NumberRange(first=0, last=65535), max_gap=1000, window_s=0.5,
     )  # fmt: skip
     source.open(lambda _trigger: None)
     wait_for(lambda: "refuses" in (source.problem() or ""), "the refusal is told")
@@ -245,7 +243,7 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rigged(window: Window) -> Iterator[Rig]:
+def rigged(window: MatchWindow) -> Iterator[Rig]:
     camera, button = Camera(), Button()
     counts, dropped = PartCounts(), collections.Counter[str]()
     source = TriggeredSource(camera, button, window, counts=counts, dropped=dropped)
@@ -272,7 +270,7 @@ def rigged(window: Window) -> Iterator[Rig]:
 
 
 def test_one_frame_a_trigger_with_its_name_and_the_rest_are_counted() -> None:
-    with rigged(Window(delay_s=0.0, window_s=10.0, lookback_s=0.0)) as rig:
+    with rigged(MatchWindow(delay_s=0.0, window_s=10.0, lookback_s=0.0)) as rig:
         rig.camera.show()
         wait_for(lambda: rig.camera.num_taken == 1, "the frame before is taken")
         rig.button.press("A-1", 1)
@@ -293,7 +291,7 @@ def test_one_frame_a_trigger_with_its_name_and_the_rest_are_counted() -> None:
 
 
 def test_a_trigger_while_the_camera_is_away_gets_a_frame_that_says_so() -> None:
-    with rigged(Window(delay_s=0.0, window_s=0.05)) as rig:
+    with rigged(MatchWindow(delay_s=0.0, window_s=0.05)) as rig:
         rig.camera.given.put(make_frame(part_id="", source="camera:0", error="parts may pass unseen: unplugged"))
         wait_for(lambda: rig.camera.num_taken == 1, "the outage is known")
         rig.button.press("A-1")
@@ -303,7 +301,7 @@ def test_a_trigger_while_the_camera_is_away_gets_a_frame_that_says_so() -> None:
 
 
 def test_a_camera_that_cannot_be_opened_is_an_error_after_the_parts_that_waited() -> None:
-    with rigged(Window(delay_s=0.0, window_s=10.0)) as rig:
+    with rigged(MatchWindow(delay_s=0.0, window_s=10.0)) as rig:
         rig.button.press("A-1")
         rig.camera.given.put(DataError("no such camera"))
         assert rig.next().fault is Reason.NO_IMAGE
@@ -315,7 +313,7 @@ def test_a_camera_that_cannot_be_opened_is_an_error_after_the_parts_that_waited(
 
 
 def test_a_trigger_that_cannot_come_is_a_problem() -> None:
-    with rigged(Window(delay_s=0.0, window_s=1.0)) as rig:
+    with rigged(MatchWindow(delay_s=0.0, window_s=1.0)) as rig:
         assert rig.source.problem() is None
         rig.button.said = "the broker is away"
         assert rig.source.problem() == "no trigger can come: the broker is away"

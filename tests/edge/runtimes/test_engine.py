@@ -16,11 +16,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edge.choice import choose, open_for_line
-from edge.parity import require_parity
-from edge.runtimes import Runtime, Scores, open_runtime
-from edge.runtimes.cuda import Cuda
-from edge.runtimes.engine import EngineRuntime
+from edge.runtimes.interface import Runtime, Scores
+from edge.runtimes.load import choose, open_for_line, open_runtime, require_parity
+from edge.runtimes.tensorrt import Cuda, EngineRuntime
 from edgeflame.engines import REPORT, BuildReport, EngineRecord, find_engine
 from edgeflame.errors import NegativeAnswerError, PackageError, RuntimeUnavailableError, UsageError
 from edgeflame.package import Package, read_package

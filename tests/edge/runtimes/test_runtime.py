@@ -13,7 +13,9 @@ import onnx.external_data_helper
 import onnxruntime
 import pytest
 
-from edge.runtimes import check_runtime_fits, onnx_runtime, open_runtime
+from edge.runtimes import onnx_runtime
+from edge.runtimes.interface import check_runtime_fits
+from edge.runtimes.load import open_runtime
 from edge.runtimes.onnx_runtime import open_onnx_runtime
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package
@@ -76,7 +78,7 @@ def test_a_silent_fall_back_is_an_error_when_cuda_was_asked_for(
 def test_without_onnx_runtime_the_message_names_the_extras() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
-        "from edge.runtimes import open_runtime\n"
+        "from edge.runtimes.load import open_runtime\n"
         "from edgeflame.errors import MissingDependencyError\n"
         "try: open_runtime(b'')\n"
         "except MissingDependencyError as exc: print(exc)"

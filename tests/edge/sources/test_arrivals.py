@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from edge.sources.watch.arrivals import Arrivals, GivenUp, Identity, Seen
+from edge.sources.arrivals import Arrivals, FileIdentity, IncompleteFile, SeenFile
 
 
-def arrivals(**done: Identity) -> Arrivals:
+def arrivals(**done: FileIdentity) -> Arrivals:
     return Arrivals(done, settle_s=1.0, deadline_s=30.0)
 
 
-def seen(size: int = 100, mtime_ns: int = 5, inode: int = 7) -> Seen:
-    return Seen(Identity(size, mtime_ns), inode)
+def seen(size: int = 100, mtime_ns: int = 5, inode: int = 7) -> SeenFile:
+    return SeenFile(FileIdentity(size, mtime_ns), inode)
 
 
 def test_a_file_is_tried_once_it_has_not_changed_for_long_enough() -> None:
@@ -55,7 +55,7 @@ def test_a_file_that_cannot_be_decoded_is_tried_again_when_it_has_changed() -> N
     files.failed("a.png", seen(100).identity, "cut short")
     assert list(files.given_up(58.9)) == []
     reason = "not complete 30 s after its last change: cut short"
-    assert list(files.given_up(59.0)) == [GivenUp("a.png", seen(100).identity, reason)]
+    assert list(files.given_up(59.0)) == [IncompleteFile("a.png", seen(100).identity, reason)]
     assert files.pending == []
 
 
@@ -81,7 +81,7 @@ def test_a_file_that_is_written_for_ever_is_given_up() -> None:
 
 
 def test_what_was_done_comes_again_only_if_it_is_written_anew() -> None:
-    files = arrivals(**{"a.png": Identity(100, 5)})
+    files = arrivals(**{"a.png": FileIdentity(100, 5)})
     files.observe("a.png", seen(), 0.0)
     files.hint("a.png", 0.0)
     files.observe("a.png", seen(), 0.0)
@@ -119,7 +119,7 @@ def test_a_file_that_disappears_is_lost_after_a_while_and_another_name_is_no_los
 
 
 def test_what_is_known_of_files_that_are_gone_is_forgotten() -> None:
-    files = arrivals(**{"a.png": Identity(1, 1), "b.png": Identity(1, 1)})
+    files = arrivals(**{"a.png": FileIdentity(1, 1), "b.png": FileIdentity(1, 1)})
     assert files.forget_absent(["b.png", "c.png"]) == ["a.png"]
     assert files.done.keys() == {"b.png"}
 
@@ -128,7 +128,7 @@ def test_what_is_known_of_files_that_are_gone_is_forgotten() -> None:
 def test_news_of_unknown_files_does_no_harm(call: str) -> None:
     files = arrivals()
     if call == "failed":
-        files.failed("a.png", Identity(1, 1), "x")
+        files.failed("a.png", FileIdentity(1, 1), "x")
     else:
         files.observe("a.png", None, 0.0)
     files.renamed("a.png")

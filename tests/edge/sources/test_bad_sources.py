@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.runtimes import open_runtime
-from edge.sources.gst import SYSTEM_PYTHON
+from edge.runtimes.load import open_runtime
+from edge.sources.camera import SYSTEM_PYTHON
 from edgeflame.boards import BoardStream, Camera
 from edgeflame.cli import cli
 from edgeflame.images import ImageU8, write_image

@@ -8,8 +8,9 @@ from pathlib import Path
 import cv2
 import pytest
 
-from edge.sources import camera, open_source
-from edge.sources.camera import CameraSettings, CameraSource, ask, camera_source
+from edge.sources import camera
+from edge.sources.camera import CameraSettings, CameraSource, apply_settings, camera_source
+from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError, UsageError
 
 
@@ -37,18 +38,18 @@ class Driver:
 def test_what_was_asked_and_given_is_not_remarked_on() -> None:
     asked = CameraSettings(width=1280, height=720, fps=30, pixel_format="MJPG", exposure=156, gain=3, white_balance=0)
     driver = Driver()
-    assert ask(driver, asked) == []  # type: ignore[arg-type]
+    assert apply_settings(driver, asked) == []  # type: ignore[arg-type]
     assert driver.order[0] == cv2.CAP_PROP_FOURCC  # sizes and rates depend on it
     assert driver.values[cv2.CAP_PROP_AUTO_EXPOSURE] == 1  # by hand, or the exposure is ignored
     assert driver.values[cv2.CAP_PROP_AUTO_WB] == 1
 
 
 def test_what_the_camera_does_otherwise_is_said_in_words() -> None:
-    differences = ask(Driver(), CameraSettings(width=1920, height=1080, focus=30))  # type: ignore[arg-type]
+    differences = apply_settings(Driver(), CameraSettings(width=1920, height=1080, focus=30))  # type: ignore[arg-type]
     assert differences == ["width 1280 instead of 1920", "height 720 instead of 1080", "focus 0 instead of 30"]
     other = Driver()
     other.set = lambda key, value: True  # type: ignore[assignment]
-    assert ask(other, CameraSettings(pixel_format="MJPG")) == ["pixel_format none instead of MJPG"]  # type: ignore[arg-type]
+    assert apply_settings(other, CameraSettings(pixel_format="MJPG")) == ["pixel_format none instead of MJPG"]  # type: ignore[arg-type]
 
 
 def test_an_address_says_what_is_asked() -> None:
@@ -81,7 +82,7 @@ def test_an_address_says_what_is_asked() -> None:
 )
 def test_addresses_that_make_no_sense(address: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as raised:
-        open_source(address)
+        open_image_source(address)
     assert "it is written camera:0 or camera:/dev/v4l" in str(raised.value)
 
 

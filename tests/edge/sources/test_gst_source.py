@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.sources import gst, open_source, reconnect
-from edge.sources.gst import SYSTEM_PYTHON, GstSource, csi_source, gst_source
+from edge.sources import camera as gst
+from edge.sources import child as reconnect
+from edge.sources.camera import SYSTEM_PYTHON, GstSource, csi_source, gst_source
+from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError, MissingDependencyError, UsageError
 from tests.support.waiting import wait_for
 
@@ -46,7 +48,7 @@ def test_a_pipelines_images_come_as_bgr_with_the_time_of_their_taking() -> None:
 def test_every_image_of_a_pipeline_that_ends_comes_and_then_the_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconnect, "FIRST_DELAY_S", 0.01)
     stop = threading.Event()
-    frames = open_source("gst:videotestsrc num-buffers=3 ! video/x-raw,width=32,height=32").frames(stop)
+    frames = open_image_source("gst:videotestsrc num-buffers=3 ! video/x-raw,width=32,height=32").frames(stop)
     images = [next(frames).image_bgr for _ in range(3)]
     assert all(image is not None for image in images)
     lost = next(frames)
@@ -97,7 +99,7 @@ def test_missing_bindings_are_told_with_what_to_install(monkeypatch: pytest.Monk
 
 
 def test_a_missing_part_is_told_through_the_capture_as_what_it_is() -> None:
-    from edge.sources.live import live_frames
+    from edge.sources.child import live_frames
     from tests.support.faulty_cameras import is_not_installed
 
     with pytest.raises(MissingDependencyError, match="apt install"):
@@ -120,13 +122,13 @@ def test_a_csi_camera_is_a_pipeline() -> None:
         "nvvidconv flip-method=2 ! video/x-raw,format=BGRx",
     )
     with pytest.raises(DataError, match='no element "nvarguscamerasrc"'):
-        next(open_source("csi:0").frames(threading.Event()))
+        next(open_image_source("csi:0").frames(threading.Event()))
 
 
 @pytest.mark.parametrize("address", ["gst:", "gst: ! ", "csi:left", "csi:0?width=0", "csi:0?gain=3", "csi:0?flip=8"])
 def test_addresses_that_make_no_sense(address: str) -> None:
     with pytest.raises(UsageError, match="--source "):
-        open_source(address)
+        open_image_source(address)
 
 
 def _pipelines() -> list[int]:

@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.sources import reconnect
-from edge.sources.isolated import SLOTS, Overwritten, read_in_child
-from edge.sources.live import live_frames
-from edge.sources.ring import FrameRing, RingName
+from edge.sources import child as reconnect
+from edge.sources.child import SLOTS, FrameRing, Overwritten, RingName, live_frames, read_in_child
 from edgeflame.errors import DataError
 from tests.support import faulty_cameras
 from tests.support.paths import REPOSITORY
@@ -128,7 +126,7 @@ _ORPHAN = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
 from tests.support import faulty_cameras
-from edge.sources.isolated import read_in_child
+from edge.sources.child import read_in_child
 if __name__ == "__main__":
     for taken in read_in_child(faulty_cameras.hangs, "cam", threading.Event(), stall_timeout_s=600):
         print("reading", flush=True)

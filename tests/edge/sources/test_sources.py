@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.sources import Frame, open_source
+from edge.frame import Frame
 from edge.sources.boards import BoardSource
-from edge.sources.reconnect import Lost, reconnecting
+from edge.sources.child import SourceLost, reconnecting
+from edge.sources.locate import open_image_source
 from edgeflame.boards import BoardStream, Camera
 from edgeflame.cli import cli
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
@@ -22,7 +23,7 @@ from tests.support.small_package import good_image, write_images
 
 
 def read(address: str | Path) -> list[Frame]:
-    return list(open_source(str(address)).frames(threading.Event()))
+    return list(open_image_source(str(address)).frames(threading.Event()))
 
 
 def test_a_folder_gives_every_image_once_sorted_with_the_truth(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_generated_boards_are_those_of_the_stream() -> None:
 
 def test_a_pause_between_generated_boards_ends_with_the_run() -> None:
     stop = threading.Event()
-    frames = open_source("boards:warm_wood?size=64&every=3600").frames(stop)
+    frames = open_image_source("boards:warm_wood?size=64&every=3600").frames(stop)
     assert next(frames).part_id == "part-000000"
     threading.Timer(0.05, stop.set).start()
     assert list(frames) == []
@@ -92,7 +93,7 @@ def test_generated_boards_are_of_the_data_set_s_camera(tmp_path: Path) -> None:
     arguments = ["demo-data", "--out", str(tmp_path), "--parts", "2", "--size", "64", "--seed", "3"]
     assert CliRunner().invoke(cli, arguments).exit_code == 0
     camera = json.loads((tmp_path / "dataset.json").read_text())["spec"]["camera"]
-    source = open_source("boards:warm_wood?seed=3&site=1")
+    source = open_image_source("boards:warm_wood?seed=3&site=1")
     assert isinstance(source, BoardSource)
     assert dataclasses.asdict(source.stream.camera) == camera
 
@@ -101,7 +102,7 @@ def test_a_whole_data_set_is_not_taken_for_parts(tmp_path: Path) -> None:
     write_images(tmp_path / "test")
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=r"give .*test"):
-        open_source(str(tmp_path))
+        open_image_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -128,13 +129,13 @@ def test_addresses_that_make_no_sense(
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.txt").write_text("words")
     with pytest.raises(kind, match=message) as raised:
-        open_source(address)
+        open_image_source(address)
     assert "secret" not in str(raised.value)
 
 
 def test_a_camera_that_is_not_there_is_an_error_at_once() -> None:
     with pytest.raises(DataError, match="no such camera"):
-        next(iter(open_source("camera:63").frames(threading.Event())))
+        next(iter(open_image_source("camera:63").frames(threading.Event())))
 
 
 class TestReconnecting:
@@ -160,7 +161,7 @@ class TestReconnecting:
         stream = reconnecting("cam", read, stop)  # type: ignore[arg-type]
         # One outage, however often it was tried again.
         first, lost, second, third = (next(stream) for _ in range(4))
-        assert lost == Lost(reason="unplugged")
+        assert lost == SourceLost(reason="unplugged")
         for got, expected in zip((first, second, third), images, strict=True):
             assert got is expected
         assert waited == [1.0, 2.0, 4.0]

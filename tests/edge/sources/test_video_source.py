@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.sources import open_source, reconnect
-from edge.sources.live import live_frames
+from edge.sources import child as reconnect
+from edge.sources.child import live_frames
+from edge.sources.locate import open_image_source
 from edge.sources.video import RtspSource, without_password
 from edgeflame.broker import free_port
 from edgeflame.errors import DataError
@@ -35,7 +36,7 @@ def video(tmp_path: Path) -> Path:
 
 
 def test_every_frame_of_a_video_comes_in_order_as_bgr(video: Path) -> None:
-    source = open_source(str(video))
+    source = open_image_source(str(video))
     assert not source.is_live
     frames = list(source.frames(threading.Event()))
     assert [frame.part_id for frame in frames] == [f"frame-{index:06d}" for index in range(8)]
@@ -48,7 +49,7 @@ def test_every_frame_of_a_video_comes_in_order_as_bgr(video: Path) -> None:
 
 def test_a_stop_ends_it(video: Path) -> None:
     stop = threading.Event()
-    frames = open_source(str(video)).frames(stop)
+    frames = open_image_source(str(video)).frames(stop)
     next(frames)
     stop.set()
     assert len(list(frames)) <= 1
@@ -59,7 +60,7 @@ def test_a_file_that_is_no_video(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"clip\.mp4: cannot be opened as video"):
-        list(open_source(str(path)).frames(threading.Event()))
+        list(open_image_source(str(path)).frames(threading.Event()))
 
 
 def test_a_video_cut_short_is_a_clear_error_or_fewer_frames(video: Path) -> None:
@@ -68,14 +69,14 @@ def test_a_video_cut_short_is_a_clear_error_or_fewer_frames(video: Path) -> None
         video.write_bytes(whole[:length])
         # Any other error, or a crash inside the decoder, fails the test.
         with contextlib.suppress(DataError):
-            assert 0 < len(list(open_source(str(video)).frames(threading.Event()))) <= 8
+            assert 0 < len(list(open_image_source(str(video)).frames(threading.Event()))) <= 8
 
 
 def test_a_network_camera_that_is_not_there_is_an_error_without_its_password() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        source = open_source(f"rtsp://admin:secret@127.0.0.1:{port}/stream")
+        source = open_image_source(f"rtsp://admin:secret@127.0.0.1:{port}/stream")
         assert source.is_live
         assert "secret" not in source.name
         with pytest.raises(DataError, match="cannot be opened as video") as raised:
@@ -95,7 +96,7 @@ def test_a_network_camera_is_read_and_found_again_after_an_outage(monkeypatch: p
     server = RtspServer(port)
     stop = threading.Event()
     try:
-        frames = open_source(f"rtsp://127.0.0.1:{port}/live").frames(stop)
+        frames = open_image_source(f"rtsp://127.0.0.1:{port}/live").frames(stop)
         images = [next(frames).image_bgr for _ in range(5)]
         for image in images:
             assert image is not None

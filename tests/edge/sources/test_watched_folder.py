@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.sources import Frame, open_source
-from edge.sources.watch import events
-from edge.sources.watch.reading import printable
+from edge.frame import Frame
+from edge.sources import watched_folder as events
+from edge.sources.arrivals import printable
+from edge.sources.locate import open_image_source
 from edgeflame.cli import cli
 from edgeflame.errors import DataError, UsageError
 from tests.support.small_package import bad_image, good_image
@@ -40,7 +41,7 @@ class Watched:
     def __init__(self, folder: Path, query: str) -> None:
         self.folder = folder
         self.stop = threading.Event()
-        source = open_source(f"watch:{folder}?{query}")
+        source = open_image_source(f"watch:{folder}?{query}")
         assert not source.is_live
         assert source.is_endless
         self._frames = source.frames(self.stop)
@@ -279,12 +280,12 @@ def test_a_folder_that_goes_away_is_an_outage_and_is_found_again(folder: Path, k
 )
 def test_addresses_that_make_no_sense(folder: Path, address: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        open_source(address.format(folder))
+        open_image_source(address.format(folder))
 
 
 def test_a_folder_that_is_not_there_is_an_error(folder: Path) -> None:
     with pytest.raises(DataError, match=r"watch:.*nowhere: no such folder"):
-        open_source(f"watch:{folder}/nowhere")
+        open_image_source(f"watch:{folder}/nowhere")
 
 
 # Through the whole command.

@@ -17,25 +17,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edge.cameras import Cameras
+from edge.cameras import Cameras, Overrides, plan_cameras
 from edge.config import CameraConfig, InspectConfig
-from edge.control import Control
-from edge.drift.monitor import Condition, DriftStatus, StreamStatus
-from edge.golden.config import GoldenConfig
-from edge.loading import Loader
-from edge.models.figures import Beside, Figures
-from edge.overrides import Overrides
-from edge.plan import make_plan
-from edge.results import Inspected
-from edge.upkeep import open_upkeep
-from edge.web.board import Board
-from edge.web.config import WebConfig
-from edge.web.marks import MarkStore
-from edge.web.metrics import LineMetrics
-from edge.web.models import ModelFigures
-from edge.web.server import operator_token, serve
-from edge.web.station import Station
-from edge.web.surroundings import Surroundings
+from edge.config.inspection import GoldenConfig
+from edge.config.outputs import WebConfig
+from edge.control import DaemonControl
+from edge.daemon import open_monitoring
+from edge.inspector import InspectorLoader
+from edge.result import Inspected
+from edge.status import DriftCondition, DriftStatus, RolloutStatus, ShadowStatus, StreamStatus
+from edge.web.feedback import FeedbackStore
+from edge.web.history import PartHistory
+from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
+from edge.web.page import OperatorPage
+from edge.web.server import operator_token, serve_page
 from edgeflame.cli import cli
 from edgeflame.condition import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError
@@ -76,7 +71,7 @@ class TestBoard:
     """What is shown."""
 
     def test_memory_is_bounded_and_rejects_outlive_the_passes_after_them(self) -> None:
-        board = Board(WebConfig(recent=3, rejects=2))
+        board = PartHistory(WebConfig(recent=3, rejects=2))
         for sequence, verdict in enumerate(["fail", "fail", "unknown", *["pass"] * 20]):
             board.accept(part(sequence, verdict))
         view = board.view()
@@ -92,7 +87,7 @@ class TestBoard:
     def test_counts_are_of_today_and_go_on_after_a_restart(self) -> None:
         yesterday = dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=1)
         past = [part(0, "fail", captured=yesterday).result, part(1, "fail").result, part(2).result]
-        board = Board(WebConfig(), past)
+        board = PartHistory(WebConfig(), past)
         board.accept(part(3, "unknown"))
         today = board.view().today
         assert (today.passed, today.failed, today.unknown) == (1, 1, 1)
@@ -100,17 +95,17 @@ class TestBoard:
         assert board.view().scores[-1][0] is None
 
     def test_pictures_are_no_larger_than_asked_for(self) -> None:
-        board = Board(WebConfig())
+        board = PartHistory(WebConfig())
         board.accept(part(0))
         assert len(board.picture(1, with_heat=False, side=40) or b"") < len(board.picture(1, with_heat=False) or b"")
 
 
-def drifting(condition: Condition = Condition.OK, **streams: Condition) -> DriftStatus:
+def drifting(condition: DriftCondition = DriftCondition.OK, **streams: DriftCondition) -> DriftStatus:
     """What a camera's drift might be."""
     told = tuple(
         StreamStatus(
             name=name,
-            condition=streams.get(name, Condition.OK),
+            condition=streams.get(name, DriftCondition.OK),
             direction="lower" if name in streams else None,
             rank=0.08 if name in streams else 0.5,
             evidence=1.0 if name in streams else 0.1,
@@ -123,7 +118,7 @@ def drifting(condition: Condition = Condition.OK, **streams: Condition) -> Drift
     message = (
         "camera or light changed: brightness lower" if streams else "parts, camera and light are as they were learnt"
     )
-    return DriftStatus(condition=condition, parts=Condition.OK, camera=condition, message=message, streams=told)
+    return DriftStatus(condition=condition, parts=DriftCondition.OK, camera=condition, message=message, streams=told)
 
 
 class Plc:
@@ -141,7 +136,7 @@ def station(
     cameras: Sequence[str] = ("camera",),
     golden: GoldenConfig | None = None,
     **keys: Any,
-) -> Iterator[tuple[Station, str]]:
+) -> Iterator[tuple[OperatorPage, str]]:
     """A page over real cameras, whose parts are shown by hand; with drift and golden parts as in a daemon."""
     config = WebConfig(listen="127.0.0.1:0", **keys)
     settings = InspectConfig(
@@ -149,40 +144,40 @@ def station(
         cameras={name: CameraConfig(source="boards:warm_wood", product="tile") for name in cameras},
         golden=golden or GoldenConfig(),
     )
-    plan = make_plan(settings, model=None, source=None, product_of=str)
+    plan = plan_cameras(settings, model=None, source=None, product_of=str)
     overrides = Overrides(None)
-    opened_cameras = Cameras(plan, Loader(device="cpu", num_threads=1), overrides)
+    opened_cameras = Cameras(plan, InspectorLoader(device="cpu", num_threads=1), overrides)
     lines = opened_cameras.lines
-    control = Control(
+    control = DaemonControl(
         lines,
         products=lambda: opened_cameras.products,
         load=opened_cameras.load,
         overrides=overrides,
         folder=folder / "snapshots",
     )
-    with open_upkeep(plan, lines, control, folder / "state"):
+    with open_monitoring(plan, lines, control, folder / "state"):
         control.annotate(lambda status: msgspec.structs.replace(status, dropped={"superseded": 3}, source="camera:0"))
         metrics = LineMetrics(control.statuses, deliverers=[])
         expires = dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc)
-        metrics.registry.register(Surroundings(folder, {"camera": Plc()}, certificate_expires=expires))
+        metrics.registry.register(HostMetrics(folder, {"camera": Plc()}, certificate_expires=expires))
         found = Disagreement(parts=20, differing=3, skipped=5)
-        beside = Beside(product="tile", role="candidate", on_trial=False, found=found)
-        figures = Figures(beside=(beside,), fates={("tile", "refused"): 2})
-        metrics.registry.register(ModelFigures(lambda: figures))
-        opened = Station(
+        beside = ShadowStatus(product="tile", role="candidate", on_trial=False, found=found)
+        figures = RolloutStatus(beside=(beside,), fates={("tile", "refused"): 2})
+        metrics.registry.register(RolloutMetrics(lambda: figures))
+        opened = OperatorPage(
             config,
             control,
-            board=Board(config),
+            board=PartHistory(config),
             metrics=metrics,
-            marks=MarkStore(folder / "marks"),
+            marks=FeedbackStore(folder / "marks"),
             deliverers=[],
             token=TOKEN,
         )
-        with serve(opened, config) as address:
+        with serve_page(opened, config) as address:
             yield opened, address
 
 
-def judge(opened: Station, inspected: Inspected) -> None:
+def judge(opened: OperatorPage, inspected: Inspected) -> None:
     opened.board.accept(inspected)
     opened.metrics.accept(inspected)
 
@@ -329,7 +324,7 @@ def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package_f
 
 
 def test_marks_are_refused_rather_than_deleted_when_there_are_too_many(tmp_path: Path) -> None:
-    store = MarkStore(tmp_path / "marks", max_marks=2)
+    store = FeedbackStore(tmp_path / "marks", max_marks=2)
     marked = [part(sequence) for sequence in range(2)]
     for one in marked:
         store.add(one, "good")
@@ -498,7 +493,7 @@ def test_several_cameras_drift_and_orders_in_a_browser(
         # Drift: what it is, and since when; nothing moves when it comes.
         page.get_by_text("Parts, camera and light are as they were learnt.").wait_for()
         page.evaluate("window.shifts = 0")
-        state = drifting(Condition.ALARM, brightness=Condition.ALARM)
+        state = drifting(DriftCondition.ALARM, brightness=DriftCondition.ALARM)
         judge(opened, part(3, "fail", camera="right"))
         page.locator("#drift-message").get_by_text("Camera or light changed: brightness lower.").wait_for()
         assert "alarm: lower since" in page.locator("#streams tr.bad").inner_text()

@@ -1,0 +1,569 @@
+"""The loop of one camera: capture, inspect, hand on; and what may be changed about it while it runs.
+
+Theory of operation
+-------------------
+The loop runs on a thread of its own, in :meth:`CameraWorker.run`. Everybody else changes it through the methods above
+it,
+which wait for the frame in hand and take effect before the next one (:class:`FrameLock`).
+
+A camera that cannot be opened, or whose capture fails, is tried again with growing pauses. Each outage gives one part
+with the verdict ``unknown``. A judge that fails unexpectedly costs the part in hand its verdict (``unknown`` as well)
+and not the daemon its life, so long as it does not happen again and again: then :class:`CrashLoopError` ends the
+daemon, for its supervisor to start it afresh.
+
+The golden part of a self-test is the first part whose picture was taken after the request: frames that were waiting
+then show what passed before. It is never a part of the production.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, final
+
+import msgspec
+
+from edge.capture import Capture, PrefetchPool
+from edge.config.inspection import CaptureConfig
+from edge.config.parts import PartsConfig, TriggerConfig
+from edge.frame import Captured, Source, make_frame
+from edge.inspector import InspectorProtocol, make_unknown
+from edge.parts.tracker import PartTracker
+from edge.result import Inspected, Reason, Result
+from edge.status import CameraStatus
+from edgeflame.console import EventLog
+from edgeflame.errors import (
+    ConfigError,
+    CrashLoopError,
+    EdgeFlameError,
+    MissingDependencyError,
+    RuntimeUnavailableError,
+    StorageError,
+    UsageError,
+)
+
+PATIENCE_S = 5.0
+"""How long a change waits for the frame in hand; a judge that takes longer hangs."""
+
+
+@final
+class FrameLock:
+    """A lock with a *door* before it: whoever wants a change waits behind one frame, however fast frames follow.
+
+    Args:
+        camera: for messages.
+    """
+
+    def __init__(self, camera: str) -> None:
+        self._camera = camera
+        self._door, self._lock = threading.Lock(), threading.Lock()
+
+    @contextlib.contextmanager
+    def frame(self) -> Iterator[None]:
+        """While a frame is judged."""
+        with self._door:
+            pass
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def between_frames(self) -> Iterator[None]:
+        """While something is changed.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._door:
+            if not self._lock.acquire(timeout=PATIENCE_S):
+                msg = f"camera {self._camera}: the part in hand has been judged for more than {PATIENCE_S:g} s"
+                raise RuntimeUnavailableError(msg)
+            try:
+                yield
+            finally:
+                self._lock.release()
+
+
+log = EventLog("line")
+
+MAX_CRASHES, CRASH_WINDOW_S = 5, 600.0
+"""So many unexpected errors of one camera within so long are taken for a defect that only a new start may cure."""
+
+
+@final
+class RestartBudget:
+    """Counts the unexpected errors of one camera.
+
+    Args:
+        camera: for messages.
+        clock: monotonic, seconds.
+    """
+
+    def __init__(self, camera: str, clock: Callable[[], float]) -> None:
+        self._camera = camera
+        self._clock = clock
+        self._crashes: collections.deque[float] = collections.deque()
+
+    def note(self, exc: Exception) -> None:
+        """Note an unexpected error.
+
+        Raises:
+            CrashLoopError: it was one too many.
+        """
+        now = self._clock()
+        self._crashes.append(now)
+        while now - self._crashes[0] > CRASH_WINDOW_S:
+            self._crashes.popleft()
+        log.error("unexpected_error", camera=self._camera, reason=repr(exc), count=len(self._crashes))
+        if len(self._crashes) > MAX_CRASHES:
+            msg = (
+                f"camera {self._camera}: {len(self._crashes)} unexpected errors within {CRASH_WINDOW_S:g} s, the last "
+                f"{exc!r}; the daemon has to be started again"
+            )
+            raise CrashLoopError(msg) from exc
+
+
+@final
+class GoldenRequests:
+    """Safe for any thread. A request that was given up in time marks nothing.
+
+    Args:
+        clock: monotonic, seconds; that of the frames.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiting: list[queue.SimpleQueue[Inspected]] = []
+        self._since = 0.0
+
+    def wait_for_one(self, timeout_s: float) -> Inspected | None:
+        """The next part that is judged, marked as golden; None when none came in time."""
+        answer: queue.SimpleQueue[Inspected] = queue.SimpleQueue()
+        with self._lock:
+            self._since = self._clock()
+            self._waiting.append(answer)
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            with self._lock:
+                if answer in self._waiting:
+                    self._waiting.remove(answer)
+                    return None
+            # It came at the last moment, and is marked.
+            return answer.get()
+
+    def take(self, inspected: Inspected, captured: Captured) -> Inspected:
+        """A part that was just judged; marked as golden if somebody waits for one.
+
+        An outage shows no part: it is never taken for one.
+        """
+        with self._lock:
+            frame = captured.frame
+            if not self._waiting or frame.image_bgr is None or frame.captured_monotonic_s < self._since:
+                return inspected
+            waiting, self._waiting = self._waiting, []
+        marked = dataclasses.replace(inspected, result=msgspec.structs.replace(inspected.result, golden=True))
+        for answer in waiting:
+            answer.put(marked)
+        return marked
+
+
+class PartListener(Protocol):
+    """Looks on at every part after its verdict has been handed on: a shadow model, a drift monitor.
+
+    It must never hold the line up: what takes longer than microseconds it does on a thread of its own.
+    """
+
+    def watch(self, captured: Captured, inspected: Inspected) -> None:
+        """One part, on the line's thread."""
+        ...
+
+
+PAUSED = "paused"
+"""Why a live frame was dropped: the line was told to rest."""
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+"""Between attempts to get a camera back: doubles from the first to the longest."""
+
+_HOPELESS = (ConfigError, UsageError, MissingDependencyError)
+"""What no later attempt will mend."""
+
+
+@final
+class CameraWorker:
+    """One camera with its judge.
+
+    Args:
+        name: of the camera.
+        open_source: gives the camera; called again for each attempt after a failure.
+        judge: of its frames.
+        capture: how its frames are queued.
+        watchers: look on at every part.
+        keeper: of its parts' numbers and deadlines; left out, they have none.
+        clock: monotonic, seconds.
+
+    Raises:
+        EdgeFlameError: there is no such source.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        open_source: Callable[[], Source],
+        judge: InspectorProtocol,
+        capture: CaptureConfig,
+        *,
+        watchers: Sequence[PartListener] = (),
+        keeper: PartTracker | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._open_source = open_source
+        self._source = open_source()
+        self._judge = judge
+        self._threshold_set = False
+        self._config = capture
+        self._watchers = tuple(watchers)
+        self._keeper = PartTracker(name, TriggerConfig(), PartsConfig()) if keeper is None else keeper
+        self._clock = clock
+        self._turn = FrameLock(name)
+        self._resumed = threading.Event()
+        self._resumed.set()
+        self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
+        self._goldens = GoldenRequests(clock)
+        self._capture: Capture | None = None
+        self._unread: list[Captured] = []
+        self._dropped: collections.Counter[str] = collections.Counter()
+        self._crashes = RestartBudget(name, clock)
+        self._next_sequence = 0
+        self._has_worked = False
+        self._ended = False
+        self._problem: str | None = None
+        self._busy_since: float | None = None
+        self.parts = 0
+        """Judged since the start."""
+
+    # What anybody may ask and say.
+
+    @property
+    def judge(self) -> InspectorProtocol:
+        """Who judges now."""
+        return self._judge
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its parts pass whether or not we look."""
+        return self._source.is_live
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether its source ends only when it is stopped."""
+        return self._source.is_endless
+
+    @property
+    def is_paused(self) -> bool:
+        return not self._resumed.is_set()
+
+    @property
+    def dropped(self) -> collections.Counter[str]:
+        """Frames never looked at so far, by reason."""
+        capture = self._capture
+        return self._dropped + self._keeper.dropped + (capture.dropped if capture else collections.Counter())
+
+    @property
+    def busy_s(self) -> float:
+        """How long the frame in hand has been judged and handed on; 0 between frames, unless the model is still busy
+        with one whose deadline has passed.
+        """
+        since = self._busy_since
+        own = 0.0 if since is None else max(0.0, self._clock() - since)
+        return max(own, self._keeper.busy_s())
+
+    def status(self) -> CameraStatus:
+        """What it is doing now."""
+        judge, busy_s = self._judge, self.busy_s
+        hangs = f"one part has been in hand for {busy_s:.0f} s" if busy_s > PATIENCE_S else None
+        return CameraStatus(
+            camera=self.name,
+            source=self._source.name,
+            product=judge.product,
+            model=judge.model_id,
+            provider=judge.provider,
+            threshold=judge.threshold,
+            threshold_set=self._threshold_set,
+            paused=self.is_paused,
+            ended=self._ended,
+            problem=hangs or self._keeper.problem() or self._problem,
+            parts=self.parts,
+            dropped=dict(self.dropped),
+            counts=copy.copy(self._keeper.counts),
+            trigger_up=self._keeper.trigger_up,
+        )
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether its parts have numbers or names that mean something."""
+        return self._keeper.has_identity
+
+    def recall(self, past: Iterable[Result]) -> None:
+        """Take note of what was found before this start, oldest first: of parts' numbers and names."""
+        self._keeper.recall(past)
+
+    def pause(self) -> None:
+        """Judge no more frames. A camera's are dropped and counted; files and triggered parts wait."""
+        self._resumed.clear()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._resumed.set()
+
+    def set_threshold(self, value: float | None) -> None:
+        """Another threshold from the next frame on; None for the judge's own.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._turn.between_frames():
+            self._judge.set_threshold(value)
+            self._threshold_set = value is not None
+
+    def use(self, judge: InspectorProtocol, *, threshold: float | None = None) -> InspectorProtocol:
+        """Have another judge from the next frame on; returns the one before. Not a frame is lost between them.
+
+        Args:
+            judge: the other.
+            threshold: for it, in place of its own.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._turn.between_frames():
+            if threshold is not None:
+                judge.set_threshold(threshold)
+            before, self._judge, self._threshold_set = self._judge, judge, threshold is not None
+        return before
+
+    def watch(self, watcher: PartListener) -> None:
+        """Have somebody look on from the next frame on."""
+        self._watchers = (*self._watchers, watcher)
+
+    def unwatch(self, watcher: PartListener) -> None:
+        """Have somebody look on no more; nothing if nobody did."""
+        self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
+    def snapshot(self, timeout_s: float) -> Inspected | None:
+        """The next part that is judged, with its evidence; None when none came in time."""
+        answer: queue.SimpleQueue[Inspected] = queue.SimpleQueue()
+        self._snapshots.put(answer)
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def golden(self, timeout_s: float) -> Inspected | None:
+        """The next part, which is a golden one and marked so; None when none came in time, and then none will be."""
+        return self._goldens.wait_for_one(timeout_s)
+
+    def rehearse(self, captured: Captured) -> Inspected:
+        """Have a photograph judged between two frames; nobody but the caller is told.
+
+        Raises:
+            RuntimeUnavailableError: the frame in hand does not come to an end.
+        """
+        with self._turn.between_frames():
+            return self._judge.rehearse(captured)
+
+    # The loop.
+
+    def run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool = True) -> None:
+        """Inspect until the source ends or ``halt`` is set; the part in hand still gets its verdict.
+
+        Args:
+            accept: takes every verdict; what it raises ends the run.
+            halt: ends the run.
+            is_alone: without other cameras beside it; then a camera that does not work at the start is an error, and
+                otherwise it is waited for.
+
+        Raises:
+            EdgeFlameError: the source cannot be read; what ``accept`` raised; unexpected errors too often.
+        """
+        try:
+            self._run(accept, halt, is_alone=is_alone)
+        except CrashLoopError:
+            self._give_up_unread(accept)
+            raise
+        else:
+            self._give_up_unread(accept)
+        finally:
+            self._keeper.close()
+
+    def _run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool) -> None:
+        delay_s, is_out = FIRST_DELAY_S, False
+        while not halt.is_set():
+            parts = self.parts
+            try:
+                self._run_once(accept, halt)
+            except _NotTakenError as exc:
+                raise exc.cause from None
+            except (StorageError, CrashLoopError, *_HOPELESS):
+                raise
+            except EdgeFlameError as exc:
+                if not self.is_endless or (is_alone and not self._has_worked):
+                    self._problem = str(exc)
+                    raise
+                reason = str(exc)
+            except Exception as exc:
+                self._crashes.note(exc)
+                if not self.is_endless:
+                    # From its beginning again, it would give its parts a second time.
+                    msg = f"camera {self.name}: the source failed unexpectedly: {exc!r}"
+                    raise CrashLoopError(msg) from exc
+                reason = f"an unexpected error: {exc!r}"
+            else:
+                if halt.is_set() or not self.is_endless:
+                    self._ended = not halt.is_set()
+                    return
+                reason = "the source ended, which it never should"
+            if self.parts > parts:
+                delay_s, is_out = FIRST_DELAY_S, False
+            self._problem = reason
+            if not is_out:
+                is_out = True
+                try:
+                    self._report_outage(reason, accept)
+                except _NotTakenError as exc:
+                    raise exc.cause from None
+            log.warning("camera_lost", camera=self.name, reason=reason, retry_in_s=delay_s)
+            halt.wait(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+            self._try_to_reopen()
+
+    def _run_once(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
+        first = self._next_sequence
+        self._capture = Capture(self._source, self._config, halt)
+        ahead = self._ahead(self._capture, halt)
+        try:
+            with ahead as frames:
+                for captured in frames:
+                    self._next_sequence = first + captured.sequence + 1
+                    placed = dataclasses.replace(captured, sequence=first + captured.sequence) if first else captured
+                    wanted = placed if self._resumed.is_set() else self._rest(placed, halt)
+                    if wanted is not None:
+                        self._deal_with(wanted, accept)
+        finally:
+            self._dropped += self._capture.dropped
+            self._unread += self._keeper.unfinished(ahead.unread())
+            self._capture = None
+
+    def _give_up_unread(self, accept: Callable[[Inspected], None]) -> None:
+        """Parts that were announced before the end, and whose turn has not come: unknown, and not forgotten."""
+        unread, self._unread = self._unread, []
+        for captured in unread:
+            placed = dataclasses.replace(captured, sequence=self._next_sequence)
+            self._next_sequence += 1
+            detail = "the inspection was stopped before its turn"
+            inspected = make_unknown(placed, self._judge, camera=self.name, reason=Reason.NOT_SCORED, detail=detail)
+            self.parts += 1
+            accept(self._keeper.finish(inspected, placed))
+
+    def _ahead(self, capture: Capture, halt: threading.Event) -> PrefetchPool | Capture:
+        """The capture's frames, looked at ahead of their turn where that is worth it."""
+        looker = self._judge.looker
+        # A model that hangs would hold the lanes, and with them the parts behind, beyond their deadlines.
+        if looker is None or self._keeper.has_deadline:
+            return capture
+        return PrefetchPool(
+            capture, lambda: self._judge.looker if self._resumed.is_set() else None, halt, count=looker.lanes
+        )
+
+    def _rest(self, captured: Captured, halt: threading.Event) -> Captured | None:
+        """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over.
+
+        A part that was announced is not dropped; it waits until its deadline.
+        """
+        is_announced = captured.frame.trigger is not None
+        if self.is_live and not is_announced:
+            self._dropped[PAUSED] += 1
+            return None
+        due = self._keeper.due_s(captured) if is_announced else None
+        while not self._resumed.wait(0.2 if due is None else max(0.0, min(0.2, due - self._clock()))):
+            if halt.is_set():
+                return captured if is_announced else None
+            if due is not None and self._clock() >= due:
+                break
+        if is_announced:
+            return captured
+        # It waited for us, and not we for it: its latency begins now.
+        return dataclasses.replace(
+            captured, frame=dataclasses.replace(captured.frame, captured_monotonic_s=self._clock())
+        )
+
+    def _deal_with(self, captured: Captured, accept: Callable[[Inspected], None]) -> None:
+        self._busy_since = self._clock()
+        try:
+            with self._turn.frame():
+                inspected = self._goldens.take(self._judged(captured), captured)
+            self.parts += not inspected.result.golden
+            if captured.frame.image_bgr is not None:
+                self._has_worked, self._problem = True, None
+            elif captured.frame.error is not None and self.is_live and captured.frame.fault in (None, Reason.NO_IMAGE):
+                self._problem = captured.frame.error
+            try:
+                accept(inspected)
+            except Exception as exc:
+                raise _NotTakenError(exc) from exc
+        finally:
+            self._busy_since = None
+        while not self._snapshots.empty():
+            self._snapshots.get().put(inspected)
+        for watcher in self._watchers:
+            try:
+                watcher.watch(captured, inspected)
+            except Exception as exc:  # noqa: BLE001 - an onlooker must not break the line
+                log.error("watcher_failed", camera=self.name, watcher=type(watcher).__name__, reason=repr(exc))
+                self.unwatch(watcher)
+        self._keeper.check()
+
+    def _judged(self, captured: Captured) -> Inspected:
+        try:
+            inspected = self._keeper.inspect(self._judge, captured)
+        except Exception as exc:  # noqa: BLE001 - the outermost frame of a camera's loop
+            self._crashes.note(exc)
+            detail = f"an unexpected error: {exc!r}"
+            inspected = make_unknown(
+                captured, self._judge, camera=self.name, reason=Reason.RUNTIME_FAILED, detail=detail
+            )
+        return self._keeper.finish(inspected, captured)
+
+    def _report_outage(self, reason: str, accept: Callable[[Inspected], None]) -> None:
+        """What nobody looked at is never a pass, and said to be unknown."""
+        frame = make_frame(
+            part_id=f"outage-{self._next_sequence:06d}",
+            source=self._source.name,
+            error=f"parts may pass unseen: {reason}",
+        )
+        # It has a fault and no trigger: no part, and none whose number could be missing.
+        frame = dataclasses.replace(frame, fault=Reason.UNREADABLE)
+        captured = Captured(sequence=self._next_sequence, frame=frame)
+        self._next_sequence += 1
+        self._deal_with(captured, accept)
+        self._problem = reason
+
+    def _try_to_reopen(self) -> None:
+        """A new source; where there is none now, the old one fails again and says why."""
+        with contextlib.suppress(EdgeFlameError):
+            self._source = self._open_source()
+
+
+class _NotTakenError(Exception):
+    """A verdict could not be handed on: no fault of the camera's, and not to be mistaken for one."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause

@@ -1,0 +1,203 @@
+"""The verdict for the machine that ejects the part: holding registers of a PLC, over Modbus TCP.
+
+Theory of operation
+-------------------
+Ten registers, or thirteen in layout 2, written with one request, so that a PLC never sees the verdict of one part with
+the number of another:
+
+    +0      part number: rises by one a part, 1 to 65535 and round again; 0 before the first
+    +1      verdict: 0 none yet, 1 pass, 2 fail, 3 unknown
+    +2      score over threshold in thousandths, at most 65534; 65535: no score
+    +3      heartbeat: changes every ``heartbeat_s`` as long as the inspection lives, parts or not
+    +4, +5  passed since the start, high word first
+    +6, +7  failed
+    +8, +9  unknown
+    +10, +11  layout 2: the part's own number, as the PLC or whoever announced it said it, modulo 2^32, high word first
+    +12     layout 2: bits; 1: the part has a number of its own, 2: late, 4: duplicate, 8: parts are missing before it
+
+A PLC takes a verdict when the part number changes, and must treat a heartbeat that stands still, and a number that
+jumps, as "not inspected". While the link is away verdicts cannot be written; they are counted and logged, the next
+one shows the jump, and the heartbeat has stopped meanwhile. Nothing is written late: a verdict for a part that is long
+gone would hit another part. A missed part's number is shown with verdict 0.
+
+A verdict that is written after its part's deadline is 3, unknown, with the bit for late, whatever it was: a PLC that
+has given the part up must not be told that it passed.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+
+from pymodbus.client import ModbusTcpClient
+from pymodbus.exceptions import ModbusException
+
+from edge.config.outputs import ModbusConfig
+from edge.result import Inspected
+from edgeflame.console import EventLog
+
+log = EventLog("plc")
+
+VERDICTS = {"pass": 1, "fail": 2, "unknown": 3}
+NO_SCORE = 0xFFFF
+
+HAS_NUMBER, LATE, DUPLICATE, MISSING = 1, 2, 4, 8
+"""Bits of +12."""
+
+_RETRY_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What is written of one part."""
+
+    verdict: int
+    ratio: int
+    number: int
+    flags: int
+    due_s: float | None
+
+
+_NONE = _Part(verdict=0, ratio=NO_SCORE, number=0, flags=0, due_s=None)
+
+
+class PlcSink:
+    """Writes each verdict as it comes, on a thread of its own. A PLC that is away never holds up the line.
+
+    Args:
+        config: where.
+    """
+
+    def __init__(self, config: ModbusConfig) -> None:
+        self._config = config
+        self._client = ModbusTcpClient(
+            config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0
+        )
+        self._changed = threading.Condition()
+        self._waiting: collections.deque[_Part] = collections.deque()
+        self._counts = dict.fromkeys(VERDICTS, 0)
+        self._number = 0
+        self._shown = _NONE
+        self._heartbeat = 0
+        self._is_up: bool | None = None
+        self._closing = False
+        self.num_missed = 0
+        """Verdicts that could not be written."""
+        self.num_late = 0
+        """Verdicts that were in time, and written as unknown since the deadline had passed by then."""
+        self._thread = threading.Thread(target=self._run, name="edgeflame-plc", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the last write, a verdict or a heartbeat, reached the PLC."""
+        return bool(self._is_up)
+
+    def accept(self, inspected: Inspected) -> None:
+        """Hand a verdict over."""
+        result = inspected.result
+        ratio = NO_SCORE if result.score is None else min(round(1000 * result.score / result.threshold), NO_SCORE - 1)
+        flags = (
+            (HAS_NUMBER if result.part_number is not None else 0)
+            | (LATE if result.late else 0)
+            | (DUPLICATE if result.duplicate else 0)
+            | (MISSING if result.parts_missing else 0)
+        )
+        part = _Part(
+            verdict=VERDICTS[result.verdict],
+            ratio=ratio,
+            number=result.part_number or 0,
+            flags=flags,
+            due_s=inspected.due_monotonic_s,
+        )
+        with self._changed:
+            self._counts[result.verdict] += 1
+            self._waiting.append(part)
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Write what waits, once, and then let go; does not wait for that."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finish, and wait for it."""
+        self.finish()
+        self._thread.join(2 * self._config.timeout_s + 1)
+        if self.num_missed or self.num_late:
+            log.warning("plc_verdicts_missed", count=self.num_missed, late=self.num_late, host=self._config.host)
+
+    def _run(self) -> None:
+        next_beat = time.monotonic()
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closing and time.monotonic() < next_beat:
+                    self._changed.wait(max(0.0, next_beat - time.monotonic()))
+                part = self._waiting.popleft() if self._waiting else None
+                if part is None and self._closing:
+                    break
+                registers = self._registers(part)
+            written = self._write(registers)
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + self._config.heartbeat_s
+            if not written:
+                self._miss(part is not None)
+        self._client.close()  # type: ignore[no-untyped-call]
+
+    def _registers(self, part: _Part | None) -> list[int]:
+        self._heartbeat = (self._heartbeat + 1) % 0x10000
+        if part is not None:
+            self._number = self._number % 0xFFFF + 1
+            self._shown = self._in_time(part)
+        shown = self._shown
+        counts = [word for count in self._counts.values() for word in _words(count)]
+        own = [*_words(shown.number), shown.flags] if self._config.layout == 2 else []
+        return [self._number, shown.verdict, shown.ratio, self._heartbeat, *counts, *own]
+
+    def _in_time(self, part: _Part) -> _Part:
+        if part.due_s is None or time.monotonic() < part.due_s or part.flags & LATE:
+            return part
+        self.num_late += 1
+        log.warning("plc_verdict_late", number=part.number, verdict=part.verdict, written=VERDICTS["unknown"])
+        return dataclasses.replace(part, verdict=VERDICTS["unknown"], flags=part.flags | LATE)
+
+    def _write(self, registers: list[int]) -> bool:
+        try:
+            if not self._client.connected and not self._client.connect():  # type: ignore[no-untyped-call]
+                reason = "no connection"
+            else:
+                answer = self._client.write_registers(self._config.register, registers, device_id=self._config.unit)
+                reason = f"refused: {answer}" if answer.isError() else ""
+        except (ModbusException, OSError) as exc:
+            reason = str(exc)
+            self._client.close()  # type: ignore[no-untyped-call]
+        if self._is_up != (not reason):
+            self._is_up = not reason
+            address = f"{self._config.host}:{self._config.port}"
+            if reason:
+                log.error("plc_lost", address=address, reason=reason)
+            else:
+                log.info("plc_connected", address=address)
+        return not reason
+
+    def _miss(self, in_hand: bool) -> None:
+        """A moment's rest, unless we close; what came before and meanwhile is not for the PLC any more.
+
+        The next heartbeat shows it the number without a verdict.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, _RETRY_S)
+            missed = len(self._waiting) + in_hand
+            self._number = (self._number + len(self._waiting) - 1) % 0xFFFF + 1 if self._waiting else self._number
+            self._waiting.clear()
+            if missed:
+                self.num_missed += missed
+                self._shown = _NONE
+
+
+def _words(number: int) -> tuple[int, int]:
+    """A number modulo 2^32 in two registers, high word first."""
+    return number >> 16 & 0xFFFF, number & 0xFFFF

@@ -1,0 +1,275 @@
+"""The self-test with golden parts: known parts, judged again and again, so that a line that has gone blind is noticed.
+
+Photographs go through the very judge that judges parts, at its present threshold, one between two frames: a test of
+twenty delays no part by more than one. A golden part before the camera is judged like any part, and its result is
+marked ``golden``: it is delivered, and tells the PLC, like any other, but is not counted as production.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import final
+
+import msgspec
+
+from edge.camera_worker import CameraWorker
+from edge.config.inspection import GoldenConfig
+from edge.frame import Captured, make_frame
+from edge.result import Result
+from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
+from edgeflame.images import IMAGE_SUFFIXES, read_image
+from edgeflame.statedir import storage_errors, write_durably
+
+VERDICT_OF = {"good": "pass", "bad": "fail"}
+
+
+def check_golden_part(result: Result, part: str, expected: Expected) -> GoldenCheck:
+    """One golden part's result against what it should be; ``unknown`` is never right."""
+    return GoldenCheck(
+        part=part,
+        expected=VERDICT_OF[expected],
+        verdict=result.verdict,
+        ratio=None if result.score is None else round(result.score / result.threshold, 4),
+        reasons=result.reasons,
+    )
+
+
+def golden_message(checks: tuple[GoldenCheck, ...]) -> str:
+    """What came out, with the parts that were judged wrongly."""
+    wrong = [one for one in checks if not one.is_right]
+    if not wrong:
+        return f"{len(checks)} golden part{'s' if len(checks) > 1 else ''} judged rightly"
+    told = ", ".join(
+        f"{one.part} should {one.expected} and came out {one.verdict}"
+        + (f" at {one.ratio:.2f} of the threshold" if one.ratio is not None else "")
+        for one in wrong[:3]
+    )
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"{len(wrong)} of {len(checks)} golden parts judged wrongly: {told}{more}"
+
+
+def last_due(times: Sequence[dt.time], now: dt.datetime) -> dt.datetime | None:
+    """The latest moment not after ``now`` (local time, aware) at which a test was due; None without times."""
+    moments = [
+        dt.datetime.combine(now.date() - dt.timedelta(days=back), time, now.tzinfo) for back in (0, 1) for time in times
+    ]
+    return max((moment for moment in moments if moment <= now), default=None)
+
+
+def is_due(times: Sequence[dt.time], last_test: dt.datetime | None, now: dt.datetime) -> bool:
+    """Whether a test is due that has not been made; one that was missed while the daemon was off is.
+
+    A last test in the future, before the clock was set back, counts as made now: the next time of the day comes.
+    """
+    due = last_due(times, now)
+    return due is not None and (last_test is None or last_test < due)
+
+
+log = EventLog("golden")
+
+HISTORY_FILE = "history.jsonl"
+MAX_HISTORY_BYTES = 4 << 20
+"""Some thousand tests; then the file begins anew, and the one before is kept beside it."""
+
+_POLL_S = 5.0
+"""How often the clock is looked at."""
+
+
+def golden_photographs(folder: Path, product: str) -> list[tuple[Path, Expected]]:
+    """The photographs of a product, the good ones first.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    root = folder / product if (folder / product).is_dir() else folder
+    found: list[tuple[Path, Expected]] = []
+    kinds: tuple[Expected, ...] = ("good", "bad")
+    try:
+        for kind in kinds:
+            if (root / kind).is_dir():
+                found += [(file, kind) for file in sorted((root / kind).iterdir()) if _is_image(file)]
+    except OSError as exc:
+        msg = f"golden.folder: {root} cannot be read ({exc.strerror})"
+        raise ConfigError(msg) from exc
+    if not found:
+        msg = f"golden.folder: no photographs in {root / 'good'} or {root / 'bad'} of the product {product!r}"
+        raise ConfigError(msg)
+    return found
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+
+
+@final
+class GoldenTester:
+    """A context manager: its thread follows the clock meanwhile.
+
+    Args:
+        line: the camera.
+        config: what and when.
+        folder: for the record; None: nothing outlives the run.
+        on_change: called after every test and acknowledgement.
+        now: local time, aware.
+
+    Raises:
+        ConfigError: no photographs are where they should be.
+    """
+
+    def __init__(
+        self,
+        line: CameraWorker,
+        config: GoldenConfig,
+        *,
+        folder: Path | None,
+        on_change: Callable[[], None] = lambda: None,
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now().astimezone(),
+    ) -> None:
+        self._line = line
+        self._config = config
+        self._folder = folder
+        self._on_change = on_change
+        self._now = now
+        self._testing = threading.Lock()
+        self._closing = threading.Event()
+        self._status = self._read()
+        self._last_scheduled = self._status.last.at if self._status.last is not None else None
+        self._thread = threading.Thread(target=self._run, name=f"edgeflame-golden-{line.name}", daemon=True)
+        if config.folder is not None:
+            golden_photographs(Path(config.folder), line.judge.product)
+
+    def __enter__(self) -> GoldenTester:
+        if self._config.times:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(_POLL_S)
+
+    def status(self) -> GoldenStatus:
+        """How the camera stands."""
+        return self._status
+
+    def problem(self) -> str | None:
+        """Why the line is not ready; None if a failed test is no reason, or there is none."""
+        status = self._status
+        if status.last is None or not status.is_failing or not self._config.blocks_readiness:
+            return None
+        return f"the self-test failed: {status.last.message}"
+
+    def test(self, expected: Expected | None = None) -> GoldenReport:
+        """Test the photographs, or with ``expected`` the next part before the camera.
+
+        Raises:
+            UsageError: no photographs are configured, or another test runs.
+            ConfigError: there are none.
+            DataError: no part came in time.
+            RuntimeUnavailableError: the line does not answer.
+        """
+        if not self._testing.acquire(blocking=False):
+            msg = f"camera {self._line.name}: a self-test is running"
+            raise UsageError(msg)
+        try:
+            judge = self._line.judge
+            checks = self._photographs() if expected is None else self._part(expected)
+            report = GoldenReport(
+                camera=self._line.name,
+                product=judge.product,
+                model=judge.model_id,
+                kind="photographs" if expected is None else "part",
+                at=self._now().astimezone(dt.timezone.utc),
+                passed=all(check.is_right for check in checks),
+                message=golden_message(checks),
+                checks=checks,
+            )
+            self._keep(GoldenStatus(last=report))
+        finally:
+            self._testing.release()
+        tell = log.info if report.passed else log.error
+        tell("golden_test", camera=report.camera, passed=report.passed, kind=report.kind, reason=report.message)
+        self._on_change()
+        return report
+
+    def acknowledge(self) -> GoldenStatus:
+        """A person takes note that the last test failed."""
+        if self._status.is_failing:
+            self._keep(msgspec.structs.replace(self._status, acknowledged=True))
+            log.warning("golden_acknowledged", camera=self._line.name)
+            self._on_change()
+        return self._status
+
+    def _photographs(self) -> tuple[GoldenCheck, ...]:
+        if self._config.folder is None:
+            msg = "golden.folder is not configured; a golden part before the camera can be tested as good or bad"
+            raise UsageError(msg)
+        checks = []
+        for number, (file, expected) in enumerate(
+            golden_photographs(Path(self._config.folder), self._line.judge.product)
+        ):
+            part = f"{file.parent.name}/{file.name}"
+            image, error = None, None
+            try:
+                image = read_image(file)
+            except DataError as exc:
+                error = str(exc)
+            frame = make_frame(part_id=f"golden:{part}", source=str(file), image_bgr=image, error=error)
+            inspected = self._line.rehearse(Captured(sequence=number, frame=frame))
+            checks.append(check_golden_part(inspected.result, part, expected))
+        return tuple(checks)
+
+    def _part(self, expected: Expected) -> tuple[GoldenCheck, ...]:
+        inspected = self._line.golden(self._config.wait_s)
+        if inspected is None:
+            msg = f"camera {self._line.name}: no part came within {self._config.wait_s:g} s"
+            raise DataError(msg)
+        return (check_golden_part(inspected.result, inspected.result.part_id, expected),)
+
+    def _run(self) -> None:
+        while not self._closing.wait(_POLL_S):
+            now = self._now()
+            if not is_due(self._config.day_times, self._last_scheduled, now):
+                continue
+            self._last_scheduled = now
+            try:
+                self.test()
+            except EdgeFlameError as exc:
+                log.error("golden_test_not_made", camera=self._line.name, reason=str(exc))
+            except Exception as exc:  # noqa: BLE001 - the thread's outermost frame: the next shift is tested again
+                log.error("golden_test_not_made", camera=self._line.name, reason=repr(exc))
+
+    def _read(self) -> GoldenStatus:
+        file = self._file()
+        if file is None or not file.exists():
+            return GoldenStatus()
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=GoldenStatus)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            log.warning("golden_state_unreadable", file=str(file), reason=str(exc), consequence="begins anew")
+            return GoldenStatus()
+
+    def _file(self) -> Path | None:
+        return self._folder / f"{self._line.name}.json" if self._folder is not None else None
+
+    def _keep(self, status: GoldenStatus) -> None:
+        self._status = status
+        file = self._file()
+        if file is None or self._folder is None:
+            return
+        try:
+            with storage_errors(self._folder, "keep the self-tests"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                history = self._folder / HISTORY_FILE
+                if history.exists() and history.stat().st_size > MAX_HISTORY_BYTES:
+                    history.replace(history.with_suffix(".old.jsonl"))
+                with history.open("ab") as stream:
+                    stream.write(msgspec.json.encode(status) + b"\n")
+            write_durably(file, msgspec.json.encode(status))
+        except StorageError as exc:
+            log.error("golden_not_kept", camera=self._line.name, reason=str(exc))

@@ -1,0 +1,342 @@
+"""The line's own connection for models: hears of releases, fetches them, says what became of them.
+
+One owned thread does all of it, and everything the keeper decides; what others ask of it they hand to that thread. Its
+connection is apart from the one that results go by: megabytes of a package never stand in a result's way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import final
+
+from edge.models.manager import ModelManager
+from edge.models.store import PUBLISHER_OWNER, PackageStore
+from edgeflame.brokerurl import BrokerUrl
+from edgeflame.console import EventLog
+from edgeflame.errors import EdgeFlameError, FederationError, LinkError, RuntimeUnavailableError, StorageError
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up
+from edgeflame.messages import BlobNeed, encode
+from edgeflame.releases.messages import LineModels, ProductModels, Release, decode_release
+from edgeflame.topics import Chunk, Spoken, Topics
+from edgeflame.transfer.download import Download
+
+log = EventLog("models")
+
+TICK_S = 0.5
+SAY_EVERY_S = 1.0
+"""How often progress is told at most; a change of anything but progress at once."""
+SAY_TROUBLE_EVERY_S = 60.0
+"""The same trouble is logged at most so often."""
+ANSWER_S = 60.0
+"""How long a command waits for the thread: opening a large package takes seconds."""
+RETRY_S = 30.0
+"""After the broker refused us for good, the next attempt."""
+
+_WAKE = "wake"
+
+
+@final
+class ReleaseFetcher:
+    """A context manager: inside it the thread works.
+
+    Args:
+        make_keeper: makes what decides, given a way to wake the thread.
+        store: where packages go.
+        broker: where, and who we are.
+        fleet: which fleet.
+        line: our name in it.
+        on_change: called after anything was done that others may want to show.
+    """
+
+    def __init__(
+        self,
+        make_keeper: Callable[[Callable[[], None]], ModelManager],
+        *,
+        store: PackageStore,
+        broker: BrokerUrl,
+        fleet: str,
+        line: str,
+        on_change: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._store = store
+        self._broker = broker
+        self._topics = Topics(fleet=fleet)
+        self._line = line
+        self._on_change = on_change
+        self._boot = uuid.uuid4().hex
+        self._inbox: queue.SimpleQueue[Event | Callable[[], None] | str] = queue.SimpleQueue()
+        self.keeper = make_keeper(lambda: self._inbox.put(_WAKE))
+        self._downloads: dict[str, tuple[str, Download]] = {}
+        """By product: the release's id, and its package's arrival."""
+        self._link: Link | None = None
+        self._is_up = False
+        self.models: tuple[ProductModels, ...] = ()
+        """As the fleet is told, whether or not it can be."""
+        self._said: LineModels | None = None
+        self._said_at = 0.0
+        self._milestones: tuple[object, ...] = ()
+        self._retry_at: float | None = None
+        self._trouble = "", 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="edgeflame-models", daemon=True)
+
+    def __enter__(self) -> ReleaseFetcher:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._inbox.put(_WAKE)
+        # It may be in the middle of opening a package; what it does then is harmless at any point.
+        self._thread.join(2.0)
+
+    def ask(self, call: Callable[[], None]) -> None:
+        """Have something done on the thread, and wait for it.
+
+        Raises:
+            EdgeFlameError: what it raised, or that the thread does not get to it.
+        """
+        answer: queue.SimpleQueue[EdgeFlameError | None] = queue.SimpleQueue()
+
+        def answered() -> None:
+            try:
+                call()
+            except EdgeFlameError as exc:
+                answer.put(exc)
+            else:
+                answer.put(None)
+
+        self._inbox.put(answered)
+        try:
+            failure = answer.get(timeout=ANSWER_S)
+        except queue.Empty:
+            msg = f"the thread that looks after models has been busy for {ANSWER_S:g} s; try again"
+            raise RuntimeUnavailableError(msg) from None
+        if failure is not None:
+            raise failure
+
+    # The rest runs on the thread.
+
+    def _run(self) -> None:
+        try:
+            self._attempt(self.keeper.resume)
+            while not self._closing.is_set():
+                try:
+                    self._serve()
+                except Exception as exc:  # noqa: BLE001 - a thread's outermost frame; the line judges on without it
+                    log.error("models_thread_failed", reason=repr(exc), retry_in_s=RETRY_S)
+                    self._closing.wait(RETRY_S)
+        finally:
+            self.keeper.close()
+            for _, download in self._downloads.values():
+                download.close()
+            if self._link is not None:
+                self._link.close(flush_s=0.5)
+
+    def _serve(self) -> None:
+        next_look = 0.0
+        while not self._closing.is_set():
+            self._connect_if_due()
+            try:
+                item = self._inbox.get(timeout=TICK_S)
+            except queue.Empty:
+                item = _WAKE
+            if isinstance(item, str):
+                self._attempt(self.keeper.look)
+            elif callable(item):
+                item()
+            else:
+                self._attempt(partial(self._on_event, item))
+            now = time.monotonic()
+            is_due = now >= next_look
+            if is_due:
+                next_look = now + TICK_S
+                self._attempt(self.keeper.look)
+                self._tick(now)
+            # Not with every chunk.
+            if is_due or not isinstance(item, Received):
+                self._say(now)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        """A disk that is full for a while must not end this; what was not done is tried again."""
+        try:
+            call()
+        except EdgeFlameError as exc:
+            # It may be tried twice a second for as long as the disk is full.
+            said, now = str(exc), time.monotonic()
+            if said != self._trouble[0] or now > self._trouble[1] + SAY_TROUBLE_EVERY_S:
+                self._trouble = said, now
+                log.error("models_not_settled", reason=said)
+
+    def _connect_if_due(self) -> None:
+        if self._link is not None or (self._retry_at is not None and time.monotonic() < self._retry_at):
+            return
+        try:
+            self._link = Link(
+                self._broker,
+                client_id=f"edgeflame-models-{self._topics.fleet}-{self._line}",
+                filters=[self._topics.all_releases()],
+                sink=self._inbox.put,
+            )
+        except LinkError as exc:
+            self._given_up(exc)
+
+    def _given_up(self, error: LinkError) -> None:
+        # The certificate may be renewed, the rights given: results wait for that as well.
+        log.error("models_not_connected", reason=str(error), retry_in_s=RETRY_S)
+        if self._link is not None:
+            self._link.close(flush_s=0.0)
+        self._link, self._is_up, self._retry_at = None, False, time.monotonic() + RETRY_S
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case Up():
+                self._is_up, self._said = True, None
+                for _, download in self._downloads.values():
+                    download.ask(now=time.monotonic())
+            case Down():
+                self._is_up = False
+            case Failed(error=error):
+                self._given_up(error)
+            case Received():
+                try:
+                    self._on_message(event)
+                except FederationError as exc:
+                    log.warning("message_refused", topic=event.topic[:200], reason=str(exc))
+                finally:
+                    event.done()
+            case _:
+                pass
+
+    def _on_message(self, event: Received) -> None:
+        match self._topics.parse(event.topic):
+            case Chunk(is_release=True, sha256=sha256, index=index):
+                self._on_chunk(sha256, index, event.payload)
+            case Spoken(kind="release", product=str(product)) if event.payload:
+                self._on_release(decode_release(event.payload, product))
+            case _:
+                pass
+
+    def _on_release(self, release: Release) -> None:
+        product = release.product
+        if not self.keeper.offered(release):
+            self._forget_unwanted(product)
+            return
+        under_way = self._downloads.get(product)
+        if under_way is not None and under_way[0] == release.release:
+            download = under_way[1]
+            if download.manifest == release.manifest:
+                # Who publishes is back.
+                download.ask(now=time.monotonic())
+                return
+        self._stop_download(product)
+        if self._store.has(release.manifest.sha256):
+            self._fetched(product)
+            return
+        try:
+            download = Download(
+                self._store.incoming,
+                release.manifest,
+                owner=PUBLISHER_OWNER,
+                send=self._say_need,
+                now=time.monotonic(),
+            )
+        except StorageError as exc:
+            self.keeper.refuse(product, "storage", str(exc))
+            return
+        self._downloads[product] = (release.release, download)
+        if self._link is not None:
+            self._link.subscribe(self._topics.release_chunks(release.manifest.sha256))
+        log.info("fetching", product=product, sha256=release.manifest.sha256[:12], chunks=release.manifest.num_chunks)
+        if download.ask(now=time.monotonic()):
+            self._arrived(product)
+
+    def _on_chunk(self, sha256: str, index: int, data: bytes) -> None:
+        for product, (_, download) in list(self._downloads.items()):
+            if download.manifest.sha256 != sha256:
+                continue
+            try:
+                if download.chunk(index, data, now=time.monotonic()):
+                    self._arrived(product)
+            except FederationError as exc:
+                self._stop_download(product)
+                self.keeper.refuse(product, "hash", str(exc))
+            except StorageError as exc:
+                self._stop_download(product)
+                self.keeper.refuse(product, "storage", str(exc))
+
+    def _arrived(self, product: str) -> None:
+        self._stop_download(product)
+        self._fetched(product)
+
+    def _fetched(self, product: str) -> None:
+        self._say(time.monotonic(), is_checking=product)
+        self.keeper.fetched(product)
+
+    def _forget_unwanted(self, product: str) -> None:
+        """A release that was withdrawn or superseded is fetched no more."""
+        wanted = self.keeper.wanted(product)
+        under_way = self._downloads.get(product)
+        if under_way is not None and (wanted is None or wanted.release != under_way[0]):
+            self._stop_download(product)
+
+    def _stop_download(self, product: str) -> None:
+        under_way = self._downloads.pop(product, None)
+        if under_way is None:
+            return
+        download = under_way[1]
+        download.close()
+        sha256 = download.manifest.sha256
+        if self._link is not None and all(one.manifest.sha256 != sha256 for _, one in self._downloads.values()):
+            self._link.unsubscribe(self._topics.release_chunks(sha256))
+
+    def _tick(self, now: float) -> None:
+        if self._is_up:
+            for _, download in self._downloads.values():
+                download.tick(now)
+
+    def _say_need(self, need: BlobNeed) -> None:
+        # While the link is down nothing is queued: it is asked again when it is up.
+        if self._is_up and self._link is not None:
+            self._link.publish(self._topics.line_up(self._line), encode(need))
+
+    def _say(self, now: float, *, is_checking: str | None = None) -> None:
+        progress = {product: download.progress for product, (_, download) in self._downloads.items()}
+        models = LineModels(boot=self._boot, products=self.keeper.models(progress, is_checking=is_checking))
+        self.models = models.products
+        milestones = _milestones(models)
+        is_progress = milestones == self._milestones
+        if not is_progress:
+            self._milestones = milestones
+            self._on_change()
+        if models == self._said or not self._is_up or self._link is None:
+            return
+        if is_progress and self._said is not None and now - self._said_at < SAY_EVERY_S:
+            return
+        self._said, self._said_at = models, now
+        with contextlib.suppress(LinkError):
+            self._link.publish(self._topics.line_models(self._line), encode(models), retain=True)
+
+
+def _milestones(models: LineModels) -> tuple[object, ...]:
+    """Everything but how far a candidate is."""
+    return tuple(
+        (
+            one.product,
+            one.present,
+            one.previous,
+            one.outcomes,
+            None if one.candidate is None else (one.candidate.release, one.candidate.stage),
+        )
+        for one in models.products
+    )

@@ -1,0 +1,214 @@
+"""Released models put together for a daemon: what it starts with, and the thread that looks after them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import final
+
+import msgspec
+
+from edge.cameras import Cameras, Plan
+from edge.control import DaemonControl
+from edge.delivery.mqtt import broker_url
+from edge.inspector import InspectorLoader
+from edge.models.fetch import ReleaseFetcher
+from edge.models.manager import ModelManager
+from edge.models.rollout import CameraDeployment
+from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState, fall_back, package_files, settle_at_start
+from edge.models.store import MODELS_FOLDER, RECORD_FILE, PackageStore, TrustedKeys
+from edge.status import CameraStatus, RolloutStatus
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
+from edgeflame.releases.messages import ProductModels
+from edgeflame.transfer.store import sha256_of
+
+log = EventLog("models")
+
+
+def open_released_models(plan: Plan, loader: InspectorLoader, state: Path | None) -> ReleasedModels | None:
+    """What section ``[models]`` asks for; None where there is none.
+
+    Raises:
+        ConfigError: it lacks something, or contradicts other sections.
+        EdgeFlameError: keys, packages or the state folder cannot be read.
+    """
+    if plan.config.models is None:
+        return None
+    products, keys, folder = read_models_settings(plan, loader, state)
+    return ReleasedModels(plan, products, keys, folder)
+
+
+def read_models_settings(
+    plan: Plan, loader: InspectorLoader, state: Path | None
+) -> tuple[dict[str, ConfiguredProduct], TrustedKeys, Path]:
+    """The plan's products by their names in the fleet, the trusted keys, and the folder for packages and decisions.
+
+    Nothing is written. Raises as :func:`open_released_models`.
+    """
+    config = plan.config
+    assert config.models is not None
+    if state is None or config.mqtt is None:
+        msg = "[models] needs the section [mqtt], where models are announced, and --state DIR, where they are kept"
+        raise ConfigError(msg)
+    check_thresholds(plan)
+    products: dict[str, ConfiguredProduct] = {}
+    for name, file in plan.products.items():
+        package = loader.package(file)
+        product = package.manifest.product
+        if product in products:
+            msg = (
+                f"products.{products[product].name} and products.{name} are both packages of the product {product!r}; "
+                "with [models] each product is there once, or a release would be for both"
+            )
+            raise ConfigError(msg)
+        products[product] = ConfiguredProduct(name=name, product=product, file=str(file), sha256=package.sha256)
+    return products, TrustedKeys(config.models.public_keys), state / MODELS_FOLDER
+
+
+def check_thresholds(plan: Plan) -> None:
+    """Whether a threshold would hold for models it was not made for.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if any(camera.settings.verdict.threshold is not None for camera in plan.cameras):
+        msg = (
+            "[models] and a threshold of the configuration (verdict.threshold or --threshold): a threshold is a raw "
+            "distance of one model, and would hold for every later one; put it into the package: edgeflame calibrate"
+        )
+        raise ConfigError(msg)
+
+
+@final
+class ReleasedModels:
+    """The released models of a daemon.
+
+    Args:
+        plan: as configured.
+        products: the plan's, by their names in the fleet.
+        keys: whose packages are taken.
+        folder: for packages and decisions.
+
+    Raises:
+        EdgeFlameError: the folder cannot be read.
+    """
+
+    def __init__(self, plan: Plan, products: dict[str, ConfiguredProduct], keys: TrustedKeys, folder: Path) -> None:
+        assert plan.config.models is not None
+        self._config = plan.config.models
+        self._configured = products
+        self._keys = keys
+        self._store = PackageStore(folder)
+        self._record = ModelStateFile(folder / RECORD_FILE)
+        self._plan = plan
+        self._keeper: ModelManager | None = None
+        self._is_running = False
+        """The record says what was decided; before, it is what was settled at the start."""
+        self._settled: dict[str, ProductState] = settle_at_start(
+            self._record.record, products, store=self._store, keys=self._keys
+        )
+
+    def open_cameras(self, opener: Callable[[Plan], Cameras]) -> Cameras:
+        """The cameras with what was decided or, where that cannot be opened here any more, what was before.
+
+        Raises:
+            EdgeFlameError: they cannot be opened with the configuration's files either.
+        """
+        while True:
+            try:
+                return opener(self._overlaid(self._plan))
+            except (NegativeAnswerError, PackageError, RuntimeUnavailableError) as exc:
+                released = {product: entry for product, entry in self._settled.items() if entry.present is not None}
+                if not released:
+                    raise
+                for product, entry in released.items():
+                    self._settled[product] = fall_back(entry, product, "not_opened", str(exc))
+
+    def overlay(self, plan: Plan) -> Plan:
+        """A configuration that was read again, with what was decided in place of its files.
+
+        Raises:
+            ConfigError: it contradicts section ``[models]``.
+        """
+        check_thresholds(plan)
+        for configured in self._configured.values():
+            file = plan.products.get(configured.name)
+            if file is not None and sha256_of(file) != configured.sha256:
+                log.warning(
+                    "product_file_needs_restart",
+                    product=configured.name,
+                    file=str(file),
+                    reason="with [models], another file of a product is taken at the next start",
+                )
+        return self._overlaid(plan)
+
+    @contextlib.contextmanager
+    def running(self, cameras: Cameras, control: DaemonControl) -> Iterator[None]:
+        """Look after models meanwhile. The state folder is this process's alone.
+
+        Raises:
+            EdgeFlameError: what was decided cannot be written, or the broker's settings make no sense.
+        """
+        mqtt = self._plan.config.mqtt
+        assert mqtt is not None
+        for product, entry in self._settled.items():
+            if self._record.record.products.get(product) != entry:
+                self._record.write(product, entry)
+        self._is_running = True
+        deadlines = [one.deadline_ms for one in (camera.settings.parts for camera in self._plan.cameras)]
+        agent = ReleaseFetcher(
+            lambda wake: ModelManager(
+                self._config,
+                line=mqtt.line,
+                products=self._configured,
+                seats=CameraDeployment(cameras),
+                store=self._store,
+                record=self._record,
+                keys=self._keys,
+                deadline_ms=min((one for one in deadlines if one is not None), default=None),
+                wake=wake,
+            ),
+            store=self._store,
+            broker=broker_url(mqtt),
+            fleet=mqtt.fleet,
+            line=mqtt.line,
+            on_change=control.changed,
+        )
+        with agent:
+            keeper = agent.keeper
+            for line in cameras.lines:
+                line.watch(keeper)
+
+            def roll_back(name: str, to_file: bool) -> ProductModels:
+                product = keeper.find(name)
+                agent.ask(lambda: keeper.roll_back(product, to_file=to_file))
+                return keeper.model_of(product)
+
+            def switch(name: str) -> ProductModels:
+                product = keeper.find(name)
+                agent.ask(lambda: keeper.switch(product))
+                return keeper.model_of(product)
+
+            control.register("rollback", roll_back)
+            control.register("switch_model", switch)
+            control.annotate(lambda status: self._with_models(status, agent.models))
+            self._keeper = keeper
+            yield
+
+    def figures(self) -> RolloutStatus:
+        """For metrics."""
+        return RolloutStatus() if self._keeper is None else self._keeper.figures()
+
+    def _with_models(self, status: CameraStatus, models: Sequence[ProductModels]) -> CameraStatus:
+        """A camera's status with what is known of its product's models."""
+        names = {product: one.name for product, one in self._configured.items()}
+        found = next((one for one in models if names.get(one.product) == status.product), None)
+        return msgspec.structs.replace(status, models=found)
+
+    def _overlaid(self, plan: Plan) -> Plan:
+        record = {**self._settled, **self._record.record.products} if self._is_running else self._settled
+        decided = package_files(record, self._configured, self._store)
+        return replace(plan, products={name: decided.get(name, file) for name, file in plan.products.items()})

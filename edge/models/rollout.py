@@ -1,0 +1,407 @@
+"""How a decision about a product's models is carried out on the cameras, and when a candidate is accepted.
+
+Order of every change: the new judges are opened and checked, then the record is written, then the line uses them. A
+crash before the record leaves the old model, after it the new one; there is nothing between.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol, final
+
+import msgspec
+
+from edge.cameras import Cameras
+from edge.config.outputs import ModelsConfig
+from edge.inspector import Inspector, InspectorProtocol
+from edge.models import state as records
+from edge.models.shadow import Canary, Shadow, ShadowModel, slowdown_of
+from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState
+from edge.models.store import PackageStore, RefusedError, as_refusal
+from edge.runtimes.interface import Runtime, check_runtime_fits
+from edge.runtimes.load import open_runtime
+from edgeflame.console import EventLog
+from edgeflame.errors import EdgeFlameError, PackageError, UsageError
+from edgeflame.package import Package, read_package
+from edgeflame.releases.messages import Disagreement, Fate
+
+
+class AcceptanceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What is said of a shadow run that is over."""
+
+    passed: bool
+    reason: str = ""
+    detail: str = ""
+
+
+class LatencyBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """What the present model takes, and what a part may take."""
+
+    latency_ms: float | None = None
+    """95% of its parts are judged within this."""
+    deadline_ms: float | None = None
+
+
+def check_acceptance(
+    found: Disagreement, *, needed: int, config: ModelsConfig, times: LatencyBudget
+) -> AcceptanceResult | None:
+    """The ruling on a shadow run; None while it has to go on.
+
+    A single failure of the model's own is one too many: on a line it is a part without a verdict. What can no longer
+    pass is not tried to the end.
+
+    Args:
+        found: so far.
+        needed: parts that both have to judge.
+        config: the limits.
+        times: of the line.
+    """
+    if found.faults:
+        detail = f"{found.faults} of {found.parts + found.faults} parts without a score, or with one that is not finite"
+        return AcceptanceResult(passed=False, reason="faults", detail=detail)
+    if found.slowdown is not None and (slow := _too_slow(found.slowdown, config, times)) is not None:
+        return AcceptanceResult(passed=False, reason="too_slow", detail=slow)
+    allowed = config.max_disagreement * needed
+    if found.differing > allowed:
+        detail = (
+            f"other verdicts on {found.differing} of {found.parts} parts ({found.newly_failed} newly failed, "
+            f"{found.newly_passed} newly passed); of {needed} at most {int(allowed)} may differ"
+        )
+        return AcceptanceResult(passed=False, reason="disagreement", detail=detail)
+    return AcceptanceResult(passed=True) if found.parts >= needed else None
+
+
+def _too_slow(slowdown: float, config: ModelsConfig, times: LatencyBudget) -> str | None:
+    if slowdown > config.max_slowdown:
+        return f"{slowdown:.2f} times the present model's computing time; {config.max_slowdown:g} are allowed"
+    if times.latency_ms is not None and times.deadline_ms is not None and slowdown > 1:
+        expected_ms = times.latency_ms * slowdown
+        if expected_ms > times.deadline_ms:
+            return (
+                f"{slowdown:.2f} times the present model's computing time would be {expected_ms:.0f} ms a part; the "
+                f"deadline is {times.deadline_ms:g} ms"
+            )
+    return None
+
+
+class Deployment(Protocol):
+    """Where models are put; for tests of what decides about them."""
+
+    def open(self, name: str, file: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
+        """A warm judge for every camera that has the product now, or for one if none has, held to the package's
+        reference images.
+
+        Raises:
+            EdgeFlameError: it may not judge here.
+        """
+        ...
+
+    def use(self, name: str, file: Path, judges: Mapping[str, InspectorProtocol]) -> Mapping[str, InspectorProtocol]:
+        """Have these judge from the next part on, wherever the product is judged now or later; those before them.
+
+        Raises:
+            EdgeFlameError: a camera's part in hand does not come to an end.
+        """
+        ...
+
+    def strays(self, name: str, sha256: str) -> bool:
+        """Whether a camera judges the product with another package."""
+        ...
+
+    def open_second(self, name: str, file: Path, present: Path) -> ShadowModel:
+        """A package for a shadow run beside another; on the thread that will run it.
+
+        Raises:
+            EdgeFlameError: it cannot be opened.
+        """
+        ...
+
+
+@final
+class CameraDeployment:
+    """The real ones.
+
+    Args:
+        cameras: of the daemon.
+    """
+
+    def __init__(self, cameras: Cameras) -> None:
+        self._cameras = cameras
+
+    def open(self, name: str, file: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
+        lines = [line for line in self._cameras.lines if line.judge.product == name] or self._cameras.lines[:1]
+        judges = {line.name: self._cameras.try_package(line.name, name, file) for line in lines}
+        if any(not sha256.startswith(judge.model_id) for judge in judges.values()):
+            msg = f"{file}: it is another package now than the one that was checked ({sha256[:12]})"
+            raise PackageError(msg)
+        return judges
+
+    def use(self, name: str, file: Path, judges: Mapping[str, InspectorProtocol]) -> Mapping[str, InspectorProtocol]:
+        return self._cameras.put_package(name, file, judges)
+
+    def strays(self, name: str, sha256: str) -> bool:
+        return any(
+            line.judge.product == name and not sha256.startswith(line.judge.model_id) for line in self._cameras.lines
+        )
+
+    def open_second(self, name: str, file: Path, present: Path) -> ShadowModel:
+        package = read_package(file)
+        runtime = _single_threaded(package)
+        judges = {
+            line.name: Inspector(package, runtime, self._cameras.settings(line.name), camera=line.name, product=name)
+            for line in self._cameras.lines
+        }
+        return ShadowModel(judges=judges, slowdown=slowdown_of(runtime, _single_threaded(read_package(present))))
+
+
+def _single_threaded(package: Package) -> Runtime:
+    """On the CPU, whatever the line computes on: a shadow takes nothing from it."""
+    runtime = open_runtime(package.model_onnx, device="cpu", num_threads=1)
+    check_runtime_fits(runtime, package.manifest)
+    return runtime
+
+
+log = EventLog("models")
+
+LATENCIES = 500
+
+
+def utc_now() -> datetime:
+    """The time."""
+    return datetime.now(timezone.utc)
+
+
+class RolloutSlot:
+    """What of a product is in memory."""
+
+    def __init__(self, configured: ConfiguredProduct) -> None:
+        self.configured = configured
+        self.shadow: Shadow | None = None
+        self.trial: Canary | None = None
+        self.judges: Mapping[str, InspectorProtocol] | None = None
+        """Of the candidate, ready to be used."""
+        self.before: tuple[str, Mapping[str, InspectorProtocol]] | None = None
+        """Hash and judges of the model before, while the present one is on trial."""
+        self.latencies: collections.deque[float] = collections.deque(maxlen=LATENCIES)
+
+
+@final
+class Rollouts:
+    """All products of a line; one thread uses it.
+
+    Args:
+        products: as the configuration has them.
+        seats: where models judge.
+        store: packages on disk.
+        record: what was decided.
+        keep: released models kept to roll back to.
+        clock: wall time, UTC.
+
+    Raises:
+        StorageError: what is decided cannot be written; here and in every method that decides.
+    """
+
+    def __init__(
+        self,
+        products: Mapping[str, ConfiguredProduct],
+        *,
+        seats: Deployment,
+        store: PackageStore,
+        record: ModelStateFile,
+        keep: int,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.slots = {product: RolloutSlot(configured) for product, configured in products.items()}
+        self.by_model: Mapping[str, RolloutSlot] = {}
+        """Slots by the first 12 digits of what runs in them; replaced whole, for other threads to read."""
+        self.fates: collections.Counter[tuple[str, str]] = collections.Counter()
+        """What became of releases since the start, by the configuration's product and fate."""
+        self._seats = seats
+        self._store = store
+        self._record = record
+        self._keep = keep
+        self._clock = clock
+        self._index()
+        self.tidy()
+
+    def entry(self, product: str) -> ProductState:
+        """What was decided about a product."""
+        known = self._record.record.products.get(product)
+        return known or ProductState(configured=self.slots[product].configured.sha256)
+
+    def known(self, product: str) -> ProductState:
+        """The same, by any name; raises as :meth:`find`."""
+        return self.entry(self.find(product))
+
+    def find(self, name: str) -> str:
+        """The product of a name in the configuration or in the fleet.
+
+        Raises:
+            UsageError: there is none.
+        """
+        for product, slot in self.slots.items():
+            if name in (product, slot.configured.name):
+                return product
+        msg = f"no product {name!r}; there are {', '.join(self.slots)}"
+        raise UsageError(msg)
+
+    def write(self, product: str, entry: ProductState) -> None:
+        """Decide something, durably."""
+        before = self.entry(product)
+        self._record.write(product, entry)
+        if entry.outcomes[:1] != before.outcomes[:1]:
+            self.fates[self.slots[product].configured.name, entry.outcomes[0].fate] += 1
+        self._index()
+
+    def _index(self) -> None:
+        self.by_model = {self.entry(product).present_sha256[:12]: slot for product, slot in self.slots.items()}
+
+    def _path_of(self, slot: RolloutSlot, entry: ProductState) -> Path:
+        return Path(slot.configured.file) if entry.present is None else self._store.path(entry.present.sha256)
+
+    def file(self, slot: RolloutSlot) -> Path:
+        """The present model's package."""
+        return self._path_of(slot, self.entry(slot.configured.product))
+
+    def open(self, slot: RolloutSlot, path: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
+        """Judges of a package, checked and warm.
+
+        Raises:
+            RefusedError: it may not judge here.
+        """
+        try:
+            return self._seats.open(slot.configured.name, path, sha256)
+        except EdgeFlameError as exc:
+            raise as_refusal(exc) from exc
+
+    def _use(
+        self, slot: RolloutSlot, path: Path, judges: Mapping[str, InspectorProtocol]
+    ) -> Mapping[str, InspectorProtocol]:
+        try:
+            return self._seats.use(slot.configured.name, path, judges)
+        except EdgeFlameError as exc:
+            # A part in hand that does not come to an end; the next look tries again.
+            log.error("model_not_in_use_yet", product=slot.configured.product, reason=str(exc))
+            return {}
+
+    def stop_shadow(self, product: str) -> None:
+        """End a shadow run or trial; what it has found is gone."""
+        slot = self.slots[product]
+        if slot.shadow is not None:
+            slot.shadow.close()
+        slot.shadow = slot.trial = None
+
+    def drop(
+        self, product: str, fate: Fate, reason: str | None, detail: str, found: Disagreement | None = None
+    ) -> None:
+        """The candidate will not run."""
+        entry = self.entry(product)
+        assert entry.candidate is not None
+        release = entry.candidate.release
+        if entry.candidate.stage == "shadow":
+            self.stop_shadow(product)
+        self.slots[product].judges = None
+        self.write(
+            product,
+            records.drop_candidate(entry, fate, self._clock(), reason=reason, detail=detail, disagreement=found),
+        )
+        log.error(
+            "release_dropped",
+            product=product,
+            sha256=release.manifest.sha256[:12],
+            fate=fate,
+            reason=reason,
+            detail=detail,
+        )
+        self._store.forget_partial(release.manifest.sha256)
+        self.tidy()
+
+    def switch(self, product: str, found: Disagreement | None) -> None:
+        """The candidate is the present model from the next part on."""
+        entry, slot = self.entry(product), self.slots[product]
+        assert entry.candidate is not None
+        sha256 = entry.candidate.release.manifest.sha256
+        before = entry.present_sha256
+        path = self._store.path(sha256)
+        self.stop_shadow(product)
+        try:
+            judges = slot.judges or self.open(slot, path, sha256)
+        except RefusedError as exc:
+            self.drop(product, "refused", exc.reason, str(exc), found)
+            return
+        slot.judges = None
+        entry = records.promote_candidate(entry, self._clock(), keep=self._keep, disagreement=found)
+        self.write(product, entry)
+        slot.latencies.clear()
+        slot.before = (before, self._use(slot, path, judges))
+        log.warning("model_released", product=product, before=before[:12], now=sha256[:12])
+        self.tidy()
+
+    def roll_back(
+        self,
+        product: str,
+        fate: Fate,
+        reason: str,
+        detail: str,
+        *,
+        to_file: bool = False,
+        found: Disagreement | None = None,
+    ) -> None:
+        """The model before is the present one from the next part on.
+
+        Raises:
+            RefusedError: neither it nor any before it can be opened; the present one stays.
+        """
+        entry, slot = self.entry(product), self.slots[product]
+        bad, failure = entry.present_sha256, None
+        while True:
+            entry = records.roll_back_present(
+                entry, self._clock(), fate=fate, reason=reason, detail=detail, to_file=to_file, disagreement=found
+            )
+            path = self._path_of(slot, entry)
+            if slot.before is not None and slot.before[0] == entry.present_sha256:
+                # Still warm: not a part more than need be is judged by a bad model.
+                judges = slot.before[1]
+                break
+            try:
+                judges = self.open(slot, path, entry.present_sha256)
+                break
+            except RefusedError as exc:
+                failure = failure or exc
+                log.error("earlier_model_refused", product=product, sha256=entry.present_sha256[:12], reason=str(exc))
+                if entry.present is None:
+                    raise failure from exc
+                reason, detail, found = exc.reason, str(exc), None
+        self.stop_shadow(product)
+        self.write(product, entry)
+        slot.latencies.clear()
+        self._use(slot, path, judges)
+        slot.before = None
+        log.warning("model_rolled_back", product=product, before=bad[:12], now=entry.present_sha256[:12], reason=reason)
+        self.tidy()
+
+    def call_back_strays(self, product: str, slot: RolloutSlot) -> None:
+        """A camera that was switched to the product just while its model changed has loaded the old one."""
+        name, sha256 = slot.configured.name, self.entry(product).present_sha256
+        if not self._seats.strays(name, sha256):
+            return
+        try:
+            self._use(slot, self.file(slot), self.open(slot, self.file(slot), sha256))
+        except EdgeFlameError as exc:
+            log.error("camera_has_another_model", product=product, expected=sha256[:12], reason=str(exc))
+
+    def tidy(self) -> None:
+        """Delete packages and reports that nothing refers to any more."""
+        keep: set[str] = set()
+        reports: set[str] = set()
+        for product in self.slots:
+            entry = self.entry(product)
+            keep |= entry.needed
+            reports |= {outcome.sha256 for outcome in entry.outcomes}
+            if entry.candidate is not None:
+                keep.add(entry.candidate.release.manifest.sha256)
+                reports.add(entry.candidate.release.manifest.sha256)
+        self._store.prune(keep, reports)

@@ -1,0 +1,367 @@
+"""What was decided about each product's models, on the disk before it takes effect; and with what a daemon starts.
+
+Pure transitions, one function each, from one :class:`ProductState` to the next; and :class:`ModelStateFile`, which
+writes them whole or not at all. Whatever moment the power goes, the line starts with the last decision.
+
+    (nothing) ──begin──> fetching ──advance──> shadow ──advance──> waiting        (a candidate)
+                            │                    │                   │
+                            └──────drop──────────┴───────────────────┤
+                                                                     └──promote──> present, on trial
+    present, on trial ──confirm──> present          present ──roll back──> the one before, at last the file
+
+At the start
+------------
+A daemon starts with its configuration's files, or with what was decided since; nothing is written by that.
+The newer decision counts. A released model stays in use over restarts as long as the configuration names the file that
+it named when the release was taken up; whoever puts another file there has decided anew, and that file is used. A
+released package that is missing, damaged, or not signed by a key that is trusted now gives way to the one before it,
+at last to the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+from edge.models.store import PackageStore, RefusedError, TrustedKeys, read_trusted
+from edgeflame.console import EventLog
+from edgeflame.errors import StorageError
+from edgeflame.releases.messages import MAX_OUTCOMES, Disagreement, Fate, Outcome, Release, RunningModel, Stage
+from edgeflame.statedir import write_durably
+
+FORMAT = 1
+MAX_DECIDED = 200
+"""Releases remembered as dealt with, of a product; a broker that comes back from a backup may repeat old ones."""
+
+
+class ReleasedVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A released package that runs, or ran."""
+
+    sha256: str
+    release: str
+    name: str
+    since: datetime
+
+
+class PendingRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A release that does not run yet."""
+
+    release: Release
+    stage: Stage
+    disagreement: Disagreement | None = None
+    """Of the shadow run that it passed."""
+
+
+class ProductState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One product."""
+
+    configured: str
+    """SHA-256 of the configuration's file when this was decided."""
+    present: ReleasedVersion | None = None
+    """None: the configuration's file."""
+    previous: tuple[ReleasedVersion, ...] = ()
+    """Newest first; after the last comes the configuration's file."""
+    on_trial: bool = False
+    candidate: PendingRelease | None = None
+    outcomes: tuple[Outcome, ...] = ()
+    """Newest first."""
+    decided: tuple[str, ...] = ()
+    """Releases that were dealt with, newest first."""
+
+    @property
+    def present_sha256(self) -> str:
+        return self.configured if self.present is None else self.present.sha256
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Packages that must stay in the state folder."""
+        versions = (*self.previous, *((self.present,) if self.present is not None else ()))
+        held = {version.sha256 for version in versions}
+        if self.candidate is not None and self.candidate.stage != "fetching":
+            held.add(self.candidate.release.manifest.sha256)
+        return frozenset(held)
+
+    def running(self) -> RunningModel:
+        """The present model, for others."""
+        return _running(self.present, self.configured, on_trial=self.on_trial)
+
+    def earlier(self) -> tuple[RunningModel, ...]:
+        """What can be rolled back to, for others."""
+        if self.present is None:
+            return ()
+        return (*(_running(one, "", on_trial=False) for one in self.previous), _running(None, self.configured))
+
+
+class ModelState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``record.json``."""
+
+    format: int = FORMAT
+    products: dict[str, ProductState] = {}
+
+
+def begin_candidate(entry: ProductState, release: Release, now: datetime) -> ProductState:
+    """Take a release up; one that was a candidate before gives way to it."""
+    before = entry.candidate
+    if before is not None and before.release.release != release.release:
+        entry = drop_candidate(
+            entry, "superseded", now, detail=f"by the release of {release.name or release.manifest.sha256}"
+        )
+    return msgspec.structs.replace(entry, candidate=PendingRelease(release=release, stage="fetching"))
+
+
+def advance_candidate(entry: ProductState, stage: Stage, disagreement: Disagreement | None = None) -> ProductState:
+    """The candidate is a step further."""
+    assert entry.candidate is not None
+    candidate = msgspec.structs.replace(entry.candidate, stage=stage, disagreement=disagreement)
+    return msgspec.structs.replace(entry, candidate=candidate)
+
+
+def drop_candidate(
+    entry: ProductState,
+    fate: Fate,
+    now: datetime,
+    *,
+    reason: str | None = None,
+    detail: str = "",
+    disagreement: Disagreement | None = None,
+) -> ProductState:
+    """The candidate will not run."""
+    assert entry.candidate is not None
+    without = msgspec.structs.replace(entry, candidate=None)
+    return record_outcome(
+        without, entry.candidate.release, fate, now, reason=reason, detail=detail, disagreement=disagreement
+    )
+
+
+def record_outcome(
+    entry: ProductState,
+    release: Release,
+    fate: Fate,
+    now: datetime,
+    *,
+    reason: str | None = None,
+    detail: str = "",
+    disagreement: Disagreement | None = None,
+) -> ProductState:
+    """Note what became of a release; it is not taken up again."""
+    outcome = Outcome(
+        release=release.release,
+        sha256=release.manifest.sha256,
+        name=release.name,
+        fate=fate,
+        reason=reason,
+        detail=detail[:500],
+        at=now,
+        disagreement=disagreement,
+    )
+    return _noted(entry, outcome)
+
+
+def promote_candidate(
+    entry: ProductState, now: datetime, *, keep: int, disagreement: Disagreement | None
+) -> ProductState:
+    """The candidate is the present model from now on, on trial."""
+    assert entry.candidate is not None
+    release = entry.candidate.release
+    before = () if entry.present is None else (entry.present,)
+    version = ReleasedVersion(sha256=release.manifest.sha256, release=release.release, name=release.name, since=now)
+    kept = tuple(one for one in (*before, *entry.previous) if one.sha256 != version.sha256)[:keep]
+    entry = msgspec.structs.replace(entry, present=version, previous=kept, on_trial=True, candidate=None)
+    return record_outcome(entry, release, "running", now, disagreement=disagreement)
+
+
+def confirm_present(entry: ProductState, now: datetime, disagreement: Disagreement | None) -> ProductState:
+    """The trial is over, and well."""
+    entry = msgspec.structs.replace(entry, on_trial=False)
+    return _changed(entry, "confirmed", now, disagreement=disagreement)
+
+
+def roll_back_present(
+    entry: ProductState,
+    now: datetime,
+    *,
+    fate: Fate = "rolled_back",
+    reason: str,
+    detail: str,
+    to_file: bool = False,
+    disagreement: Disagreement | None = None,
+) -> ProductState:
+    """Back to the model before, or to the configuration's file."""
+    assert entry.present is not None
+    entry = _changed(entry, fate, now, reason=reason, detail=detail, disagreement=disagreement)
+    rest = () if to_file else entry.previous
+    return msgspec.structs.replace(entry, present=rest[0] if rest else None, previous=rest[1:], on_trial=False)
+
+
+def use_configured_file(entry: ProductState, configured: str) -> ProductState:
+    """The configuration names another file than when this was decided: the newer decision counts."""
+    return msgspec.structs.replace(entry, configured=configured, present=None, previous=(), on_trial=False)
+
+
+def _changed(
+    entry: ProductState,
+    fate: Fate,
+    now: datetime,
+    *,
+    reason: str | None = None,
+    detail: str = "",
+    disagreement: Disagreement | None = None,
+) -> ProductState:
+    assert entry.present is not None
+    present = entry.present
+    before = next((one for one in entry.outcomes if one.release == present.release), None)
+    measured = disagreement or (before.disagreement if before is not None else None)
+    outcome = Outcome(
+        release=present.release,
+        sha256=present.sha256,
+        name=present.name,
+        fate=fate,
+        reason=reason,
+        detail=detail[:500],
+        at=now,
+        disagreement=measured,
+    )
+    return _noted(entry, outcome)
+
+
+def _noted(entry: ProductState, outcome: Outcome) -> ProductState:
+    others = tuple(one for one in entry.outcomes if one.release != outcome.release)
+    known = tuple(one for one in entry.decided if one != outcome.release)
+    return msgspec.structs.replace(
+        entry,
+        outcomes=(outcome, *others)[:MAX_OUTCOMES],
+        decided=(outcome.release, *known)[:MAX_DECIDED],
+    )
+
+
+def _running(version: ReleasedVersion | None, configured: str, *, on_trial: bool = False) -> RunningModel:
+    if version is None:
+        return RunningModel(sha256=configured, origin="file")
+    return RunningModel(
+        sha256=version.sha256,
+        origin="release",
+        name=version.name,
+        release=version.release,
+        since=version.since,
+        on_trial=on_trial,
+    )
+
+
+class _Head(msgspec.Struct):
+    format: int = 0
+
+
+class ModelStateFile:
+    """The record on disk.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        StorageError: it cannot be read, is damaged, or of another version; here and, for the disk, in :meth:`write`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.record = ModelState()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            msg = f"{path}: cannot be read ({exc.strerror})"
+            raise StorageError(msg) from exc
+        advice = f"without it the line runs its configuration's files: move {path.name} away if that is what you want"
+        try:
+            found = msgspec.json.decode(data, type=_Head).format
+            if found != FORMAT:
+                msg = f"{path}: format {found}, this version reads {FORMAT}; {advice}"
+                raise StorageError(msg)
+            self.record = msgspec.json.decode(data, type=ModelState)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            msg = f"{path}: damaged ({exc}); {advice}"
+            raise StorageError(msg) from exc
+
+    def write(self, product: str, entry: ProductState) -> None:
+        """Change one product, durably."""
+        record = msgspec.structs.replace(self.record, products={**self.record.products, product: entry})
+        write_durably(self._path, msgspec.json.format(msgspec.json.encode(record), indent=1))
+        self.record = record
+
+
+class ConfiguredProduct(msgspec.Struct, frozen=True, kw_only=True):
+    """A product as the configuration has it."""
+
+    name: str
+    """In the configuration."""
+    product: str
+    """In its packages, and in the fleet."""
+    file: str
+    sha256: str
+
+
+log = EventLog("models")
+
+
+def settle_at_start(
+    record: ModelState, products: Mapping[str, ConfiguredProduct], *, store: PackageStore, keys: TrustedKeys
+) -> dict[str, ProductState]:
+    """What each product is to run.
+
+    Args:
+        record: as the last process left it.
+        products: as the configuration has them.
+        store: packages on disk.
+        keys: whose packages are taken.
+    """
+    settled = {}
+    for product, configured in products.items():
+        entry = record.products.get(product, ProductState(configured=configured.sha256))
+        if entry.configured != configured.sha256:
+            if entry.present is not None:
+                log.warning(
+                    "model_from_file",
+                    product=product,
+                    file=configured.file,
+                    reason="the configuration names another package than when the released one was taken",
+                    instead_of=entry.present.sha256[:12],
+                )
+            entry = use_configured_file(entry, configured.sha256)
+        while (present := entry.present) is not None:
+            try:
+                read_trusted(store.path(present.sha256), sha256=present.sha256, product=product, keys=keys)
+            except RefusedError as exc:
+                entry = fall_back(entry, product, exc.reason, str(exc))
+            else:
+                log.warning(
+                    "model_from_release",
+                    product=product,
+                    sha256=present.sha256[:12],
+                    name=present.name,
+                    instead_of=configured.file,
+                    back="edgeflame model rollback --to-file, or another file in the configuration",
+                )
+                break
+        settled[product] = entry
+    return settled
+
+
+def fall_back(entry: ProductState, product: str, reason: str, detail: str) -> ProductState:
+    """The model before, because the present one cannot be used at the start."""
+    log.error("released_model_not_used", product=product, reason=reason, detail=detail)
+    return roll_back_present(entry, datetime.now(timezone.utc), reason=reason, detail=f"at the start: {detail}")
+
+
+def package_files(
+    settled: Mapping[str, ProductState], products: Mapping[str, ConfiguredProduct], store: PackageStore
+) -> dict[str, Path]:
+    """Package files by the configuration's names."""
+    return {
+        configured.name: Path(configured.file)
+        if (present := settled[product].present) is None
+        else store.path(present.sha256)
+        for product, configured in products.items()
+    }

@@ -1,0 +1,221 @@
+"""Triggers from a PLC, by polling a coil, an input, or better a register that counts parts.
+
+The time of a trigger is that of the answer in which it was first seen: behind the part by up to ``poll_ms`` and the
+time of a request. A PLC that is away is asked again every second; what passed meanwhile is told by the counter, and
+only by that.
+
+From polls to parts
+-------------------
+A poll sees a state, not events: what happened between two polls is told only by a counter. A part noticed more than one
+poll and one window after the poll before may be out of the camera's sight already, and which image is its own cannot be
+told: it is announced with a fault, and gets ``unknown``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from pymodbus.client import ModbusTcpClient
+from pymodbus.exceptions import ModbusException
+
+from edge.config.parts import ModbusTriggerConfig
+from edge.frame import AcceptTrigger, trigger_now
+from edge.parts.sequence import NumberRange
+from edge.result import Reason
+from edgeflame.console import EventLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolledPart:
+    """A part noticed by a poll."""
+
+    number: int | None
+    """The counter's; None for a contact."""
+    fault: str | None = None
+    """Why its time is not known."""
+
+
+class RisingEdge:
+    """A coil or input whose rising edge is one part.
+
+    Args:
+        max_interval_s: between two polls, so that the time of an edge is known well enough.
+    """
+
+    def __init__(self, max_interval_s: float) -> None:
+        self._max_interval_s = max_interval_s
+        self._level: bool | None = None
+        self._polled_s = 0.0
+
+    def poll(self, level: bool, now: float) -> PolledPart | None:
+        """One answer; the first only says where it stands."""
+        before, interval_s = self._level, now - self._polled_s
+        self._level, self._polled_s = level, now
+        if before is None or before or not level:
+            return None
+        return PolledPart(number=None, fault=_fault(interval_s, self._max_interval_s))
+
+
+class PartCounter:
+    """A register that counts parts.
+
+    Args:
+        wrap: its numbers; a value outside them, such as 0 where it counts from 1, is no part.
+        max_gap: a jump by more, or back, is a counter that was set anew.
+        max_interval_s: as in :class:`RisingEdge`.
+    """
+
+    def __init__(self, wrap: NumberRange, max_gap: int, max_interval_s: float) -> None:
+        self._wrap = wrap
+        self._max_gap = max_gap
+        self._max_interval_s = max_interval_s
+        self._value: int | None = None
+        self._polled_s = 0.0
+
+    def poll(self, value: int, now: float) -> PolledPart | None:
+        """One answer; the first only says where it stands."""
+        before, interval_s = self._value, now - self._polled_s
+        self._value, self._polled_s = value, now
+        if before is None or value == before or not self._is_number(value):
+            return None
+        fault = _fault(interval_s, self._max_interval_s)
+        # From where no part was, as after a reset to 0, any first number is a beginning.
+        if self._is_number(before) and (value - before) % self._wrap.size > self._max_gap:
+            fault = f"the counter went from {before} to {value}; it may have been set anew, and announce no part"
+        return PolledPart(number=value, fault=fault)
+
+    def _is_number(self, value: int) -> bool:
+        return self._wrap.first <= value <= self._wrap.last
+
+
+def _fault(interval_s: float, max_interval_s: float) -> str | None:
+    if interval_s <= max_interval_s:
+        return None
+    return f"it came while the PLC could not be asked for {interval_s:.2g} s; when, is not known"
+
+
+log = EventLog("trigger")
+
+RETRY_S = 1.0
+
+
+class ModbusTrigger:
+    """See the module's text.
+
+    Args:
+        config: where to read what.
+        counting: the counter's numbers; None for a contact.
+        max_gap: a larger jump of the counter is one that was set anew.
+        window_s: how long a part is in sight.
+    """
+
+    def __init__(
+        self, config: ModbusTriggerConfig, *, counting: NumberRange | None, max_gap: int, window_s: float
+    ) -> None:
+        self.name = f"{config.host}:{config.port}"
+        self._config = config
+        max_interval_s = config.poll_ms / 1000 + window_s
+        self._contact = RisingEdge(max_interval_s)
+        self._counter = (
+            None if counting is None else PartCounter(counting, min(max_gap, counting.size // 2), max_interval_s)
+        )
+        self._client = ModbusTcpClient(
+            config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0
+        )
+        self._accept: AcceptTrigger | None = None
+        self._problem: str | None = "the PLC was not asked yet"
+        self._is_up: bool | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="edgeflame-trigger", daemon=True)
+
+    def open(self, accept: AcceptTrigger) -> None:
+        """Begin to poll."""
+        self._accept = accept
+        self._thread.start()
+
+    def problem(self) -> str | None:
+        """Why no trigger can come at present."""
+        return self._problem
+
+    def close(self) -> None:
+        """End."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(self._config.timeout_s + 1)
+        self._problem = "the camera is not open"
+
+    def _run(self) -> None:
+        poll_s = self._config.poll_ms / 1000
+        next_poll = time.monotonic()
+        while not self._closing.is_set():
+            value, reason = self._read()
+            self._tell(reason)
+            if value is None:
+                self._closing.wait(RETRY_S)
+                next_poll = time.monotonic()
+                continue
+            noticed = self._notice(value)
+            if noticed is not None and not self._closing.is_set():
+                self._announce(noticed)
+            next_poll = max(next_poll + poll_s, time.monotonic())
+            self._closing.wait(next_poll - time.monotonic())
+        self._client.close()  # type: ignore[no-untyped-call]
+
+    def _notice(self, value: int) -> PolledPart | None:
+        now = time.monotonic()
+        if self._counter is not None:
+            return self._counter.poll(value, now)
+        return self._contact.poll(bool(value), now)
+
+    def _announce(self, noticed: PolledPart) -> None:
+        assert self._accept is not None
+        if noticed.fault is not None:
+            log.warning("trigger_unclear", source=self.name, number=noticed.number, reason=noticed.fault)
+        self._accept(
+            trigger_now(
+                None,
+                noticed.number,
+                fault=Reason.TRIGGER_UNCLEAR if noticed.fault else None,
+                detail=noticed.fault,
+            )
+        )
+
+    def _read(self) -> tuple[int | None, str | None]:
+        """What the PLC says now, or why it does not."""
+        config = self._config
+        try:
+            if not self._client.connected and not self._client.connect():  # type: ignore[no-untyped-call]
+                return None, "no connection to the PLC"
+            if config.coil is not None:
+                answer = self._client.read_coils(config.coil, device_id=config.unit)
+            elif config.discrete_input is not None:
+                answer = self._client.read_discrete_inputs(config.discrete_input, device_id=config.unit)
+            elif config.register is not None:
+                answer = self._client.read_holding_registers(config.register, count=config.words, device_id=config.unit)
+            else:
+                assert config.input_register is not None
+                answer = self._client.read_input_registers(
+                    config.input_register, count=config.words, device_id=config.unit
+                )
+        except (ModbusException, OSError) as exc:
+            self._client.close()  # type: ignore[no-untyped-call]
+            return None, f"the PLC does not answer ({exc})"
+        if answer.isError():
+            return None, f"the PLC refuses: {answer}"
+        if not config.is_counter:
+            return int(answer.bits[0]), None
+        value = 0
+        for word in answer.registers:
+            value = value << 16 | word
+        return value, None
+
+    def _tell(self, reason: str | None) -> None:
+        self._problem = reason
+        if self._is_up != (reason is None):
+            self._is_up = reason is None
+            if reason is None:
+                log.info("trigger_listening", source=self.name)
+            else:
+                log.error("trigger_lost", source=self.name, reason=reason, meaning="parts may pass unseen")

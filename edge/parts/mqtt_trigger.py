@@ -1,0 +1,236 @@
+"""Triggers from an MQTT broker: one message, one part.
+
+The time of a trigger is that of its arrival, taken on the link's thread before anything else is done with it: behind
+the sender by the way through the broker. Messages sent while the connection is away do not come later, since a session
+holds nothing over: a trigger of long ago must not take the image of another part. What the broker retained is of an
+unknown time and no trigger. Delivery is at least once: a message repeated by the broker is a part of the same name.
+
+A message that announces a part is JSON, or the part's name as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from edge.config.parts import MqttTriggerConfig
+from edge.frame import AcceptTrigger, Trigger, trigger_now
+from edge.result import Reason
+from edgeflame.brokerurl import BrokerUrl
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError
+from edgeflame.link import Link
+from edgeflame.linkevents import Down, Event, Failed, Received, Up
+
+MAX_PAYLOAD_BYTES = 64 * 1024
+MAX_NAME_CHARS = 200
+MAX_NUMBER = 2**62
+"""Larger ones are no counters; and SQLite, PLCs and JavaScript could not hold them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartAnnouncement:
+    """What a message says of a part."""
+
+    part_id: str | None
+    number: int | None
+    time: dt.datetime | None
+
+
+def read_announcement(
+    payload: bytes, *, part_id_key: str = "part_id", number_key: str = "number", time_key: str = "time"
+) -> PartAnnouncement:
+    """Read a message.
+
+    Args:
+        payload: a JSON object with these keys, others being ignored, or the part's name as UTF-8 text.
+        part_id_key: of a text or an integer.
+        number_key: of an integer; may be missing. A part needs a name or a number.
+        time_key: of an ISO 8601 time with its offset from UTC, or of seconds since 1970; may be missing.
+
+    Raises:
+        DataError: it is neither, or its values make no sense.
+    """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        msg = f"{len(payload)} bytes; a part is announced in at most {MAX_PAYLOAD_BYTES}"
+        raise DataError(msg)
+    if not payload.lstrip().startswith(b"{"):
+        return PartAnnouncement(part_id=_name(_text(payload).strip()), number=None, time=None)
+    try:
+        message = msgspec.json.decode(payload, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        msg = f"not JSON ({exc})"
+        raise DataError(msg) from exc
+    part_id, number, time = message.get(part_id_key), message.get(number_key), message.get(time_key)
+    if number is not None and (type(number) is not int or not 0 <= number <= MAX_NUMBER):
+        msg = f"{number_key} must be an integer from 0 to 2^62, not {str(number)[:50]!r}"
+        raise DataError(msg)
+    if part_id is None and number is None:
+        msg = f"neither {part_id_key} nor {number_key} in it"
+        raise DataError(msg)
+    if part_id is not None and type(part_id) is not int and not isinstance(part_id, str):
+        msg = f"{part_id_key} must be a text or an integer, not {str(part_id)[:50]!r}"
+        raise DataError(msg)
+    return PartAnnouncement(
+        part_id=None if part_id is None else _name(str(part_id)),
+        number=number,
+        time=None if time is None else _time(time, time_key),
+    )
+
+
+def _text(payload: bytes) -> str:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError as exc:
+        msg = "neither JSON nor text"
+        raise DataError(msg) from exc
+
+
+def _name(text: str) -> str:
+    if not (0 < len(text) <= MAX_NAME_CHARS and text.isprintable()):
+        msg = f"a part's name has 1 to {MAX_NAME_CHARS} printable characters, not {text[:50]!r}"
+        raise DataError(msg)
+    return text
+
+
+def _time(value: Any, key: str) -> dt.datetime:
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return dt.datetime.fromtimestamp(value, dt.timezone.utc)
+        time = msgspec.convert(value, dt.datetime)
+        if time.tzinfo is None:
+            raise ValueError(value)
+        return time.astimezone(dt.timezone.utc)
+    except (msgspec.ValidationError, ValueError, OverflowError, OSError) as exc:
+        msg = f"{key} must be an ISO 8601 time with its offset from UTC, or seconds since 1970, not {str(value)[:50]!r}"
+        raise DataError(msg) from exc
+
+
+log = EventLog("trigger")
+
+MAX_AHEAD_S, MAX_BEHIND_S = 1.0, 10.0
+"""A time further from our clock is no time of a part that is there: the clocks differ, or the message was held up."""
+
+RETRY_S = 10.0
+"""A broker that refuses us is asked again after so long: somebody may put its rights right."""
+
+
+class MqttTrigger:
+    """See the module's text.
+
+    Args:
+        url: of the broker.
+        topic: to listen to.
+        client_id: unique among the broker's clients.
+        config: how to read messages.
+
+    Raises:
+        LinkError: the TLS files are wrong.
+    """
+
+    def __init__(self, url: BrokerUrl, *, topic: str, client_id: str, config: MqttTriggerConfig) -> None:
+        url.ssl_context()
+        self.name = f"{url.address} {topic}"
+        self._url = url
+        self._topic = topic
+        self._client_id = client_id
+        self._config = config
+        self._accept: AcceptTrigger | None = None
+        self._problem: str | None = "no connection to the broker yet"
+        self._wake = threading.Condition()
+        self._failed = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="edgeflame-trigger", daemon=True)
+
+    def open(self, accept: AcceptTrigger) -> None:
+        """Begin to listen; connects in the background, for ever."""
+        self._accept = accept
+        self._thread.start()
+
+    def problem(self) -> str | None:
+        """Why no trigger can come at present."""
+        return self._problem
+
+    def close(self) -> None:
+        """End."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(3.0)
+        self._problem = "the camera is not open"
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._failed = False
+            link = Link(self._url, client_id=self._client_id, filters=[self._topic], sink=self._on_event)
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._failed)
+            link.close(flush_s=0.0)
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing, RETRY_S)
+
+    def _on_event(self, event: Event) -> None:
+        """On the link's thread."""
+        match event:
+            case Received():
+                self._on_message(event)
+                event.done()
+            case Up():
+                log.info("trigger_listening", source=self.name)
+                self._problem = None
+            case Down():
+                self._lost(f"the connection to the broker was lost: {event.reason}")
+            case Failed():
+                self._lost(str(event.error))
+                with self._wake:
+                    self._failed = True
+                    self._wake.notify_all()
+            case _:
+                pass
+
+    def _lost(self, reason: str) -> None:
+        if not self._closing:
+            log.error("trigger_lost", source=self.name, reason=reason, meaning="parts may pass unseen")
+        self._problem = reason
+
+    def _on_message(self, event: Received) -> None:
+        assert self._accept is not None
+        arrived = trigger_now(None)
+        if event.retained:
+            log.warning("trigger_ignored", source=self.name, reason="it was retained: of a part of an unknown time")
+            return
+        if self._closing:
+            return
+        config = self._config
+        try:
+            said = read_announcement(
+                event.payload, part_id_key=config.part_id, number_key=config.number, time_key=config.time
+            )
+        except DataError as exc:
+            log.warning("trigger_unclear", source=self.name, reason=str(exc))
+            self._accept(dataclasses.replace(arrived, fault=Reason.TRIGGER_UNCLEAR, detail=f"the trigger: {exc}"))
+            return
+        trigger = dataclasses.replace(arrived, part_id=said.part_id, number=said.number)
+        if config.use_time and said.time is not None:
+            trigger = at_time(trigger, said.time)
+        self._accept(trigger)
+
+
+def at_time(trigger: Trigger, time: dt.datetime) -> Trigger:
+    """A trigger at the time that it names, for clocks that are kept together; with a fault if they cannot be.
+
+    Args:
+        trigger: with the time of its arrival.
+        time: UTC.
+    """
+    behind_s = (trigger.at_utc - time).total_seconds()
+    if not -MAX_AHEAD_S <= behind_s <= MAX_BEHIND_S:
+        detail = f"the trigger's time is {abs(behind_s):.3g} s {'behind' if behind_s > 0 else 'ahead of'} our clock"
+        return dataclasses.replace(trigger, fault=Reason.TRIGGER_UNCLEAR, detail=detail)
+    return dataclasses.replace(trigger, at_s=trigger.at_s - behind_s, at_utc=time)

@@ -1,0 +1,161 @@
+"""Gaps and repetitions in the parts' own numbers and names. Pure.
+
+Theory of operation
+-------------------
+Parts that carry a number are expected to come in its order, one by one. ``last`` is the highest number so far, in the
+direction in which they run:
+
+    the next number             as it should be
+    a jump ahead                the numbers between are missing: parts went by that nobody saw
+    one that was seen lately    a duplicate: either a message came twice, or two parts carry one number
+    one behind, not seen        out of order: counted as missing when it was jumped over, and here after all
+    a jump by more than a bound the numbering began anew; how many parts are missing cannot be known
+
+With ``wrap`` the numbers run from its first to its last and round again, as a PLC's counters do; ahead and behind are
+then told by the shorter way round. Without, a number far behind is a numbering that began anew.
+
+Parts with a name and no number can be repeated, but not be missing.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+from dataclasses import dataclass
+
+from edge.config.parts import PartsConfig, TriggerConfig
+from edgeflame.errors import ConfigError
+
+
+class SequenceKind(str, enum.Enum):
+    """How a part follows the ones before it."""
+
+    FIRST = "first"
+    """Nothing is known to compare it with."""
+    NEXT = "next"
+    GAP = "gap"
+    DUPLICATE = "duplicate"
+    OUT_OF_ORDER = "out_of_order"
+    RESTART = "restart"
+    """The numbering began anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceFinding:
+    """One part's place among the others."""
+
+    kind: SequenceKind
+    missing: int = 0
+    """Parts that should have come between the one before and this one."""
+    last: int | None = None
+    """The highest number before this part, where there was one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberRange:
+    """Numbers run from ``first`` to ``last`` and round again."""
+
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first + 1
+
+
+class SequenceCheck:
+    """Follows the parts of one camera.
+
+    Args:
+        wrap: how numbers run; None: they only rise.
+        max_gap: a jump ahead, or behind, by more parts than this is a numbering that began anew.
+        remembered: numbers or names held to know a repetition by. With ``wrap`` at most half of its numbers.
+    """
+
+    def __init__(self, *, wrap: NumberRange | None = None, max_gap: int = 1000, remembered: int = 1000) -> None:
+        self._wrap = wrap
+        self._max_gap = max_gap if wrap is None else min(max_gap, (wrap.size - 1) // 2)
+        self._remembered = remembered if wrap is None else min(remembered, self._max_gap)
+        self._last: int | None = None
+        # The newest at the end. A number and a name are never equal, so they share it.
+        self._seen: collections.OrderedDict[int | str, None] = collections.OrderedDict()
+
+    @property
+    def last(self) -> int | None:
+        """The highest number so far."""
+        return self._last
+
+    def see(self, part_id: str | None, number: int | None) -> SequenceFinding:
+        """Take note of a part.
+
+        Args:
+            part_id: its name; None where it has none of its own.
+            number: its number; None where it has none, or one outside ``wrap``, which is no number of this line.
+        """
+        if number is not None and self._wrap is not None and not self._wrap.first <= number <= self._wrap.last:
+            number = None
+        if number is None:
+            return self._see_name(part_id)
+        last, was_seen = self._last, number in self._seen
+        if last is None:
+            finding = SequenceFinding(kind=SequenceKind.FIRST)
+        else:
+            ahead = self._ahead(number, last)
+            if ahead == 0 or (was_seen and ahead < 0):
+                finding = SequenceFinding(kind=SequenceKind.DUPLICATE, last=last)
+            elif abs(ahead) > self._max_gap:
+                finding = SequenceFinding(kind=SequenceKind.RESTART, last=last)
+                self._seen.clear()
+            elif ahead < 0:
+                finding = SequenceFinding(kind=SequenceKind.OUT_OF_ORDER, last=last)
+            else:
+                finding = SequenceFinding(
+                    kind=SequenceKind.GAP if ahead > 1 else SequenceKind.NEXT, missing=ahead - 1, last=last
+                )
+        if finding.kind not in (SequenceKind.DUPLICATE, SequenceKind.OUT_OF_ORDER):
+            self._last = number
+        self._remember(number)
+        return finding
+
+    def _see_name(self, part_id: str | None) -> SequenceFinding:
+        if part_id is None:
+            return SequenceFinding(kind=SequenceKind.NEXT, last=self._last)
+        kind = SequenceKind.DUPLICATE if part_id in self._seen else SequenceKind.NEXT
+        self._remember(part_id)
+        return SequenceFinding(kind=kind, last=self._last)
+
+    def _ahead(self, number: int, last: int) -> int:
+        """How far a number lies ahead of the last one; negative behind it."""
+        if self._wrap is None:
+            return number - last
+        ahead = (number - last) % self._wrap.size
+        return ahead - self._wrap.size if ahead > self._wrap.size // 2 else ahead
+
+    def _remember(self, key: int | str) -> None:
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        while len(self._seen) > self._remembered:
+            self._seen.popitem(last=False)
+
+
+def number_range(trigger: TriggerConfig, parts: PartsConfig) -> NumberRange | None:
+    """How the parts' numbers run; None: they only rise."""
+    if parts.wrap is not None:
+        return NumberRange(first=parts.wrap[0], last=parts.wrap[1])
+    if trigger.modbus is not None and trigger.modbus.is_counter:
+        return NumberRange(first=0, last=(1 << 16 * trigger.modbus.words) - 1)
+    return None
+
+
+def check_parts(trigger: TriggerConfig, parts: PartsConfig) -> None:
+    """Whether the two sections go together.
+
+    Raises:
+        ConfigError: no image could come before the deadline.
+    """
+    if trigger.is_on and parts.deadline_ms is not None and parts.deadline_ms <= trigger.delay_ms:
+        msg = (
+            f"parts.deadline_ms must be more than trigger.delay_ms, before which no image is taken; they are "
+            f"{parts.deadline_ms:g} and {trigger.delay_ms:g}"
+        )
+        raise ConfigError(msg)

@@ -1,0 +1,285 @@
+"""Tracks the parts of one camera beyond judging frames: age, deadline, numbers, repetitions."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import final
+
+import msgspec
+
+from edge.config.inspection import CaptureConfig
+from edge.config.outputs import MqttConfig
+from edge.config.parts import PartsConfig, TriggerConfig
+from edge.frame import Captured, Frame, Source
+from edge.inspector import InspectorProtocol, make_unknown
+from edge.parts.deadline import BoundedCall
+from edge.parts.mqtt_trigger import MAX_NUMBER
+from edge.parts.sequence import SequenceCheck, SequenceFinding, SequenceKind, check_parts, number_range
+from edge.parts.triggers import TriggeredCamera, capture_of
+from edge.result import Inspected, Reason, Result, Verdict
+from edge.status import PartCounts
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, CrashLoopError
+
+log = EventLog("parts")
+
+
+@final
+class PartTracker:
+    """Of one camera, used by its line's thread; :meth:`problem` by any.
+
+    Args:
+        camera: its name.
+        trigger: how its parts are announced.
+        parts: what is asked of them.
+        clock: monotonic, seconds.
+
+    Raises:
+        ConfigError: the two do not go together.
+    """
+
+    def __init__(
+        self, camera: str, trigger: TriggerConfig, parts: PartsConfig, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        check_parts(trigger, parts)
+        self._camera = camera
+        self._parts = parts
+        self.counts = PartCounts()
+        self._clock = clock
+        self._trigger = trigger
+        self._announced: TriggeredCamera | None = None
+        self._has_identity = trigger.is_on or parts.number is not None
+        self._identity = SequenceCheck(
+            wrap=number_range(trigger, parts), max_gap=parts.max_gap, remembered=parts.remembered
+        )
+        self._number = None if parts.number is None else re.compile(parts.number)
+        self._punctual = (
+            BoundedCall(camera=camera, counts=self.counts, clock=clock) if parts.deadline_ms is not None else None
+        )
+
+    def camera(self, open_source: Callable[[], Source], mqtt: MqttConfig | None) -> Callable[[], Source]:
+        """How the line opens its camera: as it is, or with its trigger.
+
+        Args:
+            open_source: gives the camera alone.
+            mqtt: the section ``[mqtt]``.
+        """
+        if not self._trigger.is_on:
+            return open_source
+        self._announced = TriggeredCamera(
+            self._camera, open_source, self._trigger, self._parts, mqtt=mqtt, counts=self.counts
+        )
+        return self._announced.open
+
+    def capture(self, config: CaptureConfig, *, is_live: bool) -> CaptureConfig:
+        """How the camera's frames are queued.
+
+        Args:
+            config: the section ``[capture]``.
+            is_live: whether they come from a camera.
+
+        Raises:
+            ConfigError: announced parts would give way to one another, or frames have no numbers of their own.
+        """
+        if is_live and self._number is not None and not self._trigger.is_on:
+            msg = (
+                "[parts] number reads the names of files and of announced parts; the frames of a camera without "
+                "[trigger] have none of their own"
+            )
+            raise ConfigError(msg)
+        return capture_of(config) if self._trigger.is_on else config
+
+    def unfinished(self, unread: Sequence[Captured]) -> list[Captured]:
+        """After the end: parts that were announced and have no verdict yet, in order.
+
+        Args:
+            unread: frames that were captured and not taken.
+        """
+        if self._announced is None:
+            return []
+        sequence = unread[-1].sequence + 1 if unread else 0
+        frames = self._announced.unfinished()
+        return [*unread, *(Captured(sequence=sequence + index, frame=frame) for index, frame in enumerate(frames))]
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether its parts have numbers or names that mean something."""
+        return self._has_identity
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether a verdict may come too late."""
+        return self._parts.deadline_ms is not None
+
+    @property
+    def trigger_up(self) -> bool | None:
+        """Whether parts can be announced; None where they need not be."""
+        return None if self._announced is None else self._announced.problem() is None
+
+    @property
+    def dropped(self) -> collections.Counter[str]:
+        """Frames of the camera that belonged to no part, by reason."""
+        return collections.Counter() if self._announced is None else self._announced.dropped
+
+    def recall(self, past: Iterable[Result]) -> None:
+        """Take note of earlier results, oldest first, so that a restart hides no gap and no repetition."""
+        if self._has_identity:
+            for result in past:
+                if result.camera == self._camera:
+                    self._identity.see(result.part_id, result.part_number)
+
+    def inspect(self, judge: InspectorProtocol, captured: Captured) -> Inspected:
+        """What a judge has to say of one part, at its deadline at the latest; :meth:`finish` makes it the verdict.
+
+        Raises:
+            Exception: what the judge raised.
+        """
+        frame = captured.frame
+        if frame.image_bgr is None:
+            return make_unknown(
+                captured,
+                judge,
+                camera=self._camera,
+                reason=frame.fault or Reason.UNREADABLE,
+                detail=frame.error or "the source gave no image",
+            )
+        age_ms = 1000 * (self._clock() - frame.captured_monotonic_s)
+        if self._parts.max_age_ms is not None and age_ms > self._parts.max_age_ms:
+            detail = f"its image was captured {age_ms:.0f} ms ago; parts.max_age_ms is {self._parts.max_age_ms:g}"
+            return make_unknown(captured, judge, camera=self._camera, reason=Reason.STALE, detail=detail)
+        due = self.due_s(captured)
+        if self._punctual is None or due is None:
+            return judge.inspect(captured)
+        return self._punctual.inspect(judge, captured, due)
+
+    def finish(self, inspected: Inspected, captured: Captured) -> Inspected:
+        """The verdict on a part, whoever gave it: late after the deadline, and with what its number says.
+
+        To be called once for each part, in order.
+        """
+        due = self.due_s(captured)
+        if due is not None:
+            after_ms = 1000 * (self._clock() - due)
+            inspected = dataclasses.replace(inspected, due_monotonic_s=due, result=_on_time(inspected.result, after_ms))
+        inspected = self._identified(inspected, captured.frame)
+        self.counts.late += inspected.result.late
+        self.counts.missing += inspected.result.parts_missing
+        self.counts.duplicates += inspected.result.duplicate
+        return inspected
+
+    def due_s(self, captured: Captured) -> float | None:
+        """Until when a part waits to be judged, on the clock; None: for ever."""
+        if self._parts.deadline_ms is None:
+            return None
+        frame = captured.frame
+        since = frame.captured_monotonic_s if frame.trigger is None else frame.trigger.at_s
+        return since + self._parts.deadline_ms / 1000
+
+    def problem(self) -> str | None:
+        """Why parts are not announced or not judged at present; None if they are."""
+        if self._announced is not None and (unannounced := self._announced.problem()) is not None:
+            return unannounced
+        if self._punctual is None or self._parts.deadline_ms is None:
+            return None
+        busy_s = self._punctual.busy_s()
+        if 1000 * busy_s < self._parts.deadline_ms:
+            return None
+        return f"the model has been busy with one image for {busy_s:.1f} s"
+
+    def busy_s(self) -> float:
+        """How long the model has been at one image, also when its part was decided without it; from any thread."""
+        return 0.0 if self._punctual is None else self._punctual.busy_s()
+
+    def check(self) -> None:
+        """To be called after a part was handed on.
+
+        Raises:
+            CrashLoopError: the model hangs; only a new start will help.
+        """
+        if self._punctual is not None and self._punctual.busy_s() > self._parts.hang_s:
+            msg = (
+                f"camera {self._camera}: the model has been busy with one image for more than {self._parts.hang_s:g} s"
+                " (parts.hang_s); the daemon has to be started again"
+            )
+            raise CrashLoopError(msg)
+
+    def close(self) -> None:
+        """End."""
+        if self._punctual is not None:
+            self._punctual.close()
+
+    def _identified(self, inspected: Inspected, frame: Frame) -> Inspected:
+        """The result with what its number or name says."""
+        if not self._has_identity or (frame.trigger is None and (self._trigger.is_on or frame.fault is not None)):
+            # An outage is no part.
+            return inspected
+        name = frame.part_id if frame.trigger is None else frame.trigger.part_id
+        number = None if frame.trigger is None else frame.trigger.number
+        if number is None and name is not None:
+            number = self._number_in(name)
+        finding = self._identity.see(name, number)
+        result = inspected.result
+        words = _words(finding, number)
+        if words is not None:
+            log.warning(
+                "parts_out_of_sequence",
+                kind=finding.kind.value,
+                camera=self._camera,
+                part=result.part_id,
+                number=number,
+                last=finding.last,
+                missing=finding.missing,
+            )
+        return dataclasses.replace(
+            inspected,
+            result=msgspec.structs.replace(
+                result,
+                part_number=number,
+                parts_missing=finding.missing,
+                duplicate=finding.kind is SequenceKind.DUPLICATE,
+                detail="; ".join(filter(None, (result.detail, words))) or None,
+            ),
+        )
+
+    def _number_in(self, name: str) -> int | None:
+        found = None if self._number is None else self._number.search(name)
+        digits = None if found is None else found.group(1)
+        if digits is None or not digits.isdecimal() or len(digits) > 19:
+            return None
+        number = int(digits)
+        return number if number <= MAX_NUMBER else None
+
+
+def _on_time(result: Result, after_ms: float) -> Result:
+    """A result that is out so long after its deadline. A late one is no verdict any more, a pass least of all."""
+    if after_ms < 0:
+        return result
+    words = f"{after_ms:.1f} ms after its deadline"
+    if result.verdict != Verdict.UNKNOWN.value:
+        words += f"; it would have been {result.verdict}"
+    others = tuple(reason for reason in result.reasons if reason != Reason.LATE.value)
+    return msgspec.structs.replace(
+        result,
+        verdict=Verdict.UNKNOWN.value,
+        reasons=(Reason.LATE.value, *others),
+        detail="; ".join(filter(None, (words, result.detail))),
+        late=True,
+    )
+
+
+def _words(finding: SequenceFinding, number: int | None) -> str | None:
+    match finding.kind:
+        case SequenceKind.GAP:
+            return f"{finding.missing} parts missing between {finding.last} and {number}"
+        case SequenceKind.DUPLICATE:
+            return "a part of this number or name has come before"
+        case SequenceKind.OUT_OF_ORDER:
+            return f"out of order: it comes after {finding.last}"
+        case SequenceKind.RESTART:
+            return f"the numbering began anew after {finding.last}; how many parts are missing is not known"
+        case _:
+            return None

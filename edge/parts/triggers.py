@@ -1,0 +1,303 @@
+"""A camera whose parts are announced: a source that gives one frame for each trigger, and none without."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import final
+
+import msgspec
+
+from edge.config.inspection import CaptureConfig
+from edge.config.outputs import MqttConfig
+from edge.config.parts import MqttTriggerConfig, PartsConfig, TriggerConfig
+from edge.delivery.mqtt import broker_url
+from edge.frame import Frame, Source, Trigger, TriggerSource
+from edge.parts.matching import Match, Matcher, MatchWindow
+from edge.parts.mqtt_trigger import MqttTrigger
+from edge.parts.sequence import number_range
+from edge.status import PartCounts
+from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
+from edgeflame.console import EventLog
+from edgeflame.errors import ConfigError, LinkError, MissingDependencyError, UsageError
+from edgeflame.topics import Topics
+
+log = EventLog("trigger")
+
+_POLL_S = 0.2
+"""How often a waiting reader looks whether it should stop; what comes wakes it at once."""
+
+_STOP_TIMEOUT_S = 3.0
+
+
+class TriggeredSource:
+    """Frames of a live source, one a trigger.
+
+    A part without an image gets a frame without one, with the reason; the camera's other frames are dropped and
+    counted. Reading, triggers and the caller are three threads, joined by one lock around a pure matcher.
+
+    Args:
+        source: a camera or stream.
+        trigger: says when a part is there.
+        window: when an image is an image of a part.
+        counts: of parts.
+        dropped: counts the camera's frames that are never looked at, by reason.
+    """
+
+    is_live = True
+    is_endless = True
+    num_frames: int | None = None
+
+    def __init__(
+        self,
+        source: Source,
+        trigger: TriggerSource,
+        window: MatchWindow,
+        *,
+        counts: PartCounts,
+        dropped: collections.Counter[str],
+    ) -> None:
+        self.name = source.name
+        self._source = source
+        self._trigger = trigger
+        self._matcher: Matcher[Frame] = Matcher(window, dropped)
+        self._counts = counts
+        self._changed = threading.Condition()
+        self._ended: str | None = None
+        self._failure: BaseException | None = None
+        self._num_unnamed = 0
+
+    def problem(self) -> str | None:
+        """Why no part can be announced at present; None if it can."""
+        reason = self._trigger.problem()
+        return None if reason is None else f"no trigger can come: {reason}"
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        """One frame for each trigger, in order, until ``stop`` is set.
+
+        Raises:
+            EdgeFlameError: the camera cannot be opened.
+        """
+        done = threading.Event()
+        reader = threading.Thread(target=self._read, args=(done,), name="edgeflame-triggered", daemon=True)
+        reader.start()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._join, reader, done)
+            stack.callback(self._trigger.close)
+            self._trigger.open(self._accept)
+            while not stop.is_set():
+                with self._changed:
+                    match = self._next()
+                    if match is None and self._ended is not None:
+                        if self._failure is not None:
+                            raise self._failure
+                        return
+                    if match is None:
+                        self._changed.wait(self._patience_s())
+                        continue
+                yield self._frame(match)
+
+    def unfinished(self) -> list[Frame]:
+        """After the end of :meth:`frames`: the parts that were announced and not given, in order, without images."""
+        with self._changed:
+            self._matcher.close("the inspection was stopped")
+            return [self._frame(match) for match in self._matcher.matches()]
+
+    def _next(self) -> Match[Frame] | None:
+        self._matcher.advance(time.monotonic())
+        return next(self._matcher.matches(), None)
+
+    def _patience_s(self) -> float:
+        wake_at = self._matcher.wake_at()
+        return _POLL_S if wake_at is None else min(_POLL_S, max(0.0, wake_at - time.monotonic()))
+
+    def _frame(self, match: Match[Frame]) -> Frame:
+        trigger = match.trigger
+        part_id = trigger.part_id or ("" if trigger.number is None else f"part-{trigger.number}")
+        if not part_id:
+            self._num_unnamed += 1
+            part_id = f"trigger-{self._num_unnamed:06d}"
+        if match.image is None:
+            return Frame(
+                part_id=part_id,
+                source=self.name,
+                image_bgr=None,
+                error=match.detail,
+                fault=match.reason,
+                captured_monotonic_s=trigger.at_s,
+                captured_utc=trigger.at_utc,
+                trigger=trigger,
+            )
+        return dataclasses.replace(match.image, part_id=part_id, trigger=trigger, missed={})
+
+    def _read(self, done: threading.Event) -> None:
+        """The camera's own thread."""
+        reason = "the camera ended"
+        try:
+            for frame in self._source.frames(done):
+                with self._changed:
+                    self._matcher.dropped.update(frame.missed)
+                    if frame.image_bgr is None:
+                        self._matcher.camera_away(frame.error or "it gave no image")
+                    else:
+                        self._matcher.add_image(frame, frame.captured_monotonic_s, time.monotonic())
+                    self._changed.notify_all()
+                if done.is_set():
+                    break
+        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the reader raises it
+            self._failure, reason = exc, str(exc)
+        finally:
+            with self._changed:
+                self._matcher.close(reason)
+                self._ended = reason
+                self._changed.notify_all()
+
+    def _accept(self, trigger: Trigger) -> None:
+        """A trigger, on its transport's thread."""
+        with self._changed:
+            self._counts.triggers += 1
+            taken = self._matcher.add_trigger(trigger, time.monotonic())
+            self._counts.triggers_lost += not taken
+            if self._ended is not None:
+                self._matcher.close(self._ended)
+            self._changed.notify_all()
+        if not taken:
+            log.error("trigger_not_taken", part=trigger.part_id, number=trigger.number, lost=self._counts.triggers_lost)
+
+    def _join(self, reader: threading.Thread, done: threading.Event) -> None:
+        done.set()
+        reader.join(_STOP_TIMEOUT_S)
+        if reader.is_alive():
+            log.warning("source_does_not_stop", source=self.name, waited_s=_STOP_TIMEOUT_S)
+
+
+@final
+class TriggeredCamera:
+    """Opens a camera whose parts are announced, as often as the line asks for it.
+
+    Args:
+        camera: its name.
+        open_source: gives the camera.
+        trigger: how its parts are announced.
+        parts: what is asked of them.
+        mqtt: the section ``[mqtt]``.
+        counts: of parts.
+
+    Raises:
+        ConfigError: it cannot be done so.
+    """
+
+    def __init__(
+        self,
+        camera: str,
+        open_source: Callable[[], Source],
+        trigger: TriggerConfig,
+        parts: PartsConfig,
+        *,
+        mqtt: MqttConfig | None,
+        counts: PartCounts,
+    ) -> None:
+        self._camera = camera
+        self._open_source = open_source
+        self._trigger = trigger
+        self._parts = parts
+        self._mqtt = mqtt
+        self._counts = counts
+        self._source: TriggeredSource | None = None
+        self.dropped: collections.Counter[str] = collections.Counter()
+        """Frames of the camera that no part claimed, by reason; over all times that it was opened."""
+
+    def open(self) -> Source:
+        """The camera with its trigger, neither of them at work yet.
+
+        Raises:
+            EdgeFlameError: there is no such camera, or it needs no trigger.
+        """
+        source = self._open_source()
+        if not source.is_live:
+            msg = f"[trigger] is for cameras: of {source.name} every file or frame is a part already"
+            raise ConfigError(msg)
+        deadline_ms = self._parts.deadline_ms
+        window = MatchWindow(
+            delay_s=self._trigger.delay_ms / 1000,
+            window_s=self._trigger.window_ms / 1000,
+            lookback_s=self._trigger.lookback_ms / 1000,
+            deadline_s=None if deadline_ms is None else deadline_ms / 1000,
+        )
+        transport = trigger_source(self._camera, self._trigger, self._parts, self._mqtt)
+        self._source = TriggeredSource(source, transport, window, counts=self._counts, dropped=self.dropped)
+        return self._source
+
+    def unfinished(self) -> list[Frame]:
+        """After the end: parts that were announced, and that the line has not seen."""
+        return [] if self._source is None else self._source.unfinished()
+
+    def problem(self) -> str | None:
+        """Why no part can be announced at present; None if it can."""
+        return None if self._source is None else self._source.problem()
+
+
+def trigger_source(camera: str, trigger: TriggerConfig, parts: PartsConfig, mqtt: MqttConfig | None) -> TriggerSource:
+    """What announces a camera's parts, not yet at work.
+
+    Raises:
+        ConfigError: the settings make no sense, or something is missing among them.
+        MissingDependencyError: it needs an extra that is not installed.
+    """
+    if trigger.modbus is None:
+        assert trigger.mqtt is not None
+        return _over_mqtt(camera, trigger.mqtt, mqtt)
+    try:
+        from edge.parts.modbus_trigger import ModbusTrigger
+    except ImportError as exc:
+        msg = f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
+        raise MissingDependencyError(msg) from exc
+    return ModbusTrigger(
+        trigger.modbus,
+        counting=number_range(trigger, parts) if trigger.modbus.is_counter else None,
+        max_gap=parts.max_gap,
+        window_s=trigger.window_ms / 1000,
+    )
+
+
+def _over_mqtt(camera: str, config: MqttTriggerConfig, mqtt: MqttConfig | None) -> TriggerSource:
+    topic = config.topic
+    if topic is None:
+        if mqtt is None:
+            msg = "trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own"
+            raise ConfigError(msg)
+        topic = Topics(fleet=mqtt.fleet).line_trigger(mqtt.line)
+    name = f"edgeflame-trigger-{camera}-{uuid.uuid4().hex[:12]}"
+    try:
+        return MqttTrigger(_url(config, mqtt), topic=topic, client_id=name, config=config)
+    except (UsageError, LinkError) as exc:
+        msg = f"trigger.mqtt: {exc}"
+        raise ConfigError(msg) from exc
+
+
+def _url(config: MqttTriggerConfig, mqtt: MqttConfig | None) -> BrokerUrl:
+    if config.broker is None:
+        if mqtt is None:
+            msg = "trigger.mqtt.broker is missing, and there is no section [mqtt] whose broker it could be"
+            raise ConfigError(msg)
+        return broker_url(mqtt)
+    ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
+    return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
+
+
+def capture_of(config: CaptureConfig) -> CaptureConfig:
+    """How the frames of announced parts are queued: none gives way to another.
+
+    Raises:
+        ConfigError: it is configured otherwise.
+    """
+    if config.policy == "latest":
+        msg = 'capture.policy = "latest" would drop announced parts; leave it out, or out of this camera'
+        raise ConfigError(msg)
+    return msgspec.structs.replace(config, policy="wait")

@@ -1,1 +1,0 @@
-"""The verdict for the machine that ejects the part, over Modbus TCP."""

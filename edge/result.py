@@ -1,0 +1,155 @@
+"""The result of one part: verdict and reasons, and the evidence that goes with it. Values only.
+
+A part passes only if it was seen, scored, and scored as good. Whatever else happens it is not passed: a defect
+gives ``fail``, a fault gives ``unknown``, with the reasons. :mod:`edge.inspector` makes the verdict.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.images import ImageU8
+
+
+class Verdict(str, enum.Enum):
+    """What to do with the part: let it go on, take it out, or have a person look."""
+
+    PASS = "pass"  # noqa: S105 - a verdict
+    FAIL = "fail"
+    UNKNOWN = "unknown"
+
+
+class Reason(str, enum.Enum):
+    """Why a part was not passed; stable words for programs. More than one may apply."""
+
+    ABOVE_THRESHOLD = "above_threshold"
+    REVIEW_BAND = "review_band"
+    """Too near the threshold to decide without a person."""
+    NOT_SCORED = "not_scored"
+    SCORE_NOT_FINITE = "score_not_finite"
+    """NaN or infinite: something broke inside the model."""
+    UNREADABLE = "unreadable"
+    """The source had no usable image of the part."""
+    UNFIT_IMAGE = "unfit_image"
+    """The image does not fit the model's region of interest or input."""
+    RUNTIME_FAILED = "runtime_failed"
+    TOO_DARK = "too_dark"
+    TOO_BRIGHT = "too_bright"
+    BLANK = "blank"
+    OUT_OF_FOCUS = "out_of_focus"
+    """Far less sharp than the good parts the model was made of."""
+    WRONG_SIZE = "wrong_size"
+    """The frame has another size than it should have, or than the camera's first one had."""
+    SHIFTED = "shifted"
+    """The camera no longer looks where it looked when the model was made."""
+    COLOUR_LOST = "colour_lost"
+    """Grey, where good parts have colours."""
+    COLOUR_SWAPPED = "colour_swapped"
+    """Red and blue are exchanged."""
+    FROZEN = "frozen"
+    """The camera gives the same picture again and again, to the last bit."""
+    NO_IMAGE = "no_image"
+    """The part was announced, and no image was captured while it was there."""
+    STALE = "stale"
+    """The image was captured too long ago."""
+    LATE = "late"
+    """The part's deadline passed before there was a verdict."""
+    MODEL_NOT_READY = "model_not_ready"
+    """There is no model, or it is still busy with an earlier part."""
+    OVERRUN = "overrun"
+    """Parts come faster than they are judged, for longer than their images can wait."""
+    TRIGGER_UNCLEAR = "trigger_unclear"
+    """The trigger does not say which part it is, or when it was there."""
+
+
+After = Literal["keep", "move", "delete"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOrigin:
+    """The file that a frame was read from, where that must be remembered: in the same transaction as its result."""
+
+    folder: str
+    """Absolute."""
+    name: str
+    """Relative to the folder, with slashes."""
+    size: int
+    mtime_ns: int
+    after: After = "keep"
+    """What is to become of it when the result is kept."""
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of ``edgeflame inspect --json``."""
+
+    sequence: int
+    """Place in the order of capture, from 0; a gap is a dropped frame."""
+    part_id: str
+    source: str
+    captured: dt.datetime
+    """UTC."""
+    verdict: str
+    """``pass``, ``fail`` or ``unknown``."""
+    reasons: tuple[str, ...]
+    """Why it was not passed; words of :class:`edge.result.Reason`."""
+    detail: str | None
+    """What happened, for people, where a fault has more to say."""
+    score: float | None
+    """Raw distance; null where there is none or it is no finite number."""
+    threshold: float
+    latency_ms: float
+    """From capture to verdict."""
+    label: str | None
+    """``good`` or the defect, where the source knows the truth."""
+    model: str
+    """First 12 digits of the package's SHA-256."""
+    camera: str = ""
+    """Which of the daemon's cameras saw it; empty in results of older versions."""
+    part_number: int | None = None
+    """The part's own number in the order of parts, where it has one."""
+    parts_missing: int = 0
+    """Parts that should have come between the one before and this one, by their numbers, and did not."""
+    duplicate: bool = False
+    """A part with this number or name has come before. Of several results for one part the worst is to be believed."""
+    late: bool = False
+    """The deadline had passed; the verdict is then ``unknown``, whatever the score."""
+
+    golden: bool = False
+    """A golden part of the line's self-test: no part of the production."""
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the verdict agrees with the truth; None where either is not known."""
+        if self.label is None or self.verdict == "unknown":
+            return None
+        return (self.verdict == "pass") == (self.label == "good")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inspected:
+    """A result with its evidence."""
+
+    result: Result
+    image: ImageU8 | None
+    """``[height, width, 3]`` uint8 BGR: the area the model saw, as sharp as the camera gave it; the whole frame
+    where that area does not fit into it, None where there is no frame."""
+    anomaly_map: npt.NDArray[np.float32] | None
+    """``[h, w]`` raw distance over the same area, 0 where nothing is judged; or None."""
+    ignored: ImageU8 | None = None
+    """``[height, width]`` uint8 over the same area, 255 where nothing is judged; None where all is."""
+    due_monotonic_s: float | None = None
+    """Until when the verdict is of use, on the monotonic clock; None: for good."""
+    origin: FileOrigin | None = None
+    """The file of a watched folder that it was read from."""
+
+
+def json_line(result: Result) -> bytes:
+    """One line, with its line end."""
+    return msgspec.json.encode(result) + b"\n"

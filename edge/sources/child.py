@@ -1,0 +1,379 @@
+"""A live camera in a process of its own, found again after an outage.
+
+The child reads the camera and puts each image into a ring in shared memory; down a pipe it says which slot, when it
+was taken, or why it gave up. The parent waits for that with a time limit. What the child does not say within it, it
+will not say later either: the child is killed, and the caller tries again with a new one.
+
+The ring
+--------
+A ring of images in shared memory: one process writes, one reads, and neither waits for the other.
+
+Each slot begins with a generation counter. The writer makes it odd, copies the image, makes it even; a reader that
+was told a slot and its generation copies the image out and looks at the counter again: if it has changed, the image
+was overwritten meanwhile and is dropped, never shown half.
+
+Outages
+-------
+A source is opened, read until it breaks, and opened again after a pause that grows each time. Each outage gives one
+frame without an image: parts may pass unseen, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edge.frame import Frame, make_frame
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError, EdgeFlameError
+from edgeflame.images import ImageU8
+from edgeflame.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+
+OLDEST_STAMP_S = 10.0
+"""A driver's time stamp older than this is no time stamp: a camera silent for so long is taken for hung."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TakenImage:
+    """An image and when it was taken."""
+
+    image: ImageU8
+    monotonic_s: float
+    """On this machine's monotonic clock, as all processes on it share."""
+    utc: dt.datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """Something about a camera that its operator should know; goes to the log."""
+
+    text: str
+
+
+ReadImages = Callable[[threading.Event], Iterator["TakenImage | Remark"]]
+"""Opens a camera and yields its images; raises DataError when it cannot, or when they end."""
+
+
+def taken_image(image: ImageU8, *, stamp_s: float | None = None) -> TakenImage:
+    """An image that was taken at ``stamp_s`` of the monotonic clock; now, where that is not known or cannot be."""
+    now_s, utc = time.monotonic(), dt.datetime.now(dt.timezone.utc)
+    if stamp_s is None or not 0 <= now_s - stamp_s <= OLDEST_STAMP_S:
+        return TakenImage(image=image, monotonic_s=now_s, utc=utc)
+    return TakenImage(image=image, monotonic_s=stamp_s, utc=utc - dt.timedelta(seconds=now_s - stamp_s))
+
+
+_HEADER_BYTES = 64
+"""The counter, on a cache line of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingName:
+    """What a reader needs to find a ring."""
+
+    name: str
+    slots: int
+    shape: tuple[int, int, int]
+    """``[height, width, 3]`` of every image in it; another size needs another ring."""
+
+
+class FrameRing:
+    """Images ``[height, width, 3]`` uint8 of one size.
+
+    Args:
+        ring: which one.
+        create: make it; whoever attaches instead takes its name away, so that it is gone with its last user.
+
+    Raises:
+        OSError: no shared memory of that size or name.
+    """
+
+    def __init__(self, ring: RingName, *, create: bool) -> None:
+        self.ring = ring
+        self._image_bytes = int(np.prod(ring.shape))
+        self._slot_bytes = _HEADER_BYTES + self._image_bytes + -self._image_bytes % _HEADER_BYTES
+        self._memory = SharedMemory(ring.name, create=create, size=self._slot_bytes * ring.slots)
+        if not create:
+            self._memory.unlink()
+        self._written = 0
+
+    def write(self, image: ImageU8) -> tuple[int, int]:
+        """Copy an image into the oldest slot; returns the slot and its generation."""
+        slot = self._written % self.ring.slots
+        self._written += 1
+        counter, pixels = self._views(slot)
+        generation = int(counter[0]) + 2
+        counter[0] = generation - 1
+        pixels[:] = image
+        counter[0] = generation
+        return slot, generation
+
+    def read(self, slot: int, generation: int) -> ImageU8 | None:
+        """A copy of an image; None if it has been overwritten since."""
+        counter, pixels = self._views(slot)
+        if int(counter[0]) != generation:
+            return None
+        image = pixels.copy()
+        return image if int(counter[0]) == generation else None
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._memory.close()
+
+    def _views(self, slot: int) -> tuple[npt.NDArray[np.uint64], ImageU8]:
+        start = slot * self._slot_bytes
+        memory = self._memory.buf
+        assert memory is not None
+        counter = np.frombuffer(memory, np.uint64, 1, start)
+        pixels = np.frombuffer(memory, np.uint8, self._image_bytes, start + _HEADER_BYTES)
+        return counter, pixels.reshape(self.ring.shape)
+
+
+log = EventLog("source")
+
+STALL_TIMEOUT_S = 10.0
+"""Without an image for so long a camera is taken for hung; the slowest of them to open take a few seconds."""
+
+SLOTS = 4
+"""Images in the ring: one being written, one being read, and two for the reader's bad moments."""
+
+_POLL_S = 0.2
+_NO_PIXELS: ImageU8 = np.zeros((0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overwritten:
+    """In place of an image: the child wrote over it before it was read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ring:
+    ring: RingName
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    slot: int
+    generation: int
+    taken: TakenImage
+    """Without its pixels, which are in the ring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Broken:
+    error: EdgeFlameError
+
+
+_Message = _Ring | _Image | Remark | _Broken
+
+
+def read_in_child(
+    read: ReadImages, name: str, stop: threading.Event, *, stall_timeout_s: float = STALL_TIMEOUT_S
+) -> Iterator[TakenImage | Overwritten]:
+    """Images of a camera that a child process reads, in order; what was lost between them is told in its place.
+
+    Args:
+        read: runs in the child; can be pickled.
+        name: of the camera, without passwords.
+        stop: ends it.
+        stall_timeout_s: without an image for so long the child is killed.
+
+    Raises:
+        DataError: the camera cannot be opened, its stream broke or hangs, or the child died.
+        MissingDependencyError: what reads it is not installed.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_serve, args=(read, sender), name=f"edgeflame {name}", daemon=True)
+    child.start()
+    sender.close()
+    ring: FrameRing | None = None
+    try:
+        while (message := _receive(receiver, child, name, stop, stall_timeout_s)) is not None:
+            match message:
+                case _Ring():
+                    if ring is not None:
+                        ring.close()
+                    ring = FrameRing(message.ring, create=False)
+                case _Image() if ring is not None:
+                    image = ring.read(message.slot, message.generation)
+                    yield Overwritten() if image is None else dataclasses.replace(message.taken, image=image)
+                case Remark():
+                    log.warning("source_remark", source=name, remark=message.text)
+                case _Broken():
+                    raise message.error
+    finally:
+        child.kill()
+        child.join()
+        child.close()
+        receiver.close()
+        if ring is not None:
+            ring.close()
+
+
+def _receive(
+    receiver: Connection, child: SpawnProcess, name: str, stop: threading.Event, stall_timeout_s: float
+) -> _Message | None:
+    """The child's next message; None when asked to stop."""
+    deadline = time.monotonic() + stall_timeout_s
+    while not stop.is_set():
+        try:
+            if receiver.poll(_POLL_S):
+                message: _Message = receiver.recv()
+                return message
+        except (EOFError, OSError) as exc:
+            child.join(1.0)
+            msg = f"{name}: the process that reads it died ({_how(child.exitcode)})"
+            raise DataError(msg) from exc
+        if time.monotonic() > deadline:
+            log.error("source_hangs", source=name, killed_after_s=stall_timeout_s)
+            msg = f"{name}: no image for {stall_timeout_s:g} s; the process that reads it was killed"
+            raise DataError(msg)
+    return None
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return signal.Signals(-exitcode).name
+    return f"exit code {exitcode}"
+
+
+def _serve(read: ReadImages, sender: Connection) -> None:
+    """The child: read until killed."""
+    # Ctrl-C goes to the whole terminal; it is the parent that decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    ring: FrameRing | None = None
+    number = 0
+    # The parent is gone when the pipe breaks: there is nobody left to tell.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
+            for taken in read(threading.Event()):
+                if isinstance(taken, Remark):
+                    sender.send(taken)
+                    continue
+                image = taken.image
+                shape = (image.shape[0], image.shape[1], image.shape[2])
+                if ring is None or ring.ring.shape != shape:
+                    # A camera that changes its size in mid-stream: a new ring; the old one's last images may be
+                    # lost with it, and the parent still holds its memory for as long as it reads.
+                    if ring is not None:
+                        ring.close()
+                    number += 1
+                    ring = FrameRing(
+                        RingName(name=f"edgeflame-{os.getpid()}-{number}", slots=SLOTS, shape=shape), create=True
+                    )
+                    sender.send(_Ring(ring=ring.ring))
+                slot, generation = ring.write(image)
+                told = dataclasses.replace(taken, image=_NO_PIXELS)
+                sender.send(_Image(slot=slot, generation=generation, taken=told))
+            sender.send(_Broken(error=DataError("the stream ended")))
+        except EdgeFlameError as exc:
+            sender.send(_Broken(error=exc))
+
+
+FIRST_DELAY_S = 1.0
+LONGEST_DELAY_S = 30.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLost:
+    """In place of images: the source broke off, for this reason; one for each outage."""
+
+    reason: str
+
+
+def reconnecting(
+    name: str, read: Callable[[threading.Event], Iterator[T]], stop: threading.Event
+) -> Iterator[T | SourceLost]:
+    """What a live source gives, across outages.
+
+    A source that cannot be opened at the start is a mistake and raises; one that worked is waited for.
+
+    Args:
+        name: for the log; without passwords.
+        read: opens the source and yields its images; raises DataError when it cannot or when the stream breaks.
+        stop: ends it, also during a wait.
+
+    Raises:
+        DataError: it cannot be opened the first time.
+    """
+    worked, is_lost, delay_s = False, False, FIRST_DELAY_S
+    while not stop.is_set():
+        reason = "the stream ended"
+        try:
+            for image in read(stop):
+                worked, is_lost, delay_s = True, False, FIRST_DELAY_S
+                yield image
+        except DataError as exc:
+            if not worked:
+                raise
+            reason = str(exc)
+        if stop.is_set():
+            return
+        if not is_lost:
+            is_lost = True
+            yield SourceLost(reason=reason)
+        log.warning("source_lost", source=name, reason=reason, retry_in_s=delay_s)
+        stop.wait(delay_s)
+        delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+
+
+OVERWRITTEN = "overwritten"
+"""Why a frame was dropped: the camera's process wrote over it in the ring before it was read."""
+
+
+def live_frames(
+    name: str, read: ReadImages, stop: threading.Event, *, stall_timeout_s: float = STALL_TIMEOUT_S
+) -> Iterator[Frame]:
+    """A camera's frames. Each outage gives one frame without an image: parts may pass unseen, and that is said.
+
+    Args:
+        name: of the camera, without passwords.
+        read: opens it and yields its images; runs in a child process.
+        stop: ends it.
+        stall_timeout_s: without an image for so long the camera is taken for hung.
+
+    Raises:
+        DataError: it cannot be opened the first time.
+    """
+    images = reconnecting(name, lambda event: read_in_child(read, name, event, stall_timeout_s=stall_timeout_s), stop)
+    number = missed = 0
+    for taken in images:
+        if isinstance(taken, Overwritten):
+            missed += 1
+            continue
+        lost = {OVERWRITTEN: missed} if missed else {}
+        number, missed = number + missed, 0
+        part_id = f"frame-{number:06d}"
+        number += 1
+        if isinstance(taken, SourceLost):
+            yield make_frame(part_id=part_id, source=name, error=f"parts may pass unseen: {taken.reason}", missed=lost)
+        else:
+            yield make_frame(
+                part_id=part_id,
+                source=name,
+                image_bgr=taken.image,
+                captured_monotonic_s=taken.monotonic_s,
+                captured_utc=taken.utc,
+                missed=lost,
+            )

@@ -1,0 +1,369 @@
+"""A folder that somebody else writes images into: each complete file is one part, once.
+
+This looks, reads and hands over; what there is to decide is in :mod:`edge.sources.arrivals`. The kernel tells of
+changes by inotify, of which network shares and some file systems say nothing; so the folder is also listed regularly.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import fnmatch
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, final
+
+from inotify_simple import INotify, flags
+
+from edge.delivery import outbox as files
+from edge.frame import Frame, make_frame
+from edge.result import After, FileOrigin
+from edge.sources.address import AddressQuery
+from edge.sources.arrivals import DONE_FOLDER, Arrivals, FileIdentity, dispose, printable, read_complete, stat_file
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError, StorageError
+from edgeflame.images import IMAGE_SUFFIXES
+
+log = EventLog("watch")
+
+_FILES = flags.CREATE | flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.DELETE
+_FOLDER = flags.DELETE_SELF | flags.MOVE_SELF | flags.ONLYDIR
+_LOST = flags.Q_OVERFLOW | flags.IGNORED | flags.UNMOUNT | flags.DELETE_SELF | flags.MOVE_SELF
+
+
+class FileEventKind(enum.Enum):
+    """What happened to a file."""
+
+    THERE = "there"
+    """It was made, or closed by its writer."""
+    COMPLETE = "complete"
+    """It was moved here."""
+    GONE = "gone"
+    RENAMED = "renamed"
+    """It has another name in this folder now, of which COMPLETE tells."""
+    LOOK = "look"
+    """Something about the folders themselves: look at all of them again."""
+
+
+class FileEvent(NamedTuple):
+    """One thing that happened."""
+
+    kind: FileEventKind
+    path: Path
+
+
+class FolderEvents:
+    """inotify over folders; a context manager. Where the kernel has no room for it, it says nothing at all."""
+
+    def __init__(self) -> None:
+        self._folders: dict[int, Path] = {}
+        try:
+            self._inotify: INotify | None = INotify()
+        except OSError as exc:
+            log.warning("folder_only_polled", reason=exc.strerror)
+            self._inotify = None
+
+    def __enter__(self) -> FolderEvents:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._inotify is not None:
+            self._inotify.close()
+
+    def watch(self, folders: Iterable[Path]) -> None:
+        """Be told about files directly in these folders from now on, and of no others."""
+        if self._inotify is None:
+            return
+        wanted = set(folders)
+        present = set(self._folders.values())
+        for folder in wanted - present:
+            try:
+                self._folders[self._inotify.add_watch(folder, _FILES | _FOLDER)] = folder
+            except OSError as exc:
+                # Gone already, or too many: polling finds its files.
+                if exc.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    log.warning("folder_only_polled", folder=str(folder), reason=exc.strerror)
+
+    def wait(self, timeout_s: float, sleep: Callable[[float], object]) -> list[FileEvent]:
+        """What happened since the last call; waits for something to happen, but not longer than ``timeout_s``."""
+        if self._inotify is None:
+            sleep(timeout_s)
+            return []
+        found = self._inotify.read(timeout=round(1000 * timeout_s))
+        events: list[FileEvent] = []
+        arrived = {event.cookie for event in found if event.mask & flags.MOVED_TO}
+        for event in found:
+            if event.mask & _LOST or event.mask & flags.ISDIR:
+                if event.mask & (flags.IGNORED | flags.MOVE_SELF):
+                    self._folders.pop(event.wd, None)
+                events.append(FileEvent(FileEventKind.LOOK, Path()))
+                continue
+            folder = self._folders.get(event.wd)
+            if folder is None:
+                continue
+            if event.mask & flags.MOVED_TO:
+                kind = FileEventKind.COMPLETE
+            elif event.mask & flags.MOVED_FROM and event.cookie in arrived:
+                kind = FileEventKind.RENAMED
+            elif event.mask & (flags.CREATE | flags.CLOSE_WRITE):
+                kind = FileEventKind.THERE
+            else:
+                kind = FileEventKind.GONE
+            events.append(FileEvent(kind, folder / event.name))
+        return events
+
+
+SYNTAX = "watch:DIR?glob=*.jpg&recursive=yes&after=keep&settle=1&deadline=30&poll=2 (after: keep, move or delete)"
+
+_AFTER: dict[str, After] = {"keep": "keep", "move": "move", "delete": "delete"}
+
+_TICK_S = 0.1
+"""Between looks at files that are being written."""
+
+_SCAN_SHARE = 0.05
+"""Of the time may go into listing the folder, however many files it has."""
+
+_FORGET_EVERY_S = 6 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """What stands in the address.
+
+    Attributes:
+        glob: of the names to be taken, over the whole relative path where it has a slash; None: all images.
+        recursive: look into subfolders as well.
+        after: what becomes of a file whose result is kept.
+        settle_s: for so long a file must not change before it is read, unless it was moved into place.
+        deadline_s: after so long without a change an incomplete file becomes an ``unknown`` part.
+        poll_s: between two listings, for what the kernel says nothing about.
+    """
+
+    glob: str | None = None
+    recursive: bool = True
+    after: After = "keep"
+    settle_s: float = 1.0
+    deadline_s: float = 30.0
+    poll_s: float = 2.0
+
+
+@final
+class WatchedFolder:
+    """Image files as they arrive, each once; they wait for us, so none is dropped.
+
+    Args:
+        folder: which one.
+        options: how.
+        outbox: SQLite file in which results are kept; tells which files were done before. None: files that lie there at
+            the start are taken for new.
+
+    Raises:
+        DataError: no such folder.
+    """
+
+    is_live = False
+    is_endless = True
+    num_frames = None
+
+    def __init__(self, folder: Path, options: WatchOptions, *, outbox: Path | None = None) -> None:
+        if not folder.is_dir():
+            msg = f"watch:{folder}: no such folder"
+            raise DataError(msg)
+        self._folder = folder.resolve()
+        self._options = options
+        self._outbox = outbox
+        self.name = f"watch:{printable(str(folder))}"
+
+    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+        done = files.load_done_files(self._outbox, str(self._folder)) if self._outbox is not None else {}
+        arrivals = Arrivals(
+            {name: FileIdentity(*identity) for name, identity in done.items()},
+            settle_s=self._options.settle_s,
+            deadline_s=self._options.deadline_s,
+        )
+        # The daemon may have ended after a result was kept and before its file was moved.
+        leftover = set(done) if self._options.after != "keep" else set()
+        next_scan_s, earliest_s, forget_s, outage = 0.0, 0.0, time.monotonic(), None
+        with FolderEvents() as events:
+            while not stop.is_set():
+                now_s = time.monotonic()
+                if now_s >= next_scan_s:
+                    try:
+                        present = self._scan(arrivals, events, now_s)
+                    except OSError as exc:
+                        if outage is None:
+                            outage = exc.strerror or "it cannot be read"
+                            log.error("folder_lost", folder=str(self._folder), reason=outage)
+                            yield self._without_image("folder", f"parts may pass unseen: {self.name}: {outage}")
+                        stop.wait(self._options.poll_s)
+                        continue
+                    if outage is not None:
+                        log.info("folder_back", folder=str(self._folder))
+                        outage = None
+                    for name in leftover & present:
+                        dispose(self._origin(name, arrivals.done[name]))
+                    leftover = set()
+                    if now_s >= forget_s:
+                        self._forget(arrivals.forget_absent(present))
+                        forget_s = now_s + _FORGET_EVERY_S
+                    earliest_s = now_s + (time.monotonic() - now_s) / _SCAN_SHARE
+                    next_scan_s = max(now_s + self._options.poll_s, earliest_s)
+                wait_s = min(max(next_scan_s - time.monotonic(), 0.0), _TICK_S if arrivals.pending else 2 * _TICK_S)
+                if self._listen(arrivals, events, stop, wait_s):
+                    next_scan_s = min(next_scan_s, earliest_s)
+                for name in arrivals.pending:
+                    arrivals.observe(name, stat_file(self._folder / name), time.monotonic())
+                yield from self._read_ready(arrivals, stop)
+                if self._folder.is_dir():
+                    yield from self._report(arrivals)
+                else:
+                    next_scan_s = 0.0
+
+    def _scan(self, arrivals: Arrivals, events: FolderEvents, now_s: float) -> set[str]:
+        """List everything, in the order of the files' last change; returns the names.
+
+        Raises:
+            OSError: the folder itself cannot be listed.
+        """
+        folders, found = [""], []
+        for folder in folders:
+            # Watched before it is listed: what comes in between is seen twice rather than never.
+            events.watch([self._folder / folder])
+            try:
+                entries = list(os.scandir(self._folder / folder))
+            except OSError as exc:
+                if not folder:
+                    raise
+                log.warning("subfolder_unreadable", folder=str(self._folder / folder), reason=exc.strerror)
+                continue
+            for entry in entries:
+                # Text and not paths: a folder may have a hundred thousand files.
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    if self._options.recursive and not entry.name.startswith(".") and name != DONE_FOLDER:
+                        folders.append(name)
+                elif self._is_wanted(name) and (seen := stat_file(entry)) is not None:
+                    found.append((seen.identity.mtime_ns, name, seen))
+        wall_ns = time.time_ns()
+        for mtime_ns, name, seen in sorted(found):
+            is_old = wall_ns - mtime_ns >= self._options.settle_s * 1e9
+            arrivals.observe(name, seen, now_s, is_old=is_old)
+        return {name for _, name, _ in found}
+
+    def _listen(self, arrivals: Arrivals, events: FolderEvents, stop: threading.Event, wait_s: float) -> bool:
+        """Take in what the kernel says; whether everything has to be looked at again."""
+        again = False
+        for kind, path in events.wait(wait_s, stop.wait):
+            if kind is FileEventKind.LOOK:
+                again = True
+            elif self._is_wanted(name := path.relative_to(self._folder).as_posix()):
+                now_s = time.monotonic()
+                if kind is FileEventKind.COMPLETE:
+                    arrivals.hint(name, now_s)
+                elif kind is FileEventKind.THERE:
+                    arrivals.rumour(name, now_s)
+                elif kind is FileEventKind.RENAMED:
+                    arrivals.renamed(name)
+                else:
+                    arrivals.observe(name, None, now_s)
+        return again
+
+    def _read_ready(self, arrivals: Arrivals, stop: threading.Event) -> Iterator[Frame]:
+        for name in arrivals.ready(time.monotonic()):
+            if stop.is_set():
+                return
+            path = self._folder / name
+            try:
+                identity, image, failure = read_complete(path)
+            except FileNotFoundError:
+                arrivals.observe(name, stat_file(path), time.monotonic())
+                if (seen := stat_file(path)) is not None:
+                    arrivals.failed(name, seen.identity, "it is a link to nothing")
+                continue
+            if image is None:
+                arrivals.failed(name, identity, failure)
+                continue
+            arrivals.finish(name, identity)
+            yield make_frame(
+                part_id=printable(name),
+                source=printable(str(path)),
+                image_bgr=image,
+                origin=self._origin(name, identity),
+            )
+
+    def _report(self, arrivals: Arrivals) -> Iterator[Frame]:
+        """Files that will never be read, each of them a part that nobody has seen."""
+        now_s = time.monotonic()
+        for name, identity, reason in arrivals.given_up(now_s):
+            log.error("file_incomplete", path=str(self._folder / name), reason=reason)
+            yield self._without_image(name, reason, self._origin(name, identity))
+        for name in arrivals.lost(now_s):
+            log.error("file_lost", path=str(self._folder / name))
+            yield self._without_image(name, "the file was removed before it could be read")
+
+    def _without_image(self, name: str, error: str, origin: FileOrigin | None = None) -> Frame:
+        path = self._folder / name if origin is not None else self._folder
+        return make_frame(part_id=printable(name), source=printable(str(path)), error=error, origin=origin)
+
+    def _forget(self, names: list[str]) -> None:
+        if self._outbox is not None and names:
+            try:
+                files.forget_done_files(self._outbox, str(self._folder), names)
+            except StorageError as exc:
+                # They only take room, until the next time.
+                log.warning("done_files_not_forgotten", count=len(names), reason=str(exc))
+
+    def _origin(self, name: str, identity: FileIdentity) -> FileOrigin:
+        return FileOrigin(
+            folder=str(self._folder),
+            name=name,
+            size=identity.size,
+            mtime_ns=identity.mtime_ns,
+            after=self._options.after,
+        )
+
+    def _is_wanted(self, name: str) -> bool:
+        base = name.rpartition("/")[2]
+        if base.startswith("."):
+            return False
+        pattern = self._options.glob
+        if pattern is None:
+            return "." + base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+        return fnmatch.fnmatchcase(name if "/" in pattern else base, pattern)
+
+
+def watched_folder(address: str, *, outbox: Path | None) -> WatchedFolder:
+    """Read ``watch:DIR?after=move``.
+
+    Raises:
+        UsageError: it is not of that form, or a value is out of its range.
+        DataError: no such folder.
+    """
+    folder, _, text = address.removeprefix("watch:").partition("?")
+    known = ("glob", "recursive", "after", "settle", "deadline", "poll")
+    query = AddressQuery(address, text, known=known, syntax=SYNTAX)
+    if not folder:
+        raise query.wrong("the folder is missing")
+    try:
+        after = _AFTER[query.text("after", "keep")]
+    except KeyError as exc:
+        raise query.wrong(f"after is keep, move or delete, not {exc}") from exc
+    return WatchedFolder(
+        Path(folder),
+        WatchOptions(
+            glob=query.options.get("glob"),
+            recursive=query.yes_or_no("recursive", default=True),
+            after=after,
+            settle_s=query.number("settle", 1.0, least=0.05, most=3600),
+            deadline_s=query.number("deadline", 30.0, least=0.1, most=86_400),
+            poll_s=query.number("poll", 2.0, least=0.05, most=3600),
+        ),
+        outbox=outbox,
+    )

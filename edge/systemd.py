@@ -1,0 +1,210 @@
+"""The daemon under a supervisor: systemd's notifications and watchdog, signals, and the forced exit when a stop hangs.
+
+Source: sd_notify(3) and sd_watchdog_enabled(3). Without ``NOTIFY_SOCKET`` in the environment nothing is said.
+
+The watchdog is fed only while every part that must move does: a camera's loop that has had one part in hand for too
+long, a disk that does not answer, a main thread that stands still are each a reason to be started afresh, and only
+somebody outside of this process can do that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import final
+
+from edgeflame.console import EventLog
+from edgeflame.errors import CrashLoopError
+
+log = EventLog("service")
+
+STATUS_EVERY_S = 5.0
+
+
+@final
+class SystemdNotifier:
+    """Says things to the supervisor, or to nobody.
+
+    Args:
+        environment: of the process.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        environment = os.environ if environment is None else environment
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):
+            # Linux's abstract names begin with a zero byte.
+            self._address = "\0" + self._address[1:]
+        self.watchdog_s = _watchdog_s(environment)
+        """The supervisor wants to hear from us at least so often; None: it does not."""
+
+    def say(self, **states: str | int) -> None:
+        """Send states, ``say(READY=1)`` for instance; what does not arrive is not said again."""
+        if not self._address:
+            return
+        message = "\n".join(f"{name}={value}" for name, value in states.items())
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as out:
+            out.setblocking(False)
+            out.sendto(message.encode(), self._address)
+
+
+def _watchdog_s(environment: Mapping[str, str]) -> float | None:
+    wanted, whom = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
+    if not wanted.isdecimal() or int(wanted) == 0 or (whom and whom != str(os.getpid())):
+        return None
+    return int(wanted) / 1e6
+
+
+@final
+class Watchdog:
+    """Feeds the watchdog and tells the status, on a thread of its own; a context manager.
+
+    Args:
+        notifier: to the supervisor.
+        busy_s: for each part that must move, how long it has been at one thing.
+        status: one line for people.
+    """
+
+    def __init__(
+        self, notifier: SystemdNotifier, *, busy_s: Mapping[str, Callable[[], float]], status: Callable[[], str]
+    ) -> None:
+        self._notifier = notifier
+        self._busy_s = {**busy_s, "main": self._main_busy_s}
+        self._status = status
+        watchdog_s = notifier.watchdog_s
+        self._interval_s = STATUS_EVERY_S if watchdog_s is None else min(STATUS_EVERY_S, watchdog_s / 3)
+        self._limit_s = None if watchdog_s is None else watchdog_s / 2
+        self._beat_at = time.monotonic()
+        self._hanging: tuple[str, ...] = ()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="edgeflame-heart", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._notifier.say(READY=1, STATUS=self._status())
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # The supervisor's own limit for stopping counts from here; the watchdog is its business no more.
+        self._notifier.say(STOPPING=1, STATUS="stopping")
+        self._closing.set()
+        self._thread.join(1.0)
+
+    def beat(self) -> None:
+        """The main thread moves."""
+        self._beat_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Tell the supervisor that the configuration is read again."""
+        self._notifier.say(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        try:
+            yield
+        finally:
+            self._notifier.say(READY=1, STATUS=self._status())
+
+    def _main_busy_s(self) -> float:
+        return time.monotonic() - self._beat_at
+
+    def _run(self) -> None:
+        while not self._closing.wait(self._interval_s):
+            hanging = () if self._limit_s is None else self._hangs(self._limit_s)
+            if hanging:
+                if hanging != self._hanging:
+                    log.error("hangs", parts=", ".join(hanging), meaning="the watchdog is not fed any more")
+                self._notifier.say(STATUS=f"hangs: {', '.join(hanging)}")
+            else:
+                self._notifier.say(WATCHDOG=1, STATUS=self._status())
+            self._hanging = hanging
+
+    def _hangs(self, limit_s: float) -> tuple[str, ...]:
+        return tuple(name for name, busy_s in self._busy_s.items() if busy_s() > limit_s)
+
+
+exit_log = EventLog("inspect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What has been asked for."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    """SIGINT or SIGTERM; a second one interrupts at once."""
+    reload: threading.Event = field(default_factory=threading.Event)
+    """SIGHUP."""
+
+
+@contextlib.contextmanager
+def handle_signals() -> Iterator[Signals]:
+    """Heed SIGINT, SIGTERM and SIGHUP for as long as the block runs.
+
+    On a terminal SIGHUP says that the terminal has gone, and is left as it is.
+    """
+    signals = Signals()
+
+    def request_stop(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        if signals.stop.is_set():
+            raise KeyboardInterrupt
+        # Nothing else: the handler may run in the middle of a write to the terminal.
+        signals.stop.set()
+
+    def request_reload(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        signals.reload.set()
+
+    handlers = {signal.SIGINT: request_stop, signal.SIGTERM: request_stop}
+    if not (sys.stdin is not None and sys.stdin.isatty()):
+        handlers[signal.SIGHUP] = request_reload
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield signals
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@final
+class ForcedExit:
+    """Ends the process when it has not ended by itself in time; a context manager, which calls that off.
+
+    Everything that can hang on the way out has a limit of its own. This is for what nobody thought of: a driver, a
+    file system, a library. Results on the disk are safe from it.
+    """
+
+    def __init__(self) -> None:
+        self._called_off = threading.Event()
+
+    def __enter__(self) -> ForcedExit:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._called_off.set()
+
+    def begin(self, limit_s: float) -> None:
+        """From now on there is so much time."""
+        threading.Thread(target=self._run, args=(limit_s,), name="edgeflame-last-resort", daemon=True).start()
+
+    def _run(self, limit_s: float) -> None:
+        if self._called_off.wait(limit_s):
+            return
+        exit_log.error(
+            "stop_forced",
+            after_s=limit_s,
+            hanging=", ".join(sorted(thread.name for thread in threading.enumerate() if thread.name != "MainThread")),
+            meaning="results on the disk are safe and are delivered after the next start",
+        )
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(CrashLoopError.exit_code)

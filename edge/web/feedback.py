@@ -1,0 +1,95 @@
+"""An operator's second opinion: a reject that was good, a pass that was bad; kept with its picture for training."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from edge.result import Inspected
+from edgeflame.console import EventLog
+from edgeflame.errors import DataError, StorageError
+from edgeflame.images import write_image
+
+log = EventLog("marks")
+
+TrueLabel = Literal["good", "bad"]
+
+WARN_SHARE = 0.8
+"""Of the most marks that are kept; from then on each new one is warned of."""
+
+
+class FeedbackMark(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of ``marks.jsonl``."""
+
+    was: TrueLabel
+    marked: dt.datetime
+    file: str
+    """Picture, relative to the folder: the area the model saw, without heat."""
+    result: msgspec.Raw
+
+
+class FeedbackStore:
+    """Pictures in ``good/`` and ``bad/``, ready to be looked through and added to the next training's images, and one
+    line each in ``marks.jsonl``. Marking a part again replaces its picture; the lines remain.
+
+    Marks are training data and never deleted: when there are ``max_marks``, new ones are refused until somebody has
+    taken the folder away.
+
+    Args:
+        folder: made with the first mark.
+        max_marks: most pictures kept.
+    """
+
+    def __init__(self, folder: Path, *, max_marks: int = 10_000) -> None:
+        self._folder = folder
+        self._max_marks = max_marks
+
+    def add(self, inspected: Inspected, was: TrueLabel) -> FeedbackMark:
+        """Keep an opinion.
+
+        Raises:
+            DataError: the part has no picture.
+            StorageError: it cannot be written.
+        """
+        result, image = inspected.result, inspected.image
+        if image is None:
+            msg = f"part {result.part_id} has no picture to keep"
+            raise DataError(msg)
+        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
+        name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{part}.png"
+        other = self._folder / ("bad" if was == "good" else "good") / name
+        mark = FeedbackMark(
+            was=was,
+            marked=dt.datetime.now(dt.timezone.utc),
+            file=f"{was}/{name}",
+            result=msgspec.Raw(msgspec.json.encode(result)),
+        )
+        kept = self._count()
+        is_new = not (other.exists() or (self._folder / was / name).exists())
+        if kept >= self._max_marks and is_new:
+            msg = (
+                f"{self._folder}: {kept} marked parts are kept, and no more (web.max_marks); take good/ and bad/ away "
+                "for the next training"
+            )
+            raise StorageError(msg)
+        if kept >= WARN_SHARE * self._max_marks:
+            log.warning("marks_nearly_full", kept=kept + 1, at_most=self._max_marks, folder=str(self._folder))
+        try:
+            (self._folder / was).mkdir(parents=True, exist_ok=True)
+            write_image(self._folder / was / name, image)
+            other.unlink(missing_ok=True)
+            with (self._folder / "marks.jsonl").open("ab") as lines:
+                lines.write(msgspec.json.encode(mark) + b"\n")
+        except OSError as exc:
+            msg = f"{self._folder}: the mark cannot be kept ({exc.strerror})"
+            raise StorageError(msg) from exc
+        log.info("part_marked", part=result.part_id, verdict=result.verdict, was=was)
+        return mark
+
+    def _count(self) -> int:
+        # A person marks a part now and then: looking takes nothing that matters.
+        return sum(len(list((self._folder / was).glob("*.png"))) for was in get_args(TrueLabel))

@@ -1,0 +1,237 @@
+"""What the operator sees: the last part, the last rejects, today's counts, the scores of late. A sink."""
+
+from __future__ import annotations
+
+import collections
+import datetime as dt
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import cv2
+import msgspec
+import numpy as np
+
+from edge.config.outputs import WebConfig
+from edge.overlay import draw_overlay
+from edge.result import Inspected, Result
+from edge.status import DEFAULT_CAMERA
+from edgeflame.images import ImageU8, shrink
+
+PICTURE_SIDE = 960
+"""Longest side of a picture on the page."""
+
+
+class ShownPart(msgspec.Struct, frozen=True, kw_only=True):
+    """One part on the page."""
+
+    key: int
+    """By which its pictures are asked for; rises by one a part."""
+    camera: str
+    part_id: str
+    verdict: str
+    reasons: tuple[str, ...]
+    detail: str | None
+    ratio: float | None
+    """Score over threshold; 1 is at the threshold."""
+    captured: dt.datetime
+    latency_ms: float
+    has_picture: bool
+
+
+class DayCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Verdicts since midnight, local time."""
+
+    date: str
+    passed: int = 0
+    failed: int = 0
+    unknown: int = 0
+
+
+class HourCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Verdicts of one hour of today."""
+
+    hour: int
+    """0..23, local time."""
+    parts: int
+    rejected: int
+    """Failed and unknown."""
+
+
+class HistoryView(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the page shows of one camera that changes with the parts."""
+
+    latest: ShownPart | None
+    rejects: tuple[ShownPart, ...]
+    """Newest first."""
+    recent: tuple[ShownPart, ...]
+    """The last parts, newest first."""
+    scores: tuple[tuple[float | None, str], ...]
+    """Ratio and verdict of the last parts, oldest first."""
+    today: DayCounts
+    hours: tuple[HourCounts, ...]
+    """Of today, those with parts, in order."""
+    last_part_s: float | None
+    """Seconds since the last part; None before the first."""
+
+
+class _Memory:
+    """Of one camera."""
+
+    def __init__(self, config: WebConfig) -> None:
+        self.recent: collections.deque[ShownPart] = collections.deque(maxlen=config.recent)
+        self.rejects: collections.deque[ShownPart] = collections.deque(maxlen=config.rejects)
+        self.scores: collections.deque[tuple[float | None, str]] = collections.deque(maxlen=config.history)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.hours: collections.Counter[tuple[int, bool]] = collections.Counter()
+        """By hour and whether the part was rejected."""
+        self.latest: ShownPart | None = None
+        self.last_part: float | None = None
+
+    def count(self, result: Result, today: str | None) -> None:
+        """Add a result; to the day's counts if it is of ``today``, and for None in any case."""
+        local = result.captured.astimezone()
+        if today is None or local.date().isoformat() == today:
+            self.counts[result.verdict] += 1
+            self.hours[local.hour, result.verdict != "pass"] += 1
+        self.scores.append((_ratio(result), result.verdict))
+
+    def forget_day(self) -> None:
+        self.counts.clear()
+        self.hours.clear()
+
+
+class PartHistory:
+    """Remembers a bounded number of parts of each camera, safe for any thread.
+
+    Args:
+        config: how many.
+        past: earlier results, oldest first, so that a restart does not empty the day's counts.
+        clock: monotonic, seconds.
+    """
+
+    def __init__(
+        self, config: WebConfig, past: Iterable[Result] = (), *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: dict[int, Inspected] = {}
+        self._cameras: dict[str, _Memory] = {}
+        self._date = _today()
+        self.version = 0
+        """Rises with every change."""
+        for result in past:
+            if not result.golden:
+                self._memory(result.camera).count(result, self._date)
+
+    def accept(self, inspected: Inspected) -> None:
+        """Show a part."""
+        result = inspected.result
+        with self._lock:
+            self._turn_day()
+            self.version += 1
+            memory = self._memory(result.camera)
+            # A part that is judged now is of today, whatever a clock said that was set meanwhile.
+            memory.count(result, None)
+            shown = ShownPart(
+                key=self.version,
+                camera=result.camera,
+                part_id=result.part_id,
+                verdict=result.verdict,
+                reasons=result.reasons,
+                detail=result.detail,
+                ratio=_ratio(result),
+                captured=result.captured,
+                latency_ms=result.latency_ms,
+                has_picture=inspected.image is not None,
+            )
+            before = {part.key for part in (*memory.recent, *memory.rejects)}
+            memory.latest = shown
+            memory.last_part = self._clock()
+            self._kept[shown.key] = inspected
+            memory.recent.append(shown)
+            if result.verdict != "pass":
+                memory.rejects.append(shown)
+            for key in before - {part.key for part in (*memory.recent, *memory.rejects)}:
+                del self._kept[key]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def view(self, camera: str = DEFAULT_CAMERA) -> HistoryView:
+        """What is to be seen of a camera now."""
+        with self._lock:
+            self._turn_day()
+            memory = self._cameras.get(camera) or _Memory(self._config)
+            hours = sorted({hour for hour, _ in memory.hours})
+            return HistoryView(
+                latest=memory.latest,
+                rejects=tuple(reversed(memory.rejects)),
+                recent=tuple(reversed(memory.recent)),
+                scores=tuple(memory.scores),
+                today=DayCounts(
+                    date=self._date,
+                    passed=memory.counts["pass"],
+                    failed=memory.counts["fail"],
+                    unknown=memory.counts["unknown"],
+                ),
+                hours=tuple(
+                    HourCounts(
+                        hour=hour,
+                        parts=memory.hours[hour, False] + memory.hours[hour, True],
+                        rejected=memory.hours[hour, True],
+                    )
+                    for hour in hours
+                ),
+                last_part_s=self._age(memory),
+            )
+
+    def latest(self, camera: str) -> tuple[ShownPart | None, float | None]:
+        """A camera's last part, and how many seconds ago it came."""
+        with self._lock:
+            memory = self._cameras.get(camera)
+            return (None, None) if memory is None else (memory.latest, self._age(memory))
+
+    def part(self, key: int) -> Inspected | None:
+        """A part that is still remembered."""
+        with self._lock:
+            return self._kept.get(key)
+
+    def picture(self, key: int, *, with_heat: bool, side: int = PICTURE_SIDE) -> bytes | None:
+        """A part's picture as JPEG, at most ``side`` pixels long; None where there is none, or no more."""
+        part = self.part(key)
+        if part is None or part.image is None:
+            return None
+        image = shrink(part.image, PICTURE_SIDE)
+        if with_heat and part.anomaly_map is not None:
+            image = draw_overlay(image, part.anomaly_map, part.result.threshold, ignored=part.ignored)
+        return _jpeg(shrink(image, min(side, PICTURE_SIDE)))
+
+    def _memory(self, camera: str) -> _Memory:
+        # Results of older versions name no camera.
+        return self._cameras.setdefault(camera or DEFAULT_CAMERA, _Memory(self._config))
+
+    def _age(self, memory: _Memory) -> float | None:
+        return None if memory.last_part is None else round(self._clock() - memory.last_part, 1)
+
+    def _turn_day(self) -> None:
+        today = _today()
+        # A clock that is set back to yesterday makes no new day; the counts go on.
+        if today > self._date:
+            for memory in self._cameras.values():
+                memory.forget_day()
+        self._date = today
+
+
+def _today() -> str:
+    return dt.datetime.now().astimezone().date().isoformat()
+
+
+def _ratio(result: Result) -> float | None:
+    return None if result.score is None else round(result.score / result.threshold, 4)
+
+
+def _jpeg(image: ImageU8) -> bytes:
+    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    return data.tobytes()

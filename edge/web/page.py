@@ -1,0 +1,306 @@
+"""The page's model: what the routes know of a running inspection, put together from history, cameras and destinations.
+
+An operator may ask things of a camera from the page; every such request carries the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import hmac
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+
+from edge.config.outputs import WebConfig
+from edge.control import CameraSnapshot, DaemonControl
+from edge.delivery.pipeline import Deliverer
+from edge.status import CameraStatus, GoldenReport
+from edge.web.feedback import FeedbackStore
+from edge.web.history import HistoryView, PartHistory, ShownPart
+from edge.web.metrics import LineMetrics
+from edgeflame.console import EventLog
+from edgeflame.errors import EdgeFlameError, RuntimeUnavailableError, UsageError
+
+log = EventLog("web")
+
+MAX_ORDERS = 8
+"""At once."""
+
+Action = Literal[
+    "pause", "resume", "snapshot", "golden", "acknowledge", "drift-clear", "drift-relearn", "product", "rollback"
+]
+
+
+class PageRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /api/cameras/{camera}/do``."""
+
+    action: Action
+    expected: Literal["good", "bad"] | None = None
+    """Of ``golden``: the next part is a golden one; left out, the photographs are tested."""
+    product: str | None = None
+    """Of ``product``."""
+
+
+class PageAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of it."""
+
+    ok: bool
+    message: str
+    """For people."""
+
+
+class OperatorActions:
+    """Runs orders on threads of their own: one may wait a minute for a part, and neither page nor stop may wait for it.
+
+    Args:
+        control: of the cameras.
+    """
+
+    def __init__(self, control: DaemonControl) -> None:
+        self._control = control
+        self._slots = threading.BoundedSemaphore(MAX_ORDERS)
+
+    async def run(self, camera: str, order: PageRequest) -> PageAnswer:
+        """Carry out an order.
+
+        Raises:
+            EdgeFlameError: what was wrong with it, or went wrong.
+        """
+        if camera not in [status.camera for status in self._control.statuses()]:
+            msg = f"there is no camera {camera!r}"
+            raise UsageError(msg)
+        if not self._slots.acquire(blocking=False):
+            msg = f"{MAX_ORDERS} orders are being carried out; wait for one of them"
+            raise UsageError(msg)
+        log.info("operator_order", camera=camera, action=order.action)
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[PageAnswer] = loop.create_future()
+
+        def work() -> None:
+            try:
+                done = self._carry_out(camera, order)
+            except EdgeFlameError as exc:
+                _tell(loop, answer, exc)
+            except Exception as exc:  # noqa: BLE001 - a thread's outermost frame
+                log.error("order_failed", camera=camera, action=order.action, reason=repr(exc))
+                _tell(loop, answer, RuntimeUnavailableError(f"the order failed: {exc!r}"))
+            else:
+                _tell(loop, answer, done)
+            finally:
+                self._slots.release()
+
+        threading.Thread(target=work, name="edgeflame-order", daemon=True).start()
+        return await answer
+
+    def _carry_out(self, camera: str, order: PageRequest) -> PageAnswer:
+        simple: dict[str, tuple[Callable[[], object], str]] = {
+            "pause": (lambda: self._control.pause(camera), "Paused."),
+            "resume": (lambda: self._control.resume(camera), "Goes on."),
+            "acknowledge": (lambda: self._control.acknowledge(camera), "Noted that the self-test failed."),
+            "drift-clear": (lambda: self._control.drift(camera, "clear"), "Cleared. Watching begins again."),
+            "drift-relearn": (lambda: self._control.drift(camera, "relearn"), "The next parts are learnt."),
+        }
+        if order.action in simple:
+            call, said = simple[order.action]
+            call()
+            return PageAnswer(ok=True, message=said)
+        if order.action == "snapshot":
+            taken: CameraSnapshot = self._control.snapshot(camera)
+            told = f"Kept as {taken.file}." if taken.file is not None else "The next part had no picture."
+            return PageAnswer(ok=taken.file is not None, message=told)
+        if order.action == "product":
+            if order.product is None:
+                msg = "say which product"
+                raise UsageError(msg)
+            self._control.switch_product(camera, order.product)
+            return PageAnswer(ok=True, message=f"Judges {order.product} from the next part on.")
+        if order.action == "rollback":
+            product = next(status.product for status in self._control.statuses() if status.camera == camera)
+            self._control.rollback(product)
+            return PageAnswer(ok=True, message=f"{product}: back to the model before.")
+        report = self._control.golden(camera, order.expected)
+        assert isinstance(report, GoldenReport)
+        verdict = "Self-test passed" if report.passed else "Self-test FAILED"
+        return PageAnswer(ok=report.passed, message=f"{verdict}: {report.message}.")
+
+
+def _tell(
+    loop: asyncio.AbstractEventLoop, answer: asyncio.Future[PageAnswer], value: PageAnswer | EdgeFlameError
+) -> None:
+    def tell() -> None:
+        if answer.cancelled():
+            return
+        if isinstance(value, PageAnswer):
+            answer.set_result(value)
+        else:
+            answer.set_exception(value)
+
+    # The server may have stopped meanwhile; then nobody waits.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(tell)
+
+
+def http_status_of(error: EdgeFlameError) -> int:
+    """HTTP's word for an error: the request, or what it met."""
+    return 400 if isinstance(error, UsageError) else 409
+
+
+class LineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """``/api/line``: what runs here. Of several cameras, the first stands outside of the list as well."""
+
+    product: str
+    model: str
+    threshold: float
+    source: str
+    provider: str
+    cameras: tuple[CameraStatus, ...]
+    products: tuple[str, ...]
+    """Between which a camera may be switched."""
+
+
+class DeliveryHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """A destination's health."""
+
+    name: str
+    waiting: int
+    lost: int
+    error: str | None
+
+
+class LineHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """Of camera and destinations."""
+
+    problem: str | None
+    """Why the line is not ready; None if it is."""
+    dropped: dict[str, int]
+    """Frames never looked at, of all cameras, by reason."""
+    cameras: tuple[CameraStatus, ...]
+    deliveries: tuple[DeliveryHealth, ...]
+
+
+class CameraLight(msgspec.Struct, frozen=True, kw_only=True):
+    """One camera's verdict light."""
+
+    camera: str
+    latest: ShownPart | None
+    problem: str | None
+    """Why it is not ready."""
+
+
+class PageView(msgspec.Struct, frozen=True, kw_only=True):
+    """``/api/view``: of one camera much, of all a little."""
+
+    camera: str
+    """Whose view this is."""
+    view: HistoryView
+    lights: tuple[CameraLight, ...]
+    health: LineHealth
+
+
+class OperatorPage:
+    """The routes' view of a running inspection.
+
+    Args:
+        config: of the page.
+        control: of the cameras.
+        board: what is shown.
+        metrics: what is counted.
+        marks: where opinions are kept.
+        deliverers: of the destinations.
+        token: what a request that changes something must carry.
+    """
+
+    def __init__(
+        self,
+        config: WebConfig,
+        control: DaemonControl,
+        *,
+        board: PartHistory,
+        metrics: LineMetrics,
+        marks: FeedbackStore,
+        deliverers: Sequence[Deliverer],
+        token: str,
+    ) -> None:
+        self.board = board
+        self.metrics = metrics
+        self.marks = marks
+        self.closing = threading.Event()
+        """Set before the server stops, so that open event streams end."""
+        self._config = config
+        self._deliverers = deliverers
+        self._control = control
+        self.actions = OperatorActions(control)
+        self._token = token
+
+    def running(self) -> LineInfo:
+        """What runs."""
+        statuses = self._control.statuses()
+        first = statuses[0]
+        return LineInfo(
+            product=first.product,
+            model=first.model,
+            threshold=first.threshold,
+            source=first.source,
+            provider=first.provider,
+            cameras=statuses,
+            products=tuple(self._control.describe().products),
+        )
+
+    def page(self, camera: str | None = None) -> PageView:
+        """What is to be seen now, of the first camera unless another is named (and there)."""
+        deliveries = []
+        for deliverer in self._deliverers:
+            standing = deliverer.standing()
+            deliveries.append(
+                DeliveryHealth(
+                    name=deliverer.name, waiting=standing.waiting, lost=standing.lost, error=deliverer.last_error
+                )
+            )
+        statuses = self._control.statuses()
+        dropped: collections.Counter[str] = collections.Counter()
+        for status in statuses:
+            dropped.update(status.dropped)
+        lights = tuple(self._light(status) for status in statuses)
+        problems = [
+            light.problem if len(lights) == 1 else f"{light.camera}: {light.problem}"
+            for light in lights
+            if light.problem is not None
+        ]
+        health = LineHealth(
+            problem="; ".join(problems) or None,
+            dropped=dict(dropped),
+            cameras=statuses,
+            deliveries=tuple(deliveries),
+        )
+        names = [status.camera for status in statuses]
+        chosen = camera if camera in names else names[0]
+        assert chosen is not None
+        return PageView(camera=chosen, view=self.board.view(chosen), lights=lights, health=health)
+
+    def may_change(self, request: Request) -> bool:
+        """Whether a request carries the token."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        return hmac.compare_digest(given.encode(), self._token.encode())
+
+    def _light(self, status: CameraStatus) -> CameraLight:
+        latest, age_s = self.board.latest(status.camera)
+        problem = None if status.ended else self._problem_of(status, age_s)
+        return CameraLight(camera=status.camera, latest=latest, problem=problem)
+
+    def _problem_of(self, status: CameraStatus, last_part_s: float | None) -> str | None:
+        if status.paused:
+            return "paused"
+        if status.not_ready:
+            return "; ".join(status.not_ready)
+        if status.problem is not None:
+            return status.problem
+        if last_part_s is None:
+            return "no part has been judged since the start"
+        if last_part_s > self._config.stale_after_s:
+            return f"no part for {last_part_s:.0f} s"
+        return None
