@@ -18,12 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge.config.inspection import (
-    Shape,
-    ViewConfig,
-    is_rectangle,
-    shape_words,
-)
+from edge.config.inspection import Shape, ViewConfig, is_rectangle, shape_words
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_mask
 

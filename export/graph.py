@@ -5,7 +5,7 @@ Axes: N images, H x W the input, h x w the patch grid, P = h * w positions, C em
     image [N, H, W, 3] uint8, BGR
       -> float32, planes, RGB                 -> backbone -> its stages' maps
       -> embeddings [P, N, C]                 `export.embedding`
-      -> distance of every position [P, N]    `export.heads`
+      -> distance of every position [P, N]    `export.distances`
       -> Gaussian smoothing                   two products with constant matrices, no padding
       -> anomaly_map [N, h, w], score [N] = its maximum
 
@@ -26,8 +26,8 @@ from edgeflame.images import Preprocessing
 from edgeflame.statistics import smoothing_matrix
 from edgeflame.statistics_codec import PackageStatistics
 from export.builder import INPUT, MAP, RGB, SCORE, GraphBuilder
+from export.distances import add_distances
 from export.embedding import add_embeddings, export_network
-from export.heads import add_distances
 
 BATCH_AXIS = "N"
 OPSET = 18

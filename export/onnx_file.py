@@ -50,12 +50,12 @@ def onnx_with_metadata(
     model = with_precision(model, precision, calibration=calibration, target=target)
     known = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {**known, **describe(package)})
+    onnx.helper.set_model_props(model, {**known, **export_description(package)})
     data: bytes = model.SerializeToString()
     return data
 
 
-def describe(package: Package) -> dict[str, str]:
+def export_description(package: Package) -> dict[str, str]:
     """Metadata of the exported file, each key with the prefix ``edgeflame.``."""
     manifest = package.manifest
     given = manifest.learning.input

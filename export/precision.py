@@ -14,6 +14,8 @@ import onnx
 import onnx.checker
 import onnx.helper
 import onnx.numpy_helper
+import onnx.shape_inference
+import onnx.utils
 
 from edgeflame.errors import NumericalError
 from edgeflame.images import ImageU8
@@ -137,3 +139,13 @@ def _half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
 
 def _cast(source: str, target: str, kind: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], name=f"{OWN_PREFIX}cast_to_{target}", to=kind)
+
+
+def backbone_model(model_onnx: bytes) -> bytes:
+    """From ``image`` to the embeddings: the same input step and the same network, without distances and map."""
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(model_onnx))
+    (image,) = model.graph.input
+    leaving = backbone_borders(model.graph)[1]
+    alone: onnx.ModelProto = onnx.utils.Extractor(model).extract_model([image.name], leaving)
+    data: bytes = alone.SerializeToString()
+    return data

@@ -1,1 +1,1 @@
-"""Backbones, learning methods, statistics fitting, evaluation and the site agent."""
+"""What needs torch: backbones, learning methods, the training loop, and the site agent."""

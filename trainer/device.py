@@ -1,4 +1,7 @@
-"""Which processor the trainer computes on, and what it does with freed memory."""
+"""Where and how networks are run: the processor, its memory, the numeric precision, and images on their way to it.
+
+Training may run in mixed precision; losses, statistics and scores are always float32.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from edgeflame.errors import UsageError
+from edgeflame.images import ImageU8
+from edgeflame.learning import Precision
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
@@ -60,7 +66,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(was_on, warn_only=was_lenient)
 
 
-def whole_float32(device: torch.device) -> AbstractContextManager[None]:
+def without_tf32(device: torch.device) -> AbstractContextManager[None]:
     """A region in which a GPU's convolutions keep float32's 24 bits; by default cuDNN takes TF32's 11.
 
     Statistics and scores are made in it, so that they agree with the exported graph's.
@@ -83,3 +89,33 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+Autocast = Callable[[], AbstractContextManager[object]]
+"""Opens a region in which a network is run."""
+
+full_precision: Autocast = nullcontext
+
+
+def autocast_for(precision: Precision, device: torch.device) -> Autocast:
+    """How networks are run on a device.
+
+    ``auto`` is bfloat16 on a CUDA device that computes in it, and float32 elsewhere. bfloat16 has float32's range,
+    so gradients need no scaling; float16 would.
+    """
+    if precision == "auto":
+        mixed = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        mixed = precision == "bfloat16"
+    if not mixed:
+        return full_precision
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def rgb_tensor(images_bgr: ImageU8, device: torch.device) -> Tensor:
+    """``[N, H, W, 3]`` uint8 BGR to ``[N, 3, H, W]`` float32 RGB 0..255, channels last in memory."""
+    batch = torch.from_numpy(images_bgr)
+    if device.type == "cuda":
+        # From page-locked memory the copy runs beside the GPU's work.
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True).flip(-1).permute(0, 3, 1, 2).float()

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 
 from edgeflame.errors import ConfigError, NumericalError
+from fitting.imageset import ImageSet
 from trainer.backbone import EmbeddingNetwork
-from trainer.device import whole_float32
-from trainer.imageset import ImageSet, rgb_tensor
+from trainer.device import rgb_tensor, without_tf32
 
 F32 = npt.NDArray[np.float32]
 
@@ -118,7 +118,7 @@ class Embeddings:
 
 def embed(network: EmbeddingNetwork, rgb: torch.Tensor) -> F32:
     """Embeddings ``[N, P, C]`` float32 of RGB images ``[N, 3, H, W]``, positions row by row."""
-    with torch.inference_mode(), whole_float32(rgb.device):
+    with torch.inference_mode(), without_tf32(rgb.device):
         maps = network(rgb)
     embeddings: F32 = maps.permute(0, 2, 3, 1).flatten(1, 2).float().cpu().numpy()
     return embeddings

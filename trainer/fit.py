@@ -18,17 +18,17 @@ from edgeflame.images import ImageU8
 from edgeflame.learning import METHODS, SOLO_METHODS, Learning
 from edgeflame.package import WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
+from fitting.crossfit import PooledStatistics, require_enough
+from fitting.imageset import ImageSet
+from fitting.packaging import SiteStatistics, choose_references
+from fitting.suspects import Suspect, worst_indices
+from fitting.threshold import set_threshold
 from trainer.backbone import EmbeddingNetwork
+from trainer.crossfit import cross_fit
 from trainer.device import keep_freed_memory
 from trainer.embedding import Embeddings
 from trainer.feddymem.site import MemoryLearner
-from trainer.gaussian import Pooled, cross_fit, require_enough
-from trainer.imageset import ImageSet
 from trainer.model import SiteModel, build_model
-from trainer.references import choose_references
-from trainer.site_statistics import SiteStatistics
-from trainer.suspects import Suspect, worst
-from trainer.threshold import set_threshold
 from trainer.training import train
 
 log = EventLog("fit")
@@ -45,7 +45,7 @@ def quiet_stage(name: str) -> Iterator[Progress]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FittedModel:
     """A model that can be exported and can inspect.
 
     Attributes:
@@ -90,7 +90,7 @@ def fit(
     device: torch.device | None = None,
     num_references: int = DEFAULT_REFERENCES,
     stage: Stage = quiet_stage,
-) -> Fitted:
+) -> FittedModel:
     """Fit a model from the good training images of a data set; ``num_references`` of them go into the package.
 
     Raises:
@@ -119,7 +119,7 @@ def fit(
         site = fit_statistics(
             model, images, learning, groups_known=dataset.groups_known, device=device, progress=progress
         )
-    return Fitted(
+    return FittedModel(
         network=model.backbone.cpu(),
         site=site,
         weights=weights,
@@ -139,14 +139,14 @@ def _fit_memory(
     num_references: int,
     seconds: dict[str, float],
     stage: Stage,
-) -> Fitted:
+) -> FittedModel:
     """FedDyMem at one site: there is no other memory than its own."""
     learner = MemoryLearner(learning, images, device=device)
     with _timed(seconds, "training"), stage("Training") as progress:
         memory, metrics = learner.train(None, None, seed=learning.seed, progress=progress)
     with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
         site = learner.fit(memory, None, groups_known=dataset.groups_known, progress=progress)
-    return Fitted(
+    return FittedModel(
         network=learner.network.cpu(),
         site=site,
         weights=learner.weights,
@@ -187,7 +187,7 @@ def fit_statistics(
     *,
     groups_known: bool,
     device: torch.device,
-    pooled: Pooled | None = None,
+    pooled: PooledStatistics | None = None,
     progress: Progress = no_progress,
 ) -> SiteStatistics:
     """Statistics and threshold of a finished backbone; with ``pooled`` statistics only the threshold is of the images.
@@ -199,7 +199,7 @@ def fit_statistics(
     model.eval()
     embeddings = Embeddings(model.backbone, images, device=device)
     first = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
-    result, kept, left_out = first, images, worst(first.held_out_scores, learning.scoring.drop_worst)
+    result, kept, left_out = first, images, worst_indices(first.held_out_scores, learning.scoring.drop_worst)
     if left_out:
         log.warning(
             "images_left_out",

@@ -4,6 +4,11 @@ Tensor names begin with ``backbone.network.`` or ``discriminator.``; a method ma
 the model, under ``CONTROL_PREFIX``. Everything that has an effect is exchanged,
 batch-norm statistics included; torch's ``num_batches_tracked`` counters have none and stay at home, so that every
 exchanged tensor is floating point and can be averaged.
+
+Batch norm that stays at its site (FedBN, Li et al. 2021, arXiv 2102.07623): with ``training.batch_norm = "local"``
+every batch norm's scale, shift and statistics are the site's own. They are put into the global model before it is
+used, and taken out of an update before it is sent, which then holds the global model's. Embeddings of different sites
+are then in different spaces, so their statistics cannot be merged.
 """
 
 from __future__ import annotations
@@ -19,13 +24,32 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgeflame.errors import FederationError, StorageError
 from edgeflame.images import Preprocessing
 from edgeflame.learning import CONTROL_PREFIX, METHODS, Backbone, Exchange, Learning
 from edgeflame.package import WeightsOrigin
 from trainer.backbone import EmbeddingNetwork, build_network
-from trainer.fade import Discriminator
+
+LEAKY_SLOPE = 0.2
+"""As in SimpleNet (arXiv 2303.15140), whose discriminator this is."""
+
+
+class Discriminator(nn.Module):
+    """Normality of each patch: a two-layer perceptron per position, as 1 x 1 convolutions."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Conv2d(num_channels, num_channels, kernel_size=1, bias=False)
+        self.norm = nn.BatchNorm2d(num_channels)
+        self.score = nn.Conv2d(num_channels, 1, kernel_size=1, bias=False)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Score patches: ``[B, C, h, w]`` to ``[B, 1, h, w]``, higher where more normal."""
+        scores: Tensor = self.score(functional.leaky_relu(self.norm(self.hidden(embeddings)), LEAKY_SLOPE))
+        return scores
+
 
 WEIGHTS_KEY = "weights"
 """The one metadata key of a model file: where its backbone's weights came from, as JSON. safetensors writes several
@@ -80,11 +104,11 @@ def empty_model(learning: Learning) -> SiteModel:
         ConfigError: unknown backbone.
     """
     # A round loads several models of one kind, and building one takes longer than copying it.
-    return copy.deepcopy(_prototype(learning.backbone, learning.input, METHODS[learning.method].exchange))
+    return copy.deepcopy(_cached_model(learning.backbone, learning.input, METHODS[learning.method].exchange))
 
 
 @functools.lru_cache(maxsize=4)
-def _prototype(backbone: Backbone, preprocessing: Preprocessing, exchange: Exchange) -> SiteModel:
+def _cached_model(backbone: Backbone, preprocessing: Preprocessing, exchange: Exchange) -> SiteModel:
     network = EmbeddingNetwork(backbone, preprocessing)
     network.eval()
     return SiteModel(network.to(memory_format=torch.channels_last), Discriminator(network.num_channels), exchange)
@@ -97,10 +121,10 @@ def save_model(path: Path, model: SiteModel, weights: WeightsOrigin | None = Non
         StorageError: the file cannot be written.
     """
     metadata = {WEIGHTS_KEY: msgspec.json.encode(weights).decode()} if weights else None
-    _write(path, safetensors.torch.save(model.exchanged(), metadata=metadata))
+    _write_file(path, safetensors.torch.save(model.exchanged(), metadata=metadata))
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write_file(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(data)
@@ -113,7 +137,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def save_private(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write what a site keeps to itself; errors as :func:`save_model`."""
-    _write(path, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    _write_file(path, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_private(path: Path | None) -> dict[str, Tensor]:
@@ -168,3 +192,27 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
     model.travelling = {name: tensors.pop(name) for name in model.travelling}
     model.load_state_dict(tensors, strict=False)  # only the counters are missing, as just checked
     return model, weights
+
+
+BATCH_NORM_PREFIX = "norm."
+"""Of their names in a site's private state."""
+
+
+def batch_norm_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all batch norms' tensors, counters left out: ``BATCH_NORM_PREFIX`` + name to tensor on the CPU."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for key, tensor in module.state_dict().items():
+                if key != "num_batches_tracked":
+                    found[f"{BATCH_NORM_PREFIX}{name}.{key}"] = tensor.detach().to("cpu", copy=True)
+    return found
+
+
+def load_batch_norms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put such tensors back; others among ``tensors`` are left alone, and none at all change nothing."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name.startswith(BATCH_NORM_PREFIX):
+                own[name.removeprefix(BATCH_NORM_PREFIX)].copy_(tensor)

@@ -1,4 +1,8 @@
-"""From a fitted model to a package file. The exporter is handed in: the trainer knows no export format."""
+"""From a fitted model to a package file. The exporter is handed in: the trainer knows no export format.
+
+The package holds reference images with the scores of the trained network itself (PyTorch, and distances in float64),
+against which every runtime is checked.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import nn
 
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.learning import Learning
 from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
+from edgeflame.references import Reference, make_references
+from edgeflame.statistics import smooth_maps
 from edgeflame.statistics_codec import PackageStatistics
+from fitting.packaging import SiteStatistics, site_drift_reference
 from trainer.backbone import EmbeddingNetwork
-from trainer.condition import site_condition
-from trainer.references import score_references
-from trainer.site_statistics import SiteStatistics
+from trainer.device import rgb_tensor
+from trainer.embedding import embed
+
+
+def score_references(
+    network: EmbeddingNetwork, statistics: PackageStatistics, images: ImageU8, *, smoothing_sigma: float
+) -> tuple[Reference, ...]:
+    """The images and what PyTorch and float64 distances make of them: no exporter and no runtime is involved.
+
+    Args:
+        network: on the CPU, in evaluation mode.
+        statistics: as the package stores them.
+        images: ``[R, height, width, 3]`` uint8 BGR.
+        smoothing_sigma: of the map, in cells.
+    """
+    if not len(images):
+        return ()
+    embeddings = np.concatenate([embed(network, rgb_tensor(one[None], torch.device("cpu"))) for one in images])
+    distances = statistics.distances(embeddings.astype(np.float64))
+    return make_references(images, smooth_maps(distances.reshape(-1, *statistics.grid), smoothing_sigma))
 
 
 class Exporter(Protocol):
@@ -86,7 +112,7 @@ def save_package(
             "weights_sha256": weights.sha256,
         },
     )
-    condition = site_condition(site_statistics, references)
+    condition = site_drift_reference(site_statistics, references)
     smoothing = learning.scoring.smoothing_sigma
     statistics = site_statistics.statistics
     write_package(

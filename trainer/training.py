@@ -12,13 +12,12 @@ from torch import Tensor
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import NumericalError
 from edgeflame.learning import METHODS, Learning
+from fitting.imageset import ImageSet
 from trainer.backbone import EmbeddingNetwork
-from trainer.device import reproducible
-from trainer.imageset import ImageSet, rgb_tensor
+from trainer.device import Autocast, autocast_for, reproducible, rgb_tensor
 from trainer.model import SiteModel
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.interface import TOTAL, Ending, LocalObjective, Setting, Step
-from trainer.precision import Autocast, autocast_for
+from trainer.objectives.interface import TOTAL, LocalObjective, ObjectiveContext, ObjectiveResult, TrainingBatch
 
 log = EventLog("training")
 
@@ -43,7 +42,7 @@ class TrainingRun:
     num_forward: int
     num_teacher_forward: int
     num_steps: int
-    ending: Ending
+    ending: ObjectiveResult
 
     def metrics(self) -> dict[str, float]:
         """Figures of the last epoch, and counts."""
@@ -92,7 +91,7 @@ def train(
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    setting = Setting(
+    setting = ObjectiveContext(
         model=model,
         training=training,
         generator=generator,
@@ -121,11 +120,11 @@ def train(
     num_forward = num_steps = 0
     with reproducible(device):
         for epoch in range(training.epochs):
-            means = _Means(len(images))
+            means = _EpochMeans(len(images))
             shuffled = torch.randperm(len(images), generator=order).tolist()
             for start in range(0, len(images), training.batch_size):
                 indices = shuffled[start : start + training.batch_size]
-                losses = _step(
+                losses = _train_step(
                     model, objective, optimiser, indices, rgb_tensor(images.batch(indices), device), autocast
                 )
                 num_steps += 1
@@ -151,7 +150,7 @@ def train(
     )
 
 
-def _step(
+def _train_step(
     model: SiteModel,
     objective: LocalObjective,
     optimiser: torch.optim.Optimizer,
@@ -161,7 +160,7 @@ def _step(
 ) -> dict[str, Tensor]:
     with autocast():
         embeddings = model.backbone(rgb)
-    losses = objective.losses(Step(indices=indices, rgb=rgb, embeddings=embeddings.float()))
+    losses = objective.losses(TrainingBatch(indices=indices, rgb=rgb, embeddings=embeddings.float()))
     optimiser.zero_grad(set_to_none=True)
     losses[TOTAL].backward()  # type: ignore[no-untyped-call]
     objective.correct_gradients()
@@ -169,7 +168,7 @@ def _step(
     return losses
 
 
-class _Means:
+class _EpochMeans:
     """Loss terms of an epoch, left on their device until they are asked for."""
 
     def __init__(self, num_images: int) -> None:

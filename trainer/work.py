@@ -1,39 +1,56 @@
-"""A site's part in a federation: train one round, and in the end make the site's own package.
+"""A site's part in a federation: train one round, and in the end make the site's own package; and, in a simulation,
+evaluate the models of a run.
 
-The implementation of :class:`trainer.agent.work.SiteWork` that learns with torch; it runs in the site's worker
+:class:`TorchSiteTrainer` implements :class:`trainer.agent.tasks.SiteTrainer` with torch; it runs in the site's worker
 process. Everything it needs between rounds is in the files its tasks name, so it may be killed at any time.
+:class:`ModelEvaluator` fits statistics to the images it is given, and computes metrics on the given test part.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import torch
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import StorageError, UsageError
+from edgeflame.images import ImageU8
 from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning
 from edgeflame.memory_bank import write_bank
 from edgeflame.moments import MomentAccumulator
 from edgeflame.package import WeightsOrigin
 from edgeflame.references import DEFAULT_REFERENCES
+from edgeflame.simulated import MeasureAnswer, MeasureTask
 from edgeflame.statistics_blob import read_moments, write_site_statistics
 from edgeflame.statistics_codec import encode_statistics
-from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
-from trainer.batchnorm import norms_of, put_norms
-from trainer.device import keep_freed_memory, pick_device
-from trainer.embedding import Embeddings
-from trainer.feddymem.learning import restored
+from fitting.crossfit import PooledStatistics, image_scores, score_maps
+from fitting.evaluation import EvaluationReport, evaluate
+from fitting.imageset import ImageSet
+from fitting.packaging import SiteStatistics, choose_references
+from trainer.agent.tasks import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
+from trainer.backbone import EmbeddingNetwork
+from trainer.device import keep_freed_memory, pick_device, rgb_tensor
+from trainer.embedding import F32, Embeddings, embed
+from trainer.feddymem.learning import restore_memory
 from trainer.feddymem.site import MemoryLearner, initial_bank
 from trainer.fit import fit_statistics, read_training_images
-from trainer.gaussian import Pooled
-from trainer.imageset import ImageSet
-from trainer.model import SiteModel, build_model, load_model, load_private, save_model, save_private
+from trainer.model import (
+    SiteModel,
+    batch_norm_tensors,
+    build_model,
+    load_batch_norms,
+    load_model,
+    load_private,
+    save_model,
+    save_private,
+)
 from trainer.objectives import WITH_TEACHERS
 from trainer.packaging import Exporter, save_package
-from trainer.references import choose_references
 from trainer.training import train
 from trainer.weights import tensors_sha256
 
@@ -43,7 +60,7 @@ PACKAGE_FILE = "model.edgeflame"
 STATISTICS_FILE = "statistics.safetensors"
 
 
-class TorchSiteWork:
+class TorchSiteTrainer:
     """The learning of one site.
 
     Args:
@@ -120,7 +137,7 @@ class TorchSiteWork:
         if self._shares_memory:
             return self._train_memory(task, images, private, report)
         model, origin = self._load(task.base, private)
-        shared_norms = norms_of(load_model(task.base, self._learning)[0]) if self._keeps_norms else {}
+        shared_norms = batch_norm_tensors(load_model(task.base, self._learning)[0]) if self._keeps_norms else {}
         teacher = history = None
         if task.history is not None and METHODS[self._learning.method].objective in WITH_TEACHERS:
             teacher = self._load(task.base, private)[0].backbone
@@ -135,8 +152,8 @@ class TorchSiteWork:
             private=private,
             progress=report,
         )
-        kept = {**run.ending.private, **(norms_of(model) if self._keeps_norms else {})}
-        put_norms(model, shared_norms)
+        kept = {**run.ending.private, **(batch_norm_tensors(model) if self._keeps_norms else {})}
+        load_batch_norms(model, shared_norms)
         if kept and task.private_out is not None:
             save_private(task.private_out, kept)
         save_model(task.out, model, origin)
@@ -178,7 +195,7 @@ class TorchSiteWork:
         images = self._training_images(report)
         if self._shares_memory:
             learner = self._learner(images)
-            memory = restored(load_private(task.private), learner.network.num_channels, self._device)
+            memory = restore_memory(load_private(task.private), learner.network.num_channels, self._device)
             fleet = learner.read_fleet(task.model)
             result = learner.fit(memory, fleet, groups_known=self._dataset.groups_known, progress=report)
             network, origin = learner.network, learner.weights
@@ -242,7 +259,7 @@ class TorchSiteWork:
         """FedDyMem's round: a memory comes, a memory goes; the generator and the entries stay."""
         learner = self._learner(images)
         fleet = learner.read_fleet(task.base)
-        before = restored(private, learner.network.num_channels, self._device)
+        before = restore_memory(private, learner.network.num_channels, self._device)
         memory, metrics = learner.train(before, fleet, seed=task.seed, progress=report)
         bank = learner.reduced(memory, fleet)
         write_bank(task.out, bank)
@@ -268,13 +285,13 @@ class TorchSiteWork:
         """A model on the device, as this site sees it: with its own batch norms, where those stay at home."""
         model, origin = load_model(path, self._learning)
         if self._keeps_norms:
-            put_norms(model, private)
+            load_batch_norms(model, private)
         return model.to(self._device), origin
 
-    def _pooled(self, path: Path) -> Pooled:
+    def _pooled(self, path: Path) -> PooledStatistics:
         moments, header = read_moments(path)
         log.info("pooled_statistics", images=header.count, sites=len(header.sites), own=header.sites.get(self._site, 0))
-        return Pooled(moments=moments, holds_these=self._site in header.sites)
+        return PooledStatistics(moments=moments, holds_these=self._site in header.sites)
 
     @property
     def _keeps_norms(self) -> bool:
@@ -286,3 +303,105 @@ class TorchSiteWork:
                 self._dataset, self._learning, on_unreadable=self._on_unreadable, progress=report
             )
         return self._images
+
+
+MAX_TEST_CACHE_BYTES = 1 << 30
+"""Test embeddings kept: models of many sites share a backbone, and are measured on the same images."""
+
+
+class ModelEvaluator:
+    """Measures one model after another; keeps what the next may need again.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ...
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        self._device = pick_device(device)
+        self._loaded: tuple[str, Learning, SiteModel] | None = None
+        self._images: dict[tuple[str, ...], ImageSet] = {}
+        self._embeddings: dict[bytes, F32] = {}
+
+    def measure(self, task: MeasureTask) -> MeasureAnswer:
+        """Fit statistics to ``task.train``, of the model that is given or that is learnt from it; score ``task.test``.
+
+        Raises:
+            DataError: too few images.
+            FederationError: the model file is not of this configuration.
+            NumericalError: an embedding is not finite.
+            StorageError: a file cannot be read.
+        """
+        images = self._training_images(task)
+        test = open_dataset(Path(task.test))
+        if METHODS[task.learning.method].exchange == "memory":
+            network, site = self._remembered(task, images, groups_known=test.groups_known)
+        else:
+            model = self._trained(task, images) if task.model is None else self._model(task.model, task.learning)
+            network = model.backbone
+            site = fit_statistics(model, images, task.learning, groups_known=test.groups_known, device=self._device)
+
+        def score(batch: ImageU8) -> tuple[F32, F32]:
+            maps = score_maps(site.statistics, self._embed(network, batch), task.learning.scoring)
+            return image_scores(maps), maps
+
+        report = evaluate(score, test, task.learning.input, threshold=site.threshold.value, num_resamples=0)
+        return measure_answer(task.name, report, rank=float(site.statistics.rank))
+
+    def _model(self, path: str, learning: Learning) -> SiteModel:
+        if self._loaded is None or self._loaded[:2] != (path, learning):
+            model, _ = load_model(Path(path), learning)
+            self._loaded = (path, learning, model.to(self._device).eval())
+            self._embeddings.clear()
+        return self._loaded[2]
+
+    def _trained(self, task: MeasureTask, images: ImageSet) -> SiteModel:
+        self._loaded = None
+        self._embeddings.clear()
+        model, _ = build_model(task.learning)
+        model.to(self._device)
+        if METHODS[task.learning.method].objective is not None:
+            train(model, images, task.learning, seed=task.seed)
+        return model.eval()
+
+    def _remembered(
+        self, task: MeasureTask, images: ImageSet, *, groups_known: bool
+    ) -> tuple[EmbeddingNetwork, SiteStatistics]:
+        """FedDyMem's frozen backbone, and the fleet's memory beside one of these images."""
+        self._loaded = None
+        self._embeddings.clear()
+        learner = MemoryLearner(task.learning, images, device=self._device)
+        fleet = None if task.model is None else learner.read_fleet(Path(task.model))
+        memory = learner.train(None, None, seed=task.seed)[0] if fleet is None else None
+        return learner.network, learner.fit(memory, fleet, groups_known=groups_known)
+
+    def _training_images(self, task: MeasureTask) -> ImageSet:
+        held = self._images.get(task.train)
+        if held is None or held.preprocessing != task.learning.input:
+            records = [record for folder in task.train for record in open_dataset(Path(folder)).train]
+            # Only the last: rounds are measured with the same images, sites with others each.
+            self._images.clear()
+            held = self._images[task.train] = ImageSet(records, task.learning.input)
+        return held
+
+    def _embed(self, network: EmbeddingNetwork, batch: ImageU8) -> F32:
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in batch]
+        missing = [index for index, key in enumerate(keys) if key not in self._embeddings]
+        fresh: dict[bytes, F32] = {}
+        if missing:
+            embeddings = embed(network, rgb_tensor(batch[missing], self._device))
+            fresh = {keys[index]: one for index, one in zip(missing, embeddings, strict=True)}
+            if (len(self._embeddings) + len(fresh)) * embeddings[0].nbytes <= MAX_TEST_CACHE_BYTES:
+                self._embeddings.update((key, one.copy()) for key, one in fresh.items())
+        return np.stack([fresh[key] if key in fresh else self._embeddings[key] for key in keys])
+
+
+def measure_answer(name: str, report: EvaluationReport, **more: float) -> MeasureAnswer:
+    """A report's figures, without those that are not defined, and some more."""
+    plain = msgspec.to_builtins(report)
+    figures = {key: float(value) for key, value in plain.items() if type(value) in (int, float)}
+    del figures["num_resamples"]
+    classes = {
+        label: {key: float(value) for key, value in one.items() if isinstance(value, int | float)}
+        for label, one in plain["per_class"].items()
+    }
+    return MeasureAnswer(name=name, figures={**figures, **more}, classes=classes)

@@ -25,10 +25,10 @@ from edgeflame.images import ImageU8
 from edgeflame.learning import Learning
 from edgeflame.moments import MomentAccumulator
 from edgeflame.statistics import fit_gaussian
-from trainer.device import pick_device
+from fitting.crossfit import image_scores, make_folds, score_maps
+from fitting.imageset import ImageSet
+from trainer.device import pick_device, rgb_tensor
 from trainer.embedding import F32, embed
-from trainer.gaussian import image_scores, make_folds, score_maps
-from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import SiteModel, build_model
 from trainer.training import train
 

@@ -27,13 +27,14 @@ import torch
 from edgeflame.dataset import Dataset, ImageRecord, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Learning, Scoring
+from fitting.crossfit import image_scores, score_maps
+from fitting.imageset import ImageSet
+from fitting.metrics import auroc
+from fitting.suspects import worst_indices
+from fitting.threshold import set_threshold
+from trainer.crossfit import cross_fit
 from trainer.embedding import BATCH_SIZE, Embeddings
-from trainer.gaussian import cross_fit, image_scores, score_maps
-from trainer.imageset import ImageSet
-from trainer.metrics import auroc
 from trainer.model import build_model
-from trainer.suspects import worst
-from trainer.threshold import set_threshold
 
 F32 = npt.NDArray[np.float32]
 
@@ -92,7 +93,7 @@ def run(data: Path, seeds: Sequence[int], shares: Sequence[float], learning: Lea
             first: npt.NDArray[np.float64] | None = None
             for share in sorted({0.0, *shares}):  # nothing left out comes first: it finds the suspects
                 started = time.monotonic()
-                out = [] if first is None else worst(first, share)
+                out = [] if first is None else worst_indices(first, share)
                 kept = [number for number in range(len(train)) if number not in set(out)]
                 records = [train[number] for number in kept]
                 groups = [record.group for record in records]

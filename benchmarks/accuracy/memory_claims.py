@@ -41,14 +41,14 @@ from edgeflame.images import Preprocessing
 from edgeflame.learning import Learning, Memory
 from edgeflame.memory_bank import read_bank
 from edgeflame.simulated import MeasureTask
-from trainer.agent.chores import task_seed
-from trainer.agent.work import TrainTask
+from fitting.imageset import ImageSet
+from trainer.agent.step_runner import task_seed
+from trainer.agent.tasks import TrainTask
 from trainer.backbone import EmbeddingNetwork
+from trainer.device import rgb_tensor
 from trainer.embedding import embed
-from trainer.imageset import ImageSet, rgb_tensor
-from trainer.measure import Measurer
 from trainer.model import build_model
-from trainer.work import TorchSiteWork
+from trainer.work import ModelEvaluator, TorchSiteTrainer
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -82,12 +82,12 @@ def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Tra
     folder.mkdir()
     config = AggregateConfig(learning=learning)
     works = {
-        site: TorchSiteWork(learning=learning, data=data / site, site=site, state=folder, device="cpu")
+        site: TorchSiteTrainer(learning=learning, data=data / site, site=site, state=folder, device="cpu")
         for site in SITES
     }
     model = folder / "0"
     works[SITES[0]].write_initial_model(model)
-    measurer = Measurer("cpu")
+    measurer = ModelEvaluator("cpu")
     trace = Trace(num_bytes=[], changes=[], aurocs=[])
 
     def measure(path: Path) -> float:
@@ -204,7 +204,7 @@ def privacy_rows(learning: Learning, data: Path, folder: Path) -> list[str]:
     for patches, images in FLOORS:
         memory = msgspec.structs.replace(learning.memory, min_group=patches, min_images=images)
         changed = msgspec.structs.replace(learning, memory=memory)
-        work = TorchSiteWork(learning=changed, data=data / SITES[0], site=SITES[0], state=folder, device="cpu")
+        work = TorchSiteTrainer(learning=changed, data=data / SITES[0], site=SITES[0], state=folder, device="cpu")
         base, out = folder / "base", folder / "update"
         work.write_initial_model(base)
         work.train(TrainTask(round=1, base=base, history=None, out=out, seed=1), no_progress)

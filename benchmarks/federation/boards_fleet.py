@@ -19,24 +19,22 @@ from aggregator.simulation.run import METRICS_FILE, simulate
 from edgeflame.console import no_progress
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Learning, Training
-from trainer.agent.orders import Setup
-from trainer.agent.resident import Residents, answer
-from trainer.agent.work import SiteWork
-from trainer.measure import Measurer
-from trainer.work import TorchSiteWork
+from trainer.agent.simulated import SimulatedSites, answer_task
+from trainer.agent.tasks import SiteTrainer, WorkerSetup
+from trainer.work import ModelEvaluator, TorchSiteTrainer
 
 SIDE = 96
 
 
-def work(setup: Setup) -> SiteWork:
+def work(setup: WorkerSetup) -> SiteTrainer:
     """A site's honest work."""
-    return TorchSiteWork(
+    return TorchSiteTrainer(
         learning=setup.learning, data=Path(setup.data), site=setup.site, state=Path(setup.state), num_references=0
     )
 
 
 def run(
-    root: Path, *, num_sites: int, rounds: int, build: Callable[[Setup], SiteWork] = work, **fleet: Any
+    root: Path, *, num_sites: int, rounds: int, build: Callable[[WorkerSetup], SiteTrainer] = work, **fleet: Any
 ) -> tuple[RunResult, dict[str, float]]:
     """Run a fleet in ``root/run``: how it ended, and the figures of the final model.
 
@@ -70,7 +68,7 @@ def run(
     if data.exists():
         out.mkdir()
         (out / "data").symlink_to(data)
-    handle = functools.partial(answer, residents=Residents(build), measure=Measurer().measure)
+    handle = functools.partial(answer_task, residents=SimulatedSites(build), measure=ModelEvaluator().measure)
     with open_simulation_engine(config.engine, handle) as engine:
         result = simulate(config, out, engine, no_progress)
     if not data.exists():

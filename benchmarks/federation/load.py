@@ -35,7 +35,7 @@ from edgeflame.topics import Chunk, Spoken, Topics
 from edgeflame.transfer.manifest import Manifest, describe_file
 from edgeflame.transfer.receiver import ChunkKind, Receiver
 from edgeflame.transfer.store import Outgoing
-from trainer.agent.exchange import Upload
+from trainer.agent.aggregator_client import Upload
 
 HEARTBEAT_S = 1.0
 NUM_TENSORS = 80

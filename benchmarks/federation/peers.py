@@ -26,7 +26,7 @@ from edgeflame.topics import Chunk, Topics
 from edgeflame.transfer.download import Download
 from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore, Outgoing
-from trainer.agent.exchange import Upload
+from trainer.agent.aggregator_client import Upload
 
 TOPICS = Topics(fleet="bench")
 SITE = "site"

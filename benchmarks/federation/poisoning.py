@@ -26,8 +26,15 @@ import safetensors.numpy
 import torch
 
 from edgeflame.console import LOGGER_NAME, Progress
-from trainer.agent.orders import Setup
-from trainer.agent.work import FinishOutcome, FinishTask, SiteWork, StatisticsTask, TrainOutcome, TrainTask
+from trainer.agent.tasks import (
+    FinishOutcome,
+    FinishTask,
+    SiteTrainer,
+    StatisticsTask,
+    TrainOutcome,
+    TrainTask,
+    WorkerSetup,
+)
 
 NUM_SITES = 5
 RULES: dict[str, dict[str, Any]] = {
@@ -58,7 +65,7 @@ ATTACKS: dict[str, Attack] = {"sign flip": sign_flip, "scaled": scaled, "noise":
 class Poisoner:
     """A site's work that spoils what it sends."""
 
-    def __init__(self, work: SiteWork, attack: Attack) -> None:
+    def __init__(self, work: SiteTrainer, attack: Attack) -> None:
         self._work = work
         self._attack = attack
 
@@ -113,7 +120,7 @@ def measure(root: Path, rule: str, attack: str, num_bad: int, rounds: int, hones
     """
     bad = {f"site-{number}" for number in range(num_bad)}
 
-    def build(setup: Setup) -> SiteWork:
+    def build(setup: WorkerSetup) -> SiteTrainer:
         work = boards_fleet.work(setup)
         return Poisoner(work, ATTACKS[attack]) if setup.site in bad else work
 

@@ -17,9 +17,8 @@ from edgeflame.errors import MissingDependencyError
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.learning import Backbone
 from edgeflame.statistics import LowRankGaussian
-from export.backbone import backbone_model
 from export.graph import scoring_graph
-from export.precision import with_precision
+from export.precision import backbone_model, with_precision
 from trainer.backbone import build_network
 
 SIDE, RANK = 256, 24

@@ -28,10 +28,10 @@ from edgeflame.boards import write_dataset
 from edgeflame.dataset import Dataset, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone, Learning
-from trainer.device import pick_device
+from fitting.imageset import ImageSet
+from trainer.device import pick_device, rgb_tensor
 from trainer.embedding import F32, embed
 from trainer.fit import fit
-from trainer.imageset import ImageSet, rgb_tensor
 from trainer.model import build_model
 from trainer.training import TrainingRun, train
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import msgspec
 import torch
-
 import trainer.teacher
+
 from edgeflame.boards import write_dataset
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.learning import Learning, Training
+from fitting.imageset import ImageSet
 from trainer.device import keep_freed_memory, pick_device
-from trainer.imageset import ImageSet
 from trainer.model import build_model
 from trainer.training import train
 
@@ -60,7 +60,7 @@ def main() -> None:
         images = ImageSet(open_dataset(Path(folder)).train, learning.input)
         one_round(images, msgspec.structs.replace(learning, training=Training(epochs=1)), device)  # warm-up
         print(f"{len(images)} images, {arguments.size} x {arguments.size}, {arguments.epochs} epochs, {device}\n")
-        room = {"not cached": 0, "cached": trainer.teacher.MAX_CACHE_BYTES}
+        room = {"not cached": 0, "cached": trainer.teacher.MAX_TEACHER_CACHE_BYTES}
         rounds: dict[str, list[Round]] = {title: [] for title in room}
         for _ in range(arguments.repeats):
             for title, max_cache_bytes in room.items():

@@ -66,7 +66,7 @@ def command(
 def _backbone(model_onnx: bytes) -> bytes | None:
     """The backbone alone; None on a box without the library that cuts it out."""
     try:
-        from export.backbone import backbone_model
+        from export.precision import backbone_model
     except ImportError:
         click.echo("the backbone is not timed alone: that takes the Python package onnx", err=True)
         return None

@@ -91,8 +91,8 @@ def command(
     runtime = open_runtime(package.model_onnx, device=device)
     check_runtime_fits(runtime, manifest)
 
-    from trainer.scoring import score_records
-    from trainer.threshold import set_f1_threshold, set_threshold
+    from fitting.evaluation import score_records
+    from fitting.threshold import set_f1_threshold, set_threshold
 
     with progress_bar("Scoring images") as progress:
         kept, scores, maps = score_records(

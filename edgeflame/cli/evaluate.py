@@ -18,7 +18,7 @@ from edgeflame.cli.scoring_options import (
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
-    from trainer.figures import EvaluationReport, Interval
+    from fitting.evaluation import EvaluationReport, Interval
 
 BARS = ("image_AUROC", "macro_image_AUROC", "pixel_AUROC", "macro_pixel_AUROC", "image_F1Max", "pixel_AUPRO")
 """Figures that ``--min-...`` may set a bar for."""
@@ -79,14 +79,13 @@ def command(
     manifest = package.manifest
     check_runtime_fits(runtime, manifest)
 
-    from trainer.evaluation import measure
-    from trainer.scoring import score_tests
+    from fitting.evaluation import compute_metrics, score_test_images
 
     with progress_bar("Evaluating") as progress:
-        scored = score_tests(
+        scored = score_test_images(
             runtime.score, dataset, manifest.learning.input, on_unreadable=on_unreadable, progress=progress
         )
-    report = measure(
+    report = compute_metrics(
         scored,
         manifest.learning.input,
         threshold=manifest.threshold.value,

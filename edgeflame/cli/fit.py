@@ -19,7 +19,7 @@ from edgeflame.references import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
-    from trainer.fit import Fitted
+    from trainer.fit import FittedModel
 
 log = EventLog("fit")
 
@@ -172,7 +172,7 @@ NUM_NAMED = 5
 """Of the images that look least normal, those that the command names; the package names more, the page shows them."""
 
 
-def _print_summary(out: Path, manifest: Manifest, fitted: Fitted) -> None:
+def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
     unreadable = len(fitted.report.unreadable)
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
     click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")

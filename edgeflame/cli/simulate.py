@@ -15,8 +15,7 @@ from edgeflame.console import LOGGER_NAME
 
 if TYPE_CHECKING:
     from aggregator.run import RunResult
-    from trainer.agent.orders import Setup
-    from trainer.agent.work import SiteWork
+    from trainer.agent.tasks import SiteTrainer, WorkerSetup
 
 _CHATTY = ("site", "work", "training", "fit", "gaussian", "backbone", "weights")
 _THREADS = "OMP_NUM_THREADS"
@@ -73,13 +72,13 @@ def _handler() -> Callable[[bytes], bytes]:
         MissingDependencyError: torch, or what else training needs, is not installed.
     """
     from edgeflame.errors import MissingDependencyError
-    from trainer.agent.resident import Residents, answer
+    from trainer.agent.simulated import SimulatedSites, answer_task
 
     try:
         import torch
         from threadpoolctl import threadpool_limits
 
-        from trainer.measure import Measurer
+        from trainer.work import ModelEvaluator
     except ImportError as exc:
         msg = f"a simulation needs more than is installed here ({exc}): pip install 'edgeflame[train]'"
         raise MissingDependencyError(msg) from exc
@@ -90,14 +89,14 @@ def _handler() -> Callable[[bytes], bytes]:
         # A line for each epoch of each of a hundred sites tells nobody anything.
         for part in _CHATTY:
             logging.getLogger(f"{LOGGER_NAME}.{part}").setLevel(logging.WARNING)
-    return functools.partial(answer, residents=Residents(_work), measure=Measurer().measure)
+    return functools.partial(answer_task, residents=SimulatedSites(_work), measure=ModelEvaluator().measure)
 
 
-def _work(setup: Setup) -> SiteWork:
-    from trainer.work import TorchSiteWork
+def _work(setup: WorkerSetup) -> SiteTrainer:
+    from trainer.work import TorchSiteTrainer
 
     # No exporter: what a simulation wants of a site are its statistics and figures, not a package.
-    return TorchSiteWork(
+    return TorchSiteTrainer(
         learning=setup.learning, data=Path(setup.data), site=setup.site, state=Path(setup.state), num_references=0
     )
 

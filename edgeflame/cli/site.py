@@ -28,9 +28,9 @@ def pause(state: Path, reason: str, release: bool) -> None:
 
     The result is the same, bit for bit, as without the pause, unless the round went on without the site.
     """
-    from trainer.agent.wishes import Pause, Wishes
+    from trainer.agent.control import SiteControl, SitePause
 
-    Wishes(_checked(state, reason)).rest(Pause(reason=reason, release=release))
+    SiteControl(_checked(state, reason)).rest(SitePause(reason=reason, release=release))
     click.echo(f"paused: {reason}")
 
 
@@ -38,9 +38,9 @@ def pause(state: Path, reason: str, release: bool) -> None:
 @_STATE
 def resume(state: Path) -> None:
     """Go on after a pause."""
-    from trainer.agent.wishes import Wishes
+    from trainer.agent.control import SiteControl
 
-    click.echo("goes on" if Wishes(_checked(state)).go_on() else "was not paused")
+    click.echo("goes on" if SiteControl(_checked(state)).go_on() else "was not paused")
 
 
 @command.command()
@@ -49,9 +49,9 @@ def resume(state: Path) -> None:
 def leave(state: Path, reason: str) -> None:
     """Leave the run for good: nothing more is asked of this site. Starting `edgeflame train` again joins anew."""
     from edgeflame.statedir import is_in_use
-    from trainer.agent.wishes import Departure, Wishes
+    from trainer.agent.control import LeaveRequest, SiteControl
 
-    Wishes(_checked(state, reason)).leave(Departure(reason=reason))
+    SiteControl(_checked(state, reason)).leave(LeaveRequest(reason=reason))
     if is_in_use(state):
         click.echo("the site tells the aggregator, and ends")
     else:

@@ -92,8 +92,8 @@ def command(
     from edgeflame.errors import UsageError
     from edgeflame.statedir import copy_durably
     from edgeflame.topics import check_name
-    from trainer.agent.schedule import parse_schedule
-    from trainer.agent.service import SiteOptions, take_part
+    from trainer.agent.control import parse_schedule
+    from trainer.agent.service import SiteOptions, run_site
 
     options = {
         **msgspec.structs.asdict(load_config(config, SiteFile)),
@@ -112,7 +112,7 @@ def command(
     given_references = options["reference_images"]
     references = DEFAULT_REFERENCES if given_references is None else int(given_references)
     with progress_bar(f"site {site}") as report:
-        result = take_part(
+        result = run_site(
             SiteOptions(
                 broker=met.url,
                 fleet=fleet,

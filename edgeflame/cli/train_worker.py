@@ -1,6 +1,6 @@
 """``python -m edgeflame.cli.train_worker``: the process in which ``edgeflame train`` does its learning.
 
-Not for people: it speaks JSON lines on standard input and output (``trainer.agent.orders``).
+Not for people: it speaks JSON lines on standard input and output (``trainer.agent.tasks``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from edgeflame.errors import MissingDependencyError
 from edgeflame.references import DEFAULT_REFERENCES
 
 if TYPE_CHECKING:
-    from trainer.agent.orders import Setup
-    from trainer.agent.work import SiteWork
+    from trainer.agent.tasks import SiteTrainer, WorkerSetup
 
 
 REFERENCES_OPTION = "--reference-images"
@@ -27,7 +26,7 @@ DEVICE_OPTION = "--device"
 """What to compute on."""
 
 
-def build(setup: Setup, *, num_references: int, device: str) -> SiteWork:
+def build(setup: WorkerSetup, *, num_references: int, device: str) -> SiteTrainer:
     """The learning, in torch.
 
     Raises:
@@ -36,11 +35,11 @@ def build(setup: Setup, *, num_references: int, device: str) -> SiteWork:
     """
     try:
         from export.graph import scoring_graph
-        from trainer.work import TorchSiteWork
+        from trainer.work import TorchSiteTrainer
     except ImportError as exc:
         msg = f"training needs more than is installed here ({exc}): pip install 'edgeflame[train,cpu]'"
         raise MissingDependencyError(msg) from exc
-    return TorchSiteWork(
+    return TorchSiteTrainer(
         learning=setup.learning,
         data=Path(setup.data),
         site=setup.site,
@@ -56,11 +55,11 @@ def main() -> None:
     """Serve orders until standard input ends. Arguments: the log format, reference images, the device, ``-v``."""
     arguments = sys.argv[1:]
     configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
-    from trainer.agent.worker import serve
+    from trainer.agent.worker import run_worker
 
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     num_references = int(given.get(REFERENCES_OPTION, DEFAULT_REFERENCES))
-    serve(partial(build, num_references=num_references, device=given.get(DEVICE_OPTION, "auto")))
+    run_worker(partial(build, num_references=num_references, device=given.get(DEVICE_OPTION, "auto")))
 
 
 if __name__ == "__main__":

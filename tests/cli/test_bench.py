@@ -14,7 +14,7 @@ from edge.runtimes import bench
 from edge.runtimes.load import open_runtime
 from edgeflame.cli import cli
 from edgeflame.package import Package
-from export.backbone import backbone_model
+from export.precision import backbone_model
 from tests.support.small_package import GRID, embed, good_image, small_network
 
 

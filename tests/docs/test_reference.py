@@ -19,7 +19,7 @@ from edgeflame import topics
 from edgeflame.errors import EXIT_INTERRUPTED, EdgeFlameError
 from edgeflame.metrics import Metric
 from tests.support.paths import REPOSITORY
-from trainer.agent.watch import Watch
+from trainer.agent.metrics import SiteMetrics
 
 DOCS = REPOSITORY / "docs"
 
@@ -90,7 +90,7 @@ def test_every_metric_of_a_run_is_documented_and_none_that_is_not_there(tmp_path
         def show(self, figures: list[Metric]) -> None:
             shown.extend(figures)
 
-    watch = Watch(tmp_path, Server())  # type: ignore[arg-type]
+    watch = SiteMetrics(tmp_path, Server())  # type: ignore[arg-type]
     watch.look(("idle", 0, 0), None, link=None, is_up=False, is_welcome=False, now=0.0)
     documented = re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "fleet.md").read_text(), re.MULTILINE)
     assert sorted(documented) == sorted(metric.exposed_name for metric in shown)

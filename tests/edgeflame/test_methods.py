@@ -19,10 +19,10 @@ from edgeflame.console import no_progress
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing, write_image
 from edgeflame.learning import FEDERATED_METHODS, METHODS, Backbone, Learning, Training
-from trainer.agent.work import TrainTask
+from trainer.agent.tasks import TrainTask
 from trainer.model import build_model, load_model
 from trainer.objectives import OBJECTIVES
-from trainer.work import TorchSiteWork
+from trainer.work import TorchSiteTrainer
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -67,7 +67,7 @@ def test_two_rounds_of_two_sites(method: str, tmp_path: Path) -> None:
             path = tmp_path / name / "train" / "good" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, pixels)
-        sites[name] = TorchSiteWork(learning=learning, data=tmp_path / name, site=name, state=tmp_path, device="cpu")
+        sites[name] = TorchSiteTrainer(learning=learning, data=tmp_path / name, site=name, state=tmp_path, device="cpu")
     base = tmp_path / "base"
     sites["east"].write_initial_model(base)
     history: dict[str, Path] = {}

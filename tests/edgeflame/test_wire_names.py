@@ -21,8 +21,8 @@ from edgeflame.fleet import view
 from edgeflame.messages import DownMessage, Presence, RoundState, UpMessage
 from edgeflame.releases.messages import LineModels, Release
 from edgeflame.simulated import Answer, Task
-from trainer.agent.orders import FromWorker, ToWorker
-from trainer.agent.plan import Step
+from trainer.agent.plan import PlanStep
+from trainer.agent.tasks import FromWorker, ToWorker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -141,7 +141,7 @@ def test_the_tags_stay(union: Any, field: str, tags: set[str]) -> None:
 
 
 def test_the_names_of_the_steps_stay() -> None:
-    kinds = get_args(Step)
+    kinds = get_args(PlanStep)
     assert {kind.wire_name for kind in kinds} == STEPS
     assert len(kinds) == len(STEPS)
 

@@ -17,9 +17,9 @@ from edgeflame.learning import Backbone
 from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.statistics import LowRankGaussian, smooth_maps
 from edgeflame.statistics_codec import PackageStatistics
+from export.distances import MAX_ERROR, single_product_error, takes_one_product
 from export.folding import fold_constants
 from export.graph import scoring_graph
-from export.mahalanobis import MAX_ERROR, single_product_error, takes_one_product
 from tests.support.small_package import (
     GRID,
     PREPROCESSING,

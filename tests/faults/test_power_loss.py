@@ -32,8 +32,8 @@ from aggregator.journal import Journal
 from edgeflame.transfer.store import BlobStore, sha256_of
 from tests.support.brokers import BrokerProcess
 from tests.support.faulty_run import FAULT_INJECTOR, NAMES, Outcome, faulty_fleet, outcome, start_all
-from trainer.agent.memory import Finished, Memory
-from trainer.agent.memory import Outcome as Trained
+from trainer.agent.state import FinishRecord, SiteState
+from trainer.agent.state import UpdateRecord as Trained
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -108,7 +108,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 def remembered(folder: Path) -> Path:
     """A site's state directory with all that can be in one."""
-    memory = Memory(folder)
+    memory = SiteState(folder)
 
     def draft(value: float) -> Path:
         path = memory.draft("test")
@@ -123,11 +123,11 @@ def remembered(folder: Path) -> Path:
     package = memory.finish_dir(RUN) / "site.edgeflame"
     package.write_bytes(b"package" * 100)
     sha256 = sha256_of(package)
-    memory.keep_finished(RUN, Finished(model="a" * 64, package=package.name, package_sha256=sha256, summary={}))
+    memory.keep_finished(RUN, FinishRecord(model="a" * 64, package=package.name, package_sha256=sha256, summary={}))
     return folder
 
 
-def parts(memory: Memory) -> dict[str, bytes]:
+def parts(memory: SiteState) -> dict[str, bytes]:
     """What a site would use or send, as bytes."""
     found: dict[str, bytes] = {}
     for number in (1, 2):
@@ -145,7 +145,7 @@ def parts(memory: Memory) -> dict[str, bytes]:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_a_site_still_has_after_a_power_cut_is_what_it_had(damage: str, tmp_path: Path) -> None:
     whole = remembered(tmp_path / "whole")
-    sound = parts(Memory(whole))
+    sound = parts(SiteState(whole))
     assert len(sound) == 5
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
     assert len(files) >= 10
@@ -153,7 +153,7 @@ def test_what_a_site_still_has_after_a_power_cut_is_what_it_had(damage: str, tmp
         folder = tmp_path / str(number)
         shutil.copytree(whole, folder)
         DAMAGES[damage](folder / name)
-        memory = Memory(folder)
+        memory = SiteState(folder)
         left = parts(memory)
         assert left.items() <= sound.items(), f"{name} {damage}: something else than was kept"
         assert len(left) >= len(sound) - 1, f"{name} {damage}: more is lost than was damaged"

@@ -58,9 +58,8 @@ from tests.support import mutations
 from tests.support.mutations import Mutator
 from tests.support.paths import RECORDED
 from tests.support.small_package import good_image, random_gaussian, small_manifest
-from trainer.agent.memory import Finished, Memory
-from trainer.agent.schedule import parse_schedule
-from trainer.agent.wishes import Pause, Wishes
+from trainer.agent.control import SiteControl, SitePause, parse_schedule
+from trainer.agent.state import FinishRecord, SiteState
 
 CASES = int(os.environ.get("EDGEFLAME_FUZZ", "100"))
 MAX_GROWTH_BYTES = 300 << 20
@@ -177,11 +176,11 @@ def targets(folder: Path) -> dict[str, Target]:
     for name in "abc":
         write_image(data / "train" / "good" / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
     state = folder / "state"
-    memory = Memory(state)
-    memory.keep_finished("0" * 32, Finished(model="a" * 64, package=None, package_sha256=None, summary={"x": 1.0}))
+    memory = SiteState(state)
+    memory.keep_finished("0" * 32, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={"x": 1.0}))
     finish_json = state / "runs" / ("0" * 32) / "finish.json"
     requests = RequestQueue(folder)
-    wishes = Wishes(folder)
+    wishes = SiteControl(folder)
 
     def signature(path: Path) -> str:
         package = read_package(path)
@@ -341,7 +340,7 @@ def targets(folder: Path) -> dict[str, Target]:
             errors=(StorageError,),
         ),
         "wish": Target(
-            valid=[m.msgspec.json.encode(Pause(reason="x"))],
+            valid=[m.msgspec.json.encode(SitePause(reason="x"))],
             mutate=mutations.json_document,
             feed=from_file(folder, "pause.json", wish),
             errors=(StorageError,),

@@ -100,19 +100,22 @@ def place(state: Any) -> str:
 
 def wrap_site() -> None:
     """The site's steps."""
-    from trainer.agent import errand, memory, service, voice
+    from trainer.agent import aggregator_client as voice
+    from trainer.agent import service
+    from trainer.agent import state as memory
+    from trainer.agent import step_runner as errand
 
     def announced(_: Any, state: Any) -> str:
         return f"hearing {state.phase}-{state.round}" if state.phase == "train" else f"hearing {state.phase}"
 
-    wrap(voice.Voice, "send", lambda _, message: f"saying {tag(message)}")
-    wrap(voice.Voice, "send_chunk", lambda *_: "sending a chunk")
-    wrap(service._Site, "_on_announcement", announced)
-    wrap(service._Site, "_on_down", lambda _, message, __: f"hearing {tag(message)}")
-    wrap(errand.Errand, "begin", lambda _, step, __: begun(step))
-    wrap(errand.Errand, "done", lambda self, _: f"done {begun(self.step)}")
+    wrap(voice.AggregatorClient, "send", lambda _, message: f"saying {tag(message)}")
+    wrap(voice.AggregatorClient, "send_chunk", lambda *_: "sending a chunk")
+    wrap(service._SiteService, "_on_announcement", announced)
+    wrap(service._SiteService, "_on_down", lambda _, message, __: f"hearing {tag(message)}")
+    wrap(errand.StepRunner, "begin", lambda _, step, __: begun(step))
+    wrap(errand.StepRunner, "done", lambda self, _: f"done {begun(self.step)}")
     for name in ("keep_initial", "keep_update", "keep_statistics", "keep_finished"):
-        wrap(memory.Memory, name, lambda *_, name=name, **__: name)
+        wrap(memory.SiteState, name, lambda *_, name=name, **__: name)
     wrap(memory, "write_durably", lambda path, _: f"writing {path.name}" if path.suffix == ".json" else None)
     wrap(memory, "canonicalise", lambda _, path: f"writing {path.name}")
 

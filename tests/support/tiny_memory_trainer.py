@@ -10,8 +10,8 @@ import safetensors.numpy
 from edgeflame.console import Progress
 from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
 from tests.support.tiny_trainer import TinyTrainer
-from trainer.agent.work import TrainOutcome, TrainTask
-from trainer.agent.worker import serve
+from trainer.agent.tasks import TrainOutcome, TrainTask
+from trainer.agent.worker import run_worker
 
 CHANNELS, SPACE = 3, "a" * 64
 
@@ -47,4 +47,4 @@ class TinyMemoryTrainer(TinyTrainer):
 
 
 if __name__ == "__main__":
-    serve(TinyMemoryTrainer)
+    run_worker(TinyMemoryTrainer)

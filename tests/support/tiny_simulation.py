@@ -18,7 +18,7 @@ from edgeflame.config import load_config
 from edgeflame.console import no_progress
 from edgeflame.simulated import MeasureAnswer, MeasureTask
 from tests.support.tiny_trainer import TinyTrainer
-from trainer.agent.resident import Residents, answer
+from trainer.agent.simulated import SimulatedSites, answer_task
 
 
 def measure(task: MeasureTask) -> MeasureAnswer:
@@ -34,12 +34,12 @@ def measure(task: MeasureTask) -> MeasureAnswer:
 
 
 @functools.cache
-def residents() -> Residents:
-    return Residents(TinyTrainer)
+def residents() -> SimulatedSites:
+    return SimulatedSites(TinyTrainer)
 
 
 def handle(data: bytes) -> bytes:
-    return answer(data, residents(), measure)
+    return answer_task(data, residents(), measure)
 
 
 def main() -> None:

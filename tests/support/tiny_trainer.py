@@ -25,9 +25,8 @@ from edgeflame.console import Progress
 from edgeflame.errors import DataError
 from edgeflame.moments import MomentAccumulator
 from edgeflame.statistics_blob import read_moments, write_site_statistics
-from trainer.agent.orders import Setup
-from trainer.agent.work import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
-from trainer.agent.worker import serve
+from trainer.agent.tasks import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask, WorkerSetup
+from trainer.agent.worker import run_worker
 
 
 def images_of(site: str, count: int) -> npt.NDArray[np.float32]:
@@ -37,9 +36,9 @@ def images_of(site: str, count: int) -> npt.NDArray[np.float32]:
 
 
 class TinyTrainer:
-    """Implements :class:`trainer.agent.work.SiteWork`."""
+    """Implements :class:`trainer.agent.tasks.SiteTrainer`."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
         self._dir = Path(setup.state)
         self._num_samples = 10 + sum(map(ord, setup.site)) % 40
@@ -148,4 +147,4 @@ class TinyTrainer:
 
 if __name__ == "__main__":
     print("libraries print on standard output; it must not disturb the protocol")
-    serve(TinyTrainer)
+    run_worker(TinyTrainer)

@@ -12,8 +12,8 @@ import torch
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing, write_image
 from edgeflame.learning import Backbone, Calibration, Learning, Scoring, Training
+from fitting.imageset import ImageSet
 from tests.support.part_images import SIZE, part_image
-from trainer.imageset import ImageSet
 
 
 @pytest.fixture(autouse=True, scope="session")

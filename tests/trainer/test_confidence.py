@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import beta, binom
 
-from trainer.confidence import doubt, parts_needed, tightest_promise, upper_bound
+from fitting.threshold import exceedance_probability, parts_needed, tightest_rate, upper_confidence_bound
 
 F64 = npt.NDArray[np.float64]
 
@@ -16,8 +16,10 @@ F64 = npt.NDArray[np.float64]
 def test_for_single_photographs_it_is_the_exact_binomial_bound(num_parts: int, num_rejected: int) -> None:
     shares = np.repeat([1.0, 0.0], [num_rejected, num_parts - num_rejected])
     for rate in (0.001, 0.01, 0.05, 0.4):
-        assert doubt(shares, rate) == pytest.approx(binom.cdf(num_rejected, num_parts, rate), rel=1e-9, abs=1e-300)
-    bound = upper_bound(shares, 0.95)
+        assert exceedance_probability(shares, rate) == pytest.approx(
+            binom.cdf(num_rejected, num_parts, rate), rel=1e-9, abs=1e-300
+        )
+    bound = upper_confidence_bound(shares, 0.95)
     expected = 1.0 if num_rejected == num_parts else beta.ppf(0.95, num_rejected + 1, num_parts - num_rejected)
     assert bound == pytest.approx(expected, abs=1e-9)
 
@@ -31,26 +33,26 @@ def test_the_inversion_gives_the_frequencies_of_drawn_weights(num_parts: int) ->
     means = (weights[:, 0] + weights[:, 1:] @ shares) / weights.sum(axis=1)
     for quantile in (0.05, 0.5, 0.95):
         rate = float(np.quantile(means, quantile))
-        assert doubt(shares, rate) == pytest.approx(1 - quantile, abs=0.012)
+        assert exceedance_probability(shares, rate) == pytest.approx(1 - quantile, abs=0.012)
 
 
 def test_doubt_falls_with_the_rate_and_rises_with_every_share() -> None:
     shares = np.array([0, 0, 0.2, 0, 0.5, 0, 0, 0, 0, 0, 0, 1 / 3])
-    doubts = [doubt(shares, rate) for rate in (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)]
+    doubts = [exceedance_probability(shares, rate) for rate in (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)]
     assert doubts == sorted(doubts, reverse=True)
     for index in range(len(shares)):
         worse = shares.copy()
         worse[index] = min(1.0, worse[index] + 0.1)
-        assert doubt(worse, 0.2) >= doubt(shares, 0.2)
+        assert exceedance_probability(worse, 0.2) >= exceedance_probability(shares, 0.2)
 
 
 def test_promises_and_the_parts_they_take() -> None:
     assert parts_needed(0.01, 0.95) == 299
-    assert tightest_promise(122, 0.95) == pytest.approx(0.0243, abs=5e-5)
-    assert upper_bound(np.zeros(122), 0.95) == pytest.approx(tightest_promise(122, 0.95), abs=1e-9)
+    assert tightest_rate(122, 0.95) == pytest.approx(0.0243, abs=5e-5)
+    assert upper_confidence_bound(np.zeros(122), 0.95) == pytest.approx(tightest_rate(122, 0.95), abs=1e-9)
     # Photographs that agree bring nothing; photographs that do not, something.
     spread, together = np.repeat([1 / 6, 0.0], [12, 110]), np.repeat([1.0, 0.0], [2, 120])
-    assert upper_bound(spread, 0.95) < upper_bound(together, 0.95)
+    assert upper_confidence_bound(spread, 0.95) < upper_confidence_bound(together, 0.95)
 
 
 def two_values(rng: np.random.Generator, size: tuple[int, int]) -> F64:
@@ -90,6 +92,6 @@ def test_the_true_rate_lies_below_the_bound_as_often_as_stated(draw: object, num
     for one in np.sort(shares, axis=1).round(9):
         key = tuple(one)
         if key not in doubts:
-            doubts[key] = doubt(one, 0.05)
+            doubts[key] = exceedance_probability(one, 0.05)
         covered += doubts[key] > 0.05
     assert covered / len(shares) >= 0.95 - 0.017

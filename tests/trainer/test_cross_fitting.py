@@ -18,11 +18,13 @@ from edgeflame.images import Preprocessing
 from edgeflame.learning import Backbone, Learning
 from edgeflame.moments import MomentAccumulator
 from edgeflame.statistics import fit_gaussian
+from fitting.crossfit import RIDGES, image_scores, make_folds, require_enough, score_maps
+from fitting.imageset import ImageSet
 from trainer import embedding as embedding_module
 from trainer.backbone import EmbeddingNetwork, build_network
+from trainer.crossfit import cross_fit
+from trainer.device import rgb_tensor
 from trainer.embedding import Embeddings, embed
-from trainer.gaussian import RIDGES, cross_fit, image_scores, make_folds, require_enough, score_maps
-from trainer.imageset import ImageSet, rgb_tensor
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,8 @@ from edgeflame.dataset import ImageRecord, open_dataset
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask, write_image
 from edgeflame.threshold import Promise
-from trainer.bootstrap import Resamples
-from trainer.evaluation import FIGURES, evaluate, measure
-from trainer.scoring import F32, Scored, score_tests
+from fitting.evaluation import F32, METRIC_NAMES, ScoredImages, compute_metrics, evaluate, score_test_images
+from fitting.metrics import Resamples
 
 INPUT = Preprocessing(height=64, width=64)
 
@@ -55,7 +54,7 @@ def test_every_figure_follows_its_definition(folder: Path) -> None:
     assert (report.defective_caught, report.defective_missed) == (6, 3)
     assert (hole.caught, bright.caught) == (6, 0)
     assert report.groups_known
-    assert set(report.intervals) == {*FIGURES, *(f"macro_{name}" for name in FIGURES)}
+    assert set(report.intervals) == {*METRIC_NAMES, *(f"macro_{name}" for name in METRIC_NAMES)}
 
 
 def test_pixel_figures_are_scikit_learns_over_every_pixel(folder: Path) -> None:
@@ -125,7 +124,7 @@ def test_a_score_that_is_no_number_is_a_fault(folder: Path) -> None:
         evaluate(broken, open_dataset(folder), INPUT, threshold=200.0)
 
 
-def scored_parts(tmp_path: Path, num_parts: int, seed: int) -> Scored:
+def scored_parts(tmp_path: Path, num_parts: int, seed: int) -> ScoredImages:
     """Parts with 1 to 4 good photographs, a third of them with some defective ones too, half of these with a mask."""
     rng = np.random.default_rng(seed)
     records, maps = [], []
@@ -147,13 +146,13 @@ def scored_parts(tmp_path: Path, num_parts: int, seed: int) -> Scored:
                 name = f"test/{label}/{part}-{photo}.png"
                 records.append(ImageRecord(path=tmp_path / name, name=name, label=label, group=f"p{part}", mask=mask))
     stacked = np.stack(maps)
-    return Scored(records=records, scores=stacked.max(axis=(1, 2)), maps=stacked)
+    return ScoredImages(records=records, scores=stacked.max(axis=(1, 2)), maps=stacked)
 
 
 def test_intervals_are_those_of_evaluating_every_resample(tmp_path: Path) -> None:
     """The long way: each resample a test set of its own, with scikit-learn's figures and the fine bins."""
     scored = scored_parts(tmp_path, 24, seed=1)
-    report = measure(scored, INPUT, threshold=8.0, groups_known=True, seed=3)
+    report = compute_metrics(scored, INPUT, threshold=8.0, groups_known=True, seed=3)
     assert (report.num_resamples, report.num_groups) == (1000, 24)
     parts = sorted({record.group for record in scored.records})
     values: dict[str, list[float]] = {}
@@ -165,14 +164,14 @@ def test_intervals_are_those_of_evaluating_every_resample(tmp_path: Path) -> Non
             if record.group == part
             for _ in range(times)
         ]
-        again = Scored(
+        again = ScoredImages(
             records=[scored.records[i] for i in indices], scores=scored.scores[indices], maps=scored.maps[indices]
         )
-        one = measure(again, INPUT, threshold=8.0, groups_known=True, num_resamples=2)
+        one = compute_metrics(again, INPUT, threshold=8.0, groups_known=True, num_resamples=2)
         for name in report.intervals:
             values.setdefault(name, []).append(getattr(one, name))
         values.setdefault("hole", []).append(one.per_class["hole"].image_AUROC or 0.0)
-    first = measure(scored, INPUT, threshold=8.0, groups_known=True, seed=3, num_resamples=12)
+    first = compute_metrics(scored, INPUT, threshold=8.0, groups_known=True, seed=3, num_resamples=12)
     for name, (low, high) in first.intervals.items():
         # Coarse bins cost pixel figures their last digits.
         tolerance = 1e-9 if "image" in name else 0.01
@@ -184,10 +183,10 @@ def test_intervals_are_those_of_evaluating_every_resample(tmp_path: Path) -> Non
 def test_parts_that_stick_together_widen_the_interval(tmp_path: Path) -> None:
     scored = scored_parts(tmp_path, 24, seed=1)
     # The same photographs four times over: no new part, so no narrower interval.
-    fourfold = Scored(
+    fourfold = ScoredImages(
         records=[*scored.records] * 4, scores=np.tile(scored.scores, 4), maps=np.tile(scored.maps, (4, 1, 1))
     )
-    narrow = Scored(
+    narrow = ScoredImages(
         records=[
             ImageRecord(path=one.path, name=one.name, label=one.label, group=str(index), mask=one.mask)
             for index, one in enumerate(fourfold.records)
@@ -196,7 +195,7 @@ def test_parts_that_stick_together_widen_the_interval(tmp_path: Path) -> None:
         maps=fourfold.maps,
     )
     once, four, alone = (
-        measure(one, INPUT, threshold=8.0, groups_known=True, num_resamples=200).intervals["image_AUROC"]
+        compute_metrics(one, INPUT, threshold=8.0, groups_known=True, num_resamples=200).intervals["image_AUROC"]
         for one in (scored, fourfold, narrow)
     )
     assert four == pytest.approx(once, abs=1e-9)
@@ -222,6 +221,6 @@ def test_the_other_thresholds_are_applied_too(folder: Path) -> None:
         Promise(false_reject_rate=rate, value=value, expected_false_reject_rate=0.0)
         for rate, value in ((0.01, None), (0.05, 1e6), (0.2, 0.0))
     ]
-    scored = score_tests(darkness, dataset, INPUT)
-    report = measure(scored, INPUT, threshold=200.0, groups_known=True, promises=promises)
+    scored = score_test_images(darkness, dataset, INPUT)
+    report = compute_metrics(scored, INPUT, threshold=200.0, groups_known=True, promises=promises)
     assert [(one.good_rejected, one.defective_caught) for one in report.promises] == [(0, 0), (6, 9)]

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.fade import Discriminator, add_noise, fade_loss
-from trainer.flame import distillation_loss, kl_divergence
+from trainer.model import Discriminator
+from trainer.objectives.fade import add_noise, fade_loss
+from trainer.objectives.flame import distillation_loss, kl_divergence
 
 F64 = npt.NDArray[np.float64]
 

@@ -18,27 +18,39 @@ from edgeflame.learning import Learning, Memory
 from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
 from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.statistics_codec import decode_statistics
-from trainer.agent.work import FinishTask, TrainTask
-from trainer.feddymem.learning import assigned, first_memory, metric_loss, metric_of, restored, train_memory, updated
-from trainer.feddymem.metric import MemoryGenerator, Whitening, greedy_k_centre, transform_of, whitening_of
-from trainer.feddymem.patches import Patches
-from trainer.feddymem.reduce import NO_FLOOR, Contents, Floor, contents_of, reduce_memory
+from fitting.imageset import ImageSet
+from trainer.agent.tasks import FinishTask, TrainTask
+from trainer.feddymem.learning import (
+    MemoryGenerator,
+    PatchSample,
+    Whitening,
+    assign_patches,
+    combined_transform,
+    fit_metric,
+    fit_whitening,
+    greedy_k_centre,
+    initial_memory,
+    metric_loss,
+    restore_memory,
+    train_memory,
+    update_entries,
+)
+from trainer.feddymem.reduce import NO_FLOOR, EntryContents, PrivacyFloor, entry_contents, reduce_memory
 from trainer.fit import fit
-from trainer.imageset import ImageSet
-from trainer.work import TorchSiteWork
+from trainer.work import TorchSiteTrainer
 
 CPU = torch.device("cpu")
 C = 5
 PLAIN = Whitening(centre=torch.zeros(C), matrix=torch.eye(C))
 
 
-def patches_of(num_images: int = 8, each: int = 40, seed: int = 0) -> Patches:
+def patches_of(num_images: int = 8, each: int = 40, seed: int = 0) -> PatchSample:
     """Patches about six centres, each image its own mixture."""
     rng = np.random.default_rng(seed)
     centres = 4 * np.random.default_rng(99).normal(size=(6, C))
     kinds = rng.integers(0, 6, num_images * each)
     values = centres[kinds] + 0.3 * rng.normal(size=(len(kinds), C))
-    return Patches(
+    return PatchSample(
         values=torch.from_numpy(values.astype(np.float32)),
         image_of=torch.arange(num_images).repeat_interleave(each),
         num_images=num_images,
@@ -59,12 +71,12 @@ def learning_with(learning: Learning, **memory: object) -> Learning:
 def test_whitened_samples_have_the_identity_for_covariance_and_the_root_turns_nothing() -> None:
     samples = patches_of().values.numpy() @ np.diag([1, 2, 3, 4, 5]).astype(np.float32)
     weights = np.random.default_rng(1).uniform(0.5, 1, len(samples)).astype(np.float32)
-    whitening = whitening_of(samples, weights, ridge=1e-9, device=CPU)
+    whitening = fit_whitening(samples, weights, ridge=1e-9, device=CPU)
     white = whitening(torch.from_numpy(samples)).double().numpy()
     np.testing.assert_allclose(np.cov(white.T, aweights=weights, ddof=0), np.eye(C), atol=1e-4)
     np.testing.assert_allclose(whitening.matrix, whitening.matrix.T, atol=1e-6)
     with pytest.raises(NumericalError, match="nothing varies"):
-        whitening_of(np.ones((4, C), dtype=np.float32), None, ridge=0.1, device=CPU)
+        fit_whitening(np.ones((4, C), dtype=np.float32), None, ridge=0.1, device=CPU)
 
 
 def test_a_new_generator_changes_nothing_and_both_make_one_matrix() -> None:
@@ -73,9 +85,9 @@ def test_a_new_generator_changes_nothing_and_both_make_one_matrix() -> None:
     assert torch.equal(generator(rows), rows)
     with torch.no_grad():
         generator.weight.copy_(torch.randn(C, C, generator=torch.Generator().manual_seed(1)))
-    whitening = whitening_of(patches_of().values.numpy(), None, ridge=0.1, device=CPU)
+    whitening = fit_whitening(patches_of().values.numpy(), None, ridge=0.1, device=CPU)
     expected = generator(whitening(rows)).detach().numpy()
-    found = (rows - whitening.centre).numpy() @ transform_of(whitening, generator).T
+    found = (rows - whitening.centre).numpy() @ combined_transform(whitening, generator).T
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -88,9 +100,9 @@ def test_k_centre_spreads_and_takes_no_point_twice() -> None:
 
 
 def test_entries_move_towards_their_patches_and_others_stay() -> None:
-    patches = Patches(values=torch.tensor([[1.0] * C, [3.0] * C]), image_of=torch.tensor([0, 1]), num_images=2)
+    patches = PatchSample(values=torch.tensor([[1.0] * C, [3.0] * C]), image_of=torch.tensor([0, 1]), num_images=2)
     entries = torch.tensor([[0.0] * C, [100.0] * C])
-    moved = updated(entries, patches, PLAIN, MemoryGenerator(C), rate=0.5)
+    moved = update_entries(entries, patches, PLAIN, MemoryGenerator(C), rate=0.5)
     torch.testing.assert_close(moved, torch.tensor([[1.0] * C, [100.0] * C]))
 
 
@@ -120,8 +132,8 @@ def test_training_lowers_the_loss_and_repeats_itself(small_learning: Learning) -
     learning = learning_with(small_learning)
     learning = msgspec.structs.replace(learning, training=msgspec.structs.replace(learning.training, epochs=6))
     patches = patches_of()
-    whitening = metric_of(patches, None, learning)
-    start = first_memory(patches, whitening, learning, seed=0)
+    whitening = fit_metric(patches, None, learning)
+    start = initial_memory(patches, whitening, learning, seed=0)
     results = [train_memory(start, patches, None, whitening, learning, seed=5) for _ in range(2)]
     assert torch.equal(results[0][0].entries, results[1][0].entries)
     assert torch.equal(results[0][0].generator.weight, results[1][0].generator.weight)
@@ -129,15 +141,15 @@ def test_training_lowers_the_loss_and_repeats_itself(small_learning: Learning) -
     one = msgspec.structs.replace(learning, training=msgspec.structs.replace(learning.training, epochs=1))
     assert results[0][1]["loss"] < train_memory(start, patches, None, whitening, one, seed=5)[1]["loss"]
     # What was kept comes back, and other embeddings are told.
-    kept = restored(results[0][0].tensors(), C, CPU)
+    kept = restore_memory(results[0][0].tensors(), C, CPU)
     assert kept is not None
     assert torch.equal(kept.generator.weight, results[0][0].generator.weight)
-    assert restored({}, C, CPU) is None
+    assert restore_memory({}, C, CPU) is None
     with pytest.raises(DataError, match="its backbone has 6"):
-        restored(results[0][0].tensors(), C + 1, CPU)
+        restore_memory(results[0][0].tensors(), C + 1, CPU)
 
 
-def reduced(contents: Contents, *, size: int, floor: Floor, temperature: float = 1.0) -> MemoryBank:
+def reduced(contents: EntryContents, *, size: int, floor: PrivacyFloor, temperature: float = 1.0) -> MemoryBank:
     return reduce_memory(
         contents,
         PLAIN,
@@ -155,16 +167,16 @@ def reduced(contents: Contents, *, size: int, floor: Floor, temperature: float =
     num_images=st.integers(2, 9),
     each=st.integers(5, 30),
     size=st.integers(1, 12),
-    floor=st.sampled_from([NO_FLOOR, Floor(patches=8, images=2), Floor(patches=30, images=3.5)]),
+    floor=st.sampled_from([NO_FLOOR, PrivacyFloor(patches=8, images=2), PrivacyFloor(patches=30, images=3.5)]),
     seed=st.integers(0, 1000),
 )
 def test_nothing_below_the_floor_is_sent_and_everything_is_accounted_for(
-    num_images: int, each: int, size: int, floor: Floor, seed: int
+    num_images: int, each: int, size: int, floor: PrivacyFloor, seed: int
 ) -> None:
     patches = patches_of(num_images, each, seed)
     entries = patches.values[greedy_k_centre(patches.values, 20)]
-    entry_of = assigned(patches, entries, PLAIN, MemoryGenerator(C))
-    contents = contents_of(patches.values, patches.image_of, entry_of, num_images)
+    entry_of = assign_patches(patches, entries, PLAIN, MemoryGenerator(C))
+    contents = entry_contents(patches.values, patches.image_of, entry_of, num_images)
     assert contents.sizes.sum() == num_images * each
     if num_images * each < floor.patches or num_images < floor.images:
         with pytest.raises(DataError, match="the privacy floor allows nothing to be sent"):
@@ -186,7 +198,7 @@ def test_nothing_below_the_floor_is_sent_and_everything_is_accounted_for(
 
 def test_the_effective_counts_are_those_of_the_patches_weights() -> None:
     # One group of two entries: 3 patches of two images, and 1 of a third; the second lies at distance^2 = 1.
-    contents = Contents(
+    contents = EntryContents(
         means=np.array([[0.0] * C, [1.0] + [0.0] * (C - 1)], dtype=np.float32),
         counts=np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
     )
@@ -207,16 +219,16 @@ def test_the_effective_counts_are_those_of_the_patches_weights() -> None:
 def test_a_rare_pattern_of_one_image_is_not_sent() -> None:
     common = patches_of(6, 40)
     odd = torch.full((40, C), 50.0)
-    patches = Patches(
+    patches = PatchSample(
         values=torch.cat([common.values, odd]),
         image_of=torch.cat([common.image_of, torch.full((40,), 6)]),
         num_images=7,
     )
     entries = patches.values[greedy_k_centre(patches.values, 20)]
-    entry_of = assigned(patches, entries, PLAIN, MemoryGenerator(C))
-    contents = contents_of(patches.values, patches.image_of, entry_of, 7)
+    entry_of = assign_patches(patches, entries, PLAIN, MemoryGenerator(C))
+    contents = entry_contents(patches.values, patches.image_of, entry_of, 7)
     nearest = {}
-    for name, floor in (("open", NO_FLOOR), ("floor", Floor(patches=8, images=2))):
+    for name, floor in (("open", NO_FLOOR), ("floor", PrivacyFloor(patches=8, images=2))):
         bank = reduced(contents, size=8, floor=floor, temperature=1.0)
         nearest[name] = float(np.abs(bank.prototypes - 50).max(axis=1).min())
     assert nearest["open"] < 1e-3, "without a floor the image's own pattern leaves the site"
@@ -236,12 +248,12 @@ def task(folder: Path, number: int, base: str, private: str | None, out: str) ->
 
 
 @pytest.fixture
-def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteWork:
+def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteTrainer:
     learning = learning_with(small_learning)
-    return TorchSiteWork(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
+    return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
 
 
-def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteWork, tmp_path: Path) -> None:
+def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_path: Path) -> None:
     work.write_initial_model(tmp_path / "base")
     initial = read_bank(tmp_path / "base")
     assert len(initial) == 0
@@ -274,7 +286,7 @@ def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteWork, tmp_path: 
     assert finished.summary["threshold"] > 0  # type: ignore[operator]
 
 
-def test_a_memory_of_another_backbone_is_told_in_words(work: TorchSiteWork, tmp_path: Path) -> None:
+def test_a_memory_of_another_backbone_is_told_in_words(work: TorchSiteTrainer, tmp_path: Path) -> None:
     work.write_initial_model(tmp_path / "base")
     channels = read_bank(tmp_path / "base").num_channels
     write_bank(tmp_path / "other", empty_bank(channels, "f" * 64))
@@ -286,7 +298,7 @@ def test_a_site_with_too_few_images_for_the_floor_is_told_in_words(
     parts_folder: Path, small_learning: Learning, tmp_path: Path
 ) -> None:
     learning = learning_with(small_learning, min_images=30)
-    work = TorchSiteWork(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
+    work = TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
     work.write_initial_model(tmp_path / "base")
     with pytest.raises(DataError, match="the privacy floor allows nothing to be sent"):
         work.train(task(tmp_path, 1, "base", None, "1"), no_progress)
@@ -294,9 +306,9 @@ def test_a_site_with_too_few_images_for_the_floor_is_told_in_words(
 
 def test_one_site_alone_finds_the_holes(images: ImageSet, parts_folder: Path, small_learning: Learning) -> None:
     from edgeflame.dataset import open_dataset
+    from fitting.crossfit import image_scores, score_maps
+    from trainer.device import rgb_tensor
     from trainer.embedding import embed
-    from trainer.gaussian import image_scores, score_maps
-    from trainer.imageset import rgb_tensor
 
     dataset = open_dataset(parts_folder)
     fitted = fit(dataset, learning_with(small_learning))

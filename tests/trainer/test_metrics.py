@@ -7,16 +7,20 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from trainer.bootstrap import (
-    MAX_VALUES,
+from fitting.metrics import (
+    MAX_DISTINCT_SCORES,
+    PixelCounts,
     Resamples,
+    auroc,
     auroc_of_counts,
+    best_f1,
+    bin_edges,
+    bootstrap_interval,
     distinct_values,
+    f1_max,
     f1_of_counts,
     image_counts,
-    interval,
 )
-from trainer.metrics import PixelCounts, auroc, best_f1, bin_edges, f1_max
 
 
 def pictures(seed: int, count: int = 12) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
@@ -161,7 +165,7 @@ def test_figures_of_counts_are_scikit_learns() -> None:
     nothing = np.zeros((1, 4))
     assert np.isnan(auroc_of_counts(nothing, nothing + 1)).all()
     assert np.isnan(f1_of_counts(nothing, nothing + 1)).all()
-    assert interval(np.array([np.nan, np.nan, 0.5])) is None
+    assert bootstrap_interval(np.array([np.nan, np.nan, 0.5])) is None
 
 
 def test_many_distinct_scores_are_binned_and_hardly_matter() -> None:
@@ -169,7 +173,7 @@ def test_many_distinct_scores_are_binned_and_hardly_matter() -> None:
     scores, is_bad = rng.normal(size=9000), rng.random(9000) < 0.5
     scores[is_bad] += 1
     values = distinct_values(scores)
-    assert len(values) == MAX_VALUES
+    assert len(values) == MAX_DISTINCT_SCORES
     parts = np.zeros(9000, dtype=np.intp)
     good, bad = (image_counts(scores[kind], parts[kind], 1, values) for kind in (~is_bad, is_bad))
     assert auroc_of_counts(good, bad)[0] == pytest.approx(auroc(scores[~is_bad], scores[is_bad]), abs=1e-4)

@@ -17,10 +17,11 @@ from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
 from aggregator.strategies.interface import Contribution
 from edgeflame.learning import CONTROL_PREFIX, Learning, Training, accumulated_steps
-from trainer.imageset import ImageSet, rgb_tensor
+from fitting.imageset import ImageSet
+from trainer.device import rgb_tensor
 from trainer.model import SiteModel, build_model
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.interface import Setting, Step
+from trainer.objectives.interface import ObjectiveContext, TrainingBatch
 from trainer.objectives.moon import contrastive_loss
 from trainer.objectives.scaffold import ControlVariates
 from trainer.training import train
@@ -51,7 +52,7 @@ def objective_gradients(
     name: str, model: SiteModel, images: ImageSet, moved: float, training: Training
 ) -> list[Tensor]:
     """Gradients of an objective whose training started at ``model``, after its weights have moved."""
-    setting = Setting(model=model, training=training, generator=torch.Generator().manual_seed(0))
+    setting = ObjectiveContext(model=model, training=training, generator=torch.Generator().manual_seed(0))
     model.requires_grad_(True)
     objective = OBJECTIVES[name](setting)
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +61,7 @@ def objective_gradients(
             parameter.add_(moved * torch.randn(parameter.shape, generator=generator))
     model.zero_grad()
     rgb = rgb_tensor(images.batch(range(4)), CPU)
-    losses = objective.losses(Step(indices=range(4), rgb=rgb, embeddings=model.backbone(rgb)))
+    losses = objective.losses(TrainingBatch(indices=range(4), rgb=rgb, embeddings=model.backbone(rgb)))
     losses["loss"].backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 

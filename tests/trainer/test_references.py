@@ -11,10 +11,11 @@ from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing, write_image
 from edgeflame.learning import Backbone
 from edgeflame.statistics import smooth_maps
+from fitting.imageset import ImageSet
+from fitting.packaging import choose_references
 from tests.support.small_package import embed, good_image, random_gaussian
 from trainer.backbone import build_network
-from trainer.imageset import ImageSet
-from trainer.references import choose_references, score_references
+from trainer.packaging import score_references
 
 PREPROCESSING = Preprocessing(height=64, width=64)
 

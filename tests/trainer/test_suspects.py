@@ -17,9 +17,9 @@ from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import write_image
 from edgeflame.learning import Learning, Scoring
 from edgeflame.package import read_package
+from fitting.suspects import HighestMaps, worst_indices
 from tests.support.part_images import part_image
 from trainer.fit import fit
-from trainer.suspects import HighestMaps, worst
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,9 @@ def test_no_more_can_be_left_out_than_leaves_something(soiled: Path, small_learn
 
 def test_a_share_above_none_is_at_least_one_image() -> None:
     scores = np.array([3.0, 1.0, 5.0, 5.0])
-    assert worst(scores, 0.0) == []
-    assert worst(scores, 0.01) == [2]
-    assert worst(scores, 0.5) == [2, 3]
+    assert worst_indices(scores, 0.0) == []
+    assert worst_indices(scores, 0.01) == [2]
+    assert worst_indices(scores, 0.5) == [2, 3]
 
 
 def test_only_the_highest_maps_are_kept() -> None:

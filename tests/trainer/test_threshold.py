@@ -12,7 +12,7 @@ from scipy.stats import binom, norm
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.learning import Calibration
 from edgeflame.threshold import Threshold
-from trainer.threshold import GoodScores, set_f1_threshold, set_threshold
+from fitting.threshold import GoodScores, set_f1_threshold, set_threshold
 
 BY_PART = Calibration(unit="part")
 

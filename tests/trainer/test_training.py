@@ -10,11 +10,11 @@ import torch
 
 from edgeflame.errors import NumericalError
 from edgeflame.learning import Learning, Training
-from trainer.device import reproducible, whole_float32
-from trainer.imageset import ImageSet, rgb_tensor
+from fitting.imageset import ImageSet
+from trainer.device import reproducible, rgb_tensor, without_tf32
 from trainer.model import SiteModel, build_model
 from trainer.objectives.flame import log_probabilities
-from trainer.teacher import Teacher
+from trainer.objectives.interface import Teacher
 from trainer.training import TrainingRun, train
 
 CPU = torch.device("cpu")
@@ -204,9 +204,9 @@ def test_a_gpus_regions_leave_torch_as_they_found_it() -> None:
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cudnn.deterministic
     tf32 = torch.backends.cudnn.allow_tf32
-    with whole_float32(gpu):
+    with without_tf32(gpu):
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == tf32
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == before
-    with reproducible(CPU), whole_float32(CPU):
+    with reproducible(CPU), without_tf32(CPU):
         assert not torch.are_deterministic_algorithms_enabled()

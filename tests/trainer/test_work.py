@@ -20,14 +20,14 @@ from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.pooling import pool_statistics
 from edgeflame.statistics_codec import decode_statistics
 from export.graph import scoring_graph
-from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
+from trainer.agent.tasks import FinishTask, SiteTrainer, StatisticsTask, TrainTask
 from trainer.model import build_model, load_model, save_model
-from trainer.work import TorchSiteWork
+from trainer.work import TorchSiteTrainer
 
 
 @pytest.fixture
-def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteWork:
-    return TorchSiteWork(
+def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteTrainer:
+    return TorchSiteTrainer(
         learning=msgspec.structs.replace(small_learning, method="flame"),
         data=parts_folder,
         site="west",
@@ -46,8 +46,8 @@ def task(folder: Path, number: int, *, history: Path | None = None, seed: int = 
     )  # fmt: skip
 
 
-def test_two_rounds_and_a_package(work: TorchSiteWork, tmp_path: Path) -> None:
-    site: SiteWork = work  # it has the shape the agent expects
+def test_two_rounds_and_a_package(work: TorchSiteTrainer, tmp_path: Path) -> None:
+    site: SiteTrainer = work  # it has the shape the agent expects
     initial = tmp_path / "initial.safetensors"
     site.write_initial_model(initial)
     seen: list[int] = []
@@ -83,7 +83,7 @@ def test_two_rounds_and_a_package(work: TorchSiteWork, tmp_path: Path) -> None:
     assert outcome.summary["threshold"] == package.manifest.threshold.value
 
 
-def test_the_same_task_gives_the_same_file(work: TorchSiteWork, tmp_path: Path) -> None:
+def test_the_same_task_gives_the_same_file(work: TorchSiteTrainer, tmp_path: Path) -> None:
     work.write_initial_model(tmp_path / "initial.safetensors")
     files = []
     for seed in (5, 5, 6):
@@ -92,7 +92,7 @@ def test_the_same_task_gives_the_same_file(work: TorchSiteWork, tmp_path: Path) 
     assert files[0] == files[1] != files[2]
 
 
-def test_the_initial_model_is_the_same_at_every_site(work: TorchSiteWork, tmp_path: Path) -> None:
+def test_the_initial_model_is_the_same_at_every_site(work: TorchSiteTrainer, tmp_path: Path) -> None:
     for name in ("a", "b"):
         work.write_initial_model(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -104,7 +104,7 @@ def test_without_an_exporter_there_are_statistics_but_no_package(
     parts_folder: Path, small_learning: Learning, tmp_path: Path
 ) -> None:
     learning = msgspec.structs.replace(small_learning, method="fedavg")
-    work = TorchSiteWork(learning=learning, data=parts_folder, site="west", state=tmp_path)
+    work = TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path)
     work.write_initial_model(tmp_path / "m")
     outcome = work.finish(FinishTask(model=tmp_path / "m", out_dir=tmp_path, ledger={}), no_progress)
     assert outcome.package is None
@@ -113,10 +113,10 @@ def test_without_an_exporter_there_are_statistics_but_no_package(
 
 def test_a_site_that_cannot_take_part(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a federated one"):
-        TorchSiteWork(learning=small_learning, data=parts_folder, site="west", state=tmp_path)
+        TorchSiteTrainer(learning=small_learning, data=parts_folder, site="west", state=tmp_path)
     federated = msgspec.structs.replace(small_learning, method="fedavg")
     with pytest.raises(DataError, match="no such folder"):
-        TorchSiteWork(learning=federated, data=tmp_path / "no", site="west", state=tmp_path)
+        TorchSiteTrainer(learning=federated, data=tmp_path / "no", site="west", state=tmp_path)
 
 
 def spoil(path: Path, how: str) -> None:
@@ -169,9 +169,9 @@ def test_saving_and_loading_keeps_every_number(small_learning: Learning, tmp_pat
         assert torch.equal(tensor, loaded.exchanged()[name])
 
 
-def site(learning: Learning, data: Path, state: Path, name: str = "west", **training: object) -> TorchSiteWork:
+def site(learning: Learning, data: Path, state: Path, name: str = "west", **training: object) -> TorchSiteTrainer:
     changed = msgspec.structs.replace(learning.training, **training)
-    return TorchSiteWork(
+    return TorchSiteTrainer(
         learning=msgspec.structs.replace(learning, training=changed), data=data, site=name, state=state, device="cpu"
     )
 
@@ -255,14 +255,14 @@ def test_damaged_private_state_is_a_clear_error(parts_folder: Path, small_learni
 
 
 @pytest.fixture
-def without_package(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteWork:
+def without_package(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteTrainer:
     learning = msgspec.structs.replace(small_learning, method="flame")
-    return TorchSiteWork(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
+    return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("form", ["moments", "low_rank"])
 def test_a_site_uses_the_statistics_of_two(
-    form: Literal["moments", "low_rank"], without_package: TorchSiteWork, tmp_path: Path
+    form: Literal["moments", "low_rank"], without_package: TorchSiteTrainer, tmp_path: Path
 ) -> None:
     work = without_package
     initial, own, pooled = tmp_path / "initial.safetensors", tmp_path / "own", tmp_path / "pooled"

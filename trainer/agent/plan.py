@@ -40,7 +40,7 @@ from edgeflame.transfer.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knowledge:
+class PlanInput:
     """What the plan depends on.
 
     Attributes:
@@ -170,7 +170,7 @@ class Leave:
     run_failed: bool = False
 
 
-Step = (
+PlanStep = (
     Wait
     | Prepare
     | Fetch
@@ -186,7 +186,7 @@ Step = (
 )
 
 
-def plan(known: Knowledge) -> Step:
+def plan(known: PlanInput) -> PlanStep:
     """The step to take now."""
     announced = known.announced
     if announced is None:
@@ -217,7 +217,7 @@ def plan(known: Knowledge) -> Step:
     return Wait(why="others are at work")
 
 
-def _in_a_round(known: Knowledge, announced: RoundState, base: Manifest) -> Step:
+def _in_a_round(known: PlanInput, announced: RoundState, base: Manifest) -> PlanStep:
     run, number = announced.run, announced.round
     if ("update", number) in known.answered:
         return Wait(why="others are at work")
@@ -228,7 +228,7 @@ def _in_a_round(known: Knowledge, announced: RoundState, base: Manifest) -> Step
     return Train(run=run, round=number, base=base.sha256)
 
 
-def _in_the_statistics(known: Knowledge, announced: RoundState, model: Manifest) -> Step:
+def _in_the_statistics(known: PlanInput, announced: RoundState, model: Manifest) -> PlanStep:
     run = announced.run
     if ("statistics", 0) in known.answered or announced.wanted is None:
         return Wait(why="others are at work")
@@ -239,7 +239,7 @@ def _in_the_statistics(known: Knowledge, announced: RoundState, model: Manifest)
     return Gather(run=run, model=model.sha256, wanted=announced.wanted)
 
 
-def _at_the_finish(known: Knowledge, announced: RoundState, model: Manifest) -> Step:
+def _at_the_finish(known: PlanInput, announced: RoundState, model: Manifest) -> PlanStep:
     run = announced.run
     if known.is_finished:
         # With its package made and noted a site has nothing to wait for: from here a run does not fail.
@@ -251,7 +251,7 @@ def _at_the_finish(known: Knowledge, announced: RoundState, model: Manifest) -> 
     return Finish(run=run, model=model.sha256, ledger=_sha256(announced.ledger), statistics=statistics)
 
 
-def _after_the_end(known: Knowledge, announced: RoundState) -> Step:
+def _after_the_end(known: PlanInput, announced: RoundState) -> PlanStep:
     run = announced.run
     if not known.took_part:
         # The broker keeps the last run's end until the next run begins.

@@ -37,23 +37,19 @@ from edgeflame.messages import (
 from edgeflame.metrics import MetricsServer
 from edgeflame.statedir import locked_state_dir
 from edgeflame.topics import Chunk, Spoken, Topics, check_name
-from trainer.agent.errand import Errand
-from trainer.agent.farewell import Farewell
-from trainer.agent.labour import Labour
-from trainer.agent.memory import Memory
-from trainer.agent.orders import Done
-from trainer.agent.plan import Knowledge, Leave, plan
-from trainer.agent.process import Died, Said
-from trainer.agent.recall import BAD_MODEL, announced_learning, purpose_of, recall
-from trainer.agent.schedule import Schedule
-from trainer.agent.voice import Voice
-from trainer.agent.watch import Watch
-from trainer.agent.wishes import Pause, Wishes
+from trainer.agent.aggregator_client import AggregatorClient, LeaveHandshake
+from trainer.agent.control import Schedule, SiteControl, SitePause
+from trainer.agent.metrics import SiteMetrics
+from trainer.agent.plan import Leave, PlanInput, plan
+from trainer.agent.state import BAD_UPDATE_REASONS, SiteState, announced_learning, plan_input, step_purpose
+from trainer.agent.step_runner import StepRunner
+from trainer.agent.tasks import TaskDone
+from trainer.agent.worker_client import WorkerExited, WorkerMessage, WorkerSupervisor
 
 log = EventLog("site")
 
 TICK_S = 0.25
-FAREWELL_S = 10.0
+FAILURE_REPORT_S = 10.0
 """A site that failed waits so long for the aggregator to hear of it before it leaves anyway, seconds."""
 
 
@@ -87,11 +83,11 @@ class SiteOptions:
     certificate_expires: datetime | None = None
 
 
-BY_AGGREGATOR = Pause(reason="the aggregator's operator paused it")
+PAUSED_BY_AGGREGATOR = SitePause(reason="the aggregator's operator paused it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteResult:
+class ParticipationResult:
     """What a site takes home. ``package`` is a file in the state directory, or None if the work makes none."""
 
     run: str
@@ -100,7 +96,7 @@ class SiteResult:
     summary: dict[str, float | str]
 
 
-def take_part(options: SiteOptions, *, report: Progress) -> SiteResult | None:
+def run_site(options: SiteOptions, *, report: Progress) -> ParticipationResult | None:
     """Take part in one run, from wherever it stands to its end; None if its operator has it leave the run before.
 
     Raises:
@@ -114,20 +110,20 @@ def take_part(options: SiteOptions, *, report: Progress) -> SiteResult | None:
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(options.state_dir, holds="site"))
         server = None if options.metrics is None else stack.enter_context(MetricsServer(options.metrics))
-        watch = Watch(options.state_dir, server, certificate_expires=options.certificate_expires)
-        return _Site(options, Topics(fleet=options.fleet), report, watch).serve()
+        watch = SiteMetrics(options.state_dir, server, certificate_expires=options.certificate_expires)
+        return _SiteService(options, Topics(fleet=options.fleet), report, watch).serve()
 
 
-class _Site:
-    def __init__(self, options: SiteOptions, topics: Topics, report: Progress, watch: Watch) -> None:
+class _SiteService:
+    def __init__(self, options: SiteOptions, topics: Topics, report: Progress, watch: SiteMetrics) -> None:
         self._watch = watch
         self._options = options
         self._report = report
-        self._memory = Memory(options.state_dir)
-        self._inbox: queue.SimpleQueue[Event | Said | Died] = queue.SimpleQueue()
-        self._labour = Labour(options.worker_command, self._inbox.put)
-        self._voice = Voice(topics, site=options.site, boot=uuid.uuid4().hex, install=self._memory.install)
-        self._errand = Errand(
+        self._memory = SiteState(options.state_dir)
+        self._inbox: queue.SimpleQueue[Event | WorkerMessage | WorkerExited] = queue.SimpleQueue()
+        self._labour = WorkerSupervisor(options.worker_command, self._inbox.put)
+        self._voice = AggregatorClient(topics, site=options.site, boot=uuid.uuid4().hex, install=self._memory.install)
+        self._errand = StepRunner(
             voice=self._voice,
             memory=self._memory,
             labour=self._labour,
@@ -139,12 +135,12 @@ class _Site:
         self._answered_by: str | None = None
         self._failure: tuple[Purpose, EdgeFlameError, float] | None = None
         self._turned_away: str | None = None
-        self._wishes = Wishes(options.state_dir)
+        self._wishes = SiteControl(options.state_dir)
         self._aggregator_online: bool | None = None
-        self._pause: Pause | None = None
-        self._departure: Farewell | None = None
+        self._pause: SitePause | None = None
+        self._departure: LeaveHandshake | None = None
 
-    def serve(self) -> SiteResult | None:
+    def serve(self) -> ParticipationResult | None:
         """Until the run is over."""
         options, voice = self._options, self._voice
         topics = voice.topics
@@ -167,7 +163,7 @@ class _Site:
                 if voice.welcomed_by is not None:
                     link.publish(presence, voice.farewell(), retain=True)
 
-    def _loop(self) -> SiteResult | None:
+    def _loop(self) -> ParticipationResult | None:
         while True:
             try:
                 event = self._inbox.get(timeout=TICK_S)
@@ -210,7 +206,7 @@ class _Site:
         if wish is not None and self._departure is None:
             log.info("leaving_for_good", reason=wish.reason)
             self._errand.stop()
-            self._departure = Farewell(wish.reason)
+            self._departure = LeaveHandshake(wish.reason)
         pause = self._wanted_pause()
         if pause != self._pause:
             if pause is None:
@@ -220,17 +216,17 @@ class _Site:
                 log.info("paused", reason=pause.reason)
             self._pause = pause
 
-    def _wanted_pause(self) -> Pause | None:
+    def _wanted_pause(self) -> SitePause | None:
         if (own := self._wishes.pause) is not None:
             return own
         schedule = self._options.schedule
         if schedule is not None and not schedule.is_open(datetime.now().astimezone()):
-            return Pause(reason=f"outside its schedule ({schedule.text})"[:500])
+            return SitePause(reason=f"outside its schedule ({schedule.text})"[:500])
         if self._announced is not None and self._options.site in self._announced.paused:
-            return BY_AGGREGATOR
+            return PAUSED_BY_AGGREGATOR
         return None
 
-    def _departed(self, farewell: Farewell, now: float) -> bool:
+    def _departed(self, farewell: LeaveHandshake, now: float) -> bool:
         """Say that we leave, until it is confirmed; whether it is, or there is nothing to leave."""
         announced = self._announced
         if farewell.is_confirmed or (announced is not None and announced.phase in ("done", "failed")):
@@ -242,7 +238,7 @@ class _Site:
             farewell.tick(self._voice, announced.run, now)
         return False
 
-    def _on_event(self, event: Event | Said | Died, now: float) -> None:
+    def _on_event(self, event: Event | WorkerMessage | WorkerExited, now: float) -> None:
         match event:
             case Up():
                 self._errand.chunk_bytes = event.chunk_bytes
@@ -258,9 +254,9 @@ class _Site:
                 except FederationError as exc:
                     log.warning("message_refused", topic=event.topic, reason=str(exc))
                 event.done()
-            case Said() | Died():
+            case WorkerMessage() | WorkerExited():
                 outcome = self._labour.on_event(event)
-                if isinstance(outcome, Done):
+                if isinstance(outcome, TaskDone):
                     self._errand.done(outcome)
                 elif outcome is not None:
                     self._on_failure(outcome, now)
@@ -329,19 +325,19 @@ class _Site:
                 self._answered |= {(message.purpose, message.round)}
                 if isinstance(message, Refusal) and message.purpose == "update":
                     self._memory.forget_private(message.run, message.round)
-                    if message.reason in BAD_MODEL:
+                    if message.reason in BAD_UPDATE_REASONS:
                         self._errand.stop()
                         self._memory.forget_update(message.run, message.round)
             case _:
                 pass
 
     def _on_failure(self, error: EdgeFlameError, now: float) -> None:
-        purpose = purpose_of(self._errand.step)
+        purpose = step_purpose(self._errand.step)
         log.error("work_failed", what=purpose, reason=str(error))
-        self._failure = (purpose, error, now + FAREWELL_S)
+        self._failure = (purpose, error, now + FAILURE_REPORT_S)
 
-    def _knowledge(self) -> Knowledge:
-        return recall(
+    def _knowledge(self) -> PlanInput:
+        return plan_input(
             self._memory,
             self._options.site,
             self._announced,
@@ -367,11 +363,11 @@ class _Site:
             step=done,
             num_steps=total,
             # What the aggregator's operator wants is known there already.
-            paused=None if self._pause is None or self._pause is BY_AGGREGATOR else self._pause.reason,
+            paused=None if self._pause is None or self._pause is PAUSED_BY_AGGREGATOR else self._pause.reason,
         )
         self._voice.heartbeat(beat, now)
 
-    def _leave(self, leave: Leave) -> SiteResult:
+    def _leave(self, leave: Leave) -> ParticipationResult:
         if leave.run_failed:
             raise NegativeAnswerError(leave.problem or "the run failed")
         if self._failure is not None:
@@ -381,4 +377,6 @@ class _Site:
         finished = self._memory.finished(leave.run)
         assert finished is not None
         package = None if finished.package is None else self._memory.finish_dir(leave.run) / finished.package
-        return SiteResult(run=leave.run, model_sha256=finished.model, package=package, summary=finished.summary)
+        return ParticipationResult(
+            run=leave.run, model_sha256=finished.model, package=package, summary=finished.summary
+        )

@@ -1,4 +1,4 @@
-"""The worker process: carries out orders from its standard input, one after another, with one :class:`SiteWork`."""
+"""The worker process: executes orders from its standard input, one after another, with one :class:`SiteTrainer`."""
 
 from __future__ import annotations
 
@@ -17,30 +17,33 @@ from typing import BinaryIO, NoReturn, TypeVar
 from edgeflame.console import Progress
 from edgeflame.errors import EdgeFlameError
 from edgeflame.processes import die_with_parent
-from trainer.agent.orders import (
+from trainer.agent.tasks import (
     TO_WORKER,
-    Done,
     FinishOrder,
+    FinishTask,
     FromWorker,
     InitialOrder,
     Order,
-    Problem,
-    Ready,
-    Setup,
+    SiteTrainer,
     StatisticsOrder,
-    Step,
+    StatisticsTask,
+    TaskDone,
+    TaskError,
+    TaskProgress,
     TrainOrder,
+    TrainTask,
+    WorkerReady,
+    WorkerSetup,
     encode_line,
 )
-from trainer.agent.work import FinishTask, SiteWork, StatisticsTask, TrainTask
 
 V = TypeVar("V", bound=float | str)
 
-STEP_INTERVAL_S = 0.2
+PROGRESS_INTERVAL_S = 0.2
 """Progress is reported no more often than this; the parent forwards it once a second."""
 
 
-def serve(build: Callable[[Setup], SiteWork]) -> NoReturn:
+def run_worker(build: Callable[[WorkerSetup], SiteTrainer]) -> NoReturn:
     """Serve orders until standard input ends; then, or when the parent dies, the process exits at once.
 
     Args:
@@ -54,9 +57,9 @@ def serve(build: Callable[[Setup], SiteWork]) -> NoReturn:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(sys.stdin.buffer, orders), name="edgeflame-orders", daemon=True).start()
+    threading.Thread(target=_read_lines, args=(sys.stdin.buffer, orders), name="edgeflame-orders", daemon=True).start()
     try:
-        _serve(build, orders, out)
+        _execute_orders(build, orders, out)
     except BaseException:  # noqa: BLE001 - the outermost loop of this process
         traceback.print_exc()
     finally:
@@ -64,31 +67,33 @@ def serve(build: Callable[[Setup], SiteWork]) -> NoReturn:
         os._exit(1)
 
 
-def _serve(build: Callable[[Setup], SiteWork], orders: queue.SimpleQueue[bytes], out: BinaryIO) -> None:
+def _execute_orders(
+    build: Callable[[WorkerSetup], SiteTrainer], orders: queue.SimpleQueue[bytes], out: BinaryIO
+) -> None:
     try:
         setup = TO_WORKER.decode(orders.get())
-        assert isinstance(setup, Setup)
+        assert isinstance(setup, WorkerSetup)
         work = build(setup)
     except EdgeFlameError as exc:
-        _say(out, Problem(error=type(exc).__name__, message=str(exc)))
+        _send(out, TaskError(error=type(exc).__name__, message=str(exc)))
         return
-    _say(out, Ready())
+    _send(out, WorkerReady())
     while True:
         order = TO_WORKER.decode(orders.get())
-        assert not isinstance(order, Setup)
+        assert not isinstance(order, WorkerSetup)
         try:
-            answer: FromWorker = carry_out(work, order, _Reporter(out))
+            answer: FromWorker = execute_order(work, order, _ProgressReporter(out))
         except EdgeFlameError as exc:
-            answer = Problem(error=type(exc).__name__, message=str(exc))
-        _say(out, answer)
+            answer = TaskError(error=type(exc).__name__, message=str(exc))
+        _send(out, answer)
 
 
-def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
+def execute_order(work: SiteTrainer, order: Order, report: Progress) -> TaskDone:
     """Let the work do what an order says."""
     match order:
         case InitialOrder():
             work.write_initial_model(Path(order.out))
-            return Done()
+            return TaskDone()
         case TrainOrder():
             outcome = work.train(
                 TrainTask(
@@ -102,7 +107,9 @@ def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
                 ),
                 report,
             )
-            return Done(num_samples=outcome.num_samples, num_steps=outcome.num_steps, metrics=_finite(outcome.metrics))
+            return TaskDone(
+                num_samples=outcome.num_samples, num_steps=outcome.num_steps, metrics=_finite(outcome.metrics)
+            )
         case StatisticsOrder():
             shared = work.gather(
                 StatisticsTask(
@@ -113,7 +120,7 @@ def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
                 ),
                 report,
             )
-            return Done(num_samples=shared.num_samples, metrics=_finite(shared.metrics))
+            return TaskDone(num_samples=shared.num_samples, metrics=_finite(shared.metrics))
         case FinishOrder():
             finish = work.finish(
                 FinishTask(
@@ -125,23 +132,23 @@ def carry_out(work: SiteWork, order: Order, report: Progress) -> Done:
                 ),
                 report,
             )
-            return Done(
+            return TaskDone(
                 package=None if finish.package is None else str(finish.package),
                 statistics=None if finish.statistics is None else str(finish.statistics),
                 summary=_finite(finish.summary),
             )
 
 
-class _Reporter:
+class _ProgressReporter:
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
         self._last = 0.0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        if now - self._last >= STEP_INTERVAL_S or done >= total:
+        if now - self._last >= PROGRESS_INTERVAL_S or done >= total:
             self._last = now
-            _say(self._out, Step(done=done, total=total, note=note))
+            _send(self._out, TaskProgress(done=done, total=total, note=note))
 
 
 def _finite(values: dict[str, V]) -> dict[str, V]:
@@ -149,7 +156,7 @@ def _finite(values: dict[str, V]) -> dict[str, V]:
     return {key: value for key, value in values.items() if isinstance(value, str) or math.isfinite(value)}
 
 
-def _say(out: BinaryIO, message: FromWorker) -> None:
+def _send(out: BinaryIO, message: FromWorker) -> None:
     try:
         out.write(encode_line(message))
     except BrokenPipeError:
@@ -157,7 +164,7 @@ def _say(out: BinaryIO, message: FromWorker) -> None:
         os._exit(0)
 
 
-def _read(stream: BinaryIO, orders: queue.SimpleQueue[bytes]) -> None:
+def _read_lines(stream: BinaryIO, orders: queue.SimpleQueue[bytes]) -> None:
     for line in stream:
         orders.put(line)
     # Also in the middle of a task: a worker must never outlive its parent.

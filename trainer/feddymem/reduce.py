@@ -19,25 +19,32 @@ import torch
 from edgeflame.errors import DataError
 from edgeflame.memory_bank import MemoryBank
 from edgeflame.moments import F32, F64
-from trainer.feddymem.metric import MemoryGenerator, Whitening, greedy_k_centre, nearest, squared_distances, tensor_of
+from trainer.feddymem.learning import (
+    MemoryGenerator,
+    Whitening,
+    aligned_tensor,
+    greedy_k_centre,
+    nearest_index,
+    squared_distances,
+)
 
 I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Floor:
+class PrivacyFloor:
     """What an average needs before it may be sent: effective numbers of patches and of images."""
 
     patches: float
     images: float
 
 
-NO_FLOOR = Floor(patches=0, images=0)
+NO_FLOOR = PrivacyFloor(patches=0, images=0)
 """Of what stays at the site."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
+class EntryContents:
     """What the entries of a memory hold after an assignment.
 
     Attributes:
@@ -55,7 +62,9 @@ class Contents:
         return sizes
 
 
-def contents_of(patches: torch.Tensor, image_of: torch.Tensor, entry_of: torch.Tensor, num_images: int) -> Contents:
+def entry_contents(
+    patches: torch.Tensor, image_of: torch.Tensor, entry_of: torch.Tensor, num_images: int
+) -> EntryContents:
     """Entries of an assignment; those without a patch are left out.
 
     Args:
@@ -70,17 +79,17 @@ def contents_of(patches: torch.Tensor, image_of: torch.Tensor, entry_of: torch.T
     sums.index_add_(0, entries, patches.cpu().double())
     counts = torch.bincount(entries * num_images + image_of.cpu(), minlength=len(rows) * num_images)
     table = counts.reshape(len(rows), num_images).double()
-    return Contents(means=(sums / table.sum(dim=1, keepdim=True)).float().numpy(), counts=table.numpy())
+    return EntryContents(means=(sums / table.sum(dim=1, keepdim=True)).float().numpy(), counts=table.numpy())
 
 
 def reduce_memory(
-    contents: Contents,
+    contents: EntryContents,
     whitening: Whitening,
     generator: MemoryGenerator,
     *,
     size: int,
     temperature: float,
-    floor: Floor,
+    floor: PrivacyFloor,
     count: int,
     space: str,
 ) -> MemoryBank:
@@ -101,9 +110,9 @@ def reduce_memory(
     """
     device = whitening.matrix.device
     with torch.no_grad():
-        points = generator(whitening(tensor_of(contents.means).to(device)))
+        points = generator(whitening(aligned_tensor(contents.means).to(device)))
         seeds = points[greedy_k_centre(points, size)]
-        group_of = nearest(points, seeds).cpu().numpy()
+        group_of = nearest_index(points, seeds).cpu().numpy()
         # Squared distances of all entries to all seeds: groups that are merged need those of their new seed.
         distance = squared_distances(points, seeds).double().cpu().numpy()
     scale = float(distance[np.arange(len(distance)), group_of].mean()) or 1.0
@@ -111,7 +120,7 @@ def reduce_memory(
         _Group(contents, np.flatnonzero(group_of == m), distance[:, m] / scale, temperature)
         for m in np.unique(group_of)
     ]
-    groups = _above(floor, made, contents)
+    groups = _merge_below_floor(floor, made, contents)
     order = np.lexsort(np.stack([group.average for group in groups]).T[::-1])
     ordered = [groups[index] for index in order]
     total = contents.sizes.sum()
@@ -128,7 +137,7 @@ def reduce_memory(
 class _Group:
     """Entries that become one vector. ``distance``: of all entries to its seed, in units of the temperature's scale."""
 
-    def __init__(self, contents: Contents, members: I64, distance: F64, temperature: float) -> None:
+    def __init__(self, contents: EntryContents, members: I64, distance: F64, temperature: float) -> None:
         self.members = members
         self._distance, self._temperature = distance, temperature
         sizes = contents.sizes[members]
@@ -142,15 +151,15 @@ class _Group:
         self.effective_patches = float(1 / (np.square(weights) / sizes).sum())
         self.effective_images = float(1 / np.square(by_image).sum())
 
-    def with_members_of(self, other: _Group, contents: Contents) -> _Group:
+    def with_members_of(self, other: _Group, contents: EntryContents) -> _Group:
         members = np.sort(np.concatenate([self.members, other.members]))
         return _Group(contents, members, self._distance, self._temperature)
 
-    def reaches(self, floor: Floor) -> bool:
+    def reaches(self, floor: PrivacyFloor) -> bool:
         # Equally weighted patches are worth exactly their number, but for rounding.
         return self.shortfall(floor) >= 1 - 1e-9
 
-    def shortfall(self, floor: Floor) -> float:
+    def shortfall(self, floor: PrivacyFloor) -> float:
         """How far below the floor, 1 at it."""
         return min(
             self.effective_patches / floor.patches if floor.patches else 1.0,
@@ -158,7 +167,7 @@ class _Group:
         )
 
 
-def _above(floor: Floor, groups: list[_Group], contents: Contents) -> list[_Group]:
+def _merge_below_floor(floor: PrivacyFloor, groups: list[_Group], contents: EntryContents) -> list[_Group]:
     """Merge groups below the floor into their nearest neighbours until none is below; the farthest below first."""
     while True:
         below = [index for index, group in enumerate(groups) if not group.reaches(floor)]

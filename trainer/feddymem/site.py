@@ -1,4 +1,8 @@
-"""A site that learns by FedDyMem: its frozen backbone, its patches, and what it does with a memory."""
+"""A site that learns by FedDyMem: its frozen backbone, its patches, and what it does with a memory.
+
+From a trained memory follow what leaves the site (averages above the privacy floor), what a package scores with (the
+site's own averages beside the fleet's), and the threshold, by cross-fitting.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,130 @@ import hashlib
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import FederationError
 from edgeflame.learning import Learning
 from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank
+from edgeflame.memory_statistics import MemoryStatistics
+from edgeflame.moments import F32, F64
 from edgeflame.package import WeightsOrigin
+from fitting.crossfit import image_scores, make_folds, require_enough, score_maps
+from fitting.imageset import ImageSet
+from fitting.packaging import SiteStatistics
+from fitting.suspects import HighestMaps, Suspect
+from fitting.threshold import set_threshold
 from trainer.embedding import Embeddings
-from trainer.feddymem.fitting import held_out_scores, memory_statistics, sent_memory
-from trainer.feddymem.learning import SiteMemory, first_memory, metric_of, train_memory
-from trainer.feddymem.patches import Patches, sample_patches
-from trainer.imageset import ImageSet
+from trainer.feddymem.learning import (
+    PatchSample,
+    SiteMemory,
+    Whitening,
+    assign_patches,
+    combined_transform,
+    fit_metric,
+    initial_memory,
+    sample_patches,
+    train_memory,
+)
+from trainer.feddymem.reduce import NO_FLOOR, PrivacyFloor, entry_contents, reduce_memory
 from trainer.model import build_model
-from trainer.site_statistics import SiteStatistics
-from trainer.suspects import Suspect
-from trainer.threshold import set_threshold
 
 log = EventLog("feddymem")
+
+
+def shareable_memory(
+    memory: SiteMemory, patches: PatchSample, whitening: Whitening, learning: Learning, *, space: str
+) -> MemoryBank:
+    """What leaves the site: at most ``memory.prototypes`` averages, each above the privacy floor.
+
+    Raises:
+        DataError: nothing is above the floor.
+    """
+    floor = PrivacyFloor(patches=learning.memory.min_group, images=learning.memory.min_images)
+    return _reduce_site_memory(memory, patches, whitening, learning, space=space, floor=floor)
+
+
+def memory_statistics(
+    memory: SiteMemory,
+    patches: PatchSample,
+    fleet: MemoryBank | None,
+    whitening: Whitening,
+    learning: Learning,
+    *,
+    grid: tuple[int, int],
+) -> MemoryStatistics:
+    """The site's own averages, which stay in its package and need reach no floor, beside the fleet's."""
+    own = _reduce_site_memory(memory, patches, whitening, learning, space="0" * 64, floor=NO_FLOOR).prototypes
+    shared = np.zeros((0, own.shape[1]), dtype=np.float32) if fleet is None else fleet.prototypes
+    return MemoryStatistics(
+        grid=grid,
+        count=patches.num_images,
+        prototypes=np.concatenate([own, shared]),
+        transform=combined_transform(whitening, memory.generator),
+        centre=whitening.centre.cpu().numpy(),
+        num_global=len(shared),
+    )
+
+
+def held_out_scores(
+    memory: SiteMemory,
+    patches: PatchSample,
+    fleet: MemoryBank | None,
+    whitening: Whitening,
+    learning: Learning,
+    embeddings: Embeddings,
+    *,
+    progress: Progress = no_progress,
+) -> tuple[F64, F64, dict[int, F32]]:
+    """Scores ``[N]`` of all images by memories from which their fold's patches are left out.
+
+    Beside them the means ``[N]`` of their maps, and the maps of the highest.
+
+    The site's own averages are made again of the other folds' patches. Generator, entries' places and, in a
+    federation, the fleet's prototypes did see all images; that makes the scores a little low.
+
+    Raises:
+        DataError: too few images or parts.
+        NumericalError: an embedding is not finite.
+    """
+    groups = embeddings.images.groups
+    require_enough(len(groups), len(set(groups)))
+    scores, means, highest, done = np.zeros(len(groups)), np.zeros(len(groups)), HighestMaps(), 0
+    for fold in make_folds(groups, learning.calibration.folds, learning.seed):
+        others = patches.without(fold)
+        statistics = memory_statistics(memory, others, fleet, whitening, learning, grid=embeddings.network.grid)
+        for indices, batch in embeddings.batches(fold):
+            maps = score_maps(statistics, batch, learning.scoring)
+            scores[indices], means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
+            highest.add(indices, scores[indices], maps)
+            done += len(indices)
+            progress(done, len(groups), "scoring held-out parts")
+    return scores, means, highest.by_index()
+
+
+def _reduce_site_memory(
+    memory: SiteMemory,
+    patches: PatchSample,
+    whitening: Whitening,
+    learning: Learning,
+    *,
+    space: str,
+    floor: PrivacyFloor,
+) -> MemoryBank:
+    entry_of = assign_patches(patches, memory.entries, whitening, memory.generator)
+    contents = entry_contents(patches.values, patches.image_of, entry_of, patches.num_images)
+    return reduce_memory(
+        contents,
+        whitening,
+        memory.generator,
+        size=learning.memory.prototypes,
+        temperature=learning.memory.temperature,
+        floor=floor,
+        count=patches.num_images,
+        space=space,
+    )
 
 
 def initial_bank(learning: Learning) -> MemoryBank:
@@ -33,10 +143,10 @@ def initial_bank(learning: Learning) -> MemoryBank:
         MissingDependencyError: no weights can be had here.
     """
     model, weights = build_model(learning)
-    return empty_bank(model.backbone.num_channels, space_of(learning, weights))
+    return empty_bank(model.backbone.num_channels, embedding_space_id(learning, weights))
 
 
-def space_of(learning: Learning, weights: WeightsOrigin) -> str:
+def embedding_space_id(learning: Learning, weights: WeightsOrigin) -> str:
     """SHA-256 of what decides on the embeddings: the weights, and how they are used."""
     # Where the weights were found is no matter, what they are is.
     backbone = msgspec.structs.replace(learning.backbone, weights="")
@@ -58,12 +168,12 @@ class MemoryLearner:
     def __init__(self, learning: Learning, images: ImageSet, *, device: torch.device) -> None:
         model, self.weights = build_model(learning)
         self.network = model.backbone.to(device)
-        self.space = space_of(learning, self.weights)
+        self.space = embedding_space_id(learning, self.weights)
         self._learning = learning
         self._images = images
         self._device = device
         self._embeddings = Embeddings(self.network, images, device=device)
-        self._patches: Patches | None = None
+        self._patches: PatchSample | None = None
 
     def read_fleet(self, path: Path) -> MemoryBank:
         """The fleet's memory, if it is of this site's embeddings.
@@ -91,9 +201,9 @@ class MemoryLearner:
     ) -> tuple[SiteMemory, dict[str, float]]:
         """Train for some epochs from ``memory``, or from the beginning; errors as :func:`train_memory`."""
         patches = self._sample(progress)
-        whitening = metric_of(patches, fleet, self._learning)
+        whitening = fit_metric(patches, fleet, self._learning)
         if memory is None:
-            memory = first_memory(patches, whitening, self._learning, seed=self._learning.seed)
+            memory = initial_memory(patches, whitening, self._learning, seed=self._learning.seed)
         return train_memory(memory, patches, fleet, whitening, self._learning, seed=seed, progress=progress)
 
     def reduced(self, memory: SiteMemory, fleet: MemoryBank | None) -> MemoryBank:
@@ -103,8 +213,8 @@ class MemoryLearner:
             DataError: nothing of it is above the privacy floor.
         """
         patches = self._sample()
-        whitening = metric_of(patches, fleet, self._learning)
-        return sent_memory(memory, patches, whitening, self._learning, space=self.space)
+        whitening = fit_metric(patches, fleet, self._learning)
+        return shareable_memory(memory, patches, whitening, self._learning, space=self.space)
 
     def fit(
         self,
@@ -121,9 +231,9 @@ class MemoryLearner:
             NumericalError: an embedding is not finite, or nothing varies between the patches.
         """
         patches, learning = self._sample(progress), self._learning
-        whitening = metric_of(patches, fleet, learning)
+        whitening = fit_metric(patches, fleet, learning)
         if memory is None:
-            memory = first_memory(patches, whitening, learning, seed=learning.seed)
+            memory = initial_memory(patches, whitening, learning, seed=learning.seed)
         statistics = memory_statistics(memory, patches, fleet, whitening, learning, grid=self.network.grid)
         scores, means, maps = held_out_scores(
             memory, patches, fleet, whitening, learning, self._embeddings, progress=progress
@@ -158,7 +268,7 @@ class MemoryLearner:
             details=details,
         )
 
-    def _sample(self, progress: Progress = no_progress) -> Patches:
+    def _sample(self, progress: Progress = no_progress) -> PatchSample:
         if self._patches is None:
             self._patches = sample_patches(
                 self._embeddings,

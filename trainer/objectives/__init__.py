@@ -8,11 +8,11 @@ from __future__ import annotations
 from trainer.objectives.fade import fade
 from trainer.objectives.fedprox import fedprox
 from trainer.objectives.flame import flame
-from trainer.objectives.interface import Objective
+from trainer.objectives.interface import ObjectiveFactory
 from trainer.objectives.moon import moon
 from trainer.objectives.scaffold import scaffold
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[str, ObjectiveFactory] = {
     "fade": fade,
     "fedprox": fedprox,
     "flame": flame,

@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.objectives.fade import fade, with_term
-from trainer.objectives.interface import LocalObjective, Setting, Step
+from trainer.objectives.fade import add_loss_term, fade
+from trainer.objectives.interface import LocalObjective, ObjectiveContext, TrainingBatch
 
 
-def fedprox(setting: Setting) -> LocalObjective:
+def fedprox(setting: ObjectiveContext) -> LocalObjective:
     """FADE and the proximal term."""
     own = fade(setting)
     parameters = list(setting.model.parameters())
     start = [parameter.detach().clone() for parameter in parameters]
 
-    def losses(step: Step) -> dict[str, Tensor]:
+    def losses(step: TrainingBatch) -> dict[str, Tensor]:
         squares = [(now - then).square().sum() for now, then in zip(parameters, start, strict=True)]
-        return with_term(
+        return add_loss_term(
             own.losses(step), "distance_squared", torch.stack(squares).sum(), setting.training.proximal_weight / 2
         )
 

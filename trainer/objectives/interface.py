@@ -1,4 +1,9 @@
-"""What a local objective is: a loss over batches, and what it may do around them."""
+"""What a local objective is: a loss over batches, and what it may do around them; and frozen teacher networks.
+
+A teacher is a frozen network that the model in training is compared with, each image embedded once a round. During a
+round the teachers do not change and images are not augmented, so what they say of an image is the same in every epoch:
+of ``3 E`` forward passes of a round of ``E`` epochs with two teachers, ``E + 2`` remain.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +15,69 @@ from torch import Tensor
 
 from edgeflame.learning import Training
 from trainer.backbone import EmbeddingNetwork
+from trainer.device import Autocast, full_precision
 from trainer.model import SiteModel
-from trainer.precision import Autocast, full_precision
-from trainer.teacher import Teacher
+
+MAX_TEACHER_CACHE_BYTES = 1 << 29
+"""Kept per teacher: 862 images at the default 1024 x 152. The rest is computed again in every epoch."""
+
+
+class Teacher:
+    """A frozen network's answers, computed once per image and kept within a memory budget, on its device.
+
+    Attributes:
+        num_forward: images sent through the network so far.
+    """
+
+    def __init__(
+        self,
+        network: EmbeddingNetwork,
+        answer: Callable[[Tensor], Tensor],
+        *,
+        autocast: Autocast = full_precision,
+        max_cache_bytes: int = MAX_TEACHER_CACHE_BYTES,
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+            network: is set to evaluation, and never trained.
+            answer: makes of embeddings ``[B, C, h, w]`` float32 what is asked for and kept, ``[B, ...]``.
+            autocast: how the network is run.
+            max_cache_bytes: of all answers kept.
+        """
+        self.num_forward = 0
+        self._network = network.eval().requires_grad_(False)
+        self._answer = answer
+        self._autocast = autocast
+        self._room_bytes = max_cache_bytes
+        self._cache: dict[int, Tensor] = {}
+
+    def answers(self, indices: Sequence[int], rgb: Tensor) -> Tensor:
+        """Of the images ``indices``, which ``rgb [B, 3, H, W]`` shows: ``[B, ...]``."""
+        missing = [position for position, index in enumerate(indices) if index not in self._cache]
+        computed: dict[int, Tensor] = {}
+        if missing:
+            self.num_forward += len(missing)
+            with torch.no_grad():
+                with self._autocast():
+                    embeddings = self._network(rgb[missing])
+                fresh = self._answer(embeddings.float())
+            computed = {indices[position]: fresh[row] for row, position in enumerate(missing)}
+        found = torch.stack([computed[index] if index in computed else self._cache[index] for index in indices])
+        for index, value in computed.items():
+            size_bytes = value.numel() * value.element_size()
+            if size_bytes <= self._room_bytes:
+                self._room_bytes -= size_bytes
+                self._cache[index] = value.clone()  # a view would keep the whole batch alive
+        return found
+
 
 TOTAL = "loss"
 """The term that is minimised; others are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class TrainingBatch:
     """One batch.
 
     Attributes:
@@ -34,7 +92,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ObjectiveContext:
     """What an objective may build on.
 
     Attributes:
@@ -57,7 +115,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
+class ObjectiveResult:
     """What an objective leaves behind when a training ends, tensors by name.
 
     Attributes:
@@ -69,13 +127,13 @@ class Ending:
     private: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
-def _leave_nothing(num_steps: int) -> Ending:
+def _empty_result(num_steps: int) -> ObjectiveResult:
     del num_steps
-    return Ending()
+    return ObjectiveResult()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +148,10 @@ class LocalObjective:
         teachers: frozen networks it asks, for the count of forward passes.
     """
 
-    losses: Callable[[Step], dict[str, Tensor]]
-    correct_gradients: Callable[[], None] = _nothing
-    after_epoch: Callable[[], None] = _nothing
-    finish: Callable[[int], Ending] = _leave_nothing
+    losses: Callable[[TrainingBatch], dict[str, Tensor]]
+    correct_gradients: Callable[[], None] = _do_nothing
+    after_epoch: Callable[[], None] = _do_nothing
+    finish: Callable[[int], ObjectiveResult] = _empty_result
     teachers: tuple[Teacher, ...] = ()
 
     @property
@@ -102,5 +160,5 @@ class LocalObjective:
         return sum(teacher.num_forward for teacher in self.teachers)
 
 
-Objective = Callable[[Setting], LocalObjective]
+ObjectiveFactory = Callable[[ObjectiveContext], LocalObjective]
 """An entry of the registry: makes the objective of one training."""

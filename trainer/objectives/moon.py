@@ -11,33 +11,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.objectives.fade import fade, with_term
-from trainer.objectives.interface import LocalObjective, Setting, Step
-from trainer.teacher import Teacher
+from trainer.objectives.fade import add_loss_term, fade
+from trainer.objectives.interface import LocalObjective, ObjectiveContext, Teacher, TrainingBatch
 
 
-def moon(setting: Setting) -> LocalObjective:
+def moon(setting: ObjectiveContext) -> LocalObjective:
     """Towards the global model's representation, away from that of the site's own of its last round."""
     own = fade(setting)
     if setting.global_network is None or setting.historical_network is None:
         return own
     training = setting.training
-    towards = Teacher(setting.global_network, pooled, autocast=setting.autocast)
-    away = Teacher(setting.historical_network, pooled, autocast=setting.autocast)
+    towards = Teacher(setting.global_network, mean_embedding, autocast=setting.autocast)
+    away = Teacher(setting.historical_network, mean_embedding, autocast=setting.autocast)
 
-    def losses(step: Step) -> dict[str, Tensor]:
+    def losses(step: TrainingBatch) -> dict[str, Tensor]:
         contrast = contrastive_loss(
-            pooled(step.embeddings),
+            mean_embedding(step.embeddings),
             towards.answers(step.indices, step.rgb),
             away.answers(step.indices, step.rgb),
             training.contrast_temperature,
         )
-        return with_term(own.losses(step), "contrast", contrast, training.contrast_weight)
+        return add_loss_term(own.losses(step), "contrast", contrast, training.contrast_weight)
 
     return LocalObjective(losses=losses, teachers=(towards, away))
 
 
-def pooled(embeddings: Tensor) -> Tensor:
+def mean_embedding(embeddings: Tensor) -> Tensor:
     """An image's representation: ``[B, C, h, w]`` to ``[B, C]``."""
     return embeddings.mean(dim=(2, 3))
 

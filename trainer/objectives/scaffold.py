@@ -23,10 +23,10 @@ from torch import Tensor
 
 from edgeflame.learning import CONTROL_PREFIX, accumulated_steps
 from trainer.objectives.fade import fade
-from trainer.objectives.interface import Ending, LocalObjective, Setting
+from trainer.objectives.interface import LocalObjective, ObjectiveContext, ObjectiveResult
 
 
-def scaffold(setting: Setting) -> LocalObjective:
+def scaffold(setting: ObjectiveContext) -> LocalObjective:
     """FADE with corrected gradients."""
     training = setting.training
 
@@ -85,10 +85,10 @@ class ControlVariates:
             if parameter.grad is not None:
                 parameter.grad.add_(self._corrections[name])
 
-    def finish(self, num_steps: int) -> Ending:
+    def finish(self, num_steps: int) -> ObjectiveResult:
         """What is sent, and the new ``c_i``. Without a step nothing was learnt of the gradients, and both stay."""
         if num_steps == 0:
-            return Ending(travelling=self._shared, private=self._own)
+            return ObjectiveResult(travelling=self._shared, private=self._own)
         steps = accumulated_steps(num_steps, self._momentum)
         travelling: dict[str, Tensor] = {}
         private: dict[str, Tensor] = {}
@@ -96,4 +96,4 @@ class ControlVariates:
             moved = (self._start[name] - parameter.detach()) / (self._learning_rate(name) * steps)
             travelling[CONTROL_PREFIX + name] = moved
             private[CONTROL_PREFIX + name] = moved - self._corrections[name]
-        return Ending(travelling=travelling, private=private)
+        return ObjectiveResult(travelling=travelling, private=private)

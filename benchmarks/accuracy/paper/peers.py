@@ -18,12 +18,12 @@ from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
 from edgeflame.learning import Backbone
 from edgeflame.statedir import write_durably
+from fitting.evaluation import evaluate
+from fitting.imageset import ImageSet
 from trainer.backbone import build_network
-from trainer.device import pick_device
+from trainer.device import pick_device, rgb_tensor
 from trainer.embedding import F32
-from trainer.evaluation import evaluate
-from trainer.imageset import ImageSet, rgb_tensor
-from trainer.measure import answer_of
+from trainer.work import measure_answer
 
 PEERS = ("padim", "patchcore", "csflow")
 CORESET = 0.1
@@ -73,7 +73,7 @@ def measure_peer(name: str, config: SimulationConfig, out: Path) -> None:
         return np.asarray(result.pred_score.reshape(-1).cpu()), np.asarray(maps.float().cpu())
 
     test = open_dataset(out / layout.common)
-    answer = answer_of(name, evaluate(score, test, learning.input, threshold=0.0, num_resamples=0))
+    answer = measure_answer(name, evaluate(score, test, learning.input, threshold=0.0, num_resamples=0))
     one = {"figures": answer.figures, "classes": answer.classes}
     write_durably(out / METRICS_FILE, msgspec.json.encode({"rounds": [], "sites": {"all": one}}))
 

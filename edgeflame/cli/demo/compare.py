@@ -29,13 +29,13 @@ def compare(data: Path, config: Path) -> dict[str, object]:
     from edgeflame.dataset import open_dataset
     from edgeflame.images import ImageU8
     from edgeflame.learning import Learning
+    from fitting.crossfit import image_scores, score_maps
+    from fitting.evaluation import evaluate
+    from trainer.device import rgb_tensor
     from trainer.embedding import F32, embed
-    from trainer.evaluation import evaluate
-    from trainer.fit import Fitted, fit
-    from trainer.gaussian import image_scores, score_maps
-    from trainer.imageset import rgb_tensor
+    from trainer.fit import FittedModel, fit
 
-    def score_with(fitted: Fitted, batch: ImageU8) -> tuple[F32, F32]:
+    def score_with(fitted: FittedModel, batch: ImageU8) -> tuple[F32, F32]:
         embeddings = embed(fitted.network, rgb_tensor(batch, torch.device("cpu")))
         maps = score_maps(fitted.site.statistics, embeddings, fitted.learning.scoring)
         return image_scores(maps), maps
@@ -46,7 +46,7 @@ def compare(data: Path, config: Path) -> dict[str, object]:
     for condition, method in METHODS.items():
         fitted = fit(dataset, msgspec.structs.replace(learning, method=method))
 
-        def score(batch: ImageU8, fitted: Fitted = fitted) -> tuple[F32, F32]:
+        def score(batch: ImageU8, fitted: FittedModel = fitted) -> tuple[F32, F32]:
             return score_with(fitted, batch)
 
         reports[condition] = evaluate(score, dataset, learning.input, threshold=fitted.site.threshold.value)

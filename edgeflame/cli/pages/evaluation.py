@@ -18,15 +18,14 @@ from edgeflame.dataset import GOOD
 
 if TYPE_CHECKING:
     from edgeflame.package import Package
-    from trainer.figures import EvaluationReport
-    from trainer.scoring import Scored
+    from fitting.evaluation import EvaluationReport, ScoredImages
 
 NUM_WORST = 8
 """Misses and false rejects shown."""
 
 
 def write_evaluation(
-    folder: Path, *, package: Package, package_file: Path, data: Path, report: EvaluationReport, scored: Scored
+    folder: Path, *, package: Package, package_file: Path, data: Path, report: EvaluationReport, scored: ScoredImages
 ) -> Path:
     """Write ``index.html`` into a folder that is there.
 
@@ -78,7 +77,7 @@ def _extremes(report: EvaluationReport) -> tuple[str, str] | None:
     return max(share, key=lambda name: share[name]), min(share, key=lambda name: share[name])
 
 
-def _rows(package: Package, scored: Scored) -> list[dict[str, Any]]:
+def _rows(package: Package, scored: ScoredImages) -> list[dict[str, Any]]:
     threshold = package.manifest.threshold
     if not threshold.others:
         return []
@@ -101,7 +100,7 @@ def _missing(one: Any) -> list[tuple[str, str]]:
     return [(name, why) for name, why in one.without_interval.items() if getattr(one, name) is not None]
 
 
-def _worst(package: Package, scored: Scored, *, defective: bool) -> list[Example]:
+def _worst(package: Package, scored: ScoredImages, *, defective: bool) -> list[Example]:
     """The lowest scores of the defective that pass, or the highest of the good that are rejected; one of each part.
 
     If no good one is rejected, those nearest to it.
@@ -118,7 +117,9 @@ def _worst(package: Package, scored: Scored, *, defective: bool) -> list[Example
     return [_example(package, scored, index) for index in list(chosen.values())[:NUM_WORST]]
 
 
-def _masks(package: Package, report: EvaluationReport, scored: Scored) -> dict[str, list[tuple[Example, Example]]]:
+def _masks(
+    package: Package, report: EvaluationReport, scored: ScoredImages
+) -> dict[str, list[tuple[Example, Example]]]:
     """By kind: examples with the mask at the verdict's threshold and at the best one for pixels."""
     best = report.pixel_F1Max_threshold
     if best is None:
@@ -139,7 +140,7 @@ def _spaced(items: Sequence[int], count: int) -> list[int]:
     return [items[step] for step in sorted(steps)]
 
 
-def _example(package: Package, scored: Scored, index: int, pixel_threshold: float | None = None) -> Example:
+def _example(package: Package, scored: ScoredImages, index: int, pixel_threshold: float | None = None) -> Example:
     manifest = package.manifest
     return example(
         scored.records[index],

@@ -14,12 +14,12 @@ from edgeflame.dataset import GOOD
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
-    from trainer.fit import Fitted
+    from trainer.fit import FittedModel
 
 NUM_SHOWN = 24
 
 
-def write_fit(folder: Path, *, fitted: Fitted, manifest: Manifest, package_file: Path, data: Path) -> Path:
+def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_file: Path, data: Path) -> Path:
     """Write ``index.html`` into a folder that is there.
 
     Raises:

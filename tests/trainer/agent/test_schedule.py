@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 
 from edgeflame.errors import UsageError
-from trainer.agent.schedule import parse_schedule
+from trainer.agent.control import parse_schedule
 
 # 2026-01-05 is a Monday.
 CASES = [

@@ -21,17 +21,13 @@ from edgeflame.statedir import locked_state_dir, write_durably
 from edgeflame.transfer.manifest import Manifest
 from tests.support.fleet_processes import WORKER
 from tests.support.paths import REPOSITORY
-from trainer.agent.chores import task_seed
-from trainer.agent.labour import Labour
-from trainer.agent.memory import Finished, Memory, Outcome
-from trainer.agent.orders import FROM_WORKER, Done, FinishOrder, InitialOrder, Problem, Setup, TrainOrder, encode_line
 from trainer.agent.plan import (
     Fetch,
     Finish,
-    Knowledge,
     Leave,
     OfferInitial,
     OfferUpdate,
+    PlanInput,
     Prepare,
     Report,
     TellFailure,
@@ -39,8 +35,19 @@ from trainer.agent.plan import (
     Wait,
     plan,
 )
-from trainer.agent.process import Died, Said
-from trainer.agent.recall import recall
+from trainer.agent.state import FinishRecord, SiteState, UpdateRecord, plan_input
+from trainer.agent.step_runner import task_seed
+from trainer.agent.tasks import (
+    FROM_WORKER,
+    FinishOrder,
+    InitialOrder,
+    TaskDone,
+    TaskError,
+    TrainOrder,
+    WorkerSetup,
+    encode_line,
+)
+from trainer.agent.worker_client import WorkerExited, WorkerMessage, WorkerSupervisor
 
 RUN = "0" * 32
 BASE = Manifest(sha256="b" * 64, size_bytes=10, chunk_bytes=10, crc32s=bytes(4))
@@ -49,9 +56,9 @@ TRAIN = RoundState(run=RUN, phase="train", round=2, num_rounds=3, asked=("a", "b
 FINISH = RoundState(run=RUN, phase="finish", round=3, asked=("a",), base=BASE, ledger=LEDGER)
 
 
-def knows(announced: RoundState | None, **more: object) -> Knowledge:
+def knows(announced: RoundState | None, **more: object) -> PlanInput:
     facts = {"site": "a", "announced": announced, "took_part": True, "initial": "d" * 64, **more}
-    return Knowledge(**facts)  # type: ignore[arg-type]
+    return PlanInput(**facts)  # type: ignore[arg-type]
 
 
 def test_the_plan_takes_the_first_step_that_is_missing() -> None:
@@ -112,17 +119,17 @@ def test_a_failure_is_told_until_it_is_heard() -> None:
     assert heard == Leave(run=RUN, problem="no images")
 
 
-def draft(memory: Memory, value: float) -> Path:
+def draft(memory: SiteState, value: float) -> Path:
     path = memory.draft("test")
     safetensors.numpy.save_file({"w": np.full(3, value, np.float32)}, path)
     return path
 
 
 def test_memory_keeps_the_historical_model_and_forgets_older_ones(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = SiteState(tmp_path)
     for number in (1, 2, 4):
-        memory.keep_update(RUN, number, draft(memory, number), Outcome(num_samples=number, metrics={}))
-    again = Memory(tmp_path)
+        memory.keep_update(RUN, number, draft(memory, number), UpdateRecord(num_samples=number, metrics={}))
+    again = SiteState(tmp_path)
     assert again.install == memory.install
     assert again.update(RUN, 1) is None
     kept = again.update(RUN, 4)
@@ -137,13 +144,13 @@ def test_memory_keeps_the_historical_model_and_forgets_older_ones(tmp_path: Path
 
 
 def test_memory_keeps_what_only_the_site_may_see(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = SiteState(tmp_path)
     for number in (1, 2, 4):
         memory.keep_private(RUN, number, draft(memory, number))
     memory.keep_private(RUN, 5, tmp_path / "nothing was left")
 
     def kept(before: int | None = None) -> float | None:
-        path = Memory(tmp_path).private(RUN, before=before)
+        path = SiteState(tmp_path).private(RUN, before=before)
         return None if path is None else float(safetensors.numpy.load_file(path)["w"][0])
 
     # A training that is repeated reads what was left before it, not what it left itself.
@@ -155,8 +162,8 @@ def test_memory_keeps_what_only_the_site_may_see(tmp_path: Path) -> None:
 
 
 def test_memory_of_an_unfinished_training_is_none(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
-    memory.keep_update(RUN, 1, draft(memory, 1), Outcome(num_samples=1, metrics={}))
+    memory = SiteState(tmp_path)
+    memory.keep_update(RUN, 1, draft(memory, 1), UpdateRecord(num_samples=1, metrics={}))
     # A power cut before the record was written: the model alone does not count.
     next(tmp_path.glob("runs/*/*/outcome.json")).unlink()
     assert memory.update(RUN, 1) is None
@@ -164,8 +171,8 @@ def test_memory_of_an_unfinished_training_is_none(tmp_path: Path) -> None:
 
 
 def test_damaged_memory_is_a_clear_error(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
-    memory.keep_finished(RUN, Finished(model="a" * 64, package=None, package_sha256=None, summary={}))
+    memory = SiteState(tmp_path)
+    memory.keep_finished(RUN, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={}))
     write_durably(tmp_path / "runs" / RUN / "finish.json", b'{"model": 1}')
     with pytest.raises(StorageError, match=r"finish\.json: damaged"):
         memory.finished(RUN)
@@ -193,14 +200,14 @@ class Workshop:
     """A labour with the tiny worker, and its events."""
 
     def __init__(self, tmp_path: Path, command: list[str] | None = None) -> None:
-        self.events: queue.SimpleQueue[Said | Died] = queue.SimpleQueue()
-        self.labour = Labour(command or shlex.split(WORKER), self.events.put)
+        self.events: queue.SimpleQueue[WorkerMessage | WorkerExited] = queue.SimpleQueue()
+        self.labour = WorkerSupervisor(command or shlex.split(WORKER), self.events.put)
         (tmp_path / "data").mkdir(exist_ok=True)
-        self.setup = Setup(
+        self.setup = WorkerSetup(
             learning=Learning(method="flame"), site="a", data=str(tmp_path / "data"), state=str(tmp_path)
         )
 
-    def outcome(self) -> Done | EdgeFlameError:
+    def outcome(self) -> TaskDone | EdgeFlameError:
         while True:
             answer = self.labour.on_event(self.events.get(timeout=30))
             if answer is not None:
@@ -216,16 +223,16 @@ def test_the_worker_carries_out_all_orders_in_one_process(tmp_path: Path) -> Non
     shop = Workshop(tmp_path)
     initial, out = tmp_path / "initial", tmp_path / "out"
     shop.labour.begin(shop.setup, InitialOrder(out=str(initial)))
-    assert isinstance(shop.outcome(), Done)
+    assert isinstance(shop.outcome(), TaskDone)
     pid = shop.labour.worker_pid
     shop.labour.begin(shop.setup, TrainOrder(round=1, base=str(initial), history=None, out=str(out), seed=1))
     trained = shop.outcome()
-    assert isinstance(trained, Done)
+    assert isinstance(trained, TaskDone)
     assert trained.num_samples > 0
     assert shop.labour.step.done == 5
     shop.labour.begin(shop.setup, FinishOrder(model=str(out), out_dir=str(tmp_path), ledger={"rounds": [1]}))
     finished = shop.outcome()
-    assert isinstance(finished, Done)
+    assert isinstance(finished, TaskDone)
     assert finished.summary == {"rounds": 1.0, "kind": "tiny"}
     assert shop.labour.worker_pid == pid
     shop.labour.stop()
@@ -275,16 +282,16 @@ def test_a_name_is_free_soon_after_its_holder_left_and_not_at_once_after_a_resta
 
 
 def test_an_update_of_another_base_model_is_not_offered(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = SiteState(tmp_path)
     for base, offered in ((BASE.sha256, True), ("f" * 64, False), (None, True)):
-        memory.keep_update(RUN, 2, draft(memory, 1.0), Outcome(num_samples=1, metrics={}, base=base))
+        memory.keep_update(RUN, 2, draft(memory, 1.0), UpdateRecord(num_samples=1, metrics={}, base=base))
         # As an aggregator says that lost its newest facts and made the round before anew.
-        assert recall(memory, "a", TRAIN).has_update is offered
+        assert plan_input(memory, "a", TRAIN).has_update is offered
 
 
 def test_the_worker_computes_where_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.png").touch()
-    setup = Setup(learning=Learning(method="flame"), site="a", data=str(tmp_path), state=str(tmp_path))
+    setup = WorkerSetup(learning=Learning(method="flame"), site="a", data=str(tmp_path), state=str(tmp_path))
     command = [sys.executable, "-m", "edgeflame.cli.train_worker", "text", "--device=abacus"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
@@ -292,6 +299,6 @@ def test_the_worker_computes_where_it_is_told(tmp_path: Path) -> None:
         worker.stdin.write(encode_line(setup))
         worker.stdin.flush()
         answer = FROM_WORKER.decode(worker.stdout.readline())
-    assert isinstance(answer, Problem)
+    assert isinstance(answer, TaskError)
     assert answer.error == "UsageError"
     assert "device 'abacus' cannot be used here" in answer.message

@@ -1,89 +1,35 @@
-"""Fitting the Gaussian statistics, choosing their rank, and scoring good images as if they had not been seen.
+"""Fitting the Gaussian statistics to embeddings, choosing rank and ridge, and scoring every image by cross-fitting.
 
-Cross-fitting: the parts are dealt into folds; the statistics of all folds but one score the one. Every image gets
-an honest score, and still serves the final statistics. The same held-out images choose rank and ridge, where the
-configuration leaves them open, by their likelihood.
+The folds and the result are described in :mod:`fitting.crossfit`. Fewer images than channels are fitted from the
+embeddings themselves; more of them from moments, whose memory does not grow with the images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeflame.console import EventLog, Progress, no_progress
-from edgeflame.errors import DataError
-from edgeflame.learning import Learning, Scoring
-from edgeflame.moments import MomentAccumulator, Moments
-from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
-from edgeflame.statistics_codec import PackageStatistics
+from edgeflame.learning import Learning
+from edgeflame.moments import MomentAccumulator
+from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples
+from fitting.crossfit import (
+    RIDGES,
+    CrossFit,
+    PooledStatistics,
+    image_scores,
+    make_folds,
+    require_enough,
+    require_images_left,
+    score_maps,
+)
+from fitting.suspects import HighestMaps
 from trainer.embedding import Embeddings
-from trainer.suspects import HighestMaps
 
 log = EventLog("gaussian")
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-
-MIN_IMAGES = 4
-"""Fewer give no covariance worth the name once a fold is left out."""
-
-MIN_GROUPS = 2
-"""With one part nothing can be held out."""
-
-
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Tried when the ridge is chosen automatically; few images call for much of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pooled:
-    """Statistics of a fleet.
-
-    Attributes:
-        moments: of the images of all sites that contributed.
-        holds_these: this site did, so that its parts have to be taken out where they are to be scored unseen.
-    """
-
-    moments: Moments
-    holds_these: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class CrossFit:
-    """Statistics of all images, and what the images look like to statistics that did not see them.
-
-    Attributes:
-        statistics: of all images, as a package stores them.
-        held_out_scores: ``[N]`` raw image scores by the statistics of the other folds.
-        held_out_means: ``[N]`` means of the maps whose maxima these are.
-        highest_maps: image index to raw map ``[h, w]`` of the highest of these scores, the highest first.
-        likelihoods: mean held-out log-likelihood per image and position, by ridge (text), then by rank 0, 1, ...
-            (where the rank was given, only that one); None if neither was to be chosen.
-    """
-
-    statistics: LowRankGaussian
-    held_out_scores: F64
-    held_out_means: F64
-    highest_maps: dict[int, F32]
-    likelihoods: dict[str, list[float]] | None
-
-
-def require_enough(num_images: int, num_groups: int) -> None:
-    """Refuse what statistics and a threshold cannot be made of.
-
-    Raises:
-        DataError: fewer images or parts than the method needs.
-    """
-    if num_images < MIN_IMAGES or num_groups < MIN_GROUPS:
-        msg = (
-            f"the statistics need at least {MIN_IMAGES} readable good images of at least {MIN_GROUPS} parts, "
-            f"got {num_images} of {num_groups}"
-        )
-        raise DataError(msg)
 
 
 def cross_fit(
@@ -91,7 +37,7 @@ def cross_fit(
     groups: Sequence[str],
     learning: Learning,
     *,
-    pooled: Pooled | None = None,
+    pooled: PooledStatistics | None = None,
     progress: Progress = no_progress,
 ) -> CrossFit:
     """Fit the statistics and score every image by those that did not see it.
@@ -114,9 +60,9 @@ def cross_fit(
     automatic = scoring.rank == "auto" or scoring.ridge == "auto"
     rank = scoring.max_rank if scoring.rank == "auto" else scoring.rank
     ridges = RIDGES if scoring.ridge == "auto" else (scoring.ridge,)
-    counter = _Counter(progress, total=num_images * (4 if automatic else 3))
+    counter = _ProgressCounter(progress, total=num_images * (4 if automatic else 3))
     few = pooled is None and num_images <= embeddings.network.num_channels
-    fitter: _Fitter = _Samples(embeddings, counter) if few else _Streaming(embeddings, counter, pooled)
+    fitter: _Fitter = _SampleFitter(embeddings, counter) if few else _MomentFitter(embeddings, counter, pooled)
 
     without: list[LowRankGaussian] = []
     likelihoods = np.zeros((len(ridges), rank + 1))
@@ -161,43 +107,7 @@ def cross_fit(
     )
 
 
-def score_maps(statistics: PackageStatistics, embeddings: F32, scoring: Scoring) -> F32:
-    """Smoothed distances (Eq. 18, 23): ``[N, P, C]`` to ``[N, h, w]`` float32."""
-    maps = statistics.distances(embeddings).reshape(-1, *statistics.grid)
-    return smooth_maps(maps, scoring.smoothing_sigma).astype(np.float32)
-
-
-def image_scores(maps: F32) -> F32:
-    """The highest value of each map (Eq. 22): ``[N, h, w]`` to ``[N]``."""
-    scores: F32 = maps.max(axis=(1, 2))
-    return scores
-
-
-def make_folds(groups: Sequence[str], num_folds: int, seed: int) -> list[list[int]]:
-    """Deal whole parts into folds of about equal numbers of images.
-
-    Args:
-        groups: the part that each image shows.
-        num_folds: at most; fewer when there are fewer parts.
-        seed: of the order in which parts of one size are dealt.
-
-    Returns:
-        Image indices of each fold, rising.
-    """
-    members: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    names = sorted(members)
-    order = np.random.default_rng(seed).permutation(len(names))
-    # The largest parts first, each into the emptiest fold.
-    dealt = sorted((names[i] for i in order), key=lambda name: -len(members[name]))
-    folds: list[list[int]] = [[] for _ in range(min(num_folds, len(names)))]
-    for name in dealt:
-        min(folds, key=len).extend(members[name])
-    return [sorted(fold) for fold in folds]
-
-
-class _Counter:
+class _ProgressCounter:
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._total = total
@@ -214,10 +124,10 @@ class _Fitter(Protocol):
         ...
 
 
-class _Samples:
+class _SampleFitter:
     """From the embeddings themselves: for fewer images than channels, where that is far less work."""
 
-    def __init__(self, embeddings: Embeddings, counter: _Counter) -> None:
+    def __init__(self, embeddings: Embeddings, counter: _ProgressCounter) -> None:
         self._grid = embeddings.network.grid
         self._counter = counter
         batches = []
@@ -228,15 +138,15 @@ class _Samples:
 
     def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
         samples = np.delete(self._all, list(leave_out), axis=0)
-        _require_kept(len(samples))
+        require_images_left(len(samples))
         self._counter.add(len(leave_out), "leaving parts out")
         return fit_gaussian_to_samples(samples, grid=self._grid, rank=rank, ridge=ridge)
 
 
-class _Streaming:
+class _MomentFitter:
     """From moments, whose memory does not grow with the images; a fold is left out by taking it from the whole."""
 
-    def __init__(self, embeddings: Embeddings, counter: _Counter, pooled: Pooled | None) -> None:
+    def __init__(self, embeddings: Embeddings, counter: _ProgressCounter, pooled: PooledStatistics | None) -> None:
         self._embeddings = embeddings
         self._counter = counter
         self._holds_these = pooled is None or pooled.holds_these
@@ -256,12 +166,6 @@ class _Streaming:
             for indices, batch in self._embeddings.batches(leave_out):
                 accumulator.remove(batch)
                 self._counter.add(len(indices), "leaving parts out")
-            _require_kept(accumulator.count)
+            require_images_left(accumulator.count)
             moments = accumulator.moments()
         return fit_gaussian(moments, grid=self._embeddings.network.grid, rank=rank, ridge=ridge)
-
-
-def _require_kept(count: int) -> None:
-    if count < 2:
-        msg = "one part holds nearly all the images; the statistics need other parts to be tested on"
-        raise DataError(msg)

@@ -1,4 +1,13 @@
-"""A shift plan: when a site may train. Pure.
+"""What the site's operator asks of it: pause and leave, as files in the state directory; and the training schedule.
+
+STATE/pause.json and STATE/leave.json are written by ``edgeflame site``:
+
+    STATE/pause.json    while it is there, the site rests
+    STATE/leave.json    the site is to leave its run for good; deleted when it has
+
+They stand whether the site's process runs or not, and survive its restarts.
+
+A schedule says when a site may train:
 
     mon-fri 22:00-06:00, sat-sun      nights of working days, and the whole weekend
     12:00-12:30                       every day at noon
@@ -12,8 +21,85 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
 
-from edgeflame.errors import UsageError
+import msgspec
+
+from edgeflame.errors import StorageError, UsageError
+from edgeflame.messages import Text
+from edgeflame.statedir import storage_errors, write_durably
+
+T = TypeVar("T", bound="SitePause | LeaveRequest")
+
+
+class SitePause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rest. ``release`` ends the worker process, so that its memory is free too; its task begins again afterwards,
+    with the same result. Otherwise it is stopped where it is, and goes on from there.
+    """
+
+    reason: Text
+    release: bool = False
+
+
+class LeaveRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Leave the run for good."""
+
+    reason: Text
+
+
+class SiteControl:
+    """The wishes of a state directory.
+
+    Raises:
+        StorageError: here and in every method, when the disk fails or a file is damaged.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._pause = state_dir / "pause.json"
+        self._leave = state_dir / "leave.json"
+
+    @property
+    def pause(self) -> SitePause | None:
+        return _read_request(self._pause, SitePause)
+
+    @property
+    def departure(self) -> LeaveRequest | None:
+        return _read_request(self._leave, LeaveRequest)
+
+    def rest(self, pause: SitePause) -> None:
+        """Have the site rest."""
+        write_durably(self._pause, msgspec.json.encode(pause))
+
+    def go_on(self) -> bool:
+        """Have it go on; whether it was at rest."""
+        return _remove_request(self._pause)
+
+    def leave(self, departure: LeaveRequest) -> None:
+        """Have it leave its run."""
+        write_durably(self._leave, msgspec.json.encode(departure))
+
+    def left(self) -> None:
+        """It has left."""
+        _remove_request(self._leave)
+
+
+def _remove_request(path: Path) -> bool:
+    with storage_errors(path, "remove"):
+        was_there = path.exists()
+        path.unlink(missing_ok=True)
+    return was_there
+
+
+def _read_request(path: Path, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+        msg = f"{path}: damaged ({exc}); remove it, or say again what it is to say with 'edgeflame site'"
+        raise StorageError(msg) from exc
+
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY_MIN = 24 * 60

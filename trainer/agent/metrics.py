@@ -12,11 +12,11 @@ from edgeflame.link import Link
 from edgeflame.messages import RoundState
 from edgeflame.metrics import Metric, MetricsServer
 
-EVERY_S = 1.0
-_PREFIX = "edgeflame_site"
+METRICS_INTERVAL_S = 1.0
+_METRIC_PREFIX = "edgeflame_site"
 
 
-class Watch:
+class SiteMetrics:
     """Looks at the site and tells; decides nothing.
 
     Args:
@@ -66,7 +66,7 @@ class Watch:
             self._activity, self._progress_at = activity, now
         if now < self._due_at:
             return
-        self._due_at = now + EVERY_S
+        self._due_at = now + METRICS_INTERVAL_S
         name, step, num_steps = activity
         try:
             free_bytes = shutil.disk_usage(self._state_dir).free
@@ -77,7 +77,7 @@ class Watch:
                 _gauge("broker_connected", "1 while the broker is connected.", is_up),
                 _gauge("welcome", "1 while the aggregator knows this site.", is_welcome),
                 Metric(
-                    name=f"{_PREFIX}_activity",
+                    name=f"{_METRIC_PREFIX}_activity",
                     meaning="1 for what the site is doing.",
                     label="activity",
                     values={name: 1},
@@ -87,7 +87,7 @@ class Watch:
                 _gauge("round", "The round that is open.", 0 if announced is None else announced.round),
                 _gauge("progress_age_seconds", "Since this site was a step further.", now - self._progress_at),
                 Metric(
-                    name=f"{_PREFIX}_refusals",
+                    name=f"{_METRIC_PREFIX}_refusals",
                     meaning="What the aggregator refused since the start, by reason.",
                     kind="counter",
                     label="reason",
@@ -106,8 +106,8 @@ class Watch:
 
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:
-    return Metric(name=f"{_PREFIX}_{name}", meaning=meaning, value=value)
+    return Metric(name=f"{_METRIC_PREFIX}_{name}", meaning=meaning, value=value)
 
 
 def _counter(name: str, meaning: str, value: float) -> Metric:
-    return Metric(name=f"{_PREFIX}_{name}", meaning=meaning, value=value, kind="counter")
+    return Metric(name=f"{_METRIC_PREFIX}_{name}", meaning=meaning, value=value, kind="counter")

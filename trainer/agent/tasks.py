@@ -1,8 +1,11 @@
-"""What a site does between messages: the interface between the protocol and the learning.
+"""What the protocol side asks of the learning: worker messages, tasks, and the interface :class:`SiteTrainer`.
 
 The protocol side (this package) runs in one process and keeps the link alive; an implementation of
-:class:`SiteWork` runs in a worker process and may take hours. Models travel between them as safetensors files.
-Nothing here imports torch.
+:class:`SiteTrainer` runs in a worker process and may take hours. Models travel between them as safetensors files.
+
+The two processes exchange JSON, one message a line. The worker reads :class:`WorkerSetup` first, then one order at a
+time; it answers with any number of :class:`TaskProgress` and one :class:`TaskDone` or :class:`TaskError`. The end of
+its standard input is the end of the worker. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,8 +15,100 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from edgeflame.console import Progress
+from edgeflame.learning import Learning
 from edgeflame.messages import StatisticsWanted
+
+
+class _WorkerLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    pass
+
+
+class WorkerSetup(_WorkerLine, frozen=True, kw_only=True, tag="setup"):
+    """What the work is built from; paths are absolute."""
+
+    learning: Learning
+    site: str
+    data: str
+    state: str
+    """A folder the work may keep things in."""
+    groups_file: str | None = None
+
+
+class InitialOrder(_WorkerLine, frozen=True, kw_only=True, tag="initial"):
+    out: str
+
+
+class TrainOrder(_WorkerLine, frozen=True, kw_only=True, tag="train"):
+    round: int
+    base: str
+    history: str | None
+    out: str
+    seed: int
+    private: str | None = None
+    private_out: str | None = None
+
+
+class StatisticsOrder(_WorkerLine, frozen=True, kw_only=True, tag="statistics"):
+    model: str
+    model_sha256: str
+    wanted: StatisticsWanted
+    out: str
+
+
+class FinishOrder(_WorkerLine, frozen=True, kw_only=True, tag="finish"):
+    model: str
+    out_dir: str
+    ledger: dict[str, Any]
+    private: str | None = None
+    statistics: str | None = None
+
+
+Order = InitialOrder | TrainOrder | StatisticsOrder | FinishOrder
+ToWorker = WorkerSetup | Order
+
+
+class WorkerReady(_WorkerLine, frozen=True, kw_only=True, tag="ready"):
+    """The work is built."""
+
+
+class TaskProgress(_WorkerLine, frozen=True, kw_only=True, tag="step"):
+    """Progress of the order at hand."""
+
+    done: int
+    total: int
+    note: str = ""
+
+
+class TaskDone(_WorkerLine, frozen=True, kw_only=True, tag="done"):
+    """The order is carried out; which fields are set depends on it."""
+
+    num_samples: int = 0
+    num_steps: int = 0
+    metrics: dict[str, float] = {}
+    package: str | None = None
+    statistics: str | None = None
+    summary: dict[str, float | str] = {}
+
+
+class TaskError(_WorkerLine, frozen=True, kw_only=True, tag="problem"):
+    """An expected error: the class of ``edgeflame.errors`` and its message."""
+
+    error: str
+    message: str
+
+
+FromWorker = WorkerReady | TaskProgress | TaskDone | TaskError
+
+TO_WORKER: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
+FROM_WORKER: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)
+
+
+def encode_line(message: ToWorker | FromWorker) -> bytes:
+    """The message as a line."""
+    return msgspec.json.encode(message) + b"\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +195,7 @@ class FinishOutcome:
     summary: dict[str, float | str] = field(default_factory=dict)
 
 
-class SiteWork(Protocol):
+class SiteTrainer(Protocol):
     """The learning of one site. Its errors are those of ``edgeflame.errors``."""
 
     def write_initial_model(self, out: Path) -> None:

@@ -56,7 +56,7 @@ class HighestMaps:
         return {index: one for _, index, one in self._kept}
 
 
-def worst(scores: npt.NDArray[np.floating], share: float) -> list[int]:
+def worst_indices(scores: npt.NDArray[np.floating], share: float) -> list[int]:
     """Indices of the worst share of ``scores [N]``, the highest first; ties by index.
 
     Of any share above 0 at least one: who asks for some to be left out should not get none.

@@ -1,4 +1,4 @@
-"""What a site remembers across restarts and power cuts.
+"""A site's durable state, across restarts and power cuts, and what the plan is told of it.
 
     STATE/install                                who we are: one id for the life of this directory
     STATE/blobs, STATE/partial                   global models and the ledger
@@ -25,35 +25,38 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from edgeflame import __version__
 from edgeflame.console import EventLog
-from edgeflame.errors import DataError, StorageError
-from edgeflame.messages import Sha256
+from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError
+from edgeflame.learning import Learning
+from edgeflame.messages import Purpose, Reason, RoundState, Sha256
 from edgeflame.statedir import fsync_folder, storage_errors, write_durably
 from edgeflame.tensors import canonicalise
 from edgeflame.transfer.codec import encode_update
 from edgeflame.transfer.manifest import Codec
 from edgeflame.transfer.store import BlobStore, sha256_of
+from trainer.agent.plan import Finish, Gather, PlanInput, PlanStep, Prepare, Train
 
 log = EventLog("site")
 
 KEPT_ROUNDS = 2
 """The current round's update, and the one before: the historical model."""
 
-SENT = "update.encoded"
+ENCODED_UPDATE_FILE = "update.encoded"
 
 CODEC_ERROR = "codec_error"
 """Metric: how far what is sent is from the update, over the update's change."""
 
-_INSTALL = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_INSTALL_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 T = TypeVar("T")
 
 
-class _Initial(msgspec.Struct, frozen=True, kw_only=True):
+class _InitialRecord(msgspec.Struct, frozen=True, kw_only=True):
     sha256: Sha256
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A finished training; the model lies beside it."""
 
     num_samples: int
@@ -69,7 +72,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """Of the encoded update."""
 
 
-class Finished(msgspec.Struct, frozen=True, kw_only=True):
+class FinishRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A finished site: what it made of which final model."""
 
     model: Sha256
@@ -79,7 +82,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     summary: dict[str, float | str]
 
 
-class Memory:
+class SiteState:
     """A site's state directory, used by one process.
 
     Raises:
@@ -97,7 +100,7 @@ class Memory:
 
     def initial(self, run: str) -> str | None:
         """SHA-256 of our initial model in a run; None if it was not made, or is not in the store any more."""
-        record = self._load(self._run(run) / "initial.json", _Initial)
+        record = self._load(self._run(run) / "initial.json", _InitialRecord)
         return None if record is None else record.sha256
 
     def keep_initial(self, run: str, draft: Path) -> None:
@@ -106,17 +109,17 @@ class Memory:
         canonicalise(draft, canonical)
         manifest = self.store.add(canonical)
         draft.unlink(missing_ok=True)
-        self._save(self._run(run) / "initial.json", _Initial(sha256=manifest.sha256))
+        self._save(self._run(run) / "initial.json", _InitialRecord(sha256=manifest.sha256))
 
-    def update(self, run: str, number: int) -> tuple[Path, Outcome] | None:
+    def update(self, run: str, number: int) -> tuple[Path, UpdateRecord] | None:
         """The update of a round as it is to be sent, if it was trained."""
         folder = self._round(run, number)
-        outcome = self._load(folder / "outcome.json", Outcome)
+        outcome = self._load(folder / "outcome.json", UpdateRecord)
         if outcome is None:
             return None
-        return folder / ("update.safetensors" if outcome.codec == "raw" else SENT), outcome
+        return folder / ("update.safetensors" if outcome.codec == "raw" else ENCODED_UPDATE_FILE), outcome
 
-    def keep_update(self, run: str, number: int, draft: Path, outcome: Outcome) -> None:
+    def keep_update(self, run: str, number: int, draft: Path, outcome: UpdateRecord) -> None:
         """Keep the update of a round, encoded as its outcome says, and forget those no longer needed."""
         folder = self._round(run, number)
         with storage_errors(folder, "create"):
@@ -160,13 +163,13 @@ class Memory:
         """An update does not count: nor does what its training left."""
         self._private(run, number).unlink(missing_ok=True)
 
-    def statistics(self, run: str) -> tuple[Path, Outcome] | None:
+    def statistics(self, run: str) -> tuple[Path, UpdateRecord] | None:
         """What the fleet is to have of our statistics, if it was made."""
         folder = self._run(run) / "statistics"
-        outcome = self._load(folder / "outcome.json", Outcome)
+        outcome = self._load(folder / "outcome.json", UpdateRecord)
         return None if outcome is None else (folder / "statistics.safetensors", outcome)
 
-    def keep_statistics(self, run: str, draft: Path, outcome: Outcome) -> None:
+    def keep_statistics(self, run: str, draft: Path, outcome: UpdateRecord) -> None:
         """Keep them until the run is over."""
         folder = self._run(run) / "statistics"
         with storage_errors(folder, "create"):
@@ -180,10 +183,10 @@ class Memory:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finished(self, run: str) -> Finished | None:
-        return self._load(self._run(run) / "finish.json", Finished)
+    def finished(self, run: str) -> FinishRecord | None:
+        return self._load(self._run(run) / "finish.json", FinishRecord)
 
-    def keep_finished(self, run: str, finished: Finished) -> None:
+    def keep_finished(self, run: str, finished: FinishRecord) -> None:
         with storage_errors(self.finish_dir(run), "sync"):
             fsync_folder(self.finish_dir(run))
         self._save(self._run(run) / "finish.json", finished)
@@ -215,7 +218,7 @@ class Memory:
         if path.exists():
             with storage_errors(path, "read"):
                 install = path.read_text("ascii", "replace").strip()
-            if _INSTALL.fullmatch(install):
+            if _INSTALL_ID.fullmatch(install):
                 return install
             log.warning("damaged_memory_dropped", file=path.name)
         install = uuid.uuid4().hex
@@ -225,7 +228,11 @@ class Memory:
     def _drop_damaged(self) -> None:
         """Forget what a power cut may have damaged: it is made again, with the same bits."""
         for record in sorted(self._root.glob("runs/*/**/*.json")):
-            kinds: dict[str, Any] = {"initial.json": _Initial, "outcome.json": Outcome, "finish.json": Finished}
+            kinds: dict[str, Any] = {
+                "initial.json": _InitialRecord,
+                "outcome.json": UpdateRecord,
+                "finish.json": FinishRecord,
+            }
             kind = kinds.get(record.name)
             if kind is None or record.parent.name == "finish":
                 continue
@@ -234,12 +241,12 @@ class Memory:
             except StorageError:
                 loaded = None
             match loaded:
-                case Outcome(sha256=str(sha256)):
+                case UpdateRecord(sha256=str(sha256)):
                     models = record.parent.glob("*.safetensors")
                     is_sound = any(sha256_of(path) == sha256 for path in models) and (
-                        loaded.codec == "raw" or sha256_of(record.parent / SENT) == loaded.sent_sha256
+                        loaded.codec == "raw" or sha256_of(record.parent / ENCODED_UPDATE_FILE) == loaded.sent_sha256
                     )
-                case Finished(package=str(name), package_sha256=sha256):
+                case FinishRecord(package=str(name), package_sha256=sha256):
                     is_sound = sha256_of(record.parent / "finish" / name) == sha256
                 case _:
                     is_sound = loaded is not None
@@ -247,12 +254,12 @@ class Memory:
                 log.warning("damaged_memory_dropped", file=str(record.relative_to(self._root)))
                 record.unlink(missing_ok=True)
 
-    def _keep_model(self, draft: Path, path: Path, outcome: Outcome) -> None:
+    def _keep_model(self, draft: Path, path: Path, outcome: UpdateRecord) -> None:
         canonicalise(draft, path)
         draft.unlink(missing_ok=True)
         if outcome.codec != "raw":
             assert outcome.base is not None
-            outcome = _encoded(outcome, self.store.path(outcome.base), path)
+            outcome = _encode_kept_update(outcome, self.store.path(outcome.base), path)
         # Last: it stands for the model beside it.
         self._save(path.parent / "outcome.json", msgspec.structs.replace(outcome, sha256=sha256_of(path)))
 
@@ -291,9 +298,9 @@ class Memory:
         write_durably(path, msgspec.json.encode(record))
 
 
-def _encoded(outcome: Outcome, base: Path, update: Path) -> Outcome:
+def _encode_kept_update(outcome: UpdateRecord, base: Path, update: Path) -> UpdateRecord:
     """Encode an update, into a file beside it; unless that makes it no smaller."""
-    sent = update.with_name(SENT)
+    sent = update.with_name(ENCODED_UPDATE_FILE)
     try:
         error = encode_update(outcome.codec, base, update, sent)
     except DataError as exc:
@@ -305,3 +312,71 @@ def _encoded(outcome: Outcome, base: Path, update: Path) -> Outcome:
         return msgspec.structs.replace(outcome, codec="raw")
     metrics = {**outcome.metrics, CODEC_ERROR: error}
     return msgspec.structs.replace(outcome, metrics=metrics, sent_sha256=sha256_of(sent))
+
+
+BAD_UPDATE_REASONS: tuple[Reason, ...] = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
+"""Refusals that say that the update itself is bad, not only that it does not count."""
+
+
+def plan_input(
+    memory: SiteState,
+    site: str,
+    announced: RoundState | None,
+    *,
+    answered: frozenset[tuple[Purpose, int]] = frozenset(),
+    failure: tuple[Purpose, str] | None = None,
+    aggregator_online: bool | None = None,
+) -> PlanInput:
+    """What the plan depends on."""
+    if announced is None:
+        return PlanInput(site=site)
+    run = announced.run
+    initial = memory.initial(run)
+    if announced.phase in ("waiting", "initialise") and initial is not None and initial not in memory.store:
+        initial = None
+    finished = memory.finished(run)
+    manifests = (announced.base, announced.ledger, announced.statistics)
+    named = [manifest.sha256 for manifest in manifests if manifest is not None]
+    return PlanInput(
+        site=site,
+        announced=announced,
+        took_part=memory.took_part(run),
+        initial=initial,
+        has_update=_is_of_announced_model(memory.update(run, announced.round), announced),
+        has_statistics=_is_of_announced_model(memory.statistics(run), announced),
+        blobs=frozenset(sha256 for sha256 in named if sha256 in memory.store),
+        is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
+        answered=answered,
+        failure=failure,
+        aggregator_online=aggregator_online,
+    )
+
+
+def _is_of_announced_model(kept: tuple[Path, UpdateRecord] | None, announced: RoundState) -> bool:
+    """Whether something was made, and of the announced model."""
+    made_of = None if kept is None else kept[1].base
+    return kept is not None and (made_of is None or announced.base is None or made_of == announced.base.sha256)
+
+
+def step_purpose(step: PlanStep) -> Purpose:
+    """What a step that failed was for."""
+    purposes: dict[type[PlanStep], Purpose] = {
+        Prepare: "initial",
+        Train: "update",
+        Gather: "statistics",
+        Finish: "finish",
+    }
+    return purposes.get(type(step), "update")
+
+
+def announced_learning(announced: RoundState) -> Learning:
+    """The learning a fleet is to do.
+
+    Raises:
+        ConfigError: this version does not know it.
+    """
+    try:
+        return msgspec.json.decode(announced.learning, type=Learning)
+    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
+        msg = f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
+        raise ConfigError(msg) from exc

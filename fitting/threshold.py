@@ -1,13 +1,26 @@
-"""The threshold, and what it can promise about good parts.
+"""The threshold, and what it can promise about good parts. No torch here, so that a line can set its threshold too.
 
-The lowest threshold is taken at which the share of good units that score above it is, with the confidence asked for,
-no higher than the rate asked for. The part is the independent unit, whatever is judged: see :mod:`trainer.confidence`.
-That doubt falls as the threshold rises, so no correction is needed for having searched: the threshold is wrong only
-where the doubt is wrong at the one true quantile. No torch here, so that a line can set its threshold too.
+**The threshold.** The lowest one is taken at which the share of good units that score above it is, with the confidence
+asked for, no higher than the rate asked for. The part is the independent unit, whatever is judged. The probability
+that the rate is exceeded falls as the threshold rises, so no correction is needed for having searched: the threshold
+is wrong only where that probability is wrong at the one true quantile.
+
+**The confidence bound**, where a few parts were photographed several times each. Part g of m shows the share ``z_g``
+of its photographs above a threshold: 0 or 1 where it was photographed once, anything between otherwise. The
+photographs of a part may depend on each other in any way; the parts are independent. Wanted is an upper confidence
+bound of the mean share, which is the rate at which photographs of the product are rejected. Gaffke's bound
+[Gaffke 2005; Learned-Miller and Thomas, arXiv 1905.06208] is a quantile of::
+
+    D_0 · 1 + D_1 · z_1 + … + D_m · z_m,        (D_0, …, D_m) uniform on the simplex
+
+a Bayesian bootstrap over the parts with one more part that is rejected whole. For shares of 0 and 1 it *is* the exact
+binomial bound of Clopper and Pearson; for shares between it is tighter. Its coverage is proven for 0 and 1 alone; for
+the rest it is a conjecture without a known counterexample, which the test suite holds against hard distributions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -18,12 +31,87 @@ from edgeflame.console import EventLog
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.learning import Calibration
 from edgeflame.threshold import Promise, Threshold, Unit
-from trainer.confidence import doubt, parts_needed, tightest_promise, upper_bound
-from trainer.metrics import best_f1
-
-log = EventLog("threshold")
+from fitting.metrics import best_f1
 
 F64 = npt.NDArray[np.float64]
+
+_ACCURACY = 1e-9
+"""Of the probabilities computed by numerical inversion."""
+
+
+def exceedance_probability(shares: Sequence[float] | F64, rate: float) -> float:
+    """The probability, in the sense above, that the mean share is higher than ``rate``.
+
+    A rate is an upper bound with confidence ``1 - doubt``. Never falls when a share rises; falls with the rate.
+
+    Args:
+        shares: one a part, each 0..1.
+        rate: 0..1, both excluded.
+    """
+    from scipy.stats import beta
+
+    values, counts = np.unique(np.asarray(shares, dtype=np.float64), return_counts=True)
+    if set(values) <= {0.0, 1.0}:
+        rejected = int(counts[values == 1.0].sum())
+        if rejected == len(shares):
+            return 1.0
+        return float(beta.sf(rate, rejected + 1, len(shares) - rejected))
+    # D is a vector of exponential variables over their sum, so the sum above exceeds the rate where
+    # sum over g of E_g (z_g - rate) + E_0 (1 - rate) is positive.
+    return _probability_positive(np.append(values - rate, 1.0 - rate), np.append(counts, 1))
+
+
+def upper_confidence_bound(shares: Sequence[float] | F64, confidence: float) -> float:
+    """The lowest rate of which :func:`doubt` is ``1 - confidence``."""
+    from scipy.optimize import brentq
+
+    if min(shares) >= 1.0:
+        return 1.0
+    edge = 1e-12
+    return float(
+        brentq(lambda rate: exceedance_probability(shares, rate) - (1.0 - confidence), edge, 1.0 - edge, xtol=1e-10)
+    )
+
+
+def confidence_interval(shares: Sequence[float] | F64, confidence: float) -> tuple[float, float]:
+    """A lower and an upper bound of the mean share; each may fail in half of the cases left over."""
+    shares = np.asarray(shares, dtype=np.float64)
+    one_sided = 1.0 - (1.0 - confidence) / 2.0
+    return 1.0 - upper_confidence_bound(1.0 - shares, one_sided), upper_confidence_bound(shares, one_sided)
+
+
+def tightest_rate(num_parts: int, confidence: float) -> float:
+    """The lowest rate that ``num_parts`` parts without a single rejection can promise: 1 - (1 - y)^(1/m)."""
+    return float(-math.expm1(math.log1p(-confidence) / num_parts))
+
+
+def parts_needed(rate: float, confidence: float) -> int:
+    """How many good parts a promise takes: 299 for 1% with 95% confidence."""
+    return math.ceil(math.log1p(-confidence) / math.log1p(-rate))
+
+
+def _probability_positive(weights: F64, counts: npt.NDArray[np.int64]) -> float:
+    """P(sum of weights_j · Gamma(counts_j) > 0), by inverting the characteristic function.
+
+    The midpoint rule with step ``2π/T`` errs by less than the probability that the sum lies beyond ``±T`` (Davies
+    1980, "The distribution of a linear combination of chi-squared random variables").
+    """
+    mean, deviation = float(weights @ counts), math.sqrt(float(weights**2 @ counts))
+    period = abs(mean) + 12.0 * deviation + 30.0 * float(np.abs(weights).max())
+    step = 2.0 * math.pi / period
+    total, start, block = 0.0, 0, 4096
+    while True:
+        index = np.arange(start, start + block) + 0.5
+        angles = np.outer(index * step, weights)
+        size = np.exp(-0.5 * (np.log1p(angles**2) @ counts)) / (math.pi * index)
+        total += float((size * np.sin(np.arctan(angles) @ counts)).sum())
+        start += block
+        # What is left is less than the sum of sizes that fall at least as 1/index².
+        if size[-1] * start < _ACCURACY or start >= 1 << 20:
+            return min(1.0, max(0.0, 0.5 + total))
+
+
+log = EventLog("threshold")
 
 OTHER_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Promises shown beside the one asked for, so that a user sees what each costs."""
@@ -70,7 +158,7 @@ class GoodScores:
         """The lowest threshold that keeps a promise; None if not even the highest score does."""
 
         def kept(position: int) -> bool:
-            return doubt(self.shares(float(self.candidates[position])), rate) <= 1.0 - confidence
+            return exceedance_probability(self.shares(float(self.candidates[position])), rate) <= 1.0 - confidence
 
         low, high = 0, len(self.candidates) - 1
         if not kept(high):
@@ -107,7 +195,7 @@ def set_threshold(
     promised = calibration.false_reject_rate
     if value is None:
         value = float(good.candidates[-1])
-        promised = tightest_promise(good.num_parts, calibration.confidence)
+        promised = tightest_rate(good.num_parts, calibration.confidence)
         log.warning(
             "too_few_parts_for_promise",
             requested_false_reject_rate=calibration.false_reject_rate,
@@ -129,7 +217,7 @@ def set_threshold(
         unit=calibration.unit,
         expected_false_reject_rate=good.expected_rate(value),
         num_left_out=num_left_out,
-        others=_others(good, calibration),
+        others=_other_promises(good, calibration),
     )
 
 
@@ -170,13 +258,13 @@ def set_f1_threshold(
     return msgspec.structs.replace(
         promise,
         value=value,
-        false_reject_rate=upper_bound(good.shares(value), confidence),
+        false_reject_rate=upper_confidence_bound(good.shares(value), confidence),
         expected_false_reject_rate=good.expected_rate(value),
         chosen_by="f1",
     )
 
 
-def _others(good: GoodScores, calibration: Calibration) -> tuple[Promise, ...]:
+def _other_promises(good: GoodScores, calibration: Calibration) -> tuple[Promise, ...]:
     promises = []
     for rate in sorted({*OTHER_RATES, calibration.false_reject_rate}):
         value = good.lowest_threshold(rate, calibration.confidence)

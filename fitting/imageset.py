@@ -6,8 +6,6 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from edgeflame.console import Progress, no_progress
 from edgeflame.dataset import ImageRecord, LoadReport, UnreadablePolicy, load_images
@@ -77,12 +75,3 @@ class ImageSet:
         if cached is not None:
             return cached
         return self.preprocessing.apply(read_image(self.records[index].path))
-
-
-def rgb_tensor(images_bgr: ImageU8, device: torch.device) -> Tensor:
-    """``[N, H, W, 3]`` uint8 BGR to ``[N, 3, H, W]`` float32 RGB 0..255, channels last in memory."""
-    batch = torch.from_numpy(images_bgr)
-    if device.type == "cuda":
-        # From page-locked memory the copy runs beside the GPU's work.
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True).flip(-1).permute(0, 3, 1, 2).float()

@@ -1,32 +1,26 @@
-"""A step of the plan being taken: the orders, transfers and messages it consists of."""
+"""Runs a step of the plan: the orders to the worker, the transfers and the messages it consists of.
+
+First what a site asks of its worker, and what it keeps of the answer; that is the same over MQTT and in a simulation.
+Then :class:`StepRunner`, which takes one step at a time over MQTT.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from edgeflame.console import EventLog
 from edgeflame.learning import Learning
-from edgeflame.messages import BlobNeed, FinishReport, TaskFailed
+from edgeflame.messages import BlobNeed, FinishReport, Offer, StatisticsWanted, TaskFailed
+from edgeflame.transfer.codec import usable
 from edgeflame.transfer.download import Download
-from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES
+from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
 from edgeflame.transfer.store import Outgoing
-from trainer.agent.chores import (
-    NO_OUTCOME,
-    finish_order,
-    initial_order,
-    keep_finished,
-    keep_statistics,
-    keep_update,
-    make_offer,
-    read_ledger,
-    statistics_order,
-    train_order,
-)
-from trainer.agent.exchange import OWNER, REPEAT_S, Upload
-from trainer.agent.labour import Labour
-from trainer.agent.memory import Memory, Outcome
-from trainer.agent.orders import Done, Setup
+from trainer.agent.aggregator_client import BLOB_OWNER, REPEAT_INTERVAL_S, AggregatorClient, Upload
 from trainer.agent.plan import (
     Fetch,
     Finish,
@@ -34,21 +28,147 @@ from trainer.agent.plan import (
     OfferInitial,
     OfferStatistics,
     OfferUpdate,
+    PlanStep,
     Prepare,
     Report,
-    Step,
     TellFailure,
     Train,
     Wait,
 )
-from trainer.agent.voice import Voice
+from trainer.agent.state import FinishRecord, SiteState, UpdateRecord
+from trainer.agent.tasks import FinishOrder, InitialOrder, StatisticsOrder, TaskDone, TrainOrder, WorkerSetup
+from trainer.agent.worker_client import WorkerSupervisor
 
 log = EventLog("site")
 
-RESTING = Wait(why="paused")
+NO_TRAINING = UpdateRecord(num_samples=0, metrics={})
+"""Of the initial model, which nothing was trained for."""
 
 
-class Errand:
+def initial_order(memory: SiteState) -> InitialOrder:
+    """The order for the initial model."""
+    return InitialOrder(out=str(memory.draft("initial")))
+
+
+def train_order(memory: SiteState, learning: Learning, site: str, *, run: str, number: int, base: Path) -> TrainOrder:
+    """The order for a round's update; the same however often it is given."""
+    history, private = memory.history(run, number), memory.private(run, before=number)
+    # A worker that was killed may have left one behind.
+    memory.draft("private").unlink(missing_ok=True)
+    return TrainOrder(
+        round=number,
+        base=str(base.resolve()),
+        history=None if history is None else str(history.resolve()),
+        out=str(memory.draft("update")),
+        seed=task_seed(learning.seed, site, number),
+        private=None if private is None else str(private),
+        private_out=str(memory.draft("private")),
+    )
+
+
+def statistics_order(memory: SiteState, *, model: str, wanted: StatisticsWanted) -> StatisticsOrder:
+    """The order for what the fleet is to have of the site's statistics; ``model`` is the final model's SHA-256."""
+    return StatisticsOrder(
+        model=str(memory.store.path(model).resolve()),
+        model_sha256=model,
+        wanted=wanted,
+        out=str(memory.draft("statistics")),
+    )
+
+
+def finish_order(
+    memory: SiteState, *, run: str, model: Path, ledger: Mapping[str, Any], statistics: Path | None = None
+) -> FinishOrder:
+    """The order for the site's package; ``statistics`` are the fleet's, where it shares them."""
+    private = memory.private(run)
+    return FinishOrder(
+        model=str(model.resolve()),
+        out_dir=str(memory.finish_dir(run).resolve()),
+        ledger=dict(ledger),
+        private=None if private is None else str(private),
+        statistics=None if statistics is None else str(statistics.resolve()),
+    )
+
+
+def read_ledger(memory: SiteState, run: str, model: str, sha256: str | None) -> dict[str, Any]:
+    """The ledger from the store; the little that is known anyway if it could not be had, or is unreadable."""
+    if sha256 is not None:
+        try:
+            data = memory.store.path(sha256).read_bytes()
+            ledger: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            log.warning("ledger_unreadable", reason=str(exc))
+        else:
+            return ledger
+    return {"run": run, "model_sha256": model}
+
+
+def make_offer(
+    path: Path,
+    *,
+    run: str,
+    purpose: Literal["initial", "update", "statistics"],
+    number: int,
+    outcome: UpdateRecord,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Offer:
+    """The offer of a model that lies at ``path``."""
+    return Offer(
+        run=run,
+        purpose=purpose,
+        round=number,
+        manifest=msgspec.structs.replace(describe_file(path, chunk_bytes=chunk_bytes), codec=outcome.codec),
+        num_samples=outcome.num_samples,
+        num_steps=outcome.num_steps,
+        metrics=outcome.metrics,
+    )
+
+
+def keep_update(
+    memory: SiteState, done: TaskDone, *, run: str, number: int, base: str | None = None, codec: str = "raw"
+) -> None:
+    """Keep what a train order gave; ``base`` is its base model's SHA-256, ``codec`` how the fleet wants it sent."""
+    outcome = UpdateRecord(
+        num_samples=done.num_samples,
+        num_steps=done.num_steps,
+        metrics=done.metrics,
+        base=base,
+        codec="raw" if base is None else usable(codec),
+    )
+    memory.keep_private(run, number, memory.draft("private"))
+    memory.keep_update(run, number, memory.draft("update"), outcome)
+    log.info("trained", round=number, num_samples=done.num_samples, **done.metrics)
+
+
+def keep_statistics(memory: SiteState, done: TaskDone, *, run: str, model: str | None = None) -> None:
+    """Keep what a statistics order gave; ``model`` is the final model's SHA-256."""
+    outcome = UpdateRecord(num_samples=done.num_samples, metrics=done.metrics, base=model)
+    memory.keep_statistics(run, memory.draft("statistics"), outcome)
+    log.info("statistics_made", num_samples=done.num_samples, **done.metrics)
+
+
+def keep_finished(memory: SiteState, done: TaskDone, *, run: str, model: str) -> None:
+    """Keep what a finish order gave; ``model`` is the final model's SHA-256."""
+    package = None if done.package is None else Path(done.package)
+    finished = FinishRecord(
+        model=model,
+        package=None if package is None else package.name,
+        package_sha256=None if package is None else describe_file(package).sha256,
+        summary=done.summary,
+    )
+    memory.keep_finished(run, finished)
+    log.info("package_made", **done.summary)
+
+
+def task_seed(seed: int, site: str, number: int) -> int:
+    """The seed of a site's round: 32 bits, which every generator takes, and another for each site and round."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}:{number}".encode()).digest()[:4], "big")
+
+
+PAUSED = Wait(why="paused")
+
+
+class StepRunner:
     """Takes one step at a time.
 
     Args:
@@ -59,7 +179,15 @@ class Errand:
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
     """
 
-    def __init__(self, *, voice: Voice, memory: Memory, labour: Labour, data: Path, groups_file: Path | None) -> None:
+    def __init__(
+        self,
+        *,
+        voice: AggregatorClient,
+        memory: SiteState,
+        labour: WorkerSupervisor,
+        data: Path,
+        groups_file: Path | None,
+    ) -> None:
         self._voice = voice
         self._memory = memory
         self._labour = labour
@@ -69,12 +197,12 @@ class Errand:
         self.codec = "raw"
         """In which form the fleet wants updates."""
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
-        self.step: Step = Wait(why="not connected")
+        self.step: PlanStep = Wait(why="not connected")
         self._download: Download | None = None
         self._upload: Upload | None = None
         self._said_at = 0.0
 
-    def begin(self, step: Step, now: float) -> None:
+    def begin(self, step: PlanStep, now: float) -> None:
         """Leave the step at hand and take another."""
         self.stop()
         self.step = step
@@ -88,7 +216,7 @@ class Errand:
             case Fetch(run=run, keep=keep, manifest=manifest):
                 memory.store.prune({memory.initial(run) or "", *keep})
                 self._voice.listen(manifest.sha256)
-                self._download = Download(memory.store, manifest, owner=OWNER, send=self._voice.send, now=now)
+                self._download = Download(memory.store, manifest, owner=BLOB_OWNER, send=self._voice.send, now=now)
             case Train(run=run, round=number, base=base):
                 order = train_order(
                     memory, self.learning, self._voice.site, run=run, number=number, base=memory.store.path(base)
@@ -123,9 +251,9 @@ class Errand:
         """
         if self._labour.is_busy and not release:
             self._labour.freeze()
-        elif self.step != RESTING:
+        elif self.step != PAUSED:
             self.stop()
-            self.step = RESTING
+            self.step = PAUSED
             if release:
                 self._labour.stop()
 
@@ -174,7 +302,7 @@ class Errand:
         if self._upload is not None:
             self._upload.tick(now)
             self._upload.pump()
-        if isinstance(self.step, Report | TellFailure) and now - self._said_at >= REPEAT_S:
+        if isinstance(self.step, Report | TellFailure) and now - self._said_at >= REPEAT_INTERVAL_S:
             self.say(now)
 
     def chunk(self, sha256: str, index: int, data: bytes, *, now: float) -> None:
@@ -187,7 +315,7 @@ class Errand:
         if self._upload is not None:
             self._upload.need(need, now=now)
 
-    def done(self, done: Done) -> None:
+    def done(self, done: TaskDone) -> None:
         """The worker carried the step's order out; remember what it made."""
         memory = self._memory
         match self.step:
@@ -217,7 +345,7 @@ class Errand:
     def _offer_initial(self, run: str) -> Upload:
         sha256 = self._memory.initial(run)
         assert sha256 is not None
-        return self._offer(self._memory.store.path(sha256), run, "initial", 0, NO_OUTCOME)
+        return self._offer(self._memory.store.path(sha256), run, "initial", 0, NO_TRAINING)
 
     def _offer_update(self, run: str, number: int) -> Upload:
         kept = self._memory.update(run, number)
@@ -225,7 +353,12 @@ class Errand:
         return self._offer(kept[0], run, "update", number, kept[1])
 
     def _offer(
-        self, path: Path, run: str, purpose: Literal["initial", "update", "statistics"], number: int, outcome: Outcome
+        self,
+        path: Path,
+        run: str,
+        purpose: Literal["initial", "update", "statistics"],
+        number: int,
+        outcome: UpdateRecord,
     ) -> Upload:
         offer = make_offer(path, run=run, purpose=purpose, number=number, outcome=outcome, chunk_bytes=self.chunk_bytes)
         manifest = offer.manifest
@@ -235,8 +368,8 @@ class Errand:
 
         return Upload(Outgoing(path, manifest), offer, send=self._voice.send, publish=publish)
 
-    def _setup(self) -> Setup:
-        return Setup(
+    def _setup(self) -> WorkerSetup:
+        return WorkerSetup(
             learning=self.learning,
             site=self._voice.site,
             data=str(self._data.resolve()),

@@ -1,7 +1,7 @@
-"""Sites without a link: they take every step of the plan at once, as far as what was announced lets them.
+"""Simulated sites, without a link: they take every step of the plan at once, as far as what was announced lets them.
 
-The plan, the state directory, the orders and the work are those of a site that talks over MQTT. Only the way of blobs
-differs: they are taken from the aggregator's folder, as hard links where the file system has them.
+The plan, the state directory, the orders and the learning are those of a site that talks over MQTT. Only the way of
+blobs differs: they are taken from the aggregator's folder, as hard links where the file system has them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from edgeflame.errors import DataError, EdgeFlameError, FederationError, Numeric
 from edgeflame.messages import FinishReport, Purpose, RoundState, TaskFailed, UpMessage, decode_round, encode
 from edgeflame.simulated import TASK, Answer, MeasureAnswer, MeasureTask, Problem, SiteAnswer, SiteTask
 from edgeflame.statedir import link_or_copy
-from trainer.agent import chores
-from trainer.agent.memory import Memory, Outcome
-from trainer.agent.orders import Done, Order, Setup
+from trainer.agent import step_runner
 from trainer.agent.plan import (
     Fetch,
     Finish,
@@ -36,26 +34,33 @@ from trainer.agent.plan import (
     Wait,
     plan,
 )
-from trainer.agent.recall import BAD_MODEL, announced_learning, purpose_of, recall
-from trainer.agent.work import SiteWork
-from trainer.agent.worker import carry_out
+from trainer.agent.state import (
+    BAD_UPDATE_REASONS,
+    SiteState,
+    UpdateRecord,
+    announced_learning,
+    plan_input,
+    step_purpose,
+)
+from trainer.agent.tasks import Order, SiteTrainer, TaskDone, WorkerSetup
+from trainer.agent.worker import execute_order
 
 log = EventLog("site")
 
-MAX_WORKS = 64
+MAX_TRAINERS = 64
 """Sites of which this process keeps the work at hand, with the images it has read; others are built again."""
 
 
-class Residents:
+class SimulatedSites:
     """Does what simulated sites are asked; keeps nothing that is not also on disk.
 
     Args:
         build: makes the work of a site.
     """
 
-    def __init__(self, build: Callable[[Setup], SiteWork]) -> None:
+    def __init__(self, build: Callable[[WorkerSetup], SiteTrainer]) -> None:
         self._build = build
-        self._works: OrderedDict[str, tuple[Setup, SiteWork]] = OrderedDict()
+        self._works: OrderedDict[str, tuple[WorkerSetup, SiteTrainer]] = OrderedDict()
 
     def carry_out(self, task: SiteTask) -> SiteAnswer:
         """Take the site's steps until it has something to say, or nothing more to do.
@@ -64,44 +69,44 @@ class Residents:
             ConfigError: the announced learning is not one this version knows.
             StorageError: the disk fails.
         """
-        return _Visit(task, self._work).steps()
+        return _SiteTaskRun(task, self._work).steps()
 
-    def _work(self, setup: Setup) -> SiteWork:
+    def _work(self, setup: WorkerSetup) -> SiteTrainer:
         held = self._works.pop(setup.site, None)
         if held is None or held[0] != setup:
             held = (setup, self._build(setup))
         self._works[setup.site] = held
-        if len(self._works) > MAX_WORKS:
+        if len(self._works) > MAX_TRAINERS:
             self._works.popitem(last=False)
         return held[1]
 
 
-class _Visit:
+class _SiteTaskRun:
     """One task of one site."""
 
-    def __init__(self, task: SiteTask, work: Callable[[Setup], SiteWork]) -> None:
+    def __init__(self, task: SiteTask, work: Callable[[WorkerSetup], SiteTrainer]) -> None:
         self._task = task
         self._work = work
         self._announced: RoundState = decode_round(bytes(task.announced))
         self._learning = announced_learning(self._announced)
-        self._memory = Memory(Path(task.state))
+        self._memory = SiteState(Path(task.state))
         self._failure: tuple[Purpose, str] | None = None
         for number, reason in task.refused.items():
             self._memory.forget_private(self._announced.run, number)
-            if reason in BAD_MODEL:
+            if reason in BAD_UPDATE_REASONS:
                 self._memory.forget_update(self._announced.run, number)
 
     def steps(self) -> SiteAnswer:
         memory, site = self._memory, self._task.site
         while True:
-            step = plan(recall(memory, site, self._announced, failure=self._failure))
+            step = plan(plan_input(memory, site, self._announced, failure=self._failure))
             match step:
                 case Wait() | Leave():
                     return self._answer(None)
                 case OfferInitial(run=run):
                     sha256 = memory.initial(run)
                     assert sha256 is not None
-                    return self._offer(memory.store.path(sha256), run, "initial", 0, chores.NO_OUTCOME)
+                    return self._offer(memory.store.path(sha256), run, "initial", 0, step_runner.NO_TRAINING)
                 case OfferUpdate(run=run, round=number):
                     kept = memory.update(run, number)
                     assert kept is not None
@@ -129,7 +134,7 @@ class _Visit:
                         self._labour(step)
                     except (DataError, FederationError, NumericalError) as exc:
                         log.warning("work_failed", site=site, reason=str(exc))
-                        self._failure = (purpose_of(step), str(exc))
+                        self._failure = (step_purpose(step), str(exc))
                 case _:
                     msg = f"a resident site does not know how to {type(step).__name__}"
                     raise AssertionError(msg)
@@ -143,7 +148,7 @@ class _Visit:
         if shared.exists():
             link_or_copy(shared, draft)
         else:
-            self._order(chores.initial_order(memory))
+            self._order(step_runner.initial_order(memory))
         memory.keep_initial(run, draft)
         sha256 = memory.initial(run)
         assert sha256 is not None
@@ -155,35 +160,42 @@ class _Visit:
         match step:
             case Train(run=run, round=number, base=base):
                 path = memory.store.path(base)
-                order = chores.train_order(memory, self._learning, self._task.site, run=run, number=number, base=path)
+                order = step_runner.train_order(
+                    memory, self._learning, self._task.site, run=run, number=number, base=path
+                )
                 done = self._order(order)
-                chores.keep_update(memory, done, run=run, number=number, base=base, codec=self._announced.codec)
+                step_runner.keep_update(memory, done, run=run, number=number, base=base, codec=self._announced.codec)
             case Gather(run=run, model=model, wanted=wanted):
-                done = self._order(chores.statistics_order(memory, model=model, wanted=wanted))
-                chores.keep_statistics(memory, done, run=run)
+                done = self._order(step_runner.statistics_order(memory, model=model, wanted=wanted))
+                step_runner.keep_statistics(memory, done, run=run)
             case Finish(run=run, model=model, ledger=ledger, statistics=statistics):
-                finish = chores.finish_order(
+                finish = step_runner.finish_order(
                     memory,
                     run=run,
                     model=memory.store.path(model),
-                    ledger=chores.read_ledger(memory, run, model, ledger),
+                    ledger=step_runner.read_ledger(memory, run, model, ledger),
                     statistics=None if statistics is None else memory.store.path(statistics),
                 )
-                chores.keep_finished(memory, self._order(finish), run=run, model=model)
+                step_runner.keep_finished(memory, self._order(finish), run=run, model=model)
 
-    def _order(self, order: Order) -> Done:
-        setup = Setup(
+    def _order(self, order: Order) -> TaskDone:
+        setup = WorkerSetup(
             learning=self._learning,
             site=self._task.site,
             data=self._task.data,
             state=str(self._memory.work_dir),
         )
-        return carry_out(self._work(setup), order, no_progress)
+        return execute_order(self._work(setup), order, no_progress)
 
     def _offer(
-        self, path: Path, run: str, purpose: Literal["initial", "update", "statistics"], number: int, outcome: Outcome
+        self,
+        path: Path,
+        run: str,
+        purpose: Literal["initial", "update", "statistics"],
+        number: int,
+        outcome: UpdateRecord,
     ) -> SiteAnswer:
-        offer = chores.make_offer(path, run=run, purpose=purpose, number=number, outcome=outcome)
+        offer = step_runner.make_offer(path, run=run, purpose=purpose, number=number, outcome=outcome)
         return self._answer(offer, blob=path)
 
     def _answer(self, message: UpMessage | None, blob: Path | None = None) -> SiteAnswer:
@@ -196,7 +208,7 @@ class _Visit:
         )
 
 
-def answer(data: bytes, residents: Residents, measure: Callable[[MeasureTask], MeasureAnswer]) -> bytes:
+def answer_task(data: bytes, residents: SimulatedSites, measure: Callable[[MeasureTask], MeasureAnswer]) -> bytes:
     """An encoded task's encoded answer; expected errors become a :class:`Problem`."""
     task = TASK.decode(data)
     try:

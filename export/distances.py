@@ -1,7 +1,9 @@
-"""The Mahalanobis distance of every position to its Gaussian, in the scoring graph.
+"""From embeddings to distances in the scoring graph, by the kind of statistics that a package scores with.
 
-Axes: N images, P positions, C channels, K rank. With d = x - mu and t = U'd (U the stored basis, float16, widened),
-s^2 the residual variance, l_i^2 the eigenvalues and D = diag(s^2 / l_i^2), what is wanted is
+Axes: N images, P positions, C channels, K rank, M prototypes.
+
+**Gaussians.** The Mahalanobis distance of every position. With d = x - mu and t = U'd (U the stored basis, float16,
+widened), s^2 the residual variance, l_i^2 the eigenvalues and D = diag(s^2 / l_i^2), what is wanted is
 
     s^2 distance^2 = |d - U t|^2 + t' D t                                  (two products with U)
                    = |d|^2 - t' (2I - U'U - D) t = |d|^2 - |A'd|^2         (one product with A)
@@ -15,6 +17,8 @@ fault and no perfect pass.
 U is not exactly orthonormal, being rounded; that is why U'U stays in the formula. B is found from U'U = I + E by the
 first order in E: B = S - X with S^2 = I - D and X_ij = E_ij / (S_i + S_j), which leaves an error of X^2, 1e-9. It is
 computed from U whenever a runtime loads the model, and folded there, so that the file stays small.
+
+**Memories.** The distance to the nearest prototype.
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from edgeflame.console import EventLog
+from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.statistics import LowRankGaussian
+from edgeflame.statistics_codec import PackageStatistics
 from export.builder import GraphBuilder
 
 ERROR_GROWTH = 8.0
@@ -52,7 +59,7 @@ def takes_one_product(statistics: LowRankGaussian) -> bool:
     return gap >= MIN_GAP and single_product_error(statistics) <= MAX_ERROR
 
 
-def add_distances(g: GraphBuilder, embeddings: str, statistics: LowRankGaussian) -> str:
+def add_mahalanobis(g: GraphBuilder, embeddings: str, statistics: LowRankGaussian) -> str:
     """Distances ``[P, N]`` of embeddings ``[P, N, C]``."""
     _, residual = statistics.variances()
     delta = g.node("Sub", embeddings, g.constant("mean", statistics.mean[:, None, :]), result="delta")
@@ -100,3 +107,37 @@ def _two_products(g: GraphBuilder, delta: str, last_axis: str, statistics: LowRa
     scaled = g.node("Mul", along, g.constant("along_scale", relative[:, None, :]), result="along_scaled")
     along_squared = g.node("ReduceSumSquare", scaled, last_axis, result="along_squared", keepdims=0)
     return g.node("Add", rest_squared, along_squared, result="squared_scaled")
+
+
+log = EventLog("export")
+
+
+def add_distances(g: GraphBuilder, embeddings: str, statistics: PackageStatistics) -> str:
+    """Embeddings ``[P, N, C]`` to distances ``[P, N]``, in float32."""
+    if isinstance(statistics, MemoryStatistics):
+        return _add_memory_distances(g, embeddings, statistics)
+    log.debug(
+        "distance_form",
+        products=1 if takes_one_product(statistics) else 2,
+        error_bound_of_one=single_product_error(statistics),
+    )
+    return add_mahalanobis(g, embeddings, statistics)
+
+
+def _add_memory_distances(g: GraphBuilder, embeddings: str, statistics: MemoryStatistics) -> str:
+    """With y = T (x - c) and the M prototypes q_m: distance^2 = | |y|^2 + min over m of (|q_m|^2 - 2 y'q_m) |.
+
+    |y|^2 comes after the minimum, whose treatment of NaNs differs between runtimes: a NaN in y makes the sum NaN.
+    """
+    delta = g.node("Sub", embeddings, g.constant("centre", statistics.centre[None, None]), result="delta")
+    own = g.node("MatMul", delta, g.constant("transform", statistics.transform.T), result="projected")  # [P, N, C]
+    projected = statistics.projected()
+    factors = g.constant("prototypes", (-2 * projected.T).astype(np.float32))
+    norms = np.square(projected).sum(axis=1).astype(np.float32)
+    products = g.node("MatMul", own, factors, result="products")  # [P, N, M]
+    relative = g.node("Add", products, g.constant("prototype_norms", norms[None, None]), result="relative")
+    last_axis = g.integers("memory_axis", 2)
+    nearest = g.node("ReduceMin", relative, last_axis, result="nearest", keepdims=0)
+    squares = g.node("ReduceSumSquare", own, last_axis, result="own_norm", keepdims=0)
+    signed = g.node("Add", nearest, squares, result="squared_signed")
+    return g.node("Sqrt", g.node("Abs", signed, result="squared"), result="distance_positions_first")

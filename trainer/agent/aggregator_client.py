@@ -1,0 +1,217 @@
+"""The channel to the aggregator: messages, chunks and presence; uploads; and leaving a run for good.
+
+The site keeps the timers for both directions. A message that needs an answer is repeated until it is answered, on a
+new connection again. An upload never gives up: how long a site may be without progress is for the aggregator's
+deadline to say. Only leaving does, for an older aggregator may not know how to confirm it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgeflame import __version__
+from edgeflame.errors import FederationError
+from edgeflame.link import Link
+from edgeflame.messages import BlobNeed, Heartbeat, Hello, Leaving, Offer, Presence, UpMessage, encode
+from edgeflame.topics import Topics
+from edgeflame.transfer.manifest import unpack_mask
+from edgeflame.transfer.patience import Patience
+from edgeflame.transfer.store import Outgoing
+
+HELLO_INTERVAL_S = 2.0
+"""Hello is said so often until it is answered, seconds."""
+HEARTBEAT_INTERVAL_S = 1.0
+
+
+class AggregatorClient:
+    """Speaks for one process of a site.
+
+    While the link is down nothing is queued: whoever has something to say says it again when it is up.
+
+    Args:
+        topics: the fleet's.
+        site: our name.
+        boot: of this process.
+        install: of our state directory.
+    """
+
+    def __init__(self, topics: Topics, *, site: str, boot: str, install: str) -> None:
+        self.topics = topics
+        self.site = site
+        self.boot = boot
+        self.install = install
+        self.link: Link | None = None
+        self.is_up = False
+        self.welcomed_by: str | None = None
+        """The aggregator's boot that let us in; None: nobody, or not on this connection."""
+        self._hello_at = 0.0
+        self._beat_at = 0.0
+        self._beat: tuple[object, ...] = ()
+
+    def connection_changed(self, *, is_up: bool) -> None:
+        """The link went up or down; either way we have to be welcomed again."""
+        self.is_up = is_up
+        self.say_hello_again()
+
+    def say_hello_again(self) -> None:
+        """Introduce ourselves anew."""
+        self.welcomed_by = None
+        self._hello_at = 0.0
+
+    def welcomed(self, aggregator: str) -> None:
+        """We may take part."""
+        self.welcomed_by = aggregator
+        self._beat_at = 0.0
+        self.publish_presence()
+
+    def tick(self, now: float) -> None:
+        """Say hello, if it is time to."""
+        if self.is_up and self.welcomed_by is None and now >= self._hello_at:
+            self._hello_at = now + HELLO_INTERVAL_S
+            self.send(Hello(boot=self.boot, install=self.install, software=f"edgeflame {__version__}"))
+
+    def heartbeat(self, beat: Heartbeat, now: float) -> None:
+        """Send a heartbeat: at once when more than the step changed, otherwise at intervals."""
+        key = (beat.run, beat.ready, beat.initial, beat.activity, beat.round, beat.paused)
+        if key != self._beat or now >= self._beat_at:
+            self._beat, self._beat_at = key, now + HEARTBEAT_INTERVAL_S
+            self.send(beat)
+
+    def send(self, message: UpMessage) -> None:
+        """Speak to the aggregator."""
+        self._publish(self.topics.up(self.site), encode(message))
+
+    def send_chunk(self, sha256: str, index: int, data: bytes) -> None:
+        """Send the aggregator a chunk."""
+        self._publish(self.topics.up_chunk(self.site, sha256, index), data)
+
+    def publish_presence(self) -> None:
+        """Say to all that we are here."""
+        presence = Presence(boot=self.boot, online=True, install=self.install)
+        self._publish(self.topics.site_presence(self.site), encode(presence), retain=True)
+
+    def farewell(self) -> bytes:
+        """The presence that says that we are not."""
+        return encode(Presence(boot=self.boot, online=False, install=self.install))
+
+    def listen(self, sha256: str) -> None:
+        """Subscribe to a blob's chunks."""
+        assert self.link is not None
+        self.link.subscribe(self.topics.chunks(sha256))
+
+    def listen_no_more(self, sha256: str) -> None:
+        """End the subscription."""
+        assert self.link is not None
+        self.link.unsubscribe(self.topics.chunks(sha256))
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        if self.is_up and self.link is not None:
+            self.link.publish(topic, payload, retain=retain)
+
+
+REPEAT_INTERVAL_S = 5.0
+"""What was not answered is said again after so long, seconds."""
+
+BLOB_OWNER = "aggregator"
+"""Whose unfinished blobs ours are, in the store."""
+
+
+class Upload:
+    """A model to the aggregator, offered until it is answered.
+
+    Args:
+        outgoing: the file.
+        offer: what to say of it.
+        send: speaks to the aggregator.
+        publish: sends a chunk: number and bytes.
+    """
+
+    def __init__(
+        self,
+        outgoing: Outgoing,
+        offer: Offer,
+        *,
+        send: Callable[[UpMessage], None],
+        publish: Callable[[int, bytes], None],
+    ) -> None:
+        self._outgoing = outgoing
+        self._offer = offer
+        self._send = send
+        self._publish = publish
+        self._patience = Patience(0.0)
+        self._num_missing = offer.manifest.num_chunks
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Chunks that the aggregator has, and all."""
+        total = self._offer.manifest.num_chunks
+        return total - self._num_missing, total
+
+    def ask(self, *, now: float) -> None:
+        """Offer it."""
+        self._patience.said(now)
+        self._send(self._offer)
+
+    def need(self, need: BlobNeed, *, now: float) -> None:
+        """Take the aggregator's bitmap.
+
+        Raises:
+            FederationError: it does not fit the blob.
+        """
+        if need.sha256 != self._offer.manifest.sha256:
+            return
+        missing = unpack_mask(need.missing, self._offer.manifest.num_chunks)
+        self._num_missing = int(missing.sum())
+        self._patience.heard(now)
+        self._outgoing.sender.need(BLOB_OWNER, missing, resend=need.resend, now=now, window=need.window)
+
+    def pump(self) -> None:
+        """Send chunks until the window is full."""
+        self._outgoing.pump(self._publish)
+
+    def tick(self, now: float) -> None:
+        """Offer it again if nothing was heard for a while."""
+        if self._patience.is_out(now):
+            self._send(self._offer)
+
+    def close(self) -> None:
+        """Stop."""
+        self._outgoing.close()
+
+
+LEAVE_TIMEOUT_S = 30.0
+"""An aggregator that understands answers at once, or after its restart; seconds in which we are welcome there."""
+
+
+class LeaveHandshake:
+    """One departure.
+
+    Args:
+        reason: for the aggregator's ledger.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.is_confirmed = False
+        self._reason = reason
+        self._said_at: float | None = None
+        self._began_at = 0.0
+
+    def tick(self, voice: AggregatorClient, run: str, now: float) -> None:
+        """Say it, if it is time to.
+
+        Raises:
+            FederationError: nobody confirms.
+        """
+        if voice.welcomed_by is None:
+            return
+        if self._said_at is None:
+            self._began_at = now
+        elif now - self._began_at >= LEAVE_TIMEOUT_S:
+            msg = (
+                f"the aggregator has not confirmed within {LEAVE_TIMEOUT_S:g} s that this site leaves; one of protocol "
+                "1.0 does not know how to, and leaves the site out after its deadline"
+            )
+            raise FederationError(msg)
+        if self._said_at is None or now - self._said_at >= REPEAT_INTERVAL_S:
+            self._said_at = now
+            voice.send(Leaving(boot=voice.boot, run=run, detail=self._reason))

@@ -1,0 +1,246 @@
+"""The parent's side of the worker process.
+
+The supervisor starts a worker when one is needed, and restarts it a bounded number of times when it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from edgeflame import errors
+from edgeflame.console import EventLog
+from edgeflame.errors import EdgeFlameError, FederationError, MissingDependencyError
+from trainer.agent.tasks import (
+    FROM_WORKER,
+    FromWorker,
+    Order,
+    TaskDone,
+    TaskError,
+    TaskProgress,
+    WorkerReady,
+    WorkerSetup,
+    encode_line,
+)
+
+log = EventLog("site")
+
+MAX_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerMessage:
+    """The worker said something. ``worker`` tells it from a predecessor's last words."""
+
+    worker: WorkerProcess
+    message: FromWorker
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerExited:
+    """The worker process ended, by itself or not."""
+
+    worker: WorkerProcess
+    exit_code: int
+
+
+class WorkerProcess:
+    """A running worker. It ends when this process does: its standard input is then closed.
+
+    Args:
+        command: what to start.
+        setup: its first line.
+        sink: gets :class:`WorkerMessage` and finally :class:`WorkerExited`, on a thread of its own.
+
+    Raises:
+        MissingDependencyError: the command cannot be started.
+    """
+
+    def __init__(
+        self, command: Sequence[str], setup: WorkerSetup, sink: Callable[[WorkerMessage | WorkerExited], None]
+    ) -> None:
+        self.setup = setup
+        self._sink = sink
+        try:
+            self._process = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as exc:
+            msg = f"cannot start the worker {command[0]}: {exc.strerror}"
+            raise MissingDependencyError(msg) from exc
+        self._write(encode_line(setup))
+        self._reader = threading.Thread(target=self._read, name="edgeflame-worker", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def order(self, order: Order) -> None:
+        """Give an order; the one before must be answered."""
+        self._write(encode_line(order))
+
+    def freeze(self) -> None:
+        """Stop it where it is; it computes nothing and keeps its memory."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on from where it was stopped."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it now, whatever it does."""
+        self._process.kill()
+        self._reader.join()
+
+    def _write(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        # If it has died, Died says so.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        while line := self._process.stdout.readline(MAX_LINE_BYTES):
+            try:
+                message = FROM_WORKER.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                # Something printed before the worker took its standard output for itself.
+                log.warning("worker_printed", text=line[:200].decode("utf-8", "replace").strip())
+                continue
+            self._sink(WorkerMessage(worker=self, message=message))
+        exit_code = self._process.wait()
+        self._process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._sink(WorkerExited(worker=self, exit_code=exit_code))
+
+
+MAX_CRASHES = 3
+"""Deaths of the worker during one order after which the order is given up."""
+
+
+class WorkerSupervisor:
+    """Carries out one order at a time.
+
+    Args:
+        command: the worker's command line.
+        sink: as for :class:`WorkerProcess`; what it gets is to be handed to :meth:`on_event`.
+    """
+
+    def __init__(self, command: Sequence[str], sink: Callable[[WorkerMessage | WorkerExited], None]) -> None:
+        self._command = command
+        self._sink = sink
+        self._worker: WorkerProcess | None = None
+        self._is_ready = False
+        self._order: Order | None = None
+        self._crashes = 0
+        self._frozen = False
+        self.step = TaskProgress(done=0, total=0)
+
+    @property
+    def is_busy(self) -> bool:
+        return self._order is not None
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The worker's process id, while there is one."""
+        return None if self._worker is None else self._worker.pid
+
+    def begin(self, setup: WorkerSetup, order: Order) -> None:
+        """Give an order; one at hand is abandoned, with the process that was at it."""
+        if self._worker is not None and (self.is_busy or self._worker.setup != setup):
+            self.stop()
+        self._order = order
+        self._crashes = 0
+        self.step = TaskProgress(done=0, total=0)
+        if self._worker is None:
+            self._start(setup)
+        elif self._is_ready:
+            self._worker.order(order)
+
+    def freeze(self) -> None:
+        """Stop computing at once; the order at hand is kept."""
+        if not self._frozen:
+            self._frozen = True
+            if self._worker is not None:
+                self._worker.freeze()
+
+    def thaw(self) -> None:
+        """Go on where it was stopped."""
+        if self._frozen:
+            self._frozen = False
+            if self._worker is not None:
+                self._worker.thaw()
+
+    def stop(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.kill()
+        self._worker = None
+        self._order = None
+
+    def on_event(self, event: WorkerMessage | WorkerExited) -> TaskDone | EdgeFlameError | None:
+        """What an event means: the order is done, or cannot be, or neither yet."""
+        worker = self._worker
+        if worker is None or event.worker is not worker:
+            return None
+        if isinstance(event, WorkerExited):
+            return self._on_death(worker, event.exit_code)
+        match event.message:
+            case WorkerReady():
+                self._is_ready = True
+                if self._order is not None:
+                    worker.order(self._order)
+            case TaskProgress():
+                self.step = event.message
+            case TaskDone():
+                self._order = None
+                return event.message
+            case TaskError(error=name, message=message):
+                self._order = None
+                kind = getattr(errors, name, FederationError)
+                return kind(message) if issubclass(kind, EdgeFlameError) else FederationError(message)
+        return None
+
+    def _start(self, setup: WorkerSetup) -> None:
+        self._is_ready = False
+        self._worker = WorkerProcess(self._command, setup, self._sink)
+        if self._frozen:
+            self._worker.freeze()
+        log.debug("worker_started", pid=self._worker.pid)
+
+    def _on_death(self, worker: WorkerProcess, exit_code: int) -> EdgeFlameError | None:
+        self._worker = None
+        if self._order is None:
+            # Idle, or after it reported a problem: the next order starts another.
+            return None
+        self._crashes += 1
+        how = _describe_exit(exit_code)
+        log.warning("worker_died", how=how, crashes=self._crashes, allowed=MAX_CRASHES)
+        if self._crashes >= MAX_CRASHES:
+            self._order = None
+            msg = f"the worker process died {self._crashes} times at the same task, last {how}"
+            return FederationError(msg)
+        self._start(worker.setup)
+        return None
+
+
+def _describe_exit(exit_code: int) -> str:
+    """What an exit code says, in words: the reader should not have to know that -9 is what the kernel does when
+    memory runs out.
+    """
+    if exit_code >= 0:
+        return f"with exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = "; out of memory? The kernel's log tells" if -exit_code == signal.SIGKILL else ""
+    return f"by {name}{hint}"
