@@ -21,8 +21,8 @@ from aggregator.events import Round
 from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import BlockRule, BlockStrategy, Contribution, FileRule, RoundInputs, Rule
 from aggregator.validation import validate_update
-from edgeflame.memory_bank import read_bank
-from edgeflame.statedir import storage_errors
+from edgeflame.state import storage_errors
+from edgeflame.statistics.memory import read_bank
 from edgeflame.tensors import BLOCK_ELEMENTS, DTYPES, F64, Array, TensorFile, TensorSpec, TensorWriter, block_ranges
 
 

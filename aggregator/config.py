@@ -9,11 +9,10 @@ import msgspec
 
 from aggregator.strategies import AUTO, STRATEGIES
 from edgeflame.errors import ConfigError, UsageError
-from edgeflame.learning import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
-from edgeflame.messages import MAX_ROUNDS
-from edgeflame.topics import check_name
-from edgeflame.transfer.codec import FALLBACKS, has_zstd
-from edgeflame.transfer.manifest import Codec
+from edgeflame.methods import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
+from edgeflame.mqtt.messages import MAX_ROUNDS, Codec
+from edgeflame.mqtt.topics import check_name
+from edgeflame.transfer.compression import FALLBACKS, has_zstd
 
 
 class Convergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import msgspec
 
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, StorageError, UsageError
-from edgeflame.messages import Name, Text
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import Name, Text
+from edgeflame.state import storage_errors, write_durably
 
 log = EventLog("aggregator")
 

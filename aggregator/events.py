@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from aggregator.config import AggregateConfig
-from edgeflame.messages import Phase, Reason
+from edgeflame.mqtt.messages import Phase, RefusalReason
 
 RoundPurpose = Literal["update", "statistics"]
 """What sites are asked for: the updates of a round, or their statistics after the last. Facts about the latter have
@@ -58,7 +58,7 @@ class InitialModelAccepted(_Event, frozen=True, kw_only=True, tag="initial_accep
 
 class InitialModelRefused(_Event, frozen=True, kw_only=True, tag="initial_refused"):
     site: str
-    reason: Reason
+    reason: RefusalReason
     detail: str
 
 
@@ -87,7 +87,7 @@ class UpdateRefused(_Event, frozen=True, kw_only=True, tag="update_refused"):
     round: int
     site: str
     sha256: str | None
-    reason: Reason
+    reason: RefusalReason
     detail: str
     purpose: RoundPurpose = "update"
 
@@ -113,7 +113,7 @@ class ModelAggregated(_Event, frozen=True, kw_only=True, tag="model_made"):
 
 
 class StatisticsPooled(_Event, frozen=True, kw_only=True, tag="statistics_made"):
-    """The pooled statistics are on disk. ``truncation``: see :class:`edgeflame.statistics_blob.Truncation`."""
+    """The pooled statistics are on disk. ``truncation``: see :class:`edgeflame.statistics.merge.Truncation`."""
 
     sha256: str
     size_bytes: int

@@ -12,7 +12,7 @@ import msgspec
 
 from aggregator.events import Event, RunStarted, RunState, apply_event, initial_state
 from edgeflame.errors import EdgeFlameError, StorageError
-from edgeflame.statedir import refuse_newer
+from edgeflame.state import check_format_version
 
 JOURNAL_FORMAT = 1
 """Of the file, kept as SQLite's ``user_version``; 0 is the same, from before it was kept."""
@@ -40,7 +40,7 @@ class Journal:
             self._db = sqlite3.connect(path, isolation_level=None)
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
         try:
-            refuse_newer(f"{path}: the journal", found=found, known=JOURNAL_FORMAT)
+            check_format_version(f"{path}: the journal", found=found, known=JOURNAL_FORMAT)
         except StorageError:
             self._db.close()
             raise

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from aggregator.events import RunState
-from edgeflame.console import EventLog
-from edgeflame.messages import BlobNeed, Heartbeat, Hello, Presence, Turned, Welcome
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import BlobNeed, Heartbeat, Hello, Presence, TurnedAway, Welcome
 
 LIVENESS_TIMEOUT_S = 15.0
 """Sites speak every second or two; one unheard for so long is not alive, or cut off."""
@@ -126,26 +126,26 @@ class Membership:
         self._last_step: dict[str, tuple[object, ...]] = {}
         self._last_need: dict[str, tuple[str, bytes]] = {}
 
-    def hello(self, site: str, hello: Hello, state: RunState, now: float) -> Welcome | Turned:
+    def hello(self, site: str, hello: Hello, state: RunState, now: float) -> Welcome | TurnedAway:
         """The answer to a process that wants to be ``site``; ``state`` is the run as it stands."""
         if self._expected and site not in self._expected:
             names = ", ".join(sorted(self._expected))
             detail = f"this run is for the sites {names}"[:500]
-            return Turned(boot=hello.boot, reason="unknown_site", detail=detail)
+            return TurnedAway(boot=hello.boot, reason="unknown_site", detail=detail)
         gone = state.left.get(site)
         if gone is not None and gone.install == hello.install and state.ended is None:
             detail = f"this site has left the run: {gone.detail}; to join anew, give it another state directory"[:500]
-            return Turned(boot=hello.boot, reason="left", detail=detail)
+            return TurnedAway(boot=hello.boot, reason="left", detail=detail)
         if site not in self._roster and not self._roster.make_room(state.members.keys(), now):
             log.warning("site_refused", site=site, reason="full")
-            return Turned(boot=hello.boot, reason="full", detail=f"this fleet has {MAX_SITES} sites already")
+            return TurnedAway(boot=hello.boot, reason="full", detail=f"this fleet has {MAX_SITES} sites already")
         if not self._roster.admit(site, install=hello.install, boot=hello.boot, now=now):
             log.warning("second_site_of_that_name_refused", site=site, boot=hello.boot)
             detail = (
                 f"another site named {site!r} is connected; choose another name, or stop the other one. "
                 f"If it was just replaced, try again in {LIVENESS_TIMEOUT_S:.0f} s"
             )
-            return Turned(boot=hello.boot, reason="name_in_use", detail=detail)
+            return TurnedAway(boot=hello.boot, reason="name_in_use", detail=detail)
         return Welcome(boot=hello.boot, aggregator=self._boot)
 
     def heartbeat(self, site: str, beat: Heartbeat, now: float) -> bool:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from aggregator.events import RunState
-from edgeflame.link import Link
-from edgeflame.messages import Phase
 from edgeflame.metrics import Metric, MetricsServer
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.messages import Phase
 
 SiteState = Literal["idle", "working", "accepted", "refused", "left_out", "finished", "not_finished", "paused", "left"]
 SITE_STATES: tuple[SiteState, ...] = get_args(SiteState)
@@ -216,7 +216,7 @@ class StatusReporter:
         self._said.clear()
 
     def look(
-        self, state: RunState, *, num_online: int, progress_at: float, link: Link | None, is_up: bool, now: float
+        self, state: RunState, *, num_online: int, progress_at: float, link: MqttClient | None, is_up: bool, now: float
     ) -> None:
         """Tell what has changed.
 

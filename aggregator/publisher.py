@@ -12,9 +12,9 @@ import msgspec
 
 from aggregator.events import RunState
 from aggregator.ledger import build_ledger
-from edgeflame.messages import BlobNeed, RoundState, StatisticsWanted
-from edgeflame.statedir import write_durably
-from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
+from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobManifest, BlobNeed, RoundState, StatisticsWanted
+from edgeflame.state import write_durably
+from edgeflame.transfer.protocol import describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore, Outgoing
 
 
@@ -30,7 +30,7 @@ class StatePublisher:
         self._store = store
         self._draft = drafts / ".ledger.draft"
         self._chunk_bytes = DEFAULT_CHUNK_BYTES
-        self._manifests: dict[str, Manifest] = {}
+        self._manifests: dict[str, BlobManifest] = {}
         self._outgoing: dict[str, Outgoing] = {}
         self._ledger: str | None = None
 
@@ -132,7 +132,7 @@ class StatePublisher:
             self._ledger = self._store.add(self._draft).sha256
         return self._ledger
 
-    def _manifest(self, sha256: str) -> Manifest:
+    def _manifest(self, sha256: str) -> BlobManifest:
         manifest = self._manifests.get(sha256)
         if manifest is None:
             manifest = describe_file(self._store.path(sha256), chunk_bytes=self._chunk_bytes)

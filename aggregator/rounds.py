@@ -75,7 +75,7 @@ from aggregator.events import (
     apply_event,
 )
 from aggregator.validation import ValidationResult, answer_from_state, receipt_for, refusal_for, validate_offer
-from edgeflame.messages import DownMessage, FinishReport, Offer, Reason, Receipt, Refusal, TaskFailed
+from edgeflame.mqtt.messages import DownMessage, FinishReport, Offer, Receipt, Refusal, RefusalReason, TaskFailed
 
 
 def convergence_reason(state: RunState) -> str | None:
@@ -323,7 +323,7 @@ class RoundMachine:
         """A site made its package."""
         state = self._state
         if report.run != state.run or site not in state.members or report.model != state.model:
-            reason: Reason = "unknown_run" if report.run != state.run else "stale_round"
+            reason: RefusalReason = "unknown_run" if report.run != state.run else "stale_round"
             detail = "the report is not of this run's final model by a member of it"
             answer = Refusal(run=report.run, purpose="finish", round=0, reason=reason, detail=detail)
             return [SendToSite(site=site, message=answer)]

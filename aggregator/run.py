@@ -23,11 +23,11 @@ from aggregator.ledger import build_ledger
 from aggregator.rounds import RoundMachine, RoundOutput
 from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import FileRule
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError
-from edgeflame.learning import METHODS
-from edgeflame.pooling import pool_statistics
-from edgeflame.statedir import copy_durably, write_durably
+from edgeflame.log import EventLog
+from edgeflame.methods import METHODS
+from edgeflame.state import copy_durably, write_durably
+from edgeflame.statistics.merge import pool_statistics
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")

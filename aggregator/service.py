@@ -36,12 +36,12 @@ from aggregator.rounds import (
 from aggregator.run import RunResult, close_round, log_event, open_run, write_results
 from aggregator.uploads import ReceivedUpload, UploadReceiver
 from aggregator.validation import ValidationResult, validate_upload
-from edgeflame.brokerurl import BrokerUrl
-from edgeflame.console import EventLog, Progress
 from edgeflame.errors import FederationError, UsageError
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Up, Will
-from edgeflame.messages import (
+from edgeflame.log import EventLog, Progress
+from edgeflame.metrics import MetricsServer
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, LastWill, ReceivedMessage
+from edgeflame.mqtt.messages import (
     BlobNeed,
     DownMessage,
     FinishReport,
@@ -51,15 +51,15 @@ from edgeflame.messages import (
     Offer,
     Presence,
     TaskFailed,
-    Turned,
+    TurnedAway,
     decode_presence,
     decode_round,
     decode_up,
-    encode,
+    encode_message,
 )
-from edgeflame.metrics import MetricsServer
-from edgeflame.statedir import locked_state_dir, storage_errors
-from edgeflame.topics import Chunk, Spoken, Topics
+from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
+from edgeflame.mqtt.url import BrokerUrl
+from edgeflame.state import locked_state_dir, storage_errors
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")
@@ -150,11 +150,11 @@ class _AggregatorService:
         self._boot = uuid.uuid4().hex
         self._machine = RoundMachine(state, now=now)
         self._hall = Membership(state, aggregator_boot=self._boot, now=now)
-        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
         self._intake = UploadReceiver(store, self._tell)
         self._announcer = StatePublisher(store, drafts=state_dir)
         self._watch = StatusReporter(state_dir, self._say_tag, metrics, certificate_expires=certificate_expires)
-        self._link: Link | None = None
+        self._link: MqttClient | None = None
         self._is_up = False
         self._stay = stay
         self._requests = RequestQueue(state_dir)
@@ -164,8 +164,8 @@ class _AggregatorService:
 
     def serve(self, broker: BrokerUrl, connect_timeout_s: float | None) -> None:
         """Until the run is over."""
-        will = Will(topic=self._topics.aggregator_presence, payload=encode(self._presence(online=False)))
-        link = Link(
+        will = LastWill(topic=self._topics.aggregator_presence, payload=encode_message(self._presence(online=False)))
+        link = MqttClient(
             broker,
             client_id=f"edgeflame-aggregator-{self._topics.fleet}-{self._boot[:8]}",
             filters=[
@@ -242,43 +242,45 @@ class _AggregatorService:
             now=now,
         )
 
-    def _on_event(self, event: Event, now: float) -> None:
+    def _on_event(self, event: ClientEvent, now: float) -> None:
         match event:
-            case Up():
+            case Connected():
                 self._is_up = True
                 self._watch.connected()
                 self._announcer.use_chunks_of(event.chunk_bytes)
-                self._publish(self._topics.aggregator_presence, encode(self._presence(online=True)), retain=True)
+                self._publish(
+                    self._topics.aggregator_presence, encode_message(self._presence(online=True)), retain=True
+                )
                 self._announce()
-            case Down():
+            case Disconnected():
                 self._is_up = False
-            case Failed():
+            case ConnectionFailed():
                 raise event.error
-            case Received():
+            case ReceivedMessage():
                 try:
                     self._on_message(event, now)
                 except FederationError as exc:
                     log.warning("message_refused", topic=event.topic, reason=str(exc))
                 event.done()
 
-    def _on_message(self, event: Received, now: float) -> None:
+    def _on_message(self, event: ReceivedMessage, now: float) -> None:
         match self._topics.parse(event.topic):
-            case Chunk(site=str(site), sha256=sha256, index=index):
+            case ChunkTopic(site=str(site), sha256=sha256, index=index):
                 is_new, arrived = self._intake.chunk(site, sha256, index, event.payload, now=now)
                 if is_new:
                     self._machine.progressed(site, now)
                 if arrived is not None:
                     self._on_arrival(site, arrived, now)
-            case Spoken(kind="site_presence", site=str(site)):
+            case MessageTopic(kind="site_presence", site=str(site)):
                 presence = decode_presence(event.payload)
                 if not presence.online and self._hall.left(site, presence, now):
                     log.info("site_offline", site=site)
-            case Spoken(kind="aggregator_presence") if event.payload:
+            case MessageTopic(kind="aggregator_presence") if event.payload:
                 self._on_own_presence(decode_presence(event.payload))
-            case Spoken(kind="round") if event.payload:
+            case MessageTopic(kind="round") if event.payload:
                 said, state = decode_round(event.payload), self._machine.state
                 self._is_end_told = said.run == state.run and state.ended is not None and said.phase == state.phase
-            case Spoken(kind="up", site=str(site)):
+            case MessageTopic(kind="up", site=str(site)):
                 self._on_up(site, decode_up(event.payload), now)
             case _:
                 log.warning("message_on_unknown_topic", topic=event.topic[:200])
@@ -290,7 +292,7 @@ class _AggregatorService:
             log.warning("another_aggregator", fleet=self._topics.fleet, boot=presence.boot[:12], run=presence.run)
         else:
             # The last will of the process before us came late, and stands where our birth was.
-            self._publish(self._topics.aggregator_presence, encode(self._presence(online=True)), retain=True)
+            self._publish(self._topics.aggregator_presence, encode_message(self._presence(online=True)), retain=True)
 
     def _on_up(self, site: str, message: Any, now: float) -> None:
         machine = self._machine
@@ -332,7 +334,7 @@ class _AggregatorService:
             self._carry_out(machine.leave(site, by="site", detail=message.detail or "it said so", now=now), now)
         if site not in machine.state.present:
             # Also where it never joined, or had left before: there is nothing to leave any more.
-            self._tell(site, Turned(boot=message.boot, reason="left", detail=f"{site} has left the run"))
+            self._tell(site, TurnedAway(boot=message.boot, reason="left", detail=f"{site} has left the run"))
 
     def _on_request(self, request: OperatorRequest) -> str:
         machine, now = self._machine, time.monotonic()
@@ -400,7 +402,7 @@ class _AggregatorService:
                 case DismissSite():
                     self._intake.drop(output.site)
                     if (boot := self._hall.release(output.site)) is not None:
-                        self._tell(output.site, Turned(boot=boot, reason="left", detail=output.detail[:500]))
+                        self._tell(output.site, TurnedAway(boot=boot, reason="left", detail=output.detail[:500]))
 
     def _receive(self, output: ReceiveUpload, now: float) -> None:
         site, offer = output.site, output.offer
@@ -425,7 +427,7 @@ class _AggregatorService:
     def _announce(self) -> None:
         if self._is_up:
             message = self._announcer.describe(self._machine.state, tuple(self._machine.available_sites()))
-            self._publish(self._topics.round, encode(message), retain=True)
+            self._publish(self._topics.round, encode_message(message), retain=True)
 
     def _presence(self, *, online: bool) -> Presence:
         return Presence(boot=self._boot, online=online, run=self._machine.state.run)
@@ -435,7 +437,7 @@ class _AggregatorService:
             self._announcer.pump(lambda sha256, index, data: self._publish(self._topics.chunk(sha256, index), data))
 
     def _tell(self, site: str, message: DownMessage) -> None:
-        self._publish(self._topics.down(site), encode(message))
+        self._publish(self._topics.down(site), encode_message(message))
 
     def _say_tag(self, name: str, value: bytes) -> None:
         self._publish(self._topics.status(name), value, retain=True)

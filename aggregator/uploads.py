@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgeflame.console import EventLog
-from edgeflame.messages import BlobNeed, Offer
-from edgeflame.transfer.receiver import ChunkKind
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import BlobNeed, Offer
+from edgeflame.transfer.protocol import ChunkKind
 from edgeflame.transfer.store import BlobStore, Incoming
 
 log = EventLog("aggregator")

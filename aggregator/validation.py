@@ -27,12 +27,12 @@ from aggregator.config import AggregateConfig
 from aggregator.events import Round, RunState
 from aggregator.strategies import STRATEGIES, resolve_strategy
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.learning import METHODS
-from edgeflame.memory_bank import MAX_CHANNELS, MemoryBank, read_bank
-from edgeflame.messages import DownMessage, Offer, Reason, Receipt, Refusal
-from edgeflame.statistics_blob import StatisticsFile, difference
+from edgeflame.methods import METHODS
+from edgeflame.mqtt.messages import DownMessage, Offer, Receipt, Refusal, RefusalReason
+from edgeflame.statistics.memory import MAX_CHANNELS, MemoryBank, read_bank
+from edgeflame.statistics.merge import StatisticsFile, header_difference
 from edgeflame.tensors import TensorFile, schema_difference
-from edgeflame.transfer.codec import decode_update
+from edgeflame.transfer.compression import decode_update
 from edgeflame.transfer.store import BlobStore
 
 
@@ -47,7 +47,7 @@ class ValidationResult:
         decoded: SHA-256 of the update in the store, if it came encoded.
     """
 
-    reason: Reason | None = None
+    reason: RefusalReason | None = None
     detail: str = ""
     relative_change: float = 0.0
     decoded: str | None = None
@@ -104,7 +104,7 @@ def _answer_contribution(state: RunState, site: str, offer: Offer) -> DownMessag
     if site not in asked.asked:
         return refusal_for(offer, "not_asked", f"{what} was given to {len(asked.asked)} other sites")
     if asked.is_closed:
-        reason: Reason = "late" if asked is state.gathering else "stale_round"
+        reason: RefusalReason = "late" if asked is state.gathering else "stale_round"
         return refusal_for(offer, reason, f"{what} is closed")
     refused = asked.refused.get(site)
     if refused is not None and (
@@ -166,7 +166,7 @@ def receipt_for(offer: Offer) -> Receipt:
     return Receipt(run=offer.run, purpose=offer.purpose, round=offer.round, sha256=offer.manifest.sha256)
 
 
-def refusal_for(offer: Offer, reason: Reason, detail: str) -> Refusal:
+def refusal_for(offer: Offer, reason: RefusalReason, detail: str) -> Refusal:
     """What a site gets for one that was not."""
     return Refusal(
         run=offer.run,
@@ -250,7 +250,7 @@ def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path 
                 return ValidationResult(reason="samples", detail=detail)
             if like is not None:
                 with StatisticsFile(like) as other:
-                    if reason := difference(other.header, header):
+                    if reason := header_difference(other.header, header):
                         return ValidationResult(reason="schema", detail=reason)
             blob.verify()
     except DataError as exc:
@@ -325,7 +325,7 @@ def _read_memory(path: Path) -> MemoryBank | ValidationResult:
         return _invalid("not_finite", str(exc))
 
 
-def _invalid(reason: Reason, detail: str) -> ValidationResult:
+def _invalid(reason: RefusalReason, detail: str) -> ValidationResult:
     return ValidationResult(reason=reason, detail=detail)
 
 

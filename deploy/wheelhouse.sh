@@ -54,7 +54,7 @@ if [ -z "$package" ]; then
     # From a copy: a build leaves traces beside its sources.
     build=$(mktemp -d)
     trap 'rm -rf "$build"' EXIT
-    for part in edgeflame trainer aggregator export edge pyproject.toml README.md LICENSE; do
+    for part in edgeflame boards cli fitting fleet trainer aggregator export edge pyproject.toml README.md LICENSE; do
         cp -r "$here/../$part" "$build/"
     done
     "$python" -m pip wheel --quiet --no-deps --wheel-dir "$build/dist" "$build"

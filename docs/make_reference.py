@@ -156,7 +156,7 @@ def configuration_page() -> str:
 
 def command_line_page() -> str:
     """``command-line.md``."""
-    from edgeflame.cli import COMMANDS, cli
+    from cli import COMMANDS, cli
 
     lines = [
         _MADE,
@@ -194,9 +194,9 @@ def main() -> None:
 def _files() -> list[tuple[str, str, type[msgspec.Struct]]]:
     from aggregator.config import AggregateConfig
     from aggregator.simulation.config import SimulationConfig
+    from cli.train import SiteFile
     from edge.config import InspectConfig
-    from edgeflame.cli.train import SiteFile
-    from edgeflame.learning import Learning
+    from edgeflame.methods import Learning
 
     see = "`edgeflame {0} --config {0}.toml`, see [{1}](../{2}.md)."
     site = "`edgeflame train --config site.toml`: its options, so that they need not stand on the command line"

@@ -37,7 +37,6 @@ from edge.inspector import InspectorProtocol, make_unknown
 from edge.parts.tracker import PartTracker
 from edge.result import Inspected, Reason, Result
 from edge.status import CameraStatus
-from edgeflame.console import EventLog
 from edgeflame.errors import (
     ConfigError,
     CrashLoopError,
@@ -47,6 +46,7 @@ from edgeflame.errors import (
     StorageError,
     UsageError,
 )
+from edgeflame.log import EventLog
 
 PATIENCE_S = 5.0
 """How long a change waits for the frame in hand; a judge that takes longer hangs."""

@@ -27,9 +27,9 @@ from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.parts.tracker import PartTracker
 from edge.sources.locate import open_image_source
 from edge.status import DEFAULT_CAMERA
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, StorageError, UsageError
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.log import EventLog
+from edgeflame.state import storage_errors, write_durably
 
 
 @dataclass(frozen=True, kw_only=True)

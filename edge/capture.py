@@ -31,7 +31,7 @@ from typing import final
 from edge.config.inspection import CaptureConfig
 from edge.frame import Captured, Prefetched, Source
 from edge.inspector import FrameObserver
-from edgeflame.console import EventLog
+from edgeflame.log import EventLog
 
 log = EventLog("capture")
 

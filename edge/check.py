@@ -26,6 +26,7 @@ from edge.cameras import CameraPlan, Overrides, Plan
 from edge.config.outputs import ModbusConfig, MqttConfig, WebConfig, WebhookConfig
 from edge.delivery.mqtt import broker_url
 from edge.delivery.webhook import WebhookDestination
+from edge.findings import Finding, note, ok, problem
 from edge.frame import Captured, Frame, Source
 from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.models.released import read_models_settings
@@ -36,11 +37,10 @@ from edge.parts.triggers import trigger_source
 from edge.sources.locate import open_image_source
 from edge.status import LineState
 from edgeflame.errors import ConfigError, EdgeFlameError, MissingDependencyError, StorageError
-from edgeflame.findings import Finding, note, ok, problem
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Failed, Received, Up
-from edgeflame.statedir import is_in_use, storage_errors, write_durably
-from edgeflame.topics import Topics
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
+from edgeflame.mqtt.topics import Topics
+from edgeflame.state import is_in_use, storage_errors, write_durably
 
 FRAME_TIMEOUT_S = 15.0
 """For a camera to be opened and to give its first picture."""
@@ -265,10 +265,10 @@ def _folder(check: str, folder: Path) -> Iterator[Finding]:
 
 def _broker(config: MqttConfig, *, runs: bool) -> Iterator[Finding]:
     check, topics = "broker", Topics(fleet=config.fleet)
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     try:
         url = broker_url(config)
-        link = Link(
+        link = MqttClient(
             url,
             client_id=f"edgeflame-check-{uuid.uuid4().hex[:12]}",
             filters=[topics.line_state(config.line), topics.line_command(config.line)],
@@ -279,8 +279,8 @@ def _broker(config: MqttConfig, *, runs: bool) -> Iterator[Finding]:
         yield problem(check, str(exc), "correct [mqtt]")
         return
     try:
-        while not isinstance(event := events.get(timeout=CONNECT_TIMEOUT_S + 15.0), Up):
-            if isinstance(event, Failed):
+        while not isinstance(event := events.get(timeout=CONNECT_TIMEOUT_S + 15.0), Connected):
+            if isinstance(event, ConnectionFailed):
                 yield problem(check, str(event.error), "correct [mqtt], renew the kit, or see to the broker")
                 return
         yield ok(check, f"{url.address}: lets us in and hears commands as line {config.line} of {config.fleet}")
@@ -297,11 +297,11 @@ def _broker(config: MqttConfig, *, runs: bool) -> Iterator[Finding]:
         link.close(flush_s=0.0)
 
 
-def _retained_state(events: queue.SimpleQueue[Event], topic: str) -> LineState | None:
+def _retained_state(events: queue.SimpleQueue[ClientEvent], topic: str) -> LineState | None:
     with contextlib.suppress(queue.Empty, msgspec.DecodeError, UnicodeDecodeError):
         while True:
             event = events.get(timeout=0.5)
-            if isinstance(event, Received) and event.topic == topic:
+            if isinstance(event, ReceivedMessage) and event.topic == topic:
                 event.done()
                 return msgspec.json.decode(event.payload, type=LineState)
     return None

@@ -21,10 +21,10 @@ from edge.inspector import InspectorProtocol
 from edge.overlay import draw_overlay
 from edge.result import Result
 from edge.status import CameraStatus
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
-from edgeflame.statedir import storage_errors
+from edgeflame.log import EventLog
+from edgeflame.state import storage_errors
 
 log = EventLog("control")
 

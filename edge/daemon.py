@@ -33,8 +33,8 @@ from edge.result import Inspected, Result
 from edge.sources.arrivals import Disposal
 from edge.status import CameraStatus, Expected, GoldenReport, GoldenStatus, PartCounts, Summary, Tally, line_state
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError, UsageError
+from edgeflame.log import EventLog
 
 if TYPE_CHECKING:
     from edge.config.outputs import ModbusConfig, WebConfig

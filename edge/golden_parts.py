@@ -20,10 +20,10 @@ from edge.config.inspection import GoldenConfig
 from edge.frame import Captured, make_frame
 from edge.result import Result
 from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, read_image
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.log import EventLog
+from edgeflame.state import storage_errors, write_durably
 
 VERDICT_OF = {"good": "pass", "bad": "fail"}
 

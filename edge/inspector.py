@@ -29,9 +29,9 @@ from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_
 from edge.runtimes.onnx_runtime import CPU
 from edge.status import DEFAULT_CAMERA
 from edge.view import View
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.images import ImageU8
+from edgeflame.log import EventLog
 from edgeflame.package import Package, read_package
 from edgeflame.signing import verify_signature
 

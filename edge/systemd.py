@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import final
 
-from edgeflame.console import EventLog
 from edgeflame.errors import CrashLoopError
+from edgeflame.log import EventLog
 
 log = EventLog("service")
 

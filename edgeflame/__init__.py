@@ -1,3 +1,3 @@
-"""What the roles share: data sets, statistics, the model package, messages, the MQTT link, the command line."""
+"""What two or more roles share; no role, no command line: data sets, statistics, the model package, MQTT."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
 """``python -m edgeflame`` is ``edgeflame``."""
 
-from edgeflame.cli import main
+from __future__ import annotations
+
+from cli import main
 
 main()

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError
 from edgeflame.images import IMAGE_SUFFIXES, ImageU8, Preprocessing, read_image
+from edgeflame.log import EventLog
 
 log = EventLog("dataset")
 

@@ -4,42 +4,259 @@ A zip without compression of
 
     manifest.json            what it is: method, input, threshold, provenance, SHA-256 of the other members
     model.onnx               the scoring graph: uint8 image in, score and anomaly map out
-    statistics.safetensors   the Gaussian statistics inside the graph, or the memory: ``edgeflame.statistics_codec``
-    reference/0.png ...      optional: good images whose scores the manifest tells, see ``edgeflame.references``
-    condition.json           optional: what good parts and their pictures are like, see ``edgeflame.condition``
+    statistics.safetensors   the Gaussian statistics inside the graph, or the memory: ``edgeflame.statistics.codec``
+    reference/0.png ...      optional: good images whose scores the manifest records
+    condition.json           optional: what good parts and their images are like, see ``edgeflame.drift_reference``
     signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
 
-Nothing in it is executed on loading, and nothing is read before its size is known to be plausible.
+Nothing in it is executed on loading, nothing is read before its size is known to be plausible, and it is written
+whole or not at all.
+
+Reference images are a few good images, and what the trained model said of them. A runtime that scores them
+otherwise is not running the model that was trained, and does not get to judge. The images leave the site with the
+package; a package may hold none.
+
+The threshold says where good ends, and what false-reject rate that promises with which confidence.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import cv2
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from edgeflame import __version__
-from edgeflame.archive import check_sizes, read_member, read_small_member, write_archive
-from edgeflame.condition import ConditionReference, decode_condition, encode_condition
-from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
-from edgeflame.learning import Learning
-from edgeflame.references import MAX_REFERENCES, Reference, ReferenceScore
-from edgeflame.statistics_codec import PackageStatistics, decode_statistics, encode_statistics
-from edgeflame.threshold import Threshold
+from edgeflame.drift_reference import DriftReference, decode_drift_reference, encode_drift_reference
+from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError, StorageError
+from edgeflame.images import ImageU8, Preprocessing, decode_image
+from edgeflame.methods import Learning, RejectUnit
+from edgeflame.statistics.codec import PackageStatistics, decode_statistics, encode_statistics
+
+
+class ThresholdPromise(msgspec.Struct, frozen=True, kw_only=True):
+    """A threshold that was not taken, with the promise it would have kept."""
+
+    false_reject_rate: float
+    value: float | None
+    """The threshold; None where there were too few parts to promise this."""
+    expected_false_reject_rate: float | None
+
+
+class Threshold(msgspec.Struct, frozen=True, kw_only=True):
+    """Where good ends, and what that promises.
+
+    ``value`` is set by scores of good images that the statistics had not seen. With the stated confidence no more
+    than ``false_reject_rate`` of good units will score above it.
+    """
+
+    value: float
+    false_reject_rate: float
+    """What is promised: an upper bound."""
+    confidence: float
+    num_groups: int
+    num_images: int
+    groups_known: bool
+    requested_false_reject_rate: float
+    """What was asked for; lower than ``false_reject_rate`` when there were too few parts to promise it."""
+    unit: RejectUnit = "part"
+    """What the rates count."""
+    expected_false_reject_rate: float | None = None
+    """Share of the good units at hand that score above ``value``: what to expect, where the promise is the worst."""
+    num_left_out: int = 0
+    """Images that looked defective and were left out; the promise is about good parts like the others."""
+    chosen_by: Literal["promise", "f1"] = "promise"
+    """``f1``: the highest F1 on labelled images; the promise is then what this threshold happens to keep."""
+    others: tuple[ThresholdPromise, ...] = ()
+    """What other promises would have cost or brought, in rising order of their rates."""
+
+    def __post_init__(self) -> None:
+        # Against NaN every comparison is false: such a threshold would pass every part.
+        if not (math.isfinite(self.value) and self.value > 0):
+            msg = f"a threshold must be a finite number above 0, not {self.value}"
+            raise NumericalError(msg)
+
+    def promise(self) -> str:
+        """In a sentence without a full stop, as all commands say it."""
+        text = (
+            f"at most {self.false_reject_rate:.2%} of good {self.unit}s rejected, with {self.confidence:.0%} "
+            f"confidence, from {self.basis()}"
+        )
+        if self.expected_false_reject_rate is not None:
+            text += f"; expected {self.expected_false_reject_rate:.2%}"
+        return text
+
+    def basis(self) -> str:
+        """What the promise rests on."""
+        if not self.groups_known:
+            return f"{self.num_groups} images, each taken for a part of its own"
+        return f"{self.num_groups} parts ({self.num_images} images)"
+
+    def caveats(self) -> list[str]:
+        """What must be said beside the promise, a sentence without a full stop each."""
+        notes = []
+        if self.chosen_by == "promise" and self.false_reject_rate > self.requested_false_reject_rate:
+            notes.append(f"{self.requested_false_reject_rate:.2%} was asked for; that takes more parts than there are")
+        if self.num_left_out:
+            worst = self.false_reject_rate + self.num_left_out / (self.num_left_out + self.num_images)
+            notes.append(
+                f"{self.num_left_out} images were left out as suspects; had they all been good, the promise would be "
+                f"{min(1.0, worst):.2%}"
+            )
+        return notes
+
+
+def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
+    """Write members in their order, whole or not at all; an existing file is replaced atomically.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in members.items():
+                # A fixed time stamp: the same model gives the same file.
+                archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError as exc:
+        partial.unlink(missing_ok=True)
+        msg = f"{path}: cannot write the model package ({exc.strerror})"
+        raise StorageError(msg) from exc
+
+
+def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
+    """Members together are no larger than the file: entries that share bytes could otherwise multiply it.
+
+    Raises:
+        PackageError: they are.
+    """
+    # Compressed ones are refused when they are read.
+    stored = [info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
+    claimed, there = sum(stored), path.stat().st_size
+    if claimed > there:
+        msg = f"{path}: not a model package, or damaged (its members claim {claimed} bytes, the file has {there})"
+        raise PackageError(msg)
+
+
+def read_small_member(path: Path, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes | None:
+    """A member with a limit of its own, None if there is none of that name.
+
+    Raises:
+        PackageError: it is compressed or too large.
+    """
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        return None
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
+        msg = f"{path}: not a model package (its {name} is compressed or too large)"
+        raise PackageError(msg)
+    return archive.read(info)
+
+
+def read_member(path: Path, archive: zipfile.ZipFile, name: str, *, sha256: str | None) -> bytes:
+    """A member whose hash is known.
+
+    Raises:
+        PackageError: it is missing, compressed, or not the one with that hash.
+    """
+    try:
+        info = archive.getinfo(name)
+    except KeyError as exc:
+        msg = f"{path}: {name} is missing"
+        raise PackageError(msg) from exc
+    # Members are stored, so none can be larger than the file that holds it.
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
+        msg = f"{path}: {name} is compressed or larger than the package"
+        raise PackageError(msg)
+    data = archive.read(info)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        msg = f"{path}: {name} was altered or damaged (its SHA-256 is not the manifest's)"
+        raise PackageError(msg)
+    return data
+
+
+DEFAULT_REFERENCES = 4
+MAX_REFERENCES = 64
+"""Each costs the start of an inspection one image's time."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class ReferenceScore(msgspec.Struct, frozen=True, kw_only=True):
+    """What the trained model says of one reference image, in float32 or better."""
+
+    score: float
+    map_max: float
+    map_mean: float
+    """Of the anomaly map; tells a map that is right in its maximum only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceImage:
+    """One reference image, still encoded, and its score."""
+
+    png: bytes
+    expected: ReferenceScore
+
+    def image(self, preprocessing: Preprocessing) -> ImageU8:
+        """The pre-processed image ``[height, width, 3]`` uint8, BGR.
+
+        Raises:
+            DataError: not a PNG of the model's input size; one of another size is not even decoded.
+        """
+        width, height = (int.from_bytes(self.png[start : start + 4], "big") for start in (16, 20))
+        expected = (preprocessing.width, preprocessing.height)
+        if not self.png.startswith(_PNG) or (width, height) != expected:
+            msg = f"a reference image is not a PNG of {expected[0]}x{expected[1]} pixels"
+            raise DataError(msg)
+        return decode_image(self.png, "a reference image")
+
+
+def make_references(images: ImageU8, maps: npt.NDArray[np.floating]) -> tuple[ReferenceImage, ...]:
+    """References of images ``[R, height, width, 3]`` uint8 BGR and their anomaly maps ``[R, h, w]``."""
+    return tuple(
+        ReferenceImage(
+            png=_encode_png(image),
+            expected=ReferenceScore(
+                score=float(one.max()), map_max=float(one.max()), map_mean=float(one.mean(dtype=np.float64))
+            ),
+        )
+        for image, one in zip(images, maps, strict=True)
+    )
+
+
+def evenly_spaced(total: int, count: int) -> Sequence[int]:
+    """Up to ``count`` different indices below ``total``, from the first to the last."""
+    return sorted({round(float(step)) for step in np.linspace(0, total - 1, min(total, count))}) if total else []
+
+
+def _encode_png(image: ImageU8) -> bytes:
+    encoded, data = cv2.imencode(".png", image)
+    assert encoded, "an 8-bit image of three channels is always a PNG"
+    return bytes(data.tobytes())
+
 
 FORMAT = "edgeflame-package"
 FORMAT_VERSION = 1
 
-MANIFEST = "manifest.json"
-MODEL = "model.onnx"
-STATISTICS = "statistics.safetensors"
-CONDITION = "condition.json"
-SIGNATURE = "signature.json"
+MANIFEST_MEMBER = "manifest.json"
+MODEL_MEMBER = "model.onnx"
+STATISTICS_MEMBER = "statistics.safetensors"
+DRIFT_REFERENCE_MEMBER = "condition.json"
+SIGNATURE_MEMBER = "signature.json"
 
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest is kilobytes; the round ledger in it grows with rounds and sites, never to this."""
@@ -102,8 +319,8 @@ class Package:
     statistics: PackageStatistics
     sha256: str
     """Of the package file."""
-    references: tuple[Reference, ...] = ()
-    condition: ConditionReference | None = None
+    references: tuple[ReferenceImage, ...] = ()
+    condition: DriftReference | None = None
     """What drift is measured against; None in packages of earlier versions."""
     manifest_json: bytes = b""
     """The manifest as it lies in the file: what a signature is over."""
@@ -117,8 +334,8 @@ def write_package(
     manifest: Manifest,
     model_onnx: bytes,
     statistics: PackageStatistics,
-    references: Sequence[Reference] = (),
-    condition: ConditionReference | None = None,
+    references: Sequence[ReferenceImage] = (),
+    condition: DriftReference | None = None,
 ) -> None:
     """Write a package without signature, whole or not at all; an existing file is replaced atomically.
 
@@ -128,16 +345,16 @@ def write_package(
         PackageError: more than ``MAX_REFERENCES`` reference images.
         StorageError: it cannot be written; an old file at ``path`` is intact.
     """
-    members = {MODEL: model_onnx, STATISTICS: encode_statistics(statistics)}
+    members = {MODEL_MEMBER: model_onnx, STATISTICS_MEMBER: encode_statistics(statistics)}
     members.update({reference_member(index): one.png for index, one in enumerate(references)})
     if condition is not None:
-        members[CONDITION] = encode_condition(condition)
+        members[DRIFT_REFERENCE_MEMBER] = encode_drift_reference(condition)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     manifest = msgspec.structs.replace(
         manifest, sha256=digests, references=tuple(reference.expected for reference in references)
     )
     document = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    write_archive(path, {MANIFEST: document, **members})
+    write_archive(path, {MANIFEST_MEMBER: document, **members})
 
 
 def reference_member(index: int) -> str:
@@ -188,14 +405,16 @@ def read_package(path: Path) -> Package:
             check_sizes(path, archive)
             document, manifest = _read_manifest(path, archive)
             digests = manifest.sha256
-            model_onnx = read_member(path, archive, MODEL, sha256=digests.get(MODEL))
-            statistics = read_member(path, archive, STATISTICS, sha256=digests.get(STATISTICS))
+            model_onnx = read_member(path, archive, MODEL_MEMBER, sha256=digests.get(MODEL_MEMBER))
+            statistics = read_member(path, archive, STATISTICS_MEMBER, sha256=digests.get(STATISTICS_MEMBER))
             names = [reference_member(index) for index in range(len(manifest.references))]
             pngs = [read_member(path, archive, name, sha256=digests.get(name)) for name in names]
             condition = (
-                read_member(path, archive, CONDITION, sha256=digests[CONDITION]) if CONDITION in digests else None
+                read_member(path, archive, DRIFT_REFERENCE_MEMBER, sha256=digests[DRIFT_REFERENCE_MEMBER])
+                if DRIFT_REFERENCE_MEMBER in digests
+                else None
             )
-            signature = read_small_member(path, archive, SIGNATURE, MAX_SIGNATURE_BYTES)
+            signature = read_small_member(path, archive, SIGNATURE_MEMBER, MAX_SIGNATURE_BYTES)
             stream.seek(0)
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):
@@ -211,7 +430,7 @@ def read_package(path: Path) -> Package:
         raise PackageError(msg) from exc
     try:
         decoded = decode_statistics(statistics)
-        described_condition = None if condition is None else decode_condition(condition)
+        described_condition = None if condition is None else decode_drift_reference(condition)
     except (DataError, NumericalError, PackageError) as exc:
         msg = f"{path}: {exc}"
         raise PackageError(msg) from exc
@@ -225,7 +444,7 @@ def read_package(path: Path) -> Package:
         statistics=decoded,
         sha256=digest.hexdigest(),
         references=tuple(
-            Reference(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
+            ReferenceImage(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
         ),
         condition=described_condition,
         manifest_json=document,
@@ -234,14 +453,14 @@ def read_package(path: Path) -> Package:
 
 
 def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifest]:
-    data = read_small_member(path, archive, MANIFEST, MAX_MANIFEST_BYTES)
+    data = read_small_member(path, archive, MANIFEST_MEMBER, MAX_MANIFEST_BYTES)
     if data is None:
-        msg = f"{path}: not a model package (no {MANIFEST} in it)"
+        msg = f"{path}: not a model package (no {MANIFEST_MEMBER} in it)"
         raise PackageError(msg)
     try:
         head = msgspec.json.decode(data, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        msg = f"{path}: its {MANIFEST} is damaged ({exc})"
+        msg = f"{path}: its {MANIFEST_MEMBER} is damaged ({exc})"
         raise PackageError(msg) from exc
     if head.get("format") != FORMAT:
         msg = f"{path}: not a model package of EdgeFlame (format {head.get('format')!r})"
@@ -255,5 +474,5 @@ def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifes
     try:
         return data, msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
-        msg = f"{path}: its {MANIFEST} is wrong ({exc})"
+        msg = f"{path}: its {MANIFEST_MEMBER} is wrong ({exc})"
         raise PackageError(msg) from exc

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgeflame.archive import write_archive
 from edgeflame.errors import MissingDependencyError, PackageError, StorageError, UsageError
-from edgeflame.package import SIGNATURE, Package, read_package
+from edgeflame.package import SIGNATURE_MEMBER, Package, read_package, write_archive
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -110,7 +109,7 @@ def sign_package(path: Path, private_key: Path) -> str:
             msg = f"{path}: {name} changed while it was being signed"
             raise PackageError(msg)
     document = msgspec.json.format(msgspec.json.encode(signature), indent=2)
-    write_archive(path, {"manifest.json": package.manifest_json, **members, SIGNATURE: document})
+    write_archive(path, {"manifest.json": package.manifest_json, **members, SIGNATURE_MEMBER: document})
     return identity
 
 
@@ -125,7 +124,7 @@ def read_signature(package: Package) -> Signature | None:
     try:
         return msgspec.json.decode(package.signature_json, type=Signature)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        msg = f"the package's {SIGNATURE} cannot be read ({exc})"
+        msg = f"the package's {SIGNATURE_MEMBER} cannot be read ({exc})"
         raise PackageError(msg) from exc
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError
-from edgeflame.statedir import storage_errors
+from edgeflame.state import storage_errors
 
 MAX_HEADER_BYTES = 8 << 20
 """A tensor takes about 100 bytes of header; this is room for 80,000."""

@@ -26,10 +26,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from edgeflame.console import EventLog
-from edgeflame.memory_statistics import MemoryStatistics
-from edgeflame.statistics import LowRankGaussian
-from edgeflame.statistics_codec import PackageStatistics
+from edgeflame.log import EventLog
+from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import LowRankGaussian
+from edgeflame.statistics.memory import MemoryStatistics
 from export.builder import GraphBuilder
 
 ERROR_GROWTH = 8.0

@@ -23,8 +23,8 @@ import onnx.helper
 from torch import nn
 
 from edgeflame.images import Preprocessing
-from edgeflame.statistics import smoothing_matrix
-from edgeflame.statistics_codec import PackageStatistics
+from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import smoothing_matrix
 from export.builder import INPUT, MAP, RGB, SCORE, GraphBuilder
 from export.distances import add_distances
 from export.embedding import add_embeddings, export_network

@@ -15,9 +15,8 @@ from typing import Any
 
 import msgspec
 
-from edgeflame.engines import REPORT, BuildReport, EngineRecord, read_report
 from edgeflame.errors import PackageError, RuntimeUnavailableError, StorageError
-from edgeflame.trt_library import TensorRT
+from edgeflame.tensorrt import ENGINE_REPORT_FILE, BuildReport, EngineRecord, TensorRT, read_build_report
 from export.onnx_file import write_atomically
 from export.precision import Precision
 
@@ -60,7 +59,7 @@ def build_engines(
     except OSError as exc:
         msg = f"{out}: cannot be used as a folder ({exc.strerror})"
         raise StorageError(msg) from exc
-    known = {record.file: record for record in read_report(out).engines}
+    known = {record.file: record for record in read_build_report(out).engines}
     records = []
     for capability in capabilities:
         generation = f"sm{capability.replace('.', '')}"
@@ -88,7 +87,9 @@ def build_engines(
             )
             known[file] = record
             report = BuildReport(engines=tuple(known[name] for name in sorted(known)))
-            write_atomically(out / REPORT, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+            write_atomically(
+                out / ENGINE_REPORT_FILE, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+            )
         records.append(record)
     return records
 

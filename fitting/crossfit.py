@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError
-from edgeflame.learning import Scoring
-from edgeflame.moments import Moments
-from edgeflame.statistics import LowRankGaussian, smooth_maps
-from edgeflame.statistics_codec import PackageStatistics
+from edgeflame.methods import Scoring
+from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import LowRankGaussian, smooth_maps
+from edgeflame.statistics.moments import Moments
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]

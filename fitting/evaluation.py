@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgeflame.console import Progress, no_progress
 from edgeflame.dataset import GOOD, Dataset, ImageRecord, LoadReport, UnreadablePolicy, load_images
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask
-from edgeflame.threshold import Promise
+from edgeflame.log import Progress, no_progress
+from edgeflame.package import ThresholdPromise
 from fitting import metrics
 from fitting.metrics import PixelCounts, auroc, best_f1, bin_edges, f1_max
 from fitting.threshold import confidence_interval
@@ -249,7 +249,7 @@ def compute_metrics(
     *,
     threshold: float,
     groups_known: bool,
-    promises: Sequence[Promise] = (),
+    promises: Sequence[ThresholdPromise] = (),
     seed: int = 0,
     num_resamples: int = metrics.NUM_RESAMPLES,
 ) -> EvaluationReport:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgeflame.console import Progress, no_progress
 from edgeflame.dataset import ImageRecord, LoadReport, UnreadablePolicy, load_images
 from edgeflame.images import ImageU8, Preprocessing, read_image
+from edgeflame.log import Progress, no_progress
 
 MAX_CACHE_BYTES = 1 << 30
 """Pre-processed images kept in memory: 5461 of 256 x 256. The rest is read from disk each time."""

@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeflame.condition import MAX_IMAGES, ConditionReference, Template, condition_reference, image_condition
-from edgeflame.console import EventLog
+from edgeflame.drift_reference import (
+    MAX_REFERENCE_IMAGES,
+    AlignmentTemplate,
+    DriftReference,
+    image_streams,
+    make_drift_reference,
+)
 from edgeflame.images import ImageU8
-from edgeflame.references import evenly_spaced
-from edgeflame.statistics_codec import PackageStatistics
-from edgeflame.threshold import Threshold
+from edgeflame.log import EventLog
+from edgeflame.package import Threshold, evenly_spaced
+from edgeflame.statistics.codec import PackageStatistics
 from fitting.imageset import ImageSet
 from fitting.suspects import Suspect
 
@@ -45,7 +50,7 @@ class SiteStatistics:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def site_drift_reference(site: SiteStatistics, references: ImageU8 | None) -> ConditionReference:
+def site_drift_reference(site: SiteStatistics, references: ImageU8 | None) -> DriftReference:
     """The streams of a site's good images, as statistics that had not seen them scored them.
 
     Args:
@@ -54,11 +59,11 @@ def site_drift_reference(site: SiteStatistics, references: ImageU8 | None) -> Co
             on the line. Without them (None, R = 0) nothing is known of positions.
     """
     images = site.images
-    template = Template(references) if references is not None and len(references) else None
-    chosen = evenly_spaced(len(images), MAX_IMAGES)
-    return condition_reference(
+    template = AlignmentTemplate(references) if references is not None and len(references) else None
+    chosen = evenly_spaced(len(images), MAX_REFERENCE_IMAGES)
+    return make_drift_reference(
         {"score": site.held_out_scores, "embedding": site.held_out_means},
-        [image_condition(images.batch([index])[0], template) for index in chosen],
+        [image_streams(images.batch([index])[0], template) for index in chosen],
         num_parts=len(set(images.groups)),
         num_images=len(images),
     )

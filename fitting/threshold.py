@@ -27,10 +27,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.learning import Calibration
-from edgeflame.threshold import Promise, Threshold, Unit
+from edgeflame.log import EventLog
+from edgeflame.methods import Calibration, RejectUnit
+from edgeflame.package import Threshold, ThresholdPromise
 from fitting.metrics import best_f1
 
 F64 = npt.NDArray[np.float64]
@@ -125,7 +125,7 @@ class GoodScores:
         NumericalError: a score is not finite.
     """
 
-    def __init__(self, scores: npt.NDArray[np.floating], groups: Sequence[str], unit: Unit) -> None:
+    def __init__(self, scores: npt.NDArray[np.floating], groups: Sequence[str], unit: RejectUnit) -> None:
         if len(scores) == 0:
             msg = "no good images to set a threshold with"
             raise DataError(msg)
@@ -264,10 +264,10 @@ def set_f1_threshold(
     )
 
 
-def _other_promises(good: GoodScores, calibration: Calibration) -> tuple[Promise, ...]:
+def _other_promises(good: GoodScores, calibration: Calibration) -> tuple[ThresholdPromise, ...]:
     promises = []
     for rate in sorted({*OTHER_RATES, calibration.false_reject_rate}):
         value = good.lowest_threshold(rate, calibration.confidence)
         expected = None if value is None else good.expected_rate(value)
-        promises.append(Promise(false_reject_rate=rate, value=value, expected_false_reject_rate=expected))
+        promises.append(ThresholdPromise(false_reject_rate=rate, value=value, expected_false_reject_rate=expected))
     return tuple(promises)

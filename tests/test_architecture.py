@@ -99,7 +99,7 @@ def test_the_shared_folder_imports_no_role_except_inside_functions_of_the_comman
 
 def test_the_command_line_is_imported_by_no_one_else() -> None:
     breaches = [
-        found for found in all_imports(*PACKAGES) if found.module.startswith("edgeflame.cli")
+        found for found in all_imports(*PACKAGES) if found.module.startswith("cli")
         and not found.in_command_line and found.path.name != "__main__.py"
     ]  # fmt: skip
     assert not breaches, report(breaches)
@@ -165,13 +165,11 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_help_loads_neither_numpy_nor_torch() -> None:
-    help_of_all = "from edgeflame.cli import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass"
+    help_of_all = "from cli import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass"
     assert not loaded_after(help_of_all) & {"numpy", "torch", "cv2", "onnxruntime", "rich", "msgspec"}
 
 
-@pytest.mark.parametrize(
-    "module", ["edge.daemon", "edge.sources.locate", "edge.runtimes.load", "edgeflame.cli.inspect"]
-)
+@pytest.mark.parametrize("module", ["edge.daemon", "edge.sources.locate", "edge.runtimes.load", "cli.inspect"])
 def test_the_line_side_loads_no_torch(module: str) -> None:
     assert not loaded_after(f"import {module}") & set(LEARNING_LIBRARIES)
 

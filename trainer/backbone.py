@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import MOMENT_BUDGET_BYTES, Backbone
+from edgeflame.log import EventLog
+from edgeflame.methods import MOMENT_BUDGET_BYTES, Backbone
 from edgeflame.package import WeightsOrigin
 
 log = EventLog("backbone")

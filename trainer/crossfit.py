@@ -12,10 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
-from edgeflame.console import EventLog, Progress, no_progress
-from edgeflame.learning import Learning
-from edgeflame.moments import MomentAccumulator
-from edgeflame.statistics import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import Learning
+from edgeflame.statistics.gaussian import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples
+from edgeflame.statistics.moments import MomentAccumulator
 from fitting.crossfit import (
     RIDGES,
     CrossFit,

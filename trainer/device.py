@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgeflame.errors import UsageError
 from edgeflame.images import ImageU8
-from edgeflame.learning import Precision
+from edgeflame.methods import Precision
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import ImageU8
-from edgeflame.learning import METHODS, SOLO_METHODS, Learning
-from edgeflame.package import WeightsOrigin
-from edgeflame.references import DEFAULT_REFERENCES
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import METHODS, SOLO_METHODS, Learning
+from edgeflame.package import DEFAULT_REFERENCES, WeightsOrigin
 from fitting.crossfit import PooledStatistics, require_enough
 from fitting.imageset import ImageSet
 from fitting.packaging import SiteStatistics, choose_references

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from edgeflame.errors import FederationError, StorageError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import CONTROL_PREFIX, METHODS, Backbone, Exchange, Learning
+from edgeflame.methods import CONTROL_PREFIX, METHODS, Backbone, ExchangeKind, Learning
 from edgeflame.package import WeightsOrigin
 from trainer.backbone import EmbeddingNetwork, build_network
 
@@ -63,7 +63,7 @@ class SiteModel(nn.Module):
         travelling: what is exchanged with the model without being part of it, on the CPU.
     """
 
-    def __init__(self, backbone: EmbeddingNetwork, discriminator: Discriminator, exchange: Exchange) -> None:
+    def __init__(self, backbone: EmbeddingNetwork, discriminator: Discriminator, exchange: ExchangeKind) -> None:
         super().__init__()
         self.backbone = backbone
         self.discriminator = discriminator
@@ -108,7 +108,7 @@ def empty_model(learning: Learning) -> SiteModel:
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_model(backbone: Backbone, preprocessing: Preprocessing, exchange: Exchange) -> SiteModel:
+def _cached_model(backbone: Backbone, preprocessing: Preprocessing, exchange: ExchangeKind) -> SiteModel:
     network = EmbeddingNetwork(backbone, preprocessing)
     network.eval()
     return SiteModel(network.to(memory_format=torch.channels_last), Discriminator(network.num_channels), exchange)

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from edgeflame.images import ImageU8, Preprocessing
-from edgeflame.learning import Learning
-from edgeflame.package import Manifest, WeightsOrigin, new_manifest, write_package
-from edgeflame.references import Reference, make_references
-from edgeflame.statistics import smooth_maps
-from edgeflame.statistics_codec import PackageStatistics
+from edgeflame.methods import Learning
+from edgeflame.package import Manifest, ReferenceImage, WeightsOrigin, make_references, new_manifest, write_package
+from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import smooth_maps
 from fitting.packaging import SiteStatistics, site_drift_reference
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import rgb_tensor
@@ -29,7 +28,7 @@ from trainer.embedding import embed
 
 def score_references(
     network: EmbeddingNetwork, statistics: PackageStatistics, images: ImageU8, *, smoothing_sigma: float
-) -> tuple[Reference, ...]:
+) -> tuple[ReferenceImage, ...]:
     """The images and what PyTorch and float64 distances make of them: no exporter and no runtime is involved.
 
     Args:

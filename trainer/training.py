@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import NumericalError
-from edgeflame.learning import METHODS, Learning
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import METHODS, Learning
 from fitting.imageset import ImageSet
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import Autocast, autocast_for, reproducible, rgb_tensor

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 # torch.load(weights_only=True) reports a file that holds more than tensors with this error.
 from torch._weights_only_unpickler import UnpicklingError as ForeignObjectError  # type: ignore[attr-defined]
 
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, MissingDependencyError
-from edgeflame.learning import Backbone
+from edgeflame.log import EventLog
+from edgeflame.methods import Backbone
 from edgeflame.package import WeightsOrigin
 
 _DAMAGED = (

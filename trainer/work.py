@@ -16,18 +16,17 @@ import msgspec
 import numpy as np
 import torch
 
-from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import StorageError, UsageError
 from edgeflame.images import ImageU8
-from edgeflame.learning import FEDERATED_METHODS, METHODS, Learning
-from edgeflame.memory_bank import write_bank
-from edgeflame.moments import MomentAccumulator
-from edgeflame.package import WeightsOrigin
-from edgeflame.references import DEFAULT_REFERENCES
-from edgeflame.simulated import MeasureAnswer, MeasureTask
-from edgeflame.statistics_blob import read_moments, write_site_statistics
-from edgeflame.statistics_codec import encode_statistics
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import FEDERATED_METHODS, METHODS, Learning
+from edgeflame.package import DEFAULT_REFERENCES, WeightsOrigin
+from edgeflame.simulation import MeasureAnswer, MeasureTask
+from edgeflame.statistics.codec import encode_statistics
+from edgeflame.statistics.memory import write_bank
+from edgeflame.statistics.merge import read_moments, write_site_statistics
+from edgeflame.statistics.moments import MomentAccumulator
 from fitting.crossfit import PooledStatistics, image_scores, score_maps
 from fitting.evaluation import EvaluationReport, evaluate
 from fitting.imageset import ImageSet

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import msgspec
 
 from aggregator.config import AggregateConfig
-from edgeflame.boards.board import MIN_IMAGE_SIZE
-from edgeflame.boards.textures import TEXTURES
+from boards.board import MIN_IMAGE_SIZE
+from boards.textures import TEXTURES
 from edgeflame.errors import ConfigError
-from edgeflame.learning import SOLO_METHODS, Learning
+from edgeflame.methods import SOLO_METHODS, Learning
 
 MAX_SIMULATED_SITES = 10_000
 

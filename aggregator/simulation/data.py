@@ -32,15 +32,15 @@ import msgspec
 import numpy as np
 
 from aggregator.simulation.config import BoardsData, FolderData, Partition, SimulationConfig
-from edgeflame.boards.board import make_board
-from edgeflame.boards.camera import Camera
-from edgeflame.boards.plan import DatasetSpec, PlannedPart, plan_parts
-from edgeflame.boards.seeds import generator
-from edgeflame.console import Progress
+from boards.board import make_board
+from boards.camera import Camera
+from boards.dataset import DatasetSpec, PlannedPart, plan_parts
+from boards.surface import generator
 from edgeflame.dataset import GOOD, GROUPS_FILES, ImageRecord, open_dataset
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import ImageU8, read_image, read_mask, write_image
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.log import Progress
+from edgeflame.state import storage_errors, write_durably
 
 
 @dataclass(frozen=True, kw_only=True)

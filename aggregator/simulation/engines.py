@@ -23,7 +23,7 @@ import msgspec
 from aggregator.simulation.config import EngineConfig
 from edgeflame import errors
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, MissingDependencyError
-from edgeflame.simulated import ANSWER, MeasureAnswer, Problem, SiteAnswer, Task
+from edgeflame.simulation import ANSWER_DECODER, MeasureAnswer, SimulationFailure, SimulationTask, SiteAnswer
 
 TaskHandler = Callable[[bytes], bytes]
 """Importable by name in another process."""
@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 class SimulationEngine(Protocol):
     """Carries out tasks."""
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+    def run(self, tasks: Sequence[SimulationTask]) -> Iterator[SiteAnswer | MeasureAnswer]:
         """Answers in the order in which they come.
 
         Raises:
@@ -70,7 +70,7 @@ class _InProcessEngine:
     def __init__(self, handle: TaskHandler) -> None:
         self._handle = handle
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+    def run(self, tasks: Sequence[SimulationTask]) -> Iterator[SiteAnswer | MeasureAnswer]:
         for task in tasks:
             yield _decode_answer(self._handle(msgspec.json.encode(task)))
 
@@ -80,7 +80,7 @@ class _ProcessPoolEngine:
         self._pool = pool
         self._handle = handle
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+    def run(self, tasks: Sequence[SimulationTask]) -> Iterator[SiteAnswer | MeasureAnswer]:
         futures = [self._pool.submit(self._handle, msgspec.json.encode(task)) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -97,7 +97,7 @@ class _RayEngine:
         # Ray gives a task as many threads of the numerical libraries as it gives it CPUs.
         self._remote = ray.remote(handle).options(num_cpus=config.threads)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[SiteAnswer | MeasureAnswer]:
+    def run(self, tasks: Sequence[SimulationTask]) -> Iterator[SiteAnswer | MeasureAnswer]:
         ray = self._ray
         waiting = list(reversed(tasks))
         running: list[Any] = []
@@ -149,8 +149,8 @@ def _init_worker() -> None:
 
 
 def _decode_answer(data: bytes) -> SiteAnswer | MeasureAnswer:
-    answer = ANSWER.decode(data)
-    if isinstance(answer, Problem):
+    answer = ANSWER_DECODER.decode(data)
+    if isinstance(answer, SimulationFailure):
         kind = getattr(errors, answer.error, FederationError)
         raise kind(answer.message) if issubclass(kind, EdgeFlameError) else FederationError(answer.message)
     return answer

@@ -32,12 +32,12 @@ from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.data import SiteLayout, prepare_site_data
 from aggregator.simulation.engines import SimulationEngine
 from aggregator.validation import validate_upload
-from edgeflame.boards.seeds import derive_seed
-from edgeflame.console import EventLog, Progress
+from boards.surface import derive_seed
 from edgeflame.errors import ConfigError, FederationError, StorageError
-from edgeflame.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode
-from edgeflame.simulated import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
-from edgeflame.statedir import link_or_copy, locked_state_dir, storage_errors, write_durably
+from edgeflame.log import EventLog, Progress
+from edgeflame.mqtt.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode_message
+from edgeflame.simulation import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
+from edgeflame.state import link_or_copy, locked_state_dir, storage_errors, write_durably
 from edgeflame.transfer.store import BlobStore
 
 METRICS_FILE = "metrics.json"
@@ -242,7 +242,7 @@ class _Simulation:
 
     def _tasks(self) -> list[SiteTask]:
         state = self._machine.state
-        announced = msgspec.Raw(encode(self._announcer.describe(state, tuple(self._machine.available_sites()))))
+        announced = msgspec.Raw(encode_message(self._announcer.describe(state, tuple(self._machine.available_sites()))))
         return [
             SiteTask(
                 site=place.site,

@@ -6,7 +6,7 @@ from aggregator.strategies.averaging import FedAvg, FedNova, Scaffold
 from aggregator.strategies.interface import BlockRule, FileRule, Rule
 from aggregator.strategies.memory import KMeansMemory, require_scikit_learn
 from aggregator.strategies.robust import Median, NormClipping, TrimmedMean
-from edgeflame.learning import METHODS
+from edgeflame.methods import METHODS
 
 AUTO = "auto"
 """The rule that belongs to the learning method."""

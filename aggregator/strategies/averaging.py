@@ -3,7 +3,7 @@
 :class:`FedAvg` is the average weighted by sample counts (FLAME Eq. 7), accumulated in float64 in site order.
 
 :class:`FedNova` (Wang et al. 2020, arXiv 2007.07481) averages changes per step taken, so that no site counts for its
-haste. With ``a_i`` the gradients' worth of site i's local steps (:func:`edgeflame.learning.accumulated_steps`; its
+haste. With ``a_i`` the gradients' worth of site i's local steps (:func:`edgeflame.methods.accumulated_steps`; its
 number of steps where there is no momentum) and ``G_i = (w - w_i) / a_i`` its normalised change,
 
     w+ = w - (sum_i p_i a_i) (sum_i p_i G_i)
@@ -26,7 +26,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from aggregator.strategies.interface import Contribution, RoundInputs
-from edgeflame.learning import CONTROL_PREFIX, accumulated_steps
+from edgeflame.methods import CONTROL_PREFIX, accumulated_steps
 from edgeflame.tensors import F64
 
 

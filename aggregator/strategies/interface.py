@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from edgeflame.learning import Exchange
+from edgeflame.methods import ExchangeKind
 from edgeflame.tensors import F64
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class BlockRule:
     """
 
     build: Callable[[RoundInputs], BlockStrategy]
-    exchange: Exchange = "weights"
+    exchange: ExchangeKind = "weights"
     needs_steps: bool = False
     equal_votes: bool = False
     holds_all_sites: bool = False
@@ -116,7 +116,7 @@ class FileRule:
     """
 
     build: Callable[[RoundInputs], FileStrategy]
-    exchange: Exchange = "weights"
+    exchange: ExchangeKind = "weights"
     needs_steps: bool = False
     equal_votes: bool = False
     check: Callable[[], None] | None = None

@@ -14,7 +14,7 @@ import numpy as np
 
 from aggregator.strategies.interface import Contribution, RoundInputs
 from edgeflame.errors import MissingDependencyError
-from edgeflame.memory_bank import MemoryBank, read_bank, write_bank
+from edgeflame.statistics.memory import MemoryBank, read_bank, write_bank
 
 MAX_ITERATIONS = 300
 

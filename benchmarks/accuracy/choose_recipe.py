@@ -22,9 +22,9 @@ from synthetic_defects import KINDS, add_defect
 from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
-from edgeflame.learning import Learning
-from edgeflame.moments import MomentAccumulator
-from edgeflame.statistics import fit_gaussian
+from edgeflame.methods import Learning
+from edgeflame.statistics.gaussian import fit_gaussian
+from edgeflame.statistics.moments import MomentAccumulator
 from fitting.crossfit import image_scores, make_folds, score_maps
 from fitting.imageset import ImageSet
 from trainer.device import pick_device, rgb_tensor

@@ -26,7 +26,7 @@ import torch
 
 from edgeflame.dataset import Dataset, ImageRecord, open_dataset
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Learning, Scoring
+from edgeflame.methods import Learning, Scoring
 from fitting.crossfit import image_scores, score_maps
 from fitting.imageset import ImageSet
 from fitting.metrics import auroc

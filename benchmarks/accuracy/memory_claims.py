@@ -35,12 +35,12 @@ from sklearn.metrics import roc_auc_score
 from aggregator.aggregate import aggregate_updates, relative_memory_change, relative_model_change
 from aggregator.config import AggregateConfig
 from aggregator.strategies.interface import Contribution
-from edgeflame.console import no_progress
 from edgeflame.dataset import Dataset, open_dataset
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Learning, Memory
-from edgeflame.memory_bank import read_bank
-from edgeflame.simulated import MeasureTask
+from edgeflame.log import no_progress
+from edgeflame.methods import Learning, Memory
+from edgeflame.simulation import MeasureTask
+from edgeflame.statistics.memory import read_bank
 from fitting.imageset import ImageSet
 from trainer.agent.step_runner import task_seed
 from trainer.agent.tasks import TrainTask

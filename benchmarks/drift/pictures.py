@@ -21,15 +21,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from boards.dataset import BoardStream, write_dataset
 from edge.config.inspection import DriftConfig
 from edge.drift.monitor import DriftMonitor, Ranks
 from edge.runtimes.load import open_runtime
 from edge.status import DriftCondition
-from edgeflame.boards import BoardStream, write_dataset
-from edgeflame.condition import CAMERA_STREAMS, PART_STREAMS, STREAMS, Template, image_condition, part_condition
 from edgeflame.dataset import open_dataset
+from edgeflame.drift_reference import (
+    CAMERA_STREAMS,
+    PART_STREAMS,
+    STREAMS,
+    AlignmentTemplate,
+    image_streams,
+    part_streams,
+)
 from edgeflame.images import ImageU8, read_image
-from edgeflame.learning import Learning
+from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from export.graph import scoring_graph
 from trainer.fit import fit
@@ -109,13 +116,13 @@ class Line:
         self._package = read_package(path)
         self._runtime = open_runtime(self._package.model_onnx, device="cpu")
         self._preprocessing = self._package.manifest.learning.input
-        self._template = Template([one.image(self._preprocessing) for one in self._package.references])
+        self._template = AlignmentTemplate([one.image(self._preprocessing) for one in self._package.references])
 
     def values(self, image: ImageU8) -> dict[str, float]:
         """All streams of one picture."""
         seen = self._preprocessing.apply(image)
         scores, maps = self._runtime.score(seen[None])
-        return {**part_condition(float(scores[0]), maps[0]), **image_condition(seen, self._template)}
+        return {**part_streams(float(scores[0]), maps[0]), **image_streams(seen, self._template)}
 
     def monitor(self) -> DriftMonitor:
         return DriftMonitor(CONFIG, self._package.condition)

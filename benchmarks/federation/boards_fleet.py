@@ -16,9 +16,9 @@ from aggregator.run import RunResult
 from aggregator.simulation.config import BoardsData, EngineConfig, Evaluation, Partition, SimulationConfig
 from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import METRICS_FILE, simulate
-from edgeflame.console import no_progress
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Learning, Training
+from edgeflame.log import no_progress
+from edgeflame.methods import Learning, Training
 from trainer.agent.simulated import SimulatedSites, answer_task
 from trainer.agent.tasks import SiteTrainer, WorkerSetup
 from trainer.work import ModelEvaluator, TorchSiteTrainer

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgeflame.broker import free_port
+from edgeflame.mqtt.embedded_broker import free_port
 
 MOSQUITTO = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 BROKERS = ("mosquitto", "embedded") if MOSQUITTO else ("embedded",)

@@ -15,9 +15,9 @@ from typing import get_args
 import boards_fleet
 import torch
 
-from edgeflame.console import LOGGER_NAME
-from edgeflame.transfer.codec import decode_update, encode_update
-from edgeflame.transfer.manifest import Codec
+from edgeflame.log import LOGGER_NAME
+from edgeflame.mqtt.messages import Codec
+from edgeflame.transfer.compression import decode_update, encode_update
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from edgeflame.brokerurl import BrokerUrl
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Up
-from edgeflame.messages import (
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, ReceivedMessage
+from edgeflame.mqtt.messages import (
+    BlobManifest,
     BlobNeed,
     FinishReport,
     Heartbeat,
@@ -29,11 +29,11 @@ from edgeflame.messages import (
     Welcome,
     decode_down,
     decode_round,
-    encode,
+    encode_message,
 )
-from edgeflame.topics import Chunk, Spoken, Topics
-from edgeflame.transfer.manifest import Manifest, describe_file
-from edgeflame.transfer.receiver import ChunkKind, Receiver
+from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
+from edgeflame.mqtt.url import BrokerUrl
+from edgeflame.transfer.protocol import ChunkKind, Receiver, describe_file
 from edgeflame.transfer.store import Outgoing
 from trainer.agent.aggregator_client import Upload
 
@@ -75,9 +75,9 @@ class LoadSite:
         name: str,
         url: BrokerUrl,
         topics: Topics,
-        inbox: queue.SimpleQueue[tuple[LoadSite, Event]],
-        initial: tuple[Path, Manifest],
-        update: tuple[Path, Manifest],
+        inbox: queue.SimpleQueue[tuple[LoadSite, ClientEvent]],
+        initial: tuple[Path, BlobManifest],
+        update: tuple[Path, BlobManifest],
     ) -> None:
         self.name = name
         self.announced: RoundState | None = None
@@ -90,7 +90,7 @@ class LoadSite:
         self._offered: tuple[str, int] = ("", 0)
         self._is_up = self._welcome = False
         self._beat_at = 0.0
-        self._link = Link(
+        self._link = MqttClient(
             url,
             client_id=f"load-{name}",
             filters=[topics.round, topics.down(name)],
@@ -100,20 +100,20 @@ class LoadSite:
     def close(self) -> None:
         self._link.close(flush_s=0.5)
 
-    def on_event(self, event: Event, now: float) -> None:
+    def on_event(self, event: ClientEvent, now: float) -> None:
         match event:
-            case Up():
+            case Connected():
                 self._is_up = True
-            case Down() | Failed():
+            case Disconnected() | ConnectionFailed():
                 raise RuntimeError(str(event))
-            case Received():
+            case ReceivedMessage():
                 match self._topics.parse(event.topic):
-                    case Chunk(index=index):
+                    case ChunkTopic(index=index):
                         self._chunk(index, event.payload, now)
-                    case Spoken(kind="round") if event.payload:
+                    case MessageTopic(kind="round") if event.payload:
                         self.announced = decode_round(event.payload)
                         self._begin(now)
-                    case Spoken(kind="down"):
+                    case MessageTopic(kind="down"):
                         self._on_down(decode_down(event.payload), now)
                 event.done()
                 if self._upload is not None:
@@ -190,7 +190,7 @@ class LoadSite:
             self._download = None
             self._begin(now)
 
-    def _offer(self, path: Path, manifest: Manifest, purpose: str, number: int, now: float) -> None:
+    def _offer(self, path: Path, manifest: BlobManifest, purpose: str, number: int, now: float) -> None:
         assert self.announced is not None
         offer = Offer(
             run=self.announced.run, purpose=purpose, round=number, manifest=manifest, num_samples=10, num_steps=1
@@ -212,13 +212,13 @@ class LoadSite:
             self._upload = None
 
     def _send(self, message: UpMessage) -> None:
-        self._link.publish(self._topics.up(self.name), encode(message))
+        self._link.publish(self._topics.up(self.name), encode_message(message))
 
 
 def run_sites(url: BrokerUrl, fleet: str, initial: Path, updates: list[Path], *, timeout_s: float) -> dict[str, float]:
     """Be all sites until the run is over: when each phase was announced, seconds on the monotonic clock."""
     topics = Topics(fleet=fleet)
-    inbox: queue.SimpleQueue[tuple[LoadSite, Event]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[tuple[LoadSite, ClientEvent]] = queue.SimpleQueue()
     shared = (initial, describe_file(initial))
     sites = [
         LoadSite(f"site{number:03}", url, topics, inbox, shared, (path, describe_file(path)))

@@ -20,7 +20,7 @@ from pathlib import Path
 import brokers
 import load
 
-from edgeflame.brokerurl import parse_broker_url
+from edgeflame.mqtt.url import parse_broker_url
 
 FLEET = "load"
 

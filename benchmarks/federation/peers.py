@@ -18,14 +18,22 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from aggregator.uploads import UploadReceiver
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Received, Up
-from edgeflame.messages import BlobNeed, Offer, Receipt, decode_down, decode_up, encode
-from edgeflame.topics import Chunk, Topics
-from edgeflame.transfer.download import Download
-from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, describe_file, unpack_mask
-from edgeflame.transfer.store import BlobStore, Outgoing
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
+from edgeflame.mqtt.messages import (
+    DEFAULT_CHUNK_BYTES,
+    BlobManifest,
+    BlobNeed,
+    Offer,
+    Receipt,
+    decode_down,
+    decode_up,
+    encode_message,
+)
+from edgeflame.mqtt.topics import ChunkTopic, Topics
+from edgeflame.mqtt.url import parse_broker_url
+from edgeflame.transfer.protocol import describe_file, unpack_mask
+from edgeflame.transfer.store import BlobStore, Download, Outgoing
 from trainer.agent.aggregator_client import Upload
 
 TOPICS = Topics(fleet="bench")
@@ -95,14 +103,14 @@ def raw_subscriber(control: Control, url: str, size_bytes: int) -> None:
 
 def uploader(control: Control, url: str, path: Path) -> None:
     """A site that offers an update, until it has the receipt."""
-    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     manifest = describe_file(path)
     offer = Offer(run=RUN, purpose="update", round=1, manifest=manifest, num_samples=1)
-    with Link(parse_broker_url(url), client_id="bench-site", filters=[TOPICS.down(SITE)], sink=inbox.put) as link:
+    with MqttClient(parse_broker_url(url), client_id="bench-site", filters=[TOPICS.down(SITE)], sink=inbox.put) as link:
         upload = Upload(
             Outgoing(path, manifest),
             offer,
-            send=lambda message: link.publish(TOPICS.up(SITE), encode(message)),
+            send=lambda message: link.publish(TOPICS.up(SITE), encode_message(message)),
             publish=lambda index, data: link.publish(TOPICS.up_chunk(SITE, manifest.sha256, index), data),
         )
         cpu = _ready(control, inbox)
@@ -112,7 +120,7 @@ def uploader(control: Control, url: str, path: Path) -> None:
         while not is_done:
             event = _next(inbox)
             now = time.monotonic()
-            if isinstance(event, Received):
+            if isinstance(event, ReceivedMessage):
                 message = decode_down(event.payload)
                 is_done = isinstance(message, Receipt)
                 if isinstance(message, BlobNeed):
@@ -126,23 +134,25 @@ def uploader(control: Control, url: str, path: Path) -> None:
 
 def intake(control: Control, url: str, _size_bytes: int) -> None:
     """An aggregator that takes one offered blob: on disk, hashed, receipt."""
-    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     with (
         tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
-        Link(parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put) as link,
+        MqttClient(
+            parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put
+        ) as link,
     ):
         taking = UploadReceiver(
-            BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode(message))
+            BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode_message(message))
         )
         cpu = _ready(control, inbox)
         arrived = None
         while arrived is None:
             event = _next(inbox)
             now = time.monotonic()
-            if not isinstance(event, Received):
+            if not isinstance(event, ReceivedMessage):
                 continue
             match TOPICS.parse(event.topic):
-                case Chunk(site=str(site), sha256=sha256, index=index):
+                case ChunkTopic(site=str(site), sha256=sha256, index=index):
                     _, arrived = taking.chunk(site, sha256, index, event.payload, now=now)
                 case _:
                     message = decode_up(event.payload)
@@ -151,21 +161,23 @@ def intake(control: Control, url: str, _size_bytes: int) -> None:
             event.done()
         assert arrived.intact
         sha256 = arrived.offer.manifest.sha256
-        link.publish(TOPICS.down(SITE), encode(Receipt(run=RUN, purpose="update", round=1, sha256=sha256)))
+        link.publish(TOPICS.down(SITE), encode_message(Receipt(run=RUN, purpose="update", round=1, sha256=sha256)))
         control.send(Times(0.0, time.monotonic(), time.process_time() - cpu))
         control.recv()
 
 
 def distributor(control: Control, url: str, path: Path) -> None:
     """An aggregator that serves a model to whoever asks, until it is told to stop."""
-    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     manifest = describe_file(path)
-    with Link(parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put) as link:
+    with MqttClient(
+        parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put
+    ) as link:
         outgoing = Outgoing(path, manifest)
         cpu = _ready(control, inbox, say=manifest)
         while not control.poll():
             event = _next(inbox)
-            if isinstance(event, Received):
+            if isinstance(event, ReceivedMessage):
                 need = decode_up(event.payload)
                 site = event.topic.split("/")[4]
                 if isinstance(need, BlobNeed):
@@ -176,19 +188,19 @@ def distributor(control: Control, url: str, path: Path) -> None:
         control.send(Times(0.0, time.monotonic(), time.process_time() - cpu))
 
 
-def downloader(control: Control, url: str, manifest: Manifest, site: str) -> None:
+def downloader(control: Control, url: str, manifest: BlobManifest, site: str) -> None:
     """A site that fetches a model: on disk, hashed."""
-    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     with (
         tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
-        Link(
+        MqttClient(
             parse_broker_url(url), client_id=f"bench-{site}", filters=[TOPICS.chunks(manifest.sha256)], sink=inbox.put
         ) as link,
     ):
         store = BlobStore(Path(folder))
 
         def send(message: object) -> None:
-            link.publish(TOPICS.up(site), encode(message))
+            link.publish(TOPICS.up(site), encode_message(message))
 
         cpu = _ready(control, inbox)
         started = time.monotonic()
@@ -197,9 +209,9 @@ def downloader(control: Control, url: str, manifest: Manifest, site: str) -> Non
         while manifest.sha256 not in store:
             event = _next(inbox)
             now = time.monotonic()
-            if isinstance(event, Received):
+            if isinstance(event, ReceivedMessage):
                 address = TOPICS.parse(event.topic)
-                assert isinstance(address, Chunk)
+                assert isinstance(address, ChunkTopic)
                 download.chunk(address.index, event.payload, now=now)
                 event.done()
             download.tick(now)
@@ -212,15 +224,15 @@ def _paho() -> mqtt.Client:
     return mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
 
 
-def _next(inbox: queue.SimpleQueue[Event]) -> Event | None:
+def _next(inbox: queue.SimpleQueue[ClientEvent]) -> ClientEvent | None:
     try:
         return inbox.get(timeout=TICK_S)
     except queue.Empty:
         return None
 
 
-def _ready(control: Control, inbox: queue.SimpleQueue[Event], say: object = "ready") -> float:
-    while not isinstance(inbox.get(), Up):
+def _ready(control: Control, inbox: queue.SimpleQueue[ClientEvent], say: object = "ready") -> float:
+    while not isinstance(inbox.get(), Connected):
         pass
     control.send(say)
     control.recv()

@@ -25,7 +25,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from edgeflame.console import LOGGER_NAME, Progress
+from edgeflame.log import LOGGER_NAME, Progress
 from trainer.agent.tasks import (
     FinishOutcome,
     FinishTask,

@@ -64,8 +64,8 @@ def _fit(name: str, count: int) -> dict[str, float]:
 def _fit_ours(count: int) -> float:
     import numpy as np
 
-    from edgeflame.moments import MomentAccumulator
-    from edgeflame.statistics import fit_gaussian
+    from edgeflame.statistics.gaussian import fit_gaussian
+    from edgeflame.statistics.moments import MomentAccumulator
 
     rng = np.random.default_rng(0)
     accumulator, spent = MomentAccumulator(), 0.0

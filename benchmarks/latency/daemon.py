@@ -34,14 +34,14 @@ import msgspec
 import numpy as np
 import onnxruntime
 
+from boards.dataset import BoardStream
+from cli import cli as edgeflame
 from edge.config.outputs import OutboxConfig
 from edge.delivery.outbox import OUTBOX_FILE, Outbox
 from edge.frame import Frame, make_frame
 from edge.result import Result
 from edge.runtimes.interface import INPUT
 from edge.sources.child import Remark, TakenImage, live_frames, taken_image
-from edgeflame.boards.stream import BoardStream
-from edgeflame.cli import cli as edgeflame
 from edgeflame.images import ImageU8
 from edgeflame.package import read_package
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from edgeflame.boards.stream import BoardStream
+from boards.dataset import BoardStream
 from edgeflame.errors import MissingDependencyError
 from edgeflame.images import ImageU8, Preprocessing
-from edgeflame.learning import Backbone
-from edgeflame.statistics import LowRankGaussian
+from edgeflame.methods import Backbone
+from edgeflame.statistics.gaussian import LowRankGaussian
 from export.graph import scoring_graph
 from export.precision import backbone_model, with_precision
 from trainer.backbone import build_network

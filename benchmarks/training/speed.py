@@ -24,10 +24,10 @@ import msgspec
 import numpy as np
 import torch
 
-from edgeflame.boards import write_dataset
+from boards.dataset import write_dataset
 from edgeflame.dataset import Dataset, open_dataset
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Backbone, Learning
+from edgeflame.methods import Backbone, Learning
 from fitting.imageset import ImageSet
 from trainer.device import pick_device, rgb_tensor
 from trainer.embedding import F32, embed

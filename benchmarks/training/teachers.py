@@ -19,10 +19,10 @@ import msgspec
 import torch
 import trainer.teacher
 
-from edgeflame.boards import write_dataset
+from boards.dataset import write_dataset
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Learning, Training
+from edgeflame.methods import Learning, Training
 from fitting.imageset import ImageSet
 from trainer.device import keep_freed_memory, pick_device
 from trainer.model import build_model

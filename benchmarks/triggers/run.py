@@ -23,10 +23,10 @@ from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import NumberRange
 from edge.result import Inspected
 from edge.status import PartCounts
-from edgeflame.broker import free_port
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link
-from edgeflame.linkevents import Up
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import Connected
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import MOSQUITTO, BrokerProcess
 from tests.support.modbus_server import Plc
 from tests.support.waiting import wait_for
@@ -56,8 +56,8 @@ def over_mqtt(kind: str, count: int) -> list[float]:
     up = threading.Event()
     with tempfile.TemporaryDirectory() as folder, BrokerProcess(kind, Path(folder)) as broker:
         url = parse_broker_url(broker.url)
-        sink = lambda event: up.set() if isinstance(event, Up) else None  # noqa: E731 - a word
-        with Link(url, client_id="plant", filters=["nothing"], sink=sink) as plant:
+        sink = lambda event: up.set() if isinstance(event, Connected) else None  # noqa: E731 - a word
+        with MqttClient(url, client_id="plant", filters=["nothing"], sink=sink) as plant:
             assert up.wait(20)
             source = MqttTrigger(url, topic=TOPIC, client_id="line", config=MqttTriggerConfig())
             return delays(source, lambda number: plant.publish(TOPIC, b'{"number": %d}' % number), count)

@@ -13,6 +13,10 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY edgeflame edgeflame
+COPY boards boards
+COPY cli cli
+COPY fitting fitting
+COPY fleet fleet
 COPY trainer trainer
 COPY aggregator aggregator
 COPY export export

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from edgeflame.boards import BoardStream, Camera
+from boards.camera import Camera
+from boards.dataset import BoardStream
 from edgeflame.images import write_image
 
 CLEAR = 0.7

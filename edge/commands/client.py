@@ -11,11 +11,11 @@ import msgspec
 
 from edge.commands.messages import Command, Reply
 from edge.status import LineState
-from edgeflame.brokerurl import BrokerUrl
 from edgeflame.errors import LinkError
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Failed, Received, Up
-from edgeflame.topics import Topics, check_name
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
+from edgeflame.mqtt.topics import Topics, check_name
+from edgeflame.mqtt.url import BrokerUrl
 
 STATE_GRACE_S = 1.0
 """The retained state comes right after the subscription; a line without one has never been connected."""
@@ -40,8 +40,8 @@ def send_command(
     """
     topics = Topics(fleet=fleet)
     check_name("line", line)
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    link = Link(
+    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
+    link = MqttClient(
         url,
         client_id=f"edgeflame-command-{os.getpid()}-{os.urandom(4).hex()}",
         filters=[topics.line_state(line), topics.line_reply(line)],
@@ -55,7 +55,12 @@ def send_command(
 
 
 def _converse(
-    link: Link, events: queue.SimpleQueue[Event], topics: Topics, line: str, command: Command, timeout_s: float
+    link: MqttClient,
+    events: queue.SimpleQueue[ClientEvent],
+    topics: Topics,
+    line: str,
+    command: Command,
+    timeout_s: float,
 ) -> Reply:
     state: LineState | None = None
     deadline: float | None = None
@@ -67,11 +72,11 @@ def _converse(
             event = None
         now = time.monotonic()
         match event:
-            case Failed(error=error):
+            case ConnectionFailed(error=error):
                 raise error
-            case Up():
+            case Connected():
                 deadline, grace, say_again = now + timeout_s, now + STATE_GRACE_S, now
-            case Received():
+            case ReceivedMessage():
                 event.done()
                 if event.topic == topics.line_reply(line):
                     reply = _reply(event.payload)

@@ -41,8 +41,8 @@ from edge.commands.messages import (
     read_command_id,
 )
 from edge.control import DaemonControl
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, FederationError
+from edgeflame.log import EventLog
 
 log = EventLog("commands")
 

@@ -24,7 +24,7 @@ from edge.config.outputs import (
 )
 from edge.config.parts import PartsConfig, TriggerConfig
 from edgeflame.errors import ConfigError
-from edgeflame.topics import MAX_NAME_CHARS, is_name
+from edgeflame.mqtt.topics import MAX_NAME_CHARS, is_name
 
 
 class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from edgeflame.errors import ConfigError, UsageError
-from edgeflame.releases.messages import MAX_OUTCOMES, MAX_SHADOW_PARTS
-from edgeflame.topics import check_name
+from edgeflame.mqtt.messages import MAX_OUTCOMES, MAX_SHADOW_PARTS
+from edgeflame.mqtt.topics import check_name
 
 
 class OutboxConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,13 +23,21 @@ import msgspec
 from edge.config.outputs import MqttConfig
 from edge.delivery.outbox import Delivery
 from edge.status import LineState
-from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, UsageError
-from edgeflame.fleet.kit import Kit, read_kit
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Sent, Up, Will
-from edgeflame.topics import Topics
+from edgeflame.log import EventLog
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import (
+    ClientEvent,
+    Connected,
+    ConnectionFailed,
+    Disconnected,
+    LastWill,
+    PublishResult,
+    ReceivedMessage,
+)
+from edgeflame.mqtt.kit import Kit, read_kit
+from edgeflame.mqtt.topics import Topics
+from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 
 _ENTITIES = {
     "verdict": ("Verdict", "value_json.result.verdict"),
@@ -204,14 +212,14 @@ class MqttDestination:
     def _connected(self) -> _Session:
         if self._session is None:
             offline = msgspec.structs.replace(self._state, online=False)
-            events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+            events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
             session = _Session(
-                Link(
+                MqttClient(
                     self._url,
                     client_id=f"edgeflame-line-{self._config.fleet}-{self._config.line}",
                     filters=[self._state_topic, self._topics.line_command(self._config.line)],
                     sink=partial(self._hear, events),
-                    will=Will(topic=self._state_topic, payload=msgspec.json.encode(offline)),
+                    will=LastWill(topic=self._state_topic, payload=msgspec.json.encode(offline)),
                     connect_timeout_s=self._config.timeout_s,
                 ),
                 events,
@@ -233,9 +241,9 @@ class MqttDestination:
             self._announced = state
         return self._session
 
-    def _hear(self, events: queue.SimpleQueue[Event], event: Event) -> None:
+    def _hear(self, events: queue.SimpleQueue[ClientEvent], event: ClientEvent) -> None:
         """On the link's thread: commands go to whoever takes them, everything else to the delivery."""
-        if isinstance(event, Received) and event.topic != self._state_topic:
+        if isinstance(event, ReceivedMessage) and event.topic != self._state_topic:
             event.done()
             self._take(event.payload, event.retained)
             return
@@ -250,7 +258,7 @@ class MqttDestination:
 class _Session:
     """One connection, from its making to its first trouble."""
 
-    def __init__(self, link: Link, events: queue.SimpleQueue[Event], timeout_s: float) -> None:
+    def __init__(self, link: MqttClient, events: queue.SimpleQueue[ClientEvent], timeout_s: float) -> None:
         self.link = link
         self.is_broken = False
         self._events = events
@@ -263,7 +271,7 @@ class _Session:
             LinkError: it did not.
         """
         # The link gives up by itself at the same time, with a better reason than ours.
-        while not isinstance(self._next(self._timeout_s + 5.0), Up):
+        while not isinstance(self._next(self._timeout_s + 5.0), Connected):
             pass
 
     def check(self) -> None:
@@ -290,7 +298,7 @@ class _Session:
         try:
             while waiting:
                 event = self._next(self._timeout_s)
-                if not isinstance(event, Sent):
+                if not isinstance(event, PublishResult):
                     continue
                 if event.error is not None:
                     msg = f"the broker refuses results on {topic}: {event.error}"
@@ -304,7 +312,7 @@ class _Session:
             self.is_broken = True
         return arrived
 
-    def _next(self, timeout_s: float) -> Event:
+    def _next(self, timeout_s: float) -> ClientEvent:
         try:
             event = self._events.get(timeout=timeout_s)
         except queue.Empty:
@@ -314,15 +322,15 @@ class _Session:
         return event
 
 
-def _raise_trouble(event: Event) -> None:
+def _raise_trouble(event: ClientEvent) -> None:
     match event:
-        case Failed():
+        case ConnectionFailed():
             raise event.error
-        case Down():
+        case Disconnected():
             msg = f"the connection to the broker was lost: {event.reason}"
             raise LinkError(msg)
-        case Received():
+        case ReceivedMessage():
             # The line's own state.
             event.done()
-        case Up() | Sent():
+        case Connected() | PublishResult():
             pass

@@ -36,9 +36,9 @@ import msgspec
 from edge.config.outputs import OutboxConfig
 from edge.result import FileOrigin, Result
 from edge.status import DestinationStatus
-from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
-from edgeflame.statedir import refuse_newer
+from edgeflame.log import EventLog
+from edgeflame.state import check_format_version
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,7 +173,7 @@ class Outbox:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             found = self._found_format()
         try:
-            refuse_newer(f"{path}: the outbox", found=found, known=FORMAT)
+            check_format_version(f"{path}: the outbox", found=found, known=FORMAT)
         except StorageError:
             self._db.close()
             raise

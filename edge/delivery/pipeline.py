@@ -27,9 +27,9 @@ from edge.delivery.sinks import Sink
 from edge.delivery.webhook import WebhookDestination
 from edge.result import Inspected
 from edge.status import DestinationStatus, LineState
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, StorageError
-from edgeflame.statedir import locked_state_dir
+from edgeflame.log import EventLog
+from edgeflame.state import locked_state_dir
 
 delivery_log = EventLog("delivery")
 

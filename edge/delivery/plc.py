@@ -36,7 +36,7 @@ from pymodbus.exceptions import ModbusException
 
 from edge.config.outputs import ModbusConfig
 from edge.result import Inspected
-from edgeflame.console import EventLog
+from edgeflame.log import EventLog
 
 log = EventLog("plc")
 

@@ -25,9 +25,9 @@ from edge.config.outputs import RejectsConfig
 from edge.overlay import draw_overlay
 from edge.result import Inspected, json_line
 from edge.status import DEFAULT_CAMERA
-from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
 from edgeflame.images import shrink, write_image
+from edgeflame.log import EventLog
 
 if TYPE_CHECKING:
     from rich.console import Console

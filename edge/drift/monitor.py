@@ -1,6 +1,6 @@
 """Drift of one camera with one model: what is learnt, the evidence, and what is said of it. No clock, no I/O.
 
-The streams of :mod:`edgeflame.condition` are watched one by one and spoken of in two groups, since what is to be done
+The streams of :mod:`edgeflame.drift_reference` are watched one by one and spoken of in two groups, since what is to be done
 differs: the camera's (the picture itself changed: lamp, lens, exposure, mounting) and the parts' (the model sees other
 parts while the picture is as before). Where both did, either may be the cause: quite other parts make another picture.
 
@@ -54,14 +54,14 @@ import numpy.typing as npt
 
 from edge.config.inspection import DriftConfig
 from edge.status import DriftCondition, DriftStatus, StreamStatus
-from edgeflame.condition import (
+from edgeflame.drift_reference import (
     CAMERA_STREAMS,
     NUM_QUANTILES,
     PART_STREAMS,
     STREAMS,
-    ConditionReference,
+    DriftReference,
     StreamReference,
-    stream_reference,
+    make_stream_reference,
 )
 
 F64 = npt.NDArray[np.float64]
@@ -126,7 +126,7 @@ RESOLUTION = {
     "shift_y": 0.5,
 }
 """Differences of a picture below these matter to no model, however alike the reference's pictures were; in the units of
-:mod:`edgeflame.condition`."""
+:mod:`edgeflame.drift_reference`."""
 
 RELATIVE_RESOLUTION = 0.02
 """The same for scores, as a share of their median: other runtimes and precisions differ by so much."""
@@ -220,7 +220,7 @@ class DriftMonitor:
     """
 
     def __init__(
-        self, config: DriftConfig, reference: ConditionReference | None = None, saved: SavedMonitor | None = None
+        self, config: DriftConfig, reference: DriftReference | None = None, saved: SavedMonitor | None = None
     ) -> None:
         self._config = config
         given = reference.streams if reference is not None and config.reference == "auto" else {}
@@ -324,7 +324,7 @@ class DriftMonitor:
             return
         # Neighbours resemble one another, so they are fewer witnesses than they are parts.
         count = max(1.0, len(stream.values) / self._config.alike)
-        stream.learnt = stream_reference(np.asarray(stream.values), count=count)
+        stream.learnt = make_stream_reference(np.asarray(stream.values), count=count)
         stream.values, stream.is_learning = [], False
         self._ranks[name] = Ranks(name, stream.learnt)
         wealth = self._detector.wealth

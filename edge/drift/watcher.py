@@ -24,11 +24,11 @@ from edge.drift.monitor import DriftMonitor, SavedMonitor
 from edge.frame import Captured
 from edge.result import Inspected
 from edge.status import DriftCondition, DriftStatus
-from edgeflame.condition import PART_STREAMS, ConditionReference, Template, image_condition, part_condition
-from edgeflame.console import EventLog
+from edgeflame.drift_reference import PART_STREAMS, AlignmentTemplate, DriftReference, image_streams, part_streams
 from edgeflame.errors import StorageError
+from edgeflame.log import EventLog
 from edgeflame.package import Package
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.state import storage_errors, write_durably
 
 log = EventLog("drift")
 
@@ -53,8 +53,8 @@ class DriftModel:
     width: int
     height: int
     """Of the pictures it sees."""
-    reference: ConditionReference | None
-    template: Template | None
+    reference: DriftReference | None
+    template: AlignmentTemplate | None
 
     @classmethod
     def of(cls, package: Package, *, scores_as_fitted: bool) -> DriftModel:
@@ -70,13 +70,13 @@ class DriftModel:
         reference = package.condition
         if reference is not None and not scores_as_fitted:
             kept = {name: one for name, one in reference.streams.items() if name not in PART_STREAMS}
-            reference = ConditionReference(streams=kept)
+            reference = DriftReference(streams=kept)
         return cls(
             model=package.sha256[:12],
             width=preprocessing.width,
             height=preprocessing.height,
             reference=reference,
-            template=Template(images) if images else None,
+            template=AlignmentTemplate(images) if images else None,
         )
 
 
@@ -183,8 +183,8 @@ class DriftWatcher:
         size = (running.width, running.height)
         seen = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
         values = {
-            **part_condition(result.score, inspected.anomaly_map),
-            **image_condition(seen, running.template),
+            **part_streams(result.score, inspected.anomaly_map),
+            **image_streams(seen, running.template),
         }
         with self._lock:
             before = monitor.status().condition

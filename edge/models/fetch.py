@@ -18,15 +18,14 @@ from typing import final
 
 from edge.models.manager import ModelManager
 from edge.models.store import PUBLISHER_OWNER, PackageStore
-from edgeflame.brokerurl import BrokerUrl
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, RuntimeUnavailableError, StorageError
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Up
-from edgeflame.messages import BlobNeed, encode
-from edgeflame.releases.messages import LineModels, ProductModels, Release, decode_release
-from edgeflame.topics import Chunk, Spoken, Topics
-from edgeflame.transfer.download import Download
+from edgeflame.log import EventLog
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, ReceivedMessage
+from edgeflame.mqtt.messages import BlobNeed, LineModels, ProductModels, Release, decode_release, encode_message
+from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
+from edgeflame.mqtt.url import BrokerUrl
+from edgeflame.transfer.store import Download
 
 log = EventLog("models")
 
@@ -72,11 +71,11 @@ class ReleaseFetcher:
         self._line = line
         self._on_change = on_change
         self._boot = uuid.uuid4().hex
-        self._inbox: queue.SimpleQueue[Event | Callable[[], None] | str] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ClientEvent | Callable[[], None] | str] = queue.SimpleQueue()
         self.keeper = make_keeper(lambda: self._inbox.put(_WAKE))
         self._downloads: dict[str, tuple[str, Download]] = {}
         """By product: the release's id, and its package's arrival."""
-        self._link: Link | None = None
+        self._link: MqttClient | None = None
         self._is_up = False
         self.models: tuple[ProductModels, ...] = ()
         """As the fleet is told, whether or not it can be."""
@@ -164,7 +163,7 @@ class ReleaseFetcher:
                 self._attempt(self.keeper.look)
                 self._tick(now)
             # Not with every chunk.
-            if is_due or not isinstance(item, Received):
+            if is_due or not isinstance(item, ReceivedMessage):
                 self._say(now)
 
     def _attempt(self, call: Callable[[], object]) -> None:
@@ -182,7 +181,7 @@ class ReleaseFetcher:
         if self._link is not None or (self._retry_at is not None and time.monotonic() < self._retry_at):
             return
         try:
-            self._link = Link(
+            self._link = MqttClient(
                 self._broker,
                 client_id=f"edgeflame-models-{self._topics.fleet}-{self._line}",
                 filters=[self._topics.all_releases()],
@@ -198,17 +197,17 @@ class ReleaseFetcher:
             self._link.close(flush_s=0.0)
         self._link, self._is_up, self._retry_at = None, False, time.monotonic() + RETRY_S
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: ClientEvent) -> None:
         match event:
-            case Up():
+            case Connected():
                 self._is_up, self._said = True, None
                 for _, download in self._downloads.values():
                     download.ask(now=time.monotonic())
-            case Down():
+            case Disconnected():
                 self._is_up = False
-            case Failed(error=error):
+            case ConnectionFailed(error=error):
                 self._given_up(error)
-            case Received():
+            case ReceivedMessage():
                 try:
                     self._on_message(event)
                 except FederationError as exc:
@@ -218,11 +217,11 @@ class ReleaseFetcher:
             case _:
                 pass
 
-    def _on_message(self, event: Received) -> None:
+    def _on_message(self, event: ReceivedMessage) -> None:
         match self._topics.parse(event.topic):
-            case Chunk(is_release=True, sha256=sha256, index=index):
+            case ChunkTopic(is_release=True, sha256=sha256, index=index):
                 self._on_chunk(sha256, index, event.payload)
-            case Spoken(kind="release", product=str(product)) if event.payload:
+            case MessageTopic(kind="release", product=str(product)) if event.payload:
                 self._on_release(decode_release(event.payload, product))
             case _:
                 pass
@@ -308,7 +307,7 @@ class ReleaseFetcher:
     def _say_need(self, need: BlobNeed) -> None:
         # While the link is down nothing is queued: it is asked again when it is up.
         if self._is_up and self._link is not None:
-            self._link.publish(self._topics.line_up(self._line), encode(need))
+            self._link.publish(self._topics.line_up(self._line), encode_message(need))
 
     def _say(self, now: float, *, is_checking: str | None = None) -> None:
         progress = {product: download.progress for product, (_, download) in self._downloads.items()}
@@ -325,7 +324,7 @@ class ReleaseFetcher:
             return
         self._said, self._said_at = models, now
         with contextlib.suppress(LinkError):
-            self._link.publish(self._topics.line_models(self._line), encode(models), retain=True)
+            self._link.publish(self._topics.line_models(self._line), encode_message(models), retain=True)
 
 
 def _milestones(models: LineModels) -> tuple[object, ...]:

@@ -20,9 +20,9 @@ from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState
 from edge.models.store import PackageStore, RefusedError, TrustedKeys, read_trusted, refuse_announced
 from edge.result import Inspected
 from edge.status import RolloutStatus, ShadowStatus
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, UsageError
-from edgeflame.releases.messages import Candidate, Disagreement, ProductModels, Release
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, Release
 
 log = EventLog("models")
 
@@ -396,7 +396,7 @@ class ModelManager:
                 stage = "checking"
             elif stage == "fetching":
                 done, total = transfer or (0, release.manifest.num_chunks)
-            candidate = Candidate(
+            candidate = CandidateModel(
                 release=release.release,
                 sha256=release.manifest.sha256,
                 name=release.name,

@@ -20,9 +20,9 @@ from edge.models.rollout import CameraDeployment
 from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState, fall_back, package_files, settle_at_start
 from edge.models.store import MODELS_FOLDER, RECORD_FILE, PackageStore, TrustedKeys
 from edge.status import CameraStatus, RolloutStatus
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
-from edgeflame.releases.messages import ProductModels
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import ProductModels
 from edgeflame.transfer.store import sha256_of
 
 log = EventLog("models")

@@ -23,10 +23,10 @@ from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState
 from edge.models.store import PackageStore, RefusedError, as_refusal
 from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import open_runtime
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, PackageError, UsageError
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import Disagreement, ReleaseFate
 from edgeflame.package import Package, read_package
-from edgeflame.releases.messages import Disagreement, Fate
 
 
 class AcceptanceResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -295,7 +295,7 @@ class Rollouts:
         slot.shadow = slot.trial = None
 
     def drop(
-        self, product: str, fate: Fate, reason: str | None, detail: str, found: Disagreement | None = None
+        self, product: str, fate: ReleaseFate, reason: str | None, detail: str, found: Disagreement | None = None
     ) -> None:
         """The candidate will not run."""
         entry = self.entry(product)
@@ -343,7 +343,7 @@ class Rollouts:
     def roll_back(
         self,
         product: str,
-        fate: Fate,
+        fate: ReleaseFate,
         reason: str,
         detail: str,
         *,

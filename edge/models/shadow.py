@@ -47,10 +47,10 @@ from edge.inspector import InspectorProtocol
 from edge.overlay import draw_overlay
 from edge.result import Inspected, Reason, Result
 from edge.runtimes.interface import Runtime
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.images import ImageU8, shrink, write_image
-from edgeflame.releases.messages import Disagreement
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import Disagreement
 
 SCORES_KEPT = 10_000
 """Pairs for the correlation: the newest."""

@@ -27,10 +27,18 @@ from pathlib import Path
 import msgspec
 
 from edge.models.store import PackageStore, RefusedError, TrustedKeys, read_trusted
-from edgeflame.console import EventLog
 from edgeflame.errors import StorageError
-from edgeflame.releases.messages import MAX_OUTCOMES, Disagreement, Fate, Outcome, Release, RunningModel, Stage
-from edgeflame.statedir import write_durably
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import (
+    MAX_OUTCOMES,
+    Disagreement,
+    Release,
+    ReleaseFate,
+    ReleaseOutcome,
+    ReleaseStage,
+    RunningModel,
+)
+from edgeflame.state import write_durably
 
 FORMAT = 1
 MAX_DECIDED = 200
@@ -50,7 +58,7 @@ class PendingRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """A release that does not run yet."""
 
     release: Release
-    stage: Stage
+    stage: ReleaseStage
     disagreement: Disagreement | None = None
     """Of the shadow run that it passed."""
 
@@ -66,7 +74,7 @@ class ProductState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Newest first; after the last comes the configuration's file."""
     on_trial: bool = False
     candidate: PendingRelease | None = None
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[ReleaseOutcome, ...] = ()
     """Newest first."""
     decided: tuple[str, ...] = ()
     """Releases that were dealt with, newest first."""
@@ -112,7 +120,9 @@ def begin_candidate(entry: ProductState, release: Release, now: datetime) -> Pro
     return msgspec.structs.replace(entry, candidate=PendingRelease(release=release, stage="fetching"))
 
 
-def advance_candidate(entry: ProductState, stage: Stage, disagreement: Disagreement | None = None) -> ProductState:
+def advance_candidate(
+    entry: ProductState, stage: ReleaseStage, disagreement: Disagreement | None = None
+) -> ProductState:
     """The candidate is a step further."""
     assert entry.candidate is not None
     candidate = msgspec.structs.replace(entry.candidate, stage=stage, disagreement=disagreement)
@@ -121,7 +131,7 @@ def advance_candidate(entry: ProductState, stage: Stage, disagreement: Disagreem
 
 def drop_candidate(
     entry: ProductState,
-    fate: Fate,
+    fate: ReleaseFate,
     now: datetime,
     *,
     reason: str | None = None,
@@ -139,7 +149,7 @@ def drop_candidate(
 def record_outcome(
     entry: ProductState,
     release: Release,
-    fate: Fate,
+    fate: ReleaseFate,
     now: datetime,
     *,
     reason: str | None = None,
@@ -147,7 +157,7 @@ def record_outcome(
     disagreement: Disagreement | None = None,
 ) -> ProductState:
     """Note what became of a release; it is not taken up again."""
-    outcome = Outcome(
+    outcome = ReleaseOutcome(
         release=release.release,
         sha256=release.manifest.sha256,
         name=release.name,
@@ -183,7 +193,7 @@ def roll_back_present(
     entry: ProductState,
     now: datetime,
     *,
-    fate: Fate = "rolled_back",
+    fate: ReleaseFate = "rolled_back",
     reason: str,
     detail: str,
     to_file: bool = False,
@@ -203,7 +213,7 @@ def use_configured_file(entry: ProductState, configured: str) -> ProductState:
 
 def _changed(
     entry: ProductState,
-    fate: Fate,
+    fate: ReleaseFate,
     now: datetime,
     *,
     reason: str | None = None,
@@ -214,7 +224,7 @@ def _changed(
     present = entry.present
     before = next((one for one in entry.outcomes if one.release == present.release), None)
     measured = disagreement or (before.disagreement if before is not None else None)
-    outcome = Outcome(
+    outcome = ReleaseOutcome(
         release=present.release,
         sha256=present.sha256,
         name=present.name,
@@ -227,7 +237,7 @@ def _changed(
     return _noted(entry, outcome)
 
 
-def _noted(entry: ProductState, outcome: Outcome) -> ProductState:
+def _noted(entry: ProductState, outcome: ReleaseOutcome) -> ProductState:
     others = tuple(one for one in entry.outcomes if one.release != outcome.release)
     known = tuple(one for one in entry.decided if one != outcome.release)
     return msgspec.structs.replace(

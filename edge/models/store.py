@@ -15,10 +15,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, RuntimeUnavailableError
+from edgeflame.mqtt.messages import Release
 from edgeflame.package import Package, read_package
-from edgeflame.releases.messages import Release
 from edgeflame.signing import public_key_id, read_signature, verify_signature
-from edgeflame.statedir import fsync_folder, storage_errors
+from edgeflame.state import fsync_folder, storage_errors
 from edgeflame.transfer.store import BlobStore
 
 

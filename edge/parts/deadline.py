@@ -34,7 +34,7 @@ from edge.frame import Captured
 from edge.inspector import InspectorProtocol, make_unknown
 from edge.result import Inspected, Reason
 from edge.status import PartCounts
-from edgeflame.console import EventLog
+from edgeflame.log import EventLog
 
 
 class DeadlineStep(str, enum.Enum):

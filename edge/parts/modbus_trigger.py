@@ -24,7 +24,7 @@ from edge.config.parts import ModbusTriggerConfig
 from edge.frame import AcceptTrigger, trigger_now
 from edge.parts.sequence import NumberRange
 from edge.result import Reason
-from edgeflame.console import EventLog
+from edgeflame.log import EventLog
 
 
 @dataclass(frozen=True, kw_only=True)

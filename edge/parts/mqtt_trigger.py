@@ -21,11 +21,11 @@ import msgspec
 from edge.config.parts import MqttTriggerConfig
 from edge.frame import AcceptTrigger, Trigger, trigger_now
 from edge.result import Reason
-from edgeflame.brokerurl import BrokerUrl
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Up
+from edgeflame.log import EventLog
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, ReceivedMessage
+from edgeflame.mqtt.url import BrokerUrl
 
 MAX_PAYLOAD_BYTES = 64 * 1024
 MAX_NAME_CHARS = 200
@@ -168,25 +168,25 @@ class MqttTrigger:
     def _run(self) -> None:
         while not self._closing:
             self._failed = False
-            link = Link(self._url, client_id=self._client_id, filters=[self._topic], sink=self._on_event)
+            link = MqttClient(self._url, client_id=self._client_id, filters=[self._topic], sink=self._on_event)
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._failed)
             link.close(flush_s=0.0)
             with self._wake:
                 self._wake.wait_for(lambda: self._closing, RETRY_S)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: ClientEvent) -> None:
         """On the link's thread."""
         match event:
-            case Received():
+            case ReceivedMessage():
                 self._on_message(event)
                 event.done()
-            case Up():
+            case Connected():
                 log.info("trigger_listening", source=self.name)
                 self._problem = None
-            case Down():
+            case Disconnected():
                 self._lost(f"the connection to the broker was lost: {event.reason}")
-            case Failed():
+            case ConnectionFailed():
                 self._lost(str(event.error))
                 with self._wake:
                     self._failed = True
@@ -199,7 +199,7 @@ class MqttTrigger:
             log.error("trigger_lost", source=self.name, reason=reason, meaning="parts may pass unseen")
         self._problem = reason
 
-    def _on_message(self, event: Received) -> None:
+    def _on_message(self, event: ReceivedMessage) -> None:
         assert self._accept is not None
         arrived = trigger_now(None)
         if event.retained:

@@ -22,8 +22,8 @@ from edge.parts.sequence import SequenceCheck, SequenceFinding, SequenceKind, ch
 from edge.parts.triggers import TriggeredCamera, capture_of
 from edge.result import Inspected, Reason, Result, Verdict
 from edge.status import PartCounts
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, CrashLoopError
+from edgeflame.log import EventLog
 
 log = EventLog("parts")
 

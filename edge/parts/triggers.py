@@ -23,10 +23,10 @@ from edge.parts.matching import Match, Matcher, MatchWindow
 from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import number_range
 from edge.status import PartCounts
-from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, LinkError, MissingDependencyError, UsageError
-from edgeflame.topics import Topics
+from edgeflame.log import EventLog
+from edgeflame.mqtt.topics import Topics
+from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 
 log = EventLog("trigger")
 

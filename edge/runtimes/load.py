@@ -18,10 +18,10 @@ import numpy as np
 from edge.runtimes.interface import Device, Runtime
 from edge.runtimes.onnx_runtime import available_devices
 from edge.runtimes.tensorrt import open_engine_runtime
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, UsageError
+from edgeflame.log import EventLog
 from edgeflame.package import Package
-from edgeflame.trt_library import KINDS
+from edgeflame.tensorrt import TENSORRT_KINDS
 
 
 def open_runtime(model_onnx: bytes, *, device: Device = "auto", num_threads: int | None = None) -> Runtime:
@@ -166,7 +166,7 @@ def open_for_line(
     """
     if device != "auto":
         return _opener(package, device, engines, num_threads)(), ()
-    names: list[LineDevice] = [*available_devices(), *(KINDS if engines is not None else ())]
+    names: list[LineDevice] = [*available_devices(), *(TENSORRT_KINDS if engines is not None else ())]
     openers: dict[str, Callable[[], Runtime]] = {name: _opener(package, name, engines, num_threads) for name in names}
     runtime, candidates = choose(package, openers)
     for candidate in candidates:
@@ -212,7 +212,7 @@ def choose(package: Package, openers: dict[str, Callable[[], Runtime]]) -> tuple
 def _opener(
     package: Package, device: LineDevice, engines: Path | None, num_threads: int | None
 ) -> Callable[[], Runtime]:
-    if device not in KINDS:
+    if device not in TENSORRT_KINDS:
         return lambda: open_runtime(package.model_onnx, device=cast(Device, device), num_threads=num_threads)
     if engines is None:
         msg = f"--device {device} runs an engine: say where it is with --engines DIR (see edgeflame export --trt)"

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.runtimes.interface import INPUT, MAP, PRECISION_KEY, SCORE, Device, Scores, check_batch
-from edgeflame.console import EventLog
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import MAX_INPUT_SIDE, ImageU8
+from edgeflame.log import EventLog
 
 log = EventLog("runtime")
 

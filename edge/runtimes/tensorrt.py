@@ -19,11 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.runtimes.interface import INPUT, MAP, SCORE, Scores, check_batch
-from edgeflame.engines import EngineRecord, find_engine
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package
-from edgeflame.trt_library import Kind, TensorRT, load_tensorrt, own_capability
+from edgeflame.tensorrt import EngineRecord, TensorRT, TensorRTKind, device_capability, find_engine, load_tensorrt
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -105,7 +104,7 @@ def _import_runtime() -> Any:
     return runtime
 
 
-def open_engine_runtime(package: Package, folder: Path, kind: Kind) -> EngineRuntime:
+def open_engine_runtime(package: Package, folder: Path, kind: TensorRTKind) -> EngineRuntime:
     """The engine of a package for the GPU of this machine, from a folder that `edgeflame export --trt` wrote.
 
     Raises:
@@ -119,7 +118,7 @@ def open_engine_runtime(package: Package, folder: Path, kind: Kind) -> EngineRun
         package_sha256=package.sha256,
         runtime=library.module.__name__,
         runtime_version=library.version,
-        compute_capability=own_capability(),
+        compute_capability=device_capability(),
     )
     return EngineRuntime(library, data, record, Cuda())
 

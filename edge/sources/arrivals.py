@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 from edge.result import FileOrigin, Inspected
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError
 from edgeflame.images import ImageU8, decode_image
+from edgeflame.log import EventLog
 
 LONGEST_WRITE = 10
 """A file that is still being written after so many deadlines is no picture of a part."""

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
+from boards.camera import Camera
+from boards.dataset import BoardStream
+from boards.textures import TEXTURES
 from edge.frame import Frame, make_frame
-from edgeflame.boards import TEXTURES, BoardStream, Camera
 from edgeflame.errors import UsageError
 
 SYNTAX = "boards:TEXTURE?seed=0&defect_rate=0.3&parts=100&site=1&size=256&every=1"

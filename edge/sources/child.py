@@ -38,10 +38,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.frame import Frame, make_frame
-from edgeflame.console import EventLog
+from edgeflame.background import die_with_parent
 from edgeflame.errors import DataError, EdgeFlameError
 from edgeflame.images import ImageU8
-from edgeflame.processes import die_with_parent
+from edgeflame.log import EventLog
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess

@@ -25,9 +25,9 @@ from edge.frame import Frame, make_frame
 from edge.result import After, FileOrigin
 from edge.sources.address import AddressQuery
 from edge.sources.arrivals import DONE_FOLDER, Arrivals, FileIdentity, dispose, printable, read_complete, stat_file
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, StorageError
 from edgeflame.images import IMAGE_SUFFIXES
+from edgeflame.log import EventLog
 
 log = EventLog("watch")
 

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import msgspec
 
 from edge.result import Inspected
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, StorageError
 from edgeflame.images import write_image
+from edgeflame.log import EventLog
 
 log = EventLog("marks")
 

@@ -23,8 +23,8 @@ from edge.status import CameraStatus, GoldenReport
 from edge.web.feedback import FeedbackStore
 from edge.web.history import HistoryView, PartHistory, ShownPart
 from edge.web.metrics import LineMetrics
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, RuntimeUnavailableError, UsageError
+from edgeflame.log import EventLog
 
 log = EventLog("web")
 

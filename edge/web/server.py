@@ -38,9 +38,9 @@ from edge.config.outputs import WebConfig
 from edge.web.feedback import TrueLabel
 from edge.web.metrics import CONTENT_TYPE
 from edge.web.page import OperatorPage, PageRequest, http_status_of
-from edgeflame.console import EventLog
 from edgeflame.errors import DataError, EdgeFlameError, LinkError
-from edgeflame.statedir import storage_errors
+from edgeflame.log import EventLog
+from edgeflame.state import storage_errors
 
 STATIC = Path(__file__).parent / "static"
 

@@ -1,7 +1,9 @@
-"""Blobs on disk: whole ones by their SHA-256, and unfinished ones that a restart continues.
+"""Blobs on disk: whole ones by their SHA-256, unfinished ones that a restart continues; and downloads into them.
 
 ROOT/blobs/<sha256>              whole, verified, on the disk for good
 ROOT/partial/<owner>/<sha256>    arriving; which of its chunks are there, their checksums tell
+
+:class:`Download` is the receiving end of a published blob: the shell around the pure receiver.
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from edgeflame.console import EventLog
-from edgeflame.errors import StorageError
-from edgeflame.statedir import fsync_folder, storage_errors
-from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, Manifest, Mask, describe_file
-from edgeflame.transfer.receiver import ChunkKind, Receiver
-from edgeflame.transfer.sender import Sender
+from edgeflame.errors import FederationError, StorageError
+from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobManifest, BlobNeed
+from edgeflame.state import fsync_folder, storage_errors
+from edgeflame.transfer.protocol import ChunkKind, Mask, Receiver, Sender, describe_file
 
 log = EventLog("store")
 
@@ -79,7 +80,7 @@ class BlobStore:
     def __contains__(self, sha256: str) -> bool:
         return self.path(sha256).is_file()
 
-    def add(self, source: Path, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Manifest:
+    def add(self, source: Path, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> BlobManifest:
         """Move a file in under its hash, durably."""
         manifest = describe_file(source, chunk_bytes=chunk_bytes)
         with storage_errors(source, "move into the blob store"):
@@ -93,7 +94,7 @@ class BlobStore:
         with storage_errors(self._partial, "measure"):
             return shutil.disk_usage(self._partial).free >= size_bytes + SPARE_BYTES
 
-    def receive(self, manifest: Manifest, *, owner: str, now: float) -> Incoming:
+    def receive(self, manifest: BlobManifest, *, owner: str, now: float) -> Incoming:
         """Begin to receive a blob, or continue: chunks already on disk are found by their checksums.
 
         Args:
@@ -134,7 +135,7 @@ class Incoming:
     """A blob on its way to the disk. Close it when it is whole, or when it is no longer wanted."""
 
     def __init__(
-        self, *, stream: BinaryIO, partial: Path, final: Path, manifest: Manifest, have: Mask, now: float
+        self, *, stream: BinaryIO, partial: Path, final: Path, manifest: BlobManifest, have: Mask, now: float
     ) -> None:
         self.manifest = manifest
         self.receiver = Receiver(manifest, have=have, now=now)
@@ -198,7 +199,7 @@ class Incoming:
 class Outgoing:
     """A file on its way to others: reads the chunks its sender asks for."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path, manifest: BlobManifest, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.sender = Sender(manifest)
         self._path = path
         self._clock = clock
@@ -217,7 +218,7 @@ class Outgoing:
         self._stream.close()
 
 
-def _chunks_on_disk(stream: BinaryIO, manifest: Manifest) -> Mask:
+def _chunks_on_disk(stream: BinaryIO, manifest: BlobManifest) -> Mask:
     have = np.zeros(manifest.num_chunks, dtype=np.bool_)
     stream.seek(0)
     for index in range(manifest.num_chunks):
@@ -238,3 +239,76 @@ def _pwrite(descriptor: int, data: bytes, offset: int) -> None:
 def _fsync_file(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+transfer_log = EventLog("transfer")
+
+
+class Download:
+    """A blob from one who publishes it to all who ask; the receiver keeps the timers.
+
+    Args:
+        store: where it goes.
+        manifest: what it is.
+        owner: who sends it: the unfinished blobs of different senders never mix.
+        send: tells the sender what is missing.
+        now: monotonic clock, seconds.
+
+    Raises:
+        StorageError: the disk is full or fails.
+    """
+
+    def __init__(
+        self, store: BlobStore, manifest: BlobManifest, *, owner: str, send: Callable[[BlobNeed], None], now: float
+    ) -> None:
+        self.manifest = manifest
+        self._incoming = store.receive(manifest, owner=owner, now=now)
+        self._send = send
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Chunks that are here, and all."""
+        total = self.manifest.num_chunks
+        return total - self._incoming.receiver.num_missing, total
+
+    def ask(self, *, now: float) -> bool:
+        """Ask for what is missing; True if nothing is, and the blob is in the store."""
+        if self._incoming.receiver.is_complete and self._finish():
+            return True
+        self._send(self._incoming.receiver.need(resend=True, now=now))
+        return False
+
+    def chunk(self, index: int, data: bytes, *, now: float) -> bool:
+        """Take a chunk; True if the blob is now whole and in the store.
+
+        Raises:
+            FederationError: all chunks are right and the whole is not, again and again.
+        """
+        receiver = self._incoming.receiver
+        kind = self._incoming.chunk(index, data, now=now)
+        if kind is ChunkKind.DAMAGED:
+            transfer_log.warning("chunk_damaged", sha256=self.manifest.sha256[:12], chunk=index)
+        if kind is ChunkKind.NEW and receiver.is_complete:
+            # The acknowledgement ends the sender's interest in us; after a wrong hash `ask` begins anew.
+            self._send(receiver.need(resend=False, now=now))
+            return self._finish() or self.ask(now=now)
+        if receiver.ack_due(now):
+            self._send(receiver.need(resend=False, now=now))
+        return False
+
+    def tick(self, now: float) -> None:
+        """Ask again if nothing came for a while."""
+        if self._incoming.receiver.stalled(now):
+            self._send(self._incoming.receiver.need(resend=True, now=now))
+
+    def close(self) -> None:
+        """Stop; what has come stays on disk."""
+        self._incoming.close()
+
+    def _finish(self) -> bool:
+        if self._incoming.finish():
+            return True
+        if not self._incoming.receiver.start_over():
+            msg = f"blob {self.manifest.sha256[:12]} does not have its announced hash"
+            raise FederationError(msg)
+        return False

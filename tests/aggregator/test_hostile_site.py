@@ -15,9 +15,17 @@ import pytest
 import safetensors.numpy
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edgeflame.messages import Heartbeat, Hello, Offer, RoundState, decode_down, decode_round, encode
-from edgeflame.topics import Topics
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.mqtt.messages import (
+    BlobManifest,
+    Heartbeat,
+    Hello,
+    Offer,
+    RoundState,
+    decode_down,
+    decode_round,
+    encode_message,
+)
+from edgeflame.mqtt.topics import Topics
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.waiting import wait_for
@@ -57,13 +65,13 @@ class Evil:
 
     def join(self) -> None:
         def welcomed() -> bool:
-            self.say(encode(Hello(boot=BOOT, install=INSTALL)))
+            self.say(encode_message(Hello(boot=BOOT, install=INSTALL)))
             return self._welcomed.wait(0.3)
 
         wait_for(welcomed, "the hostile site is welcomed")
         wait_for(lambda: self.state is not None, "a run is announced")
         assert self.state is not None
-        self.say(encode(Heartbeat(boot=BOOT, run=self.state.run, ready=True, initial="c" * 64)))
+        self.say(encode_message(Heartbeat(boot=BOOT, run=self.state.run, ready=True, initial="c" * 64)))
 
     def wait_for_phase(self, phase: str, number: int = 0) -> RoundState:
         def there() -> bool:
@@ -78,7 +86,7 @@ class Evil:
 
     def garbage(self) -> None:
         """On every topic it may write to, and some that are none."""
-        beat = encode(Heartbeat(boot=BOOT))
+        beat = encode_message(Heartbeat(boot=BOOT))
         for payload in (
             b"", b"\xff" * 1000, b"[" * 10_000, b'{"v":"1.0","type":"' + b"x" * 1_000_000 + b'"}', b'{"v":"9.0"}',
             beat.replace(b'"step":0', b'"step":-1'), beat.replace(b'"step":0', b'"step":1e300'),
@@ -103,8 +111,8 @@ class Evil:
         self._client.disconnect()
 
 
-def manifest(data: bytes, **changes: Any) -> Manifest:
-    whole = Manifest(
+def manifest(data: bytes, **changes: Any) -> BlobManifest:
+    whole = BlobManifest(
         sha256=hashlib.sha256(data).hexdigest(),
         size_bytes=len(data),
         chunk_bytes=len(data),
@@ -126,8 +134,8 @@ def test_a_hostile_site_is_refused_and_the_run_goes_on(embedded: BrokerProcess, 
         state = evil.wait_for_phase("initialise")
         evil.garbage()
         # 64 GiB, announced in a sound manifest.
-        huge = Manifest(sha256="e" * 64, size_bytes=1 << 36, chunk_bytes=1 << 20, crc32s=bytes(4 << 16))
-        evil.say(encode(Offer(run=state.run, purpose="initial", round=0, manifest=huge)))
+        huge = BlobManifest(sha256="e" * 64, size_bytes=1 << 36, chunk_bytes=1 << 20, crc32s=bytes(4 << 16))
+        evil.say(encode_message(Offer(run=state.run, purpose="initial", round=0, manifest=huge)))
         evil.refused("too_large")
         state = evil.wait_for_phase("train", 1)
         evil.garbage()
@@ -145,14 +153,14 @@ def test_a_hostile_site_is_refused_and_the_run_goes_on(embedded: BrokerProcess, 
             ("stale_round", Offer(run=state.run, purpose="update", round=7, manifest=manifest(base)), base),
         ]
         for reason, offer, data in offers:
-            evil.say(encode(offer))
+            evil.say(encode_message(offer))
             evil.say(data, TOPICS.up_chunk(NAME, offer.manifest.sha256, 0))
             evil.refused(reason)
         # A false manifest: every chunk is as announced, and the whole is not.
         false = manifest(b"y" * 99, sha256="f" * 64)
         offer = Offer(run=state.run, purpose="update", round=1, manifest=false, num_samples=5)
         for _ in range(4):
-            evil.say(encode(offer))
+            evil.say(encode_message(offer))
             evil.say(b"y" * 99, TOPICS.up_chunk(NAME, false.sha256, 0))
         evil.refused("corrupt")
         (gate / "go").touch()

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from aggregator.uploads import MAX_CHUNKS_IN_FLIGHT, UploadReceiver
-from edgeflame.messages import BlobNeed, Offer
-from edgeflame.transfer.manifest import describe_file, unpack_mask
-from edgeflame.transfer.sender import Sender
+from edgeflame.mqtt.messages import BlobNeed, Offer
+from edgeflame.transfer.protocol import Sender, describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore
 
 RUN = "0" * 32

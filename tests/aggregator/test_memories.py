@@ -19,9 +19,9 @@ from aggregator.strategies.interface import Contribution
 from aggregator.strategies.memory import kmeans_labels
 from aggregator.validation import validate_initial_memory, validate_memory
 from edgeflame.errors import ConfigError, MissingDependencyError
-from edgeflame.learning import Learning, Memory
-from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
-from edgeflame.messages import Refusal
+from edgeflame.methods import Learning, Memory
+from edgeflame.mqtt.messages import Refusal
+from edgeflame.statistics.memory import MemoryBank, empty_bank, read_bank, write_bank
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import REPOSITORY

@@ -23,9 +23,8 @@ from aggregator.rounds import (
     SendToSite,
 )
 from aggregator.validation import ValidationResult
-from edgeflame.learning import Learning
-from edgeflame.messages import FinishReport, Offer, Receipt, Refusal, TaskFailed
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import BlobManifest, FinishReport, Offer, Receipt, Refusal, TaskFailed
 
 RUN = "0" * 32
 DEADLINE_S = 100.0
@@ -123,7 +122,7 @@ class Rounds(RuleBasedStateMachine):
         return outputs
 
     def offer(self, purpose: Any, number: int, figure: int, samples: int = 10) -> Offer:
-        manifest = Manifest(sha256=sha(figure), size_bytes=500, chunk_bytes=500, crc32s=bytes(4))
+        manifest = BlobManifest(sha256=sha(figure), size_bytes=500, chunk_bytes=500, crc32s=bytes(4))
         return Offer(run=RUN, purpose=purpose, round=number, manifest=manifest, num_samples=samples)
 
     # What happens.

@@ -14,8 +14,8 @@ from aggregator.ledger import build_ledger
 from aggregator.rounds import AggregateRound, PublishState, RecordEvent, RoundMachine, SendToSite
 from aggregator.validation import ValidationResult
 from edgeflame.errors import ConfigError, StorageError
-from edgeflame.learning import Learning
-from edgeflame.messages import Offer, Receipt, Refusal, TaskFailed
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import Offer, Receipt, Refusal, TaskFailed
 from tests.support.round_driver import DEADLINE_S, RUN, Driver, sha
 
 

@@ -14,10 +14,10 @@ from aggregator.ledger import build_ledger
 from aggregator.rounds import AggregateRound, PublishState, RoundMachine
 from aggregator.validation import ValidationResult
 from edgeflame.errors import ConfigError
-from edgeflame.learning import Learning, Training
-from edgeflame.messages import Receipt, Refusal, TaskFailed
-from edgeflame.moments import MomentAccumulator
-from edgeflame.statistics_blob import StatisticsFile, read_moments
+from edgeflame.methods import Learning, Training
+from edgeflame.mqtt.messages import Receipt, Refusal, TaskFailed
+from edgeflame.statistics.merge import StatisticsFile, read_moments
+from edgeflame.statistics.moments import MomentAccumulator
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.round_driver import DEADLINE_S, RUN, Driver, sha

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeflame.boards import Camera, derive_seed, generator, make_board
-from edgeflame.boards.noise import fractal_noise, value_noise
+from boards.board import make_board
+from boards.camera import Camera
+from boards.surface import derive_seed, fractal_noise, generator, value_noise
 
 BOARD = make_board(texture="warm_wood", seed=0, image_size=128, defect="broken_corner", severity=0.7)
 GOOD = BOARD.without_defect()

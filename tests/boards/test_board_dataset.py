@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from edgeflame.boards import DEFECTS, Camera, write_dataset
-from edgeflame.boards.plan import defect_severity
+from boards.board import DEFECTS
+from boards.camera import Camera
+from boards.dataset import defect_severity, write_dataset
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import DataError, StorageError
 

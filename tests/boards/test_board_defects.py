@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeflame.boards import DEFECTS, TEXTURES, Camera, generator, make_board
-from edgeflame.boards.surface import BOARD_SHARE
+from boards.board import DEFECTS, make_board
+from boards.camera import Camera
+from boards.surface import BOARD_SHARE, generator
+from boards.textures import TEXTURES
 
 SIZE = 128
 CAMERA = Camera(noise_std=2.0)

@@ -7,8 +7,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from edgeflame.boards import DEFECTS, BoardStream, Camera
-from edgeflame.boards.plan import DatasetSpec, plan_parts
+from boards.board import DEFECTS
+from boards.camera import Camera
+from boards.dataset import BoardStream, DatasetSpec, plan_parts
 
 STREAM = BoardStream(
     texture="green_grey_wood", seed=4, camera=Camera.for_site(0, 4), defect_rate=0.5, num_parts=12, image_size=64

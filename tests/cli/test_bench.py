@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 
+from cli import cli
 from edge.runtimes import bench
 from edge.runtimes.load import open_runtime
-from edgeflame.cli import cli
 from edgeflame.package import Package
 from export.precision import backbone_model
 from tests.support.small_package import GRID, embed, good_image, small_network

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import edgeflame.errors
-from edgeflame.cli import COMMANDS, cli
+from cli import COMMANDS, cli, main
 from edgeflame.errors import EdgeFlameError
 from tests.support.paths import REPOSITORY
 
@@ -45,8 +45,8 @@ def test_every_command_has_help(name: str) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, edgeflame.cli\n"
-        "try: edgeflame.cli.cli.main(['--help'], standalone_mode=True)\n"
+        "import sys, cli\n"
+        "try: cli.cli.main(['--help'], standalone_mode=True)\n"
         "except SystemExit: pass\n"
         "print(sorted({'numpy','cv2','torch','msgspec','rich','paho'} & set(sys.modules)))"
     )
@@ -68,7 +68,7 @@ def test_an_expected_error_is_one_line_with_its_exit_code(monkeypatch: pytest.Mo
 
         monkeypatch.setattr(cli, "main", fail)
         with pytest.raises(SystemExit) as caught:
-            edgeflame.cli.main()
+            main()
         assert caught.value.code == kind.exit_code
         assert capsys.readouterr().err == "edgeflame: expected this, got that\n"
 
@@ -89,7 +89,7 @@ def test_interruption_has_its_own_exit_code(monkeypatch: pytest.MonkeyPatch, cap
 
     monkeypatch.setattr(cli, "main", interrupted)
     with pytest.raises(SystemExit) as caught:
-        edgeflame.cli.main()
+        main()
     assert caught.value.code == 130
     assert capsys.readouterr().err == "edgeflame: interrupted\n"
 
@@ -100,14 +100,14 @@ def test_an_unexpected_error_is_not_mistaken_for_no(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cli, "main", broken)
     with pytest.raises(SystemExit) as caught:
-        edgeflame.cli.main()
+        main()
     assert caught.value.code == 70
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_the_journal_gets_levels_and_no_second_time(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "edgeflame", "inspect", "--model", "gone", "--source", "gone"]
-    code = "from edgeflame.console import *; configure_logging(log_format='text', verbosity=1); log = EventLog('x')\n"
+    code = "from edgeflame.log import *; configure_logging(log_format='text', verbosity=1); log = EventLog('x')\n"
     code += "log.info('told', a=1); log.warning('warned'); log.debug('hidden')"
     with (tmp_path / "log").open("wb") as stream:
         # As systemd says which stream is its own: device and inode.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgeflame.boards import TEXTURES
-from edgeflame.cli import demo_data
+from boards.textures import TEXTURES
+from cli import demo_data
 from edgeflame.dataset import open_dataset
 
 SMALL = ["--parts", "1", "--photos", "1", "--size", "64"]
@@ -88,6 +88,6 @@ def test_one_texture_and_all_contradict_each_other(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_and_the_texture_names_are_right() -> None:
-    code = "import sys, edgeflame.cli.demo_data; sys.exit('cv2' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, cli.demo_data; sys.exit('cv2' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
     assert demo_data._TEXTURES == TEXTURES

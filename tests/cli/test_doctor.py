@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgeflame.broker import free_port
-from edgeflame.cli import cli
-from edgeflame.cli.doctor import machine
+from cli import cli
+from cli import doctor_machine as machine
 from edgeflame.errors import NegativeAnswerError, StorageError
-from edgeflame.statedir import locked_state_dir
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.state import locked_state_dir
 from tests.support.brokers import BrokerProcess
 
 

@@ -12,11 +12,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import MissingDependencyError, NegativeAnswerError, StorageError
 from edgeflame.images import write_image
-from edgeflame.package import read_package, write_package
-from edgeflame.threshold import Promise
+from edgeflame.package import ThresholdPromise, read_package, write_package
 from tests.support.small_package import bad_image, good_image, write_small_package
 
 
@@ -27,7 +26,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     read = read_package(path)
     value = read.manifest.threshold.value
     others = tuple(
-        Promise(false_reject_rate=rate, value=one, expected_false_reject_rate=0.0)
+        ThresholdPromise(false_reject_rate=rate, value=one, expected_false_reject_rate=0.0)
         for rate, one in ((0.01, None), (0.08, value), (0.2, value / 8))
     )
     threshold = msgspec.structs.replace(read.manifest.threshold, others=others)

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.runtimes.load import open_runtime
-from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError, PackageError, StorageError, UsageError
 from edgeflame.package import Package
 from tests.support.small_package import bad_image, good_image, write_images

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, PackageError, StorageError, UsageError
 from edgeflame.package import Package
 from tests.support.small_package import write_images

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import EdgeFlameError, NegativeAnswerError, PackageError, UsageError
 from edgeflame.signing import write_keys
 from tests.support.brokers import BrokerProcess

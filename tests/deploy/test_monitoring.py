@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from edgeflame.broker import free_port
+from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
 from tests.support.waiting import wait_for

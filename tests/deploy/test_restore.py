@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 
 from edge.delivery.outbox import Delivery
-from edgeflame.broker import free_port
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Received, Up
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
 from tests.support.small_package import write_images
@@ -63,16 +63,16 @@ def test_results_that_waited_are_delivered_from_a_restored_folder(tmp_path: Path
     inspect(tmp_path / "line-1")  # its broker is away
     restored = moved(tmp_path / "line-1", tmp_path / "other")
     config.write_text(config.read_text().replace("0.1\n", "30\n"))
-    heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     results = "edgeflame/v1/test/line/line-1/result"
     with (
         BrokerProcess("embedded", tmp_path, port=port) as broker,
-        Link(parse_broker_url(broker.url), client_id="mes", filters=[results], sink=heard.put),
+        MqttClient(parse_broker_url(broker.url), client_id="mes", filters=[results], sink=heard.put),
     ):
-        assert isinstance(heard.get(timeout=20), Up)
+        assert isinstance(heard.get(timeout=20), Connected)
         inspect(restored)
         events = [heard.get(timeout=20) for _ in range(10)]
-    told = [msgspec.json.decode(event.payload, type=Delivery) for event in events if isinstance(event, Received)]
+    told = [msgspec.json.decode(event.payload, type=Delivery) for event in events if isinstance(event, ReceivedMessage)]
     assert [delivery.number for delivery in told] == list(range(1, 11))
     assert len({delivery.outbox for delivery in told}) == 1
 

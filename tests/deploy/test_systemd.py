@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgeflame.broker import free_port
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import EXIT_INTERRUPTED, ConfigError, MissingDependencyError, UsageError
-from edgeflame.fleet.folder import make_fleet, open_fleet
+from edgeflame.mqtt.embedded_broker import free_port
+from fleet.folder import make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
 from tests.support.systemd_units import EXAMPLES, LAUNCHER, SERVICES, SYSTEMD, command_line, environment_file, settings
@@ -98,7 +98,7 @@ def test_the_examples_are_right(name: str, kind: str) -> None:
 
 
 def test_the_example_of_a_site_is_right() -> None:
-    from edgeflame.cli.train import SiteFile
+    from cli.train import SiteFile
     from edgeflame.config import load_config
 
     assert load_config(EXAMPLES / "site.toml", SiteFile).data == "/srv/edgeflame/plant-a"

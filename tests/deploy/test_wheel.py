@@ -16,7 +16,7 @@ import pytest
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import write_images
 
-PACKAGES = ("edgeflame", "trainer", "aggregator", "export", "edge")
+PACKAGES = ("edgeflame", "boards", "cli", "fleet", "trainer", "aggregator", "export", "edge")
 
 pytestmark = [pytest.mark.wheel, pytest.mark.timeout(900)]
 

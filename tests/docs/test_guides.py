@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeflame.broker import free_port
+from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.brokers import MOSQUITTO
 from tests.support.paths import REPOSITORY
 

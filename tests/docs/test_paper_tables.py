@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from aggregator.simulation.config import SimulationConfig
-from edgeflame.presets import start_from_presets
+from edgeflame.methods import start_from_presets
 from tests.support.paths import REPOSITORY
 
 ACCURACY = REPOSITORY / "benchmarks" / "accuracy"

@@ -15,9 +15,9 @@ import pytest
 from aggregator.config import AggregateConfig
 from aggregator.events import RunStarted, initial_state
 from aggregator.metrics import RunStatus, prometheus_metrics
-from edgeflame import topics
 from edgeflame.errors import EXIT_INTERRUPTED, EdgeFlameError
 from edgeflame.metrics import Metric
+from edgeflame.mqtt import topics
 from tests.support.paths import REPOSITORY
 from trainer.agent.metrics import SiteMetrics
 

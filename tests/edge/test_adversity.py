@@ -19,13 +19,13 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge import frame as interface
 from edge.config.outputs import OutboxConfig, WebConfig
 from edge.delivery.outbox import Outbox
 from edge.result import Result
 from edge.web import history as board_module
 from edge.web.history import PartHistory
-from edgeflame.cli import cli
 from edgeflame.errors import StorageError
 from tests.support.brokers import BrokerProcess
 from tests.support.inspection_results import inspected

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+from cli import cli
 from edge.cameras import plan_cameras
 from edge.config import InspectConfig
 from edge.config.outputs import OutboxConfig
 from edge.delivery.outbox import Outbox
-from edgeflame.cli import cli
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError, UsageError
 from tests.support.small_package import write_images

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.cameras import OVERRIDES_FILE
-from edgeflame.broker import free_port
-from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError
-from edgeflame.statedir import locked_state_dir
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.state import locked_state_dir
 from tests.support.brokers import BrokerProcess
 from tests.support.modbus_server import Plc
 from tests.support.small_package import write_images

@@ -8,10 +8,12 @@ import cv2
 import numpy as np
 import pytest
 
+from boards.camera import Camera
+from boards.dataset import BoardStream
+from boards.textures import TEXTURES
 from edge.config.inspection import HealthLimits
 from edge.health import ColourCheck, FreezeDetector, ImageHealth, ShiftCheck, image_faults, sharpness
 from edge.result import Reason
-from edgeflame.boards import TEXTURES, BoardStream, Camera
 from edgeflame.errors import ConfigError
 from edgeflame.images import read_image
 

@@ -14,13 +14,22 @@ import onnx.numpy_helper
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.runtimes.interface import Scores
 from edge.runtimes.load import compare_with_references, open_runtime, require_parity
-from edgeflame.cli import cli
 from edgeflame.errors import NegativeAnswerError, PackageError
 from edgeflame.images import ImageU8, Preprocessing
-from edgeflame.package import MODEL, Package, read_package, reference_member, write_package
-from edgeflame.references import MAX_REFERENCES, Reference, evenly_spaced, make_references
+from edgeflame.package import (
+    MAX_REFERENCES,
+    MODEL_MEMBER,
+    Package,
+    ReferenceImage,
+    evenly_spaced,
+    make_references,
+    read_package,
+    reference_member,
+    write_package,
+)
 from tests.support.small_package import GRID, SIZE, good_image, with_references, write_images
 
 
@@ -131,7 +140,7 @@ def test_a_reference_that_is_no_image_of_the_models_size(package: Package, check
     (original, *_) = read_package(checked).references
     huge = original.png[:16] + (60_000).to_bytes(4, "big") * 2 + original.png[24:]
     png = {"size": huge, "text": b"hello", "cut": original.png[: len(original.png) // 2]}[kind]
-    broken = dataclasses.replace(package, references=(Reference(png=png, expected=original.expected),))
+    broken = dataclasses.replace(package, references=(ReferenceImage(png=png, expected=original.expected),))
     with pytest.raises(PackageError, match="reference image"):
         compare_with_references(Runtime(package, lambda scores, maps: (scores, maps)), broken)
 
@@ -181,4 +190,4 @@ def test_png_is_lossless_and_keeps_the_order_of_colours() -> None:
 
 
 def test_the_member_of_the_model_is_unchanged_by_references(checked: Path, package: Package) -> None:
-    assert read_package(checked).manifest.sha256[MODEL] == package.manifest.sha256[MODEL]
+    assert read_package(checked).manifest.sha256[MODEL_MEMBER] == package.manifest.sha256[MODEL_MEMBER]

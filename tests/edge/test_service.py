@@ -186,7 +186,7 @@ def test_a_stop_waits_for_nobody_who_does_not_answer(package_file: Path, tmp_pat
 
 def test_the_last_resort_ends_a_process_that_would_never_end(tmp_path: Path) -> None:
     program = (
-        "import threading\nfrom edgeflame.console import configure_logging\n"
+        "import threading\nfrom edgeflame.log import configure_logging\n"
         "configure_logging(log_format='text', verbosity=0)\nfrom edge.systemd import LastResort\n"
         "with LastResort() as last:\n    last.begin(0.05)\n    threading.Event().wait()\n"
     )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.camera_worker import CameraWorker, GoldenRequests
 from edge.cameras import Cameras, Overrides, Plan, plan_cameras
 from edge.config import InspectConfig
@@ -27,8 +28,7 @@ from edge.golden_parts import GoldenTester, is_due
 from edge.inspector import InspectorLoader
 from edge.result import Inspected, Result
 from edge.status import GoldenReport, GoldenStatus
-from edgeflame.cli import cli
-from edgeflame.condition import condition_reference, image_condition, part_condition
+from edgeflame.drift_reference import image_streams, make_drift_reference, part_streams
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.package import read_package, write_package
@@ -49,10 +49,10 @@ def package_with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = read_package(write_small_package(folder / "plain.edgeflame"))
     runtime = open_runtime(package.model_onnx, device="cpu")
     images = [LEARNING.input.apply(good_image(seed, 96)) for seed in range(200)]
-    parts = [part_condition(float(scores[0]), maps[0]) for scores, maps in (runtime.score(one[None]) for one in images)]
-    condition = condition_reference(
+    parts = [part_streams(float(scores[0]), maps[0]) for scores, maps in (runtime.score(one[None]) for one in images)]
+    condition = make_drift_reference(
         {name: np.array([one[name] for one in parts]) for name in ("score", "embedding")},
-        [image_condition(image, None) for image in images],
+        [image_streams(image, None) for image in images],
         num_parts=200,
         num_images=200,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.config import InspectConfig
 from edge.config.inspection import ViewConfig
 from edge.frame import Captured, make_frame
@@ -18,7 +19,6 @@ from edge.result import Inspected
 from edge.runtimes.interface import Runtime, Scores
 from edge.runtimes.load import open_runtime
 from edge.view import View
-from edgeflame.cli import cli
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_image, write_image

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from edgeflame.broker import EmbeddedBroker, free_port
-from edgeflame.brokerurl import parse_broker_url
 from edgeflame.errors import LinkError, MissingDependencyError, UsageError
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Received, Up
-from edgeflame.messages import MAX_MESSAGE_BYTES
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
+from edgeflame.mqtt.embedded_broker import EmbeddedBroker, free_port
+from edgeflame.mqtt.messages import MAX_MESSAGE_BYTES
+from edgeflame.mqtt.url import parse_broker_url
 from tests.support.waiting import wait_for
 
 
@@ -67,14 +67,14 @@ def test_its_process_ends_with_its_parent_even_by_sigkill() -> None:
 
 def test_carries_large_retained_messages() -> None:
     payload = os.urandom(MAX_MESSAGE_BYTES)
-    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     with EmbeddedBroker(port=0) as broker:
         url = parse_broker_url(broker.url)
-        with Link(url, client_id="writer", filters=["none"], sink=lambda _event: None) as writer:
+        with MqttClient(url, client_id="writer", filters=["none"], sink=lambda _event: None) as writer:
             writer.publish("large", payload, retain=True)
-        with Link(url, client_id="reader", filters=["large"], sink=inbox.put):
-            assert isinstance(inbox.get(timeout=20), Up)
+        with MqttClient(url, client_id="reader", filters=["large"], sink=inbox.put):
+            assert isinstance(inbox.get(timeout=20), Connected)
             received = inbox.get(timeout=20)
-            assert isinstance(received, Received)
+            assert isinstance(received, ReceivedMessage)
             assert received.payload == payload
             received.done()

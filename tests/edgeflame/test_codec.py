@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeflame.errors import DataError
+from edgeflame.mqtt.messages import Codec
 from edgeflame.tensors import BLOCK_ELEMENTS, TensorFile, canonicalise
-from edgeflame.transfer import codec as codec_module
-from edgeflame.transfer.codec import decode_update, encode_update, usable
-from edgeflame.transfer.manifest import Codec
+from edgeflame.transfer import compression as codec_module
+from edgeflame.transfer.compression import decode_update, encode_update, usable_codec
 
 CODECS: tuple[Codec, ...] = ("float16", "zstd", "float16_zstd")
 LOSSY = ("float16", "float16_zstd")
@@ -164,7 +164,12 @@ def test_an_update_that_is_not_finite_or_of_other_tensors_is_not_encoded(tmp_pat
 
 
 def test_a_site_without_zstandard_sends_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [usable(name) for name in get_args(Codec)] == list(get_args(Codec))
-    assert usable("codec of a later version") == "raw"
+    assert [usable_codec(name) for name in get_args(Codec)] == list(get_args(Codec))
+    assert usable_codec("codec of a later version") == "raw"
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    assert [usable(name) for name in ("raw", "float16", "zstd", "float16_zstd")] == ["raw", "float16", "raw", "float16"]
+    assert [usable_codec(name) for name in ("raw", "float16", "zstd", "float16_zstd")] == [
+        "raw",
+        "float16",
+        "raw",
+        "float16",
+    ]

@@ -9,8 +9,7 @@ import pytest
 from aggregator.config import AggregateConfig
 from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
-from edgeflame.learning import METHODS, Learning, Training
-from edgeflame.presets import PRESETS
+from edgeflame.methods import METHODS, PRESETS, Learning, Training
 
 
 def write(tmp_path: Path, text: str) -> Path:

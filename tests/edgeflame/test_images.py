@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgeflame.boards.stream import BoardStream
+from boards.dataset import BoardStream
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import Preprocessing, Region, decode_image, read_image, read_mask, write_image
 

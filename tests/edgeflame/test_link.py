@@ -11,13 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from edgeflame import link as link_module
-from edgeflame.broker import free_port
-from edgeflame.brokerurl import BrokerUrl, TlsFiles, parse_broker_url
-from edgeflame.connection import MAX_UNPROCESSED
 from edgeflame.errors import LinkError, UsageError
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Up, Will
+from edgeflame.mqtt import client as link_module
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import (
+    MAX_UNPROCESSED,
+    ClientEvent,
+    Connected,
+    ConnectionFailed,
+    Disconnected,
+    LastWill,
+    ReceivedMessage,
+)
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 from tests.support.brokers import BrokerProcess
 from tests.support.waiting import wait_for
 
@@ -26,12 +33,12 @@ class Inbox:
     """Collects a link's events; acknowledges messages at once unless told to hold them."""
 
     def __init__(self, *, hold: bool = False) -> None:
-        self.events: list[Event] = []
-        self.held: list[Received] = []
+        self.events: list[ClientEvent] = []
+        self.held: list[ReceivedMessage] = []
         self._hold = hold
 
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Received):
+    def __call__(self, event: ClientEvent) -> None:
+        if isinstance(event, ReceivedMessage):
             if self._hold:
                 self.held.append(event)
             else:
@@ -40,15 +47,17 @@ class Inbox:
 
     @property
     def payloads(self) -> list[bytes]:
-        return [event.payload for event in self.events if isinstance(event, Received)]
+        return [event.payload for event in self.events if isinstance(event, ReceivedMessage)]
 
-    def count(self, kind: type[Event]) -> int:
+    def count(self, kind: type[ClientEvent]) -> int:
         return sum(isinstance(event, kind) for event in self.events)
 
 
-def connect(broker: BrokerProcess, name: str, inbox: Inbox, *filters: str, will: Will | None = None) -> Link:
-    link = Link(parse_broker_url(broker.url), client_id=name, filters=filters or ["nothing"], sink=inbox, will=will)
-    wait_for(lambda: inbox.count(Up), f"{name} is connected")
+def connect(broker: BrokerProcess, name: str, inbox: Inbox, *filters: str, will: LastWill | None = None) -> MqttClient:
+    link = MqttClient(
+        parse_broker_url(broker.url), client_id=name, filters=filters or ["nothing"], sink=inbox, will=will
+    )
+    wait_for(lambda: inbox.count(Connected), f"{name} is connected")
     return link
 
 
@@ -85,9 +94,9 @@ def test_a_killed_broker_is_found_again_and_nothing_queued_is_lost(
     caplog.set_level(logging.INFO, logger="edgeflame")
     with connect(broker, "r", reader, "t"), connect(broker, "w", writer_box) as writer:
         broker.kill()
-        wait_for(lambda: reader.count(Down) and writer_box.count(Down), "both noticed")
+        wait_for(lambda: reader.count(Disconnected) and writer_box.count(Disconnected), "both noticed")
         broker.start()
-        wait_for(lambda: reader.count(Up) >= 2, "the reader is back")
+        wait_for(lambda: reader.count(Connected) >= 2, "the reader is back")
         writer.publish("t", b"after")
         # At least once: a link that broke a second time sends it again.
         wait_for(lambda: set(reader.payloads) == {b"after"}, "the message is there")
@@ -98,11 +107,12 @@ def test_a_killed_broker_is_found_again_and_nothing_queued_is_lost(
 
 DOOMED = """
 import sys, time
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link, Up, Will
-will = Will(topic="will/x", payload=b"gone")
-sink = lambda event: isinstance(event, Up) and open(sys.argv[2], "w").close()
-Link(parse_broker_url(sys.argv[1]), client_id="x", filters=["n"], will=will, sink=sink)
+from edgeflame.mqtt.url import parse_broker_url
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import Connected, LastWill
+will = LastWill(topic="will/x", payload=b"gone")
+sink = lambda event: isinstance(event, Connected) and open(sys.argv[2], "w").close()
+MqttClient(parse_broker_url(sys.argv[1]), client_id="x", filters=["n"], will=will, sink=sink)
 time.sleep(100)
 """
 
@@ -110,13 +120,13 @@ time.sleep(100)
 def test_the_last_will_is_published_and_a_clean_end_has_none(broker: BrokerProcess, tmp_path: Path) -> None:
     inbox = Inbox()
     with connect(broker, "r", inbox, "will/#"):
-        connect(broker, "clean", Inbox(), will=Will(topic="will/clean", payload=b"gone")).close()
+        connect(broker, "clean", Inbox(), will=LastWill(topic="will/clean", payload=b"gone")).close()
         marker = tmp_path / "up"
         with subprocess.Popen([sys.executable, "-c", DOOMED, broker.url, str(marker)]) as child:
             wait_for(marker.exists, "the doomed client is connected")
             child.kill()
         wait_for(lambda: b"gone" in inbox.payloads, "the last will is there")
-    topics = [event.topic for event in inbox.events if isinstance(event, Received)]
+    topics = [event.topic for event in inbox.events if isinstance(event, ReceivedMessage)]
     assert topics == ["will/x"]
 
 
@@ -125,7 +135,7 @@ def test_a_missing_broker_is_retried_and_said_with_its_address(caplog: pytest.Lo
     port = free_port()
     inbox = Inbox()
     caplog.set_level(logging.WARNING, logger="edgeflame")
-    with Link(BrokerUrl(host="127.0.0.1", port=port), client_id="x", filters=["t"], sink=inbox):
+    with MqttClient(BrokerUrl(host="127.0.0.1", port=port), client_id="x", filters=["t"], sink=inbox):
         wait_for(lambda: len(caplog.records) >= 3, "it was tried three times")
     fields = [record.fields for record in caplog.records]  # type: ignore[attr-defined]
     assert [entry["attempt"] for entry in fields[:3]] == [1, 2, 3]
@@ -136,11 +146,11 @@ def test_a_missing_broker_is_retried_and_said_with_its_address(caplog: pytest.Lo
 def test_a_missing_broker_is_given_up_when_a_time_is_set(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("edgeflame").propagate = True
     caplog.set_level(logging.WARNING, logger="edgeflame")
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     url = BrokerUrl(host="127.0.0.1", port=free_port())
-    with Link(url, client_id="x", filters=["t"], sink=events.put, connect_timeout_s=0.6):
+    with MqttClient(url, client_id="x", filters=["t"], sink=events.put, connect_timeout_s=0.6):
         event = events.get(timeout=20)
-    assert isinstance(event, Failed)
+    assert isinstance(event, ConnectionFailed)
     assert "within 0.6 s" in str(event.error)
     assert url.address in str(event.error)
     # A line whose broker is away for days asks again and again in this way: no line of the log for each try.
@@ -158,15 +168,17 @@ def test_a_wrong_password_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pyt
     passwords.chmod(0o644)
     with BrokerProcess("mosquitto", tmp_path, mosquitto_lines=lines) as broker:
         address = broker.url.removeprefix("mqtt://")
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        with Link(parse_broker_url(f"mqtt://anna:wrong@{address}"), client_id="x", filters=["t"], sink=events.put):
+        events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
+        with MqttClient(
+            parse_broker_url(f"mqtt://anna:wrong@{address}"), client_id="x", filters=["t"], sink=events.put
+        ):
             event = events.get(timeout=20)
-        assert isinstance(event, Failed)
+        assert isinstance(event, ConnectionFailed)
         assert "refuses us" in str(event.error)
         assert "wrong" not in str(event.error)
         monkeypatch.setenv("EDGEFLAME_MQTT_PASSWORD", "right")
-        with Link(parse_broker_url(f"mqtt://anna@{address}"), client_id="x", filters=["t"], sink=events.put):
-            assert isinstance(events.get(timeout=20), Up)
+        with MqttClient(parse_broker_url(f"mqtt://anna@{address}"), client_id="x", filters=["t"], sink=events.put):
+            assert isinstance(events.get(timeout=20), Connected)
 
 
 def test_the_brokers_packet_limit_is_kept(tmp_path: Path) -> None:
@@ -174,18 +186,18 @@ def test_the_brokers_packet_limit_is_kept(tmp_path: Path) -> None:
         inbox = Inbox()
         with connect(broker, "x", inbox, "t") as link:
             up = inbox.events[0]
-            assert isinstance(up, Up)
+            assert isinstance(up, Connected)
             assert up.chunk_bytes == 20000 - 1024
             link.publish("t", bytes(30000))  # would disconnect us; it is dropped and said
             link.publish("t", bytes(up.chunk_bytes))
             wait_for(lambda: inbox.payloads, "the second message is there")
         assert [len(payload) for payload in inbox.payloads] == [up.chunk_bytes]
-        assert inbox.count(Down) == 0
+        assert inbox.count(Disconnected) == 0
 
 
 def test_a_full_outbox_is_an_error_and_not_a_silent_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "MAX_QUEUED", 3)
-    with Link(
+    with MqttClient(
         BrokerUrl(host="127.0.0.1", port=free_port()), client_id="x", filters=["t"], sink=lambda _e: None
     ) as link:
         for _ in range(3):

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
-from edgeflame.memory_bank import METADATA_KEY, MemoryBank, empty_bank, read_bank, write_bank
-from edgeflame.memory_statistics import MemoryStatistics
 from edgeflame.package import read_package, write_package
-from edgeflame.statistics_codec import decode_statistics, encode_statistics
+from edgeflame.statistics.codec import decode_statistics, encode_statistics
+from edgeflame.statistics.memory import METADATA_KEY, MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
 from tests.support.small_package import small_manifest
 
 SPACE = "a" * 64

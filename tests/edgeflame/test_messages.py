@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeflame import messages as m
 from edgeflame.errors import FederationError, UsageError
-from edgeflame.topics import Chunk, Spoken, Topics, check_name, is_name
-from edgeflame.transfer.manifest import Manifest, pack_mask, unpack_mask
+from edgeflame.mqtt import messages as m
+from edgeflame.mqtt.messages import BlobManifest
+from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics, check_name, is_name
+from edgeflame.transfer.protocol import pack_mask, unpack_mask
 
 RUN, BOOT, SHA = "0" * 32, "a" * 32, "b" * 64
-MANIFEST = Manifest(sha256=SHA, size_bytes=2500, chunk_bytes=1000, crc32s=bytes(12))
+MANIFEST = BlobManifest(sha256=SHA, size_bytes=2500, chunk_bytes=1000, crc32s=bytes(12))
 OFFER = m.Offer(run=RUN, purpose="update", round=3, manifest=MANIFEST, num_samples=17, metrics={"loss": 0.5})
 
 UP = [
@@ -28,7 +29,7 @@ UP = [
 ]
 DOWN = [
     m.Welcome(boot=BOOT, aggregator=RUN),
-    m.Turned(boot=BOOT, reason="name_in_use", detail="another"),
+    m.TurnedAway(boot=BOOT, reason="name_in_use", detail="another"),
     m.BlobNeed(sha256=SHA, missing=b"\x00"),
     m.Receipt(run=RUN, purpose="update", round=1, sha256=SHA),
     m.Refusal(run=RUN, purpose="update", round=1, sha256=SHA, reason="late", detail="round 1 is closed"),
@@ -37,19 +38,19 @@ DOWN = [
 
 @pytest.mark.parametrize("message", UP, ids=lambda message: type(message).__name__)
 def test_what_a_site_says_arrives(message: m.UpMessage) -> None:
-    assert m.decode_up(m.encode(message)) == message
+    assert m.decode_up(m.encode_message(message)) == message
 
 
 @pytest.mark.parametrize("message", DOWN, ids=lambda message: type(message).__name__)
 def test_what_the_aggregator_says_arrives(message: m.DownMessage) -> None:
-    assert m.decode_down(m.encode(message)) == message
+    assert m.decode_down(m.encode_message(message)) == message
 
 
 def test_round_state_and_presence_arrive() -> None:
     state = m.RoundState(run=RUN, phase="train", round=1, num_rounds=2, asked=("a", "b"), base=MANIFEST)
-    assert m.decode_round(m.encode(state)) == state
+    assert m.decode_round(m.encode_message(state)) == state
     presence = m.Presence(boot=BOOT, online=False)
-    assert m.decode_presence(m.encode(presence)) == presence
+    assert m.decode_presence(m.encode_message(presence)) == presence
 
 
 # As the first version wrote them; these bytes must stay readable by every 1.x.
@@ -66,7 +67,7 @@ def test_wire_bytes_of_the_first_version_are_read() -> None:
 
 def test_what_is_added_since_does_not_disturb_the_first_version() -> None:
     # A 1.0 receiver ignores what it does not know; all else stands where it stood.
-    now = m.encode(OFFER).replace(b'"v":"' + m.VERSION.encode() + b'"', b'"v":"1.0"')
+    now = m.encode_message(OFFER).replace(b'"v":"' + m.VERSION.encode() + b'"', b'"v":"1.0"')
     assert now.startswith(GOLDEN[:-1])
     assert m.decode_up(now) == msgspec.structs.replace(OFFER, v="1.0")
 
@@ -104,7 +105,7 @@ def test_another_major_version_is_refused_with_both_named() -> None:
         GOLDEN.replace(b'"codec":"raw"', b'"codec":"pickle"'),
         GOLDEN.replace(SHA.encode(), b"../../../etc/passwd"),
         GOLDEN.replace(SHA.encode(), SHA.encode() + b"\\n"),
-        m.encode(DOWN[0]),
+        m.encode_message(DOWN[0]),
         GOLDEN + b" " * m.MAX_MESSAGE_BYTES,
     ],
     ids=lambda data: repr(data[:30]),
@@ -123,7 +124,7 @@ def test_random_bytes_never_crash_a_decoder(data: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([m.encode(message) for message in UP]), st.data())
+@given(st.sampled_from([m.encode_message(message) for message in UP]), st.data())
 def test_damaged_messages_decode_or_raise_the_one_error(encoded: bytes, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(encoded) - 1))
     stop = data.draw(st.integers(start, len(encoded)))
@@ -152,13 +153,13 @@ def test_bad_names_are_refused(name: str) -> None:
 
 def test_topics_are_parsed_back() -> None:
     topics = Topics(fleet="f")
-    assert topics.parse(topics.up("s")) == Spoken(kind="up", site="s")
-    assert topics.parse(topics.down("s")) == Spoken(kind="down", site="s")
-    assert topics.parse(topics.round) == Spoken(kind="round")
-    assert topics.parse(topics.site_presence("s")) == Spoken(kind="site_presence", site="s")
-    assert topics.parse(topics.aggregator_presence) == Spoken(kind="aggregator_presence")
-    assert topics.parse(topics.chunk(SHA, 7)) == Chunk(site=None, sha256=SHA, index=7)
-    assert topics.parse(topics.up_chunk("s", SHA, 0)) == Chunk(site="s", sha256=SHA, index=0)
+    assert topics.parse(topics.up("s")) == MessageTopic(kind="up", site="s")
+    assert topics.parse(topics.down("s")) == MessageTopic(kind="down", site="s")
+    assert topics.parse(topics.round) == MessageTopic(kind="round")
+    assert topics.parse(topics.site_presence("s")) == MessageTopic(kind="site_presence", site="s")
+    assert topics.parse(topics.aggregator_presence) == MessageTopic(kind="aggregator_presence")
+    assert topics.parse(topics.chunk(SHA, 7)) == ChunkTopic(site=None, sha256=SHA, index=7)
+    assert topics.parse(topics.up_chunk("s", SHA, 0)) == ChunkTopic(site="s", sha256=SHA, index=0)
 
 
 @pytest.mark.parametrize(

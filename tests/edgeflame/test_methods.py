@@ -15,10 +15,10 @@ from aggregator.config import AggregateConfig
 from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import Contribution
 from aggregator.validation import validate_update
-from edgeflame.console import no_progress
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing, write_image
-from edgeflame.learning import FEDERATED_METHODS, METHODS, Backbone, Learning, Training
+from edgeflame.log import no_progress
+from edgeflame.methods import FEDERATED_METHODS, METHODS, Backbone, Learning, Training
 from trainer.agent.tasks import TrainTask
 from trainer.model import build_model, load_model
 from trainer.objectives import OBJECTIVES

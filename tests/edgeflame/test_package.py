@@ -19,10 +19,18 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeflame.condition import ConditionReference, stream_reference
+from edgeflame.drift_reference import DriftReference, make_stream_reference
 from edgeflame.errors import DataError, PackageError, StorageError
-from edgeflame.package import CONDITION, MANIFEST, MAX_MANIFEST_BYTES, MODEL, STATISTICS, read_package, write_package
-from edgeflame.statistics_codec import decode_statistics, encode_statistics
+from edgeflame.package import (
+    DRIFT_REFERENCE_MEMBER,
+    MANIFEST_MEMBER,
+    MAX_MANIFEST_BYTES,
+    MODEL_MEMBER,
+    STATISTICS_MEMBER,
+    read_package,
+    write_package,
+)
+from edgeflame.statistics.codec import decode_statistics, encode_statistics
 from tests.support.small_package import random_gaussian, small_manifest
 
 STATS = random_gaussian(grid=(2, 3), channels=5, rank=2)
@@ -59,7 +67,7 @@ def rewrite(path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
 
 def edit_manifest(path: Path, **fields: Any) -> None:
     def change(members: dict[str, bytes]) -> None:
-        members[MANIFEST] = json.dumps({**json.loads(members[MANIFEST]), **fields}).encode()
+        members[MANIFEST_MEMBER] = json.dumps({**json.loads(members[MANIFEST_MEMBER]), **fields}).encode()
 
     rewrite(path, change)
 
@@ -77,7 +85,7 @@ def test_it_reads_back_what_was_written(path: Path) -> None:
 
 def test_what_drift_is_measured_against_travels_with_the_model(path: Path, tmp_path: Path) -> None:
     assert read_package(path).condition is None
-    condition = ConditionReference(streams={"score": stream_reference(np.arange(50.0))})
+    condition = DriftReference(streams={"score": make_stream_reference(np.arange(50.0))})
     other = tmp_path / "other.edgeflame"
     write_package(
         other,
@@ -87,16 +95,16 @@ def test_what_drift_is_measured_against_travels_with_the_model(path: Path, tmp_p
         condition=condition,
     )
     assert read_package(other).condition == condition
-    rewrite(other, lambda members: members.__delitem__(CONDITION))
-    refused(other, CONDITION)
+    rewrite(other, lambda members: members.__delitem__(DRIFT_REFERENCE_MEMBER))
+    refused(other, DRIFT_REFERENCE_MEMBER)
 
 
 def test_a_reference_that_makes_no_sense_is_refused(path: Path) -> None:
     def change(members: dict[str, bytes]) -> None:
-        members[CONDITION] = b'{"streams": {"score": {"quantiles": [3, 2, 1], "count": 9}}}'
-        document = json.loads(members[MANIFEST])
-        document["sha256"][CONDITION] = hashlib.sha256(members[CONDITION]).hexdigest()
-        members[MANIFEST] = json.dumps(document).encode()
+        members[DRIFT_REFERENCE_MEMBER] = b'{"streams": {"score": {"quantiles": [3, 2, 1], "count": 9}}}'
+        document = json.loads(members[MANIFEST_MEMBER])
+        document["sha256"][DRIFT_REFERENCE_MEMBER] = hashlib.sha256(members[DRIFT_REFERENCE_MEMBER]).hexdigest()
+        members[MANIFEST_MEMBER] = json.dumps(document).encode()
 
     rewrite(path, change)
     refused(path, "quantiles")
@@ -133,7 +141,7 @@ def test_any_altered_byte_that_matters_is_noticed(path: Path) -> None:
     assert unnoticed < 0.1 * len(whole) / 7
 
 
-@pytest.mark.parametrize("name", [MODEL, STATISTICS])
+@pytest.mark.parametrize("name", [MODEL_MEMBER, STATISTICS_MEMBER])
 def test_an_altered_member(path: Path, name: str) -> None:
     def change(members: dict[str, bytes]) -> None:
         members[name] = members[name][:-1] + bytes([members[name][-1] ^ 1])
@@ -142,13 +150,13 @@ def test_an_altered_member(path: Path, name: str) -> None:
     refused(path, f"{name} was altered or damaged")
 
 
-@pytest.mark.parametrize("name", [MANIFEST, MODEL, STATISTICS])
+@pytest.mark.parametrize("name", [MANIFEST_MEMBER, MODEL_MEMBER, STATISTICS_MEMBER])
 def test_a_missing_member(path: Path, name: str) -> None:
     rewrite(path, lambda members: members.__delitem__(name))
     refused(path, name)
 
 
-@pytest.mark.parametrize("name", [MANIFEST, MODEL, STATISTICS])
+@pytest.mark.parametrize("name", [MANIFEST_MEMBER, MODEL_MEMBER, STATISTICS_MEMBER])
 def test_a_compressed_member_is_not_unpacked(path: Path, name: str) -> None:
     """A few kilobytes could otherwise ask for gigabytes."""
     with zipfile.ZipFile(path) as archive:
@@ -178,8 +186,8 @@ def test_members_that_share_bytes_cannot_multiply_the_file(path: Path) -> None:
         name, extra, comment = struct.unpack("<HHH", data[at + 28 : at + 34])
         entries.append(data[at : at + 46 + name + extra + comment])
         at += len(entries[-1])
-    (entry,) = (one for one in entries if one[46:].startswith(STATISTICS.encode()))
-    twin = entry.replace(STATISTICS.encode(), STATISTICS.encode().upper())
+    (entry,) = (one for one in entries if one[46:].startswith(STATISTICS_MEMBER.encode()))
+    twin = entry.replace(STATISTICS_MEMBER.encode(), STATISTICS_MEMBER.encode().upper())
     many = b"".join(entries) + twin * 9
     count = struct.pack("<HH", len(entries) + 9, len(entries) + 9)
     tail = data[end : end + 8] + count + struct.pack("<I", len(many)) + data[end + 16 :]
@@ -196,10 +204,10 @@ def test_statistics_with_a_variance_that_cannot_be(path: Path, name: str, value:
     damaged = safetensors.numpy.save(tensors, metadata=metadata)
 
     def change(members: dict[str, bytes]) -> None:
-        manifest = json.loads(members[MANIFEST])
-        manifest["sha256"][STATISTICS] = hashlib.sha256(damaged).hexdigest()
-        members[MANIFEST] = json.dumps(manifest).encode()
-        members[STATISTICS] = damaged
+        manifest = json.loads(members[MANIFEST_MEMBER])
+        manifest["sha256"][STATISTICS_MEMBER] = hashlib.sha256(damaged).hexdigest()
+        members[MANIFEST_MEMBER] = json.dumps(manifest).encode()
+        members[STATISTICS_MEMBER] = damaged
 
     rewrite(path, change)
     refused(path, "statistics: (variances must not be negative|.* holds NaN)")
@@ -233,7 +241,7 @@ def test_a_threshold_that_cannot_be(path: Path, value: str) -> None:
     """With NaN every comparison is false: such a package must never get to judge."""
 
     def change(members: dict[str, bytes]) -> None:
-        members[MANIFEST] = re.sub(rb'("value":\s*)2\.5', rb"\g<1>" + value.encode(), members[MANIFEST])
+        members[MANIFEST_MEMBER] = re.sub(rb'("value":\s*)2\.5', rb"\g<1>" + value.encode(), members[MANIFEST_MEMBER])
 
     rewrite(path, change)
     refused(path, "manifest.json is")
@@ -241,7 +249,7 @@ def test_a_threshold_that_cannot_be(path: Path, value: str) -> None:
 
 @pytest.mark.parametrize("data", [b"{}", b"[]", b"no json", b"\xff\xfe", b"", b"[" * 100_000])
 def test_a_manifest_that_is_no_manifest(path: Path, data: bytes) -> None:
-    rewrite(path, lambda members: members.update({MANIFEST: data}))
+    rewrite(path, lambda members: members.update({MANIFEST_MEMBER: data}))
     refused(path)
 
 

@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import MissingDependencyError, NegativeAnswerError, PackageError, StorageError, UsageError
-from edgeflame.package import MANIFEST, MODEL, SIGNATURE, STATISTICS, Package, read_package, write_package
+from edgeflame.package import (
+    MANIFEST_MEMBER,
+    MODEL_MEMBER,
+    SIGNATURE_MEMBER,
+    STATISTICS_MEMBER,
+    Package,
+    read_package,
+    write_package,
+)
 from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, sign_package, verify_signature, write_keys
 from tests.support.small_package import random_gaussian, small_manifest, with_references, write_images
 
@@ -43,7 +51,12 @@ def rewrite(path: Path, **changes: Any) -> None:
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     for name, change in changes.items():
-        full = {"manifest": MANIFEST, "model": MODEL, "statistics": STATISTICS, "signature": SIGNATURE}[name]
+        full = {
+            "manifest": MANIFEST_MEMBER,
+            "model": MODEL_MEMBER,
+            "statistics": STATISTICS_MEMBER,
+            "signature": SIGNATURE_MEMBER,
+        }[name]
         members[full] = change(members[full])
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.moments import MomentAccumulator, Moments, merge_moments
-from edgeflame.statistics import (
+from edgeflame.statistics.codec import decode_statistics, encode_statistics
+from edgeflame.statistics.gaussian import (
     LowRankGaussian,
     fit_gaussian,
     fit_gaussian_to_samples,
@@ -21,7 +21,7 @@ from edgeflame.statistics import (
     smooth_maps,
     smoothing_matrix,
 )
-from edgeflame.statistics_codec import decode_statistics, encode_statistics
+from edgeflame.statistics.moments import MomentAccumulator, Moments, merge_moments
 
 F32 = npt.NDArray[np.float32]
 GRID = (3, 4)

@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError
-from edgeflame.moments import MomentAccumulator, Moments
-from edgeflame.pooling import pool_statistics
-from edgeflame.statistics_blob import (
+from edgeflame.statistics.merge import (
     METADATA_KEY,
-    Header,
     StatisticsFile,
+    StatisticsHeader,
     Truncation,
+    pool_statistics,
     read_moments,
     write_site_statistics,
 )
+from edgeflame.statistics.moments import MomentAccumulator, Moments
 
 GRID, C = (2, 3), 7
 MODEL = "a" * 64
@@ -210,7 +210,7 @@ def test_a_blob_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_header_says_what_its_tensors_are() -> None:
-    header = Header(form="moments", grid=GRID, num_channels=C, rank=0, count=3, model=MODEL)
+    header = StatisticsHeader(form="moments", grid=GRID, num_channels=C, rank=0, count=3, model=MODEL)
     assert {name: spec.shape for name, spec in header.schema().items()} == {"covariance": (6, 28), "mean": (6, 7)}
     with pytest.raises(DataError, match="rank of moments"):
-        Header(form="moments", grid=GRID, num_channels=C, rank=2, count=3, model=MODEL)
+        StatisticsHeader(form="moments", grid=GRID, num_channels=C, rank=2, count=3, model=MODEL)

@@ -13,14 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgeflame.errors import StorageError
-from edgeflame.messages import BlobNeed
-from edgeflame.transfer.manifest import Manifest, describe_file, unpack_mask
-from edgeflame.transfer.receiver import MAX_ATTEMPTS, ChunkKind, Receiver
-from edgeflame.transfer.sender import Sender
+from edgeflame.mqtt.messages import BlobManifest, BlobNeed
+from edgeflame.transfer.protocol import MAX_ATTEMPTS, ChunkKind, Receiver, Sender, describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore
 
 
-def describe(blob: bytes, chunk_bytes: int, folder: Path) -> Manifest:
+def describe(blob: bytes, chunk_bytes: int, folder: Path) -> BlobManifest:
     path = folder / "blob"
     path.write_bytes(blob)
     return describe_file(path, chunk_bytes=chunk_bytes)
@@ -93,7 +91,7 @@ class FakeLink:
         return data
 
 
-def run_transfer(blob: bytes, manifest: Manifest, sides: dict[str, Side], link: FakeLink) -> int:
+def run_transfer(blob: bytes, manifest: BlobManifest, sides: dict[str, Side], link: FakeLink) -> int:
     """Everyone talks until all have it; returns the number of chunks sent. Time passes only when all is quiet."""
     sender = Sender(manifest)
     now, sent = 0.0, 0
@@ -128,7 +126,7 @@ def run_transfer(blob: bytes, manifest: Manifest, sides: dict[str, Side], link: 
     return sent
 
 
-def take(side: Side, manifest: Manifest, index: int, data: bytes, now: float) -> None:
+def take(side: Side, manifest: BlobManifest, index: int, data: bytes, now: float) -> None:
     if side.receiver.chunk(index, data, now=now) is ChunkKind.NEW:
         side.data[manifest.offset(index) : manifest.offset(index) + len(data)] = data
         if side.receiver.is_complete and not side.done:
@@ -137,7 +135,7 @@ def take(side: Side, manifest: Manifest, index: int, data: bytes, now: float) ->
                 side.given_up = not side.receiver.start_over()
 
 
-def new_side(manifest: Manifest, now: float = 0.0) -> Side:
+def new_side(manifest: BlobManifest, now: float = 0.0) -> Side:
     have = np.zeros(manifest.num_chunks, dtype=np.bool_)
     return Side(receiver=Receiver(manifest, have=have, now=now), data=bytearray(manifest.size_bytes))
 
@@ -295,7 +293,7 @@ def test_chunks_in_any_order_over_a_restart_are_hashed_right(
 def test_a_false_hash_is_found_again_after_starting_over(tmp_path: Path) -> None:
     blob = b"q" * 500
     honest = describe(blob, 100, tmp_path)
-    false = Manifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
+    false = BlobManifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
     incoming = BlobStore(tmp_path / "store").receive(false, owner="a", now=0.0)
     for attempt in range(MAX_ATTEMPTS):
         for index in range(5):
@@ -320,7 +318,7 @@ def test_a_repair_request_counts_what_is_on_its_way_as_lost(tmp_path: Path) -> N
 
 def test_a_blob_with_another_hash_never_gets_into_the_store(tmp_path: Path) -> None:
     honest = describe(b"z" * 500, 100, tmp_path)
-    false = Manifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
+    false = BlobManifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
     store = BlobStore(tmp_path / "store")
     incoming = store.receive(false, owner="a", now=0.0)
     for index in range(5):
@@ -334,7 +332,7 @@ def test_a_blob_with_another_hash_never_gets_into_the_store(tmp_path: Path) -> N
 def test_a_false_manifest_is_given_up(tmp_path: Path) -> None:
     blob = b"y" * 500
     honest = describe(blob, 100, tmp_path)
-    false = Manifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
+    false = BlobManifest(sha256="0" * 64, size_bytes=500, chunk_bytes=100, crc32s=honest.crc32s)
     sides = {"a": new_side(false)}
     sent = run_transfer(blob, false, sides, FakeLink(random.Random(0), PERFECT))
     assert sides["a"].given_up
@@ -396,7 +394,7 @@ def test_the_same_blob_in_other_chunks_continues_too(tmp_path: Path) -> None:
 
 def test_a_blob_larger_than_the_disk_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "store")
-    huge = Manifest(sha256="0" * 64, size_bytes=65536 << 20, chunk_bytes=1 << 20, crc32s=bytes(4 * 65536))
+    huge = BlobManifest(sha256="0" * 64, size_bytes=65536 << 20, chunk_bytes=1 << 20, crc32s=bytes(4 * 65536))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1 << 30})())
         with pytest.raises(StorageError, match="1024 MiB free, a blob of 65536 MiB does not fit"):

@@ -17,10 +17,9 @@ from aggregator.control import OperatorRequest
 from aggregator.events import Event
 from aggregator.simulation.config import BoardsData, FolderData
 from edge.commands.messages import Command
-from edgeflame.fleet import view
-from edgeflame.messages import DownMessage, Presence, RoundState, UpMessage
-from edgeflame.releases.messages import LineModels, Release
-from edgeflame.simulated import Answer, Task
+from edgeflame.mqtt.messages import DownMessage, LineModels, Presence, Release, RoundState, UpMessage
+from edgeflame.simulation import SimulationAnswer, SimulationTask
+from fleet import observe as view
 from trainer.agent.plan import PlanStep
 from trainer.agent.tasks import FromWorker, ToWorker
 
@@ -100,12 +99,12 @@ TAGS: dict[str, tuple[Any, str, set[str]]] = {
         {"ready", "step", "done", "problem"},
     ),
     "what a simulation asks": (
-        Task,
+        SimulationTask,
         "type",
         {"site", "measure"},
     ),
     "what a simulation hears": (
-        Answer,
+        SimulationAnswer,
         "type",
         {"site", "measure", "problem"},
     ),
@@ -148,7 +147,7 @@ def test_the_names_of_the_steps_stay() -> None:
 
 def test_the_fleets_view_knows_the_steps() -> None:
     # Of a site that leaves nothing is seen any more.
-    assert set(view._WORDS) == STEPS - {"leave"}
+    assert set(view._ACTIVITY_TEXTS) == STEPS - {"leave"}
     assert {*view._UPLOADS, *view._DOWNLOADS} <= STEPS
 
 

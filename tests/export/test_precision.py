@@ -12,9 +12,9 @@ import pytest
 
 from edgeflame.errors import NumericalError, UsageError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Backbone
+from edgeflame.methods import Backbone
 from edgeflame.package import Package
-from edgeflame.trt_library import load_tensorrt
+from edgeflame.tensorrt import load_tensorrt
 from export.folding import fold_constants
 from export.graph import scoring_graph
 from export.int8 import Target

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Backbone
-from edgeflame.memory_statistics import MemoryStatistics
-from edgeflame.statistics import LowRankGaussian, smooth_maps
-from edgeflame.statistics_codec import PackageStatistics
+from edgeflame.methods import Backbone
+from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import LowRankGaussian, smooth_maps
+from edgeflame.statistics.memory import MemoryStatistics
 from export.distances import MAX_ERROR, single_product_error, takes_one_product
 from export.folding import fold_constants
 from export.graph import scoring_graph

@@ -13,12 +13,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from edgeflame import trt_library
-from edgeflame.cli import cli
-from edgeflame.engines import read_report
+from cli import cli
+from edgeflame import tensorrt as trt_library
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError, StorageError, UsageError
 from edgeflame.package import Package
-from edgeflame.trt_library import TensorRT, chosen_capabilities, load_tensorrt
+from edgeflame.tensorrt import TensorRT, load_tensorrt, read_build_report, select_capabilities
 from export.trt import build_engines
 
 
@@ -64,7 +63,7 @@ def test_the_command_builds_for_three_generations_and_reports(
         assert hashlib.sha256(data).hexdigest() == one["sha256"]
         assert one["build_s"] > 0
     assert {path.name for path in out.iterdir()} == {"engines.json", *(one["file"] for one in engines)}
-    assert {record.file for record in read_report(out).engines} == {one["file"] for one in engines}
+    assert {record.file for record in read_build_report(out).engines} == {one["file"] for one in engines}
 
 
 def test_an_engine_that_is_there_is_kept_and_one_cut_short_is_built_again(
@@ -80,7 +79,7 @@ def test_an_engine_that_is_there_is_kept_and_one_cut_short_is_built_again(
     # Another largest batch is another engine.
     other = export(package_file, tmp_path, "--compute-capability", "8.9", "--max-batch", "2")
     assert other[0]["file"] not in {one["file"] for one in first}
-    assert len(read_report(tmp_path).engines) == 3
+    assert len(read_build_report(tmp_path).engines) == 3
     table = CliRunner().invoke(
         cli,
         ["export", "--model", str(package_file), "--trt", "--out", str(tmp_path), "--compute-capability", "89"],
@@ -129,7 +128,7 @@ def test_no_space_left_keeps_the_old_engine(
 @pytest.mark.parametrize(("asked", "message"), [("8.7", "does not build for .* 8.7, but for 7.5"), ("new", "written")])
 def test_generations_it_does_not_know(rtx: TensorRT, asked: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        chosen_capabilities(rtx, (asked,))
+        select_capabilities(rtx, (asked,))
 
 
 @pytest.mark.parametrize(
@@ -216,9 +215,9 @@ def test_on_a_device_the_recipe_is_the_same_and_its_timings_are_kept(tmp_path: P
 def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     library: Any = DeviceTensorRT()
     monkeypatch.setattr(trt_library, "own_capability", lambda: "8.7")
-    assert chosen_capabilities(library, ()) == chosen_capabilities(library, ("SM87",)) == ["8.7"]
+    assert select_capabilities(library, ()) == select_capabilities(library, ("SM87",)) == ["8.7"]
     with pytest.raises(UsageError, match=r"for the GPU of this machine alone \(8.7\), not for 8.9"):
-        chosen_capabilities(library, ("8.9",))
+        select_capabilities(library, ("8.9",))
 
 
 def test_an_engine_of_a_memory_is_built(rtx: TensorRT, tmp_path: Path) -> None:

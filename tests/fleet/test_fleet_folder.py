@@ -15,14 +15,15 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeflame.cli import cli
-from edgeflame.cli.link_options import agreed, contact
+from cli import cli
+from cli.options import option_or_kit, resolve_broker
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, NegativeAnswerError, StorageError, UsageError
-from edgeflame.fleet import access, brokerconf
-from edgeflame.fleet.access import Client
-from edgeflame.fleet.folder import FleetFolder, make_fleet, open_fleet
-from edgeflame.fleet.kit import Kit, encode_kit, read_kit
+from edgeflame.mqtt.kit import Kit, encode_kit, read_kit
+from fleet import broker_control as access
+from fleet import broker_control as brokerconf
+from fleet.folder import FleetFolder, make_fleet, open_fleet
+from fleet.registry import BrokerClient
 from tests.support.paths import REPOSITORY
 
 
@@ -236,58 +237,58 @@ def test_members_are_listed_with_their_expiry(fleet: FleetFolder) -> None:
 
 def test_options_and_kit_must_agree(fleet: FleetFolder) -> None:
     path = enrol(fleet, "plant-a")
-    found = contact(None, kit=path, ca=None, cert=None, key=None, role="site")
+    found = resolve_broker(None, kit=path, ca=None, cert=None, key=None, role="site")
     assert (found.fleet, found.name, found.url.address) == ("boards", "plant-a", "mqtts://broker.plant:8883")
-    other = contact("mqtts://10.0.0.5:1", kit=path, ca=None, cert=None, key=None, role="site")
+    other = resolve_broker("mqtts://10.0.0.5:1", kit=path, ca=None, cert=None, key=None, role="site")
     assert other.url.address == "mqtts://10.0.0.5:1"
 
     def refused(match: str, broker: str | None = None, kit: Path | None = path, **more: object) -> None:
         options = {"ca": None, "cert": None, "key": None, "role": "site", **more}
         with pytest.raises(EdgeFlameError, match=match):
-            contact(broker, kit=kit, **options)  # type: ignore[arg-type]
+            resolve_broker(broker, kit=kit, **options)  # type: ignore[arg-type]
 
     refused("--broker or --kit", kit=None)
     refused("the kit of the site 'plant-a'; this command takes", role="aggregator")
     refused("--kit holds the certificates", cert=Path("x"))
     refused("starts with mqtts://", broker="mqtt://10.0.0.5")
-    assert agreed("--site", None, "plant-a") == "plant-a"
+    assert option_or_kit("--site", None, "plant-a") == "plant-a"
     with pytest.raises(UsageError, match="--site 'b': the kit is made for 'plant-a'"):
-        agreed("--site", "b", "plant-a")
+        option_or_kit("--site", "b", "plant-a")
     with pytest.raises(UsageError, match="--site: missing"):
-        agreed("--site", None, None)
+        option_or_kit("--site", None, None)
 
 
 def test_a_broker_is_told_only_what_it_does_not_know() -> None:
-    both = [Client(name="a", role="site"), Client(name="gone", role="site")]
+    both = [BrokerClient(name="a", role="site"), BrokerClient(name="gone", role="site")]
     clients = [both[0], msgspec.structs.replace(both[1], is_active=False)]
     document = json.loads(access.dynamic_security(both, "f"))
     extra = {"username": "somebody-else", "roles": []}
     known, roles = [*document["clients"], extra], document["roles"]
-    told = access.commands(clients, "f", clients=known, roles=roles)
+    told = access.sync_commands(clients, "f", clients=known, roles=roles)
     assert told == [
         {"command": "modifyClient", "username": "gone", "roles": []},
         {"command": "disableClient", "username": "gone"},
     ]
     known[1] = {"username": "gone", "roles": [], "disabled": True}
-    assert access.commands(clients, "f", clients=known, roles=roles) == []
-    fresh = access.commands(clients, "f", clients=[], roles=[])
+    assert access.sync_commands(clients, "f", clients=known, roles=roles) == []
+    fresh = access.sync_commands(clients, "f", clients=[], roles=[])
     assert [command["command"] for command in fresh] == ["createRole", "createClient"]
     roles[0]["acls"] = roles[0]["acls"][1:]
     known[0] = {"username": "a", "roles": [], "disabled": True}
-    assert [command["command"] for command in access.commands(clients, "f", clients=known, roles=roles)] == [
+    assert [command["command"] for command in access.sync_commands(clients, "f", clients=known, roles=roles)] == [
         "modifyRole", "modifyClient", "enableClient",
     ]  # fmt: skip
 
 
 REFERENCE = (
-    Client(name="admin", role="admin"),
-    Client(name="aggregator", role="aggregator"),
-    Client(name="engineer", role="publisher"),
-    Client(name="foreman", role="operator"),
-    Client(name="line-1", role="line"),
-    Client(name="office", role="observer"),
-    Client(name="plant-a", role="site"),
-    Client(name="plant-b", role="site"),
+    BrokerClient(name="admin", role="admin"),
+    BrokerClient(name="aggregator", role="aggregator"),
+    BrokerClient(name="engineer", role="publisher"),
+    BrokerClient(name="foreman", role="operator"),
+    BrokerClient(name="line-1", role="line"),
+    BrokerClient(name="office", role="observer"),
+    BrokerClient(name="plant-a", role="site"),
+    BrokerClient(name="plant-b", role="site"),
 )
 
 
@@ -306,7 +307,7 @@ def reference_files() -> dict[str, str]:
         plugin=PurePosixPath("/usr/lib/x86_64-linux-gnu") / brokerconf.PLUGIN_FILE,
     )
     return {
-        brokerconf.CONFIG: brokerconf.mosquitto_conf(settings),
+        brokerconf.CONFIG_FILE: brokerconf.mosquitto_conf(settings),
         brokerconf.DYNAMIC_SECURITY: access.dynamic_security(REFERENCE, "boards").decode(),
     }
 

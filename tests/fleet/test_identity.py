@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgeflame.broker import free_port
-from edgeflame.brokerurl import BrokerUrl, TlsFiles, TlsPem, parse_broker_url
-from edgeflame.cli import cli
-from edgeflame.fleet import brokerconf
-from edgeflame.fleet.certificates import Issued, issue, make_authority
-from edgeflame.fleet.control import Control
-from edgeflame.fleet.folder import FleetFolder, make_fleet, open_fleet
-from edgeflame.fleet.kit import read_kit
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Failed, Received, Up
+from cli import cli
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.mqtt.kit import read_kit
+from edgeflame.mqtt.url import BrokerUrl, TlsFiles, TlsPem, parse_broker_url
+from fleet import broker_control as brokerconf
+from fleet.broker_control import BrokerControl
+from fleet.certificates import IssuedCertificate, issue_certificate, make_authority
+from fleet.folder import FleetFolder, make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import REPOSITORY
@@ -50,11 +50,11 @@ class Plant:
     def url(self, name: str) -> BrokerUrl:
         return read_kit(self.kits / f"{name}.kit").broker_url()
 
-    def authority(self) -> Issued:
+    def authority(self) -> IssuedCertificate:
         with open_fleet(self.folder) as fleet:
             return fleet._authority()
 
-    def presented(self, issued: Issued, authority: Issued | None = None) -> BrokerUrl:
+    def presented(self, issued: IssuedCertificate, authority: IssuedCertificate | None = None) -> BrokerUrl:
         """Somebody with another certificate who knows the address."""
         ca = (authority or self.authority()).cert.decode()
         pem = TlsPem(ca=ca, cert=issued.cert.decode(), key=issued.key.decode(), name="stranger")
@@ -85,7 +85,7 @@ def make_plant(folder: Path, *sites: str) -> FleetFolder:
 
 
 def start(folder: Path, port: int) -> BrokerProcess:
-    return BrokerProcess("mosquitto", folder, config=folder / "broker" / brokerconf.CONFIG, port=port)
+    return BrokerProcess("mosquitto", folder, config=folder / "broker" / brokerconf.CONFIG_FILE, port=port)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ class Client:
     """A connection and what came over it; a context manager that waits until it is up or refused."""
 
     def __init__(self, url: BrokerUrl, *filters: str, connect_timeout_s: float = 3.0) -> None:
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.link = Link(
+        self.events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
+        self.link = MqttClient(
             url,
             client_id=f"test-{os.urandom(6).hex()}",
             filters=filters or [f"{BASE}/round"],
@@ -118,19 +118,19 @@ class Client:
     @property
     def refusal(self) -> str:
         event = self.events.get(timeout=30)
-        assert isinstance(event, Failed), event
+        assert isinstance(event, ConnectionFailed), event
         return str(event.error)
 
     def up(self) -> Client:
         event = self.events.get(timeout=30)
-        assert isinstance(event, Up), event
+        assert isinstance(event, Connected), event
         return self
 
     def message(self) -> tuple[str, bytes]:
         """The next that a test sent; not what an earlier run left behind."""
         while True:
             event = self.events.get(timeout=30)
-            assert isinstance(event, Received), event
+            assert isinstance(event, ReceivedMessage), event
             event.done()
             if event.payload in (b"forged", b"rightly"):
                 return event.topic, event.payload
@@ -153,7 +153,7 @@ def test_a_whole_run_over_mutual_tls(plant: Plant, tmp_path: Path, undisturbed_m
 def test_a_certificate_of_another_authority_is_refused(plant: Plant) -> None:
     now = datetime.now(timezone.utc)
     other = make_authority("test", now=now)
-    stranger = issue(other, name="a", fleet="test", role="site", now=now, not_after=now + timedelta(days=1))
+    stranger = issue_certificate(other, name="a", fleet="test", role="site", now=now, not_after=now + timedelta(days=1))
     assert "our certificate is of another authority than the fleet's" in refusal_of(plant.presented(stranger))
     # The other way round: somebody poses as the broker.
     text = refusal_of(plant.presented(stranger, other))
@@ -171,7 +171,9 @@ def test_a_broker_under_a_name_it_has_no_certificate_for_is_not_trusted(plant: P
 def test_an_expired_certificate_is_refused(plant: Plant) -> None:
     now = datetime.now(timezone.utc)
     past = now - timedelta(days=2)
-    expired = issue(plant.authority(), name="a", fleet="test", role="site", now=past, not_after=now - timedelta(days=1))
+    expired = issue_certificate(
+        plant.authority(), name="a", fleet="test", role="site", now=past, not_after=now - timedelta(days=1)
+    )
     assert "our certificate has expired; ask whoever runs the fleet for a new kit" in refusal_of(
         plant.presented(expired)
     )
@@ -199,7 +201,7 @@ def test_tls_to_a_plain_port_says_so(plant: Plant, tmp_path: Path) -> None:
 
 def test_a_certificate_nobody_enrolled_has_no_rights(plant: Plant) -> None:
     now = datetime.now(timezone.utc)
-    unknown = issue(
+    unknown = issue_certificate(
         plant.authority(), name="nobody", fleet="test", role="site", now=now, not_after=now + timedelta(days=1)
     )
     assert "we may not read what we have to (Not authorized)" in refusal_of(plant.presented(unknown))
@@ -366,7 +368,7 @@ def test_a_connected_site_that_does_not_listen_is_thrown_out_for_good(tmp_path: 
         client.up()
         with open_fleet(folder) as fleet:
             fleet.revoke("a", reason="")
-            with Control(fleet.admin_kit().broker_url(), fleet="test", connect_timeout_s=5) as control:
+            with BrokerControl(fleet.admin_kit().broker_url(), fleet="test", connect_timeout_s=5) as control:
                 assert not control.say_goodbye("a", "")
                 assert control.sync(fleet.registry.clients()) == 2
                 assert control.sync(fleet.registry.clients()) == 0, "nobody is disturbed twice"
@@ -406,7 +408,7 @@ def test_a_line_speaks_with_its_kit(plant: Plant) -> None:
         line = MqttDestination(MqttConfig(fleet="test", line="line-1", kit=kit), state)
         line.idle()
         event = reader.events.get(timeout=30)
-        assert isinstance(event, Received)
+        assert isinstance(event, ReceivedMessage)
         assert b'"online":true' in event.payload
         line.close()
     for fleet, name in (("test", "line-2"), ("other", "line-1")):

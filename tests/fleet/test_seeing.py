@@ -30,19 +30,29 @@ from aggregator.events import (
     initial_state,
 )
 from aggregator.metrics import RunStatus, prometheus_metrics, run_summary, status_tags
-from edgeflame.broker import free_port
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.cli import cli
-from edgeflame.console import EventLog, configure_logging
+from cli import cli
+from cli.pages.fleet_report import render_run_page
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, UsageError
-from edgeflame.fleet.report import render
-from edgeflame.fleet.view import FleetView
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Received
-from edgeflame.messages import BlobNeed, Heartbeat, Message, Offer, Presence, Refusal, RoundState, TaskFailed, encode
+from edgeflame.log import EventLog, configure_logging
 from edgeflame.metrics import Metric, MetricsServer
-from edgeflame.topics import Topics
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, ReceivedMessage
+from edgeflame.mqtt.embedded_broker import free_port
+from edgeflame.mqtt.messages import (
+    BlobManifest,
+    BlobNeed,
+    Heartbeat,
+    Message,
+    Offer,
+    Presence,
+    Refusal,
+    RoundState,
+    TaskFailed,
+    encode_message,
+)
+from edgeflame.mqtt.topics import Topics
+from edgeflame.mqtt.url import parse_broker_url
+from fleet.observe import FleetView
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet, Process
 from tests.support.paths import REPOSITORY
@@ -52,7 +62,7 @@ pytestmark = pytest.mark.timeout(90)
 
 RUN, SHA = "0" * 32, "a" * 64
 TOPICS = Topics(fleet="test")
-BASE = Manifest(sha256=SHA, size_bytes=4000, chunk_bytes=1000, crc32s=bytes(16))
+BASE = BlobManifest(sha256=SHA, size_bytes=4000, chunk_bytes=1000, crc32s=bytes(16))
 
 
 def scraped(url: str) -> dict[str, float]:
@@ -65,11 +75,11 @@ def scraped(url: str) -> dict[str, float]:
 def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     gate.mkdir()
-    heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     ports = [free_port(), free_port()]
     pages = [f"http://127.0.0.1:{port}/metrics" for port in ports]
     with (
-        Link(parse_broker_url(embedded.url), client_id="scada", filters=[TOPICS.status("+")], sink=heard.put),
+        MqttClient(parse_broker_url(embedded.url), client_id="scada", filters=[TOPICS.status("+")], sink=heard.put),
         Fleet(embedded, tmp_path) as fleet,
     ):
         aggregator = fleet.aggregator("--sites", "2", "--rounds", "1", "--metrics", f"127.0.0.1:{ports[0]}")
@@ -113,7 +123,7 @@ def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
         told: dict[str, list[str]] = {}
         while not heard.empty():
             event = heard.get()
-            if isinstance(event, Received):
+            if isinstance(event, ReceivedMessage):
                 event.done()
                 told.setdefault(event.topic.rpartition("/")[2], []).append(event.payload.decode())
         assert told["phase"][-1] == "done"
@@ -139,7 +149,7 @@ def test_a_fleet_nobody_spoke_of_is_an_answer_and_not_silence(embedded: BrokerPr
 def view_of(*said: tuple[str, Message, float]) -> FleetView:
     view = FleetView(TOPICS)
     for topic, message, now in said:
-        view.take(topic, encode(message), now)
+        view.take(topic, encode_message(message), now)
     return view
 
 
@@ -151,13 +161,13 @@ def test_rates_come_from_heartbeats() -> None:
     up = TOPICS.up("a")
     view = view_of((up, beat("train", 0), 0.0), (up, beat("train", 4), 2.0))
     assert view.sites["a"].steps_per_s == 2.0
-    view.take(up, encode(beat("train", 8)), 3.0)
+    view.take(up, encode_message(beat("train", 8)), 3.0)
     assert view.sites["a"].steps_per_s == 3.0
-    view.take(up, encode(beat("offerupdate", 0)), 4.0)
+    view.take(up, encode_message(beat("offerupdate", 0)), 4.0)
     assert view.sites["a"].steps_per_s == 0.0
     offer = Offer(run=RUN, purpose="update", round=1, manifest=BASE)
-    view.take(up, encode(offer), 4.5)
-    view.take(up, encode(beat("offerupdate", 5)), 5.5)
+    view.take(up, encode_message(offer), 4.5)
+    view.take(up, encode_message(beat("offerupdate", 5)), 5.5)
     assert view.sites["a"].bytes_per_s == 5000.0
 
 
@@ -269,7 +279,7 @@ def page_of(state: RunState) -> str:
     from aggregator.ledger import build_ledger
 
     # As a reader of the file has it.
-    return render(msgspec.json.decode(msgspec.json.encode(build_ledger(state))), version="1", made="today")
+    return render_run_page(msgspec.json.decode(msgspec.json.encode(build_ledger(state))), version="1", made="today")
 
 
 def test_the_report_shows_weights_reasons_and_curves_and_runs_nothing() -> None:

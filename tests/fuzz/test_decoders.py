@@ -25,10 +25,8 @@ from aggregator.config import AggregateConfig
 from aggregator.control import PauseSite, RequestQueue, StopRun
 from aggregator.journal import Journal
 from aggregator.validation import validate_initial_model, validate_update
+from cli.train import SiteFile
 from edge.parts.mqtt_trigger import read_announcement
-from edgeflame import messages as m
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.cli.train import SiteFile
 from edgeflame.config import parse_config
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import (
@@ -42,18 +40,19 @@ from edgeflame.errors import (
     StorageError,
     UsageError,
 )
-from edgeflame.fleet.kit import Kit, encode_kit, read_kit
 from edgeflame.images import decode_image, write_image
-from edgeflame.learning import Learning
-from edgeflame.memory_bank import MemoryBank, read_bank, write_bank
-from edgeflame.package import read_package, write_package
-from edgeflame.references import make_references
+from edgeflame.methods import Learning
+from edgeflame.mqtt import messages as m
+from edgeflame.mqtt.kit import Kit, encode_kit, read_kit
+from edgeflame.mqtt.topics import Topics
+from edgeflame.mqtt.url import parse_broker_url
+from edgeflame.package import make_references, read_package, write_package
 from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, read_signature, sign_package, verify_signature, write_keys
-from edgeflame.statistics_blob import StatisticsFile, read_moments, write_site_statistics
-from edgeflame.statistics_codec import decode_statistics, encode_statistics
+from edgeflame.statistics.codec import decode_statistics, encode_statistics
+from edgeflame.statistics.memory import MemoryBank, read_bank, write_bank
+from edgeflame.statistics.merge import StatisticsFile, read_moments, write_site_statistics
 from edgeflame.tensors import TensorFile
-from edgeflame.topics import Topics
-from edgeflame.transfer.manifest import unpack_mask
+from edgeflame.transfer.protocol import unpack_mask
 from tests.support import mutations
 from tests.support.mutations import Mutator
 from tests.support.paths import RECORDED
@@ -124,7 +123,7 @@ def verify_all(path: Path) -> None:
 
 
 def blob(folder: Path, form: Any) -> bytes:
-    from edgeflame.moments import MomentAccumulator
+    from edgeflame.statistics.moments import MomentAccumulator
 
     rng = np.random.default_rng(0)
     accumulator = MomentAccumulator()

@@ -134,7 +134,7 @@ def main() -> None:
         wrap_aggregator()
     else:
         wrap_site()
-    from edgeflame.cli import main as edgeflame
+    from cli import main as edgeflame
 
     edgeflame()
 

@@ -26,7 +26,7 @@ def daemon(
         "inspect", "--model", str(package_file), "--source", "boards:warm_white_grid?size=64", "--config",
         str(folder / "line.toml"), "--state", str(state or folder / "state"), "--threads", "1", "--json", *more,
     ]  # fmt: skip
-    program = f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nfrom edgeflame.cli import main; main()"
+    program = f"import sys; sys.argv[1:] = {arguments!r}\n{code}\nfrom cli import main; main()"
     with (folder / "out").open("ab") as out, (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.DEVNULL, stdout=out, stderr=log,

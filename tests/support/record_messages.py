@@ -21,8 +21,8 @@ import msgspec
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edgeflame.messages import VERSION
-from edgeflame.topics import Spoken, Topics
+from edgeflame.mqtt.messages import VERSION
+from edgeflame.mqtt.topics import MessageTopic, Topics
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import RECORDED, REPOSITORY
@@ -51,7 +51,7 @@ class Recorder:
     def _on_message(self, _client: Any, _userdata: Any, message: mqtt.MQTTMessage) -> None:
         fleet = message.topic.split("/")[2]
         match Topics(fleet=fleet).parse(message.topic):
-            case Spoken(kind=kind) if message.payload:
+            case MessageTopic(kind=kind) if message.payload:
                 fields = msgspec.json.decode(message.payload)
                 telling = [fields.get(name) for name in ("purpose", "reason", "phase", "online", "ready", "activity")]
                 empty = [name for name, value in sorted(fields.items()) if value in (None, 0, {}, [], "")]

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeflame.broker import free_port
+from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.package import read_package
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet

@@ -11,13 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Received, Up
-from edgeflame.messages import encode
-from edgeflame.releases.messages import Outcome, ProductModels, Release, decode_line_models, decode_need
-from edgeflame.topics import Spoken, Topics
-from edgeflame.transfer.manifest import Manifest, describe_file, unpack_mask
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
+from edgeflame.mqtt.messages import (
+    BlobManifest,
+    ProductModels,
+    Release,
+    ReleaseOutcome,
+    decode_line_models,
+    decode_need,
+    encode_message,
+)
+from edgeflame.mqtt.topics import MessageTopic, Topics
+from edgeflame.mqtt.url import parse_broker_url
+from edgeflame.transfer.protocol import describe_file, unpack_mask
 from edgeflame.transfer.store import Outgoing
 from tests.support.brokers import BrokerProcess
 from tests.support.rollout_daemon import PRODUCT
@@ -35,13 +42,13 @@ class Server:
     def __init__(self, broker: BrokerProcess, *, line: str = "line-1", fleet: str = "test") -> None:
         self._topics = Topics(fleet=fleet)
         self._line = line
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[ClientEvent | None] = queue.SimpleQueue()
         self._outgoing: dict[str, Outgoing] = {}
         self.models: ProductModels | None = None
         self.max_chunks: int | None = None
         """After so many no more is served: the publisher is gone."""
         self.num_chunks = 0
-        self._link = Link(
+        self._link = MqttClient(
             parse_broker_url(broker.url),
             client_id=f"test-server-{uuid.uuid4().hex[:8]}",
             filters=[self._topics.all_line_models(), self._topics.all_line_up()],
@@ -65,7 +72,7 @@ class Server:
         for outgoing in self._outgoing.values():
             outgoing.close()
 
-    def announce(self, path: Path, *, key: str, manifest: Manifest | None = None, **changes: Any) -> Release:
+    def announce(self, path: Path, *, key: str, manifest: BlobManifest | None = None, **changes: Any) -> Release:
         """Announce a file, and serve it."""
         described = manifest or describe_file(path, chunk_bytes=4096)
         values: dict[str, Any] = {
@@ -86,13 +93,13 @@ class Server:
 
     def say(self, release: Release) -> None:
         """Publish an announcement."""
-        self._link.publish(self._topics.release(release.product), encode(release), retain=True)
+        self._link.publish(self._topics.release(release.product), encode_message(release), retain=True)
 
-    def outcome(self, release: Release) -> Outcome | None:
+    def outcome(self, release: Release) -> ReleaseOutcome | None:
         """What became of it."""
         return None if self.models is None else self.models.outcome(release.release)
 
-    def wait_for(self, release: Release, fate: str | None = None) -> Outcome:
+    def wait_for(self, release: Release, fate: str | None = None) -> ReleaseOutcome:
         """What became of it, once it has."""
 
         def is_there() -> bool:
@@ -106,14 +113,14 @@ class Server:
 
     def _run(self) -> None:
         while (event := self._events.get()) is not None:
-            if isinstance(event, Up):
+            if isinstance(event, Connected):
                 self._is_up.set()
-            if not isinstance(event, Received):
+            if not isinstance(event, ReceivedMessage):
                 continue
             match self._topics.parse(event.topic):
-                case Spoken(kind="line_models", line=self._line) if event.payload:
+                case MessageTopic(kind="line_models", line=self._line) if event.payload:
                     self.models = decode_line_models(event.payload).of(PRODUCT)
-                case Spoken(kind="line_up", line=str(line)):
+                case MessageTopic(kind="line_up", line=str(line)):
                     need = decode_need(event.payload)
                     outgoing = self._outgoing.get(need.sha256)
                     if outgoing is not None:

@@ -16,16 +16,15 @@ from typing import Any
 
 import msgspec
 
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.console import no_progress
 from edgeflame.images import ImageU8, write_image
+from edgeflame.log import no_progress
+from edgeflame.mqtt.messages import ProductModels, Release
+from edgeflame.mqtt.topics import Topics
+from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.package import Package, write_package
-from edgeflame.releases.messages import ProductModels, Release
-from edgeflame.releases.onlooker import look
-from edgeflame.releases.publisher import Terms, publish
-from edgeflame.releases.view import Standing
 from edgeflame.signing import sign_package
-from edgeflame.topics import Topics
+from fleet.observe import ReleaseProgress
+from fleet.publish import ReleaseTerms, publish_package, read_fleet_models
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY
 from tests.support.waiting import wait_for
@@ -174,7 +173,7 @@ class Daemon:
 
     def said(self) -> ProductModels | None:
         """What it says of its product on the broker."""
-        view = look(parse_broker_url(self.broker.url), self.topics, connect_timeout_s=10)
+        view = read_fleet_models(parse_broker_url(self.broker.url), self.topics, connect_timeout_s=10)
         models = view.lines.get(self.line)
         return None if models is None else models.of(PRODUCT)
 
@@ -182,12 +181,12 @@ class Daemon:
         """It has said what it runs."""
         wait_for(lambda: self.said() is not None, "the line says what it runs")
 
-    def publish(self, path: Path, release: Release, **terms: Any) -> list[Standing]:
+    def publish(self, path: Path, release: Release, **terms: Any) -> list[ReleaseProgress]:
         """As ``edgeflame model publish``, also of what that would refuse."""
-        return publish(
+        return publish_package(
             path,
             release,
-            Terms(**{"lines": (self.line,), "timeout_s": 30.0, "until": "running", **terms}),
+            ReleaseTerms(**{"lines": (self.line,), "timeout_s": 30.0, "until": "running", **terms}),
             broker=parse_broker_url(self.broker.url),
             topics=self.topics,
             connect_timeout_s=10,

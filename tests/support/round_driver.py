@@ -9,8 +9,7 @@ from aggregator.config import AggregateConfig
 from aggregator.events import Event, RunStarted, RunState, initial_state
 from aggregator.rounds import AggregateRound, ReceiveUpload, RecordEvent, RoundMachine, RoundOutput, SendToSite
 from aggregator.validation import ValidationResult
-from edgeflame.messages import FinishReport, Offer, Receipt, Refusal
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.mqtt.messages import BlobManifest, FinishReport, Offer, Receipt, Refusal
 
 RUN = "0" * 32
 DEADLINE_S = 100.0
@@ -65,7 +64,7 @@ class Driver:
     def offer(
         self, purpose: str, number: int, sha256: str, *, samples: int = 10, size: int = 500, steps: int = 0
     ) -> Offer:
-        manifest = Manifest(sha256=sha256, size_bytes=size, chunk_bytes=size, crc32s=bytes(4))
+        manifest = BlobManifest(sha256=sha256, size_bytes=size, chunk_bytes=size, crc32s=bytes(4))
         return Offer(
             run=RUN,
             purpose=purpose,  # type: ignore[arg-type]

@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.images import ImageU8, Preprocessing, write_image
-from edgeflame.learning import Learning, Scoring
-from edgeflame.memory_statistics import MemoryStatistics
-from edgeflame.package import Manifest, Package, WeightsOrigin, new_manifest, write_package
-from edgeflame.statistics import LowRankGaussian
-from edgeflame.threshold import Threshold
+from edgeflame.methods import Learning, Scoring
+from edgeflame.package import Manifest, Package, Threshold, WeightsOrigin, new_manifest, write_package
+from edgeflame.statistics.gaussian import LowRankGaussian
+from edgeflame.statistics.memory import MemoryStatistics
 
 SIZE, GRID = 64, 8
 PREPROCESSING = Preprocessing(height=SIZE, width=SIZE)
@@ -82,7 +81,7 @@ def random_gaussian(
 
 def write_small_package(path: Path, *, ridge: float = 0.01) -> Path:
     """A package whose threshold lies between good and bad images."""
-    from edgeflame.statistics import smooth_maps
+    from edgeflame.statistics.gaussian import smooth_maps
     from export.graph import scoring_graph
 
     network = small_network()
@@ -112,8 +111,8 @@ def write_small_package(path: Path, *, ridge: float = 0.01) -> Path:
 
 def with_references(package: Package, path: Path, count: int = 3) -> Path:
     """The small package once more, with reference images scored by the network itself."""
-    from edgeflame.references import make_references
-    from edgeflame.statistics import smooth_maps
+    from edgeflame.package import make_references
+    from edgeflame.statistics.gaussian import smooth_maps
 
     images = np.stack([good_image(seed) for seed in range(count)])
     distances = package.statistics.distances(embed(small_network(), images).astype(np.float64))

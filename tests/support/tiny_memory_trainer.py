@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from edgeflame.console import Progress
-from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
+from edgeflame.log import Progress
+from edgeflame.statistics.memory import MemoryBank, empty_bank, read_bank, write_bank
 from tests.support.tiny_trainer import TinyTrainer
 from trainer.agent.tasks import TrainOutcome, TrainTask
 from trainer.agent.worker import run_worker

@@ -15,8 +15,8 @@ from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from edgeflame.config import load_config
-from edgeflame.console import no_progress
-from edgeflame.simulated import MeasureAnswer, MeasureTask
+from edgeflame.log import no_progress
+from edgeflame.simulation import MeasureAnswer, MeasureTask
 from tests.support.tiny_trainer import TinyTrainer
 from trainer.agent.simulated import SimulatedSites, answer_task
 

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from edgeflame.console import Progress
 from edgeflame.errors import DataError
-from edgeflame.moments import MomentAccumulator
-from edgeflame.statistics_blob import read_moments, write_site_statistics
+from edgeflame.log import Progress
+from edgeflame.statistics.merge import read_moments, write_site_statistics
+from edgeflame.statistics.moments import MomentAccumulator
 from trainer.agent.tasks import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask, WorkerSetup
 from trainer.agent.worker import run_worker
 

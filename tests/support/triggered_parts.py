@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from edge.frame import Frame, make_frame
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.link import Link
-from edgeflame.linkevents import Up
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import Connected
+from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import BrokerProcess
 from tests.support.small_package import good_image
 
 
 @contextlib.contextmanager
-def sender(broker: BrokerProcess) -> Iterator[Link]:
+def sender(broker: BrokerProcess) -> Iterator[MqttClient]:
     """The plant's side of the broker."""
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    with Link(parse_broker_url(broker.url), client_id="plant", filters=["nothing"], sink=events.put) as link:
-        while not isinstance(events.get(timeout=20), Up):
+    with MqttClient(parse_broker_url(broker.url), client_id="plant", filters=["nothing"], sink=events.put) as link:
+        while not isinstance(events.get(timeout=20), Connected):
             pass
         yield link
 

@@ -11,7 +11,7 @@ import torch
 
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing, write_image
-from edgeflame.learning import Backbone, Calibration, Learning, Scoring, Training
+from edgeflame.methods import Backbone, Calibration, Learning, Scoring, Training
 from fitting.imageset import ImageSet
 from tests.support.part_images import SIZE, part_image
 

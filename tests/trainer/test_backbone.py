@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import MOMENT_BUDGET_BYTES, Backbone
+from edgeflame.methods import MOMENT_BUDGET_BYTES, Backbone
 from trainer import weights as weights_module
 from trainer.backbone import EmbeddingNetwork, build_network, projection_matrix
 from trainer.weights import tensors_sha256

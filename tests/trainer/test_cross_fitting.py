@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from edgeflame.errors import ConfigError, DataError, NumericalError
 from edgeflame.images import Preprocessing
-from edgeflame.learning import Backbone, Learning
-from edgeflame.moments import MomentAccumulator
-from edgeflame.statistics import fit_gaussian
+from edgeflame.methods import Backbone, Learning
+from edgeflame.statistics.gaussian import fit_gaussian
+from edgeflame.statistics.moments import MomentAccumulator
 from fitting.crossfit import RIDGES, image_scores, make_folds, require_enough, score_maps
 from fitting.imageset import ImageSet
 from trainer import embedding as embedding_module

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from edgeflame.dataset import ImageRecord, open_dataset
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask, write_image
-from edgeflame.threshold import Promise
+from edgeflame.package import ThresholdPromise
 from fitting.evaluation import F32, METRIC_NAMES, ScoredImages, compute_metrics, evaluate, score_test_images
 from fitting.metrics import Resamples
 
@@ -218,7 +218,7 @@ def test_a_class_of_one_part_has_no_interval_and_says_so(folder: Path) -> None:
 def test_the_other_thresholds_are_applied_too(folder: Path) -> None:
     dataset = open_dataset(folder)
     promises = [
-        Promise(false_reject_rate=rate, value=value, expected_false_reject_rate=0.0)
+        ThresholdPromise(false_reject_rate=rate, value=value, expected_false_reject_rate=0.0)
         for rate, value in ((0.01, None), (0.05, 1e6), (0.2, 0.0))
     ]
     scored = score_test_images(darkness, dataset, INPUT)

@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeflame.console import no_progress
 from edgeflame.errors import DataError, FederationError, NumericalError
-from edgeflame.learning import Learning, Memory
-from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank, write_bank
-from edgeflame.memory_statistics import MemoryStatistics
-from edgeflame.statistics_codec import decode_statistics
+from edgeflame.log import no_progress
+from edgeflame.methods import Learning, Memory
+from edgeflame.statistics.codec import decode_statistics
+from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
 from fitting.imageset import ImageSet
 from trainer.agent.tasks import FinishTask, TrainTask
 from trainer.feddymem.learning import (

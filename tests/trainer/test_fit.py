@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edgeflame.cli import cli
-from edgeflame.condition import STREAMS
+from cli import cli
 from edgeflame.dataset import open_dataset
+from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
-from edgeflame.learning import Learning
+from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from trainer.fit import fit
 

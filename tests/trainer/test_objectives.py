@@ -16,7 +16,7 @@ from torch import Tensor
 from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
 from aggregator.strategies.interface import Contribution
-from edgeflame.learning import CONTROL_PREFIX, Learning, Training, accumulated_steps
+from edgeflame.methods import CONTROL_PREFIX, Learning, Training, accumulated_steps
 from fitting.imageset import ImageSet
 from trainer.device import rgb_tensor
 from trainer.model import SiteModel, build_model

@@ -9,8 +9,8 @@ import pytest
 
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing, write_image
-from edgeflame.learning import Backbone
-from edgeflame.statistics import smooth_maps
+from edgeflame.methods import Backbone
+from edgeflame.statistics.gaussian import smooth_maps
 from fitting.imageset import ImageSet
 from fitting.packaging import choose_references
 from tests.support.small_package import embed, good_image, random_gaussian

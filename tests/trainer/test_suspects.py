@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import write_image
-from edgeflame.learning import Learning, Scoring
+from edgeflame.methods import Learning, Scoring
 from edgeflame.package import read_package
 from fitting.suspects import HighestMaps, worst_indices
 from tests.support.part_images import part_image

@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import binom, norm
 
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.learning import Calibration
-from edgeflame.threshold import Threshold
+from edgeflame.methods import Calibration
+from edgeflame.package import Threshold
 from fitting.threshold import GoodScores, set_f1_threshold, set_threshold
 
 BY_PART = Calibration(unit="part")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgeflame.errors import NumericalError
-from edgeflame.learning import Learning, Training
+from edgeflame.methods import Learning, Training
 from fitting.imageset import ImageSet
 from trainer.device import reproducible, rgb_tensor, without_tf32
 from trainer.model import SiteModel, build_model

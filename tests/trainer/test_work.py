@@ -12,13 +12,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from edgeflame.console import no_progress
 from edgeflame.errors import DataError, FederationError, StorageError, UsageError
-from edgeflame.learning import CONTROL_PREFIX, Learning
-from edgeflame.messages import StatisticsWanted
+from edgeflame.log import no_progress
+from edgeflame.methods import CONTROL_PREFIX, Learning
+from edgeflame.mqtt.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, read_package
-from edgeflame.pooling import pool_statistics
-from edgeflame.statistics_codec import decode_statistics
+from edgeflame.statistics.codec import decode_statistics
+from edgeflame.statistics.merge import pool_statistics
 from export.graph import scoring_graph
 from trainer.agent.tasks import FinishTask, SiteTrainer, StatisticsTask, TrainTask
 from trainer.model import build_model, load_model, save_model

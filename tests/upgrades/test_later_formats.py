@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import ConfigError
-from edgeflame.fleet.kit import read_kit
-from edgeflame.statedir import MARKER, locked_state_dir
+from edgeflame.mqtt.kit import read_kit
+from edgeflame.state import MARKER, locked_state_dir
 from tests.support.paths import RECORDED
 
 Unpack = Callable[[str, str], Path]

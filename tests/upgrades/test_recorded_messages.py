@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from edgeflame import messages as m
 from edgeflame.errors import FederationError
-from edgeflame.learning import Learning
+from edgeflame.methods import Learning
+from edgeflame.mqtt import messages as m
 from tests.support.paths import RECORDED
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {

@@ -18,12 +18,12 @@ import pytest
 from click.testing import CliRunner
 
 from aggregator.journal import Journal
+from cli import cli
 from edge.runtimes.load import open_runtime, require_parity
-from edgeflame.cli import cli
-from edgeflame.fleet.folder import open_fleet
-from edgeflame.fleet.kit import read_kit
 from edgeflame.images import read_image
+from edgeflame.mqtt.kit import read_kit
 from edgeflame.package import read_package
+from fleet.folder import open_fleet
 from tests.support import paths
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet

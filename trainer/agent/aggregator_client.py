@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgeflame import __version__
+from edgeflame.background import Backoff
 from edgeflame.errors import FederationError
-from edgeflame.link import Link
-from edgeflame.messages import BlobNeed, Heartbeat, Hello, Leaving, Offer, Presence, UpMessage, encode
-from edgeflame.topics import Topics
-from edgeflame.transfer.manifest import unpack_mask
-from edgeflame.transfer.patience import Patience
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.messages import BlobNeed, Heartbeat, Hello, Leaving, Offer, Presence, UpMessage, encode_message
+from edgeflame.mqtt.topics import Topics
+from edgeflame.transfer.protocol import unpack_mask
 from edgeflame.transfer.store import Outgoing
 
 HELLO_INTERVAL_S = 2.0
@@ -40,7 +40,7 @@ class AggregatorClient:
         self.site = site
         self.boot = boot
         self.install = install
-        self.link: Link | None = None
+        self.link: MqttClient | None = None
         self.is_up = False
         self.welcomed_by: str | None = None
         """The aggregator's boot that let us in; None: nobody, or not on this connection."""
@@ -79,7 +79,7 @@ class AggregatorClient:
 
     def send(self, message: UpMessage) -> None:
         """Speak to the aggregator."""
-        self._publish(self.topics.up(self.site), encode(message))
+        self._publish(self.topics.up(self.site), encode_message(message))
 
     def send_chunk(self, sha256: str, index: int, data: bytes) -> None:
         """Send the aggregator a chunk."""
@@ -88,11 +88,11 @@ class AggregatorClient:
     def publish_presence(self) -> None:
         """Say to all that we are here."""
         presence = Presence(boot=self.boot, online=True, install=self.install)
-        self._publish(self.topics.site_presence(self.site), encode(presence), retain=True)
+        self._publish(self.topics.site_presence(self.site), encode_message(presence), retain=True)
 
     def farewell(self) -> bytes:
         """The presence that says that we are not."""
-        return encode(Presence(boot=self.boot, online=False, install=self.install))
+        return encode_message(Presence(boot=self.boot, online=False, install=self.install))
 
     def listen(self, sha256: str) -> None:
         """Subscribe to a blob's chunks."""
@@ -138,7 +138,7 @@ class Upload:
         self._offer = offer
         self._send = send
         self._publish = publish
-        self._patience = Patience(0.0)
+        self._patience = Backoff(0.0)
         self._num_missing = offer.manifest.num_chunks
 
     @property

@@ -27,8 +27,8 @@ from typing import TypeVar
 import msgspec
 
 from edgeflame.errors import StorageError, UsageError
-from edgeflame.messages import Text
-from edgeflame.statedir import storage_errors, write_durably
+from edgeflame.mqtt.messages import Text
+from edgeflame.state import storage_errors, write_durably
 
 T = TypeVar("T", bound="SitePause | LeaveRequest")
 

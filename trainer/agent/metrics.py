@@ -8,9 +8,9 @@ from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
-from edgeflame.link import Link
-from edgeflame.messages import RoundState
 from edgeflame.metrics import Metric, MetricsServer
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.messages import RoundState
 
 METRICS_INTERVAL_S = 1.0
 _METRIC_PREFIX = "edgeflame_site"
@@ -45,7 +45,7 @@ class SiteMetrics:
         activity: tuple[str, int, int],
         announced: RoundState | None,
         *,
-        link: Link | None,
+        link: MqttClient | None,
         is_up: bool,
         is_welcome: bool,
         now: float,

@@ -35,8 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from edgeflame.messages import Purpose, RoundState, StatisticsWanted
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.mqtt.messages import BlobManifest, Purpose, RoundState, StatisticsWanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,7 @@ class Fetch:
 
     wire_name: ClassVar[str] = "fetch"
     run: str
-    manifest: Manifest
+    manifest: BlobManifest
     keep: frozenset[str]
 
 
@@ -217,7 +216,7 @@ def plan(known: PlanInput) -> PlanStep:
     return Wait(why="others are at work")
 
 
-def _in_a_round(known: PlanInput, announced: RoundState, base: Manifest) -> PlanStep:
+def _in_a_round(known: PlanInput, announced: RoundState, base: BlobManifest) -> PlanStep:
     run, number = announced.run, announced.round
     if ("update", number) in known.answered:
         return Wait(why="others are at work")
@@ -228,7 +227,7 @@ def _in_a_round(known: PlanInput, announced: RoundState, base: Manifest) -> Plan
     return Train(run=run, round=number, base=base.sha256)
 
 
-def _in_the_statistics(known: PlanInput, announced: RoundState, model: Manifest) -> PlanStep:
+def _in_the_statistics(known: PlanInput, announced: RoundState, model: BlobManifest) -> PlanStep:
     run = announced.run
     if ("statistics", 0) in known.answered or announced.wanted is None:
         return Wait(why="others are at work")
@@ -239,7 +238,7 @@ def _in_the_statistics(known: PlanInput, announced: RoundState, model: Manifest)
     return Gather(run=run, model=model.sha256, wanted=announced.wanted)
 
 
-def _at_the_finish(known: PlanInput, announced: RoundState, model: Manifest) -> PlanStep:
+def _at_the_finish(known: PlanInput, announced: RoundState, model: BlobManifest) -> PlanStep:
     run = announced.run
     if known.is_finished:
         # With its package made and noted a site has nothing to wait for: from here a run does not fail.
@@ -280,5 +279,5 @@ def _after_the_end(known: PlanInput, announced: RoundState) -> PlanStep:
     return Leave(run=run, problem="the run ended before this site had its final model; its deadline had passed")
 
 
-def _sha256(manifest: Manifest | None) -> str | None:
+def _sha256(manifest: BlobManifest | None) -> str | None:
     return None if manifest is None else manifest.sha256

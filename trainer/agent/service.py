@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from edgeflame.brokerurl import BrokerUrl
-from edgeflame.console import EventLog, Progress
 from edgeflame.errors import EdgeFlameError, FederationError, NegativeAnswerError
-from edgeflame.link import Link
-from edgeflame.linkevents import Down, Event, Failed, Received, Up, Will
-from edgeflame.messages import (
+from edgeflame.log import EventLog, Progress
+from edgeflame.metrics import MetricsServer
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, LastWill, ReceivedMessage
+from edgeflame.mqtt.messages import (
     BlobNeed,
     DownMessage,
     Heartbeat,
@@ -28,15 +28,15 @@ from edgeflame.messages import (
     Receipt,
     Refusal,
     RoundState,
-    Turned,
+    TurnedAway,
     Welcome,
     decode_down,
     decode_presence,
     decode_round,
 )
-from edgeflame.metrics import MetricsServer
-from edgeflame.statedir import locked_state_dir
-from edgeflame.topics import Chunk, Spoken, Topics, check_name
+from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics, check_name
+from edgeflame.mqtt.url import BrokerUrl
+from edgeflame.state import locked_state_dir
 from trainer.agent.aggregator_client import AggregatorClient, LeaveHandshake
 from trainer.agent.control import Schedule, SiteControl, SitePause
 from trainer.agent.metrics import SiteMetrics
@@ -120,7 +120,7 @@ class _SiteService:
         self._options = options
         self._report = report
         self._memory = SiteState(options.state_dir)
-        self._inbox: queue.SimpleQueue[Event | WorkerMessage | WorkerExited] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ClientEvent | WorkerMessage | WorkerExited] = queue.SimpleQueue()
         self._labour = WorkerSupervisor(options.worker_command, self._inbox.put)
         self._voice = AggregatorClient(topics, site=options.site, boot=uuid.uuid4().hex, install=self._memory.install)
         self._errand = StepRunner(
@@ -145,12 +145,12 @@ class _SiteService:
         options, voice = self._options, self._voice
         topics = voice.topics
         presence = topics.site_presence(options.site)
-        link = Link(
+        link = MqttClient(
             options.broker,
             client_id=f"edgeflame-site-{options.fleet}-{options.site}-{voice.boot[:8]}",
             filters=[topics.round, topics.aggregator_presence, topics.down(options.site), presence],
             sink=self._inbox.put,
-            will=Will(topic=presence, payload=voice.farewell()),
+            will=LastWill(topic=presence, payload=voice.farewell()),
             connect_timeout_s=options.connect_timeout_s,
         )
         with link:
@@ -238,17 +238,17 @@ class _SiteService:
             farewell.tick(self._voice, announced.run, now)
         return False
 
-    def _on_event(self, event: Event | WorkerMessage | WorkerExited, now: float) -> None:
+    def _on_event(self, event: ClientEvent | WorkerMessage | WorkerExited, now: float) -> None:
         match event:
-            case Up():
+            case Connected():
                 self._errand.chunk_bytes = event.chunk_bytes
                 self._aggregator_online = None
                 self._voice.connection_changed(is_up=True)
-            case Down():
+            case Disconnected():
                 self._voice.connection_changed(is_up=False)
-            case Failed():
+            case ConnectionFailed():
                 raise event.error
-            case Received():
+            case ReceivedMessage():
                 try:
                     self._on_message(event, now)
                 except FederationError as exc:
@@ -261,25 +261,25 @@ class _SiteService:
                 elif outcome is not None:
                     self._on_failure(outcome, now)
 
-    def _on_message(self, event: Received, now: float) -> None:
+    def _on_message(self, event: ReceivedMessage, now: float) -> None:
         voice = self._voice
         match voice.topics.parse(event.topic):
-            case Chunk(site=None, sha256=sha256, index=index):
+            case ChunkTopic(site=None, sha256=sha256, index=index):
                 self._errand.chunk(sha256, index, event.payload, now=now)
-            case Spoken(kind="round") if event.payload:
+            case MessageTopic(kind="round") if event.payload:
                 self._on_announcement(decode_round(event.payload))
-            case Spoken(kind="aggregator_presence") if event.payload:
+            case MessageTopic(kind="aggregator_presence") if event.payload:
                 presence = decode_presence(event.payload)
                 log.info("aggregator_online" if presence.online else "aggregator_offline")
                 self._aggregator_online = presence.online
                 if presence.online and presence.boot != voice.welcomed_by:
                     voice.say_hello_again()
-            case Spoken(kind="site_presence") if event.payload:
+            case MessageTopic(kind="site_presence") if event.payload:
                 # The last will of the process before us, or of one that was turned away, stands in our place.
                 presence = decode_presence(event.payload)
                 if voice.welcomed_by is not None and presence.boot != voice.boot and not presence.online:
                     voice.publish_presence()
-            case Spoken(kind="down"):
+            case MessageTopic(kind="down"):
                 self._on_down(decode_down(event.payload), now)
             case _:
                 pass
@@ -305,9 +305,9 @@ class _SiteService:
                 if voice.welcomed_by != message.aggregator:
                     voice.welcomed(message.aggregator)
                     self._errand.say(now)
-            case Turned(boot=voice.boot) if message.reason == "left" and self._departure is not None:
+            case TurnedAway(boot=voice.boot) if message.reason == "left" and self._departure is not None:
                 self._departure.is_confirmed = True
-            case Turned(boot=voice.boot):
+            case TurnedAway(boot=voice.boot):
                 self._turned_away = message.detail
             case BlobNeed():
                 self._errand.need(message, now=now)

@@ -13,11 +13,27 @@ from typing import Literal
 
 import msgspec
 
-from edgeflame.console import EventLog, no_progress
 from edgeflame.errors import DataError, EdgeFlameError, FederationError, NumericalError
-from edgeflame.messages import FinishReport, Purpose, RoundState, TaskFailed, UpMessage, decode_round, encode
-from edgeflame.simulated import TASK, Answer, MeasureAnswer, MeasureTask, Problem, SiteAnswer, SiteTask
-from edgeflame.statedir import link_or_copy
+from edgeflame.log import EventLog, no_progress
+from edgeflame.mqtt.messages import (
+    FinishReport,
+    Purpose,
+    RoundState,
+    TaskFailed,
+    UpMessage,
+    decode_round,
+    encode_message,
+)
+from edgeflame.simulation import (
+    TASK_DECODER,
+    MeasureAnswer,
+    MeasureTask,
+    SimulationAnswer,
+    SimulationFailure,
+    SiteAnswer,
+    SiteTask,
+)
+from edgeflame.state import link_or_copy
 from trainer.agent import step_runner
 from trainer.agent.plan import (
     Fetch,
@@ -203,16 +219,16 @@ class _SiteTaskRun:
             site=self._task.site,
             install=self._memory.install,
             initial=self._memory.initial(self._announced.run),
-            said=None if message is None else encode(message).decode(),
+            said=None if message is None else encode_message(message).decode(),
             blob=None if blob is None else str(blob.resolve()),
         )
 
 
 def answer_task(data: bytes, residents: SimulatedSites, measure: Callable[[MeasureTask], MeasureAnswer]) -> bytes:
-    """An encoded task's encoded answer; expected errors become a :class:`Problem`."""
-    task = TASK.decode(data)
+    """An encoded task's encoded answer; expected errors become a :class:`SimulationFailure`."""
+    task = TASK_DECODER.decode(data)
     try:
-        result: Answer = residents.carry_out(task) if isinstance(task, SiteTask) else measure(task)
+        result: SimulationAnswer = residents.carry_out(task) if isinstance(task, SiteTask) else measure(task)
     except EdgeFlameError as exc:
-        result = Problem(error=type(exc).__name__, message=str(exc))
+        result = SimulationFailure(error=type(exc).__name__, message=str(exc))
     return msgspec.json.encode(result)

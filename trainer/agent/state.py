@@ -26,14 +26,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgeflame import __version__
-from edgeflame.console import EventLog
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError
-from edgeflame.learning import Learning
-from edgeflame.messages import Purpose, Reason, RoundState, Sha256
-from edgeflame.statedir import fsync_folder, storage_errors, write_durably
+from edgeflame.log import EventLog
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import Codec, Purpose, RefusalReason, RoundState, Sha256
+from edgeflame.state import fsync_folder, storage_errors, write_durably
 from edgeflame.tensors import canonicalise
-from edgeflame.transfer.codec import encode_update
-from edgeflame.transfer.manifest import Codec
+from edgeflame.transfer.compression import encode_update
 from edgeflame.transfer.store import BlobStore, sha256_of
 from trainer.agent.plan import Finish, Gather, PlanInput, PlanStep, Prepare, Train
 
@@ -314,7 +313,7 @@ def _encode_kept_update(outcome: UpdateRecord, base: Path, update: Path) -> Upda
     return msgspec.structs.replace(outcome, metrics=metrics, sent_sha256=sha256_of(sent))
 
 
-BAD_UPDATE_REASONS: tuple[Reason, ...] = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
+BAD_UPDATE_REASONS: tuple[RefusalReason, ...] = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
 """Refusals that say that the update itself is bad, not only that it does not count."""
 
 

@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from edgeflame.console import EventLog
-from edgeflame.learning import Learning
-from edgeflame.messages import BlobNeed, FinishReport, Offer, StatisticsWanted, TaskFailed
-from edgeflame.transfer.codec import usable
-from edgeflame.transfer.download import Download
-from edgeflame.transfer.manifest import DEFAULT_CHUNK_BYTES, describe_file
-from edgeflame.transfer.store import Outgoing
+from edgeflame.log import EventLog
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobNeed, FinishReport, Offer, StatisticsWanted, TaskFailed
+from edgeflame.transfer.compression import usable_codec
+from edgeflame.transfer.protocol import describe_file
+from edgeflame.transfer.store import Download, Outgoing
 from trainer.agent.aggregator_client import BLOB_OWNER, REPEAT_INTERVAL_S, AggregatorClient, Upload
 from trainer.agent.plan import (
     Fetch,
@@ -133,7 +132,7 @@ def keep_update(
         num_steps=done.num_steps,
         metrics=done.metrics,
         base=base,
-        codec="raw" if base is None else usable(codec),
+        codec="raw" if base is None else usable_codec(codec),
     )
     memory.keep_private(run, number, memory.draft("private"))
     memory.keep_update(run, number, memory.draft("update"), outcome)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from edgeflame.console import Progress
-from edgeflame.learning import Learning
-from edgeflame.messages import StatisticsWanted
+from edgeflame.log import Progress
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import StatisticsWanted
 
 
 class _WorkerLine(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
@@ -158,7 +158,7 @@ class StatisticsTask:
         model: the final global model, safetensors.
         model_sha256: of it; the statistics name it.
         wanted: in which form.
-        out: where to write them, see :mod:`edgeflame.statistics_blob`.
+        out: where to write them, see :mod:`edgeflame.statistics.merge`.
     """
 
     model: Path

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
 
-from edgeflame.console import Progress
+from edgeflame.background import die_with_parent
 from edgeflame.errors import EdgeFlameError
-from edgeflame.processes import die_with_parent
+from edgeflame.log import Progress
 from trainer.agent.tasks import (
     TO_WORKER,
     FinishOrder,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import msgspec
 
 from edgeflame import errors
-from edgeflame.console import EventLog
 from edgeflame.errors import EdgeFlameError, FederationError, MissingDependencyError
+from edgeflame.log import EventLog
 from trainer.agent.tasks import (
     FROM_WORKER,
     FromWorker,

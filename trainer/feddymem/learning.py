@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.learning import Learning
-from edgeflame.memory_bank import MemoryBank
-from edgeflame.moments import F32
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import Learning
+from edgeflame.statistics.memory import MemoryBank
+from edgeflame.statistics.moments import F32
 from trainer.embedding import Embeddings
 
 DISTANCES_AT_ONCE = 1 << 24
@@ -94,7 +94,7 @@ def fit_whitening(samples: F32, weights: F32 | None, *, ridge: float, device: to
 
 
 def combined_transform(whitening: Whitening, generator: MemoryGenerator) -> F32:
-    """Both as one matrix ``[C, C]``, for :class:`edgeflame.memory_statistics.MemoryStatistics`."""
+    """Both as one matrix ``[C, C]``, for :class:`edgeflame.statistics.memory.MemoryStatistics`."""
     with torch.no_grad():
         both = generator.weight.double() @ whitening.matrix.double() + whitening.matrix.double()
     transform: F32 = both.float().cpu().numpy()

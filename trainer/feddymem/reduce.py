@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from edgeflame.errors import DataError
-from edgeflame.memory_bank import MemoryBank
-from edgeflame.moments import F32, F64
+from edgeflame.statistics.memory import MemoryBank
+from edgeflame.statistics.moments import F32, F64
 from trainer.feddymem.learning import (
     MemoryGenerator,
     Whitening,

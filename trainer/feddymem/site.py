@@ -13,13 +13,12 @@ import msgspec
 import numpy as np
 import torch
 
-from edgeflame.console import EventLog, Progress, no_progress
 from edgeflame.errors import FederationError
-from edgeflame.learning import Learning
-from edgeflame.memory_bank import MemoryBank, empty_bank, read_bank
-from edgeflame.memory_statistics import MemoryStatistics
-from edgeflame.moments import F32, F64
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import Learning
 from edgeflame.package import WeightsOrigin
+from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank
+from edgeflame.statistics.moments import F32, F64
 from fitting.crossfit import image_scores, make_folds, require_enough, score_maps
 from fitting.imageset import ImageSet
 from fitting.packaging import SiteStatistics

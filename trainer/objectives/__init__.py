@@ -19,7 +19,7 @@ OBJECTIVES: dict[str, ObjectiveFactory] = {
     "moon": moon,
     "scaffold": scaffold,
 }
-"""By the name that ``edgeflame.learning.METHODS`` uses."""
+"""By the name that ``edgeflame.methods.METHODS`` uses."""
 
 WITH_TEACHERS = frozenset({"flame", "moon"})
 """Those that compare the model in training with the global one and the site's last one, which are loaded for them."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from edgeflame.learning import Training
+from edgeflame.methods import Training
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import Autocast, full_precision
 from trainer.model import SiteModel

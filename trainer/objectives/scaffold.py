@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from edgeflame.learning import CONTROL_PREFIX, accumulated_steps
+from edgeflame.methods import CONTROL_PREFIX, accumulated_steps
 from trainer.objectives.fade import fade
 from trainer.objectives.interface import LocalObjective, ObjectiveContext, ObjectiveResult
 

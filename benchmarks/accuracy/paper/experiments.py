@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeflame.learning import FEDERATED_METHODS, METHODS, Training
-from edgeflame.presets import overlay
+from edgeflame.methods import FEDERATED_METHODS, METHODS, Training, merge_settings
 from paper import printed
 from paper.peers import PEERS
 from paper.runs import Run
@@ -191,7 +190,7 @@ class Recipes:
             base["alone"] = method
         else:
             base["fleet"]["learning"]["method"] = method
-        return overlay(base, more)
+        return merge_settings(base, more)
 
 
 def backbone(name: str) -> Settings:

@@ -13,11 +13,11 @@ from torch import Tensor
 from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.data import prepare_site_data
 from aggregator.simulation.run import METRICS_FILE
-from edgeflame.console import no_progress
 from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
-from edgeflame.learning import Backbone
-from edgeflame.statedir import write_durably
+from edgeflame.log import no_progress
+from edgeflame.methods import Backbone
+from edgeflame.state import write_durably
 from fitting.evaluation import evaluate
 from fitting.imageset import ImageSet
 from trainer.backbone import build_network

@@ -13,9 +13,9 @@ import msgspec
 from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
-from edgeflame.cli.simulate import handle
-from edgeflame.console import no_progress
-from edgeflame.presets import start_from_presets
+from cli.simulate import execute_task
+from edgeflame.log import no_progress
+from edgeflame.methods import start_from_presets
 
 Figures = dict[str, float]
 
@@ -85,7 +85,7 @@ def carry_out(run: Run, root: Path) -> None:
 
         measure_peer(run.peer, config, out)
         return
-    with open_simulation_engine(config.engine, handle) as engine:
+    with open_simulation_engine(config.engine, execute_task) as engine:
         simulate(config, out, engine, no_progress)
 
 

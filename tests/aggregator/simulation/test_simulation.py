@@ -18,8 +18,8 @@ from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from edgeflame.config import parse_config
-from edgeflame.console import no_progress
 from edgeflame.errors import ConfigError, DataError, StorageError
+from edgeflame.log import no_progress
 from tests.support import tiny_simulation
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet

@@ -16,17 +16,17 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli import cli
 from edge.camera_worker import CameraWorker
 from edge.cameras import OVERRIDES_FILE, Overrides
 from edge.commands.messages import MAX_COMMAND_BYTES, Reply, decode_command, read_command_id
 from edge.commands.server import MAX_BURST, MAX_WAITING, CommandServer
 from edge.config.inspection import CaptureConfig
 from edge.control import DaemonControl
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.cli import cli
 from edgeflame.errors import DataError, FederationError, LinkError, StorageError, UsageError
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Up
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected
+from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import BrokerProcess
 from tests.support.scripted_camera import Belt, FakeJudge
 from tests.support.waiting import wait_for
@@ -279,11 +279,13 @@ def vandalise(url: str, *messages: bytes, retain: bool = False) -> None:
     """Put something on the command topic."""
     up = threading.Event()
 
-    def hear(event: Event) -> None:
-        if isinstance(event, Up):
+    def hear(event: ClientEvent) -> None:
+        if isinstance(event, Connected):
             up.set()
 
-    with Link(parse_broker_url(url), client_id="vandal", filters=["edgeflame/v1/f/line/l1/reply"], sink=hear) as link:
+    with MqttClient(
+        parse_broker_url(url), client_id="vandal", filters=["edgeflame/v1/f/line/l1/reply"], sink=hear
+    ) as link:
         assert up.wait(30)
         for message in messages:
             link.publish("edgeflame/v1/f/line/l1/command", message, retain=retain)

@@ -19,18 +19,18 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.config.outputs import DeliveryConfig, MqttConfig, OutboxConfig, WebhookConfig
 from edge.delivery.mqtt import MqttDestination
 from edge.delivery.outbox import Delivery, Outbox
 from edge.delivery.pipeline import Deliverer, Destination
 from edge.delivery.webhook import WebhookDestination
 from edge.status import LineState
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.cli import cli
 from edgeflame.errors import ConfigError, LinkError, StorageError
-from edgeflame.link import Link
-from edgeflame.linkevents import Event, Received, Up
-from edgeflame.statedir import locked_state_dir
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
+from edgeflame.mqtt.url import parse_broker_url
+from edgeflame.state import locked_state_dir
 from tests.support.brokers import BROKERS, BrokerProcess
 from tests.support.inspection_results import body
 from tests.support.small_package import write_images
@@ -46,12 +46,14 @@ class Listener:
     def __init__(self, url: str, *filters: str) -> None:
         self.messages: list[tuple[str, bytes]] = []
         self.is_up = threading.Event()
-        self.link = Link(parse_broker_url(url), client_id=f"listener-{id(self)}", filters=filters, sink=self._hear)
+        self.link = MqttClient(
+            parse_broker_url(url), client_id=f"listener-{id(self)}", filters=filters, sink=self._hear
+        )
 
-    def _hear(self, event: Event) -> None:
-        if isinstance(event, Up):
+    def _hear(self, event: ClientEvent) -> None:
+        if isinstance(event, Connected):
             self.is_up.set()
-        if isinstance(event, Received):
+        if isinstance(event, ReceivedMessage):
             self.messages.append((event.topic, event.payload))
             event.done()
 

@@ -10,7 +10,7 @@ import pytest
 
 from edge.delivery.mqtt import home_assistant_discovery
 from edge.delivery.outbox import Delivery
-from edgeflame.topics import Topics
+from edgeflame.mqtt.topics import Topics
 from tests.support.inspection_results import result
 
 

@@ -14,19 +14,19 @@ from scipy.special import ndtr
 from edge.config.inspection import DriftConfig
 from edge.drift.monitor import HIGHER, LOWER, Detector, DriftMonitor, Ranks, SavedMonitor
 from edge.status import DriftCondition
-from edgeflame.condition import (
+from edgeflame.drift_reference import (
     CAMERA_STREAMS,
     NUM_QUANTILES,
     STREAMS,
-    ConditionReference,
+    AlignmentTemplate,
+    DriftReference,
     StreamReference,
-    Template,
-    condition_reference,
-    decode_condition,
-    encode_condition,
-    image_condition,
-    part_condition,
-    stream_reference,
+    decode_drift_reference,
+    encode_drift_reference,
+    image_streams,
+    make_drift_reference,
+    make_stream_reference,
+    part_streams,
 )
 from edgeflame.errors import ConfigError, DataError, PackageError
 from tests.support.small_package import good_image
@@ -35,10 +35,10 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.timezone.utc)
 QUICK = DriftConfig(parts_per_year=20_000, alike=1)
 
 
-def normal_reference(count: int = 5000, streams: tuple[str, ...] = STREAMS) -> ConditionReference:
+def normal_reference(count: int = 5000, streams: tuple[str, ...] = STREAMS) -> DriftReference:
     """Every stream about 100, give or take 10."""
     values = np.random.default_rng(0).normal(100, 10, count)
-    return ConditionReference(streams={name: stream_reference(values) for name in streams})
+    return DriftReference(streams={name: make_stream_reference(values) for name in streams})
 
 
 def parts(count: int, seed: int = 1, **shifted: float) -> list[dict[str, float]]:
@@ -63,7 +63,7 @@ class TestRanks:
 
     def test_ranks_of_the_reference_itself_are_even(self) -> None:
         values = np.random.default_rng(3).lognormal(size=4000)
-        ranks = Ranks("score", stream_reference(values))
+        ranks = Ranks("score", make_stream_reference(values))
         told = np.array([ranks.rank(value) for value in values])
         assert abs(told.mean() - 0.5) < 0.005
         assert abs(np.quantile(told, 0.25) - 0.25) < 0.02
@@ -71,16 +71,18 @@ class TestRanks:
         assert ranks.rank(math.inf) == 1.0
 
     def test_without_any_spread_what_does_not_matter_is_in_the_middle(self) -> None:
-        ranks = Ranks("brightness", stream_reference(np.full(50, 128.0)))
+        ranks = Ranks("brightness", make_stream_reference(np.full(50, 128.0)))
         assert [ranks.rank(value) for value in (120, 127, 128, 129, 140)] == [0, 0.5, 0.5, 0.5, 1]
 
     def test_a_value_that_most_parts_have_is_in_its_middle(self) -> None:
-        ranks = Ranks("brightness", stream_reference(np.repeat([0.0, 50.0, 100.0], [10, 80, 10])))
+        ranks = Ranks("brightness", make_stream_reference(np.repeat([0.0, 50.0, 100.0], [10, 80, 10])))
         assert ranks.rank(50.0) == pytest.approx(0.5, abs=0.06)
 
     def test_fewer_witnesses_leave_more_doubt(self) -> None:
-        assert Ranks("score", stream_reference(np.arange(1, 101.0))).doubt == pytest.approx(0.0673, abs=1e-3)
-        assert Ranks("score", stream_reference(np.arange(1, 101.0), count=25)).doubt == pytest.approx(0.1345, abs=1e-3)
+        assert Ranks("score", make_stream_reference(np.arange(1, 101.0))).doubt == pytest.approx(0.0673, abs=1e-3)
+        assert Ranks("score", make_stream_reference(np.arange(1, 101.0), count=25)).doubt == pytest.approx(
+            0.1345, abs=1e-3
+        )
 
 
 class TestDetector:
@@ -267,8 +269,8 @@ class TestCondition:
     def test_each_change_of_a_picture_moves_its_own_stream(self) -> None:
         image = cv2.GaussianBlur(good_image(0, 256), (0, 0), 1.2)
         cv2.circle(image, (100, 150), 40, (40, 60, 50), -1)
-        template = Template([image])
-        before = image_condition(image, template)
+        template = AlignmentTemplate([image])
+        before = image_streams(image, template)
         noise = np.random.default_rng(1).normal(0, 6, image.shape)
         changes = {
             "brightness": (image * 0.8).astype(np.uint8),
@@ -278,9 +280,9 @@ class TestCondition:
             "contrast": np.clip((image.astype(float) - 120) * 1.3 + 120, 0, 255).astype(np.uint8),
         }
         for name, changed in changes.items():
-            after = image_condition(changed, template)
+            after = image_streams(changed, template)
             assert abs(after[name] - before[name]) > 0.15 * abs(before[name]) + 0.5, name
-        moved = image_condition(np.roll(image, (12, -20), axis=(0, 1)), template)
+        moved = image_streams(np.roll(image, (12, -20), axis=(0, 1)), template)
         assert moved["shift_x"] - before["shift_x"] == pytest.approx(-100 * 20 / 256, abs=0.8)
         assert moved["shift_y"] - before["shift_y"] == pytest.approx(100 * 12 / 256, abs=0.8)
         assert set(before) == set(CAMERA_STREAMS)
@@ -289,20 +291,20 @@ class TestCondition:
         flat = np.full((256, 256, 3), 120.0)
         for sigma in (2.0, 5.0):
             noisy = np.clip(flat + np.random.default_rng(0).normal(0, sigma, (256, 256, 1)), 0, 255).astype(np.uint8)
-            assert math.exp(image_condition(noisy, None)["noise"]) == pytest.approx(sigma, rel=0.05)
+            assert math.exp(image_streams(noisy, None)["noise"]) == pytest.approx(sigma, rel=0.05)
 
     def test_a_black_picture_and_a_broken_map_have_finite_streams_or_none(self) -> None:
         black = np.zeros((64, 64, 3), np.uint8)
-        assert all(map(math.isfinite, image_condition(black, None).values()))
-        assert part_condition(None, np.full((2, 2), np.nan, np.float32)) == {}
-        assert part_condition(2.0, np.array([[1.0, 3.0]], np.float32)) == {"score": 2.0, "embedding": 2.0}
+        assert all(map(math.isfinite, image_streams(black, None).values()))
+        assert part_streams(None, np.full((2, 2), np.nan, np.float32)) == {}
+        assert part_streams(2.0, np.array([[1.0, 3.0]], np.float32)) == {"score": 2.0, "embedding": 2.0}
 
     def test_photographs_of_one_part_are_one_witness(self) -> None:
-        images = [image_condition(good_image(seed), None) for seed in range(20)]
-        found = condition_reference({"score": np.arange(40.0)}, images, num_parts=10, num_images=40)
+        images = [image_streams(good_image(seed), None) for seed in range(20)]
+        found = make_drift_reference({"score": np.arange(40.0)}, images, num_parts=10, num_images=40)
         assert found.streams["score"].count == 10
         assert found.streams["brightness"].count == 5
-        assert decode_condition(encode_condition(found)) == found
+        assert decode_drift_reference(encode_drift_reference(found)) == found
 
     def test_what_is_no_reference_is_refused(self) -> None:
         good = [float(step) for step in range(NUM_QUANTILES)]
@@ -311,6 +313,6 @@ class TestCondition:
                 StreamReference(quantiles=tuple(quantiles), count=count)
         for data in (b"", b"\xff", b"{}", b'{"streams": {"score": {"quantiles": [1], "count": 4}}}'):
             with pytest.raises(PackageError):
-                decode_condition(data)
+                decode_drift_reference(data)
         with pytest.raises(DataError):
-            stream_reference(np.array([np.nan]))
+            make_stream_reference(np.array([np.nan]))

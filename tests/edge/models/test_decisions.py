@@ -19,9 +19,15 @@ from edge.models.shadow import ALPHA, Canary, Comparison, RateTest, rank_correla
 from edge.models.state import ModelStateFile, ProductState
 from edge.result import Result
 from edgeflame.errors import ConfigError, FederationError, StorageError
-from edgeflame.messages import encode
-from edgeflame.releases.messages import Disagreement, LineModels, Release, decode_line_models, decode_release
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.mqtt.messages import (
+    BlobManifest,
+    Disagreement,
+    LineModels,
+    Release,
+    decode_line_models,
+    decode_release,
+    encode_message,
+)
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 CONFIG = ModelsConfig(public_keys=("k",), max_disagreement=0.02)
@@ -173,7 +179,7 @@ def test_evidence_is_worth_at_most_one_on_average(accepted: float, share: float)
 
 def release(**changes: object) -> Release:
     digest = uuid.uuid4().hex * 2
-    manifest = Manifest(sha256=digest, size_bytes=10, chunk_bytes=10, crc32s=b"1234")
+    manifest = BlobManifest(sha256=digest, size_bytes=10, chunk_bytes=10, crc32s=b"1234")
     values = {
         "release": uuid.uuid4().hex,
         "product": "p",
@@ -268,9 +274,9 @@ def test_a_configuration_that_makes_no_sense(change: dict[str, object]) -> None:
 
 def test_an_announcement_is_for_the_product_of_its_topic() -> None:
     announced = release(product="a piece/with + signs")
-    assert decode_release(encode(announced), "a piece/with + signs") == announced
+    assert decode_release(encode_message(announced), "a piece/with + signs") == announced
     with pytest.raises(FederationError, match="on the topic of"):
-        decode_release(encode(announced), "another")
+        decode_release(encode_message(announced), "another")
 
 
 @given(st.binary(max_size=300))
@@ -283,5 +289,5 @@ def test_junk_is_refused_in_one_way(data: bytes) -> None:
 
 def test_what_a_line_says_is_read_as_it_was_said() -> None:
     said = LineModels(boot="0" * 32)
-    assert decode_line_models(encode(said)) == said
+    assert decode_line_models(encode_message(said)) == said
     assert said.of("p") is None

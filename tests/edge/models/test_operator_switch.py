@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from edgeflame.broker import free_port
-from edgeflame.cli import cli
+from cli import cli
 from edgeflame.errors import NegativeAnswerError, UsageError
-from edgeflame.fleet import brokerconf
-from edgeflame.fleet.folder import make_fleet, open_fleet
+from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.package import Package, read_package
+from fleet import broker_control as brokerconf
+from fleet.folder import make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
 from tests.support.rollout_daemon import Daemon, variant
 from tests.support.signing_keys import Keys
@@ -44,7 +44,7 @@ def kits(tmp_path: Path) -> Iterator[tuple[Path, BrokerProcess]]:
         for name, role in (("line-1", "line"), ("engineer", "publisher"), ("office", "observer")):
             fleet.enrol(name, role=role, days=10, out=None, reinstate=False)  # type: ignore[arg-type]
         fleet.write_access()
-    with BrokerProcess("mosquitto", folder, config=folder / "broker" / brokerconf.CONFIG, port=port) as broker:
+    with BrokerProcess("mosquitto", folder, config=folder / "broker" / brokerconf.CONFIG_FILE, port=port) as broker:
         yield folder / "kits", broker
 
 

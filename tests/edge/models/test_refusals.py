@@ -10,12 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeflame.archive import write_archive
-from edgeflame.package import Package, read_package, write_package
-from edgeflame.references import Reference
-from edgeflame.releases.publisher import describe_package
+from edgeflame.package import Package, ReferenceImage, read_package, write_archive, write_package
 from edgeflame.signing import public_key_id, sign_package, write_keys
-from edgeflame.transfer.manifest import describe_file
+from edgeflame.transfer.protocol import describe_file
+from fleet.publish import describe_package
 from tests.support.brokers import BrokerProcess
 from tests.support.release_server import Server
 from tests.support.rollout_daemon import Daemon, variant
@@ -234,7 +232,7 @@ def test_a_model_that_scores_otherwise_here_than_it_was_trained_to(
         manifest=referenced.manifest,
         model_onnx=referenced.model_onnx,
         statistics=referenced.statistics,
-        references=[Reference(png=first.png, expected=wrong), *referenced.references[1:]],
+        references=[ReferenceImage(png=first.png, expected=wrong), *referenced.references[1:]],
     )
     sign_package(path, keys.private)
     outcome = server.wait_for(server.announce(path, key=key))

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.cameras import plan_cameras
 from edge.check import _models
 from edge.config import InspectConfig
@@ -24,14 +25,13 @@ from edge.models.state import (
     settle_at_start,
 )
 from edge.models.store import PackageStore, TrustedKeys
-from edgeflame.brokerurl import parse_broker_url
-from edgeflame.cli import cli
 from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
+from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.package import Package, read_package
-from edgeflame.releases.onlooker import withdraw_release
 from edgeflame.signing import public_key_id, write_keys
+from fleet.publish import withdraw_release
 from tests.support.brokers import BrokerProcess
 from tests.support.release_server import Server
 from tests.support.rollout_daemon import Daemon, stream, variant

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.camera_worker import CameraWorker
 from edge.config import InspectConfig
 from edge.config.inspection import CaptureConfig
@@ -17,10 +18,9 @@ from edge.config.parts import ModbusTriggerConfig, PartsConfig, TriggerConfig
 from edge.frame import Captured
 from edge.parts.tracker import PartTracker
 from edge.result import Result
-from edgeflame.broker import free_port
-from edgeflame.cli import cli
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, CrashLoopError
+from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.modbus_server import Plc
 from tests.support.scripted_camera import FakeJudge
 from tests.support.small_package import write_images

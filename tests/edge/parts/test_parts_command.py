@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from edgeflame.broker import free_port
-from edgeflame.link import Link
+from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.brokers import BrokerProcess
 from tests.support.modbus_server import Plc
 from tests.support.rtsp_server import RtspServer
@@ -112,7 +112,7 @@ def test_messages_announce_parts_whose_gaps_and_repetitions_outlive_a_restart(
             listen = "127.0.0.1:{port}"
         """
 
-        def announce(number: int, plant: Link = plant) -> None:
+        def announce(number: int, plant: MqttClient = plant) -> None:
             plant.publish("edgeflame/v1/f/line/l1/trigger", b'{"part_id": "A-%d", "number": %d}' % (number, number))
 
         def works() -> None:

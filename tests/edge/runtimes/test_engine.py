@@ -19,9 +19,9 @@ import pytest
 from edge.runtimes.interface import Runtime, Scores
 from edge.runtimes.load import choose, open_for_line, open_runtime, require_parity
 from edge.runtimes.tensorrt import Cuda, EngineRuntime
-from edgeflame.engines import REPORT, BuildReport, EngineRecord, find_engine
 from edgeflame.errors import NegativeAnswerError, PackageError, RuntimeUnavailableError, UsageError
 from edgeflame.package import Package, read_package
+from edgeflame.tensorrt import ENGINE_REPORT_FILE, BuildReport, EngineRecord, find_engine
 from tests.support.small_package import GRID, SIZE, bad_image, good_image
 
 IMAGES = np.stack([good_image(1), bad_image(2), good_image(3)])
@@ -130,7 +130,7 @@ def record(package: Package, **changes: Any) -> EngineRecord:
 
 def write_engines(folder: Path, *records: EngineRecord) -> None:
     (folder / "one.engine").write_bytes(b"engine")
-    (folder / REPORT).write_bytes(msgspec.json.encode(BuildReport(engines=records)))
+    (folder / ENGINE_REPORT_FILE).write_bytes(msgspec.json.encode(BuildReport(engines=records)))
 
 
 def find(folder: Path, package: Package, version: str = "1.7", capability: str = "8.9") -> bytes:

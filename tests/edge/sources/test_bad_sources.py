@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from boards.camera import Camera
+from boards.dataset import BoardStream
+from cli import cli
 from edge.runtimes.load import open_runtime
 from edge.sources.camera import SYSTEM_PYTHON
-from edgeflame.boards import BoardStream, Camera
-from edgeflame.cli import cli
 from edgeflame.images import ImageU8, write_image
-from edgeflame.package import Package, write_package
-from edgeflame.references import make_references
+from edgeflame.package import Package, make_references, write_package
 from tests.support.small_package import SIZE, good_image
 from tests.support.waiting import wait_for
 

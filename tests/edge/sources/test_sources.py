@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from boards.camera import Camera
+from boards.dataset import BoardStream
+from cli import cli
 from edge.frame import Frame
 from edge.sources.boards import BoardSource
 from edge.sources.child import SourceLost, reconnecting
 from edge.sources.locate import open_image_source
-from edgeflame.boards import BoardStream, Camera
-from edgeflame.cli import cli
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from tests.support.small_package import good_image, write_images
 

@@ -14,8 +14,8 @@ from edge.sources import child as reconnect
 from edge.sources.child import live_frames
 from edge.sources.locate import open_image_source
 from edge.sources.video import RtspSource, without_password
-from edgeflame.broker import free_port
 from edgeflame.errors import DataError
+from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.rtsp_server import RtspServer
 
 av = pytest.importorskip("av")

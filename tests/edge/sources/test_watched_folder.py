@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.frame import Frame
 from edge.sources import watched_folder as events
 from edge.sources.arrivals import printable
 from edge.sources.locate import open_image_source
-from edgeflame.cli import cli
 from edgeflame.errors import DataError, UsageError
 from tests.support.small_package import bad_image, good_image
 from tests.support.waiting import wait_for

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cli import cli
 from edge.cameras import Cameras, Overrides, plan_cameras
 from edge.config import CameraConfig, InspectConfig
 from edge.config.inspection import GoldenConfig
@@ -31,11 +32,10 @@ from edge.web.history import PartHistory
 from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
 from edge.web.page import OperatorPage
 from edge.web.server import operator_token, serve_page
-from edgeflame.cli import cli
-from edgeflame.condition import STREAMS
+from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.images import read_image, write_image
-from edgeflame.releases.messages import Candidate, Disagreement, ProductModels, RunningModel
+from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, RunningModel
 from tests.support.inspection_results import result
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import GRID, bad_image, good_image, write_images
@@ -531,7 +531,7 @@ def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_
     file = RunningModel(sha256="a" * 64, origin="file")
     release = RunningModel(sha256="b" * 64, origin="release", name="spring", release="r1", on_trial=True)
     found = Disagreement(parts=200, differing=3, newly_failed=1, newly_passed=2, share=0.015, upper=0.043)
-    tried = Candidate(
+    tried = CandidateModel(
         release="r2", sha256="c" * 64, name="summer", stage="shadow", done=200, total=500, disagreement=found
     )
     models = ProductModels(product="tile", present=file, candidate=tried)

@@ -15,10 +15,9 @@ import safetensors.numpy
 
 from aggregator.membership import LIVENESS_TIMEOUT_S, SiteLeases
 from edgeflame.errors import DataError, EdgeFlameError, FederationError, MissingDependencyError, StorageError
-from edgeflame.learning import Learning
-from edgeflame.messages import RoundState
-from edgeflame.statedir import locked_state_dir, write_durably
-from edgeflame.transfer.manifest import Manifest
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import BlobManifest, RoundState
+from edgeflame.state import locked_state_dir, write_durably
 from tests.support.fleet_processes import WORKER
 from tests.support.paths import REPOSITORY
 from trainer.agent.plan import (
@@ -50,8 +49,8 @@ from trainer.agent.tasks import (
 from trainer.agent.worker_client import WorkerExited, WorkerMessage, WorkerSupervisor
 
 RUN = "0" * 32
-BASE = Manifest(sha256="b" * 64, size_bytes=10, chunk_bytes=10, crc32s=bytes(4))
-LEDGER = Manifest(sha256="c" * 64, size_bytes=10, chunk_bytes=10, crc32s=bytes(4))
+BASE = BlobManifest(sha256="b" * 64, size_bytes=10, chunk_bytes=10, crc32s=bytes(4))
+LEDGER = BlobManifest(sha256="c" * 64, size_bytes=10, chunk_bytes=10, crc32s=bytes(4))
 TRAIN = RoundState(run=RUN, phase="train", round=2, num_rounds=3, asked=("a", "b"), base=BASE)
 FINISH = RoundState(run=RUN, phase="finish", round=3, asked=("a",), base=BASE, ledger=LEDGER)
 
@@ -292,7 +291,7 @@ def test_an_update_of_another_base_model_is_not_offered(tmp_path: Path) -> None:
 def test_the_worker_computes_where_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.png").touch()
     setup = WorkerSetup(learning=Learning(method="flame"), site="a", data=str(tmp_path), state=str(tmp_path))
-    command = [sys.executable, "-m", "edgeflame.cli.train_worker", "text", "--device=abacus"]
+    command = [sys.executable, "-m", "cli.train_worker", "text", "--device=abacus"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None

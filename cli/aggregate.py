@@ -1,0 +1,125 @@
+"""``edgeflame aggregate``: serve the rounds of a fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import broker_options, metrics_option, option_or_kit, resolve_broker
+from edgeflame.methods import FEDERATED_METHODS, PRESETS
+
+if TYPE_CHECKING:
+    from aggregator.config import AggregateConfig
+    from aggregator.run import RunResult
+
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command(short_help="Serve the training rounds of a fleet.")
+@broker_options()
+@click.option("--fleet", metavar="NAME", help="Which fleet; sites name the same. A kit names it too.")
+@click.option("--state", required=True, type=_FOLDER, help="Journal and models; an interrupted run continues from it.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with the run's settings.")
+@click.option("--rounds", type=int, help="Number of rounds [default: 2].")
+@click.option("--sites", type=int, help="Begin when so many sites are ready [default: 2].")
+@click.option("--method", help=f"{', '.join(FEDERATED_METHODS)} [default: flame].")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="What settings start from [default: default].")
+@click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
+@click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
+@click.option("--stay", is_flag=True, help="Keep answering and serving late sites after the end, as a service does.")
+@metrics_option
+@click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
+def command(
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+    state: Path,
+    config: Path | None,
+    rounds: int | None,
+    sites: int | None,
+    method: str | None,
+    preset: str | None,
+    out: Path | None,
+    new_run: bool,
+    stay: bool,
+    metrics: str | None,
+    as_json: bool,
+) -> None:
+    """Serve the training rounds of a fleet: wait for sites, average their models, hand out the result.
+
+    Ends when every site has its package, or exits with 1 when a round misses its quorum. Killed and started again
+    with the same --state, it continues where it was. With --stay it goes when it is interrupted or told to by
+    `edgeflame rounds stop`. `edgeflame rounds` also pauses or removes sites, and ends the rounds early.
+    """
+    from aggregator.service import run_aggregator
+    from cli.output import print_json, progress_bar
+    from edgeflame.errors import NegativeAnswerError
+
+    settings = _settings(config, rounds=rounds, sites=sites, method=method, preset=preset)
+    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="aggregator")
+    fleet = option_or_kit("--fleet", fleet, met.fleet)
+    with progress_bar(f"fleet {fleet}: rounds") as report:
+        result = run_aggregator(
+            broker=met.url,
+            fleet=fleet,
+            state_dir=state,
+            out_dir=out or state,
+            config=settings,
+            report=report,
+            new_run=new_run,
+            connect_timeout_s=connect_timeout,
+            stay=stay,
+            metrics=metrics,
+            certificate_expires=met.certificate_expires,
+        )
+    if as_json:
+        print_json(result.ledger)
+    else:
+        _print_summary(result)
+    if not result.succeeded:
+        msg = f"{result.reason}; see {result.ledger_path}"
+        raise NegativeAnswerError(msg)
+
+
+def _settings(
+    path: Path | None, *, rounds: int | None, sites: int | None, method: str | None, preset: str | None
+) -> AggregateConfig:
+    """The file's settings; the command line wins over them."""
+    import msgspec
+
+    from aggregator.config import AggregateConfig
+    from edgeflame.config import load_config
+
+    learning = {"method": method, "preset": preset} if method or preset else None
+    settings = load_config(path, AggregateConfig, {"learning": learning})
+    changes: dict[str, Any] = {}
+    if rounds is not None:
+        changes["rounds"] = rounds
+    if sites is not None:
+        changes["min_sites"] = sites
+    return msgspec.structs.replace(settings, **changes) if changes else settings
+
+
+def _print_summary(result: RunResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table(title=f"run {result.ledger['run'][:8]}: {result.ledger['outcome']}")
+    for heading in ("round", "contributed", "left out", "model"):
+        table.add_column(heading)
+    for entry in result.ledger["rounds"]:
+        came = ", ".join(f"{c['site']} ({c['num_samples']})" for c in entry["contributed"])
+        missed = ", ".join(f"{m['site']}: {m['reason']}" for m in entry["left_out"])
+        table.add_row(str(entry["round"]), came, missed, (entry["model_sha256"] or "")[:12])
+    console.print(table)
+    if result.model_path is not None:
+        console.print(f"global model: {result.model_path}", highlight=False)
+    console.print(f"ledger: {result.ledger_path}", highlight=False)

@@ -1,0 +1,106 @@
+"""``edgeflame bench``: how fast a package is on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import click
+
+if TYPE_CHECKING:
+    from edge.runtimes.bench import BenchReport
+
+
+@click.command("bench")
+@click.option("--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Model package.")
+@click.option("--batch", "batches", type=click.IntRange(1, 256), multiple=True, help="Size.  [default: 1, 4, 16]")
+@click.option("--seconds", type=click.FloatRange(0, 600), default=5.0, show_default=True, help="For each size, about.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs it; auto takes the fastest that scores the reference images right.",
+)
+@click.option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines of `export --trt`.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: one a core]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    model: Path,
+    batches: tuple[int, ...],
+    seconds: float,
+    device: Literal["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"],
+    engines: Path | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Time a package's graph on this machine, and its backbone alone for comparison, turn by turn."""
+    import msgspec
+
+    from cli.output import print_json
+    from edge.runtimes.bench import run_bench
+    from edge.runtimes.load import open_for_line
+    from edgeflame.log import EventLog
+    from edgeflame.package import read_package
+
+    package = read_package(model)
+    runtime, candidates = open_for_line(package, device=device, engines=engines, num_threads=threads)
+    # An engine has no part that could be timed alone: its backbone is ONNX Runtime's.
+    chosen = candidates[0].device if candidates else device
+    report = run_bench(
+        runtime,
+        model_bytes=len(package.model_onnx),
+        backbone_onnx=None if chosen in ("rtx", "tensorrt") else _backbone(package.model_onnx),
+        batches=sorted(set(batches)) or (1, 4, 16),
+        seconds=seconds,
+        device=cast(Any, chosen),
+        num_threads=threads,
+        progress=lambda batch: EventLog("bench").info("timing", batch=batch, seconds=seconds),
+    )
+    report = msgspec.structs.replace(report, candidates=candidates)
+    if as_json:
+        print_json(report)
+    else:
+        _print_table(report)
+
+
+def _backbone(model_onnx: bytes) -> bytes | None:
+    """The backbone alone; None on a box without the library that cuts it out."""
+    try:
+        from export.precision import backbone_model
+    except ImportError:
+        click.echo("the backbone is not timed alone: that takes the Python package onnx", err=True)
+        return None
+    return backbone_model(model_onnx)
+
+
+def _print_table(report: BenchReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "batch", "min ms", "p50", "p95", "p99", "max", "images/s", "calls"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for one in report.latencies:
+        figures = (one.min_ms, one.p50_ms, one.p95_ms, one.p99_ms, one.max_ms)
+        table.add_row(
+            one.what,
+            str(one.batch),
+            *(f"{value:.2f}" for value in figures),
+            f"{one.images_per_s:.0f}",
+            str(one.num_calls),
+        )
+    console = Console()
+    console.print(table)
+    for batch in dict.fromkeys(one.batch for one in report.latencies):
+        ratio = report.ratio(batch)
+        if ratio is not None:
+            click.echo(f"graph / backbone at batch {batch}: {ratio[0]:.2f} of medians, {ratio[1]:.2f} of minima")
+    for candidate in report.candidates if len(report.candidates) > 1 else ():
+        why = f"refused: {candidate.refused}" if candidate.median_ms is None else f"{candidate.median_ms:.2f} ms"
+        click.echo(f"candidate {candidate.device}: {why}")
+    threads = "one a core" if report.num_threads is None else str(report.num_threads)
+    click.echo(
+        f"{report.provider}, threads: {threads}, model {report.model_bytes / 1e6:.1f} MB, peak memory "
+        f"{report.peak_memory_bytes / 1e6:.0f} MB"
+    )

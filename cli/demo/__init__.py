@@ -1,0 +1,118 @@
+"""`edgeflame demo`: the whole of EdgeFlame on one machine, on generated boards."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+T = TypeVar("T")
+
+TABLE_WIDTH = 150
+
+
+@click.command("demo")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for data, models, logs and the report; an earlier demo's is replaced.",
+)
+@click.option("--quick", is_flag=True, help="A third of the boards and less training.")
+@click.option(
+    "--texture", default="warm_white_grid", show_default=True, help="Which product; see `edgeflame demo-data`."
+)
+@click.option("--sites", type=click.IntRange(2, 8), default=3, show_default=True, help="How many sites train together.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of boards, cameras and training.")
+def command(out: Path, quick: bool, texture: str, sites: int, seed: int) -> None:
+    """See all of EdgeFlame work: three sites train one detector over MQTT, then inspect.
+
+    Generates furniture boards with defects, starts a broker, an aggregator and the training sites as processes of
+    their own, trains in rounds of FLAME, fits statistics and thresholds, exports to ONNX, evaluates against untrained
+    and lone training, inspects a stream of new boards, and writes a report. Ctrl-C stops all of it.
+    """
+    from cli.demo.plan import make_demo_plan
+
+    run_demo(make_demo_plan(out=out, texture=texture, seed=seed, num_sites=sites, quick=quick))
+
+
+def run_demo(plan: Any) -> None:
+    """All steps of a :class:`~cli.demo.plan.DemoPlan`, then the table and the report."""
+    import msgspec
+    from rich.console import Console
+
+    from cli.demo import stages
+    from cli.demo.plan import results_table
+    from cli.demo.report import ReportContents, write_demo_report
+    from cli.demo.stages import ChildProcesses
+    from cli.output import progress_bar
+    from edgeflame import __version__
+    from edgeflame.log import Progress
+
+    _prepare_folder(plan.out)
+    timings: list[tuple[str, float]] = []
+
+    def step(description: str, work: Callable[[Progress], T]) -> T:
+        started = time.monotonic()
+        with progress_bar(description) as progress:
+            result = work(progress)
+        timings.append((description, time.monotonic() - started))
+        return result
+
+    with ChildProcesses(plan.logs) as children:
+        step("Photograph boards", lambda bar: stages.write_boards(plan, bar))
+        ledger = step("Train together over MQTT", lambda bar: stages.train_together(plan, children, bar))
+        metrics = step("Compare with each alone", lambda bar: stages.compare_alone(plan, children, bar))
+        step("Export to ONNX", lambda bar: stages.export_models(plan, children, bar))
+        evaluated = step("Evaluate", lambda bar: stages.evaluate_models(plan, children, bar))
+        streams = step("Inspect a stream", lambda bar: stages.inspect_streams(plan, children, bar))
+        samples = step("Draw heat maps", lambda bar: stages.draw_samples(plan, bar))
+    for site, report_of_site in evaluated.items():
+        metrics[site]["federated"] = report_of_site
+    results = stages.collect_results(plan, metrics, streams)
+    (plan.out / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2))
+    report = write_demo_report(
+        ReportContents(
+            plan=plan,
+            results=results,
+            samples=samples,
+            ledger=ledger,
+            stages=timings,
+            version=__version__,
+            finished=time.strftime("%Y-%m-%d %H:%M"),
+        )
+    )
+    # A pipe has no width of its own; the table must not be cut to the 80 columns assumed for it.
+    console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    console.print(results_table(results))
+    console.print(f"Done in {sum(seconds for _, seconds in timings):.0f} s. Report: [bold]{report}[/bold]")
+    console.print(f"Models and their ONNX graphs: {plan.out / 'models'}, rejected boards: {plan.out / 'rejects'}")
+
+
+def _prepare_folder(out: Path) -> None:
+    """Make the folder; replace what an earlier demo left, and nothing else.
+
+    Raises:
+        StorageError: it holds something that is not a demo's, or cannot be written.
+    """
+    import shutil
+
+    from edgeflame.errors import StorageError
+
+    marker = out / ".edgeflame-demo"
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not marker.is_file():
+                msg = f"{out} is not empty and was not made by a demo; name another folder with --out"
+                raise StorageError(msg)
+            shutil.rmtree(out)
+        (out / "models").mkdir(parents=True)
+        marker.write_text("Written by `edgeflame demo`, which replaces this folder when it runs again.\n")
+    except OSError as exc:
+        msg = f"{out}: cannot be written ({exc.strerror})"
+        raise StorageError(msg) from exc

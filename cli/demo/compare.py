@@ -1,0 +1,67 @@
+"""One site's comparison, as a program of its own: the backbone untrained, and trained on this site's images alone.
+
+The demo only wants the figures of these two, so they are measured as fitted, without a package or a graph.
+``python -m cli.demo.compare DATA LEARNING.toml`` prints a JSON document of both evaluations.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cli.output import print_json
+from edgeflame.errors import EdgeFlameError
+from edgeflame.log import configure_logging
+
+CONDITION_METHODS = {"none": "none", "alone": "fade"}
+"""Condition of the demo's table to method of ``edgeflame fit``."""
+
+
+def compare_methods(data: Path, config: Path) -> dict[str, object]:
+    """Fit and evaluate both; condition to report.
+
+    Raises:
+        EdgeFlameError: as ``edgeflame fit`` and ``edgeflame evaluate`` would.
+    """
+    import msgspec
+    import torch
+
+    from edgeflame.config import load_config
+    from edgeflame.dataset import open_dataset
+    from edgeflame.images import ImageU8
+    from edgeflame.methods import Learning
+    from fitting.crossfit import image_scores, score_maps
+    from fitting.evaluation import evaluate
+    from trainer.device import rgb_tensor
+    from trainer.embedding import F32, embed
+    from trainer.fit import FittedModel, fit
+
+    def score_with(fitted: FittedModel, batch: ImageU8) -> tuple[F32, F32]:
+        embeddings = embed(fitted.network, rgb_tensor(batch, torch.device("cpu")))
+        maps = score_maps(fitted.site.statistics, embeddings, fitted.learning.scoring)
+        return image_scores(maps), maps
+
+    learning = load_config(config, Learning)
+    dataset = open_dataset(data)
+    reports: dict[str, object] = {}
+    for condition, method in CONDITION_METHODS.items():
+        fitted = fit(dataset, msgspec.structs.replace(learning, method=method))
+
+        def score(batch: ImageU8, fitted: FittedModel = fitted) -> tuple[F32, F32]:
+            return score_with(fitted, batch)
+
+        reports[condition] = evaluate(score, dataset, learning.input, threshold=fitted.site.threshold.value)
+    return reports
+
+
+def print_comparison() -> None:
+    configure_logging(log_format="json", verbosity=0)
+    try:
+        print_json(compare_methods(Path(sys.argv[1]), Path(sys.argv[2])))
+    except EdgeFlameError as exc:
+        sys.stderr.write(f"edgeflame: {exc}\n")
+        sys.exit(exc.exit_code)
+
+
+if __name__ == "__main__":
+    print_comparison()

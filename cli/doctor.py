@@ -1,0 +1,332 @@
+"""``edgeflame doctor``: what is wrong with this installation, and the one thing to do about each.
+
+It checks the machine and its services, and whatever the user names: a package, a configuration, a broker. The
+bundle is a zip for whoever helps: what the doctor found, what is installed, what the machine is. Nothing else goes
+in.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import logging
+import os
+import platform
+import queue
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from cli.options import broker_options
+from cli.output import print_findings
+from edge.findings import Finding, note, ok, problem
+from edgeflame import __version__
+from edgeflame.errors import ConfigError, EdgeFlameError, PackageError, StorageError
+from edgeflame.log import LOGGER_NAME
+
+if TYPE_CHECKING:
+    from edge.config import InspectConfig
+    from edge.findings import Finding
+    from edge.runtimes.interface import Device
+    from edgeflame.mqtt.url import BrokerUrl
+    from edgeflame.package import Package
+
+
+def write_bundle(path: Path, findings: Sequence[Finding]) -> None:
+    """Write the zip: ``findings.json``, ``packages.txt``, ``machine.json``.
+
+    No image, key, certificate, configuration, log or variable of the environment goes in; the user's home folder is
+    written as ``~``.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    packages = sorted(f"{item.metadata['Name']}=={item.version}" for item in importlib.metadata.distributions())
+    machine = {
+        "edgeflame": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+    home = str(Path.home())
+    try:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in (
+                ("findings.json", _pretty(findings)),
+                ("machine.json", _pretty(machine)),
+                ("packages.txt", "\n".join(packages) + "\n"),
+            ):
+                archive.writestr(name, data.replace(home, "~") if len(home) > 1 else data)
+    except OSError as exc:
+        msg = f"{path}: the bundle cannot be written ({exc.strerror})"
+        raise StorageError(msg) from exc
+
+
+def _pretty(value: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+
+
+EXPIRY_WARNING_DAYS = 30
+
+
+def check_package(path: Path) -> Iterator[Finding]:
+    """Read a package, run it on whatever the installed runtime offers, and hold it to its reference images."""
+    from cli.doctor_machine import offers_cuda
+    from edgeflame.package import read_package
+
+    try:
+        package = read_package(path)
+    except PackageError as exc:
+        yield problem("package", str(exc), "fetch it again, or make it again with edgeflame fit")
+        return
+    manifest = package.manifest
+    yield ok("package", f"{manifest.product}, method {manifest.learning.method}, sha256 {package.sha256[:12]}")
+    if package.signature_json is None:
+        yield note("signature", "the package is not signed", "edgeflame model sign, and inspect with --public-key")
+    devices: list[Device] = ["cpu"]
+    if offers_cuda():
+        devices.append("cuda")
+    for device in devices:
+        yield from _run_package(package, device)
+
+
+def _run_package(package: Package, device: Device) -> Iterator[Finding]:
+    from edge.runtimes.interface import check_runtime_fits
+    from edge.runtimes.load import compare_with_references, open_runtime
+
+    suffix = "" if device == "cpu" else f" {device}"
+    try:
+        runtime = open_runtime(package.model_onnx, device=device)
+        check_runtime_fits(runtime, package.manifest)
+        if not package.references:
+            yield note(f"parity{suffix}", "the package holds no reference images, so its graph cannot be checked here")
+            return
+        report = compare_with_references(runtime, package)
+    except EdgeFlameError as exc:
+        do = (
+            "pip install 'edgeflame[cpu]', or export the package again"
+            if device == "cpu"
+            else "install the NVIDIA driver, CUDA and cuDNN that this onnxruntime-gpu is built for, or use --device cpu"
+        )
+        yield problem(f"runtime{suffix}", str(exc), do)
+        return
+    worst = "not finite" if report.worst is None else f"{report.worst:.2g}"
+    text = f"{report.num_images} reference images on {report.provider}: worst difference {worst}"
+    if report.passed:
+        yield ok(f"parity{suffix}", f"{text}, {report.tolerance:g} allowed")
+    else:
+        yield problem(
+            f"parity{suffix}",
+            f"{text}, {report.tolerance:g} allowed",
+            "export the package again; do not inspect with it",
+        )
+
+
+def check_config(path: Path) -> Iterator[Finding]:
+    """A configuration of whichever command it is for; of a line with cameras also everything that it names."""
+    from edge.config import InspectConfig
+    from edgeflame.config import load_config
+
+    try:
+        text = path.read_bytes()
+    except OSError as exc:
+        yield problem("configuration", f"{path}: cannot be read ({exc.strerror})", "correct its name, or its rights")
+        return
+    failures = []
+    for command, kind in _config_kinds():
+        try:
+            settings: object = load_config(path, kind)
+        except ConfigError as exc:
+            failures.append((_num_known(text, kind), f"{command}: {str(exc).removeprefix(f'{path}: ')}"))
+        else:
+            yield ok("configuration", f"{path} is one for edgeflame {command}")
+            if isinstance(settings, InspectConfig) and settings.cameras and settings.products:
+                yield from _check_line(settings)
+            return
+    # What is wrong with it as another command's configuration says nothing, where it is clear whose it is.
+    most = max(known for known, _ in failures)
+    words = "; ".join(what for known, what in failures if known == most)
+    yield problem("configuration", f"{path} fits no command: {words}", "correct the key that is named")
+
+
+def _num_known(text: bytes, kind: type) -> int:
+    """How many of a file's sections and keys a command has."""
+    try:
+        keys: set[str] = set(msgspec.toml.decode(text))
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return 0
+    return len(keys & {field.encode_name for field in msgspec.structs.fields(kind)})
+
+
+def _check_line(settings: InspectConfig) -> Iterator[Finding]:
+    from edge.cameras import plan_cameras
+    from edge.check import check_daemon
+    from edge.inspector import InspectorLoader
+
+    loader = InspectorLoader()
+    plan = plan_cameras(
+        settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product
+    )
+    for finding in check_daemon(lambda: plan, loader, state=None, rejects=None):
+        # The file has been said to be right, and state folders are looked at by an option of their own.
+        if finding.check not in ("configuration", "state folder"):
+            yield finding
+
+
+def _config_kinds() -> Iterator[tuple[str, type]]:
+    from aggregator.config import AggregateConfig
+    from edge.config import InspectConfig
+    from edgeflame.methods import Learning
+
+    yield "inspect", InspectConfig
+    yield "aggregate", AggregateConfig
+    yield "fit", Learning
+
+
+def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator[Finding]:
+    """Connect as a member would, for ``timeout_s`` at most, and look at our certificate's dates.
+
+    Args:
+        url: the broker.
+        timeout_s: how long to try.
+        readable: a topic, or filter, that whoever we come as may read.
+    """
+    from edgeflame.mqtt.client import MqttClient
+    from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed
+
+    if url.tls is not None and url.tls.cert is not None:
+        yield from _certificate(url.tls.cert)
+    # Every attempt's failure is a line of the log; here the last one is the finding.
+    logger = logging.getLogger(f"{LOGGER_NAME}.link")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
+    try:
+        with MqttClient(
+            url, client_id="edgeflame-doctor", filters=[readable], sink=events.put,
+            connect_timeout_s=timeout_s,
+        ):  # fmt: skip
+            event = events.get(timeout=timeout_s + 10.0)
+    except queue.Empty:
+        yield problem("broker", f"{url.address} does not answer", "check the address and the firewall")
+        return
+    except EdgeFlameError as exc:
+        yield problem("broker", str(exc), "check the files given with --ca, --cert and --key, or the kit")
+        return
+    finally:
+        logger.setLevel(before)
+    match event:
+        case Connected():
+            yield ok("broker", f"{url.address} takes us")
+        case ConnectionFailed():
+            yield problem("broker", str(event.error), "check the address, the firewall and the credentials")
+        case _:
+            yield problem("broker", f"{url.address} broke off", "look into the broker's log")
+
+
+def _certificate(cert: Path | str) -> Iterator[Finding]:
+    """Dates of a certificate, a PEM file or its text."""
+    try:
+        from cryptography import x509
+    except ImportError:
+        yield note("certificate", "its dates cannot be read", "pip install 'edgeflame[sign]'")
+        return
+    try:
+        pem = cert.read_bytes() if isinstance(cert, Path) else cert.encode()
+        until = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    except (OSError, ValueError) as exc:
+        yield problem("certificate", f"cannot be read: {exc}", "ask for a new kit: edgeflame fleet enrol")
+        return
+    days = (until - dt.datetime.now(dt.timezone.utc)).days
+    text = f"valid until {until:%Y-%m-%d}"
+    if days < 0:
+        yield problem("certificate", f"expired on {until:%Y-%m-%d}", "ask for a new one: edgeflame fleet renew")
+    elif days < EXPIRY_WARNING_DAYS:
+        yield note("certificate", f"{text}, {days} days left", "ask for a new one soon: edgeflame fleet renew")
+    else:
+        yield ok("certificate", text)
+
+
+CONNECT_TIMEOUT_S = 5.0
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("doctor")
+@click.option("--model", type=_FILE, metavar="FILE", help="Check this model package, and run it.")
+@click.option(
+    "--config",
+    type=_FILE,
+    metavar="FILE",
+    help="Check this configuration of inspect, aggregate or fit; of a line also all it names.",
+)
+@click.option("--state", type=_FILE, metavar="DIR", help="Check this state folder and its disk.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option(
+    "--bundle", type=_FILE, metavar="FILE", help="Also write a zip for whoever helps you: no secrets, no images."
+)
+@broker_options()
+def command(
+    model: Path | None,
+    config: Path | None,
+    state: Path | None,
+    as_json: bool,
+    bundle: Path | None,
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+) -> None:
+    """Check this machine and this installation, and whatever is named: a package, a configuration, a broker.
+
+    Each line says what was found, and under it the one thing to do if something is wrong. The exit code is 0 when
+    nothing is, and 1 otherwise.
+    """
+    from cli.doctor_machine import check_machine, check_services
+
+    findings = [*check_machine(state), *check_services()]
+    if model is not None or config is not None or broker is not None or kit is not None:
+        findings += _check_given(model, config, broker, kit, ca, cert, key, connect_timeout or CONNECT_TIMEOUT_S)
+    if bundle is not None:
+        write_bundle(bundle, findings)
+    print_findings(findings, as_json=as_json, footer=None if bundle is None else f"bundle: {bundle}")
+
+
+def _check_given(
+    model: Path | None, config: Path | None, broker: str | None, kit: Path | None, ca: Path | None, cert: Path | None,
+    key: Path | None, connect_timeout_s: float,
+) -> list[Finding]:  # fmt: skip
+    from cli.options import resolve_broker
+    from edge.findings import problem
+    from edgeflame.errors import EdgeFlameError
+    from edgeflame.mqtt.kit import read_kit
+    from fleet.broker_control import readable_topic
+    from fleet.registry import BrokerClient
+
+    findings: list[Finding] = []
+    if model is not None:
+        findings += check_package(model)
+    if config is not None:
+        findings += check_config(config)
+    if broker is not None or kit is not None:
+        readable = "edgeflame/v1/doctor"
+        try:
+            # A kit of any role: the doctor is not a member, it only looks.
+            if kit is not None:
+                opened = read_kit(kit)
+                url = opened.broker_url(broker)
+                readable = readable_topic(BrokerClient(name=opened.name, role=opened.role), opened.fleet)
+            else:
+                url = resolve_broker(broker, kit=None, ca=ca, cert=cert, key=key, role="site").url
+        except EdgeFlameError as exc:
+            findings.append(problem("broker", str(exc), "correct what the message names"))
+        else:
+            findings += check_broker(url, connect_timeout_s, readable=readable)
+    return findings

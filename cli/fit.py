@@ -1,0 +1,186 @@
+"""``edgeflame fit``: one site's model from its good images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+import msgspec
+
+from cli.options import dataset_options, print_promises, print_threshold, promise_options
+from cli.output import progress_bar
+from edgeflame.config import load_config
+from edgeflame.errors import UsageError
+from edgeflame.images import MAX_INPUT_SIDE, Region
+from edgeflame.log import EventLog
+from edgeflame.methods import METHODS, PRESETS, SOLO_METHODS, Learning
+from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
+
+if TYPE_CHECKING:
+    from edgeflame.package import Manifest
+    from trainer.fit import FittedModel
+
+
+log = EventLog("fit")
+
+
+@click.command()
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of good images, or a data set in the MVTec layout (its train/good is used).",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The package to write (.edgeflame).")
+@click.option(
+    "--method",
+    help=f"{'; '.join(f'{name}: {METHODS[name].summary}' for name in SOLO_METHODS)}.  [default: {Learning().method}]",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="What settings start from: what measured best here, or what the FLAME paper prints.  [default: default]",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the learning's settings.")
+@click.option("--product", default="product", show_default=True, help="Name of the kind of part.")
+@click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
+@click.option("--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="Side of the square model input, in pixels.")
+@click.option("--roi", metavar="X,Y,WIDTH,HEIGHT", help="Region of the camera image to look at, in its pixels.")
+@dataset_options
+@click.option("--seed", type=int, help="Of everything random.")
+@promise_options("the configuration's")
+@click.option(
+    "--drop-worst",
+    type=click.FloatRange(0, 0.5),
+    metavar="SHARE",
+    help="Leave out this share of the images, those that look least normal: 0.02.  [default: none]",
+)
+@click.option(
+    "--report",
+    "report_dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write index.html there: the images that look least normal, as pictures.",
+)
+@click.option(
+    "--reference-images",
+    type=click.IntRange(0, MAX_REFERENCES),
+    default=DEFAULT_REFERENCES,
+    show_default=True,
+    help="Good images put into the package, against which what runs it is checked; 0 keeps all images here.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+def command(
+    data: Path,
+    out: Path,
+    method: str | None,
+    preset: str | None,
+    config: Path | None,
+    product: str,
+    groups: Path | None,
+    on_unreadable: Literal["skip", "refuse"],
+    reference_images: int,
+    report_dir: Path | None,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Fit a model to the good images of one product, with statistics and a threshold, and write it as a package.
+
+    No defective image is needed. The package can inspect at once.
+    """
+    learning = _learning(config, method, preset, settings)
+    if not out.parent.is_dir():
+        msg = f"{out.parent}: no such folder to write {out.name} into"
+        raise UsageError(msg)
+
+    from edgeflame.dataset import open_dataset
+
+    # Before the heavy imports: a wrong path should not take seconds to be told.
+    dataset = open_dataset(data, groups)
+
+    if report_dir is not None:
+        from cli.pages.page import prepare_report_folder
+
+        prepare_report_folder(report_dir)
+
+    from export.graph import scoring_graph
+    from trainer.device import pick_device
+    from trainer.fit import fit
+    from trainer.packaging import save_package
+
+    fitted = fit(
+        dataset,
+        learning,
+        on_unreadable=on_unreadable,
+        device=pick_device(device),
+        num_references=reference_images,
+        stage=progress_bar,
+    )
+    manifest = save_package(
+        out,
+        network=fitted.network,
+        site_statistics=fitted.site,
+        learning=learning,
+        weights=fitted.weights,
+        provenance=fitted.provenance(),
+        exporter=scoring_graph,
+        product=product,
+        site=None,
+        references=fitted.references,
+    )
+    _print_summary(out, manifest, fitted)
+    if report_dir is not None:
+        from cli.pages.fit import write_fit
+
+        page = write_fit(report_dir, fitted=fitted, manifest=manifest, package_file=out, data=data)
+        click.echo(f"report: {page}")
+
+
+def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
+    """The configuration file, with what the command line says put over it."""
+    learning = load_config(config, Learning, {"method": method, "preset": preset})
+    replace = msgspec.structs.replace
+    if settings["seed"] is not None:
+        learning = replace(learning, seed=settings["seed"])
+    if settings["rank"] is not None:
+        learning = replace(learning, scoring=replace(learning.scoring, rank=_rank(settings["rank"])))
+    if settings["drop_worst"] is not None:
+        learning = replace(learning, scoring=replace(learning.scoring, drop_worst=settings["drop_worst"]))
+    image_input = learning.input
+    if settings["size"] is not None:
+        image_input = replace(image_input, height=settings["size"], width=settings["size"])
+    if settings["roi"] is not None:
+        image_input = replace(image_input, roi=Region.parse(settings["roi"]))
+    calibration = learning.calibration
+    for name in ("false_reject_rate", "confidence", "unit"):
+        if settings[name] is not None:
+            calibration = replace(calibration, **{name: settings[name]})
+    return replace(learning, input=image_input, calibration=calibration)
+
+
+def _rank(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as exc:
+        msg = f"--rank takes a number or auto, not {text!r}"
+        raise UsageError(msg) from exc
+
+
+NUM_NAMED = 5
+"""Of the images that look least normal, those that the command names; the package names more, the page shows them."""
+
+
+def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
+    unreadable = len(fitted.report.unreadable)
+    skipped = f", {unreadable} unreadable skipped" if unreadable else ""
+    click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")
+    print_threshold(manifest.threshold)
+    print_promises(manifest.threshold, fitted.site.held_out_scores)
+    named = [
+        f"{one.record.name} ({one.score / manifest.threshold.value:.2f} x threshold{', left out' * one.left_out})"
+        for one in fitted.site.suspects[:NUM_NAMED]
+    ]
+    click.echo(f"least normal, look at them: {', '.join(named)}")

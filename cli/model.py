@@ -1,0 +1,256 @@
+"""``edgeflame model``: what packages are, whose they are, and whether they score as they were trained to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from cli.model_release import publish, rollback, status, switch, withdraw
+
+if TYPE_CHECKING:
+    from edgeflame.package import Package
+
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("keygen")
+@click.option("--out", type=_FILE, required=True, metavar="DIR", help="Folder for the two key files.")
+def keygen(out: Path) -> None:
+    """Make a key pair for signing packages. The private key stays with whoever signs."""
+    from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, write_keys
+
+    identity = write_keys(out)
+    click.echo(f"key {identity}")
+    click.echo(f"  {out / PRIVATE_KEY}  signs packages: keep it secret")
+    click.echo(f"  {out / PUBLIC_KEY}  verifies them: give it to every line")
+
+
+@click.command("sign")
+@click.argument("package_file", metavar="FILE", type=_FILE)
+@click.option("--key", type=_FILE, required=True, metavar="FILE", help="Private key.")
+def sign(package_file: Path, key: Path) -> None:
+    """Sign a package, in place."""
+    from edgeflame.signing import sign_package
+
+    click.echo(f"{package_file}: signed with key {sign_package(package_file, key)}")
+
+
+@click.command("verify")
+@click.argument("package_file", metavar="FILE", type=_FILE)
+@click.option("--public-key", type=_FILE, metavar="FILE", help="Ask for a signature of this key as well.")
+@click.option(
+    "--onnx", "onnx_file", type=_FILE, metavar="FILE", help="Check this exported model in place of the package's own."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def verify(
+    package_file: Path,
+    public_key: Path | None,
+    onnx_file: Path | None,
+    device: Literal["auto", "cpu", "cuda"],
+    as_json: bool,
+) -> None:
+    """Verify a package: whole, signed by whom it should be, and scoring its reference images as it was trained to.
+
+    The exit code is 1 if a score differs by more than the precision's tolerance or a verdict flips.
+    """
+    from cli.output import print_json
+    from edge.runtimes.interface import check_runtime_fits
+    from edge.runtimes.load import compare_with_references, open_runtime, require_parity
+    from edgeflame.errors import UsageError
+    from edgeflame.package import read_package
+    from edgeflame.signing import read_signature, verify_signature
+
+    package = read_package(package_file)
+    signature = read_signature(package)
+    verified = None if public_key is None else verify_signature(package, public_key)
+    graph = package.model_onnx
+    if onnx_file is not None:
+        try:
+            graph = onnx_file.read_bytes()
+        except OSError as exc:
+            msg = f"{onnx_file}: cannot be read ({exc.strerror})"
+            raise UsageError(msg) from exc
+    runtime = open_runtime(graph, device=device)
+    check_runtime_fits(runtime, package.manifest)
+    report = compare_with_references(runtime, package) if package.references else None
+    if as_json:
+        print_json({"sha256": package.sha256, "verified_key": verified, "parity": report})
+    else:
+        click.echo(f"{package_file}: whole, sha256 {package.sha256}")
+        if verified is not None:
+            click.echo(f"signature: good, key {verified}")
+        else:
+            told = "none" if signature is None else f"key {signature.key_id!r}, not verified (--public-key)"
+            click.echo(f"signature: {told}")
+        if report is None:
+            click.echo("parity: not checked, the package holds no reference images")
+    if report is None:
+        return
+    require_parity(runtime, package)
+    if not as_json:
+        click.echo(
+            f"parity: {report.num_images} reference images on {report.provider} in {report.precision} differ by at "
+            f"most {report.worst:.2g} (relative; {report.tolerance:.2g} is allowed), no verdict flips"
+        )
+
+
+@click.group("model")
+def command() -> None:
+    """Look into model packages, sign and verify them, bring them to the lines."""
+
+
+for _other in (keygen, sign, verify, publish, withdraw, status, switch, rollback):
+    command.add_command(_other)
+
+
+@command.command("list")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def list_packages(folder: Path, as_json: bool) -> None:
+    """List the packages in a folder; what is broken is listed with its fault."""
+    from cli.output import print_json
+    from edgeflame.errors import DataError, PackageError
+    from edgeflame.package import read_package
+    from edgeflame.signing import read_signature
+
+    if not folder.is_dir():
+        msg = f"{folder}: no such folder"
+        raise DataError(msg)
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("*.edgeflame")):
+        try:
+            package = read_package(path)
+            signature = read_signature(package)
+        except PackageError as exc:
+            rows.append({"file": path.name, "error": str(exc)})
+            continue
+        manifest = package.manifest
+        rows.append(
+            {
+                "file": path.name,
+                "product": manifest.product,
+                "site": manifest.site,
+                "method": manifest.learning.method,
+                "created": manifest.created,
+                "threshold": manifest.threshold.value,
+                "signed_by": None if signature is None else signature.key_id,
+                "sha256": package.sha256,
+            }
+        )
+    if as_json:
+        print_json({"packages": rows})
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("file", "product", "site", "method", "created", "threshold", "signed by (unverified)", "sha256"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        if "error" in row:
+            table.add_row(Text(row["file"]), Text("unreadable", style="red"))
+            continue
+        cells = (row["file"], row["product"], row["site"] or "", row["method"], row["created"])
+        table.add_row(
+            *map(Text, cells), f"{row['threshold']:.4g}", Text((row["signed_by"] or "–")[:16]), row["sha256"][:12]
+        )
+    console = Console(width=max(Console().width, 140))
+    console.print(table if rows else Text(f"no packages in {folder}"))
+    for row in rows:
+        if "error" in row:
+            console.print(Text(row["error"], style="red"), soft_wrap=True)
+
+
+@command.command("show")
+@click.argument("package_file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def show(package_file: Path, as_json: bool) -> None:
+    """Verify a model package and say what it is, what its threshold promises, and where it comes from."""
+    from cli.output import print_json
+    from edgeflame.package import read_package
+
+    package = read_package(package_file)
+    if as_json:
+        print_json({"file": str(package_file), "sha256": package.sha256, "manifest": package.manifest})
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Names come from the package: they are text, never mark-up.
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _lines(package, package_file):
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
+
+
+def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
+    manifest = package.manifest
+    learning, threshold = manifest.learning, manifest.threshold
+    given = learning.input
+    region = (
+        ""
+        if given.roi is None
+        else (f", of the region x {given.roi.x}, y {given.roi.y}, {given.roi.width}x{given.roi.height}")
+    )
+    promise = "; ".join([threshold.promise(), *threshold.caveats()])
+    grid = f"{manifest.grid[1]}x{manifest.grid[0]}"
+    return [
+        ("package", f"{path}, {_megabytes(path.stat().st_size)}, format {manifest.format_version}"),
+        ("sha256", package.sha256),
+        ("product", manifest.product + ("" if manifest.site is None else f", site {manifest.site}")),
+        ("created", f"{manifest.created} by EdgeFlame {manifest.edgeflame_version}"),
+        ("method", learning.method),
+        ("backbone", f"{learning.backbone.name}, {learning.backbone.taps}"),
+        ("weights", f"{manifest.weights.source} (sha256 {manifest.weights.sha256[:12]})"),
+        ("input", f"{given.width}x{given.height} BGR{region}"),
+        (
+            "statistics",
+            f"{manifest.num_images} images: grid {grid}, {manifest.num_channels} channels, {manifest.size_in_words}",
+        ),
+        ("threshold", f"{threshold.value:.6g}"),
+        ("promise", promise),
+        ("references", _references(package)),
+        ("signature", _signature(package)),
+        ("needs", _needs(package)),
+        *[(f"· {name}", _short(value)) for name, value in manifest.provenance.items()],
+    ]
+
+
+def _references(package: Package) -> str:
+    count = len(package.references)
+    return f"{count} images, scored before it may judge" if count else "none: a runtime cannot be held to its scores"
+
+
+def _signature(package: Package) -> str:
+    from edgeflame.signing import read_signature
+
+    signature = read_signature(package)
+    return "none" if signature is None else f"by key {signature.key_id[:16]}, not verified here: edgeflame model verify"
+
+
+def _needs(package: Package) -> str:
+    given = package.manifest.learning.input
+    if given.roi is None:
+        camera = "frames of any size, of the part alone"
+    else:
+        camera = f"frames of at least {given.roi.x + given.roi.width}x{given.roi.y + given.roi.height}"
+    return f"ONNX Runtime 1.17 or later, or an engine built by edgeflame export --trt; {camera}, as in training"
+
+
+def _short(value: Any) -> str:
+    import msgspec
+
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return text if len(text) <= 400 else f"{text[:400]} ... (all of it: --json)"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,376 @@
+"""``edgeflame model publish|withdraw|status|switch|rollback``: bringing packages to the lines.
+
+Also what each line made of a package, and an operator's decision on what lines run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from cli.options import broker_options, option_or_kit, resolve_broker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import RenderableType
+
+    from edge.commands.messages import Command
+    from edgeflame.mqtt.messages import ProductModels
+    from fleet.observe import FleetModels, ReleaseProgress
+
+
+_FILE = click.Path(path_type=Path)
+_fleet_option = click.option("--fleet", metavar="NAME", help="Which fleet. A kit names it too.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+
+
+@click.command("publish")
+@click.argument("package_file", metavar="FILE", type=_FILE)
+@broker_options()
+@_fleet_option
+@click.option("--lines", metavar="A,B", help="Only these lines take it.  [default: all that run its product]")
+@click.option(
+    "--shadow-parts",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    metavar="N",
+    help="Judge N parts beside the present model first; a line's own configuration may ask for more, never for less.",
+)
+@click.option("--public-key", type=_FILE, metavar="FILE", help="Make sure beforehand that this key signed it.")
+@click.option(
+    "--until",
+    type=click.Choice(["checked", "running"]),
+    default="checked",
+    show_default=True,
+    help="What to wait for: the lines have it whole and found it good, or judge with it.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    show_default=True,
+    metavar="S",
+    help="Give up when no line makes progress for so long.",
+)
+@click.option("--stay", is_flag=True, help="Go on serving lines that come later, until interrupted.")
+@click.option("--again", is_flag=True, help="A new release, also for lines that refused or rolled back this package.")
+@_json_option
+def publish(
+    package_file: Path,
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+    lines: str | None,
+    shadow_parts: int,
+    public_key: Path | None,
+    until: Literal["checked", "running"],
+    timeout: float,
+    stay: bool,
+    again: bool,
+    as_json: bool,
+) -> None:
+    """Announce a signed package to the lines of a fleet, and serve it until they have it.
+
+    The announcement stays on the broker, for lines that are off now. If this command is interrupted, run it again: a
+    line goes on where it was. Exit code 1 if a line refuses the package, or does not get on.
+    """
+    from cli.output import print_json, progress_bar
+    from edgeflame.errors import NegativeAnswerError
+    from edgeflame.mqtt.topics import Topics, check_name
+    from fleet import publish as publisher
+
+    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="publisher")
+    names = tuple(sorted({check_name("line", name.strip()) for name in lines.split(",")})) if lines else ()
+    topics = Topics(fleet=option_or_kit("--fleet", fleet, met.fleet))
+    release = publisher.describe_package(package_file, public_key)
+    terms = publisher.ReleaseTerms(
+        lines=names,
+        shadow_parts=shadow_parts,
+        again=again,
+        until=until,
+        timeout_s=timeout,
+        stay=stay,
+    )
+    said: dict[str, str] = {}
+    with progress_bar("publishing") as bar:
+
+        def report(standings: list[ReleaseProgress]) -> None:
+            bar(sum(one.is_over for one in standings), len(standings), "; ".join(_short(one) for one in standings[:4]))
+            for one in standings:
+                if said.get(one.line) != one.word:
+                    said[one.line] = one.word
+                    publisher.log.info("line", line=one.line, does=one.in_words())
+
+        standings = publisher.publish_package(
+            package_file,
+            release,
+            terms,
+            broker=met.url,
+            topics=topics,
+            connect_timeout_s=connect_timeout,
+            report=report,
+        )
+    if as_json:
+        print_json({"product": release.product, "sha256": release.manifest.sha256, "lines": standings})
+    else:
+        for one in standings:
+            click.echo(f"{one.line}: {one.in_words()}")
+    behind = [one for one in standings if not one.is_good]
+    if behind:
+        said_of = "; ".join(f"{one.line} {one.in_words()}" for one in behind[:20])
+        msg = (
+            f"{len(behind)} of {len(standings)} lines do not have it: {said_of}. A line that was away gets it when this"
+            " command is run again; one that refused or rolled it back takes it again only with --again"
+        )
+        raise NegativeAnswerError(msg)
+
+
+def _short(one: ReleaseProgress) -> str:
+    return f"{one.line} {one.word.replace('_', ' ')}" + (f" {one.done}/{one.total}" if one.total else "")
+
+
+@click.command("withdraw")
+@click.argument("product", metavar="PRODUCT")
+@broker_options()
+@_fleet_option
+def withdraw(
+    product: str,
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+) -> None:
+    """Take the released package of PRODUCT back from all lines.
+
+    Lines that try it drop it, lines that run it go back to the model before; lines that are off do so when they come
+    back.
+    """
+    from edgeflame.mqtt.topics import Topics
+    from fleet.publish import withdraw_release
+
+    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="publisher")
+    topics = Topics(fleet=option_or_kit("--fleet", fleet, met.fleet))
+    release = withdraw_release(met.url, topics, product, connect_timeout_s=connect_timeout)
+    click.echo(f"{product}: the release of {release.name} ({release.manifest.sha256[:12]}) is withdrawn")
+
+
+@click.command("status")
+@broker_options()
+@_fleet_option
+@_json_option
+def status(
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+    as_json: bool,
+) -> None:
+    """Show what is released, and for every line what it runs, tries, refused, and how far its models disagree.
+
+    It reads what is retained on the broker; an observer's kit is enough. Exit code 1 if no line ever said anything.
+    """
+    from cli.output import print_json
+    from edgeflame.errors import NegativeAnswerError
+    from edgeflame.mqtt.topics import Topics
+    from fleet.publish import read_fleet_models
+
+    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role=("observer", "publisher"))
+    topics = Topics(fleet=option_or_kit("--fleet", fleet, met.fleet))
+    view = read_fleet_models(met.url, topics, connect_timeout_s=connect_timeout)
+    if as_json:
+        print_json(view.as_data())
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 160)
+        console.print(_tables(view))
+    if not view.lines:
+        msg = f"no line of the fleet {topics.fleet} has said what it runs; do their daemons have a section [models]?"
+        raise NegativeAnswerError(msg)
+
+
+def _tables(view: FleetModels) -> RenderableType:
+    """What is released, and what the lines say. Names and reasons come from the network: text, never mark-up."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    released = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("released product", "package", "sha256", "key", "published", "for"):
+        released.add_column(heading, overflow="fold")
+    for _, one in sorted(view.releases.items()):
+        whom = "withdrawn" if one.withdrawn else ", ".join(one.lines) or "all lines"
+        cells = (one.product, one.name, one.manifest.sha256[:12], one.key, f"{one.published:%Y-%m-%d %H:%M}", whom)
+        released.add_row(*map(Text, cells))
+    lines = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("line", "link", "product", "runs", "tries", "disagreement", "last outcome"):
+        lines.add_column(heading, overflow="fold")
+    for name, models in sorted(view.lines.items()):
+        link = "online" if view.online.get(name) else "offline"
+        for entry in models.products:
+            lines.add_row(
+                Text(name, style="bold"),
+                Text(link, style="green" if link == "online" else "red"),
+                Text(entry.product),
+                *(Text(cell) for cell in _cells(entry)),
+            )
+    if not view.releases:
+        return lines
+    return Group(released, Text(""), lines)
+
+
+def _cells(entry: ProductModels) -> tuple[str, str, str, str]:
+    present, candidate = entry.present, entry.candidate
+    runs = f"{present.sha256[:12]} {present.name}" + (", on trial" if present.on_trial else "")
+    tries = disagreement = ""
+    if candidate is not None:
+        how_far = f" {candidate.done}/{candidate.total}" if candidate.total else ""
+        tries = f"{candidate.sha256[:12]} {candidate.name}: {candidate.stage}{how_far}"
+    last = entry.outcomes[0] if entry.outcomes else None
+    measured = (candidate and candidate.disagreement) or (last and last.disagreement)
+    if measured and measured.share is not None:
+        disagreement = (
+            f"{measured.share:.1%} of {measured.parts} parts ({measured.newly_failed} newly failed, "
+            f"{measured.newly_passed} newly passed)"
+        )
+    if last is None:
+        return runs, tries, disagreement, ""
+    why = ": ".join(text for text in ((last.reason or "").replace("_", " "), last.detail) if text)
+    told = f"{last.sha256[:12]} {last.fate.replace('_', ' ')}, {last.at:%Y-%m-%d %H:%M}"
+    return runs, tries, disagreement, told + (f" ({why})" if why else "")
+
+
+_LINES = click.option("--line", "lines", multiple=True, required=True, metavar="NAME", help="Which; may be repeated.")
+_FLEET = click.option("--fleet", metavar="NAME", help="Which fleet. A kit names it too.")
+_TIMEOUT = click.option(
+    "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="S", help="For each answer."
+)
+
+
+@click.command("switch")
+@click.argument("product", metavar="PRODUCT")
+@_LINES
+@broker_options()
+@_FLEET
+@_TIMEOUT
+def switch(
+    product: str,
+    lines: tuple[str, ...],
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+    timeout: float,
+) -> None:
+    """Have lines switch to the released model of PRODUCT that passed its shadow run and waits for this word.
+
+    Lines wait for it where their configuration says models.auto = false.
+    """
+    from functools import partial
+
+    from edge.commands.messages import SwitchModel
+
+    _command_lines(
+        partial(SwitchModel, product=product), lines, broker, kit, ca, cert, key, connect_timeout, fleet, timeout
+    )
+
+
+@click.command("rollback")
+@click.argument("product", metavar="PRODUCT")
+@_LINES
+@click.option("--to-file", is_flag=True, help="To that of the line's configuration, however many were between.")
+@broker_options()
+@_FLEET
+@_TIMEOUT
+def rollback(
+    product: str,
+    lines: tuple[str, ...],
+    to_file: bool,
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+    timeout: float,
+) -> None:
+    """Have lines go back to the model of PRODUCT they ran before.
+
+    What is rolled back is not taken again until it is published anew (`publish --again`). To take a release back from
+    every line, also from those that are off: `edgeflame model withdraw`.
+    """
+    from functools import partial
+
+    from edge.commands.messages import RollBackModel
+
+    command = partial(RollBackModel, product=product, to_file=to_file)
+    _command_lines(command, lines, broker, kit, ca, cert, key, connect_timeout, fleet, timeout)
+
+
+def _command_lines(
+    command: Callable[..., Command],
+    lines: tuple[str, ...],
+    broker: str | None,
+    kit: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    connect_timeout: float | None,
+    fleet: str | None,
+    timeout: float,
+) -> None:
+    """Ask one line after the other; those that did it stay so when a later one cannot."""
+    import getpass
+    import socket
+
+    import msgspec
+
+    from cli.line import ROLES
+    from edge.commands.client import new_id, send_command
+    from edgeflame.errors import LinkError, NegativeAnswerError
+    from edgeflame.mqtt.messages import ProductModels
+
+    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role=ROLES)
+    name = option_or_kit("--fleet", fleet, met.fleet)
+    failed = []
+    for line in lines:
+        try:
+            reply = send_command(
+                met.url,
+                fleet=name,
+                line=line,
+                command=command(id=new_id(), by=f"{getpass.getuser()}@{socket.gethostname()}"[:100]),
+                timeout_s=timeout,
+                connect_timeout_s=connect_timeout or 10.0,
+            )
+        except LinkError as exc:
+            failed.append(f"{line}: {exc}")
+            continue
+        if not reply.ok:
+            failed.append(f"{line}: {reply.error}")
+            continue
+        present = msgspec.json.decode(reply.answer, type=ProductModels).present
+        said = "its configuration's file" if present.origin == "file" else present.name
+        click.echo(f"{line}: runs {present.sha256[:12]} ({said})")
+    if failed:
+        msg = f"{len(failed)} of {len(lines)} lines did not: {'; '.join(failed)}"
+        raise NegativeAnswerError(msg)

@@ -1,0 +1,161 @@
+"""``edgeflame train``: a site's part in a fleet's rounds."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import msgspec
+
+from cli.options import broker_options, metrics_option, option_or_kit, resolve_broker
+from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
+from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``--config`` may say instead of the options. What is learnt is the aggregator's to say."""
+
+    broker: str | None = None
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``."""
+    kit: str | None = None
+    """A kit of `edgeflame fleet enrol`: the broker, the fleet, our name and certificate."""
+    ca: str | None = None
+    """``mqtts``: certificate authority of the broker (PEM)."""
+    cert: str | None = None
+    """``mqtts``: our certificate (PEM)."""
+    key: str | None = None
+    """``mqtts``: our private key (PEM)."""
+    fleet: str | None = None
+    """Which fleet."""
+    site: str | None = None
+    """This site's name in it."""
+    data: str | None = None
+    """Folder of this site's images; they stay here."""
+    state: str | None = None
+    """Folder of what the site remembers; ``runs/FLEET/SITE`` when left out."""
+    groups: str | None = None
+    """CSV file that says which photographs show the same part."""
+    out: str | None = None
+    """Where to write the package; left in the state folder when left out."""
+    schedule: str | None = None
+    """When to train, as after ``--schedule``."""
+    device: str | None = None
+    """What trains, as after ``--device``."""
+    reference_images: Annotated[int, msgspec.Meta(ge=0, le=MAX_REFERENCES)] | None = None
+    """Good images that go into the package."""
+
+
+@click.command(short_help="Take part in a fleet's training rounds.")
+@broker_options()
+@click.option("--fleet", metavar="NAME", help="Which fleet.")
+@click.option("--site", metavar="ID", help="This site's name in it. A kit names both.")
+@click.option("--data", type=_FOLDER, help="This site's images; they stay here.")
+@click.option("--state", type=_FOLDER, help="What the site remembers [default: runs/FLEET/SITE].")
+@click.option("--config", type=_FILE, help="TOML file with any of these options.")
+@click.option("--out", type=_FILE, help="Where to write the package [default: left in the state folder].")
+@click.option("--groups", type=_FILE, help="CSV: which photographs show the same part.")
+@click.option(
+    "--reference-images",
+    type=click.IntRange(0, MAX_REFERENCES),
+    help=f"Good images put into the package, to check what runs it; 0 for none [default: {DEFAULT_REFERENCES}].",
+)
+@click.option("--device", help="auto, cpu, cuda, cuda:1, ... [default: auto].")
+@click.option("--schedule", metavar="TEXT", help="When it may train, local time: 'mon-fri 22:00-06:00, sat-sun'.")
+@click.option("--worker", hidden=True, help="Command line of another worker program.")
+@metrics_option
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    config: Path | None,
+    worker: str | None,
+    as_json: bool,
+    connect_timeout: float | None,
+    metrics: str | None,
+    **given: Any,
+) -> None:
+    """Take part in a fleet's training rounds, and make this site's package from the result.
+
+    The images stay here, but for the few that the package holds; model weights and figures go to the aggregator,
+    whose configuration says what is learnt. Killed and started again with the same --state, it continues where it was.
+    `edgeflame site` has it rest, go on, or leave the run for good.
+    """
+    from cli.output import print_json, progress_bar
+    from edgeflame.config import load_config
+    from edgeflame.errors import UsageError
+    from edgeflame.mqtt.topics import check_name
+    from edgeflame.state import copy_durably
+    from trainer.agent.control import parse_schedule
+    from trainer.agent.service import SiteOptions, run_site
+
+    options = {
+        **msgspec.structs.asdict(load_config(config, SiteFile)),
+        **{k: v for k, v in given.items() if v not in (None, "")},
+    }
+    if not options["data"]:
+        msg = "--data: missing, as an option and in the configuration file"
+        raise UsageError(msg)
+    names = ("kit", "ca", "cert", "key", "state", "groups", "out")
+    paths = {name: Path(options[name]) if options[name] else None for name in names}
+    met = resolve_broker(
+        options["broker"], kit=paths["kit"], ca=paths["ca"], cert=paths["cert"], key=paths["key"], role="site"
+    )
+    fleet = check_name("fleet", option_or_kit("--fleet", options["fleet"], met.fleet))
+    site = check_name("site", option_or_kit("--site", options["site"], met.name))
+    given_references = options["reference_images"]
+    references = DEFAULT_REFERENCES if given_references is None else int(given_references)
+    with progress_bar(f"site {site}") as report:
+        result = run_site(
+            SiteOptions(
+                broker=met.url,
+                fleet=fleet,
+                site=site,
+                data=Path(options["data"]),
+                state_dir=paths["state"] or Path("runs") / fleet / site,
+                worker_command=shlex.split(worker)
+                if worker
+                else _worker_command(ctx, references, options["device"] or "auto"),
+                groups_file=paths["groups"],
+                connect_timeout_s=connect_timeout,
+                schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
+                metrics=metrics,
+                certificate_expires=met.certificate_expires,
+            ),
+            report=report,
+        )
+    if result is None:
+        click.echo(f"{site}: has left the run")
+        return
+    package = result.package
+    if package is not None and paths["out"] is not None:
+        paths["out"].parent.mkdir(parents=True, exist_ok=True)
+        copy_durably(package, paths["out"])
+        package = paths["out"]
+    if as_json:
+        print_json(
+            {
+                "site": site,
+                "run": result.run,
+                "model_sha256": result.model_sha256,
+                "package": None if package is None else str(package),
+                "summary": result.summary,
+            }
+        )
+        return
+    figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.summary.items())
+    click.echo(f"{site}: {package or 'no package'}{': ' if figures else ''}{figures}")
+
+
+def _worker_command(ctx: click.Context, num_references: int, device: str) -> list[str]:
+    # The worker writes to the same terminal or log file; it writes it the same way.
+    general = ctx.find_root().params
+    command_line = [sys.executable, "-m", "cli.train_worker", str(general.get("log_format", "text"))]
+    command_line += [f"{REFERENCES_OPTION}={num_references}", f"{DEVICE_OPTION}={device}"]
+    return command_line + ["-v"] * int(general.get("verbose", 0))

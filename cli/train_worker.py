@@ -1,0 +1,66 @@
+"""``python -m cli.train_worker``: the process in which ``edgeflame train`` does its learning.
+
+Not for people: it speaks JSON lines on standard input and output (``trainer.agent.tasks``).
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeflame.errors import MissingDependencyError
+from edgeflame.log import configure_logging
+from edgeflame.package import DEFAULT_REFERENCES
+
+if TYPE_CHECKING:
+    from trainer.agent.tasks import SiteTrainer, WorkerSetup
+
+
+REFERENCES_OPTION = "--reference-images"
+"""How many good images the package gets; the rest of the set-up comes on standard input."""
+
+
+DEVICE_OPTION = "--device"
+"""What to compute on."""
+
+
+def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> SiteTrainer:
+    """The learning, in torch.
+
+    Raises:
+        UsageError: torch cannot use the device.
+        MissingDependencyError: torch, or what else training needs, is not installed.
+    """
+    try:
+        from export.graph import scoring_graph
+        from trainer.work import TorchSiteTrainer
+    except ImportError as exc:
+        msg = f"training needs more than is installed here ({exc}): pip install 'edgeflame[train,cpu]'"
+        raise MissingDependencyError(msg) from exc
+    return TorchSiteTrainer(
+        learning=setup.learning,
+        data=Path(setup.data),
+        site=setup.site,
+        state=Path(setup.state),
+        groups_file=None if setup.groups_file is None else Path(setup.groups_file),
+        exporter=scoring_graph,
+        num_references=num_references,
+        device=device,
+    )
+
+
+def run_worker_process() -> None:
+    """Serve orders until standard input ends. Arguments: the log format, reference images, the device, ``-v``."""
+    arguments = sys.argv[1:]
+    configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
+    from trainer.agent.worker import run_worker
+
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    num_references = int(given.get(REFERENCES_OPTION, DEFAULT_REFERENCES))
+    run_worker(partial(build_trainer, num_references=num_references, device=given.get(DEVICE_OPTION, "auto")))
+
+
+if __name__ == "__main__":
+    run_worker_process()

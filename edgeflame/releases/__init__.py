@@ -1,1 +1,0 @@
-"""Packages on their way to the lines that run them: announced, served, and what each line made of them."""

@@ -1,0 +1,88 @@
+"""Tasks for simulated sites and their results: JSON, so that an engine may carry them anywhere.
+
+A site is told what a fleet's aggregator publishes, and answers with what it would send over MQTT; instead of
+travelling in chunks, blobs are taken from where they lie. Paths are absolute, on a file system that all of the
+engine's processes see.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgeflame.methods import Learning
+from edgeflame.mqtt.messages import RefusalReason
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbid_unknown_fields=True):
+    pass
+
+
+class SiteTask(_Message, frozen=True, kw_only=True, tag="site"):
+    """Do a site's part in what is announced."""
+
+    site: str
+    data: str
+    """Its images."""
+    state: str
+    """Its state directory."""
+    blobs: str
+    """Where the blobs lie that the announcement names, by their SHA-256."""
+    shared: str
+    """For what is the same at every site, and need be made only once."""
+    announced: msgspec.Raw
+    """``edgeflame.mqtt.messages.RoundState``."""
+    refused: dict[int, RefusalReason] = {}
+    """Its updates that were refused, by round."""
+
+
+class MeasureTask(_Message, frozen=True, kw_only=True, tag="measure"):
+    """Measure a model on test images."""
+
+    name: str
+    learning: Learning
+    model: str | None = None
+    """The exchanged tensors, safetensors; None: learn first, alone, by a method that needs no fleet."""
+    seed: int = 0
+    """Of that learning."""
+    train: tuple[str, ...]
+    """Data sets whose good images, pooled, give the statistics."""
+    test: str
+    """The data set whose test part is measured on."""
+
+
+SimulationTask = SiteTask | MeasureTask
+
+
+class SiteAnswer(_Message, frozen=True, kw_only=True, tag="site"):
+    """A site did its part."""
+
+    site: str
+    install: str
+    initial: str | None = None
+    """SHA-256 of its initial model, once it has one."""
+    said: str | None = None
+    """``edgeflame.mqtt.messages.UpMessage``, encoded; None: nothing to say."""
+    blob: str | None = None
+    """The file that was offered."""
+
+
+class MeasureAnswer(_Message, frozen=True, kw_only=True, tag="measure"):
+    """Figures, fractions of 1; those that are not defined are left out."""
+
+    name: str
+    figures: dict[str, float]
+    classes: dict[str, dict[str, float]]
+    """By defect class."""
+
+
+class SimulationFailure(_Message, frozen=True, kw_only=True, tag="problem"):
+    """An expected error that ends the simulation: the class of ``edgeflame.errors`` and its message."""
+
+    error: str
+    message: str
+
+
+SimulationAnswer = SiteAnswer | MeasureAnswer | SimulationFailure
+
+TASK_DECODER: msgspec.json.Decoder[SimulationTask] = msgspec.json.Decoder(SimulationTask)
+ANSWER_DECODER: msgspec.json.Decoder[SimulationAnswer] = msgspec.json.Decoder(SimulationAnswer)

@@ -1,0 +1,92 @@
+"""A package's statistics as bytes, Gaussian or a memory, as safetensors; which, its one metadata key says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from edgeflame.errors import DataError, EdgeFlameError
+from edgeflame.statistics.gaussian import LowRankGaussian
+from edgeflame.statistics.memory import MemoryStatistics
+
+PackageStatistics = LowRankGaussian | MemoryStatistics
+"""What a package may score with."""
+
+_GAUSSIAN, _MEMORY = "low_rank_gaussian", "memory"
+
+
+class _GaussianHeader(msgspec.Struct, frozen=True, kw_only=True):
+    count: int
+    ridge: float
+    grid: tuple[int, int]
+
+
+class _MemoryHeader(msgspec.Struct, frozen=True, kw_only=True):
+    count: int
+    num_global: int
+    grid: tuple[int, int]
+
+
+def encode_statistics(statistics: PackageStatistics) -> bytes:
+    """Statistics as safetensors; a Gaussian's basis in float16, which :meth:`LowRankGaussian.distances` tolerates."""
+    tensors: dict[str, npt.NDArray[Any]]
+    header: _GaussianHeader | _MemoryHeader
+    if isinstance(statistics, LowRankGaussian):
+        kind = _GAUSSIAN
+        header = _GaussianHeader(count=statistics.count, ridge=statistics.ridge, grid=statistics.grid)
+        tensors = {
+            "mean": statistics.mean,
+            "basis": statistics.basis.astype(np.float16),
+            "eigenvalues": statistics.eigenvalues,
+            "residual": statistics.residual,
+        }
+    else:
+        kind = _MEMORY
+        header = _MemoryHeader(count=statistics.count, num_global=statistics.num_global, grid=statistics.grid)
+        tensors = {name: getattr(statistics, name) for name in ("prototypes", "transform", "centre")}
+    # safetensors writes the memory of an array as it lies there, strides or not.
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    # One entry only: safetensors writes several in no fixed order, and the same model must give the same bytes.
+    return safetensors.numpy.save(tensors, metadata={kind: msgspec.json.encode(header).decode()})
+
+
+def decode_statistics(data: bytes) -> PackageStatistics:
+    """Read what :func:`encode_statistics` wrote.
+
+    Raises:
+        DataError: not statistics, cut short, or of impossible shape.
+        NumericalError: values that cannot be.
+    """
+    try:
+        tensors = {name: array.astype(np.float32) for name, array in safetensors.numpy.load(data).items()}
+        metadata = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if _MEMORY in metadata:
+            memory = msgspec.json.decode(metadata[_MEMORY], type=_MemoryHeader)
+            return MemoryStatistics(
+                grid=memory.grid,
+                count=memory.count,
+                num_global=memory.num_global,
+                prototypes=tensors["prototypes"],
+                transform=tensors["transform"],
+                centre=tensors["centre"],
+            )
+        header = msgspec.json.decode(metadata[_GAUSSIAN], type=_GaussianHeader)
+        return LowRankGaussian(
+            grid=header.grid,
+            count=header.count,
+            ridge=header.ridge,
+            mean=tensors["mean"],
+            basis=tensors["basis"],
+            eigenvalues=tensors["eigenvalues"],
+            residual=tensors["residual"],
+        )
+    except EdgeFlameError:
+        raise
+    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, IndexError, TypeError) as exc:
+        msg = f"not a package's statistics, or damaged ({exc})"
+        raise DataError(msg) from exc

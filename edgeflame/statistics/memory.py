@@ -1,0 +1,253 @@
+"""Memories of normal patches: the bank that FedDyMem's sites exchange, and a package's statistics made of it.
+
+Axes: N images, P = grid height x grid width positions, C embedding channels, M prototypes.
+
+A bank holds averages of normal patches, what FedDyMem's sites exchange instead of weights. It is a canonical
+safetensors file: the same bank has the same bytes. It is small (300 kB at 512 x 152), so it is read whole, after
+its header has been found plausible.
+
+As a package's statistics a memory scores a patch by its distance to the nearest prototype. With the transform T (a
+site's memory generator after whitening by the prototypes' covariance), y = T (x - c) and q_m = T (p_m - c)::
+
+    distance^2 = |y|^2 + min over m of (|q_m|^2 - 2 y' q_m)
+
+which is a Mahalanobis distance to the nearest prototype, in one product and a minimum. |y|^2 is added after the
+minimum, so that a NaN in any channel makes the distance NaN, whatever a runtime's minimum does with NaNs. The
+difference cancels: in float32 it is off by about 1e-7 (|y| + |q|)^2, which may be negative where a patch *is* a
+prototype. Its magnitude is taken then; a clamp would hide a NaN on some runtimes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.errors import DataError, NumericalError
+from edgeflame.state import storage_errors
+from edgeflame.statistics.moments import F32, require_finite
+from edgeflame.tensors import TensorFile, TensorSpec, TensorWriter
+
+METADATA_KEY = "edgeflame.memory"
+
+MAX_PROTOTYPES = 1 << 16
+MAX_CHANNELS = 1 << 14
+
+SUM_TOLERANCE = 1e-3
+"""Of the weights' sum: they are float32."""
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    count: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+    space: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBank:
+    """Prototypes of normal patches; none of them is a patch.
+
+    Attributes:
+        prototypes: ``[M, C]`` float32, weighted averages of embeddings of the frozen backbone.
+        weights: ``[M]`` float32, the share of all patches that each stands for; they sum to 1.
+        effective_patches: ``[M]`` float32, 1 / sum of w^2 over the patches' weights in the average: how many equally
+            weighted patches it is worth.
+        effective_images: ``[M]`` float32, the same over the images the patches are from.
+        count: number of images behind the bank; 0 if it is empty.
+        space: SHA-256 of what made the embeddings; other backbones have other spaces.
+
+    Raises:
+        DataError: shapes that do not fit one another, or a sum of weights that is not 1.
+        NumericalError: values that are not finite, or not positive where they must be.
+    """
+
+    prototypes: F32
+    weights: F32
+    effective_patches: F32
+    effective_images: F32
+    count: int
+    space: str
+
+    def __post_init__(self) -> None:
+        size = len(self.prototypes)
+        if self.prototypes.ndim != 2 or not 1 <= self.num_channels <= MAX_CHANNELS or size > MAX_PROTOTYPES:
+            msg = f"memory bank: impossible prototypes {list(self.prototypes.shape)}"
+            raise DataError(msg)
+        for name in ("weights", "effective_patches", "effective_images"):
+            values = getattr(self, name)
+            if values.shape != (size,):
+                msg = f"memory bank: {name} should be [{size}], is {list(values.shape)}"
+                raise DataError(msg)
+            if not (np.isfinite(values) & (values > 0)).all():
+                msg = f"memory bank: {name} must be finite and above 0"
+                raise NumericalError(msg)
+        if not np.isfinite(self.prototypes).all():
+            msg = "memory bank: the prototypes hold NaN or infinite values"
+            raise NumericalError(msg)
+        if (size > 0) != (self.count > 0):
+            msg = f"memory bank: {size} prototypes of {self.count} images"
+            raise DataError(msg)
+        if size and abs(float(self.weights.sum(dtype=np.float64)) - 1) > SUM_TOLERANCE:
+            msg = f"memory bank: the weights sum to {self.weights.sum():g}, not to 1"
+            raise DataError(msg)
+
+    def __len__(self) -> int:
+        return len(self.prototypes)
+
+    @property
+    def num_channels(self) -> int:
+        return int(self.prototypes.shape[-1])
+
+
+def empty_bank(num_channels: int, space: str) -> MemoryBank:
+    """What a run starts from."""
+    none = np.zeros(0, dtype=np.float32)
+    return MemoryBank(
+        prototypes=np.zeros((0, num_channels), dtype=np.float32),
+        weights=none,
+        effective_patches=none,
+        effective_images=none,
+        count=0,
+        space=space,
+    )
+
+
+def write_bank(path: Path, bank: MemoryBank) -> None:
+    """Write a bank, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    tensors = _tensors(bank)
+    schema = {name: TensorSpec(dtype="F32", shape=values.shape) for name, values in tensors.items()}
+    header = msgspec.json.encode(_Header(count=bank.count, space=bank.space)).decode()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with storage_errors(path, "write the memory"):
+        with partial.open("wb") as stream:
+            writer = TensorWriter(stream, schema, {METADATA_KEY: header})
+            for name in sorted(tensors):
+                writer.write(tensors[name])
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+
+
+def read_bank(path: Path) -> MemoryBank:
+    """Read a bank, from whomever it came.
+
+    Raises:
+        DataError: not a bank, cut short, or of impossible shape.
+        NumericalError: impossible values.
+        StorageError: the file cannot be read.
+    """
+    with TensorFile(path) as file:
+        try:
+            header = msgspec.json.decode(file.metadata.get(METADATA_KEY, ""), type=_Header)
+        except msgspec.DecodeError as exc:
+            msg = f"{path}: not a memory bank ({exc})"
+            raise DataError(msg) from exc
+        expected = {"prototypes": 2, "weights": 1, "effective_patches": 1, "effective_images": 1}
+        found = {name: len(spec.shape) for name, spec in file.schema.items() if spec.dtype == "F32"}
+        if found != expected or len(file.schema) != len(expected):
+            msg = f"{path}: not a memory bank (its tensors are {', '.join(sorted(file.schema))[:200]})"
+            raise DataError(msg)
+        # Shapes are checked against the file's size when it is opened, so nothing larger than it is allocated.
+        tensors = {name: file.read(name).astype(np.float32).reshape(file.schema[name].shape) for name in expected}
+    return MemoryBank(count=header.count, space=header.space, **tensors)
+
+
+def _tensors(bank: MemoryBank) -> dict[str, npt.NDArray[np.float32]]:
+    return {
+        name: np.ascontiguousarray(getattr(bank, name), dtype=np.float32)
+        for name in ("prototypes", "weights", "effective_patches", "effective_images")
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStatistics:
+    """Prototypes and the metric that they are compared in; the same at every position.
+
+    Attributes:
+        grid: height and width of the patch grid; P is their product.
+        count: number of images behind it.
+        prototypes: ``[M, C]`` float32.
+        transform: ``[C, C]`` float32.
+        centre: ``[C]`` float32; subtracted first, so that float32 suffices.
+        num_global: how many of the prototypes, the last ones, are the fleet's; the others are the site's own.
+    """
+
+    grid: tuple[int, int]
+    count: int
+    prototypes: F32
+    transform: F32
+    centre: F32
+    num_global: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prototypes.ndim != 2 or not 1 <= len(self.prototypes) <= MAX_PROTOTYPES:
+            msg = f"memory: impossible prototypes {list(self.prototypes.shape)}"
+            raise DataError(msg)
+        channels = self.num_channels
+        for name, shape in {"transform": (channels, channels), "centre": (channels,)}.items():
+            if getattr(self, name).shape != shape:
+                msg = f"memory: {name} should be {list(shape)}, is {list(getattr(self, name).shape)}"
+                raise DataError(msg)
+        if min(self.grid) < 1 or self.count < 1 or not 0 <= self.num_global <= len(self.prototypes):
+            msg = f"memory: impossible grid {self.grid}, count {self.count} or global prototypes {self.num_global}"
+            raise DataError(msg)
+        for name in ("prototypes", "transform", "centre"):
+            if not np.isfinite(getattr(self, name)).all():
+                msg = f"memory: {name} holds NaN or infinite values"
+                raise NumericalError(msg)
+        if not self.transform.any():
+            # All distances would be zero: everything would pass.
+            msg = "memory: the transform is zero"
+            raise NumericalError(msg)
+
+    @property
+    def num_channels(self) -> int:
+        return int(self.prototypes.shape[1])
+
+    @property
+    def num_prototypes(self) -> int:
+        return len(self.prototypes)
+
+    @property
+    def rank(self) -> int:
+        """Memories have none."""
+        return 0
+
+    def projected(self) -> npt.NDArray[np.float64]:
+        """The prototypes in the metric: q ``[M, C]``."""
+        centred = self.prototypes.astype(np.float64) - self.centre.astype(np.float64)
+        projected: npt.NDArray[np.float64] = centred @ self.transform.astype(np.float64).T
+        return projected
+
+    def distances(self, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Distances to the nearest prototype.
+
+        Args:
+            embeddings: ``[N, P, C]`` float32, or float64 for a reference computed in float64 throughout.
+
+        Returns:
+            ``[N, P]`` of the same type, >= 0.
+
+        Raises:
+            NumericalError: an embedding holds NaN or infinite values: a fault is never a pass.
+        """
+        dtype = embeddings.dtype
+        require_finite(embeddings)
+        projected = self.projected()
+        norms = np.square(projected).sum(axis=1).astype(dtype)
+        factors, transform = (-2 * projected.T).astype(dtype), self.transform.T.astype(dtype)
+        centre = self.centre.astype(dtype)
+        squared = np.empty(embeddings.shape[:2], dtype=dtype)
+        for index, image in enumerate(embeddings):
+            own = (image - centre) @ transform  # [P, C]
+            squared[index] = (own @ factors + norms).min(axis=1) + np.square(own).sum(axis=1)
+        distances: npt.NDArray[np.floating] = np.sqrt(np.abs(squared))
+        return distances

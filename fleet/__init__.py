@@ -1,0 +1,1 @@
+"""Administration of a fleet, the fifth role: identities, their access, observing, publishing packages."""
