@@ -33,12 +33,10 @@ class Convergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         bounds = {"model_change": self.model_change, "metric_change": self.metric_change}
         for name, value in bounds.items():
             if value is not None and not 0 < value < math.inf:
-                msg = f"convergence.{name} must be > 0, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"convergence.{name} must be > 0, not {value}")
         for name, count in {"patience": self.patience, "min_rounds": self.min_rounds}.items():
             if not 1 <= count <= MAX_ROUNDS:
-                msg = f"convergence.{name} must be 1..{MAX_ROUNDS}, not {count}"
-                raise ConfigError(msg)
+                raise ConfigError(f"convergence.{name} must be 1..{MAX_ROUNDS}, not {count}")
 
 
 class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -141,25 +139,22 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
         self._check_exchange()
         try:
             for name in self.expected_sites:
                 check_name("site", name)
         except UsageError as exc:
-            msg = f"expected_sites: {exc}"
-            raise ConfigError(msg) from exc
+            raise ConfigError(f"expected_sites: {exc}") from exc
 
     def _check_exchange(self) -> None:
         sent = METHODS[self.learning.method].exchange
         if self.strategy != AUTO and STRATEGIES[self.strategy].exchange != sent:
             fitting = ", ".join((AUTO, *(name for name, rule in STRATEGIES.items() if rule.exchange == sent)))
-            msg = (
+            raise ConfigError(
                 f"strategy {self.strategy} aggregates {STRATEGIES[self.strategy].exchange}, but the sites of "
                 f"method {self.learning.method} send {sent}; choose one of {fitting}"
             )
-            raise ConfigError(msg)
 
     def replies_needed(self, num_asked: int) -> int:
         """The quorum of a round with so many asked sites."""

@@ -93,8 +93,7 @@ class RequestQueue:
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
-            msg = f"{path}: cannot read the answer ({exc})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path}: cannot read the answer ({exc})") from exc
         path.unlink(missing_ok=True)
         return answer
 
@@ -123,5 +122,4 @@ def _read_request(path: Path) -> OperatorRequest:
     try:
         return _REQUEST_DECODER.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
-        msg = f"{path.name} is no request ({exc})"
-        raise UsageError(msg) from exc
+        raise UsageError(f"{path.name} is no request ({exc})") from exc

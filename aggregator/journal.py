@@ -90,8 +90,8 @@ class Journal:
         try:
             yield
         except sqlite3.Error as exc:
-            msg = f"{self._path}: cannot {doing} the journal ({exc})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{self._path}: cannot {doing} the journal ({exc})") from exc
         except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
-            msg = f"{self._path}: the journal is damaged, or of another version of EdgeFlame ({exc})"
-            raise StorageError(msg) from exc
+            raise StorageError(
+                f"{self._path}: the journal is damaged, or of another version of EdgeFlame ({exc})"
+            ) from exc

@@ -71,11 +71,10 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
                 for name in AggregateConfig.__struct_fields__
                 if getattr(state.config, name) != getattr(config, name)
             ]
-            msg = (
+            raise ConfigError(
                 f"the state directory holds an unfinished run with another configuration ({', '.join(changed)}); "
                 "continue it with the same one, or use another --state"
             )
-            raise ConfigError(msg)
         log.info("run_over" if state.ended else "run_continued", run=state.run, rounds_done=len(state.rounds))
         return state
     fact = RunStarted(run=uuid.uuid4().hex, config=config, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -341,8 +341,7 @@ class _AggregatorService:
         state = machine.state
         if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.present:
             here = ", ".join(sorted(state.present)) or "nobody"
-            msg = f"{request.site} is not a site of this run; its sites are: {here}"
-            raise UsageError(msg)
+            raise UsageError(f"{request.site} is not a site of this run; its sites are: {here}")
         match request:
             case _ if state.ended is not None:
                 self._dismissed = isinstance(request, StopRun)
@@ -353,8 +352,7 @@ class _AggregatorService:
                 return "the run is stopped"
             case FinishEarly():
                 if state.phase in ("waiting", "initialise"):
-                    msg = "no round has begun, so there is no model to finish with; stop the run instead"
-                    raise UsageError(msg)
+                    raise UsageError("no round has begun, so there is no model to finish with; stop the run instead")
                 self._carry_out(machine.finish_early(f"by the operator: {request.reason}", now), now)
                 return f"the rounds end with round {len(machine.state.rounds)}"
             case PauseSite():

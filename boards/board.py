@@ -326,17 +326,13 @@ def make_board(
         ValueError: an argument out of its range.
     """
     if texture not in TEXTURES:
-        msg = f"no texture {texture!r}; there are {', '.join(TEXTURES)}"
-        raise ValueError(msg)
+        raise ValueError(f"no texture {texture!r}; there are {', '.join(TEXTURES)}")
     if defect is not None and defect not in DEFECTS:
-        msg = f"no defect {defect!r}; there are {', '.join(DEFECTS)}"
-        raise ValueError(msg)
+        raise ValueError(f"no defect {defect!r}; there are {', '.join(DEFECTS)}")
     if image_size < MIN_IMAGE_SIZE:
-        msg = f"image_size is at least {MIN_IMAGE_SIZE}, got {image_size}"
-        raise ValueError(msg)
+        raise ValueError(f"image_size is at least {MIN_IMAGE_SIZE}, got {image_size}")
     if not 0.0 <= severity <= 1.0:
-        msg = f"severity lies between 0 and 1, got {severity}"
-        raise ValueError(msg)
+        raise ValueError(f"severity lies between 0 and 1, got {severity}")
     albedo, height = render_texture(texture, image_size, generator(seed, "texture", texture))
     outline = Outline(size=image_size)
     inward = outline.inward_any()

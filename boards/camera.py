@@ -111,8 +111,7 @@ class Camera:
             low, high = _RANGES[field.name]
             value = getattr(self, field.name)
             if not low <= value <= high:
-                msg = f"Camera.{field.name} lies between {low} and {high}, got {value}"
-                raise ValueError(msg)
+                raise ValueError(f"Camera.{field.name} lies between {low} and {high}, got {value}")
 
     @classmethod
     def for_site(cls, site: int | str, seed: int = 0) -> Camera:

@@ -68,8 +68,7 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         if self.texture not in TEXTURES:
-            msg = f"no texture {self.texture!r}; there are {', '.join(TEXTURES)}"
-            raise ValueError(msg)
+            raise ValueError(f"no texture {self.texture!r}; there are {', '.join(TEXTURES)}")
         least = {
             "num_train_parts": 1,
             "num_test_good_parts": 0,
@@ -80,8 +79,7 @@ class DatasetSpec:
         for name, low in least.items():
             value = getattr(self, name)
             if value < low:
-                msg = f"{name} is at least {low}, got {value}"
-                raise ValueError(msg)
+                raise ValueError(f"{name} is at least {low}, got {value}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as ``dataset.json`` holds them."""
@@ -269,23 +267,23 @@ def _holds_already(out: Path, spec: DatasetSpec) -> bool:
     except FileNotFoundError:
         return False
     except NotADirectoryError as exc:
-        msg = f"{out}: expected a folder to write to, found a file; name another one"
-        raise DataError(msg) from exc
+        raise DataError(f"{out}: expected a folder to write to, found a file; name another one") from exc
     except OSError as exc:
         raise _unusable(out, exc) from exc
     if not entries:
         return False
     if DATASET_FILE not in entries:
-        msg = f"{out}: expected a new or empty folder, found {min(entries)!r} in it; name another one or empty it"
-        raise DataError(msg)
+        raise DataError(
+            f"{out}: expected a new or empty folder, found {min(entries)!r} in it; name another one or empty it"
+        )
     record = _read_record(out)
     if record.get("generator_version") != GENERATOR_VERSION or record.get("spec") != spec.as_dict():
-        msg = f"{out}: holds a data set made with other arguments; name another folder or delete this one"
-        raise DataError(msg)
+        raise DataError(f"{out}: holds a data set made with other arguments; name another folder or delete this one")
     for name, sha256 in _recorded_hashes(out, record).items():
         if not _is_unaltered(out / name, sha256):
-            msg = f"{out / name}: missing or altered since it was generated; delete the folder to have it made anew"
-            raise DataError(msg)
+            raise DataError(
+                f"{out / name}: missing or altered since it was generated; delete the folder to have it made anew"
+            )
     return True
 
 
@@ -295,11 +293,9 @@ def _read_record(out: Path) -> dict[str, Any]:
     except OSError as exc:
         raise _unusable(out / DATASET_FILE, exc) from exc
     except ValueError as exc:
-        msg = f"{out / DATASET_FILE}: not readable as a record of generated boards ({exc})"
-        raise DataError(msg) from exc
+        raise DataError(f"{out / DATASET_FILE}: not readable as a record of generated boards ({exc})") from exc
     if not isinstance(record, dict):
-        msg = f"{out / DATASET_FILE}: not a record of generated boards"
-        raise DataError(msg)
+        raise DataError(f"{out / DATASET_FILE}: not a record of generated boards")
     return record
 
 
@@ -312,8 +308,9 @@ def _recorded_hashes(out: Path, record: dict[str, Any]) -> dict[str, str]:
             if "mask" in entry:
                 hashes[entry["mask"]] = entry["mask_sha256"]
     except (KeyError, TypeError, AttributeError) as exc:
-        msg = f"{out / DATASET_FILE}: altered since it was generated; delete the folder to have it made anew"
-        raise DataError(msg) from exc
+        raise DataError(
+            f"{out / DATASET_FILE}: altered since it was generated; delete the folder to have it made anew"
+        ) from exc
     return hashes
 
 
@@ -458,14 +455,11 @@ class BoardStream:
 
     def __post_init__(self) -> None:
         if self.texture not in TEXTURES:
-            msg = f"no texture {self.texture!r}; there are {', '.join(TEXTURES)}"
-            raise ValueError(msg)
+            raise ValueError(f"no texture {self.texture!r}; there are {', '.join(TEXTURES)}")
         if not 0.0 <= self.defect_rate <= 1.0:
-            msg = f"defect_rate lies between 0 and 1, got {self.defect_rate}"
-            raise ValueError(msg)
+            raise ValueError(f"defect_rate lies between 0 and 1, got {self.defect_rate}")
         if self.num_parts is not None and self.num_parts < 0:
-            msg = f"num_parts is at least 0, got {self.num_parts}"
-            raise ValueError(msg)
+            raise ValueError(f"num_parts is at least 0, got {self.num_parts}")
 
     def __iter__(self) -> Iterator[StreamPart]:
         index = 0

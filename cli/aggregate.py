@@ -84,8 +84,7 @@ def command(
     else:
         _print_summary(result)
     if not result.succeeded:
-        msg = f"{result.reason}; see {result.ledger_path}"
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError(f"{result.reason}; see {result.ledger_path}")
 
 
 def _settings(

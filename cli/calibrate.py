@@ -78,8 +78,7 @@ def command(
 
     target = out or model
     if not target.parent.is_dir():
-        msg = f"{target.parent}: no such folder to write {target.name} into"
-        raise UsageError(msg)
+        raise UsageError(f"{target.parent}: no such folder to write {target.name} into")
     replace = msgspec.structs.replace
     package = read_package(model)
     manifest = package.manifest
@@ -173,9 +172,7 @@ def _records(dataset: Dataset, data: Path, *, max_f1: bool) -> tuple[ImageRecord
 
     records = dataset.test or dataset.train
     if not any(record.is_good for record in records):
-        msg = f"{data}: no good images to calibrate with (a data set needs test/good)"
-        raise DataError(msg)
+        raise DataError(f"{data}: no good images to calibrate with (a data set needs test/good)")
     if max_f1 and all(record.is_good for record in records):
-        msg = f"{data}: no defective images: the highest F1 needs labelled defects (test/<defect>)"
-        raise DataError(msg)
+        raise DataError(f"{data}: no defective images: the highest F1 needs labelled defects (test/<defect>)")
     return records

@@ -86,8 +86,7 @@ def command(
     from edgeflame.errors import UsageError
 
     if all_textures and texture:
-        msg = "--texture and --all-textures contradict each other; give one of them"
-        raise UsageError(msg)
+        raise UsageError("--texture and --all-textures contradict each other; give one of them")
     textures = TEXTURES if all_textures else (texture or "warm_wood",)
     num_good, num_defective = (num_parts + 1) // 2, num_parts
     per_dataset = (num_parts + num_good + num_defective) * num_photos

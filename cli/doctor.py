@@ -23,15 +23,15 @@ import msgspec
 
 from cli.options import broker_options
 from cli.output import print_findings
-from edge.findings import Finding, note, ok, problem
 from edgeflame import __version__
 from edgeflame.errors import ConfigError, EdgeFlameError, PackageError, StorageError
+from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.log import LOGGER_NAME
 
 if TYPE_CHECKING:
     from edge.config import InspectConfig
-    from edge.findings import Finding
     from edge.runtimes.interface import Device
+    from edgeflame.findings import Finding
     from edgeflame.mqtt.url import BrokerUrl
     from edgeflame.package import Package
 
@@ -63,8 +63,7 @@ def write_bundle(path: Path, findings: Sequence[Finding]) -> None:
             ):
                 archive.writestr(name, data.replace(home, "~") if len(home) > 1 else data)
     except OSError as exc:
-        msg = f"{path}: the bundle cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: the bundle cannot be written ({exc.strerror})") from exc
 
 
 def _pretty(value: object) -> str:
@@ -304,8 +303,8 @@ def _check_given(
     key: Path | None, connect_timeout_s: float,
 ) -> list[Finding]:  # fmt: skip
     from cli.options import resolve_broker
-    from edge.findings import problem
     from edgeflame.errors import EdgeFlameError
+    from edgeflame.findings import problem
     from edgeflame.mqtt.kit import read_kit
     from fleet.broker_control import readable_topic
     from fleet.registry import BrokerClient

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge.findings import Finding, note, ok, problem
+from edgeflame.findings import Finding, note, ok, problem
 
 MIN_PYTHON = (3, 10)
 MIN_FREE_BYTES = 2 << 30

@@ -116,8 +116,7 @@ def _hold_bars(report: EvaluationReport, bars: dict[str, float | None]) -> None:
         if bar is not None and (value is None or value < bar):
             missed.append(f"{name} is {'not defined on this data' if value is None else f'{value:.4f}'}, below {bar:g}")
     if missed:
-        msg = "the bar is not reached: " + "; ".join(missed)
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError("the bar is not reached: " + "; ".join(missed))
 
 
 def _print_tables(manifest: Manifest, report: EvaluationReport, data: Path) -> None:

@@ -89,14 +89,12 @@ def command(
     from edgeflame.package import read_package
 
     if (onnx_file is None) == (not trt) or (trt and out is None):
-        msg = "give either --onnx FILE or --trt with --out DIR"
-        raise UsageError(msg)
+        raise UsageError("give either --onnx FILE or --trt with --out DIR")
     package = read_package(model)
     try:
         from export.onnx_file import onnx_with_metadata, write_atomically
     except ImportError as exc:
-        msg = f"checking the graph needs onnx ({exc}): pip install 'edgeflame[train]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(f"checking the graph needs onnx ({exc}): pip install 'edgeflame[train]'") from exc
     images = _calibration_images(package, calibration) if precision == "int8" else None
     data = onnx_with_metadata(package, precision, calibration=images, target="tensorrt" if trt else "cpu")
     if images is not None:
@@ -142,8 +140,7 @@ def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
     given = package.manifest.learning.input
     if folder is None:
         if not package.references:
-            msg = "int8 needs good images of the line, and the package holds none: give --calibration DIR"
-            raise UsageError(msg)
+            raise UsageError("int8 needs good images of the line, and the package holds none: give --calibration DIR")
         return np.stack([reference.image(given) for reference in package.references])
     files = list_images(folder)
     chosen = [files[index] for index in evenly_spaced(len(files), MAX_CALIBRATION_IMAGES)]

@@ -91,8 +91,7 @@ def command(
     """
     learning = _learning(config, method, preset, settings)
     if not out.parent.is_dir():
-        msg = f"{out.parent}: no such folder to write {out.name} into"
-        raise UsageError(msg)
+        raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
 
     from edgeflame.dataset import open_dataset
 
@@ -165,8 +164,7 @@ def _rank(text: str) -> int | Literal["auto"]:
     try:
         return int(text)
     except ValueError as exc:
-        msg = f"--rank takes a number or auto, not {text!r}"
-        raise UsageError(msg) from exc
+        raise UsageError(f"--rank takes a number or auto, not {text!r}") from exc
 
 
 NUM_NAMED = 5

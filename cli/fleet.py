@@ -187,10 +187,9 @@ def revoke(folder: Path, name: str, reason: str, broker: str | None, connect_tim
         try:
             told = _sync_broker(fleet, broker, connect_timeout, goodbye=(name, reason))
         except EdgeFlameError as exc:
-            msg = (
+            raise LinkError(
                 f"{name} is revoked in {folder}, but NOT YET on the broker: {exc}; run `edgeflame fleet sync {folder}`"
-            )
-            raise LinkError(msg) from exc
+            ) from exc
         click.echo(f"{name}: revoked{', told and thrown out' if told else ''}; it has no rights on the broker")
         _echo_revocation_list(fleet)
 
@@ -253,8 +252,7 @@ def members(folder: Path, as_json: bool) -> None:
         Console().print(table)
     expired = [entry.name for entry in registry.identities if entry.not_after <= now and entry.revoked_at is None]
     if expired:
-        msg = f"expired: {', '.join(expired)}; edgeflame fleet renew {folder} NAME"
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError(f"expired: {', '.join(expired)}; edgeflame fleet renew {folder} NAME")
 
 
 def _sync_broker_if_running(fleet: FleetFolder, broker: str | None, connect_timeout: float) -> None:
@@ -314,8 +312,7 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
     from edgeflame.state import storage_errors, write_durably
 
     if (state is None) == (ledger_file is None):
-        msg = "--state or --ledger: exactly one of them has to say which run"
-        raise UsageError(msg)
+        raise UsageError("--state or --ledger: exactly one of them has to say which run")
     ledger = _from_journal(state) if state is not None else _from_file(ledger_file)
     page = render_run_page(ledger, version=__version__, made=strftime("%Y-%m-%d %H:%M"))
     with storage_errors(out, "create the folder of"):
@@ -331,13 +328,11 @@ def _from_journal(state: Path) -> dict[str, Any]:
 
     path = state / "journal.sqlite"
     if not path.exists():
-        msg = f"{state}: no journal here; expected the folder given to `edgeflame aggregate --state`"
-        raise UsageError(msg)
+        raise UsageError(f"{state}: no journal here; expected the folder given to `edgeflame aggregate --state`")
     with Journal(path) as journal:
         run = journal.last_run()
     if run is None:
-        msg = f"{path}: the journal has no run yet"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: the journal has no run yet")
     return build_ledger(run)
 
 
@@ -350,12 +345,12 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
-        msg = f"{path}: not a ledger of `edgeflame aggregate` ({exc})"
-        raise DataError(msg) from exc
+        raise DataError(f"{path}: not a ledger of `edgeflame aggregate` ({exc})") from exc
     expected = {"run", "rounds", "members", "packages", "outcome"}
     if not expected <= found.keys():
-        msg = f"{path}: not a ledger of `edgeflame aggregate` (without {', '.join(sorted(expected - found.keys()))})"
-        raise DataError(msg)
+        raise DataError(
+            f"{path}: not a ledger of `edgeflame aggregate` (without {', '.join(sorted(expected - found.keys()))})"
+        )
     return found
 
 

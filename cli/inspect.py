@@ -286,5 +286,4 @@ def _write(path: Path, summary: Summary) -> None:
     try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     except OSError as exc:
-        msg = f"{path}: the summary cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: the summary cannot be written ({exc.strerror})") from exc

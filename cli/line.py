@@ -182,8 +182,7 @@ def _number(value: str) -> float | None:
     try:
         return float(value)
     except ValueError as exc:
-        msg = f"threshold {value[:80]!r}: expected a number, or default"
-        raise UsageError(msg) from exc
+        raise UsageError(f"threshold {value[:80]!r}: expected a number, or default") from exc
 
 
 def _send(

@@ -72,8 +72,7 @@ def verify(
         try:
             graph = onnx_file.read_bytes()
         except OSError as exc:
-            msg = f"{onnx_file}: cannot be read ({exc.strerror})"
-            raise UsageError(msg) from exc
+            raise UsageError(f"{onnx_file}: cannot be read ({exc.strerror})") from exc
     runtime = open_runtime(graph, device=device)
     check_runtime_fits(runtime, package.manifest)
     report = compare_with_references(runtime, package) if package.references else None
@@ -118,8 +117,7 @@ def list_packages(folder: Path, as_json: bool) -> None:
     from edgeflame.signing import read_signature
 
     if not folder.is_dir():
-        msg = f"{folder}: no such folder"
-        raise DataError(msg)
+        raise DataError(f"{folder}: no such folder")
     rows: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.edgeflame")):
         try:

@@ -125,11 +125,10 @@ def publish(
     behind = [one for one in standings if not one.is_good]
     if behind:
         said_of = "; ".join(f"{one.line} {one.in_words()}" for one in behind[:20])
-        msg = (
+        raise NegativeAnswerError(
             f"{len(behind)} of {len(standings)} lines do not have it: {said_of}. A line that was away gets it when this"
             " command is run again; one that refused or rolled it back takes it again only with --again"
         )
-        raise NegativeAnswerError(msg)
 
 
 def _short(one: ReleaseProgress) -> str:
@@ -200,8 +199,9 @@ def status(
             console.width = max(console.width, 160)
         console.print(_tables(view))
     if not view.lines:
-        msg = f"no line of the fleet {topics.fleet} has said what it runs; do their daemons have a section [models]?"
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError(
+            f"no line of the fleet {topics.fleet} has said what it runs; do their daemons have a section [models]?"
+        )
 
 
 def _tables(view: FleetModels) -> RenderableType:
@@ -372,5 +372,4 @@ def _command_lines(
         said = "its configuration's file" if present.origin == "file" else present.name
         click.echo(f"{line}: runs {present.sha256[:12]} ({said})")
     if failed:
-        msg = f"{len(failed)} of {len(lines)} lines did not: {'; '.join(failed)}"
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError(f"{len(failed)} of {len(lines)} lines did not: {'; '.join(failed)}")

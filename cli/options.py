@@ -103,22 +103,19 @@ def resolve_broker(
 
     if kit is None:
         if broker is None:
-            msg = "--broker or --kit: one of them has to say where the broker is"
-            raise UsageError(msg)
+            raise UsageError("--broker or --kit: one of them has to say where the broker is")
         return BrokerAccess(url=parse_broker_url(broker, tls=TlsFiles(ca=ca, cert=cert, key=key)))
     if ca or cert or key:
-        msg = "--kit holds the certificates; --ca, --cert and --key are for those without one"
-        raise UsageError(msg)
+        raise UsageError("--kit holds the certificates; --ca, --cert and --key are for those without one")
     from edgeflame.mqtt.kit import read_kit
 
     opened = read_kit(kit)
     roles = (role,) if isinstance(role, str) else role
     if opened.role not in roles:
-        msg = (
+        raise UsageError(
             f"{kit}: the kit of the {opened.role} {opened.name!r}; this command takes the kit of one enrolled as "
             f"{' or '.join(roles)}"
         )
-        raise UsageError(msg)
     return BrokerAccess(
         url=opened.broker_url(broker), fleet=opened.fleet, name=opened.name, certificate_expires=opened.expires
     )
@@ -133,12 +130,12 @@ def option_or_kit(option: str, given: str | None, from_kit: str | None) -> str:
     from edgeflame.errors import UsageError
 
     if given and from_kit and given != from_kit:
-        msg = f"{option} {given!r}: the kit is made for {from_kit!r}; leave the option out, or take the right kit"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{option} {given!r}: the kit is made for {from_kit!r}; leave the option out, or take the right kit"
+        )
     value = given or from_kit
     if not value:
-        msg = f"{option}: missing, as an option and in a kit or configuration file"
-        raise UsageError(msg)
+        raise UsageError(f"{option}: missing, as an option and in a kit or configuration file")
     return value
 
 

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgeflame.log import (
-    Progress,
-    no_progress,
-)
+from edgeflame.log import Progress, no_progress
 
 if TYPE_CHECKING:
-    from edge.findings import Finding
+    from edgeflame.findings import Finding
 
 
 @contextlib.contextmanager
@@ -86,5 +83,4 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool, footer: str | 
             click.echo(footer)
     count = sum(finding.level == "problem" for finding in findings)
     if count:
-        msg = f"{count} problem{'s' if count > 1 else ''} found"
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError(f"{count} problem{'s' if count > 1 else ''} found")

@@ -93,11 +93,9 @@ def _ask(state: Path, request: OperatorRequest) -> None:
     from edgeflame.state import is_in_use
 
     if not (state / "journal.sqlite").is_file():
-        msg = f"{state}: not an aggregator's state folder (it holds no journal)"
-        raise UsageError(msg)
+        raise UsageError(f"{state}: not an aggregator's state folder (it holds no journal)")
     if len(request.reason) > 500:
-        msg = f"a reason has at most 500 characters, not {len(request.reason)}"
-        raise UsageError(msg)
+        raise UsageError(f"a reason has at most 500 characters, not {len(request.reason)}")
     box = RequestQueue(state)
     running = is_in_use(state)
     number = box.put(request)
@@ -107,8 +105,7 @@ def _ask(state: Path, request: OperatorRequest) -> None:
     deadline = time.monotonic() + ANSWER_S
     while (answer := box.answer_to(number)) is None:
         if time.monotonic() > deadline:
-            msg = f"{state}: the aggregator has not answered within {ANSWER_S:g} s; the request stands"
-            raise StorageError(msg)
+            raise StorageError(f"{state}: the aggregator has not answered within {ANSWER_S:g} s; the request stands")
         time.sleep(0.05)
     if not answer.ok:
         raise UsageError(answer.text)

@@ -56,8 +56,7 @@ def command(config_path: Path, out: Path | None, as_json: bool) -> None:
     else:
         _print_summary(result, out_dir)
     if not result.succeeded:
-        msg = f"{result.reason}; see {result.ledger_path}"
-        raise NegativeAnswerError(msg)
+        raise NegativeAnswerError(f"{result.reason}; see {result.ledger_path}")
 
 
 def execute_task(data: bytes) -> bytes:
@@ -81,8 +80,9 @@ def _handler() -> Callable[[bytes], bytes]:
 
         from trainer.work import ModelEvaluator
     except ImportError as exc:
-        msg = f"a simulation needs more than is installed here ({exc}): pip install 'edgeflame[train]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"a simulation needs more than is installed here ({exc}): pip install 'edgeflame[train]'"
+        ) from exc
     threads = int(os.environ.get(_THREADS, "1"))
     torch.set_num_threads(threads)
     threadpool_limits(threads)

@@ -62,9 +62,9 @@ def _checked(state: Path, reason: str = "") -> Path:
     from edgeflame.errors import UsageError
 
     if not (state / "install").is_file():
-        msg = f"{state}: not a site's state folder; expected the --state of 'edgeflame train' (runs/FLEET/SITE)"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{state}: not a site's state folder; expected the --state of 'edgeflame train' (runs/FLEET/SITE)"
+        )
     if len(reason) > 500:
-        msg = f"a reason has at most 500 characters, not {len(reason)}"
-        raise UsageError(msg)
+        raise UsageError(f"a reason has at most 500 characters, not {len(reason)}")
     return state

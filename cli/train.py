@@ -100,8 +100,7 @@ def command(
         **{k: v for k, v in given.items() if v not in (None, "")},
     }
     if not options["data"]:
-        msg = "--data: missing, as an option and in the configuration file"
-        raise UsageError(msg)
+        raise UsageError("--data: missing, as an option and in the configuration file")
     names = ("kit", "ca", "cert", "key", "state", "groups", "out")
     paths = {name: Path(options[name]) if options[name] else None for name in names}
     met = resolve_broker(

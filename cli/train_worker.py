@@ -37,8 +37,9 @@ def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> Si
         from export.graph import scoring_graph
         from trainer.work import TorchSiteTrainer
     except ImportError as exc:
-        msg = f"training needs more than is installed here ({exc}): pip install 'edgeflame[train,cpu]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"training needs more than is installed here ({exc}): pip install 'edgeflame[train,cpu]'"
+        ) from exc
     return TorchSiteTrainer(
         learning=setup.learning,
         data=Path(setup.data),

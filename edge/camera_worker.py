@@ -81,8 +81,9 @@ class FrameLock:
         """
         with self._door:
             if not self._lock.acquire(timeout=PATIENCE_S):
-                msg = f"camera {self._camera}: the part in hand has been judged for more than {PATIENCE_S:g} s"
-                raise RuntimeUnavailableError(msg)
+                raise RuntimeUnavailableError(
+                    f"camera {self._camera}: the part in hand has been judged for more than {PATIENCE_S:g} s"
+                )
             try:
                 yield
             finally:
@@ -121,11 +122,10 @@ class RestartBudget:
             self._crashes.popleft()
         log.error("unexpected_error", camera=self._camera, reason=repr(exc), count=len(self._crashes))
         if len(self._crashes) > MAX_CRASHES:
-            msg = (
+            raise CrashLoopError(
                 f"camera {self._camera}: {len(self._crashes)} unexpected errors within {CRASH_WINDOW_S:g} s, the last "
                 f"{exc!r}; the daemon has to be started again"
-            )
-            raise CrashLoopError(msg) from exc
+            ) from exc
 
 
 @final
@@ -422,8 +422,7 @@ class CameraWorker:
                 self._crashes.note(exc)
                 if not self.is_endless:
                     # From its beginning again, it would give its parts a second time.
-                    msg = f"camera {self.name}: the source failed unexpectedly: {exc!r}"
-                    raise CrashLoopError(msg) from exc
+                    raise CrashLoopError(f"camera {self.name}: the source failed unexpectedly: {exc!r}") from exc
                 reason = f"an unexpected error: {exc!r}"
             else:
                 if halt.is_set() or not self.is_endless:

@@ -76,20 +76,16 @@ def plan_cameras(
         ConfigError: a camera's product is not there.
     """
     if model is not None and config.products:
-        msg = "--model is for one product; the configuration has [products] (leave one of the two out)"
-        raise UsageError(msg)
+        raise UsageError("--model is for one product; the configuration has [products] (leave one of the two out)")
     if source is not None and config.cameras:
-        msg = "--source is for one camera; the configuration has [cameras] (leave one of the two out)"
-        raise UsageError(msg)
+        raise UsageError("--source is for one camera; the configuration has [cameras] (leave one of the two out)")
     if source is not None:
         config = msgspec.structs.replace(config, cameras={DEFAULT_CAMERA: CameraConfig(source=source)})
     products = {name: Path(file) for name, file in config.products.items()}
     if not config.cameras:
-        msg = "--source: missing, and the configuration has no [cameras.NAME] with a source"
-        raise UsageError(msg)
+        raise UsageError("--source: missing, and the configuration has no [cameras.NAME] with a source")
     if model is None and not products:
-        msg = "--model: missing, and the configuration has no [products]"
-        raise UsageError(msg)
+        raise UsageError("--model: missing, and the configuration has no [products]")
     if model is not None:
         products = {product_of(model): model}
     cameras = tuple(
@@ -109,11 +105,9 @@ def _product(name: str, camera: CameraConfig, products: Mapping[str, Path]) -> s
     if camera.product is None and len(products) == 1:
         return next(iter(products))
     if camera.product is None:
-        msg = f"cameras.{name}.product: missing; [products] has {', '.join(products)}"
-        raise ConfigError(msg)
+        raise ConfigError(f"cameras.{name}.product: missing; [products] has {', '.join(products)}")
     if camera.product not in products:
-        msg = f"cameras.{name}.product: no product {camera.product!r}; there are {', '.join(products)}"
-        raise ConfigError(msg)
+        raise ConfigError(f"cameras.{name}.product: no product {camera.product!r}; there are {', '.join(products)}")
     return camera.product
 
 
@@ -159,11 +153,10 @@ class Overrides:
             try:
                 self._cameras = dict(msgspec.json.decode(data, type=_Document).cameras)
             except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                msg = (
+                raise StorageError(
                     f"{self._file}: damaged ({exc}); delete it to go on with the thresholds and products of the "
                     "configuration"
-                )
-                raise StorageError(msg) from exc
+                ) from exc
 
     def of(self, camera: str) -> CameraOverrides:
         """What was changed of a camera."""

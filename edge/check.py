@@ -26,7 +26,6 @@ from edge.cameras import CameraPlan, Overrides, Plan
 from edge.config.outputs import ModbusConfig, MqttConfig, WebConfig, WebhookConfig
 from edge.delivery.mqtt import broker_url
 from edge.delivery.webhook import WebhookDestination
-from edge.findings import Finding, note, ok, problem
 from edge.frame import Captured, Frame, Source
 from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.models.released import read_models_settings
@@ -37,6 +36,7 @@ from edge.parts.triggers import trigger_source
 from edge.sources.locate import open_image_source
 from edge.status import LineState
 from edgeflame.errors import ConfigError, EdgeFlameError, MissingDependencyError, StorageError
+from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
 from edgeflame.mqtt.topics import Topics

@@ -139,8 +139,7 @@ class DaemonControl:
             StorageError: it cannot be kept; nothing is changed then.
         """
         if value is not None and not (math.isfinite(value) and value > 0):
-            msg = f"a threshold is a positive number, not {value}"
-            raise UsageError(msg)
+            raise UsageError(f"a threshold is a positive number, not {value}")
         with self._lock:
             line = self._one(camera)
             model, before = line.judge.model_id, line.judge.threshold
@@ -167,8 +166,7 @@ class DaemonControl:
             line = self._one(camera)
             products = self._products()
             if product not in products:
-                msg = f"no product {product!r}; there are {', '.join(products)}"
-                raise UsageError(msg)
+                raise UsageError(f"no product {product!r}; there are {', '.join(products)}")
             judge = self._load(line.name, product)
             kept = self._overrides.of(line.name)
             self._overrides.set_product(line.name, product)
@@ -191,12 +189,10 @@ class DaemonControl:
         """
         line = self._one(camera)
         if line.is_paused:
-            msg = f"camera {line.name} is paused: resume it first"
-            raise DataError(msg)
+            raise DataError(f"camera {line.name} is paused: resume it first")
         inspected = line.snapshot(timeout_s)
         if inspected is None:
-            msg = f"camera {line.name}: no part came within {timeout_s:g} s"
-            raise DataError(msg)
+            raise DataError(f"camera {line.name}: no part came within {timeout_s:g} s")
         result = inspected.result
         if inspected.image is None or self._folder is None:
             return CameraSnapshot(result=result, file=None)
@@ -251,8 +247,7 @@ class DaemonControl:
     def _registered(self, name: Registered) -> Callable[..., msgspec.Struct]:
         handler = self._handlers.get(name)
         if handler is None:
-            msg = f"this daemon is not set up for {name}"
-            raise UsageError(msg)
+            raise UsageError(f"this daemon is not set up for {name}")
         return handler
 
     def _some(self, camera: str | None) -> Sequence[CameraWorker]:
@@ -264,8 +259,7 @@ class DaemonControl:
         line = None if camera is None else self._lines.get(camera)
         if line is None:
             said = "say which camera" if camera is None else f"no camera {camera!r}"
-            msg = f"{said}; there are {', '.join(self._lines)}"
-            raise UsageError(msg)
+            raise UsageError(f"{said}; there are {', '.join(self._lines)}")
         return line
 
     def _changed(self) -> LineDescription:

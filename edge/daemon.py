@@ -106,8 +106,7 @@ def open_monitoring(
         def deal_with_drift(camera: str, action: Literal["clear", "relearn"]) -> CameraStatus:
             watcher = drift.get(camera)
             if watcher is None:
-                msg = f"camera {camera}: drift is not watched ([drift] enabled, and --state DIR)"
-                raise UsageError(msg)
+                raise UsageError(f"camera {camera}: drift is not watched ([drift] enabled, and --state DIR)")
             if action == "clear":
                 watcher.clear()
             else:
@@ -277,8 +276,9 @@ def run_inspection(
     """
     config, lines = cameras.plan.config, cameras.lines
     if state is None and (config.mqtt or config.webhook or config.web):
-        msg = "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
-        raise ConfigError(msg)
+        raise ConfigError(
+            "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
+        )
     pipeline: Pipeline | None = None
     tally = Tally()
     with contextlib.ExitStack() as stack:
@@ -390,8 +390,9 @@ def _plc(config: ModbusConfig) -> PlcSink:
     try:
         from edge.delivery.plc import PlcSink
     except ImportError as exc:
-        msg = f"[modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"[modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
+        ) from exc
     return PlcSink(config)
 
 
@@ -412,8 +413,9 @@ def _page(
         from edge.web.page import OperatorPage
         from edge.web.server import operator_token, serve_page
     except ImportError as exc:
-        msg = f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
+        ) from exc
 
     past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
     board = PartHistory(config, past)

@@ -94,11 +94,11 @@ def golden_photographs(folder: Path, product: str) -> list[tuple[Path, Expected]
             if (root / kind).is_dir():
                 found += [(file, kind) for file in sorted((root / kind).iterdir()) if _is_image(file)]
     except OSError as exc:
-        msg = f"golden.folder: {root} cannot be read ({exc.strerror})"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"golden.folder: {root} cannot be read ({exc.strerror})") from exc
     if not found:
-        msg = f"golden.folder: no photographs in {root / 'good'} or {root / 'bad'} of the product {product!r}"
-        raise ConfigError(msg)
+        raise ConfigError(
+            f"golden.folder: no photographs in {root / 'good'} or {root / 'bad'} of the product {product!r}"
+        )
     return found
 
 
@@ -174,8 +174,7 @@ class GoldenTester:
             RuntimeUnavailableError: the line does not answer.
         """
         if not self._testing.acquire(blocking=False):
-            msg = f"camera {self._line.name}: a self-test is running"
-            raise UsageError(msg)
+            raise UsageError(f"camera {self._line.name}: a self-test is running")
         try:
             judge = self._line.judge
             checks = self._photographs() if expected is None else self._part(expected)
@@ -207,8 +206,9 @@ class GoldenTester:
 
     def _photographs(self) -> tuple[GoldenCheck, ...]:
         if self._config.folder is None:
-            msg = "golden.folder is not configured; a golden part before the camera can be tested as good or bad"
-            raise UsageError(msg)
+            raise UsageError(
+                "golden.folder is not configured; a golden part before the camera can be tested as good or bad"
+            )
         checks = []
         for number, (file, expected) in enumerate(
             golden_photographs(Path(self._config.folder), self._line.judge.product)
@@ -227,8 +227,7 @@ class GoldenTester:
     def _part(self, expected: Expected) -> tuple[GoldenCheck, ...]:
         inspected = self._line.golden(self._config.wait_s)
         if inspected is None:
-            msg = f"camera {self._line.name}: no part came within {self._config.wait_s:g} s"
-            raise DataError(msg)
+            raise DataError(f"camera {self._line.name}: no part came within {self._config.wait_s:g} s")
         return (check_golden_part(inspected.result, inspected.result.part_id, expected),)
 
     def _run(self) -> None:

@@ -236,21 +236,19 @@ class ShiftCheck:
 
     def __init__(self, references: Sequence[ImageU8], max_shift: float) -> None:
         if len(references) < MIN_REFERENCES:
-            msg = (
+            raise ConfigError(
                 f"health.max_shift compares with the package's reference images and needs {MIN_REFERENCES} of them, "
                 f"not {len(references)}; leave it out"
             )
-            raise ConfigError(msg)
         self._max_shift = max_shift
         spectra = [_spectrum(image) for image in references]
         for index, own in enumerate(spectra):
             distance, agreement = _Common(spectra[:index] + spectra[index + 1 :]).find(own)
             if distance > max_shift or agreement < MIN_AGREEMENT:
-                msg = (
+                raise ConfigError(
                     "health.max_shift: the package's reference images show nothing that stays in its place within "
                     f"{max_shift:g} of the side, so a moved camera cannot be told from another part; leave it out"
                 )
-                raise ConfigError(msg)
         self._common = _Common(spectra)
 
     def is_shifted(self, image: ImageU8) -> bool:

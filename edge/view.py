@@ -66,10 +66,9 @@ class View:
         if self._picture is not None:
             size = (self._picture.shape[1], self._picture.shape[0])
             if config.frame not in (None, size):
-                msg = (
+                raise ConfigError(
                     f"{config.ignore_image} has {size[0]}x{size[1]} pixels, view.frame says {list(config.frame or ())}"
                 )
-                raise ConfigError(msg)
         if size is not None:
             try:
                 self.fit(height=size[1], width=size[0])
@@ -97,8 +96,7 @@ class View:
         if self._picture is not None:
             if self._picture.shape != frame.shape:
                 have = f"{self._picture.shape[1]}x{self._picture.shape[0]}"
-                msg = f"{config.ignore_image} has {have} pixels, the frame {width}x{height}"
-                raise DataError(msg)
+                raise DataError(f"{config.ignore_image} has {have} pixels, the frame {width}x{height}")
             frame = self._picture.copy()
         for shape in config.ignore:
             _paint(frame, "ignore", shape)
@@ -111,8 +109,7 @@ class View:
         covered = cv2.resize((ignored > 0).astype(np.float32), self._grid[::-1], interpolation=cv2.INTER_AREA)
         judged = np.asarray(covered < COVERED)
         if not judged.any():
-            msg = f"view: roi and ignore leave nothing to judge of the {width}x{height} frame"
-            raise DataError(msg)
+            raise DataError(f"view: roi and ignore leave nothing to judge of the {width}x{height} frame")
         return FittedView(ignored=ignored, judged=judged)
 
 
@@ -125,8 +122,7 @@ def _paint(frame: ImageU8, name: str, shape: Shape) -> None:
     else:
         points = np.asarray(shape, np.int32)
     if (points.max(axis=0) >= (width, height)).any():
-        msg = f"view.{name} {shape_words(shape)} reaches outside the {width}x{height} frame"
-        raise DataError(msg)
+        raise DataError(f"view.{name} {shape_words(shape)} reaches outside the {width}x{height} frame")
     cv2.fillPoly(frame, [points.astype(np.int32)], 255)
 
 
@@ -134,5 +130,4 @@ def _read_picture(path: str) -> ImageU8:
     try:
         return read_mask(Path(path))
     except DataError as exc:
-        msg = f"view.ignore_image: {exc}"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"view.ignore_image: {exc}") from exc

@@ -98,8 +98,7 @@ def load_config(path: Path | None, kind: type[T], overrides: Mapping[str, Any] |
     try:
         data = path.read_bytes()
     except OSError as exc:
-        msg = f"{path}: cannot read the configuration ({exc.strerror})"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"{path}: cannot read the configuration ({exc.strerror})") from exc
     return parse_config(data, kind, str(path), overrides)
 
 
@@ -115,13 +114,11 @@ def parse_config(data: bytes, kind: type[T], name: str, overrides: Mapping[str, 
             raise ConfigError(unknown)
         return msgspec.convert(start_from_presets(raw, kind), kind, str_keys=True, builtin_types=_TOML_TYPES)
     except ConfigError as exc:
-        msg = f"{name}: {exc}"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"{name}: {exc}") from exc
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
         # The parser lets through dates that are none, integers of thousands of digits, and hundreds of brackets.
         what = _AT.sub(lambda found: f"{found['key'] or 'the file'}: {found['what']}", str(exc))
-        msg = f"{name}: {what}"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"{name}: {what}") from exc
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,8 +86,7 @@ def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
         DataError: the folder is not there or holds no image, or the groups file is wrong.
     """
     if not root.is_dir():
-        msg = f"{root}: no such folder"
-        raise DataError(msg)
+        raise DataError(f"{root}: no such folder")
     groups = _read_groups(root, groups_file)
     if (root / "train" / GOOD).is_dir() or (root / "test").is_dir():
         train = [_record(root, path, GOOD, groups) for path in _image_files(root / "train" / GOOD)]
@@ -101,8 +100,7 @@ def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
         train = [_record(root, path, GOOD, groups) for path in _image_files(root)]
         test = []
     if not train and not test:
-        msg = f"{root}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
-        raise DataError(msg)
+        raise DataError(f"{root}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     if groups:
         missing = [record.name for record in (*train, *test) if record.name not in groups]
         if missing:
@@ -166,12 +164,10 @@ def list_images(folder: Path) -> list[Path]:
         DataError: the folder is not there or holds no image.
     """
     if not folder.is_dir():
-        msg = f"{folder}: no such folder"
-        raise DataError(msg)
+        raise DataError(f"{folder}: no such folder")
     files = _image_files(folder)
     if not files:
-        msg = f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})"
-        raise DataError(msg)
+        raise DataError(f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
@@ -204,15 +200,12 @@ def _read_groups(root: Path, groups_file: Path | None) -> dict[str, str]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             rows = [row for row in csv.reader(stream) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
-        msg = f"{path}: cannot read the groups file ({exc})"
-        raise DataError(msg) from exc
+        raise DataError(f"{path}: cannot read the groups file ({exc})") from exc
     groups: dict[str, str] = {}
     for number, row in enumerate(rows[1:], start=2):
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
-            msg = f"{path}:{number}: expected `path,group`, got {','.join(row)!r}"
-            raise DataError(msg)
+            raise DataError(f"{path}:{number}: expected `path,group`, got {','.join(row)!r}")
         groups[row[0].strip().replace("\\", "/")] = row[1].strip()
     if not groups:
-        msg = f"{path}: the groups file has no rows below its header"
-        raise DataError(msg)
+        raise DataError(f"{path}: the groups file has no rows below its header")
     return groups

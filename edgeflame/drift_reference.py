@@ -63,8 +63,9 @@ class StreamReference(msgspec.Struct, frozen=True, kw_only=True):
         values = self.quantiles
         rising = all(low <= high for low, high in itertools.pairwise(values))
         if len(values) != NUM_QUANTILES or not rising or not all(map(math.isfinite, values)) or not self.count >= 1:
-            msg = f"a reference of a stream needs {NUM_QUANTILES} finite, rising quantiles of at least one part"
-            raise PackageError(msg)
+            raise PackageError(
+                f"a reference of a stream needs {NUM_QUANTILES} finite, rising quantiles of at least one part"
+            )
 
 
 class DriftReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,8 +82,7 @@ def make_stream_reference(values: npt.NDArray[np.floating], *, count: float | No
     """
     finite = np.asarray(values, dtype=np.float64)[np.isfinite(values)]
     if not len(finite):
-        msg = "no finite value to take a reference from"
-        raise DataError(msg)
+        raise DataError("no finite value to take a reference from")
     quantiles = np.quantile(finite, np.linspace(0, 1, NUM_QUANTILES))
     # Interpolation may turn equal values into ones that fall by a rounding error.
     rising = np.maximum.accumulate(quantiles)
@@ -178,8 +178,7 @@ def decode_drift_reference(data: bytes) -> DriftReference:
     try:
         return msgspec.json.decode(data, type=DriftReference)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        msg = f"not a reference for drift ({exc})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"not a reference for drift ({exc})") from exc
 
 
 def _small_grey(image: ImageU8) -> F32:

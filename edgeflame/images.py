@@ -44,8 +44,7 @@ class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         if self.x < 0 or self.y < 0 or self.width < 1 or self.height < 1:
-            msg = f"region of interest must have x, y >= 0 and width, height >= 1, not {self}"
-            raise ConfigError(msg)
+            raise ConfigError(f"region of interest must have x, y >= 0 and width, height >= 1, not {self}")
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -57,8 +56,7 @@ class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         try:
             x, y, width, height = (int(part) for part in text.split(","))
         except ValueError as exc:
-            msg = f"region of interest is written X,Y,WIDTH,HEIGHT in pixels, not {text!r}"
-            raise ConfigError(msg) from exc
+            raise ConfigError(f"region of interest is written X,Y,WIDTH,HEIGHT in pixels, not {text!r}") from exc
         return cls(x=x, y=y, width=width, height=height)
 
 
@@ -78,8 +76,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
             if not 32 <= side <= MAX_INPUT_SIDE or side % 32:
-                msg = f"input {name} must be a multiple of 32 from 32 to {MAX_INPUT_SIDE}, not {side}"
-                raise ConfigError(msg)
+                raise ConfigError(f"input {name} must be a multiple of 32 from 32 to {MAX_INPUT_SIDE}, not {side}")
 
     def crop(self, frame: ImageU8) -> ImageU8:
         """The region of interest of a frame (a view).
@@ -92,11 +89,10 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             return frame
         height, width = frame.shape[:2]
         if roi.x + roi.width > width or roi.y + roi.height > height:
-            msg = (
+            raise DataError(
                 f"the region of interest {roi.x},{roi.y},{roi.width},{roi.height} reaches outside "
                 f"the {width}x{height} image"
             )
-            raise DataError(msg)
         return frame[roi.y : roi.y + roi.height, roi.x : roi.x + roi.width]
 
     def apply(self, frame: ImageU8) -> ImageU8:
@@ -112,8 +108,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             DataError: wrong shape or type, or the region of interest does not fit.
         """
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            msg = f"expected a uint8 BGR frame [height, width, 3], got {frame.dtype} {list(frame.shape)}"
-            raise DataError(msg)
+            raise DataError(f"expected a uint8 BGR frame [height, width, 3], got {frame.dtype} {list(frame.shape)}")
         cropped = self.crop(frame)
         if cropped.shape[:2] == (self.height, self.width):
             return np.ascontiguousarray(cropped)
@@ -174,31 +169,24 @@ def decode_image(data: bytes, name: str) -> ImageU8:
         DataError: not an image, cut short, damaged, or of a sample type other than 8 or 16 bit.
     """
     if not data:
-        msg = f"{name}: the file is empty"
-        raise DataError(msg)
+        raise DataError(f"{name}: the file is empty")
     if _cut_short(data):
-        msg = f"{name}: the image file is cut short"
-        raise DataError(msg)
+        raise DataError(f"{name}: the image file is cut short")
     if _is_bomb(data):
-        msg = f"{name}: not an image that can be decoded (it claims to be far larger than its file can hold)"
-        raise DataError(msg)
+        raise DataError(f"{name}: not an image that can be decoded (it claims to be far larger than its file can hold)")
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error as exc:
-        msg = f"{name}: not an image that can be decoded ({exc.err})"
-        raise DataError(msg) from exc
+        raise DataError(f"{name}: not an image that can be decoded ({exc.err})") from exc
     if image is None:
-        msg = f"{name}: not an image that can be decoded"
-        raise DataError(msg)
+        raise DataError(f"{name}: not an image that can be decoded")
     damage = _jpeg_damage(data)
     if damage is not None:
-        msg = f"{name}: the image file is damaged ({damage})"
-        raise DataError(msg)
+        raise DataError(f"{name}: the image file is damaged ({damage})")
     if image.dtype == np.uint16:
         return np.asarray((image.astype(np.float32) / 257.0).round(), dtype=np.uint8)
     if image.dtype != np.uint8:
-        msg = f"{name}: expected 8 or 16 bit samples, got {image.dtype}"
-        raise DataError(msg)
+        raise DataError(f"{name}: expected 8 or 16 bit samples, got {image.dtype}")
     return np.asarray(image, dtype=np.uint8)
 
 
@@ -211,8 +199,7 @@ def read_image(path: Path) -> ImageU8:
     try:
         data = path.read_bytes()
     except OSError as exc:
-        msg = f"{path}: cannot be read ({exc.strerror})"
-        raise DataError(msg) from exc
+        raise DataError(f"{path}: cannot be read ({exc.strerror})") from exc
     return decode_image(data, str(path))
 
 
@@ -242,15 +229,13 @@ def write_image(path: Path, image: ImageU8) -> None:
     """
     encoded, data = cv2.imencode(path.suffix, image)
     if not encoded:
-        msg = f"{path}: cannot encode an image as {path.suffix}"
-        raise StorageError(msg)
+        raise StorageError(f"{path}: cannot encode an image as {path.suffix}")
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(data.tobytes())
         partial.replace(path)
     except OSError as exc:
-        msg = f"{path}: cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot be written ({exc.strerror})") from exc
 
 
 def _is_bomb(data: bytes) -> bool:

@@ -115,8 +115,7 @@ MAX_NEIGHBOURHOOD = 9
 
 def _require(condition: bool, rule: str, value: object) -> None:
     if not condition:
-        msg = f"{rule}, not {value}"
-        raise ConfigError(msg)
+        raise ConfigError(f"{rule}, not {value}")
 
 
 class Taps(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,11 +173,11 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if self.stages == "auto" and not self.layers and self.name not in TAPS:
-            msg = f"backbone {self.name} needs backbone.stages; only these have a default: {', '.join(TAPS)}"
-            raise ConfigError(msg)
+            raise ConfigError(
+                f"backbone {self.name} needs backbone.stages; only these have a default: {', '.join(TAPS)}"
+            )
         if self.stages != "auto" and self.layers:
-            msg = "backbone.stages and backbone.layers exclude each other"
-            raise ConfigError(msg)
+            raise ConfigError("backbone.stages and backbone.layers exclude each other")
         _require(
             isinstance(self.channels, str) or self.channels >= 1, "backbone.channels: auto, all or >= 1", self.channels
         )
@@ -189,11 +188,9 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
         for key, numbers in (("stages", self.taps.stages), ("layers", self.taps.layers)):
             if any(number < 0 for number in numbers) or list(numbers) != sorted(set(numbers)):
-                msg = f"backbone {key} must be rising numbers >= 0, not {list(numbers)}"
-                raise ConfigError(msg)
+                raise ConfigError(f"backbone {key} must be rising numbers >= 0, not {list(numbers)}")
         if not self.taps.stages and not self.taps.layers:
-            msg = "backbone stages must be rising numbers >= 0, not none at all"
-            raise ConfigError(msg)
+            raise ConfigError("backbone stages must be rising numbers >= 0, not none at all")
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -350,11 +347,9 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            msg = f"unknown method {self.method!r}; known are {', '.join(METHODS)}"
-            raise ConfigError(msg)
+            raise ConfigError(f"unknown method {self.method!r}; known are {', '.join(METHODS)}")
         if METHODS[self.method].exchange == "memory" and self.scoring.drop_worst > 0:
-            msg = f"scoring.drop_worst must be 0 with method {self.method}, not {self.scoring.drop_worst}"
-            raise ConfigError(msg)
+            raise ConfigError(f"scoring.drop_worst must be 0 with method {self.method}, not {self.scoring.drop_worst}")
 
 
 def accumulated_steps(num_steps: int, momentum: float) -> float:

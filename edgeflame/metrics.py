@@ -61,8 +61,9 @@ class MetricsServer:
             from prometheus_client import CollectorRegistry, start_http_server
             from prometheus_client.registry import Collector
         except ImportError as exc:
-            msg = f"metrics need prometheus-client ({exc}): pip install 'edgeflame[metrics]'"
-            raise MissingDependencyError(msg) from exc
+            raise MissingDependencyError(
+                f"metrics need prometheus-client ({exc}): pip install 'edgeflame[metrics]'"
+            ) from exc
         self._shown: tuple[Metric, ...] = ()
         server = self
 
@@ -75,8 +76,7 @@ class MetricsServer:
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as exc:
-            msg = f"--metrics {address}: cannot listen there ({exc.strerror or exc})"
-            raise LinkError(msg) from exc
+            raise LinkError(f"--metrics {address}: cannot listen there ({exc.strerror or exc})") from exc
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def show(self, metrics: Sequence[Metric]) -> None:
@@ -114,6 +114,5 @@ class MetricsServer:
 def _parse(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        msg = f"--metrics {address[:80]!r}: expected HOST:PORT, say 127.0.0.1:9464"
-        raise UsageError(msg)
+        raise UsageError(f"--metrics {address[:80]!r}: expected HOST:PORT, say 127.0.0.1:9464")
     return host.strip("[]") or "127.0.0.1", int(port)

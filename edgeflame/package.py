@@ -82,8 +82,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         # Against NaN every comparison is false: such a threshold would pass every part.
         if not (math.isfinite(self.value) and self.value > 0):
-            msg = f"a threshold must be a finite number above 0, not {self.value}"
-            raise NumericalError(msg)
+            raise NumericalError(f"a threshold must be a finite number above 0, not {self.value}")
 
     def promise(self) -> str:
         """In a sentence without a full stop, as all commands say it."""
@@ -132,8 +131,7 @@ def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
         partial.replace(path)
     except OSError as exc:
         partial.unlink(missing_ok=True)
-        msg = f"{path}: cannot write the model package ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot write the model package ({exc.strerror})") from exc
 
 
 def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
@@ -146,8 +144,9 @@ def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
     stored = [info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
     claimed, there = sum(stored), path.stat().st_size
     if claimed > there:
-        msg = f"{path}: not a model package, or damaged (its members claim {claimed} bytes, the file has {there})"
-        raise PackageError(msg)
+        raise PackageError(
+            f"{path}: not a model package, or damaged (its members claim {claimed} bytes, the file has {there})"
+        )
 
 
 def read_small_member(path: Path, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes | None:
@@ -161,8 +160,7 @@ def read_small_member(path: Path, archive: zipfile.ZipFile, name: str, max_bytes
     except KeyError:
         return None
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
-        msg = f"{path}: not a model package (its {name} is compressed or too large)"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: not a model package (its {name} is compressed or too large)")
     return archive.read(info)
 
 
@@ -175,16 +173,13 @@ def read_member(path: Path, archive: zipfile.ZipFile, name: str, *, sha256: str 
     try:
         info = archive.getinfo(name)
     except KeyError as exc:
-        msg = f"{path}: {name} is missing"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: {name} is missing") from exc
     # Members are stored, so none can be larger than the file that holds it.
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
-        msg = f"{path}: {name} is compressed or larger than the package"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: {name} is compressed or larger than the package")
     data = archive.read(info)
     if hashlib.sha256(data).hexdigest() != sha256:
-        msg = f"{path}: {name} was altered or damaged (its SHA-256 is not the manifest's)"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: {name} was altered or damaged (its SHA-256 is not the manifest's)")
     return data
 
 
@@ -220,8 +215,7 @@ class ReferenceImage:
         width, height = (int.from_bytes(self.png[start : start + 4], "big") for start in (16, 20))
         expected = (preprocessing.width, preprocessing.height)
         if not self.png.startswith(_PNG) or (width, height) != expected:
-            msg = f"a reference image is not a PNG of {expected[0]}x{expected[1]} pixels"
-            raise DataError(msg)
+            raise DataError(f"a reference image is not a PNG of {expected[0]}x{expected[1]} pixels")
         return decode_image(self.png, "a reference image")
 
 
@@ -306,8 +300,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if len(self.references) > MAX_REFERENCES:
-            msg = f"a package holds at most {MAX_REFERENCES} reference images, not {len(self.references)}"
-            raise PackageError(msg)
+            raise PackageError(f"a package holds at most {MAX_REFERENCES} reference images, not {len(self.references)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,24 +413,19 @@ def read_package(path: Path) -> Package:
             while block := stream.read(1 << 20):
                 digest.update(block)
     except FileNotFoundError as exc:
-        msg = f"{path}: no such model package"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: no such model package") from exc
     except OSError as exc:
-        msg = f"{path}: cannot be read ({exc.strerror})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: cannot be read ({exc.strerror})") from exc
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as exc:
-        msg = f"{path}: not a model package, or cut short ({exc})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: not a model package, or cut short ({exc})") from exc
     try:
         decoded = decode_statistics(statistics)
         described_condition = None if condition is None else decode_drift_reference(condition)
     except (DataError, NumericalError, PackageError) as exc:
-        msg = f"{path}: {exc}"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: {exc}") from exc
     described = (manifest.grid, manifest.num_channels, manifest.rank, manifest.num_prototypes)
     if (decoded.grid, decoded.num_channels, decoded.rank, decoded.num_prototypes) != described:
-        msg = f"{path}: the statistics are not those the manifest describes"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: the statistics are not those the manifest describes")
     return Package(
         manifest=manifest,
         model_onnx=model_onnx,
@@ -455,24 +443,19 @@ def read_package(path: Path) -> Package:
 def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifest]:
     data = read_small_member(path, archive, MANIFEST_MEMBER, MAX_MANIFEST_BYTES)
     if data is None:
-        msg = f"{path}: not a model package (no {MANIFEST_MEMBER} in it)"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: not a model package (no {MANIFEST_MEMBER} in it)")
     try:
         head = msgspec.json.decode(data, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        msg = f"{path}: its {MANIFEST_MEMBER} is damaged ({exc})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: its {MANIFEST_MEMBER} is damaged ({exc})") from exc
     if head.get("format") != FORMAT:
-        msg = f"{path}: not a model package of EdgeFlame (format {head.get('format')!r})"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: not a model package of EdgeFlame (format {head.get('format')!r})")
     if head.get("format_version") != FORMAT_VERSION:
-        msg = (
+        raise PackageError(
             f"{path}: package format {head.get('format_version')!r}, this EdgeFlame {__version__} reads "
             f"{FORMAT_VERSION}; use the version that wrote it ({head.get('edgeflame_version')}) or a newer one"
         )
-        raise PackageError(msg)
     try:
         return data, msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
-        msg = f"{path}: its {MANIFEST_MEMBER} is wrong ({exc})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: its {MANIFEST_MEMBER} is wrong ({exc})") from exc

@@ -66,8 +66,7 @@ def write_keys(folder: Path) -> str:
     files = ((folder / PRIVATE_KEY, secret, 0o600), (folder / PUBLIC_KEY, public, 0o644))
     for path, _, _ in files:
         if path.exists():
-            msg = f"{path}: there is a key already; it is not overwritten"
-            raise StorageError(msg)
+            raise StorageError(f"{path}: there is a key already; it is not overwritten")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, data, mode in files:
@@ -75,8 +74,7 @@ def write_keys(folder: Path) -> str:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
     except OSError as exc:
-        msg = f"{folder}: the keys cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{folder}: the keys cannot be written ({exc.strerror})") from exc
     return key_id(private.public_key())
 
 
@@ -106,8 +104,7 @@ def sign_package(path: Path, private_key: Path) -> str:
         members = {name: archive.read(name) for name in kept}
     for name, data in members.items():
         if hashlib.sha256(data).hexdigest() != package.manifest.sha256[name]:
-            msg = f"{path}: {name} changed while it was being signed"
-            raise PackageError(msg)
+            raise PackageError(f"{path}: {name} changed while it was being signed")
     document = msgspec.json.format(msgspec.json.encode(signature), indent=2)
     write_archive(path, {"manifest.json": package.manifest_json, **members, SIGNATURE_MEMBER: document})
     return identity
@@ -124,8 +121,7 @@ def read_signature(package: Package) -> Signature | None:
     try:
         return msgspec.json.decode(package.signature_json, type=Signature)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        msg = f"the package's {SIGNATURE_MEMBER} cannot be read ({exc})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"the package's {SIGNATURE_MEMBER} cannot be read ({exc})") from exc
 
 
 def verify_signature(package: Package, public_key: Path) -> str:
@@ -147,19 +143,19 @@ def verify_signature(package: Package, public_key: Path) -> str:
     expected = key_id(key)
     signature = read_signature(package)
     if signature is None:
-        msg = f"the package is not signed; a signature of key {expected} is asked for (edgeflame model sign)"
-        raise PackageError(msg)
+        raise PackageError(
+            f"the package is not signed; a signature of key {expected} is asked for (edgeflame model sign)"
+        )
     if signature.algorithm != ALGORITHM:
-        msg = f"the package is signed with {signature.algorithm!r}; this version verifies {ALGORITHM}"
-        raise PackageError(msg)
+        raise PackageError(f"the package is signed with {signature.algorithm!r}; this version verifies {ALGORITHM}")
     if signature.key_id != expected:
-        msg = f"the package is signed with key {signature.key_id!r}, not with {expected}"
-        raise PackageError(msg)
+        raise PackageError(f"the package is signed with key {signature.key_id!r}, not with {expected}")
     try:
         key.verify(base64.b64decode(signature.signature, validate=True), PREFIX + package.manifest_json)
     except (InvalidSignature, binascii.Error, ValueError) as exc:
-        msg = f"the package was altered after key {expected} signed it: the signature does not fit its manifest"
-        raise PackageError(msg) from exc
+        raise PackageError(
+            f"the package was altered after key {expected} signed it: the signature does not fit its manifest"
+        ) from exc
     return expected
 
 
@@ -190,11 +186,11 @@ def _read_private(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(data, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        msg = f"{path}: not an unencrypted private key in PEM form (edgeflame model keygen makes one)"
-        raise UsageError(msg) from exc
+        raise UsageError(
+            f"{path}: not an unencrypted private key in PEM form (edgeflame model keygen makes one)"
+        ) from exc
     if not isinstance(key, Ed25519PrivateKey):
-        msg = f"{path}: not an Ed25519 key"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: not an Ed25519 key")
     return key
 
 
@@ -207,11 +203,9 @@ def _read_public(path: Path) -> Ed25519PublicKey:
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as exc:
-        msg = f"{path}: not a public key in PEM form"
-        raise UsageError(msg) from exc
+        raise UsageError(f"{path}: not a public key in PEM form") from exc
     if not isinstance(key, Ed25519PublicKey):
-        msg = f"{path}: not an Ed25519 key"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: not an Ed25519 key")
     return key
 
 
@@ -221,13 +215,11 @@ def _read_key(path: Path) -> bytes:
         with path.open("rb") as stream:
             return stream.read(_MAX_KEY_BYTES)
     except OSError as exc:
-        msg = f"{path}: the key cannot be read ({exc.strerror})"
-        raise UsageError(msg) from exc
+        raise UsageError(f"{path}: the key cannot be read ({exc.strerror})") from exc
 
 
 def _require_cryptography() -> None:
     try:
         import cryptography  # noqa: F401 - asked for by name, with one message for all its parts
     except ImportError as exc:
-        msg = f"signatures need cryptography ({exc}): pip install 'edgeflame[sign]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(f"signatures need cryptography ({exc}): pip install 'edgeflame[sign]'") from exc

@@ -46,8 +46,7 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        msg = f"{path}: cannot {doing} ({exc.strerror or exc})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot {doing} ({exc.strerror or exc})") from exc
 
 
 def check_format_version(what: str, *, found: int, known: int, written_by: str | None = None) -> None:
@@ -58,11 +57,10 @@ def check_format_version(what: str, *, found: int, known: int, written_by: str |
     """
     if found > known:
         by = f" of EdgeFlame {written_by}" if written_by else ""
-        msg = (
+        raise StorageError(
             f"{what} is of format {found}{by}; this EdgeFlame {__version__} reads up to {known}: install the "
             "newer version again, or go back to the backup made before the upgrade"
         )
-        raise StorageError(msg)
 
 
 @contextlib.contextmanager
@@ -86,8 +84,9 @@ def locked_state_dir(path: Path, *, holds: StateKind | None = None) -> Iterator[
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            msg = f"{path}: the state directory is in use by another process (pid {owner}); give this one its own"
-            raise StorageError(msg) from exc
+            raise StorageError(
+                f"{path}: the state directory is in use by another process (pid {owner}); give this one its own"
+            ) from exc
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         if holds is not None:
@@ -106,8 +105,9 @@ def _claim(path: Path, holds: StateKind) -> None:
         return
     check_format_version(f"{path}: the state", found=marker.format, known=STATE_FORMAT, written_by=marker.edgeflame)
     if marker.holds != holds:
-        msg = f"{path}: the state of another kind ({marker.holds}, wanted: {holds}); give this one a folder of its own"
-        raise StorageError(msg)
+        raise StorageError(
+            f"{path}: the state of another kind ({marker.holds}, wanted: {holds}); give this one a folder of its own"
+        )
 
 
 def _read_marker(path: Path) -> _Marker | None:
@@ -116,8 +116,7 @@ def _read_marker(path: Path) -> _Marker | None:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        msg = f"{path}: cannot read ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
     try:
         return msgspec.json.decode(data, type=_Marker)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:

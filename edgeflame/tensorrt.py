@@ -91,8 +91,9 @@ def load_tensorrt(kind: TensorRTKind | None = None) -> TensorRT:
             continue
         _loaded[candidate] = TensorRT(candidate, module)
         return _loaded[candidate]
-    msg = f"TensorRT is not installed, or does not load ({'; '.join(reasons)}). {_what_to_install()}"
-    raise MissingDependencyError(msg)
+    raise MissingDependencyError(
+        f"TensorRT is not installed, or does not load ({'; '.join(reasons)}). {_what_to_install()}"
+    )
 
 
 def select_capabilities(library: TensorRT, asked: tuple[str, ...]) -> list[str]:
@@ -111,29 +112,26 @@ def select_capabilities(library: TensorRT, asked: tuple[str, ...]) -> list[str]:
         own = device_capability()
         wrong = [text for text in asked if _normalised(text) != own]
         if wrong:
-            msg = (
+            raise UsageError(
                 f"tensorrt {library.version} builds for the GPU of this machine alone ({own}), not for {wrong[0]}: "
                 "run the export there, or use tensorrt-rtx for RTX GPUs"
             )
-            raise UsageError(msg)
         return [own]
     known = library.capabilities()
     chosen = list(dict.fromkeys(_normalised(text) for text in asked or DEFAULT_CAPABILITIES))
     for text in chosen:
         if text not in known:
-            msg = (
+            raise UsageError(
                 f"tensorrt-rtx {library.version} does not build for compute capability {text}, but for "
                 f"{', '.join(known)}; a Jetson or a data-centre GPU builds its own with the extra 'tensorrt'"
             )
-            raise UsageError(msg)
     return chosen
 
 
 def _normalised(text: str) -> str:
     digits = text.upper().removeprefix("SM").replace(".", "").replace("_", "")
     if not re.fullmatch(r"[0-9]{2,3}", digits):
-        msg = f"a compute capability is written 8.9 (or SM89), not {text!r}"
-        raise UsageError(msg)
+        raise UsageError(f"a compute capability is written 8.9 (or SM89), not {text!r}")
     return f"{digits[:-1]}.{digits[-1]}"
 
 
@@ -142,18 +140,21 @@ def device_capability() -> str:
     try:
         from cuda.bindings import runtime
     except ImportError as exc:
-        msg = f"asking the GPU for its compute capability needs cuda-bindings ({exc}): pip install cuda-bindings"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"asking the GPU for its compute capability needs cuda-bindings ({exc}): pip install cuda-bindings"
+        ) from exc
     parts = []
     for attribute in ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor"):
         try:
             code, value = runtime.cudaDeviceGetAttribute(getattr(runtime.cudaDeviceAttr, attribute), 0)
         except RuntimeError as exc:
-            msg = f"an engine is for the GPU of its machine, and there is none here ({exc})"
-            raise RuntimeUnavailableError(msg) from exc
+            raise RuntimeUnavailableError(
+                f"an engine is for the GPU of its machine, and there is none here ({exc})"
+            ) from exc
         if int(code) != 0:
-            msg = f"an engine is for the GPU of its machine, and none can be used here ({code.name})"
-            raise RuntimeUnavailableError(msg)
+            raise RuntimeUnavailableError(
+                f"an engine is for the GPU of its machine, and none can be used here ({code.name})"
+            )
         parts.append(int(value))
     return f"{parts[0]}.{parts[1]}"
 
@@ -252,22 +253,23 @@ def find_engine(
     fitting = [record for record in records if _engine_key(record) == wanted]
     if not fitting:
         build = f"edgeflame export --trt --out {folder} --compute-capability {compute_capability}"
-        msg = (
+        raise RuntimeUnavailableError(
             f"{folder} holds no engine of package {package_sha256[:12]} for {runtime} {runtime_version} and compute "
             f"capability {compute_capability}; {_available_engines(records, package_sha256)}. Build it here: {build}"
         )
-        raise RuntimeUnavailableError(msg)
     record = fitting[-1]
     path = folder / record.file
     try:
         # The report is no more to be trusted than the engine: a file is only ever looked for beside it.
         data = (folder / Path(record.file).name).read_bytes()
     except OSError as exc:
-        msg = f"{path}: the engine cannot be read ({exc.strerror}); build it again: edgeflame export --trt"
-        raise PackageError(msg) from exc
+        raise PackageError(
+            f"{path}: the engine cannot be read ({exc.strerror}); build it again: edgeflame export --trt"
+        ) from exc
     if hashlib.sha256(data).hexdigest() != record.sha256:
-        msg = f"{path}: the engine was cut short or altered since it was built; build it again: edgeflame export --trt"
-        raise PackageError(msg)
+        raise PackageError(
+            f"{path}: the engine was cut short or altered since it was built; build it again: edgeflame export --trt"
+        )
     return record, data
 
 

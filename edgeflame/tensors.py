@@ -120,8 +120,7 @@ class TensorFile:
                 self._stream.fileno(), (stop - start) * dtype.itemsize, self._offsets[name] + start * dtype.itemsize
             )
         if len(data) != (stop - start) * dtype.itemsize:
-            msg = f"{self.path}: cut short"
-            raise DataError(msg)
+            raise DataError(f"{self.path}: cut short")
         return np.frombuffer(data, dtype=dtype)
 
     def blocks(self, name: str, elements: int = BLOCK_ELEMENTS) -> Iterator[Array]:
@@ -134,8 +133,7 @@ class TensorFile:
             size = os.fstat(self._stream.fileno()).st_size
             length = int.from_bytes(self._stream.read(8), "little")
             if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                msg = f"{self.path}: not a safetensors file (a header of {length} bytes in a file of {size})"
-                raise DataError(msg)
+                raise DataError(f"{self.path}: not a safetensors file (a header of {length} bytes in a file of {size})")
             header = self._stream.read(length)
         try:
             raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
@@ -143,31 +141,26 @@ class TensorFile:
                 self.metadata = msgspec.json.decode(raw.pop("__metadata__"), type=dict[str, str])
             entries = {name: msgspec.json.decode(value, type=_Entry) for name, value in raw.items()}
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            msg = f"{self.path}: not a safetensors file ({exc})"
-            raise DataError(msg) from exc
+            raise DataError(f"{self.path}: not a safetensors file ({exc})") from exc
         begin = 8 + length
         schema: dict[str, TensorSpec] = {}
         expected = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].data_offsets, item[0])):
             if entry.dtype not in DTYPES:
-                msg = (
+                raise DataError(
                     f"{self.path}: tensor {name[:100]!r} is of type {entry.dtype[:20]!r}; known are {', '.join(DTYPES)}"
                 )
-                raise DataError(msg)
             if any(not 0 <= extent <= size for extent in entry.shape) or len(entry.shape) > 16:
-                msg = f"{self.path}: tensor {name[:100]!r} has the impossible shape {list(entry.shape)[:16]}"
-                raise DataError(msg)
+                raise DataError(f"{self.path}: tensor {name[:100]!r} has the impossible shape {list(entry.shape)[:16]}")
             spec = TensorSpec(dtype=entry.dtype, shape=entry.shape)
             # Tensors lie back to back and fill the file: none overlaps, none claims more than is there.
             if entry.data_offsets != (expected, expected + spec.size_bytes):
-                msg = f"{self.path}: tensor {name[:100]!r} does not lie where its shape says"
-                raise DataError(msg)
+                raise DataError(f"{self.path}: tensor {name[:100]!r} does not lie where its shape says")
             expected += spec.size_bytes
             schema[name] = spec
             self._offsets[name] = begin + entry.data_offsets[0]
         if not schema or begin + expected != size:
-            msg = f"{self.path}: {size} bytes, its header describes {begin + expected}"
-            raise DataError(msg)
+            raise DataError(f"{self.path}: {size} bytes, its header describes {begin + expected}")
         return dict(sorted(schema.items()))
 
 

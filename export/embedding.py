@@ -59,8 +59,7 @@ def export_network(network: nn.Module, preprocessing: Preprocessing, *, opset: i
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             # ReLU6 would clip a NaN to a number and hide the fault.
-            msg = f"the network's {name} holds NaN or infinite values"
-            raise NumericalError(msg)
+            raise NumericalError(f"the network's {name} holds NaN or infinite values")
     frozen = copy.deepcopy(network).cpu().eval()
     for module in frozen.modules():
         if hasattr(module, "inplace"):
@@ -103,10 +102,9 @@ def add_embeddings(
     else:
         (found,) = outputs.values()
     if found != [num_channels, *grid]:
-        msg = (
+        raise DataError(
             f"the network gives embeddings of shape {found} (C, h, w), the statistics describe {[num_channels, *grid]}"
         )
-        raise DataError(msg)
     if not isinstance(network, StagedNetwork):
         by_cell = g.node(
             "Reshape", *outputs, g.integers("cells_shape", 0, num_channels, grid[0] * grid[1]), result="by_cell"

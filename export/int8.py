@@ -46,8 +46,9 @@ def quantised(model: onnx.ModelProto, images: ImageU8 | None, target: Target) ->
         MissingDependencyError: ONNX Runtime's quantisation is not installed.
     """
     if images is None or not len(images):
-        msg = "int8 needs good images of the line to find the ranges of its activations: give --calibration DIR"
-        raise UsageError(msg)
+        raise UsageError(
+            "int8 needs good images of the line to find the ranges of its activations: give --calibration DIR"
+        )
     tools = _import_tools()
     kind = tools.QuantType.QUInt8 if target == "cpu" else tools.QuantType.QInt8
     prepared = onnx.ModelProto()
@@ -84,8 +85,9 @@ def _import_tools() -> ModuleType:
     try:
         from onnxruntime import quantization
     except ImportError as exc:
-        msg = f"int8 needs ONNX Runtime's quantisation ({exc}): pip install 'edgeflame[cpu]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"int8 needs ONNX Runtime's quantisation ({exc}): pip install 'edgeflame[cpu]'"
+        ) from exc
     module: ModuleType = quantization
     return module
 

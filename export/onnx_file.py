@@ -45,8 +45,7 @@ def onnx_with_metadata(
         onnx.checker.ValidationError,
         onnx.shape_inference.InferenceError,
     ) as exc:
-        msg = f"the package's graph is not valid ONNX ({str(exc).strip().splitlines()[0]})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"the package's graph is not valid ONNX ({str(exc).strip().splitlines()[0]})") from exc
     model = with_precision(model, precision, calibration=calibration, target=target)
     known = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
@@ -88,5 +87,4 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as exc:
         partial.unlink(missing_ok=True)
-        msg = f"{path}: cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot be written ({exc.strerror})") from exc

@@ -132,8 +132,9 @@ def _half(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
     largest = float(np.abs(array).max(initial=0.0))
     # The exporter writes infinities of its own (the open side of a clip); they stay what they are.
     if np.isfinite(largest) and largest > _LARGEST_HALF:
-        msg = f"the backbone's {name} holds {largest:.3g}, beyond float16's {_LARGEST_HALF:.0f}: export it as fp32"
-        raise NumericalError(msg)
+        raise NumericalError(
+            f"the backbone's {name} holds {largest:.3g}, beyond float16's {_LARGEST_HALF:.0f}: export it as fp32"
+        )
     return onnx.numpy_helper.from_array(array.astype(np.float16), tensor.name)
 
 

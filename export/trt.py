@@ -57,8 +57,7 @@ def build_engines(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        msg = f"{out}: cannot be used as a folder ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{out}: cannot be used as a folder ({exc.strerror})") from exc
     known = {record.file: record for record in read_build_report(out).engines}
     records = []
     for capability in capabilities:
@@ -128,8 +127,9 @@ def _build(library: TensorRT, model_onnx: bytes, capability: str, *, max_batch: 
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         why = "; ".join(library.take_errors()) or "it does not say why"
-        msg = f"{trt.__name__} {library.version} cannot build the graph for compute capability {capability}: {why}"
-        raise RuntimeUnavailableError(msg)
+        raise RuntimeUnavailableError(
+            f"{trt.__name__} {library.version} cannot build the graph for compute capability {capability}: {why}"
+        )
     if cache is not None:
         write_atomically(timing_cache, bytes(cache.serialize()))
     return bytes(serialized)
@@ -160,8 +160,9 @@ def _load_timing_cache(config: Any, path: Path) -> Any:
 def _parser_message(library: TensorRT, parser: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not errors:
-        msg = f"the graph cannot be read by TensorRT ({'; '.join(library.take_errors()) or 'no reason given'})"
-        raise PackageError(msg)
+        raise PackageError(
+            f"the graph cannot be read by TensorRT ({'; '.join(library.take_errors()) or 'no reason given'})"
+        )
     first = errors[0]
     name, operator = _asked(first, "node_name"), _asked(first, "node_operator")
     node = f"the ONNX node {name!r} ({operator})" if name or operator else "the graph"

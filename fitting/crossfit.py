@@ -73,11 +73,10 @@ def require_enough(num_images: int, num_groups: int) -> None:
         DataError: fewer images or parts than the method needs.
     """
     if num_images < MIN_IMAGES or num_groups < MIN_GROUPS:
-        msg = (
+        raise DataError(
             f"the statistics need at least {MIN_IMAGES} readable good images of at least {MIN_GROUPS} parts, "
             f"got {num_images} of {num_groups}"
         )
-        raise DataError(msg)
 
 
 def score_maps(statistics: PackageStatistics, embeddings: F32, scoring: Scoring) -> F32:
@@ -118,5 +117,4 @@ def make_folds(groups: Sequence[str], num_folds: int, seed: int) -> list[list[in
 
 def require_images_left(count: int) -> None:
     if count < 2:
-        msg = "one part holds nearly all the images; the statistics need other parts to be tested on"
-        raise DataError(msg)
+        raise DataError("one part holds nearly all the images; the statistics need other parts to be tested on")

@@ -156,8 +156,7 @@ def score_test_images(
         NumericalError: the model gave a score that is not finite.
     """
     if not dataset.test:
-        msg = f"{dataset.root}: no test images (expected test/good and test/<defect>)"
-        raise DataError(msg)
+        raise DataError(f"{dataset.root}: no test images (expected test/good and test/<defect>)")
     report = LoadReport()
     records, scores, maps = score_records(
         score, dataset.test, preprocessing, on_unreadable=on_unreadable, report=report, progress=progress
@@ -205,13 +204,13 @@ def score_records(
     flush()
     report.log_summary()
     if not kept:
-        msg = f"none of the {len(records)} images could be read"
-        raise DataError(msg)
+        raise DataError(f"none of the {len(records)} images could be read")
     all_scores = np.concatenate(scores)
     faulty = np.flatnonzero(~np.isfinite(all_scores))
     if len(faulty):
-        msg = f"the model gave no finite score for {len(faulty)} images, for instance {kept[faulty[0]].name}"
-        raise NumericalError(msg)
+        raise NumericalError(
+            f"the model gave no finite score for {len(faulty)} images, for instance {kept[faulty[0]].name}"
+        )
     return kept, all_scores, np.concatenate(maps)
 
 

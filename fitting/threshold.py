@@ -127,11 +127,9 @@ class GoodScores:
 
     def __init__(self, scores: npt.NDArray[np.floating], groups: Sequence[str], unit: RejectUnit) -> None:
         if len(scores) == 0:
-            msg = "no good images to set a threshold with"
-            raise DataError(msg)
+            raise DataError("no good images to set a threshold with")
         if not np.isfinite(scores).all():
-            msg = "a good image has a score that is not a finite number"
-            raise NumericalError(msg)
+            raise NumericalError("a good image has a score that is not a finite number")
         self.scores = np.asarray(scores, dtype=np.float64)
         part: npt.NDArray[np.intp]
         _, part = np.unique(np.asarray(groups), return_inverse=True)
@@ -246,11 +244,9 @@ def set_f1_threshold(
         NumericalError: a score is not finite.
     """
     if len(defective) == 0:
-        msg = "no defective images: the highest F1 needs labelled defects (test/<defect>)"
-        raise DataError(msg)
+        raise DataError("no defective images: the highest F1 needs labelled defects (test/<defect>)")
     if not np.isfinite(defective).all():
-        msg = "a defective image has a score that is not a finite number"
-        raise NumericalError(msg)
+        raise NumericalError("a defective image has a score that is not a finite number")
     good = GoodScores(scores, groups, calibration.unit)
     _, value = best_f1(good.scores, np.asarray(defective, dtype=np.float64))
     confidence = 1.0 - (1.0 - calibration.confidence) / (len(good.candidates) + 1)

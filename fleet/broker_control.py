@@ -389,21 +389,19 @@ class BrokerControl:
         while len(answers) < len(todo):
             left = deadline - time.monotonic()
             if left <= 0:
-                msg = (
+                raise LinkError(
                     f"the broker {self._address} did not answer within {ANSWER_TIMEOUT_S:g} s; is its "
                     "dynamic-security plugin configured (edgeflame fleet init writes such a configuration)?"
                 )
-                raise LinkError(msg)
             for answer in self._take(left):
                 found, _, which = str(answer.get("correlationData", "")).partition("-")
                 if found == mark:
                     answers[int(which)] = answer
         for index, command in enumerate(todo):
             if error := answers[index].get("error"):
-                msg = (
+                raise FederationError(
                     f"the broker {self._address} refuses {command['command']} of {command.get('username', '')}: {error}"
                 )
-                raise FederationError(msg)
         return [answers[number] for number in range(len(todo))]
 
     def _take(self, timeout_s: float) -> list[dict[str, Any]]:
@@ -421,8 +419,7 @@ class BrokerControl:
             try:
                 responses = msgspec.json.decode(event.payload, type=dict[str, list[dict[str, Any]]])
             except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                msg = f"the broker {self._address} gave an answer that cannot be read ({exc})"
-                raise FederationError(msg) from exc
+                raise FederationError(f"the broker {self._address} gave an answer that cannot be read ({exc})") from exc
             return responses.get("responses", [])
         spoken = self._topics.parse(event.topic)
         site = getattr(spoken, "site", None)

@@ -141,11 +141,9 @@ def read_authority(cert: bytes, key: bytes) -> IssuedCertificate:
     try:
         loaded = x509.load_pem_x509_certificate(cert)
         if _load_key(key).public_key() != loaded.public_key():
-            msg = "the authority's key is not that of its certificate"
-            raise StorageError(msg)
+            raise StorageError("the authority's key is not that of its certificate")
     except ValueError as exc:
-        msg = f"the authority's certificate or key cannot be read ({exc})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"the authority's certificate or key cannot be read ({exc})") from exc
     return IssuedCertificate(
         cert=cert, key=key, serial=f"{loaded.serial_number:x}", not_after=loaded.not_valid_after_utc
     )
@@ -160,8 +158,7 @@ def require_cryptography() -> None:
     try:
         import cryptography  # noqa: F401 - asked for by name, with one message for all its parts
     except ImportError as exc:
-        msg = f"certificates need cryptography ({exc}): pip install 'edgeflame[fleet]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(f"certificates need cryptography ({exc}): pip install 'edgeflame[fleet]'") from exc
 
 
 def _new_key() -> EllipticCurvePrivateKey:
@@ -176,8 +173,7 @@ def _load_key(data: bytes) -> EllipticCurvePrivateKey:
 
     key = load_pem_private_key(data, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        msg = "not an elliptic-curve key"
-        raise StorageError(msg)
+        raise StorageError("not an elliptic-curve key")
     return key
 
 
@@ -204,8 +200,7 @@ def _host(text: str) -> x509.GeneralName:
     labels = text.split(".")
     legal = text.isascii() and len(text) <= MAX_HOST_CHARS and not labels[-1].isdigit()
     if not legal or not all(label and label.replace("-", "").isalnum() and len(label) <= 63 for label in labels):
-        msg = f"host {text[:80]!r}: expected a host name or an IP address, as the sites reach the broker"
-        raise UsageError(msg)
+        raise UsageError(f"host {text[:80]!r}: expected a host name or an IP address, as the sites reach the broker")
     return x509.DNSName(text)
 
 

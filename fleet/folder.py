@@ -64,15 +64,15 @@ class FleetFolder:
         try:
             data = (path / REGISTRY_FILE).read_bytes()
         except OSError as exc:
-            msg = f"{path}: no fleet here ({exc.strerror}: {REGISTRY_FILE}); `edgeflame fleet init {path}` makes one"
-            raise UsageError(msg) from exc
+            raise UsageError(
+                f"{path}: no fleet here ({exc.strerror}: {REGISTRY_FILE}); `edgeflame fleet init {path}` makes one"
+            ) from exc
         try:
             head = msgspec.json.decode(data, type=_Head)
             check_format_version(f"{path}: the fleet's registry", found=head.format, known=REGISTRY_FORMAT)
             self.registry = msgspec.json.decode(data, type=Registry)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            msg = f"{path / REGISTRY_FILE}: damaged, or of another version of EdgeFlame ({exc})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path / REGISTRY_FILE}: damaged, or of another version of EdgeFlame ({exc})") from exc
 
     @property
     def broker_files(self) -> Path:
@@ -108,8 +108,7 @@ class FleetFolder:
         """
         entry = self.registry.require(name)
         if entry.revoked_at is not None:
-            msg = f"{name} was revoked; `edgeflame fleet enrol FOLDER {name} --reinstate` takes it in again"
-            raise UsageError(msg)
+            raise UsageError(f"{name} was revoked; `edgeflame fleet enrol FOLDER {name} --reinstate` takes it in again")
         if entry.role == BROKER:
             made = self._give_broker(days=days)
         else:
@@ -244,8 +243,7 @@ def make_fleet(
     check_name("fleet", fleet)
     broker_dir = PurePosixPath((path / "broker").absolute()) if install_dir is None else install_dir
     if not broker_dir.is_absolute() or any(character in str(broker_dir) for character in "\r\n"):
-        msg = f"--install-dir {str(broker_dir)!r}: expected an absolute path on the broker's machine"
-        raise UsageError(msg)
+        raise UsageError(f"--install-dir {str(broker_dir)!r}: expected an absolute path on the broker's machine")
     settings = broker_control.BrokerSettings(
         fleet=fleet,
         port=port,
@@ -290,11 +288,11 @@ def _clear_folder(path: Path, *, replace: bool, now: datetime) -> None:
             return
         holds_fleet = (path / REGISTRY_FILE).exists()
     if not holds_fleet:
-        msg = f"{path}: the folder is not empty and holds no fleet; choose another"
-        raise UsageError(msg)
+        raise UsageError(f"{path}: the folder is not empty and holds no fleet; choose another")
     if not replace:
-        msg = f"{path}: there is a fleet already, and its kits would be worth nothing; --replace puts it aside"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{path}: there is a fleet already, and its kits would be worth nothing; --replace puts it aside"
+        )
     with storage_errors(path, "put aside"):
         path.rename(path.with_name(f"{path.name}.replaced-{now:%Y%m%dT%H%M%S}"))
 

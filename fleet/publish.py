@@ -64,8 +64,9 @@ def withdraw_release(url: BrokerUrl, topics: Topics, product: str, *, connect_ti
         release = onlooker.view.releases.get(product)
         if release is None or release.withdrawn:
             others = ", ".join(name for name, one in sorted(onlooker.view.releases.items()) if not one.withdrawn)
-            msg = f"nothing is released for the product {product!r} in the fleet {topics.fleet}; for these is: {others}"
-            raise NegativeAnswerError(msg)
+            raise NegativeAnswerError(
+                f"nothing is released for the product {product!r} in the fleet {topics.fleet}; for these is: {others}"
+            )
         onlooker.publish(topics.release(product), encode_message(msgspec.structs.replace(release, withdrawn=True)))
         return release
 
@@ -111,11 +112,9 @@ class _ModelsObserver:
             event = self._next(left)
             if isinstance(event, PublishResult):
                 if event.error is not None:
-                    msg = f"the broker refuses it on {topic}: {event.error}"
-                    raise LinkError(msg)
+                    raise LinkError(f"the broker refuses it on {topic}: {event.error}")
                 return
-        msg = f"the broker did not answer within {ANSWER_S:g} s"
-        raise LinkError(msg)
+        raise LinkError(f"the broker did not answer within {ANSWER_S:g} s")
 
     def _next(self, timeout_s: float | None) -> ClientEvent | None:
         try:
@@ -168,12 +167,12 @@ def describe_package(path: Path, public_key: Path | None) -> Release:
         verify_signature(package, public_key)
     signature = read_signature(package)
     if signature is None:
-        msg = f"{path}: not signed, and no line takes an unsigned package: edgeflame model sign {path} --key KEY"
-        raise PackageError(msg)
+        raise PackageError(
+            f"{path}: not signed, and no line takes an unsigned package: edgeflame model sign {path} --key KEY"
+        )
     manifest = describe_file(path)
     if manifest.sha256 != package.sha256:
-        msg = f"{path}: it changed while it was read; publish it again when nobody writes it"
-        raise PackageError(msg)
+        raise PackageError(f"{path}: it changed while it was read; publish it again when nobody writes it")
     try:
         return msgspec.convert(
             {
@@ -188,8 +187,7 @@ def describe_package(path: Path, public_key: Path | None) -> Release:
             Release,
         )
     except msgspec.ValidationError as exc:
-        msg = f"{path}: cannot be announced ({exc})"
-        raise PackageError(msg) from exc
+        raise PackageError(f"{path}: cannot be announced ({exc})") from exc
 
 
 def publish_package(
@@ -290,12 +288,11 @@ class _Publisher:
         if not self._expected:
             self._expected = known
         if not self._expected and not self._terms.stay:
-            msg = (
+            raise NegativeAnswerError(
                 f"no line of the fleet {self._topics.fleet} has said that it runs the product "
                 f"{self._release.product!r} with a section [models]; name with --lines those that will, or serve "
                 "whoever comes with --stay"
             )
-            raise NegativeAnswerError(msg)
         before = self._view.releases.get(self._release.product)
         if before is not None and not self._terms.again and _is_same(before, self._release):
             self._release = msgspec.structs.replace(
@@ -310,8 +307,7 @@ class _Publisher:
                 self._outgoing.close()
             manifest = describe_file(self._path, chunk_bytes=self._chunk_bytes)
             if manifest.sha256 != self._release.manifest.sha256:
-                msg = f"{self._path}: it changed while it was being published; publish it again"
-                raise PackageError(msg)
+                raise PackageError(f"{self._path}: it changed while it was being published; publish it again")
             self._release = msgspec.structs.replace(self._release, manifest=manifest)
             self._outgoing = Outgoing(self._path, manifest)
         self._link.publish(self._topics.release(self._release.product), encode_message(self._release), retain=True)
@@ -378,11 +374,11 @@ class _Publisher:
                 if said.release == self._release.release:
                     self._is_heard = True
                 elif self._is_heard:
-                    msg = f"another release of {said.product!r} took this one's place: {said.name or said.release}"
-                    raise NegativeAnswerError(msg)
+                    raise NegativeAnswerError(
+                        f"another release of {said.product!r} took this one's place: {said.name or said.release}"
+                    )
                 if said.withdrawn and self._is_heard:
-                    msg = f"this release of {said.product!r} was withdrawn meanwhile"
-                    raise NegativeAnswerError(msg)
+                    raise NegativeAnswerError(f"this release of {said.product!r} was withdrawn meanwhile")
             case _:
                 self._view.take(event.topic, event.payload)
 

@@ -83,8 +83,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         entry = self.find(name)
         if entry is None:
             names = ", ".join(entry.name for entry in self.identities)
-            msg = f"{name[:80]!r} is not enrolled in the fleet {self.fleet}; these are: {names}"
-            raise UsageError(msg)
+            raise UsageError(f"{name[:80]!r} is not enrolled in the fleet {self.fleet}; these are: {names}")
         return entry
 
     def clients(self) -> list[BrokerClient]:
@@ -121,8 +120,9 @@ def with_revoked(registry: Registry, *, name: str, reason: str, now: datetime) -
     """
     entry = registry.require(name)
     if name in (BROKER, ADMIN):
-        msg = f"{name} cannot be revoked: renew (edgeflame fleet renew FOLDER {name} --revoke-old), or make a new fleet"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{name} cannot be revoked: renew (edgeflame fleet renew FOLDER {name} --revoke-old), or make a new fleet"
+        )
     if entry.revoked_at is not None:
         return registry
     gone = msgspec.structs.replace(entry, revoked_at=now, reason=reason)
@@ -153,20 +153,19 @@ def check_new_name(registry: Registry, name: str, *, role: str, reinstate: bool)
     """
     check_name(role, name)
     if name in RESERVED:
-        msg = f"{name!r} is a name of the fleet itself; choose another"
-        raise UsageError(msg)
+        raise UsageError(f"{name!r} is a name of the fleet itself; choose another")
     entry = registry.find(name)
     if entry is None:
         return
     if entry.revoked_at is None:
-        msg = f"{entry.role} {name!r} is enrolled already; `edgeflame fleet renew FOLDER {name}` makes it a new kit"
-        raise UsageError(msg)
+        raise UsageError(
+            f"{entry.role} {name!r} is enrolled already; `edgeflame fleet renew FOLDER {name}` makes it a new kit"
+        )
     if not reinstate:
-        msg = (
+        raise UsageError(
             f"{name!r} was revoked on {entry.revoked_at:%Y-%m-%d}: choose another name. Or make sure that the broker "
             "has loaded the new crl.pem, without which the old kit would count again, and say --reinstate"
         )
-        raise UsageError(msg)
 
 
 def _replace_identity(identities: Iterable[Identity], entry: Identity) -> tuple[Identity, ...]:

@@ -88,3 +88,36 @@ def signed(package: Package, keys: Keys, tmp_path_factory: pytest.TempPathFactor
     path = with_references(package, tmp_path_factory.mktemp("signed") / "signed.edgeflame")
     sign_package(path, keys.private)
     return path
+
+
+@pytest.fixture(scope="session")
+def parts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MVTec layout: 24 good photographs of 12 parts to train on; 6 good and 6 with a hole to test on."""
+    import numpy as np
+
+    from edgeflame.images import write_image
+    from tests.support.part_images import part_image
+
+    root = tmp_path_factory.mktemp("parts")
+    rows = ["path,part"]
+    for index in range(24):
+        name = f"train/good/{index:02}.png"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(root / name, part_image(index))
+        rows.append(f"{name},{index // 2}")
+    for index in range(6):
+        for label in ("good", "hole"):
+            name = f"test/{label}/{index}.png"
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            image = part_image(100 + index)
+            if label == "hole":
+                spoiled = part_image(100 + index, hole=True)
+                mask = (np.abs(spoiled.astype(int) - image).max(axis=2) > 0).astype(np.uint8) * 255
+                mask_path = root / f"ground_truth/hole/{index}_mask.png"
+                mask_path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(mask_path, mask)
+                image = spoiled
+            write_image(root / name, image)
+            rows.append(f"{name},t{index}")
+    (root / "groups.csv").write_text("\n".join(rows) + "\n")
+    return root

@@ -156,8 +156,9 @@ def _num_kept(backbone: Backbone, num_channels: int, positions: int) -> int:
     if backbone.channels == "auto":
         return min(num_channels, math.isqrt(MOMENT_BUDGET_BYTES // (8 * positions)))
     if backbone.channels > num_channels:
-        msg = f"backbone.channels is {backbone.channels}, but {backbone.taps} of {backbone.name} have {num_channels}"
-        raise ConfigError(msg)
+        raise ConfigError(
+            f"backbone.channels is {backbone.channels}, but {backbone.taps} of {backbone.name} have {num_channels}"
+        )
     return backbone.channels
 
 
@@ -165,8 +166,7 @@ def _feature_network(backbone: Backbone) -> tuple[nn.Module, list[int], list[int
     """A network that gives the tapped maps, their channels, and by how much each is smaller than the input."""
     if not timm.is_model(backbone.name):
         near = ", ".join(timm.list_models(f"*{backbone.name}*")[:5]) or "tf_efficientnet_lite0, resnet18"
-        msg = f"unknown backbone {backbone.name!r}; timm knows for instance {near}"
-        raise ConfigError(msg)
+        raise ConfigError(f"unknown backbone {backbone.name!r}; timm knows for instance {near}")
     taps = backbone.taps
     if taps.layers:
         blocks = BlockFeatures(backbone.name, taps.layers)
@@ -174,8 +174,7 @@ def _feature_network(backbone: Backbone) -> tuple[nn.Module, list[int], list[int
     try:
         network = timm.create_model(backbone.name, features_only=True, out_indices=taps.stages, pretrained=False)
     except (AssertionError, IndexError, ValueError, RuntimeError) as exc:
-        msg = f"backbone {backbone.name} has no feature stages {list(taps.stages)} ({exc})"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"backbone {backbone.name} has no feature stages {list(taps.stages)} ({exc})") from exc
     assert isinstance(network, nn.Module)
     _drop_unused_stages(network, max(taps.stages))
     info: Any = network.feature_info
@@ -201,12 +200,10 @@ class BlockFeatures(nn.Module):
         full: Any = timm.create_model(name, pretrained=False)
         stages = getattr(full, "blocks", None)
         if not hasattr(full, "conv_stem") or not isinstance(stages, nn.Sequential):
-            msg = f"backbone.layers are counted in EfficientNets; {name} is none, give backbone.stages"
-            raise ConfigError(msg)
+            raise ConfigError(f"backbone.layers are counted in EfficientNets; {name} is none, give backbone.stages")
         depths = [len(stage) for stage in stages]  # type: ignore[arg-type]  # a Sequential of Sequentials
         if layers[-1] >= sum(depths):
-            msg = f"{name} has blocks 0 to {sum(depths) - 1}, not {layers[-1]}"
-            raise ConfigError(msg)
+            raise ConfigError(f"{name} has blocks 0 to {sum(depths) - 1}, not {layers[-1]}")
         self.conv_stem: nn.Module = full.conv_stem
         self.bn1: nn.Module = full.bn1
         self.blocks = nn.Sequential()

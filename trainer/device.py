@@ -37,8 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:
-        msg = f"device {name!r} cannot be used here ({str(exc).splitlines()[0]})"
-        raise UsageError(msg) from exc
+        raise UsageError(f"device {name!r} cannot be used here ({str(exc).splitlines()[0]})") from exc
     return device
 
 

@@ -52,12 +52,11 @@ class Embeddings:
         positions, channels = network.grid[0] * network.grid[1], network.num_channels
         needed = positions * channels**2 * 8
         if needed > MAX_MOMENT_BYTES:
-            msg = (
+            raise ConfigError(
                 f"embeddings of {channels} channels on a {network.grid[0]}x{network.grid[1]} grid need "
                 f"{needed / 2**30:.1f} GiB of statistics, more than {MAX_MOMENT_BYTES / 2**30:.0f}; "
                 f"leave backbone.channels at auto, choose later or fewer stages, or a smaller input"
             )
-            raise ConfigError(msg)
         self.network = network
         self.images = images
         self.num_forward = 0
@@ -111,8 +110,7 @@ class Embeddings:
                 for index, one in zip(indices, embeddings, strict=True)
                 if not np.isfinite(one).all()
             )
-            msg = f"the network gave NaN or infinite embeddings for {names}"
-            raise NumericalError(msg)
+            raise NumericalError(f"the network gave NaN or infinite embeddings for {names}")
         return embeddings
 
 

@@ -101,8 +101,7 @@ def fit(
     keep_freed_memory()
     device = device or torch.device("cpu")
     if learning.method not in SOLO_METHODS:
-        msg = f"method {learning.method} needs other sites; fit takes {', '.join(SOLO_METHODS)}"
-        raise UsageError(msg)
+        raise UsageError(f"method {learning.method} needs other sites; fit takes {', '.join(SOLO_METHODS)}")
     seconds: dict[str, float] = {}
     with _timed(seconds, "reading"), stage("Reading images") as progress:
         images = read_training_images(dataset, learning, on_unreadable=on_unreadable, progress=progress)
@@ -174,8 +173,9 @@ def read_training_images(
         require_enough(len(images), len(set(images.groups)))
     except DataError as exc:
         unreadable = len(images.report.unreadable)
-        msg = f"{dataset.root}: {exc}" + (f" ({unreadable} could not be read)" if unreadable else "")
-        raise DataError(msg) from exc
+        raise DataError(
+            f"{dataset.root}: {exc}" + (f" ({unreadable} could not be read)" if unreadable else "")
+        ) from exc
     return images
 
 

@@ -131,8 +131,7 @@ def _write_file(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as exc:
         partial.unlink(missing_ok=True)
-        msg = f"{path}: cannot write the model ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot write the model ({exc.strerror})") from exc
 
 
 def save_private(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -151,8 +150,7 @@ def load_private(path: Path | None) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as exc:
-        msg = f"{path}: cannot read what this site kept from its last round ({exc})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot read what this site kept from its last round ({exc})") from exc
 
 
 def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin | None]:
@@ -169,26 +167,23 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
         weights = msgspec.json.decode(origin, type=WeightsOrigin) if origin else None
     except (FileNotFoundError, PermissionError) as exc:
-        msg = f"{path}: cannot read the model ({exc})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot read the model ({exc})") from exc
     except (safetensors.SafetensorError, msgspec.DecodeError, OSError, ValueError) as exc:
-        msg = f"{path}: not a model in safetensors format, or damaged ({exc})"
-        raise FederationError(msg) from exc
+        raise FederationError(f"{path}: not a model in safetensors format, or damaged ({exc})") from exc
     wanted = model.exchanged()
     if set(tensors) != set(wanted):
         odd = sorted(set(tensors) ^ set(wanted))
-        msg = f"{path}: not a model of this configuration: {len(odd)} tensors differ, for instance {odd[0]}"
-        raise FederationError(msg)
+        raise FederationError(
+            f"{path}: not a model of this configuration: {len(odd)} tensors differ, for instance {odd[0]}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
-            msg = (
+            raise FederationError(
                 f"{path}: {name} should be {wanted[name].dtype} {list(wanted[name].shape)}, "
                 f"is {tensor.dtype} {list(tensor.shape)}"
             )
-            raise FederationError(msg)
         if not torch.isfinite(tensor).all():
-            msg = f"{path}: {name} holds NaN or infinite values"
-            raise FederationError(msg)
+            raise FederationError(f"{path}: {name} holds NaN or infinite values")
     model.travelling = {name: tensors.pop(name) for name in model.travelling}
     model.load_state_dict(tensors, strict=False)  # only the counters are missing, as just checked
     return model, weights

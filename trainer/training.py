@@ -185,8 +185,9 @@ class _EpochMeans:
         totals = torch.stack(self._terms[TOTAL][-CHECK_STEPS:]).cpu()
         wrong = totals[~torch.isfinite(totals)]
         if len(wrong):
-            msg = f"the loss became {wrong[0].item()} in epoch {epoch}; try a lower training.learning_rate"
-            raise NumericalError(msg)
+            raise NumericalError(
+                f"the loss became {wrong[0].item()} in epoch {epoch}; try a lower training.learning_rate"
+            )
 
     def values(self) -> dict[str, float]:
         counts = torch.tensor(self._counts, dtype=torch.float64)

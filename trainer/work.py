@@ -94,8 +94,9 @@ class TorchSiteTrainer:
         num_references: int = DEFAULT_REFERENCES,
     ) -> None:
         if learning.method not in FEDERATED_METHODS:
-            msg = f"method {learning.method} is not a federated one; those are {', '.join(FEDERATED_METHODS)}"
-            raise UsageError(msg)
+            raise UsageError(
+                f"method {learning.method} is not a federated one; those are {', '.join(FEDERATED_METHODS)}"
+            )
         keep_freed_memory()
         self._learning = learning
         self._site = site
@@ -218,8 +219,7 @@ class TorchSiteTrainer:
         try:
             statistics.write_bytes(encode_statistics(result.statistics))
         except OSError as exc:
-            msg = f"{statistics}: cannot write the statistics ({exc.strerror})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{statistics}: cannot write the statistics ({exc.strerror})") from exc
         package = None
         if self._exporter is not None:
             package = task.out_dir / PACKAGE_FILE

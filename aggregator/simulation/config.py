@@ -17,8 +17,7 @@ MAX_SIMULATED_SITES = 10_000
 
 def _require(condition: bool, rule: str, value: object) -> None:
     if not condition:
-        msg = f"{rule}, not {value}"
-        raise ConfigError(msg)
+        raise ConfigError(f"{rule}, not {value}")
 
 
 class FolderData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="folder"):

@@ -102,8 +102,9 @@ def load_parts(config: SimulationConfig) -> PartPool:
 def _load_folder_parts(data: FolderData, seed: int) -> PartPool:
     dataset = open_dataset(Path(data.path), None if data.groups is None else Path(data.groups))
     if not dataset.test or not any(record.is_good for record in dataset.test):
-        msg = f"{dataset.root}: a simulation measures its models; expected test/good and test/<defect> below it"
-        raise DataError(msg)
+        raise DataError(
+            f"{dataset.root}: a simulation measures its models; expected test/good and test/<defect> below it"
+        )
     by_key: dict[tuple[str, str, str], list[ImageRecord]] = {}
     for split, records in (("train", dataset.train), ("test", dataset.test)):
         for record in records:
@@ -230,11 +231,10 @@ def _site_quotas(num_groups: int, num_sites: int, partition: Partition, rng: np.
     """How many parts each site gets: the minimum, and of the rest its share (even, or drawn)."""
     rest = num_groups - num_sites * partition.min_groups
     if rest < 0:
-        msg = (
+        raise ConfigError(
             f"{num_sites} sites of at least {partition.min_groups} parts need {num_sites * partition.min_groups}, "
             f"there are {num_groups} to train on; take fewer sites, more parts, or a lower partition.min_groups"
         )
-        raise ConfigError(msg)
     if partition.beta == "even":
         shares = np.full(num_sites, 1 / num_sites)
     else:
@@ -322,8 +322,7 @@ def prepare_site_data(config: SimulationConfig, out_dir: Path, report: Progress)
         with storage_errors(path, "read"):
             return msgspec.json.decode(path.read_bytes(), type=SiteLayout)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        msg = f"{path}: damaged ({exc}); simulate into another folder"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: damaged ({exc}); simulate into another folder") from exc
 
 
 def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, report: Progress) -> SiteLayout:

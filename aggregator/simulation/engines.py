@@ -86,8 +86,9 @@ class _ProcessPoolEngine:
             for future in as_completed(futures):
                 yield _decode_answer(future.result())
         except BrokenProcessPool as exc:
-            msg = "a worker process of the simulation died (out of memory?); run the command again to go on"
-            raise FederationError(msg) from exc
+            raise FederationError(
+                "a worker process of the simulation died (out of memory?); run the command again to go on"
+            ) from exc
 
 
 class _RayEngine:
@@ -111,8 +112,9 @@ class _RayEngine:
             # Not the cluster's fault; what is expected comes as a Problem.
             raise
         except ray.exceptions.RayError as exc:
-            msg = f"a task on the Ray cluster was lost ({str(exc).splitlines()[0]}); run the command again to go on"
-            raise FederationError(msg) from exc
+            raise FederationError(
+                f"a task on the Ray cluster was lost ({str(exc).splitlines()[0]}); run the command again to go on"
+            ) from exc
 
 
 @contextlib.contextmanager
@@ -122,8 +124,9 @@ def _ray_session(config: EngineConfig) -> Iterator[Any]:
     try:
         import ray
     except ImportError as exc:
-        msg = "the engine ray needs Ray: pip install 'edgeflame[sim]'; or set engine.kind to local"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            "the engine ray needs Ray: pip install 'edgeflame[sim]'; or set engine.kind to local"
+        ) from exc
     try:
         ray.init(
             address=config.address or "local",
@@ -133,8 +136,7 @@ def _ray_session(config: EngineConfig) -> Iterator[Any]:
         )
     except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as exc:
         where = config.address or "this machine"
-        msg = f"no Ray cluster at {where} ({str(exc).splitlines()[0]}); see engine.address"
-        raise LinkError(msg) from exc
+        raise LinkError(f"no Ray cluster at {where} ({str(exc).splitlines()[0]}); see engine.address") from exc
     try:
         yield ray
     finally:

@@ -95,8 +95,7 @@ class MeasuredMetrics:
             with storage_errors(path, "read"):
                 return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            msg = f"{path}: damaged ({exc}); delete it to have it measured again"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path}: damaged ({exc}); delete it to have it measured again") from exc
 
 
 log = EventLog("simulation")
@@ -145,13 +144,13 @@ def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
         with storage_errors(path, "read"):
             before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])["config"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as exc:
-        msg = f"{path}: damaged ({exc}); simulate into another folder"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: damaged ({exc}); simulate into another folder") from exc
     now = msgspec.json.decode(msgspec.json.encode(config.decisive()))
     if before != now:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        msg = f"{out_dir} holds a simulation with another configuration ({', '.join(changed)}); choose another folder"
-        raise ConfigError(msg)
+        raise ConfigError(
+            f"{out_dir} holds a simulation with another configuration ({', '.join(changed)}); choose another folder"
+        )
 
 
 def _write_record(config: SimulationConfig, layout: SiteLayout, out_dir: Path) -> None:
@@ -230,8 +229,7 @@ class _Simulation:
                 self._on_answer(answer)
                 self._report(done, len(tasks), f"{before.phase} {number or ''}".strip())
             if machine.state == before:
-                msg = f"the simulation does not go on from phase {before.phase}"
-                raise FederationError(msg)
+                raise FederationError(f"the simulation does not go on from phase {before.phase}")
         self._measure_models()
         if self._config.evaluation.sites and machine.state.ended.succeeded:
             self._measure_sites()
@@ -292,8 +290,7 @@ class _Simulation:
             case TaskFailed() as failed:
                 self._carry_out(machine.task_failed(site, failed, STOPPED_CLOCK_S))
             case other:
-                msg = f"{site} says {other.__struct_config__.tag}, which nobody asked for"
-                raise FederationError(msg)
+                raise FederationError(f"{site} says {other.__struct_config__.tag}, which nobody asked for")
 
     def _carry_out(self, outputs: Sequence[RoundOutput], blob: Path | None = None) -> None:
         facts = [output.fact for output in outputs if isinstance(output, RecordEvent)]

@@ -11,13 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal, Protocol
 
-from edgeflame.methods import ExchangeKind
+from edgeflame.methods import ExchangeKind, Learning
 from edgeflame.tensors import F64
 
-if TYPE_CHECKING:
-    from aggregator.config import AggregateConfig
+
+class StrategySettings(Protocol):
+    """What a strategy reads of a run's configuration; see :class:`aggregator.config.AggregateConfig`."""
+
+    @property
+    def trim(self) -> float: ...
+
+    @property
+    def clip_norm(self) -> float | Literal["median"]: ...
+
+    @property
+    def learning(self) -> Learning: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +61,7 @@ class RoundInputs:
         num_members: sites of the run, asked in this round or not.
     """
 
-    config: AggregateConfig
+    config: StrategySettings
     contributions: tuple[Contribution, ...]
     num_members: int
 

@@ -98,5 +98,6 @@ def require_scikit_learn() -> None:
         import sklearn.cluster  # noqa: F401 - whether it is there
         import threadpoolctl  # noqa: F401
     except ImportError as exc:
-        msg = f"the strategy kmeans (method feddymem) needs scikit-learn ({exc}): pip install 'edgeflame[memory]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"the strategy kmeans (method feddymem) needs scikit-learn ({exc}): pip install 'edgeflame[memory]'"
+        ) from exc

@@ -44,8 +44,7 @@ def running(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.5):
                 break
             if time.monotonic() > deadline or process.poll() is not None:
-                msg = f"{kind} does not start"
-                raise RuntimeError(msg)
+                raise RuntimeError(f"{kind} does not start")
             time.sleep(0.05)
         yield f"mqtt://127.0.0.1:{port}", process.pid
     finally:

@@ -154,8 +154,7 @@ class LoadSite:
             case Receipt() if (message.purpose, message.round) == self._offered:
                 self._stop_upload()
             case Refusal():
-                msg = f"{self.name}: {message.reason}: {message.detail}"
-                raise RuntimeError(msg)
+                raise RuntimeError(f"{self.name}: {message.reason}: {message.detail}")
 
     def _begin(self, now: float) -> None:
         state = self.announced
@@ -180,8 +179,7 @@ class LoadSite:
         if receiver is None:
             return
         if receiver.chunk(index, data, now=now) is ChunkKind.DAMAGED:
-            msg = "a damaged chunk"
-            raise RuntimeError(msg)
+            raise RuntimeError("a damaged chunk")
         if receiver.ack_due(now):
             self._send(receiver.need(resend=False, now=now))
         if receiver.is_complete:
@@ -231,8 +229,7 @@ def run_sites(url: BrokerUrl, fleet: str, initial: Path, updates: list[Path], *,
         while "done" not in times:
             now = time.monotonic()
             if now > deadline:
-                msg = f"not over after {timeout_s:g} s; announced were {times}"
-                raise RuntimeError(msg)
+                raise RuntimeError(f"not over after {timeout_s:g} s; announced were {times}")
             try:
                 site, event = inbox.get(timeout=0.1)
             except queue.Empty:

@@ -67,8 +67,7 @@ def measure(broker: str, rule: str, num_sites: int, megabytes: int, rounds: int,
                 times = load.run_sites(parse_broker_url(url), FLEET, initial, updates, timeout_s=timeout_s)
                 code = aggregator.wait(60)
             except RuntimeError as exc:
-                msg = f"{exc}\n{(folder / 'aggregator.log').read_text()[-3000:]}"
-                raise RuntimeError(msg) from exc
+                raise RuntimeError(f"{exc}\n{(folder / 'aggregator.log').read_text()[-3000:]}") from exc
             finally:
                 aggregator.kill()
                 peak_bytes = watch.stop()

@@ -175,8 +175,7 @@ class End:
 
     def _hear(self) -> object:
         if not self._control.poll(TIMEOUT_S):
-            msg = f"{self._process} says nothing for {TIMEOUT_S:g} s"
-            raise RuntimeError(msg)
+            raise RuntimeError(f"{self._process} says nothing for {TIMEOUT_S:g} s")
         return self._control.recv()
 
 

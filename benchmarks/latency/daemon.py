@@ -185,7 +185,7 @@ class Bench:
         command += ["--state", str(state), "--limit", str(parts), "--device", "cpu", "--json"]
         command += [] if self._threads is None else ["--threads", str(self._threads)]
         with (
-            mock.patch("edge.cameras.open_source", return_value=source),
+            mock.patch("edge.cameras.open_image_source", return_value=source),
             mock.patch.object(Outbox, "acknowledge", watch.acknowledging(Outbox.acknowledge)),
             (self._folder / "log").open("w") as log,
             contextlib.redirect_stdout(log),
@@ -193,13 +193,13 @@ class Bench:
         ):
             edgeflame(command, standalone_mode=False)
         if watch.acknowledged != parts:
-            msg = f"{parts} parts wanted, all of them delivered; {watch.acknowledged} were"
-            raise RuntimeError(msg)
+            raise RuntimeError(f"{parts} parts wanted, all of them delivered; {watch.acknowledged} were")
         with Outbox(state / OUTBOX_FILE, OutboxConfig()) as outbox:
             results = [msgspec.json.decode(body, type=Result) for _, body in reversed(outbox.newest(parts))]
         if any(result.verdict == "unknown" for result in results):
-            msg = f"a part was not judged: {next(result for result in results if result.verdict == 'unknown')}"
-            raise RuntimeError(msg)
+            raise RuntimeError(
+                f"a part was not judged: {next(result for result in results if result.verdict == 'unknown')}"
+            )
         return results
 
     def _cpu_s(self) -> float:

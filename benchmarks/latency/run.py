@@ -1,7 +1,7 @@
 """Latency, memory and size of the scoring graph beside its backbone alone and anomalib's PaDiM, on one machine.
 
-Everything is timed in one process, turn by turn (`edge.runtimes.bench.take_turns`); memory is that of a fresh process for each
-model. Writes `latency.md` and `latency.png`.
+Everything is timed in one process, turn by turn (`edge.runtimes.bench.take_turns`); memory is that of a fresh process
+for each model. Writes `latency.md` and `latency.png`.
 """
 
 from __future__ import annotations

@@ -108,11 +108,9 @@ def _prepare_folder(out: Path) -> None:
     try:
         if out.exists() and any(out.iterdir()):
             if not marker.is_file():
-                msg = f"{out} is not empty and was not made by a demo; name another folder with --out"
-                raise StorageError(msg)
+                raise StorageError(f"{out} is not empty and was not made by a demo; name another folder with --out")
             shutil.rmtree(out)
         (out / "models").mkdir(parents=True)
         marker.write_text("Written by `edgeflame demo`, which replaces this folder when it runs again.\n")
     except OSError as exc:
-        msg = f"{out}: cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{out}: cannot be written ({exc.strerror})") from exc

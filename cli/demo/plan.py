@@ -72,8 +72,7 @@ def make_demo_plan(*, out: Path, texture: str, seed: int, num_sites: int, quick:
     from boards.textures import TEXTURES
 
     if texture not in TEXTURES:
-        msg = f"no texture {texture!r}; there are {', '.join(TEXTURES)}"
-        raise UsageError(msg)
+        raise UsageError(f"no texture {texture!r}; there are {', '.join(TEXTURES)}")
     return DemoPlan(
         out=out,
         texture=texture,

@@ -64,8 +64,7 @@ def render_run_page(ledger: dict[str, Any], *, version: str, made: str) -> str:
     try:
         import jinja2
     except ImportError as exc:
-        msg = "the report needs jinja2: pip install 'edgeflame[fleet]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError("the report needs jinja2: pip install 'edgeflame[fleet]'") from exc
     source = resources.files("cli.pages").joinpath("fleet_report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["figure"] = format_figure

@@ -33,8 +33,7 @@ def render_page(package: str, template: str, **context: Any) -> str:
     try:
         import jinja2
     except ImportError as exc:
-        msg = 'the report needs jinja2: pip install "edgeflame[report]"'
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError('the report needs jinja2: pip install "edgeflame[report]"') from exc
 
     def read(name: str) -> str | None:
         for place in dict.fromkeys((package, "cli.pages")):
@@ -63,13 +62,11 @@ def prepare_report_folder(folder: Path) -> None:
         try:
             importlib.import_module(name)
         except ImportError as exc:
-            msg = f'the report needs {name}: pip install "edgeflame[report]"'
-            raise MissingDependencyError(msg) from exc
+            raise MissingDependencyError(f'the report needs {name}: pip install "edgeflame[report]"') from exc
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        msg = f"{folder}: cannot be made ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{folder}: cannot be made ({exc.strerror})") from exc
 
 
 def write_page(path: Path, page: str) -> Path:
@@ -84,8 +81,7 @@ def write_page(path: Path, page: str) -> Path:
         partial.replace(path)
     except OSError as exc:
         partial.unlink(missing_ok=True)
-        msg = f"{path}: cannot be written ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot be written ({exc.strerror})") from exc
     return path
 
 

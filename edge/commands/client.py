@@ -96,17 +96,18 @@ def _converse(
             link.publish(topics.line_command(line), msgspec.json.encode(command))
             say_again = now + REPEAT_S
         if state is not None and not state.online and now > grace:
-            msg = f"line {line} is offline: the broker last saw it with model {state.model} on {state.source}"
-            raise LinkError(msg)
+            raise LinkError(
+                f"line {line} is offline: the broker last saw it with model {state.model} on {state.source}"
+            )
         if state is None and now > grace:
-            msg = (
+            raise LinkError(
                 f"no line {line!r} has ever announced itself on this broker in the fleet {topics.fleet!r}; is its name "
                 "right, and does its configuration have [mqtt]?"
             )
-            raise LinkError(msg)
         if now > deadline:
-            msg = f"line {line} has not answered within {timeout_s:g} s; may we send commands (see its log and ours)?"
-            raise LinkError(msg)
+            raise LinkError(
+                f"line {line} has not answered within {timeout_s:g} s; may we send commands (see its log and ours)?"
+            )
 
 
 def _reply(payload: bytes) -> Reply | None:

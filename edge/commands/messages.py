@@ -152,13 +152,11 @@ def decode_command(data: bytes) -> Command:
         FederationError: it is none, whatever it is.
     """
     if len(data) > MAX_COMMAND_BYTES:
-        msg = f"a command of {len(data)} bytes; at most {MAX_COMMAND_BYTES} are read"
-        raise FederationError(msg)
+        raise FederationError(f"a command of {len(data)} bytes; at most {MAX_COMMAND_BYTES} are read")
     try:
         return _COMMAND.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        msg = f"not a command ({str(exc)[:200]})"
-        raise FederationError(msg) from exc
+        raise FederationError(f"not a command ({str(exc)[:200]})") from exc
 
 
 def read_command_id(data: bytes) -> str | None:

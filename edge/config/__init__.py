@@ -37,11 +37,9 @@ class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold > 0):
-            msg = f"verdict.threshold must be a positive number, not {self.threshold}"
-            raise ConfigError(msg)
+            raise ConfigError(f"verdict.threshold must be a positive number, not {self.threshold}")
         if not 0 <= self.review_band < 1:
-            msg = f"verdict.review_band must be in [0, 1), not {self.review_band}"
-            raise ConfigError(msg)
+            raise ConfigError(f"verdict.review_band must be in [0, 1), not {self.review_band}")
 
 
 JUDGE_SECTIONS = ("verdict", "health", "view")
@@ -98,11 +96,10 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for kind, names in (("products", self.products), ("cameras", self.cameras)):
             for name in names:
                 if not is_name(name):
-                    msg = (
+                    raise ConfigError(
                         f"{kind}: the name {name[:80]!r} may have 1 to {MAX_NAME_CHARS} letters, digits, '.', '_' or "
                         "'-', the first of them a letter or digit"
                     )
-                    raise ConfigError(msg)
 
     def of_camera(self, name: str) -> InspectConfig:
         """The same with the sections that a camera has of its own in place of those for all."""

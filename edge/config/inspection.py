@@ -23,8 +23,7 @@ class CaptureConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= 64:
-            msg = f"capture.depth must be 1..64, not {self.depth}"
-            raise ConfigError(msg)
+            raise ConfigError(f"capture.depth must be 1..64, not {self.depth}")
 
 
 class HealthLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,20 +54,15 @@ class HealthLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         for name, value, most in (("min_colour", self.min_colour, 0.9), ("max_shift", self.max_shift, 0.5)):
             if not 0 <= value <= most:
-                msg = f"health.{name} must be 0..{most:g}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"health.{name} must be 0..{most:g}, not {value}")
         if not 0 <= self.min_sharpness <= 1:
-            msg = f"health.min_sharpness must be 0..1, not {self.min_sharpness}"
-            raise ConfigError(msg)
+            raise ConfigError(f"health.min_sharpness must be 0..1, not {self.min_sharpness}")
         if self.max_repeats < 0:
-            msg = f"health.max_repeats must be 0 or more, not {self.max_repeats}"
-            raise ConfigError(msg)
+            raise ConfigError(f"health.max_repeats must be 0 or more, not {self.max_repeats}")
         if not 0 <= self.min_mean <= self.max_mean <= 255:
-            msg = f"health: 0 <= min_mean <= max_mean <= 255, not {self.min_mean} and {self.max_mean}"
-            raise ConfigError(msg)
+            raise ConfigError(f"health: 0 <= min_mean <= max_mean <= 255, not {self.min_mean} and {self.max_mean}")
         if not 0 <= self.min_spread <= 128:
-            msg = f"health.min_spread must be 0..128, not {self.min_spread}"
-            raise ConfigError(msg)
+            raise ConfigError(f"health.min_spread must be 0..128, not {self.min_spread}")
 
 
 Rectangle = tuple[int, int, int, int]
@@ -96,8 +90,7 @@ class ViewConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def __post_init__(self) -> None:
         if self.frame is not None and min(self.frame) < 1:
-            msg = f"view.frame is [width, height] in pixels, not {list(self.frame)}"
-            raise ConfigError(msg)
+            raise ConfigError(f"view.frame is [width, height] in pixels, not {list(self.frame)}")
         for name, shape in (("crop", self.crop), ("roi", self.roi), *(("ignore", shape) for shape in self.ignore)):
             if shape is not None:
                 _check_shape(name, shape)
@@ -114,8 +107,7 @@ def _check_shape(name: str, shape: Shape) -> None:
         fits = False
     if not fits:
         shapes = "[x, y, width, height]" + (" or a polygon of three points or more" if name == "ignore" else "")
-        msg = f"view.{name} is {shapes} with an area, in pixels from 0, not {shape_words(shape)}"
-        raise ConfigError(msg)
+        raise ConfigError(f"view.{name} is {shapes} with an area, in pixels from 0, not {shape_words(shape)}")
 
 
 def is_rectangle(shape: Shape) -> TypeGuard[Rectangle]:
@@ -164,11 +156,9 @@ class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
         if self.parts_per_alarm < 100:
-            msg = "drift: false_alarms_per_year is more than one in a hundred of parts_per_year"
-            raise ConfigError(msg)
+            raise ConfigError("drift: false_alarms_per_year is more than one in a hundred of parts_per_year")
 
     @property
     def parts_per_alarm(self) -> float:
@@ -194,14 +184,13 @@ class GoldenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             try:
                 dt.time.fromisoformat(text)
             except ValueError as exc:
-                msg = f"golden.times: {text[:40]!r} is no time of the day (such as 06:00)"
-                raise ConfigError(msg) from exc
+                raise ConfigError(f"golden.times: {text[:40]!r} is no time of the day (such as 06:00)") from exc
         if self.times and self.folder is None:
-            msg = "golden.times needs golden.folder: a part before the camera cannot be tested by the clock"
-            raise ConfigError(msg)
+            raise ConfigError(
+                "golden.times needs golden.folder: a part before the camera cannot be tested by the clock"
+            )
         if not 0 < self.wait_s <= 3600:
-            msg = f"golden.wait_s must be in (0, 3600], not {self.wait_s}"
-            raise ConfigError(msg)
+            raise ConfigError(f"golden.wait_s must be in (0, 3600], not {self.wait_s}")
 
     @property
     def day_times(self) -> tuple[dt.time, ...]:

@@ -25,11 +25,9 @@ class OutboxConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         if not 0 <= self.history <= self.max_results:
-            msg = f"outbox.history must be 0..max_results, not {self.history} with {self.max_results}"
-            raise ConfigError(msg)
+            raise ConfigError(f"outbox.history must be 0..max_results, not {self.history} with {self.max_results}")
         if self.max_results < 1:
-            msg = f"outbox.max_results must be at least 1, not {self.max_results}"
-            raise ConfigError(msg)
+            raise ConfigError(f"outbox.max_results must be at least 1, not {self.max_results}")
 
 
 class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,11 +42,11 @@ class DeliveryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         if not 0 < self.first_delay_s <= self.max_delay_s <= 3600:
-            msg = f"delivery: 0 < first_delay_s <= max_delay_s <= 3600, not {self.first_delay_s} and {self.max_delay_s}"
-            raise ConfigError(msg)
+            raise ConfigError(
+                f"delivery: 0 < first_delay_s <= max_delay_s <= 3600, not {self.first_delay_s} and {self.max_delay_s}"
+            )
         if not 0 <= self.flush_s <= 60:
-            msg = f"delivery.flush_s must be 0..60, not {self.flush_s}"
-            raise ConfigError(msg)
+            raise ConfigError(f"delivery.flush_s must be 0..60, not {self.flush_s}")
 
 
 class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,22 +76,19 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             check_name("fleet", self.fleet)
             check_name("line", self.line)
         except UsageError as exc:
-            msg = f"mqtt: {exc}"
-            raise ConfigError(msg) from exc
+            raise ConfigError(f"mqtt: {exc}") from exc
         if self.broker is None and self.kit is None:
-            msg = "mqtt: broker or kit has to say where the broker is"
-            raise ConfigError(msg)
+            raise ConfigError("mqtt: broker or kit has to say where the broker is")
         if self.kit is not None and (self.ca or self.cert or self.key):
-            msg = "mqtt.kit holds the certificates; ca, cert and key are for those without one"
-            raise ConfigError(msg)
+            raise ConfigError("mqtt.kit holds the certificates; ca, cert and key are for those without one")
         if not 0.1 <= self.timeout_s <= 600:
-            msg = f"mqtt.timeout_s must be 0.1..600, not {self.timeout_s}"
-            raise ConfigError(msg)
+            raise ConfigError(f"mqtt.timeout_s must be 0.1..600, not {self.timeout_s}")
         if self.home_assistant is not None and (
             not self.home_assistant or any(sign in self.home_assistant for sign in "+#")
         ):
-            msg = f"mqtt.home_assistant must be a topic prefix without wildcards, not {self.home_assistant!r}"
-            raise ConfigError(msg)
+            raise ConfigError(
+                f"mqtt.home_assistant must be a topic prefix without wildcards, not {self.home_assistant!r}"
+            )
 
 
 class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,11 +106,11 @@ class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            msg = f"webhook.url must be http(s)://host[:port]/path without credentials, not {self.url[:200]!r}"
-            raise ConfigError(msg)
+            raise ConfigError(
+                f"webhook.url must be http(s)://host[:port]/path without credentials, not {self.url[:200]!r}"
+            )
         if not 0.1 <= self.timeout_s <= 600:
-            msg = f"webhook.timeout_s must be 0.1..600, not {self.timeout_s}"
-            raise ConfigError(msg)
+            raise ConfigError(f"webhook.timeout_s must be 0.1..600, not {self.timeout_s}")
 
 
 NUM_REGISTERS = {1: 10, 2: 13}
@@ -156,8 +151,7 @@ class ModbusConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
 
     @property
     def num_registers(self) -> int:
@@ -183,8 +177,7 @@ class RejectsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
 
 
 _LISTEN = re.compile(r"(?P<host>\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):(?P<port>[0-9]{1,5})", re.ASCII)
@@ -210,8 +203,7 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         match = _LISTEN.fullmatch(self.listen)
         if match is None or not 0 <= int(match["port"]) <= 65535:
-            msg = f"web.listen must be host:port, not {self.listen[:100]!r}"
-            raise ConfigError(msg)
+            raise ConfigError(f"web.listen must be host:port, not {self.listen[:100]!r}")
         rules = (
             (self.stale_after_s > 0, "web.stale_after_s must be > 0", self.stale_after_s),
             (1 <= self.recent <= 100, "web.recent must be 1..100", self.recent),
@@ -221,8 +213,7 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
 
     @property
     def host(self) -> str:

@@ -35,11 +35,11 @@ class MqttTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     def __post_init__(self) -> None:
         if self.topic is not None and (not self.topic or any(sign in self.topic for sign in "+#\0")):
-            msg = f"trigger.mqtt.topic must be one topic without wildcards, not {self.topic!r}"
-            raise ConfigError(msg)
+            raise ConfigError(f"trigger.mqtt.topic must be one topic without wildcards, not {self.topic!r}")
         if self.broker is None and (self.ca or self.cert or self.key):
-            msg = "trigger.mqtt: ca, cert and key are for a broker of its own; [mqtt] has those of its broker"
-            raise ConfigError(msg)
+            raise ConfigError(
+                "trigger.mqtt: ca, cert and key are for a broker of its own; [mqtt] has those of its broker"
+            )
 
 
 class ModbusTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,11 +81,11 @@ class ModbusTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
         if sum(place is not None for place in places) != 1:
-            msg = "trigger.modbus needs one of register, input_register, coil and discrete_input, and only one"
-            raise ConfigError(msg)
+            raise ConfigError(
+                "trigger.modbus needs one of register, input_register, coil and discrete_input, and only one"
+            )
 
     @property
     def is_counter(self) -> bool:
@@ -109,8 +109,7 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         if self.mqtt is not None and self.modbus is not None:
-            msg = "trigger: mqtt or modbus, not both"
-            raise ConfigError(msg)
+            raise ConfigError("trigger: mqtt or modbus, not both")
         rules = (
             (-5000 <= self.delay_ms <= 600_000, "trigger.delay_ms must be -5000..600000", self.delay_ms),
             (1 <= self.window_ms <= 600_000, "trigger.window_ms must be 1..600000", self.window_ms),
@@ -122,8 +121,7 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"{rule}, not {value}")
 
     @property
     def is_on(self) -> bool:
@@ -167,14 +165,11 @@ class PartsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         )
         for holds, rule, value in rules:
             if not holds:
-                msg = f"parts.{rule}, not {value}"
-                raise ConfigError(msg)
+                raise ConfigError(f"parts.{rule}, not {value}")
         if self.number is not None:
             try:
                 groups = re.compile(self.number).groups
             except re.error as exc:
-                msg = f"parts.number is no regular expression ({exc}): {self.number!r}"
-                raise ConfigError(msg) from exc
+                raise ConfigError(f"parts.number is no regular expression ({exc}): {self.number!r}") from exc
             if groups != 1:
-                msg = f"parts.number must have one group, for the number, not {groups}: {self.number!r}"
-                raise ConfigError(msg)
+                raise ConfigError(f"parts.number must have one group, for the number, not {groups}: {self.number!r}")

@@ -117,11 +117,10 @@ def _read_kit(config: MqttConfig) -> Kit | None:
     # A line goes on without its broker; results wait in the outbox for a new kit.
     kit = read_kit(Path(config.kit), must_be_valid=False)
     if (kit.role, kit.fleet, kit.name) != ("line", config.fleet, config.line):
-        msg = (
+        raise UsageError(
             f"{config.kit}: the kit of the {kit.role} {kit.name!r} of the fleet {kit.fleet!r}; expected that of the "
             f"line {config.line!r} of {config.fleet!r}"
         )
-        raise UsageError(msg)
     return kit
 
 
@@ -149,8 +148,7 @@ class MqttDestination:
             self._url = broker_url(config, kit)
             self._url.ssl_context()
         except (UsageError, LinkError) as exc:
-            msg = f"mqtt: {exc}"
-            raise ConfigError(msg) from exc
+            raise ConfigError(f"mqtt: {exc}") from exc
         self._state = state
         self._announced: LineState | None = None
         self._session: _Session | None = None
@@ -301,8 +299,7 @@ class _Session:
                 if not isinstance(event, PublishResult):
                     continue
                 if event.error is not None:
-                    msg = f"the broker refuses results on {topic}: {event.error}"
-                    raise LinkError(msg)
+                    raise LinkError(f"the broker refuses results on {topic}: {event.error}")
                 acknowledged.add(event.token)
                 while waiting and waiting[0] in acknowledged:
                     arrived = waiting.popleft()
@@ -316,8 +313,7 @@ class _Session:
         try:
             event = self._events.get(timeout=timeout_s)
         except queue.Empty:
-            msg = f"no answer from the broker within {timeout_s:g} s"
-            raise LinkError(msg) from None
+            raise LinkError(f"no answer from the broker within {timeout_s:g} s") from None
         _raise_trouble(event)
         return event
 
@@ -327,8 +323,7 @@ def _raise_trouble(event: ClientEvent) -> None:
         case ConnectionFailed():
             raise event.error
         case Disconnected():
-            msg = f"the connection to the broker was lost: {event.reason}"
-            raise LinkError(msg)
+            raise LinkError(f"the connection to the broker was lost: {event.reason}")
         case ReceivedMessage():
             # The line's own state.
             event.done()

@@ -107,8 +107,7 @@ def load_done_files(file: Path, folder: str) -> dict[str, tuple[int, int]]:
             rows = db.execute("SELECT name, size, mtime_ns FROM files WHERE folder = ?", (os.fsencode(folder),))
             return {os.fsdecode(name): (size, mtime_ns) for name, size, mtime_ns in rows}
     except sqlite3.Error as exc:
-        msg = f"{file}: cannot read which files are done ({exc})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{file}: cannot read which files are done ({exc})") from exc
 
 
 def forget_done_files(file: Path, folder: str, names: Sequence[str]) -> None:
@@ -125,8 +124,7 @@ def forget_done_files(file: Path, folder: str, names: Sequence[str]) -> None:
                 [(os.fsencode(folder), os.fsencode(name), before_s) for name in names],
             )
     except sqlite3.Error as exc:
-        msg = f"{file}: cannot forget files that are no longer there ({exc})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{file}: cannot forget files that are no longer there ({exc})") from exc
 
 
 log = EventLog("outbox")
@@ -329,8 +327,7 @@ class Outbox:
         try:
             yield
         except sqlite3.Error as exc:
-            msg = f"{self._path}: cannot {doing} the outbox ({exc})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{self._path}: cannot {doing} the outbox ({exc})") from exc
 
 
 def _is_full(exc: StorageError) -> bool:

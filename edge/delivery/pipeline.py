@@ -217,8 +217,7 @@ class OutboxWriter:
             if self._closing.is_set():
                 # A camera that hung when we were told to stop, and comes round now.
                 writer_log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
-                msg = "the outbox is closed"
-                raise StorageError(msg)
+                raise StorageError("the outbox is closed")
             with self._room:
                 if self._waiting_bytes and self._waiting_bytes + size_bytes > MAX_WAITING_BYTES:
                     self._room.wait(0.2)

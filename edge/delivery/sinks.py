@@ -250,8 +250,7 @@ class RejectsSink:
             folder.mkdir(parents=True, exist_ok=True)
             self._next_number = self._read_folder()
         except OSError as exc:
-            msg = f"{folder}: cannot be used for rejected images ({exc.strerror})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{folder}: cannot be used for rejected images ({exc.strerror})") from exc
         with self._lock:
             self._drop_surplus()
 

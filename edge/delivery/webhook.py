@@ -38,8 +38,7 @@ class WebhookDestination:
             try:
                 self._ssl = ssl.create_default_context(cafile=config.ca)
             except (OSError, ssl.SSLError) as exc:
-                msg = f"webhook.ca: cannot use {config.ca} ({exc.strerror or exc})"
-                raise ConfigError(msg) from exc
+                raise ConfigError(f"webhook.ca: cannot use {config.ca} ({exc.strerror or exc})") from exc
 
     def deliver(self, deliveries: Sequence[Delivery]) -> int:
         """Post results one by one.
@@ -85,13 +84,11 @@ class WebhookDestination:
             response.read(1 << 20)
         except (OSError, http.client.HTTPException) as exc:
             self.close()
-            msg = f"{self._url.scheme}://{self._url.netloc}: {exc or type(exc).__name__}"
-            raise LinkError(msg) from exc
+            raise LinkError(f"{self._url.scheme}://{self._url.netloc}: {exc or type(exc).__name__}") from exc
         if response.will_close or not response.isclosed():
             self.close()
         if not 200 <= response.status < 300:
-            msg = f"{self._url.scheme}://{self._url.netloc} answers {response.status} {response.reason}"
-            raise LinkError(msg)
+            raise LinkError(f"{self._url.scheme}://{self._url.netloc} answers {response.status} {response.reason}")
 
     def connect(self) -> http.client.HTTPConnection:
         """A new connection, which is made on its first use."""

@@ -1,8 +1,9 @@
 """Drift of one camera with one model: what is learnt, the evidence, and what is said of it. No clock, no I/O.
 
-The streams of :mod:`edgeflame.drift_reference` are watched one by one and spoken of in two groups, since what is to be done
-differs: the camera's (the picture itself changed: lamp, lens, exposure, mounting) and the parts' (the model sees other
-parts while the picture is as before). Where both did, either may be the cause: quite other parts make another picture.
+The streams of :mod:`edgeflame.drift_reference` are watched one by one and reported in two groups, since what is to be
+done differs: the camera's (the picture itself changed: lamp, lens, exposure, mounting) and the parts' (the model sees
+other parts while the picture is as before). Where both did, either may be the cause: quite other parts make another
+picture.
 
 An alarm stays until a person clears it, has the line learnt anew, or another model runs; whether the stream is still
 off is said beside it. A warning comes at a twentieth of an alarm's evidence, so at most twenty times as often for

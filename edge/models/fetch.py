@@ -119,8 +119,9 @@ class ReleaseFetcher:
         try:
             failure = answer.get(timeout=ANSWER_S)
         except queue.Empty:
-            msg = f"the thread that looks after models has been busy for {ANSWER_S:g} s; try again"
-            raise RuntimeUnavailableError(msg) from None
+            raise RuntimeUnavailableError(
+                f"the thread that looks after models has been busy for {ANSWER_S:g} s; try again"
+            ) from None
         if failure is not None:
             raise failure
 

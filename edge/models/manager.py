@@ -13,7 +13,7 @@ import numpy as np
 
 from edge.config.outputs import ModelsConfig
 from edge.frame import Captured
-from edge.models import state as records
+from edge.models import state as rollout_state
 from edge.models.rollout import Deployment, LatencyBudget, Rollouts, RolloutSlot, check_acceptance, utc_now
 from edge.models.shadow import Canary, CanaryAlarm, Shadow, ShadowProgress, write_shadow_report
 from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState
@@ -105,12 +105,12 @@ class RolloutController:
         if self._config.auto:
             self._book.switch(product, found)
         else:
-            self._book.write(product, records.advance_candidate(self._book.entry(product), "waiting", found))
+            self._book.write(product, rollout_state.advance_candidate(self._book.entry(product), "waiting", found))
 
     def _look_at_trial(self, product: str, slot: RolloutSlot, entry: ProductState) -> None:
         assert entry.present is not None
         if self._config.trial_parts == 0:
-            self._book.write(product, records.confirm_present(entry, utc_now(), None))
+            self._book.write(product, rollout_state.confirm_present(entry, utc_now(), None))
             return
         if slot.trial is None:
             self._start_trial(product, slot, entry)
@@ -124,7 +124,7 @@ class RolloutController:
             if progress is not None and progress.problem is not None:
                 # The model before cannot judge along; there is nothing to compare with.
                 log.warning("trial_cut_short", product=product, reason=progress.problem)
-            self._book.write(product, records.confirm_present(entry, utc_now(), _of(progress)))
+            self._book.write(product, rollout_state.confirm_present(entry, utc_now(), _of(progress)))
             self._book.stop_shadow(product)
             slot.before = None
             log.info("model_confirmed", product=product, sha256=entry.present_sha256[:12])
@@ -148,7 +148,9 @@ class RolloutController:
             # Nothing earlier can be opened; a model that proved bad is still better than none, and says so.
             log.error("roll_back_failed", product=product, reason=str(exc))
             self._book.stop_shadow(product)
-            self._book.write(product, records.confirm_present(self._book.entry(product), utc_now(), _of(progress)))
+            self._book.write(
+                product, rollout_state.confirm_present(self._book.entry(product), utc_now(), _of(progress))
+            )
 
     def _start_shadow(self, slot: RolloutSlot, file: Path, folder: Path | None, trial: Canary | None) -> Shadow:
         name, present = slot.configured.name, self._book.file(slot)
@@ -237,15 +239,19 @@ class ModelManager:
         except RefusedError as exc:
             # Whoever announces what nobody takes does not end what is being tried.
             log.error("release_refused", product=product, reason=exc.reason, detail=str(exc))
-            entry = records.record_outcome(entry, release, "refused", utc_now(), reason=exc.reason, detail=str(exc))
+            entry = rollout_state.record_outcome(
+                entry, release, "refused", utc_now(), reason=exc.reason, detail=str(exc)
+            )
             self._book.write(product, entry)
             return False
         if candidate is not None:
             self._book.stop_shadow(product)
-        entry = records.begin_candidate(entry, release, utc_now())
+        entry = rollout_state.begin_candidate(entry, release, utc_now())
         self._book.write(product, entry)
         if release.manifest.sha256 == entry.present_sha256:
-            self._book.write(product, records.drop_candidate(entry, "confirmed", utc_now(), detail="it runs already"))
+            self._book.write(
+                product, rollout_state.drop_candidate(entry, "confirmed", utc_now(), detail="it runs already")
+            )
             return False
         return True
 
@@ -268,7 +274,7 @@ class ModelManager:
             return
         log.info("package_checked", product=product, sha256=sha256[:12])
         if entry.candidate.stage == "fetching":
-            self._book.write(product, records.advance_candidate(entry, "shadow"))
+            self._book.write(product, rollout_state.advance_candidate(entry, "shadow"))
         self._tryouts.look()
 
     def refuse(self, product: str, reason: str, detail: str, found: Disagreement | None = None) -> None:
@@ -284,8 +290,7 @@ class ModelManager:
         entry = self._book.known(product)
         if entry.candidate is None or entry.candidate.stage != "waiting":
             stage = "there is none" if entry.candidate is None else f"it is in the stage {entry.candidate.stage!r}"
-            msg = f"{product}: no candidate waits to be switched to ({stage})"
-            raise UsageError(msg)
+            raise UsageError(f"{product}: no candidate waits to be switched to ({stage})")
         self._book.switch(product, entry.candidate.disagreement)
 
     def roll_back(self, product: str, *, reason: str = "command", detail: str = "", to_file: bool = False) -> None:
@@ -297,8 +302,7 @@ class ModelManager:
         """
         entry = self._book.known(product)
         if entry.present is None:
-            msg = f"{product}: the file of the configuration is what runs; there is nothing to roll back to"
-            raise UsageError(msg)
+            raise UsageError(f"{product}: the file of the configuration is what runs; there is nothing to roll back to")
         self._book.roll_back(product, "rolled_back", reason, detail or "by command", to_file=to_file)
 
     def watch(self, captured: Captured, inspected: Inspected) -> None:
@@ -377,7 +381,7 @@ class ModelManager:
             except EdgeFlameError as exc:
                 log.error("roll_back_failed", product=product, reason=str(exc))
         elif release.release not in entry.decided:
-            self._book.write(product, records.record_outcome(entry, release, "withdrawn", utc_now()))
+            self._book.write(product, rollout_state.record_outcome(entry, release, "withdrawn", utc_now()))
 
     def _models(
         self, product: str, slot: RolloutSlot, transfer: tuple[int, int] | None, *, is_checking: bool

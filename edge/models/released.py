@@ -51,19 +51,19 @@ def read_models_settings(
     config = plan.config
     assert config.models is not None
     if state is None or config.mqtt is None:
-        msg = "[models] needs the section [mqtt], where models are announced, and --state DIR, where they are kept"
-        raise ConfigError(msg)
+        raise ConfigError(
+            "[models] needs the section [mqtt], where models are announced, and --state DIR, where they are kept"
+        )
     check_thresholds(plan)
     products: dict[str, ConfiguredProduct] = {}
     for name, file in plan.products.items():
         package = loader.package(file)
         product = package.manifest.product
         if product in products:
-            msg = (
+            raise ConfigError(
                 f"products.{products[product].name} and products.{name} are both packages of the product {product!r}; "
                 "with [models] each product is there once, or a release would be for both"
             )
-            raise ConfigError(msg)
         products[product] = ConfiguredProduct(name=name, product=product, file=str(file), sha256=package.sha256)
     return products, TrustedKeys(config.models.public_keys), state / MODELS_FOLDER
 
@@ -75,11 +75,10 @@ def check_thresholds(plan: Plan) -> None:
         ConfigError: it would.
     """
     if any(camera.settings.verdict.threshold is not None for camera in plan.cameras):
-        msg = (
+        raise ConfigError(
             "[models] and a threshold of the configuration (verdict.threshold or --threshold): a threshold is a raw "
             "distance of one model, and would hold for every later one; put it into the package: edgeflame calibrate"
         )
-        raise ConfigError(msg)
 
 
 @final

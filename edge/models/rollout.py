@@ -17,7 +17,7 @@ import msgspec
 from edge.cameras import Cameras
 from edge.config.outputs import ModelsConfig
 from edge.inspector import Inspector, InspectorProtocol
-from edge.models import state as records
+from edge.models import state as rollout_state
 from edge.models.shadow import Canary, Shadow, ShadowModel, slowdown_of
 from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState
 from edge.models.store import PackageStore, RefusedError, as_refusal
@@ -135,8 +135,7 @@ class CameraDeployment:
         lines = [line for line in self._cameras.lines if line.judge.product == name] or self._cameras.lines[:1]
         judges = {line.name: self._cameras.try_package(line.name, name, file) for line in lines}
         if any(not sha256.startswith(judge.model_id) for judge in judges.values()):
-            msg = f"{file}: it is another package now than the one that was checked ({sha256[:12]})"
-            raise PackageError(msg)
+            raise PackageError(f"{file}: it is another package now than the one that was checked ({sha256[:12]})")
         return judges
 
     def use(self, name: str, file: Path, judges: Mapping[str, InspectorProtocol]) -> Mapping[str, InspectorProtocol]:
@@ -245,8 +244,7 @@ class Rollouts:
         for product, slot in self.slots.items():
             if name in (product, slot.configured.name):
                 return product
-        msg = f"no product {name!r}; there are {', '.join(self.slots)}"
-        raise UsageError(msg)
+        raise UsageError(f"no product {name!r}; there are {', '.join(self.slots)}")
 
     def write(self, product: str, entry: ProductState) -> None:
         """Decide something, durably."""
@@ -306,7 +304,7 @@ class Rollouts:
         self.slots[product].judges = None
         self.write(
             product,
-            records.drop_candidate(entry, fate, self._clock(), reason=reason, detail=detail, disagreement=found),
+            rollout_state.drop_candidate(entry, fate, self._clock(), reason=reason, detail=detail, disagreement=found),
         )
         log.error(
             "release_dropped",
@@ -333,7 +331,7 @@ class Rollouts:
             self.drop(product, "refused", exc.reason, str(exc), found)
             return
         slot.judges = None
-        entry = records.promote_candidate(entry, self._clock(), keep=self._keep, disagreement=found)
+        entry = rollout_state.promote_candidate(entry, self._clock(), keep=self._keep, disagreement=found)
         self.write(product, entry)
         slot.latencies.clear()
         slot.before = (before, self._use(slot, path, judges))
@@ -358,7 +356,7 @@ class Rollouts:
         entry, slot = self.entry(product), self.slots[product]
         bad, failure = entry.present_sha256, None
         while True:
-            entry = records.roll_back_present(
+            entry = rollout_state.roll_back_present(
                 entry, self._clock(), fate=fate, reason=reason, detail=detail, to_file=to_file, disagreement=found
             )
             path = self._path_of(slot, entry)

@@ -282,18 +282,15 @@ class ModelStateFile:
         except FileNotFoundError:
             return
         except OSError as exc:
-            msg = f"{path}: cannot be read ({exc.strerror})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path}: cannot be read ({exc.strerror})") from exc
         advice = f"without it the line runs its configuration's files: move {path.name} away if that is what you want"
         try:
             found = msgspec.json.decode(data, type=_Head).format
             if found != FORMAT:
-                msg = f"{path}: format {found}, this version reads {FORMAT}; {advice}"
-                raise StorageError(msg)
+                raise StorageError(f"{path}: format {found}, this version reads {FORMAT}; {advice}")
             self.record = msgspec.json.decode(data, type=ModelState)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            msg = f"{path}: damaged ({exc}); {advice}"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path}: damaged ({exc}); {advice}") from exc
 
     def write(self, product: str, entry: ProductState) -> None:
         """Change one product, durably."""

@@ -57,25 +57,20 @@ def read_announcement(
         DataError: it is neither, or its values make no sense.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
-        msg = f"{len(payload)} bytes; a part is announced in at most {MAX_PAYLOAD_BYTES}"
-        raise DataError(msg)
+        raise DataError(f"{len(payload)} bytes; a part is announced in at most {MAX_PAYLOAD_BYTES}")
     if not payload.lstrip().startswith(b"{"):
         return PartAnnouncement(part_id=_name(_text(payload).strip()), number=None, time=None)
     try:
         message = msgspec.json.decode(payload, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        msg = f"not JSON ({exc})"
-        raise DataError(msg) from exc
+        raise DataError(f"not JSON ({exc})") from exc
     part_id, number, time = message.get(part_id_key), message.get(number_key), message.get(time_key)
     if number is not None and (type(number) is not int or not 0 <= number <= MAX_NUMBER):
-        msg = f"{number_key} must be an integer from 0 to 2^62, not {str(number)[:50]!r}"
-        raise DataError(msg)
+        raise DataError(f"{number_key} must be an integer from 0 to 2^62, not {str(number)[:50]!r}")
     if part_id is None and number is None:
-        msg = f"neither {part_id_key} nor {number_key} in it"
-        raise DataError(msg)
+        raise DataError(f"neither {part_id_key} nor {number_key} in it")
     if part_id is not None and type(part_id) is not int and not isinstance(part_id, str):
-        msg = f"{part_id_key} must be a text or an integer, not {str(part_id)[:50]!r}"
-        raise DataError(msg)
+        raise DataError(f"{part_id_key} must be a text or an integer, not {str(part_id)[:50]!r}")
     return PartAnnouncement(
         part_id=None if part_id is None else _name(str(part_id)),
         number=number,
@@ -87,14 +82,12 @@ def _text(payload: bytes) -> str:
     try:
         return payload.decode()
     except UnicodeDecodeError as exc:
-        msg = "neither JSON nor text"
-        raise DataError(msg) from exc
+        raise DataError("neither JSON nor text") from exc
 
 
 def _name(text: str) -> str:
     if not (0 < len(text) <= MAX_NAME_CHARS and text.isprintable()):
-        msg = f"a part's name has 1 to {MAX_NAME_CHARS} printable characters, not {text[:50]!r}"
-        raise DataError(msg)
+        raise DataError(f"a part's name has 1 to {MAX_NAME_CHARS} printable characters, not {text[:50]!r}")
     return text
 
 
@@ -107,8 +100,9 @@ def _time(value: Any, key: str) -> dt.datetime:
             raise ValueError(value)
         return time.astimezone(dt.timezone.utc)
     except (msgspec.ValidationError, ValueError, OverflowError, OSError) as exc:
-        msg = f"{key} must be an ISO 8601 time with its offset from UTC, or seconds since 1970, not {str(value)[:50]!r}"
-        raise DataError(msg) from exc
+        raise DataError(
+            f"{key} must be an ISO 8601 time with its offset from UTC, or seconds since 1970, not {str(value)[:50]!r}"
+        ) from exc
 
 
 log = EventLog("trigger")

@@ -154,8 +154,7 @@ def check_parts(trigger: TriggerConfig, parts: PartsConfig) -> None:
         ConfigError: no image could come before the deadline.
     """
     if trigger.is_on and parts.deadline_ms is not None and parts.deadline_ms <= trigger.delay_ms:
-        msg = (
+        raise ConfigError(
             f"parts.deadline_ms must be more than trigger.delay_ms, before which no image is taken; they are "
             f"{parts.deadline_ms:g} and {trigger.delay_ms:g}"
         )
-        raise ConfigError(msg)

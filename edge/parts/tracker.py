@@ -86,11 +86,10 @@ class PartTracker:
             ConfigError: announced parts would give way to one another, or frames have no numbers of their own.
         """
         if is_live and self._number is not None and not self._trigger.is_on:
-            msg = (
+            raise ConfigError(
                 "[parts] number reads the names of files and of announced parts; the frames of a camera without "
                 "[trigger] have none of their own"
             )
-            raise ConfigError(msg)
         return capture_of(config) if self._trigger.is_on else config
 
     def unfinished(self, unread: Sequence[Captured]) -> list[Captured]:
@@ -201,11 +200,10 @@ class PartTracker:
             CrashLoopError: the model hangs; only a new start will help.
         """
         if self._punctual is not None and self._punctual.busy_s() > self._parts.hang_s:
-            msg = (
+            raise CrashLoopError(
                 f"camera {self._camera}: the model has been busy with one image for more than {self._parts.hang_s:g} s"
                 " (parts.hang_s); the daemon has to be started again"
             )
-            raise CrashLoopError(msg)
 
     def close(self) -> None:
         """End."""

@@ -221,8 +221,7 @@ class TriggeredCamera:
         """
         source = self._open_source()
         if not source.is_live:
-            msg = f"[trigger] is for cameras: of {source.name} every file or frame is a part already"
-            raise ConfigError(msg)
+            raise ConfigError(f"[trigger] is for cameras: of {source.name} every file or frame is a part already")
         deadline_ms = self._parts.deadline_ms
         window = MatchWindow(
             delay_s=self._trigger.delay_ms / 1000,
@@ -256,8 +255,9 @@ def trigger_source(camera: str, trigger: TriggerConfig, parts: PartsConfig, mqtt
     try:
         from edge.parts.modbus_trigger import ModbusTrigger
     except ImportError as exc:
-        msg = f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
+        ) from exc
     return ModbusTrigger(
         trigger.modbus,
         counting=number_range(trigger, parts) if trigger.modbus.is_counter else None,
@@ -270,22 +270,19 @@ def _over_mqtt(camera: str, config: MqttTriggerConfig, mqtt: MqttConfig | None) 
     topic = config.topic
     if topic is None:
         if mqtt is None:
-            msg = "trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own"
-            raise ConfigError(msg)
+            raise ConfigError("trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own")
         topic = Topics(fleet=mqtt.fleet).line_trigger(mqtt.line)
     name = f"edgeflame-trigger-{camera}-{uuid.uuid4().hex[:12]}"
     try:
         return MqttTrigger(_url(config, mqtt), topic=topic, client_id=name, config=config)
     except (UsageError, LinkError) as exc:
-        msg = f"trigger.mqtt: {exc}"
-        raise ConfigError(msg) from exc
+        raise ConfigError(f"trigger.mqtt: {exc}") from exc
 
 
 def _url(config: MqttTriggerConfig, mqtt: MqttConfig | None) -> BrokerUrl:
     if config.broker is None:
         if mqtt is None:
-            msg = "trigger.mqtt.broker is missing, and there is no section [mqtt] whose broker it could be"
-            raise ConfigError(msg)
+            raise ConfigError("trigger.mqtt.broker is missing, and there is no section [mqtt] whose broker it could be")
         return broker_url(mqtt)
     ca, cert, key = (Path(path) if path else None for path in (config.ca, config.cert, config.key))
     return parse_broker_url(config.broker, tls=TlsFiles(ca=ca, cert=cert, key=key))
@@ -298,6 +295,5 @@ def capture_of(config: CaptureConfig) -> CaptureConfig:
         ConfigError: it is configured otherwise.
     """
     if config.policy == "latest":
-        msg = 'capture.policy = "latest" would drop announced parts; leave it out, or out of this camera'
-        raise ConfigError(msg)
+        raise ConfigError('capture.policy = "latest" would drop announced parts; leave it out, or out of this camera')
     return msgspec.structs.replace(config, policy="wait")

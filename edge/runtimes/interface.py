@@ -76,11 +76,10 @@ def check_runtime_fits(runtime: Runtime, manifest: Manifest) -> None:
     """
     expected = manifest.learning.input
     if runtime.input_size != (expected.height, expected.width) or runtime.grid != manifest.grid:
-        msg = (
+        raise PackageError(
             f"the package's graph takes {_size(runtime.input_size)} images and gives {_size(runtime.grid)} maps, its "
             f"manifest says {_size((expected.height, expected.width))} and {_size(manifest.grid)}"
         )
-        raise PackageError(msg)
 
 
 def check_batch(batch: ImageU8, input_size: tuple[int, int]) -> None:
@@ -90,8 +89,9 @@ def check_batch(batch: ImageU8, input_size: tuple[int, int]) -> None:
         DataError: wrong type or shape.
     """
     if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[0] < 1 or batch.shape[1:] != (*input_size, 3):
-        msg = f"expected uint8 images [N, {input_size[0]}, {input_size[1]}, 3], got {batch.dtype} {list(batch.shape)}"
-        raise DataError(msg)
+        raise DataError(
+            f"expected uint8 images [N, {input_size[0]}, {input_size[1]}, 3], got {batch.dtype} {list(batch.shape)}"
+        )
 
 
 def _size(height_width: tuple[int, int]) -> str:

@@ -76,8 +76,7 @@ def compare_with_references(runtime: Runtime, package: Package) -> ParityReport:
     """
     precision = runtime.precision
     if precision not in get_args(Precision):
-        msg = f"the graph says its precision is {precision!r}; known are {', '.join(get_args(Precision))}"
-        raise PackageError(msg)
+        raise PackageError(f"the graph says its precision is {precision!r}; known are {', '.join(get_args(Precision))}")
     threshold = package.manifest.threshold.value
     worst, flipped = 0.0, []
     for index, reference in enumerate(package.references):
@@ -120,11 +119,10 @@ def require_parity(runtime: Runtime, package: Package) -> ParityReport:
     if not report.passed:
         found = "a score that is not finite" if report.worst is None else f"a difference of {report.worst:.2%}"
         flips = f", and {len(report.flipped)} verdicts flip" if report.flipped else ""
-        msg = (
+        raise NegativeAnswerError(
             f"the graph on {report.provider} does not score the package's {report.num_images} reference images as the "
             f"trained model did: {found}{flips}; {report.precision} allows {report.tolerance:.2%}"
         )
-        raise NegativeAnswerError(msg)
     return report
 
 
@@ -215,8 +213,9 @@ def _opener(
     if device not in TENSORRT_KINDS:
         return lambda: open_runtime(package.model_onnx, device=cast(Device, device), num_threads=num_threads)
     if engines is None:
-        msg = f"--device {device} runs an engine: say where it is with --engines DIR (see edgeflame export --trt)"
-        raise UsageError(msg)
+        raise UsageError(
+            f"--device {device} runs an engine: say where it is with --engines DIR (see edgeflame export --trt)"
+        )
     return lambda: open_engine_runtime(package, engines, device)
 
 

@@ -73,8 +73,9 @@ class OnnxRuntime:
             self._session.run_with_iobinding(bound.binding)
             bound.binding.synchronize_outputs()
         except self._failures as exc:
-            msg = f"ONNX Runtime failed on a batch of {len(batch)} ({_first_line(exc)})"
-            raise RuntimeUnavailableError(msg) from exc
+            raise RuntimeUnavailableError(
+                f"ONNX Runtime failed on a batch of {len(batch)} ({_first_line(exc)})"
+            ) from exc
         scores = Scores(bound.scores.copy(), bound.maps.copy())
         self._idle.append(bound)
         return scores
@@ -125,13 +126,15 @@ def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) 
         given = [(name, _OPTIONS.get(name, {})) for name in providers]
         session = library.InferenceSession(model_onnx, options, providers=given)
     except failures as exc:
-        msg = f"the package's graph cannot be loaded by ONNX Runtime {library.__version__} ({_first_line(exc)})"
-        raise PackageError(msg) from exc
+        raise PackageError(
+            f"the package's graph cannot be loaded by ONNX Runtime {library.__version__} ({_first_line(exc)})"
+        ) from exc
     running = session.get_providers()[0]
     if running != providers[0]:
         if device != "auto":
-            msg = f"asked for {device}, but ONNX Runtime falls back to {running}; is the CUDA driver installed?"
-            raise RuntimeUnavailableError(msg)
+            raise RuntimeUnavailableError(
+                f"asked for {device}, but ONNX Runtime falls back to {running}; is the CUDA driver installed?"
+            )
         log.info("runtime_fell_back", wanted=providers[0], running=running)
     return session
 
@@ -150,11 +153,10 @@ def _import_library() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as exc:
-        msg = (
+        raise MissingDependencyError(
             f"ONNX Runtime is not installed, or damaged ({exc}): pip install 'edgeflame[cpu]', or "
             "'edgeflame[gpu]' on a machine with an NVIDIA GPU (never both)"
-        )
-        raise MissingDependencyError(msg) from exc
+        ) from exc
     module: ModuleType = onnxruntime
     return module
 
@@ -172,11 +174,10 @@ def _providers(library: ModuleType, device: Device) -> tuple[str, ...]:
         return _PROVIDERS["cuda" if CUDA in available else "cpu"]
     wanted = _PROVIDERS[device]
     if wanted[0] not in available:
-        msg = (
+        raise RuntimeUnavailableError(
             f"asked for {device}, but the installed ONNX Runtime has no {wanted[0]}: pip uninstall onnxruntime, then "
             "pip install 'edgeflame[gpu]'"
         )
-        raise RuntimeUnavailableError(msg)
     if device == "ort-tensorrt":
         # Read by NVIDIA's libraries when they start; this provider has no option of its own for it.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")

@@ -87,11 +87,13 @@ class Cuda:
             code, *results = getattr(self._api, name)(*arguments)
         except RuntimeError as exc:
             # The bindings load the driver at the first call.
-            msg = f"CUDA cannot be used here ({str(exc).splitlines()[0]}); is the NVIDIA driver installed?"
-            raise RuntimeUnavailableError(msg) from exc
+            raise RuntimeUnavailableError(
+                f"CUDA cannot be used here ({str(exc).splitlines()[0]}); is the NVIDIA driver installed?"
+            ) from exc
         if int(code) != 0:
-            msg = f"{name} failed: {getattr(code, 'name', code)}; is there a GPU, its driver, and free memory on it?"
-            raise RuntimeUnavailableError(msg)
+            raise RuntimeUnavailableError(
+                f"{name} failed: {getattr(code, 'name', code)}; is there a GPU, its driver, and free memory on it?"
+            )
         return results[0] if results else None
 
 
@@ -99,8 +101,9 @@ def _import_runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as exc:
-        msg = f"running an engine needs cuda-bindings ({exc}): pip install cuda-bindings"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(
+            f"running an engine needs cuda-bindings ({exc}): pip install cuda-bindings"
+        ) from exc
     return runtime
 
 
@@ -135,14 +138,14 @@ class EngineRuntime:
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             why = "; ".join(library.take_errors()) or "it does not say why"
-            msg = f"{record.file}: {trt.__name__} {library.version} refuses the engine ({why}); build it again"
-            raise RuntimeUnavailableError(msg)
+            raise RuntimeUnavailableError(
+                f"{record.file}: {trt.__name__} {library.version} refuses the engine ({why}); build it again"
+            )
         self._input_size, self._grid, self._max_batch = _read_signature(self._engine, record.file)
         self._context = _context(trt, self._engine)
         if self._context is None:
             why = "; ".join(library.take_errors()) or "it does not say why"
-            msg = f"{record.file}: the engine cannot run on this GPU ({why})"
-            raise RuntimeUnavailableError(msg)
+            raise RuntimeUnavailableError(f"{record.file}: the engine cannot run on this GPU ({why})")
         height, width = self._input_size
         map_bytes = 4 * self._grid[0] * self._grid[1]
         self._image_bytes, self._map_bytes = height * width * 3, map_bytes
@@ -159,8 +162,7 @@ class EngineRuntime:
         }
         for name, address in self._device.items():
             if not self._context.set_tensor_address(name, address):
-                msg = f"{record.file}: TensorRT takes no buffer for {name}"
-                raise RuntimeUnavailableError(msg)
+                raise RuntimeUnavailableError(f"{record.file}: TensorRT takes no buffer for {name}")
         self._shaped_for = 0
 
     @property
@@ -197,15 +199,13 @@ class EngineRuntime:
         count, cuda = len(batch), self._cuda
         if count != self._shaped_for:
             if not self._context.set_input_shape(INPUT, (count, *self._input_size, 3)):
-                msg = f"{self._record.file}: TensorRT takes no batch of {count}"
-                raise RuntimeUnavailableError(msg)
+                raise RuntimeUnavailableError(f"{self._record.file}: TensorRT takes no batch of {count}")
             self._shaped_for = count
         np.copyto(self._images[:count], batch)
         cuda.copy_in(self._device[INPUT], self._images_host, count * self._image_bytes)
         if not self._context.execute_async_v3(cuda.stream_handle):
             why = "; ".join(self._library.take_errors()) or "it does not say why"
-            msg = f"{self.provider} failed on a batch of {count} ({why})"
-            raise RuntimeUnavailableError(msg)
+            raise RuntimeUnavailableError(f"{self.provider} failed on a batch of {count} ({why})")
         cuda.copy_out(self._scores_host, self._device[SCORE], count * 4)
         cuda.copy_out(self._maps_host, self._device[MAP], count * self._map_bytes)
         cuda.wait()
@@ -228,11 +228,9 @@ def _read_signature(engine: Any, file: str) -> tuple[tuple[int, int], tuple[int,
     """
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     if names != {INPUT, SCORE, MAP}:
-        msg = f"{file}: not the engine of a scoring graph: its tensors are {', '.join(sorted(names))}"
-        raise PackageError(msg)
+        raise PackageError(f"{file}: not the engine of a scoring graph: its tensors are {', '.join(sorted(names))}")
     image, anomaly_map = tuple(engine.get_tensor_shape(INPUT)), tuple(engine.get_tensor_shape(MAP))
     if len(image) != 4 or image[3] != 3 or len(anomaly_map) != 3:
-        msg = f"{file}: not the engine of a scoring graph: image {list(image)}, map {list(anomaly_map)}"
-        raise PackageError(msg)
+        raise PackageError(f"{file}: not the engine of a scoring graph: image {list(image)}, map {list(anomaly_map)}")
     largest = engine.get_tensor_profile_shape(INPUT, 0)[2]
     return (image[1], image[2]), (anomaly_map[1], anomaly_map[2]), int(largest[0])

@@ -53,8 +53,7 @@ def board_source(address: str) -> BoardSource:
     """
     texture, _, query = address.removeprefix("boards:").partition("?")
     if texture not in TEXTURES:
-        msg = f"--source {address}: no texture {texture!r}; there are {', '.join(TEXTURES)}"
-        raise UsageError(msg)
+        raise UsageError(f"--source {address}: no texture {texture!r}; there are {', '.join(TEXTURES)}")
     try:
         options = dict(parse_qsl(query, strict_parsing=True, keep_blank_values=True)) if query else {}
         seed = int(options.pop("seed", "0"))
@@ -70,16 +69,12 @@ def board_source(address: str) -> BoardSource:
             image_size=int(options.pop("size", "256")),
         )
         if stream.image_size < 64 or stream.image_size > 2048:
-            msg = f"size lies between 64 and 2048, got {stream.image_size}"
-            raise ValueError(msg)
+            raise ValueError(f"size lies between 64 and 2048, got {stream.image_size}")
         every_s = float(options.pop("every", "0"))
         if not 0 <= every_s <= MAX_EVERY_S:
-            msg = f"every lies between 0 and {MAX_EVERY_S} seconds, got {every_s:g}"
-            raise ValueError(msg)
+            raise ValueError(f"every lies between 0 and {MAX_EVERY_S} seconds, got {every_s:g}")
     except ValueError as exc:
-        msg = f"--source {address}: {exc}; it is written {SYNTAX}"
-        raise UsageError(msg) from exc
+        raise UsageError(f"--source {address}: {exc}; it is written {SYNTAX}") from exc
     if options:
-        msg = f"--source {address}: unknown option {', '.join(options)}; it is written {SYNTAX}"
-        raise UsageError(msg)
+        raise UsageError(f"--source {address}: unknown option {', '.join(options)}; it is written {SYNTAX}")
     return BoardSource(name=address, stream=stream, every_s=every_s)

@@ -120,14 +120,14 @@ class CameraSource:
         device = Path(f"/dev/video{self.device}" if self.device.isdecimal() else self.device)
         # OpenCV would try every driver it has and print a warning of each.
         if sys.platform == "linux" and not device.exists():
-            msg = f"{self.name}: no such camera (looked for {device}; {_others()})"
-            raise DataError(msg)
+            raise DataError(f"{self.name}: no such camera (looked for {device}; {_others()})")
         # A path is a link to whatever number the camera has got now.
         capture = cv2.VideoCapture(str(device.resolve()), cv2.CAP_V4L2)
         try:
             if not capture.isOpened():
-                msg = f"{self.name}: the camera cannot be opened; is it in use, or may only another user read {device}?"
-                raise DataError(msg)
+                raise DataError(
+                    f"{self.name}: the camera cannot be opened; is it in use, or may only another user read {device}?"
+                )
             # The newest picture, not the oldest the driver still holds; not every driver obeys.
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             refused = apply_settings(capture, self.settings)
@@ -136,8 +136,7 @@ class CameraSource:
             while not stop.is_set():
                 received, image = capture.read()
                 if not received or image is None:
-                    msg = f"{self.name}: the camera gave no picture"
-                    raise DataError(msg)
+                    raise DataError(f"{self.name}: the camera gave no picture")
                 # The driver's own stamp: before the picture was copied and decoded.
                 stamp_ms = capture.get(cv2.CAP_PROP_POS_MSEC)
                 yield taken_image(np.asarray(image, dtype=np.uint8), stamp_s=stamp_ms / 1000 if stamp_ms > 0 else None)
@@ -257,8 +256,7 @@ class GstSource:
     def _next(self, stream: IO[bytes]) -> TakenImage:
         header = stream.read(gst_child.HEADER.size)
         if len(header) < gst_child.HEADER.size:
-            msg = f"{self.name}: the process that runs the pipeline died"
-            raise DataError(msg)
+            raise DataError(f"{self.name}: the process that runs the pipeline died")
         kind, width, height, row_bytes, taken_ns, num_bytes = gst_child.HEADER.unpack(header)
         payload = stream.read(num_bytes)
         match kind:
@@ -281,8 +279,9 @@ def gst_source(address: str) -> GstSource:
     """
     pipeline = address.removeprefix("gst:").strip(" !")
     if not pipeline:
-        msg = "--source gst: expected a GStreamer pipeline without its sink, for instance gst:v4l2src ! jpegdec"
-        raise UsageError(msg)
+        raise UsageError(
+            "--source gst: expected a GStreamer pipeline without its sink, for instance gst:v4l2src ! jpegdec"
+        )
     return GstSource(name=f"gst:{_without_secrets(pipeline)}", pipeline=pipeline)
 
 

@@ -240,12 +240,10 @@ def _receive(
                 return message
         except (EOFError, OSError) as exc:
             child.join(1.0)
-            msg = f"{name}: the process that reads it died ({_how(child.exitcode)})"
-            raise DataError(msg) from exc
+            raise DataError(f"{name}: the process that reads it died ({_how(child.exitcode)})") from exc
         if time.monotonic() > deadline:
             log.error("source_hangs", source=name, killed_after_s=stall_timeout_s)
-            msg = f"{name}: no image for {stall_timeout_s:g} s; the process that reads it was killed"
-            raise DataError(msg)
+            raise DataError(f"{name}: no image for {stall_timeout_s:g} s; the process that reads it was killed")
     return None
 
 

@@ -52,8 +52,7 @@ def folder_source(folder: Path) -> FileSource:
         DataError: no such folder, no image in it, or it is the root of a data set, whose masks are no parts.
     """
     if (folder / "test").is_dir() and ((folder / "train").is_dir() or (folder / "ground_truth").is_dir()):
-        msg = f"{folder}: this is a whole data set; to inspect its test images give {folder / 'test'}"
-        raise DataError(msg)
+        raise DataError(f"{folder}: this is a whole data set; to inspect its test images give {folder / 'test'}")
     files = []
     for path in list_images(folder):
         part_id = path.relative_to(folder).as_posix()
@@ -122,13 +121,10 @@ def _file_source(address: str) -> Source:
     if path.is_file() and suffix in VIDEO_SUFFIXES:
         return VideoFileSource(name=str(path))
     if path.exists():
-        msg = f"{path}: neither an image nor a video by its name ({suffix or 'no suffix'})"
-        raise DataError(msg)
+        raise DataError(f"{path}: neither an image nor a video by its name ({suffix or 'no suffix'})")
     if "://" in address:
-        msg = f"--source {without_password(address)}: of URLs only rtsp:// and rtsps:// are read"
-        raise UsageError(msg)
-    msg = (
+        raise UsageError(f"--source {without_password(address)}: of URLs only rtsp:// and rtsps:// are read")
+    raise DataError(
         f"{address}: no such folder or file (a source is a folder, a file, watch:FOLDER, camera:0, rtsp://..., "
         "gst:PIPELINE, csi:0 or boards:TEXTURE)"
     )
-    raise DataError(msg)

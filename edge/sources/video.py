@@ -42,8 +42,7 @@ class VideoFileSource:
             yield make_frame(part_id=f"frame-{number:06d}", source=self.name, image_bgr=image, error=error)
             number += 1
         if number == 0 and not stop.is_set():
-            msg = f"{self.name}: no video frame in it"
-            raise DataError(msg)
+            raise DataError(f"{self.name}: no video frame in it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +105,10 @@ def _decode(
     try:
         container = av.open(address, timeout=timeout, options=options)
     except failures as exc:
-        msg = f"{name}: cannot be opened as video ({_plain(exc)})"
-        raise DataError(msg) from exc
+        raise DataError(f"{name}: cannot be opened as video ({_plain(exc)})") from exc
     with container:
         if not container.streams.video:
-            msg = f"{name}: no video stream in it"
-            raise DataError(msg)
+            raise DataError(f"{name}: no video stream in it")
         stream = container.streams.video[0]
         if timeout is None:
             stream.thread_type = "AUTO"
@@ -125,8 +122,7 @@ def _decode(
             try:
                 packet = next(packets, None)
             except failures as exc:
-                msg = f"{name}: reading failed ({_plain(exc)})"
-                raise DataError(msg) from exc
+                raise DataError(f"{name}: reading failed ({_plain(exc)})") from exc
             if packet is None:
                 return
             if len(arrivals) > _MAX_IN_DECODER:
@@ -154,7 +150,6 @@ def _import_av() -> ModuleType:
     try:
         import av
     except ImportError as exc:
-        msg = f"reading video needs PyAV ({exc}): pip install 'edgeflame[video]'"
-        raise MissingDependencyError(msg) from exc
+        raise MissingDependencyError(f"reading video needs PyAV ({exc}): pip install 'edgeflame[video]'") from exc
     module: ModuleType = av
     return module

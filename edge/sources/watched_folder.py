@@ -20,7 +20,7 @@ from typing import NamedTuple, final
 
 from inotify_simple import INotify, flags
 
-from edge.delivery import outbox as files
+from edge.delivery import outbox
 from edge.frame import Frame, make_frame
 from edge.result import After, FileOrigin
 from edge.sources.address import AddressQuery
@@ -174,15 +174,14 @@ class WatchedFolder:
 
     def __init__(self, folder: Path, options: WatchOptions, *, outbox: Path | None = None) -> None:
         if not folder.is_dir():
-            msg = f"watch:{folder}: no such folder"
-            raise DataError(msg)
+            raise DataError(f"watch:{folder}: no such folder")
         self._folder = folder.resolve()
         self._options = options
         self._outbox = outbox
         self.name = f"watch:{printable(str(folder))}"
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        done = files.load_done_files(self._outbox, str(self._folder)) if self._outbox is not None else {}
+        done = outbox.load_done_files(self._outbox, str(self._folder)) if self._outbox is not None else {}
         arrivals = Arrivals(
             {name: FileIdentity(*identity) for name, identity in done.items()},
             settle_s=self._options.settle_s,
@@ -315,7 +314,7 @@ class WatchedFolder:
     def _forget(self, names: list[str]) -> None:
         if self._outbox is not None and names:
             try:
-                files.forget_done_files(self._outbox, str(self._folder), names)
+                outbox.forget_done_files(self._outbox, str(self._folder), names)
             except StorageError as exc:
                 # They only take room, until the next time.
                 log.warning("done_files_not_forgotten", count=len(names), reason=str(exc))

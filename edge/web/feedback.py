@@ -57,8 +57,7 @@ class FeedbackStore:
         """
         result, image = inspected.result, inspected.image
         if image is None:
-            msg = f"part {result.part_id} has no picture to keep"
-            raise DataError(msg)
+            raise DataError(f"part {result.part_id} has no picture to keep")
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
         name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{part}.png"
         other = self._folder / ("bad" if was == "good" else "good") / name
@@ -71,11 +70,10 @@ class FeedbackStore:
         kept = self._count()
         is_new = not (other.exists() or (self._folder / was / name).exists())
         if kept >= self._max_marks and is_new:
-            msg = (
+            raise StorageError(
                 f"{self._folder}: {kept} marked parts are kept, and no more (web.max_marks); take good/ and bad/ away "
                 "for the next training"
             )
-            raise StorageError(msg)
         if kept >= WARN_SHARE * self._max_marks:
             log.warning("marks_nearly_full", kept=kept + 1, at_most=self._max_marks, folder=str(self._folder))
         try:
@@ -85,8 +83,7 @@ class FeedbackStore:
             with (self._folder / "marks.jsonl").open("ab") as lines:
                 lines.write(msgspec.json.encode(mark) + b"\n")
         except OSError as exc:
-            msg = f"{self._folder}: the mark cannot be kept ({exc.strerror})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{self._folder}: the mark cannot be kept ({exc.strerror})") from exc
         log.info("part_marked", part=result.part_id, verdict=result.verdict, was=was)
         return mark
 

@@ -72,11 +72,9 @@ class OperatorActions:
             EdgeFlameError: what was wrong with it, or went wrong.
         """
         if camera not in [status.camera for status in self._control.statuses()]:
-            msg = f"there is no camera {camera!r}"
-            raise UsageError(msg)
+            raise UsageError(f"there is no camera {camera!r}")
         if not self._slots.acquire(blocking=False):
-            msg = f"{MAX_ORDERS} orders are being carried out; wait for one of them"
-            raise UsageError(msg)
+            raise UsageError(f"{MAX_ORDERS} orders are being carried out; wait for one of them")
         log.info("operator_order", camera=camera, action=order.action)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[PageAnswer] = loop.create_future()
@@ -115,8 +113,7 @@ class OperatorActions:
             return PageAnswer(ok=taken.file is not None, message=told)
         if order.action == "product":
             if order.product is None:
-                msg = "say which product"
-                raise UsageError(msg)
+                raise UsageError("say which product")
             self._control.switch_product(camera, order.product)
             return PageAnswer(ok=True, message=f"Judges {order.product} from the next part on.")
         if order.action == "rollback":

@@ -273,6 +273,5 @@ def listen(config: WebConfig) -> socket.socket:
             listener.close()
             raise
     except OSError as exc:
-        msg = f"web.listen: cannot listen on {config.listen} ({exc.strerror or exc})"
-        raise LinkError(msg) from exc
+        raise LinkError(f"web.listen: cannot listen on {config.listen} ({exc.strerror or exc})") from exc
     return listener

@@ -100,8 +100,7 @@ class MqttClient:
             LinkError: too many wait already.
         """
         if len(self._shared.outbox) >= MAX_QUEUED:
-            msg = f"{MAX_QUEUED} messages wait for {self._shared.url.address}; no more are taken"
-            raise LinkError(msg)
+            raise LinkError(f"{MAX_QUEUED} messages wait for {self._shared.url.address}; no more are taken")
         self._shared.outbox.append(PublishCommand(topic=topic, payload=payload, retain=retain, token=token))
         self._shared.wake()
 

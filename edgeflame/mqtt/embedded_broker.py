@@ -66,8 +66,9 @@ class EmbeddedBroker:
         try:
             import iotcore
         except ImportError as exc:
-            msg = "the embedded broker is not installed: pip install 'edgeflame[broker]', or use Mosquitto"
-            raise MissingDependencyError(msg) from exc
+            raise MissingDependencyError(
+                "the embedded broker is not installed: pip install 'edgeflame[broker]', or use Mosquitto"
+            ) from exc
         self._ended = threading.Event()
         self.bind = bind
         self.port = _claim_port(bind, port)
@@ -82,8 +83,7 @@ class EmbeddedBroker:
             self._broker.start(timeout=START_TIMEOUT_S)
         except (OSError, RuntimeError) as exc:
             self._folder.cleanup()
-            msg = f"the embedded broker does not start on {bind}:{self.port}: {exc}"
-            raise LinkError(msg) from exc
+            raise LinkError(f"the embedded broker does not start on {bind}:{self.port}: {exc}") from exc
 
     @property
     def url(self) -> str:
@@ -110,8 +110,7 @@ class EmbeddedBroker:
         """
         while not self._ended.wait(1.0):
             if not self.is_running:
-                msg = f"the embedded broker on {self.bind}:{self.port} ended unexpectedly"
-                raise LinkError(msg)
+                raise LinkError(f"the embedded broker on {self.bind}:{self.port} ended unexpectedly")
 
     def close(self) -> None:
         """Stop the broker and release its port."""
@@ -132,8 +131,7 @@ def free_port(bind: str = "127.0.0.1") -> int:
 def _claim_port(bind: str, port: int) -> int:
     """The port, if it is free; a free one for 0."""
     if not 0 <= port <= 65535:
-        msg = f"port {port}: expected 0 to 65535"
-        raise UsageError(msg)
+        raise UsageError(f"port {port}: expected 0 to 65535")
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
         # As the broker itself does: a port whose last connections are still dying away may be taken again.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -141,12 +139,11 @@ def _claim_port(bind: str, port: int) -> int:
             probe.bind((bind, port))
             probe.listen(1)
         except PermissionError as exc:
-            msg = f"port {port} may not be used by this user; take one above 1023"
-            raise LinkError(msg) from exc
+            raise LinkError(f"port {port} may not be used by this user; take one above 1023") from exc
         except OSError as exc:
             if exc.errno in (99, -2) or isinstance(exc, socket.gaierror):
-                msg = f"cannot listen on {bind}: it is not an IPv4 address of this machine"
-                raise UsageError(msg) from exc
-            msg = f"port {port} on {bind} is taken ({exc.strerror}); stop what uses it or choose another with --port"
-            raise LinkError(msg) from exc
+                raise UsageError(f"cannot listen on {bind}: it is not an IPv4 address of this machine") from exc
+            raise LinkError(
+                f"port {port} on {bind} is taken ({exc.strerror}); stop what uses it or choose another with --port"
+            ) from exc
         return int(probe.getsockname()[1])

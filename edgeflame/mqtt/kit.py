@@ -117,15 +117,15 @@ def read_kit(path: Path, *, now: datetime | None = None, must_be_valid: bool = T
             data = stream.read(_MAX_BYTES)
         mode = path.stat().st_mode
     except OSError as exc:
-        msg = f"{path}: the kit cannot be read ({exc.strerror}); `edgeflame fleet enrol` makes one"
-        raise ConfigError(msg) from exc
+        raise ConfigError(
+            f"{path}: the kit cannot be read ({exc.strerror}); `edgeflame fleet enrol` makes one"
+        ) from exc
     head = parse_config(data, _Head, f"{path}: not a kit of `edgeflame fleet enrol`")
     if head.format > KIT_FORMAT:
-        msg = (
+        raise ConfigError(
             f"{path}: not a kit this EdgeFlame {__version__} can use: it is of format {head.format}, "
             f"known are those up to {KIT_FORMAT}; upgrade EdgeFlame on this machine"
         )
-        raise ConfigError(msg)
     kit = parse_config(data, Kit, f"{path}: not a kit of `edgeflame fleet enrol`")
     check_name("fleet", kit.fleet)
     check_name(kit.role, kit.name)

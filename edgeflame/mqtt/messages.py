@@ -55,8 +55,7 @@ class BlobManifest(msgspec.Struct, frozen=True, kw_only=True):
         num_chunks = -(-self.size_bytes // max(self.chunk_bytes, 1))
         if num_chunks > MAX_CHUNKS or len(self.crc32s) != 4 * num_chunks:
             # ValueError, so that msgspec reports it as a validation error of the message it came in.
-            msg = f"a manifest of {num_chunks} chunks with {len(self.crc32s)} bytes of checksums"
-            raise ValueError(msg)
+            raise ValueError(f"a manifest of {num_chunks} chunks with {len(self.crc32s)} bytes of checksums")
 
     @property
     def num_chunks(self) -> int:
@@ -317,8 +316,9 @@ def encode_message(message: WireMessage) -> bytes:
     """
     data = msgspec.json.encode(message)
     if len(data) > MAX_MESSAGE_BYTES:
-        msg = f"a {message.__struct_config__.tag} message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}"
-        raise FederationError(msg)
+        raise FederationError(
+            f"a {message.__struct_config__.tag} message of {len(data)} bytes exceeds {MAX_MESSAGE_BYTES}"
+        )
     return data
 
 
@@ -357,23 +357,21 @@ _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})", re.ASCII)
 def decode_message(decoder: msgspec.json.Decoder[M], data: bytes) -> M:
     """Decode a message of the decoder's types; errors as :func:`decode_up`."""
     if len(data) > MAX_MESSAGE_BYTES:
-        msg = f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are read"
-        raise FederationError(msg)
+        raise FederationError(f"a message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are read")
     try:
         # The version alone first: a later major version may have changed everything else.
         version = _HEAD.decode(data).v
         match = _VERSION.fullmatch(version)
         if match is None:
-            msg = f"a message without a readable protocol version ({version[:20]!r})"
-            raise FederationError(msg)
+            raise FederationError(f"a message without a readable protocol version ({version[:20]!r})")
         if int(match[1]) != MAJOR:
-            msg = f"the sender speaks protocol {version}, we speak {VERSION}: update the older of the two"
-            raise FederationError(msg)
+            raise FederationError(
+                f"the sender speaks protocol {version}, we speak {VERSION}: update the older of the two"
+            )
         # Numbers beyond the range of their type, 1e999 say, are refused with the rest.
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        msg = f"not a message of this protocol ({str(exc)[:200]})"
-        raise FederationError(msg) from exc
+        raise FederationError(f"not a message of this protocol ({str(exc)[:200]})") from exc
 
 
 MAX_SHADOW_PARTS = 100_000
@@ -528,8 +526,7 @@ def decode_release(data: bytes, product: str) -> Release:
     """
     release = decode_message(_RELEASE, data)
     if release.product != product:
-        msg = f"a release of {release.product[:80]!r} on the topic of {product[:80]!r}"
-        raise FederationError(msg)
+        raise FederationError(f"a release of {release.product[:80]!r} on the topic of {product[:80]!r}")
     return release
 
 

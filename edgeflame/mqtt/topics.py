@@ -56,11 +56,10 @@ def check_name(kind: str, text: str) -> str:
         UsageError: it may not.
     """
     if not is_name(text):
-        msg = (
+        raise UsageError(
             f"{kind} name {text[:80]!r}: expected 1 to {MAX_NAME_CHARS} letters, digits, '.', '_' or '-', "
             "the first of them a letter or digit"
         )
-        raise UsageError(msg)
     return text
 
 

@@ -127,8 +127,7 @@ class BrokerUrl:
                 named = f"certificates in the kit of {tls.name}"
             else:
                 named = "TLS files " + ", ".join(str(path) for path in (tls.ca, tls.cert, tls.key) if path)
-            msg = f"cannot use the {named}: {exc.strerror or exc}"
-            raise LinkError(msg) from exc
+            raise LinkError(f"cannot use the {named}: {exc.strerror or exc}") from exc
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.sslsocket_class = _TlsSocket
         return context
@@ -196,13 +195,11 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
         sound = False
     if not sound:
         shown = f"...{text.rpartition('@')[2][:100]}" if "@" in text else text[:100]
-        msg = f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], or mqtts://"
-        raise UsageError(msg)
+        raise UsageError(f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], or mqtts://")
     assert parts.hostname
     secure = parts.scheme == "mqtts"
     if tls is not None and not secure and (tls.ca or tls.cert or tls.key):
-        msg = "certificates need a broker URL that starts with mqtts://"
-        raise UsageError(msg)
+        raise UsageError("certificates need a broker URL that starts with mqtts://")
     password = unquote(parts.password) if parts.password is not None else os.environ.get(PASSWORD_VARIABLE)
     return BrokerUrl(
         host=parts.hostname,

@@ -88,5 +88,4 @@ def decode_statistics(data: bytes) -> PackageStatistics:
     except EdgeFlameError:
         raise
     except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, IndexError, TypeError) as exc:
-        msg = f"not a package's statistics, or damaged ({exc})"
-        raise DataError(msg) from exc
+        raise DataError(f"not a package's statistics, or damaged ({exc})") from exc

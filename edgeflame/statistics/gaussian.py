@@ -59,21 +59,16 @@ class LowRankGaussian:
         }
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
-                msg = f"statistics: {name} should be {list(shape)}, is {list(getattr(self, name).shape)}"
-                raise DataError(msg)
+                raise DataError(f"statistics: {name} should be {list(shape)}, is {list(getattr(self, name).shape)}")
         if self.grid[0] * self.grid[1] != positions:
-            msg = f"statistics: a grid of {self.grid[0]}x{self.grid[1]} does not have {positions} positions"
-            raise DataError(msg)
+            raise DataError(f"statistics: a grid of {self.grid[0]}x{self.grid[1]} does not have {positions} positions")
         for name in ("mean", *expected):
             if not np.isfinite(getattr(self, name)).all():
-                msg = f"statistics: {name} holds NaN or infinite values"
-                raise NumericalError(msg)
+                raise NumericalError(f"statistics: {name} holds NaN or infinite values")
         if (self.eigenvalues < 0).any() or (self.residual < 0).any() or self.ridge <= 0:
-            msg = "statistics: variances must not be negative and the ridge must be positive"
-            raise NumericalError(msg)
+            raise NumericalError("statistics: variances must not be negative and the ridge must be positive")
         if self.mean_variance <= 0:
-            msg = "statistics: nothing varies between the images; are they all the same picture?"
-            raise NumericalError(msg)
+            raise NumericalError("statistics: nothing varies between the images; are they all the same picture?")
 
     @property
     def num_channels(self) -> int:
@@ -289,8 +284,7 @@ def merge_gaussians(parts: Sequence[LowRankGaussian], *, rank: int) -> LowRankGa
         DataError: no parts, or their grids or channels differ.
     """
     if not parts:
-        msg = "no statistics to merge"
-        raise DataError(msg)
+        raise DataError("no statistics to merge")
     require_same_shapes([(*part.grid, part.num_channels) for part in parts])
     first = parts[0]
     total = sum(part.count for part in parts)
@@ -359,9 +353,7 @@ def _cumulative(values: F64) -> F64:
 
 def _possible_rank(rank: int, num_images: int, num_channels: int) -> int:
     if rank < 0:
-        msg = f"the rank must not be negative, got {rank}"
-        raise DataError(msg)
+        raise DataError(f"the rank must not be negative, got {rank}")
     if num_images < 2:
-        msg = f"statistics need at least 2 images, got {num_images}"
-        raise DataError(msg)
+        raise DataError(f"statistics need at least 2 images, got {num_images}")
     return min(rank, num_images - 1, num_channels - 1)

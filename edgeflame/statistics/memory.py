@@ -75,25 +75,19 @@ class MemoryBank:
     def __post_init__(self) -> None:
         size = len(self.prototypes)
         if self.prototypes.ndim != 2 or not 1 <= self.num_channels <= MAX_CHANNELS or size > MAX_PROTOTYPES:
-            msg = f"memory bank: impossible prototypes {list(self.prototypes.shape)}"
-            raise DataError(msg)
+            raise DataError(f"memory bank: impossible prototypes {list(self.prototypes.shape)}")
         for name in ("weights", "effective_patches", "effective_images"):
             values = getattr(self, name)
             if values.shape != (size,):
-                msg = f"memory bank: {name} should be [{size}], is {list(values.shape)}"
-                raise DataError(msg)
+                raise DataError(f"memory bank: {name} should be [{size}], is {list(values.shape)}")
             if not (np.isfinite(values) & (values > 0)).all():
-                msg = f"memory bank: {name} must be finite and above 0"
-                raise NumericalError(msg)
+                raise NumericalError(f"memory bank: {name} must be finite and above 0")
         if not np.isfinite(self.prototypes).all():
-            msg = "memory bank: the prototypes hold NaN or infinite values"
-            raise NumericalError(msg)
+            raise NumericalError("memory bank: the prototypes hold NaN or infinite values")
         if (size > 0) != (self.count > 0):
-            msg = f"memory bank: {size} prototypes of {self.count} images"
-            raise DataError(msg)
+            raise DataError(f"memory bank: {size} prototypes of {self.count} images")
         if size and abs(float(self.weights.sum(dtype=np.float64)) - 1) > SUM_TOLERANCE:
-            msg = f"memory bank: the weights sum to {self.weights.sum():g}, not to 1"
-            raise DataError(msg)
+            raise DataError(f"memory bank: the weights sum to {self.weights.sum():g}, not to 1")
 
     def __len__(self) -> int:
         return len(self.prototypes)
@@ -148,13 +142,11 @@ def read_bank(path: Path) -> MemoryBank:
         try:
             header = msgspec.json.decode(file.metadata.get(METADATA_KEY, ""), type=_Header)
         except msgspec.DecodeError as exc:
-            msg = f"{path}: not a memory bank ({exc})"
-            raise DataError(msg) from exc
+            raise DataError(f"{path}: not a memory bank ({exc})") from exc
         expected = {"prototypes": 2, "weights": 1, "effective_patches": 1, "effective_images": 1}
         found = {name: len(spec.shape) for name, spec in file.schema.items() if spec.dtype == "F32"}
         if found != expected or len(file.schema) != len(expected):
-            msg = f"{path}: not a memory bank (its tensors are {', '.join(sorted(file.schema))[:200]})"
-            raise DataError(msg)
+            raise DataError(f"{path}: not a memory bank (its tensors are {', '.join(sorted(file.schema))[:200]})")
         # Shapes are checked against the file's size when it is opened, so nothing larger than it is allocated.
         tensors = {name: file.read(name).astype(np.float32).reshape(file.schema[name].shape) for name in expected}
     return MemoryBank(count=header.count, space=header.space, **tensors)
@@ -189,24 +181,21 @@ class MemoryStatistics:
 
     def __post_init__(self) -> None:
         if self.prototypes.ndim != 2 or not 1 <= len(self.prototypes) <= MAX_PROTOTYPES:
-            msg = f"memory: impossible prototypes {list(self.prototypes.shape)}"
-            raise DataError(msg)
+            raise DataError(f"memory: impossible prototypes {list(self.prototypes.shape)}")
         channels = self.num_channels
         for name, shape in {"transform": (channels, channels), "centre": (channels,)}.items():
             if getattr(self, name).shape != shape:
-                msg = f"memory: {name} should be {list(shape)}, is {list(getattr(self, name).shape)}"
-                raise DataError(msg)
+                raise DataError(f"memory: {name} should be {list(shape)}, is {list(getattr(self, name).shape)}")
         if min(self.grid) < 1 or self.count < 1 or not 0 <= self.num_global <= len(self.prototypes):
-            msg = f"memory: impossible grid {self.grid}, count {self.count} or global prototypes {self.num_global}"
-            raise DataError(msg)
+            raise DataError(
+                f"memory: impossible grid {self.grid}, count {self.count} or global prototypes {self.num_global}"
+            )
         for name in ("prototypes", "transform", "centre"):
             if not np.isfinite(getattr(self, name)).all():
-                msg = f"memory: {name} holds NaN or infinite values"
-                raise NumericalError(msg)
+                raise NumericalError(f"memory: {name} holds NaN or infinite values")
         if not self.transform.any():
             # All distances would be zero: everything would pass.
-            msg = "memory: the transform is zero"
-            raise NumericalError(msg)
+            raise NumericalError("memory: the transform is zero")
 
     @property
     def num_channels(self) -> int:

@@ -80,8 +80,7 @@ class StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         )
         for holds, name, value in limits:
             if not holds:
-                msg = f"shared statistics: an impossible {name} ({value})"
-                raise DataError(msg)
+                raise DataError(f"shared statistics: an impossible {name} ({value})")
 
     @property
     def num_positions(self) -> int:
@@ -204,27 +203,23 @@ class StatisticsFile:
         for at in position_blocks(self.header):
             for name in self.header.schema():
                 if not np.isfinite(self._read(name, at)).all():
-                    msg = f"tensor {name!r} holds NaN or infinite values"
-                    raise NumericalError(msg)
+                    raise NumericalError(f"tensor {name!r} holds NaN or infinite values")
             varies |= self._verify_moments(at) if self.header.form == "moments" else self._verify_low_rank(at)
         if not varies:
-            msg = "nothing varies between the images"
-            raise NumericalError(msg)
+            raise NumericalError("nothing varies between the images")
 
     def _verify_moments(self, at: slice) -> bool:
         covariance = self.block(at).covariance
         diagonal = np.einsum("bii->bi", covariance)
         if (diagonal < 0).any():
-            msg = "a variance is negative"
-            raise NumericalError(msg)
+            raise NumericalError("a variance is negative")
         mean_variance = diagonal.mean(axis=1)
         # Rounded to float32, a covariance of few images may be a hair off; a forged one is far off.
         slack = TOLERANCE * mean_variance + np.finfo(np.float32).tiny
         try:
             np.linalg.cholesky(covariance + slack[:, None, None] * np.eye(self.header.num_channels))
         except np.linalg.LinAlgError as exc:
-            msg = "a covariance is not positive semi-definite"
-            raise NumericalError(msg) from exc
+            raise NumericalError("a covariance is not positive semi-definite") from exc
         return bool((mean_variance > 0).any())
 
     def _verify_low_rank(self, at: slice) -> bool:
@@ -232,21 +227,17 @@ class StatisticsFile:
             self._read(name, at) for name in ("basis", "eigenvalues", "residual", "error")
         )
         if (eigenvalues < 0).any() or (residual < 0).any() or (error < 0).any():
-            msg = "a variance or an error is negative"
-            raise NumericalError(msg)
+            raise NumericalError("a variance or an error is negative")
         falling = np.concatenate([eigenvalues, residual[:, None]], axis=1)
         if (falling[:, 1:] > falling[:, :-1] * (1 + TOLERANCE)).any():
-            msg = "the eigenvalues do not fall towards the residual variance"
-            raise NumericalError(msg)
+            raise NumericalError("the eigenvalues do not fall towards the residual variance")
         gram = basis.transpose(0, 2, 1) @ basis
         if (np.abs(gram - np.eye(self.header.rank)) > 0.01).any():
-            msg = "the basis is not orthonormal"
-            raise NumericalError(msg)
+            raise NumericalError("the basis is not orthonormal")
         # In a pooled blob the parts' errors are in it as well, and nothing of it bounds those.
         bound = _spectral_bound(eigenvalues, residual, self.header.num_channels)
         if not self.header.sites and (error > bound + TOLERANCE * (bound + residual)).any():
-            msg = "the truncation error is larger than the eigenvalues allow"
-            raise NumericalError(msg)
+            raise NumericalError("the truncation error is larger than the eigenvalues allow")
         return bool(falling.any())
 
     def _read(self, name: str, at: slice) -> F64:
@@ -260,12 +251,10 @@ class StatisticsFile:
         try:
             header = msgspec.json.decode(self._tensors.metadata.get(METADATA_KEY, ""), type=StatisticsHeader)
         except msgspec.DecodeError as exc:
-            msg = f"{path}: not shared statistics ({exc})"
-            raise DataError(msg) from exc
+            raise DataError(f"{path}: not shared statistics ({exc})") from exc
         found, expected = self._tensors.schema, header.schema()
         if dict(found) != dict(expected):
-            msg = f"{path}: its tensors are not those of statistics of {header.embedding}"
-            raise DataError(msg)
+            raise DataError(f"{path}: its tensors are not those of statistics of {header.embedding}")
         return header
 
 
@@ -418,11 +407,9 @@ def pool_statistics(paths: Mapping[str, Path], out: Path, *, rank: int) -> Trunc
         for site in sorted(paths):
             files.append(StatisticsFile(paths[site]))
             if reason := header_difference(files[0].header, files[-1].header):
-                msg = f"the statistics of {site} cannot be pooled: {reason}"
-                raise DataError(msg)
+                raise DataError(f"the statistics of {site} cannot be pooled: {reason}")
         if not files:
-            msg = "no statistics to pool"
-            raise DataError(msg)
+            raise DataError("no statistics to pool")
         first = files[0].header
         count = sum(file.header.count for file in files)
         header = StatisticsHeader(

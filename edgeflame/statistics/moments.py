@@ -78,8 +78,7 @@ class MomentAccumulator:
             DataError: the shape differs, or more images would be taken out than are in.
         """
         if embeddings.shape[0] > self._count:
-            msg = f"cannot remove {embeddings.shape[0]} images from statistics of {self._count}"
-            raise DataError(msg)
+            raise DataError(f"cannot remove {embeddings.shape[0]} images from statistics of {self._count}")
         self._accumulate(embeddings, sign=-1)
 
     def moments(self) -> Moments:
@@ -89,14 +88,12 @@ class MomentAccumulator:
             DataError: nothing was added.
         """
         if self._shift is None or self._total is None or self._outer is None or self._count == 0:
-            msg = "no images were added to the statistics"
-            raise DataError(msg)
+            raise DataError("no images were added to the statistics")
         return Moments(count=self._count, shift=self._shift.astype(np.float64), total=self._total, outer=self._outer)
 
     def _accumulate(self, embeddings: F32, *, sign: int) -> None:
         if embeddings.ndim != 3:
-            msg = f"expected embeddings [N, P, C], got {list(embeddings.shape)}"
-            raise DataError(msg)
+            raise DataError(f"expected embeddings [N, P, C], got {list(embeddings.shape)}")
         require_finite(embeddings)
         if self._shift is None:
             self._shift = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -107,8 +104,7 @@ class MomentAccumulator:
         assert total is not None
         assert outer is not None
         if embeddings.shape[1:] != shift.shape:
-            msg = f"expected embeddings of {list(shift.shape)} per image, got {list(embeddings.shape[1:])}"
-            raise DataError(msg)
+            raise DataError(f"expected embeddings of {list(shift.shape)} per image, got {list(embeddings.shape[1:])}")
 
         def block(at: slice) -> None:
             centred = np.ascontiguousarray((embeddings[:, at] - shift[at]).transpose(1, 0, 2))  # [block, N, C]
@@ -151,8 +147,7 @@ class Moments:
             DataError: fewer than two images.
         """
         if self.count < 2:
-            msg = f"statistics need at least 2 images, got {self.count}"
-            raise DataError(msg)
+            raise DataError(f"statistics need at least 2 images, got {self.count}")
         offset = self.total[at] / self.count
         covariance = -self.count * offset[:, :, None] * offset[:, None, :]
         covariance += self.outer[at]
@@ -175,8 +170,7 @@ def merge_moments(parts: Sequence[Moments]) -> Moments:
         DataError: no parts, or their shapes differ.
     """
     if not parts:
-        msg = "no statistics to merge"
-        raise DataError(msg)
+        raise DataError("no statistics to merge")
     require_same_shapes([part.shift.shape for part in parts])
     shift = parts[0].shift
     moved = [part.about(shift) for part in parts]
@@ -212,15 +206,13 @@ def map_position_blocks(num_positions: int, work: Callable[[slice], None]) -> No
 def require_finite(embeddings: npt.NDArray[np.floating[Any]]) -> None:
     """Raise NumericalError if an embedding holds NaN or infinite values: a fault is never a pass."""
     if not np.isfinite(embeddings).all():
-        msg = "an embedding holds NaN or infinite values"
-        raise NumericalError(msg)
+        raise NumericalError("an embedding holds NaN or infinite values")
 
 
 def require_same_shapes(shapes: Sequence[tuple[int, ...]]) -> None:
     """Raise DataError unless all embeddings to be merged have one shape."""
     if len(set(shapes)) > 1:
-        msg = f"statistics of different embeddings cannot be merged: {sorted(set(shapes))}"
-        raise DataError(msg)
+        raise DataError(f"statistics of different embeddings cannot be merged: {sorted(set(shapes))}")
 
 
 def _one_blas_thread() -> AbstractContextManager[object]:

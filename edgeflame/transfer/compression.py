@@ -89,8 +89,7 @@ def encode_update(codec: Codec, base: Path, update: Path, out: Path) -> float:
     plain = out.with_name(out.name + ".plain")
     with TensorFile(base) as before, TensorFile(update) as after:
         if difference := schema_difference(before.schema, after.schema):
-            msg = f"{update}: not an update of this base: {difference}"
-            raise DataError(msg)
+            raise DataError(f"{update}: not an update of this base: {difference}")
         lossy = codec.startswith("float16")
         scales = {name: _largest(before, after, name) for name in _floats(before.schema)} if lossy else {}
         metadata = {**after.metadata, _SCALES: msgspec.json.encode(scales).decode()} if lossy else after.metadata
@@ -165,11 +164,9 @@ def _read_scales(text: str, names: list[str]) -> dict[str, float]:
     try:
         scales = msgspec.json.decode(text, type=dict[str, float])
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        msg = f"no readable scales ({exc})"
-        raise DataError(msg) from exc
+        raise DataError(f"no readable scales ({exc})") from exc
     if sorted(scales) != sorted(names) or any(not 0 <= scale < math.inf for scale in scales.values()):
-        msg = "the scales are not one number >= 0 for each float tensor"
-        raise DataError(msg)
+        raise DataError("the scales are not one number >= 0 for each float tensor")
     return scales
 
 
@@ -195,8 +192,7 @@ def _largest(before: TensorFile, after: TensorFile, name: str) -> float:
     largest = 0.0
     for old, new in zip(before.blocks(name), after.blocks(name), strict=True):
         if not np.isfinite(new).all():
-            msg = f"{after.path}: tensor {name!r} holds NaN or infinite values"
-            raise DataError(msg)
+            raise DataError(f"{after.path}: tensor {name!r} holds NaN or infinite values")
         largest = max(largest, float(np.abs(_difference(old, new)).max(initial=0.0)))
     return largest
 
@@ -243,8 +239,7 @@ def _inflate(source: Path, target: Path, *, limit: int) -> None:
         while piece := reader.read(_PIECE_BYTES):
             size += len(piece)
             if size > limit:
-                msg = f"inflates to more than {limit} bytes, which is all that its base's tensors can take"
-                raise DataError(msg)
+                raise DataError(f"inflates to more than {limit} bytes, which is all that its base's tensors can take")
             writer.write(piece)
 
 
@@ -253,13 +248,13 @@ def _zstd_reader(source: Path) -> Iterator[BinaryIO]:
     try:
         import zstandard
     except ImportError as exc:
-        msg = "compressed with Zstandard, which is not installed here (pip install 'edgeflame[zstd]')"
-        raise DataError(msg) from exc
+        raise DataError(
+            "compressed with Zstandard, which is not installed here (pip install 'edgeflame[zstd]')"
+        ) from exc
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     with storage_errors(source, "read"), source.open("rb") as stream:
         try:
             with decompressor.stream_reader(stream) as reader:
                 yield reader
         except zstandard.ZstdError as exc:
-            msg = f"not Zstandard data ({exc})"
-            raise DataError(msg) from exc
+            raise DataError(f"not Zstandard data ({exc})") from exc

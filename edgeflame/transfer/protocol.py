@@ -23,13 +23,7 @@ import numpy.typing as npt
 
 from edgeflame.background import Backoff
 from edgeflame.errors import FederationError, StorageError
-from edgeflame.mqtt.messages import (
-    DEFAULT_CHUNK_BYTES,
-    DEFAULT_WINDOW_CHUNKS,
-    MAX_CHUNKS,
-    BlobManifest,
-    BlobNeed,
-)
+from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, DEFAULT_WINDOW_CHUNKS, MAX_CHUNKS, BlobManifest, BlobNeed
 
 Mask = npt.NDArray[np.bool_]
 """``[num_chunks]``."""
@@ -51,11 +45,9 @@ def describe_file(path: Path, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Blob
                 crcs += zlib.crc32(block).to_bytes(4, "little")
                 size += len(block)
     except OSError as exc:
-        msg = f"{path}: cannot read ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
     if not 1 <= len(crcs) // 4 <= MAX_CHUNKS:
-        msg = f"{path}: {size} bytes cannot be sent in 1 to {MAX_CHUNKS} chunks of {chunk_bytes}"
-        raise StorageError(msg)
+        raise StorageError(f"{path}: {size} bytes cannot be sent in 1 to {MAX_CHUNKS} chunks of {chunk_bytes}")
     return BlobManifest(sha256=digest.hexdigest(), size_bytes=size, chunk_bytes=chunk_bytes, crc32s=bytes(crcs))
 
 
@@ -71,12 +63,10 @@ def unpack_mask(data: bytes, num_chunks: int) -> Mask:
         FederationError: not as many bits as there are chunks, or some set beyond the last.
     """
     if len(data) != -(-num_chunks // 8):
-        msg = f"a bitmap of {len(data)} bytes for {num_chunks} chunks"
-        raise FederationError(msg)
+        raise FederationError(f"a bitmap of {len(data)} bytes for {num_chunks} chunks")
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little").astype(np.bool_)
     if bits[num_chunks:].any():
-        msg = f"a bitmap with bits set beyond its {num_chunks} chunks"
-        raise FederationError(msg)
+        raise FederationError(f"a bitmap with bits set beyond its {num_chunks} chunks")
     return bits[:num_chunks]
 
 

@@ -44,8 +44,7 @@ def sha256_of(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        msg = f"{path}: cannot read ({exc.strerror})"
-        raise StorageError(msg) from exc
+        raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
     return digest.hexdigest()
 
 
@@ -109,8 +108,9 @@ class BlobStore:
             present = path.stat().st_blocks * 512 if path.exists() else 0
             if not self.has_room(manifest.size_bytes - present):
                 free = shutil.disk_usage(folder).free
-                msg = f"{folder}: {free >> 20} MiB free, a blob of {manifest.size_bytes >> 20} MiB does not fit"
-                raise StorageError(msg)
+                raise StorageError(
+                    f"{folder}: {free >> 20} MiB free, a blob of {manifest.size_bytes >> 20} MiB does not fit"
+                )
             stream = path.open("r+b" if path.exists() else "w+b")
             have = _chunks_on_disk(stream, manifest)
             # Sparse: nothing is allocated before it arrives.
@@ -309,6 +309,5 @@ class Download:
         if self._incoming.finish():
             return True
         if not self._incoming.receiver.start_over():
-            msg = f"blob {self.manifest.sha256[:12]} does not have its announced hash"
-            raise FederationError(msg)
+            raise FederationError(f"blob {self.manifest.sha256[:12]} does not have its announced hash")
         return False

@@ -11,7 +11,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator import aggregate as models
+from aggregator import aggregate
 from aggregator.aggregate import MIN_BLOCK_ELEMENTS, aggregate_updates, round_contributions
 from aggregator.config import AggregateConfig
 from aggregator.events import Round, UpdateAccepted
@@ -123,7 +123,7 @@ def test_a_claimed_number_of_samples_gives_no_weight(rule: str) -> None:
 def test_what_is_held_of_all_sites_does_not_grow_with_their_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
-    monkeypatch.setattr(models, "BLOCK_ELEMENTS", 16 * MIN_BLOCK_ELEMENTS)
+    monkeypatch.setattr(aggregate, "BLOCK_ELEMENTS", 16 * MIN_BLOCK_ELEMENTS)
     held: list[int] = []
     build = STRATEGIES[rule].build
 

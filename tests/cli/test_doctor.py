@@ -1,4 +1,4 @@
-"""`edgeflame doctor`: what it finds on this machine, and what it says of things that are broken."""
+"""`edgeflame doctor`: what it finds on this doctor_machine, and what it says of things that are broken."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cli import cli
-from cli import doctor_machine as machine
+from cli import cli, doctor_machine
 from edgeflame.errors import NegativeAnswerError, StorageError
 from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.state import locked_state_dir
@@ -49,7 +48,7 @@ def test_both_onnxruntimes_at_once_are_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_runtime_that_is_missing_or_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert doctor()[1]["onnxruntime"]["level"] == "problem"
-    monkeypatch.setattr(machine, "version", lambda _: None)
+    monkeypatch.setattr(doctor_machine, "version", lambda _: None)
     assert "nothing can be inspected" in doctor()[1]["onnxruntime"]["what"]
 
 
@@ -57,7 +56,7 @@ def test_a_full_disk_and_a_state_folder_in_use_are_problems(tmp_path: Path, monk
     with locked_state_dir(tmp_path / "state"):
         _, findings = doctor("--state", tmp_path / "state")
     assert "in use by another process" in findings["state folder"]["what"]
-    monkeypatch.setattr(machine, "MIN_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor_machine, "MIN_FREE_BYTES", 1 << 60)
     assert doctor("--state", tmp_path / "state")[1]["disk"]["level"] == "problem"
 
 

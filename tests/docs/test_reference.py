@@ -107,7 +107,7 @@ def test_every_event_that_troubleshooting_names_is_logged_somewhere() -> None:
     named = {
         event for row in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for event in re.findall(r"`(\w+)`", row)
     }
-    folders = ("edge", "edgeflame", "aggregator", "trainer", "export")
+    folders = ("edge", "edgeflame", "aggregator", "trainer", "export", "fleet", "fitting", "cli")
     sources = (path for folder in folders for path in (DOCS.parent / folder).rglob("*.py"))
     logged = {event for path in sources for event in re.findall(r'"([a-z][a-z_]+)"', path.read_text())}
     assert len(named) >= 30

@@ -20,11 +20,11 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
-from edge import frame as interface
+from edge import frame as frame_module
 from edge.config.outputs import OutboxConfig, WebConfig
 from edge.delivery.outbox import Outbox
 from edge.result import Result
-from edge.web import history as board_module
+from edge.web import history as history_module
 from edge.web.history import PartHistory
 from edgeflame.errors import StorageError
 from tests.support.brokers import BrokerProcess
@@ -187,7 +187,7 @@ class BackwardsClock:
 def test_a_clock_set_back_disturbs_neither_order_nor_latency_nor_numbers(
     package_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interface, "dt", SimpleNamespace(datetime=BackwardsClock, timezone=dt.timezone))
+    monkeypatch.setattr(frame_module, "dt", SimpleNamespace(datetime=BackwardsClock, timezone=dt.timezone))
     config = tmp_path / "line.toml"
     config.write_text("[verdict]\nthreshold = 1e-6\n[rejects]\nmax_count = 2\nmax_age_days = 1.0\n")
     arguments = ["inspect", "--model", package_file, "--source", write_images(tmp_path / "photos"), "--config", config]
@@ -205,7 +205,7 @@ def test_a_clock_set_back_disturbs_neither_order_nor_latency_nor_numbers(
 
 def test_a_clock_set_back_keeps_the_days_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     today = {"is": "2026-03-02"}
-    monkeypatch.setattr(board_module, "_today", lambda: today["is"])
+    monkeypatch.setattr(history_module, "_today", lambda: today["is"])
     shown_board = PartHistory(WebConfig())
 
     def failed() -> int:

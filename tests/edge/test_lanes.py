@@ -55,8 +55,7 @@ class Eyes:
         if captured.sequence in self.gates:
             assert self.gates[captured.sequence].wait(20)
         if captured.sequence == self.failing:
-            msg = "a defect of ours"
-            raise RuntimeError(msg)
+            raise RuntimeError("a defect of ours")
         return 10 * captured.sequence
 
 

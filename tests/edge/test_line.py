@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge import camera_worker as line_module
-from edge import camera_worker as turn
+from edge import camera_worker
 from edge.camera_worker import MAX_CRASHES, PAUSED, CameraWorker
 from edge.config.inspection import CaptureConfig
 from edge.frame import Captured
@@ -54,8 +53,8 @@ Start = Callable[..., Running]
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    monkeypatch.setattr(line_module, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(line_module, "LONGEST_DELAY_S", 0.05)
+    monkeypatch.setattr(camera_worker, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(camera_worker, "LONGEST_DELAY_S", 0.05)
     with contextlib.ExitStack() as stack:
 
         def begin(
@@ -142,7 +141,7 @@ def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: St
 
 
 def test_a_judge_that_hangs_is_said_to_and_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(camera_worker, "PATIENCE_S", 0.05)
     running = start()
     running.judge.gate = threading.Event()
     running.belt.put()
@@ -180,8 +179,7 @@ def test_onlookers_see_what_the_sinks_saw_and_one_that_fails_is_sent_away(start:
             assert captured.sequence == inspected.result.sequence
             self.seen.append(captured.sequence)
             if self.failure:
-                msg = "no"
-                raise RuntimeError(msg)
+                raise RuntimeError("no")
 
     good, bad, later = Onlooker(failure=False), Onlooker(failure=True), Onlooker(failure=False)
     running = start(watchers=[bad, good])

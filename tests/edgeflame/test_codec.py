@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edgeflame.errors import DataError
 from edgeflame.mqtt.messages import Codec
 from edgeflame.tensors import BLOCK_ELEMENTS, TensorFile, canonicalise
-from edgeflame.transfer import compression as codec_module
+from edgeflame.transfer import compression
 from edgeflame.transfer.compression import decode_update, encode_update, usable_codec
 
 CODECS: tuple[Codec, ...] = ("float16", "zstd", "float16_zstd")
@@ -122,7 +122,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path, pair: tuple[
             writer.write(bytes(1 << 20))
     assert bomb.stat().st_size < 20_000
     largest = 0
-    real = codec_module._inflate
+    real = compression._inflate
 
     def watched(source: Path, target: Path, *, limit: int) -> None:
         nonlocal largest
@@ -132,7 +132,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path, pair: tuple[
             largest = target.stat().st_size
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec_module, "_inflate", watched)
+        patch.setattr(compression, "_inflate", watched)
         with pytest.raises(DataError, match="inflates to more than"):
             decode_update(codec, pair[0], bomb, tmp_path / "back")
     assert largest < 12 << 20

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgeflame.errors import LinkError, UsageError
-from edgeflame.mqtt import client as link_module
+from edgeflame.mqtt import client as client_module
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import (
     MAX_UNPROCESSED,
@@ -196,7 +196,7 @@ def test_the_brokers_packet_limit_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_full_outbox_is_an_error_and_not_a_silent_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "MAX_QUEUED", 3)
+    monkeypatch.setattr(client_module, "MAX_QUEUED", 3)
     with MqttClient(
         BrokerUrl(host="127.0.0.1", port=free_port()), client_id="x", filters=["t"], sink=lambda _e: None
     ) as link:

@@ -19,7 +19,7 @@ from aggregator.simulation.config import BoardsData, FolderData
 from edge.commands.messages import Command
 from edgeflame.mqtt.messages import DownMessage, LineModels, Presence, Release, RoundState, UpMessage
 from edgeflame.simulation import SimulationAnswer, SimulationTask
-from fleet import observe as view
+from fleet import observe
 from trainer.agent.plan import PlanStep
 from trainer.agent.tasks import FromWorker, ToWorker
 
@@ -147,8 +147,8 @@ def test_the_names_of_the_steps_stay() -> None:
 
 def test_the_fleets_view_knows_the_steps() -> None:
     # Of a site that leaves nothing is seen any more.
-    assert set(view._ACTIVITY_TEXTS) == STEPS - {"leave"}
-    assert {*view._UPLOADS, *view._DOWNLOADS} <= STEPS
+    assert set(observe._ACTIVITY_TEXTS) == STEPS - {"leave"}
+    assert {*observe._UPLOADS, *observe._DOWNLOADS} <= STEPS
 
 
 def classes() -> Iterator[tuple[str, ast.ClassDef, dict[str | None, ast.expr]]]:

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
-from edgeflame import tensorrt as trt_library
+from edgeflame import tensorrt
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError, StorageError, UsageError
 from edgeflame.package import Package
 from edgeflame.tensorrt import TensorRT, load_tensorrt, read_build_report, select_capabilities
@@ -144,8 +144,8 @@ def test_where_it_is_missing_the_error_says_what_this_machine_needs(
 ) -> None:
     model = tmp_path / "model"
     model.write_text(board)
-    monkeypatch.setattr(trt_library, "_loaded", {})
-    monkeypatch.setattr(trt_library, "_DEVICE_TREE", model)
+    monkeypatch.setattr(tensorrt, "_loaded", {})
+    monkeypatch.setattr(tensorrt, "_DEVICE_TREE", model)
     monkeypatch.setattr("platform.machine", lambda: machine)
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -214,7 +214,7 @@ def test_on_a_device_the_recipe_is_the_same_and_its_timings_are_kept(tmp_path: P
 
 def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     library: Any = DeviceTensorRT()
-    monkeypatch.setattr(trt_library, "own_capability", lambda: "8.7")
+    monkeypatch.setattr(tensorrt, "own_capability", lambda: "8.7")
     assert select_capabilities(library, ()) == select_capabilities(library, ("SM87",)) == ["8.7"]
     with pytest.raises(UsageError, match=r"for the GPU of this machine alone \(8.7\), not for 8.9"):
         select_capabilities(library, ("8.9",))

@@ -32,8 +32,7 @@ from aggregator.journal import Journal
 from edgeflame.transfer.store import BlobStore, sha256_of
 from tests.support.brokers import BrokerProcess
 from tests.support.faulty_run import FAULT_INJECTOR, NAMES, Outcome, faulty_fleet, outcome, start_all
-from trainer.agent.state import FinishRecord, SiteState
-from trainer.agent.state import UpdateRecord as Trained
+from trainer.agent.state import FinishRecord, SiteState, UpdateRecord
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -117,9 +116,9 @@ def remembered(folder: Path) -> Path:
 
     memory.keep_initial(RUN, draft(0.0))
     for number in (1, 2):
-        trained = Trained(num_samples=number, metrics={"loss": 0.5}, base=str(number) * 64)
+        trained = UpdateRecord(num_samples=number, metrics={"loss": 0.5}, base=str(number) * 64)
         memory.keep_update(RUN, number, draft(number), trained)
-    memory.keep_statistics(RUN, draft(9.0), Trained(num_samples=3, metrics={}, base="3" * 64))
+    memory.keep_statistics(RUN, draft(9.0), UpdateRecord(num_samples=3, metrics={}, base="3" * 64))
     package = memory.finish_dir(RUN) / "site.edgeflame"
     package.write_bytes(b"package" * 100)
     sha256 = sha256_of(package)

@@ -20,8 +20,7 @@ from cli.options import option_or_kit, resolve_broker
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, NegativeAnswerError, StorageError, UsageError
 from edgeflame.mqtt.kit import Kit, encode_kit, read_kit
-from fleet import broker_control as access
-from fleet import broker_control as brokerconf
+from fleet import broker_control
 from fleet.folder import FleetFolder, make_fleet, open_fleet
 from fleet.registry import BrokerClient
 from tests.support.paths import REPOSITORY
@@ -261,23 +260,22 @@ def test_options_and_kit_must_agree(fleet: FleetFolder) -> None:
 def test_a_broker_is_told_only_what_it_does_not_know() -> None:
     both = [BrokerClient(name="a", role="site"), BrokerClient(name="gone", role="site")]
     clients = [both[0], msgspec.structs.replace(both[1], is_active=False)]
-    document = json.loads(access.dynamic_security(both, "f"))
+    document = json.loads(broker_control.dynamic_security(both, "f"))
     extra = {"username": "somebody-else", "roles": []}
     known, roles = [*document["clients"], extra], document["roles"]
-    told = access.sync_commands(clients, "f", clients=known, roles=roles)
+    told = broker_control.sync_commands(clients, "f", clients=known, roles=roles)
     assert told == [
         {"command": "modifyClient", "username": "gone", "roles": []},
         {"command": "disableClient", "username": "gone"},
     ]
     known[1] = {"username": "gone", "roles": [], "disabled": True}
-    assert access.sync_commands(clients, "f", clients=known, roles=roles) == []
-    fresh = access.sync_commands(clients, "f", clients=[], roles=[])
+    assert broker_control.sync_commands(clients, "f", clients=known, roles=roles) == []
+    fresh = broker_control.sync_commands(clients, "f", clients=[], roles=[])
     assert [command["command"] for command in fresh] == ["createRole", "createClient"]
     roles[0]["acls"] = roles[0]["acls"][1:]
     known[0] = {"username": "a", "roles": [], "disabled": True}
-    assert [command["command"] for command in access.sync_commands(clients, "f", clients=known, roles=roles)] == [
-        "modifyRole", "modifyClient", "enableClient",
-    ]  # fmt: skip
+    commands = broker_control.sync_commands(clients, "f", clients=known, roles=roles)
+    assert [command["command"] for command in commands] == ["modifyRole", "modifyClient", "enableClient"]
 
 
 REFERENCE = (
@@ -299,16 +297,16 @@ def test_the_reference_configuration_is_what_the_generator_writes() -> None:
 
 
 def reference_files() -> dict[str, str]:
-    settings = brokerconf.BrokerSettings(
+    settings = broker_control.BrokerSettings(
         fleet="boards",
         port=8883,
         bind=None,
         folder=PurePosixPath("/etc/mosquitto/edgeflame"),
-        plugin=PurePosixPath("/usr/lib/x86_64-linux-gnu") / brokerconf.PLUGIN_FILE,
+        plugin=PurePosixPath("/usr/lib/x86_64-linux-gnu") / broker_control.PLUGIN_FILE,
     )
     return {
-        brokerconf.CONFIG_FILE: brokerconf.mosquitto_conf(settings),
-        brokerconf.DYNAMIC_SECURITY: access.dynamic_security(REFERENCE, "boards").decode(),
+        broker_control.CONFIG_FILE: broker_control.mosquitto_conf(settings),
+        broker_control.DYNAMIC_SECURITY: broker_control.dynamic_security(REFERENCE, "boards").decode(),
     }
 
 

@@ -22,7 +22,7 @@ from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, 
 from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.mqtt.kit import read_kit
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, TlsPem, parse_broker_url
-from fleet import broker_control as brokerconf
+from fleet import broker_control
 from fleet.broker_control import BrokerControl
 from fleet.certificates import IssuedCertificate, issue_certificate, make_authority
 from fleet.folder import FleetFolder, make_fleet, open_fleet
@@ -85,7 +85,7 @@ def make_plant(folder: Path, *sites: str) -> FleetFolder:
 
 
 def start(folder: Path, port: int) -> BrokerProcess:
-    return BrokerProcess("mosquitto", folder, config=folder / "broker" / brokerconf.CONFIG_FILE, port=port)
+    return BrokerProcess("mosquitto", folder, config=folder / "broker" / broker_control.CONFIG_FILE, port=port)
 
 
 @pytest.fixture(scope="module")

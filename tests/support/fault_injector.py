@@ -80,16 +80,15 @@ def wrap_store() -> None:
 
 def wrap_aggregator() -> None:
     """The aggregator's steps."""
-    from aggregator import run as conduct
-    from aggregator import service
+    from aggregator import run, service
     from aggregator.journal import Journal
 
     wrap(Journal, "append", lambda _, __, facts: "journalling " + " ".join(tag(fact) for fact in facts))
     wrap(service._AggregatorService, "_tell", lambda _, __, message: f"telling {tag(message)}")
     wrap(service._AggregatorService, "_on_up", lambda _, __, message, ___: f"hearing {tag(message)}")
     wrap(service._AggregatorService, "_announce", lambda self: f"announcing {place(self._machine.state)}")
-    wrap(conduct, "make_model", lambda state, entry, *_: f"making model {entry.number}")
-    wrap(conduct, "pool_statistics", lambda *_, **__: "pooling")
+    wrap(run, "aggregate_round", lambda state, entry, *_: f"making model {entry.number}")
+    wrap(run, "pool_statistics", lambda *_, **__: "pooling")
     wrap(service, "write_results", lambda *_: "writing results")
 
 
@@ -100,24 +99,21 @@ def place(state: Any) -> str:
 
 def wrap_site() -> None:
     """The site's steps."""
-    from trainer.agent import aggregator_client as voice
-    from trainer.agent import service
-    from trainer.agent import state as memory
-    from trainer.agent import step_runner as errand
+    from trainer.agent import aggregator_client, service, state, step_runner
 
-    def announced(_: Any, state: Any) -> str:
-        return f"hearing {state.phase}-{state.round}" if state.phase == "train" else f"hearing {state.phase}"
+    def announced(_: Any, run: Any) -> str:
+        return f"hearing {run.phase}-{run.round}" if run.phase == "train" else f"hearing {run.phase}"
 
-    wrap(voice.AggregatorClient, "send", lambda _, message: f"saying {tag(message)}")
-    wrap(voice.AggregatorClient, "send_chunk", lambda *_: "sending a chunk")
+    wrap(aggregator_client.AggregatorClient, "send", lambda _, message: f"saying {tag(message)}")
+    wrap(aggregator_client.AggregatorClient, "send_chunk", lambda *_: "sending a chunk")
     wrap(service._SiteService, "_on_announcement", announced)
     wrap(service._SiteService, "_on_down", lambda _, message, __: f"hearing {tag(message)}")
-    wrap(errand.StepRunner, "begin", lambda _, step, __: begun(step))
-    wrap(errand.StepRunner, "done", lambda self, _: f"done {begun(self.step)}")
+    wrap(step_runner.StepRunner, "begin", lambda _, step, __: begun(step))
+    wrap(step_runner.StepRunner, "done", lambda self, _: f"done {begun(self.step)}")
     for name in ("keep_initial", "keep_update", "keep_statistics", "keep_finished"):
-        wrap(memory.SiteState, name, lambda *_, name=name, **__: name)
-    wrap(memory, "write_durably", lambda path, _: f"writing {path.name}" if path.suffix == ".json" else None)
-    wrap(memory, "canonicalise", lambda _, path: f"writing {path.name}")
+        wrap(state.SiteState, name, lambda *_, name=name, **__: name)
+    wrap(state, "write_durably", lambda path, _: f"writing {path.name}" if path.suffix == ".json" else None)
+    wrap(state, "canonicalise", lambda _, path: f"writing {path.name}")
 
 
 def begun(step: Any) -> str | None:

@@ -57,8 +57,7 @@ def changes_size(_stop: threading.Event) -> Iterator[TakenImage]:
 
 
 def is_not_there(_stop: threading.Event) -> Iterator[TakenImage]:
-    msg = "camera:7: no such camera"
-    raise DataError(msg)
+    raise DataError("camera:7: no such camera")
     yield
 
 
@@ -82,6 +81,5 @@ def stamps(_stop: threading.Event) -> Iterator[TakenImage | Remark]:
 
 
 def is_not_installed(_stop: threading.Event) -> Iterator[TakenImage]:
-    msg = "its driver is missing: apt install driver"
-    raise MissingDependencyError(msg)
+    raise MissingDependencyError("its driver is missing: apt install driver")
     yield

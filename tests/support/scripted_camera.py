@@ -75,8 +75,7 @@ class FakeJudge:
             assert self.gate.wait(20)
         if self.failures:
             self.failures -= 1
-            msg = "a defect of ours"
-            raise RuntimeError(msg)
+            raise RuntimeError("a defect of ours")
         told = msgspec.structs.replace(
             result(captured.sequence, "unknown" if captured.frame.image_bgr is None else "pass"),
             part_id=captured.frame.part_id, threshold=self.threshold, model=self.model_id,

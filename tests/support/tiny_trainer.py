@@ -45,8 +45,7 @@ class TinyTrainer:
         training = setup.learning.training
         self._num_steps = training.epochs * -(-self._num_samples // training.batch_size)
         if not Path(setup.data).is_dir():
-            msg = f"{setup.data}: no such folder"
-            raise DataError(msg)
+            raise DataError(f"{setup.data}: no such folder")
 
     def write_initial_model(self, out: Path) -> None:
         generator = np.random.default_rng(self._setup.learning.seed)
@@ -75,8 +74,7 @@ class TinyTrainer:
             weight += 0.1 * (target - weight) + 0.01 * (weight - history["weight"])
             report(step + 1, steps, "training")
         if failure == "data":
-            msg = "the images are gone"
-            raise DataError(msg)
+            raise DataError("the images are gone")
         if failure == "nan":
             weight[7] = np.nan
         if failure == "shape":

@@ -207,11 +207,10 @@ class LeaveHandshake:
         if self._said_at is None:
             self._began_at = now
         elif now - self._began_at >= LEAVE_TIMEOUT_S:
-            msg = (
+            raise FederationError(
                 f"the aggregator has not confirmed within {LEAVE_TIMEOUT_S:g} s that this site leaves; one of protocol "
                 "1.0 does not know how to, and leaves the site out after its deadline"
             )
-            raise FederationError(msg)
         if self._said_at is None or now - self._said_at >= REPEAT_INTERVAL_S:
             self._said_at = now
             voice.send(Leaving(boot=voice.boot, run=run, detail=self._reason))

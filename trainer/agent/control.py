@@ -97,8 +97,9 @@ def _read_request(path: Path, kind: type[T]) -> T | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
-        msg = f"{path}: damaged ({exc}); remove it, or say again what it is to say with 'edgeflame site'"
-        raise StorageError(msg) from exc
+        raise StorageError(
+            f"{path}: damaged ({exc}); remove it, or say again what it is to say with 'edgeflame site'"
+        ) from exc
 
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -150,11 +151,10 @@ def parse_schedule(text: str) -> Schedule:
 def _parse_window(part: str, text: str) -> _Window:
     match = _WINDOW.fullmatch(part)
     if match is None or not part:
-        msg = (
+        raise UsageError(
             f"schedule {text[:100]!r}: {part[:40]!r} is not understood; "
             "expected for instance 'mon-fri 22:00-06:00, sat-sun'"
         )
-        raise UsageError(msg)
     days = frozenset(range(7))
     if match["first"]:
         first, last = DAYS.index(match["first"]), DAYS.index(match["last"] or match["first"])
@@ -167,6 +167,5 @@ def _parse_window(part: str, text: str) -> _Window:
 def _minutes(clock: str, text: str) -> int:
     hours, minutes = int(clock[:2]), int(clock[3:])
     if minutes >= 60 or hours * 60 + minutes > DAY_MIN:
-        msg = f"schedule {text[:100]!r}: {clock} is no time of day"
-        raise UsageError(msg)
+        raise UsageError(f"schedule {text[:100]!r}: {clock} is no time of day")
     return hours * 60 + minutes

@@ -152,8 +152,7 @@ class _SiteTaskRun:
                         log.warning("work_failed", site=site, reason=str(exc))
                         self._failure = (step_purpose(step), str(exc))
                 case _:
-                    msg = f"a resident site does not know how to {type(step).__name__}"
-                    raise AssertionError(msg)
+                    raise AssertionError(f"a resident site does not know how to {type(step).__name__}")
 
     def _prepare(self, run: str) -> None:
         memory = self._memory

@@ -283,13 +283,11 @@ class SiteState:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            msg = f"{path}: cannot read ({exc.strerror})"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            msg = f"{path}: damaged ({exc}); remove {path.parent} to begin this part again"
-            raise StorageError(msg) from exc
+            raise StorageError(f"{path}: damaged ({exc}); remove {path.parent} to begin this part again") from exc
 
     def _save(self, path: Path, record: msgspec.Struct) -> None:
         with storage_errors(path.parent, "create"):
@@ -377,5 +375,6 @@ def announced_learning(announced: RoundState) -> Learning:
     try:
         return msgspec.json.decode(announced.learning, type=Learning)
     except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
-        msg = f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
-        raise ConfigError(msg) from exc
+        raise ConfigError(
+            f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
+        ) from exc

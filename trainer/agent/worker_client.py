@@ -70,8 +70,7 @@ class WorkerProcess:
         try:
             self._process = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as exc:
-            msg = f"cannot start the worker {command[0]}: {exc.strerror}"
-            raise MissingDependencyError(msg) from exc
+            raise MissingDependencyError(f"cannot start the worker {command[0]}: {exc.strerror}") from exc
         self._write(encode_line(setup))
         self._reader = threading.Thread(target=self._read, name="edgeflame-worker", daemon=True)
         self._reader.start()

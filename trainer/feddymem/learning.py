@@ -84,8 +84,7 @@ def fit_whitening(samples: F32, weights: F32 | None, *, ridge: float, device: to
     eigenvalues, vectors = np.linalg.eigh(covariance)
     mean_variance = float(np.clip(eigenvalues, 0, None).mean())
     if not mean_variance > 0:
-        msg = "nothing varies between the patches; are they all of the same picture?"
-        raise NumericalError(msg)
+        raise NumericalError("nothing varies between the patches; are they all of the same picture?")
     matrix = (vectors / np.sqrt(np.clip(eigenvalues, 0, None) + ridge * mean_variance)) @ vectors.T
     return Whitening(
         centre=aligned_tensor(centre.astype(np.float32)).to(device),
@@ -227,8 +226,7 @@ def restore_memory(tensors: Mapping[str, Tensor], num_channels: int, device: tor
         return None
     entries, weight = tensors["entries"], tensors["generator"]
     if entries.shape[1:] != (num_channels,) or weight.shape != (num_channels, num_channels):
-        msg = f"this site's memory is of {entries.shape[-1]} channels, its backbone has {num_channels}"
-        raise DataError(msg)
+        raise DataError(f"this site's memory is of {entries.shape[-1]} channels, its backbone has {num_channels}")
     generator = MemoryGenerator(num_channels).to(device)
     with torch.no_grad():
         generator.weight.copy_(weight)
@@ -299,8 +297,9 @@ def train_memory(
             shift = training.noise_std * spread * torch.randn(values.shape, generator=noise, device=device)
             losses = metric_loss(generator, known, whitening(values), whitening(values + shift), margin=training.margin)
             if not torch.isfinite(losses["loss"]):
-                msg = f"the metric loss became {losses['loss'].item()}; try a lower memory.learning_rate"
-                raise NumericalError(msg)
+                raise NumericalError(
+                    f"the metric loss became {losses['loss'].item()}; try a lower memory.learning_rate"
+                )
             optimiser.zero_grad(set_to_none=True)
             losses["loss"].backward()  # type: ignore[no-untyped-call]
             optimiser.step()

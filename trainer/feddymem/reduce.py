@@ -178,13 +178,12 @@ def _merge_below_floor(floor: PrivacyFloor, groups: list[_Group], contents: Entr
             group = _Group(contents, groups[0].members, np.zeros(len(contents.means)), 1.0)
             if group.reaches(floor):
                 return [group]
-            msg = (
+            raise DataError(
                 f"the privacy floor allows nothing to be sent: the average of all patches is worth "
                 f"{group.effective_patches:.0f} patches of {group.effective_images:.1f} images, "
                 f"{floor.patches:g} of {floor.images:g} are needed; more images, or a lower memory.min_group and "
                 f"memory.min_images"
             )
-            raise DataError(msg)
         worst = groups.pop(min(below, key=lambda index: (groups[index].shortfall(floor), index)))
         averages = np.stack([group.average for group in groups])
         neighbour = int(np.square(averages - worst.average).sum(axis=1).argmin())

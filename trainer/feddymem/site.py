@@ -183,11 +183,10 @@ class MemoryLearner:
         """
         fleet = read_bank(path)
         if fleet.space != self.space or fleet.num_channels != self.network.num_channels:
-            msg = (
+            raise FederationError(
                 f"the fleet's memory is of the embeddings {fleet.space[:12]}, this site's backbone gives "
                 f"{self.space[:12]}: all sites of a fleet need the same backbone weights (here: {self.weights.source})"
             )
-            raise FederationError(msg)
         return fleet
 
     def train(

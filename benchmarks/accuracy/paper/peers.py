@@ -95,8 +95,9 @@ def _with_our_weights(
     last = max(int(stage.split(".")[1]) for stage in stages) if stages[0].startswith("blocks.") else None
     used = [key for key in missing if last is None or not _after(key, last)]
     if unexpected or used:
-        msg = f"{backbone.name}: anomalib's network has other tensors than ours, for instance {(unexpected + used)[0]}"
-        raise RuntimeError(msg)
+        raise RuntimeError(
+            f"{backbone.name}: anomalib's network has other tensors than ours, for instance {(unexpected + used)[0]}"
+        )
     mean, std = (tuple(one.flatten().tolist()) for one in (ours.mean, ours.std))
     return model, mean, std
 
@@ -107,8 +108,7 @@ def timm_modules(backbone: Backbone) -> list[str]:
 
     info = timm.create_model(backbone.name, features_only=True, pretrained=False).feature_info.info
     if backbone.taps.layers:
-        msg = f"anomalib takes ends of stages; for {backbone.name} give backbone.stages"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"anomalib takes ends of stages; for {backbone.name} give backbone.stages")
     return [info[stage]["module"] for stage in backbone.taps.stages]
 
 

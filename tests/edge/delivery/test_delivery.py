@@ -213,8 +213,7 @@ def test_a_destination_that_raises_says_so_and_is_tried_again(outbox: Outbox) ->
         def deliver(self, deliveries: list[Delivery]) -> int:
             self.calls += 1
             if self.calls < 3:
-                msg = "not today"
-                raise LinkError(msg)
+                raise LinkError("not today")
             return deliveries[0].number  # one at a time, whatever it is given
 
         def idle(self) -> None: ...

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.config.outputs import ModelsConfig
-from edge.models import state as records
+from edge.models import state as rollout_state
 from edge.models.rollout import LatencyBudget, check_acceptance
 from edge.models.shadow import ALPHA, Canary, Comparison, RateTest, rank_correlation, wilson_upper
 from edge.models.state import ModelStateFile, ProductState
@@ -193,22 +193,22 @@ def release(**changes: object) -> Release:
 
 
 def taken(entry: ProductState, offered: Release, keep: int = 2) -> ProductState:
-    entry = records.advance_candidate(records.begin_candidate(entry, offered, NOW), "shadow")
-    return records.promote_candidate(entry, NOW, keep=keep, disagreement=None)
+    entry = rollout_state.advance_candidate(rollout_state.begin_candidate(entry, offered, NOW), "shadow")
+    return rollout_state.promote_candidate(entry, NOW, keep=keep, disagreement=None)
 
 
 def test_one_model_after_the_other_and_back_to_the_file() -> None:
     entry = ProductState(configured="f" * 64)
     first, second, third, fourth = (release() for _ in range(4))
     for one in (first, second, third, fourth):
-        entry = records.confirm_present(taken(entry, one), NOW, None)
+        entry = rollout_state.confirm_present(taken(entry, one), NOW, None)
     assert entry.present_sha256 == fourth.manifest.sha256
     assert [one.release for one in entry.previous] == [third.release, second.release], "keep = 2"
     assert entry.needed == {one.manifest.sha256 for one in (second, third, fourth)}
     shown = [one.sha256 for one in entry.earlier()]
     assert shown == [third.manifest.sha256, second.manifest.sha256, "f" * 64]
     for expected in shown:
-        entry = records.roll_back_present(entry, NOW, reason="command", detail="")
+        entry = rollout_state.roll_back_present(entry, NOW, reason="command", detail="")
         assert entry.present_sha256 == expected
     assert entry.present is None
     assert entry.needed == frozenset()
@@ -218,12 +218,17 @@ def test_one_model_after_the_other_and_back_to_the_file() -> None:
 
 def test_straight_to_the_file() -> None:
     entry = taken(taken(ProductState(configured="f" * 64), release()), release())
-    assert records.roll_back_present(entry, NOW, reason="command", detail="", to_file=True).present_sha256 == "f" * 64
+    assert (
+        rollout_state.roll_back_present(entry, NOW, reason="command", detail="", to_file=True).present_sha256
+        == "f" * 64
+    )
 
 
 def test_a_candidate_gives_way_to_the_next() -> None:
     first, second = release(), release()
-    entry = records.begin_candidate(records.begin_candidate(ProductState(configured="f" * 64), first, NOW), second, NOW)
+    entry = rollout_state.begin_candidate(
+        rollout_state.begin_candidate(ProductState(configured="f" * 64), first, NOW), second, NOW
+    )
     assert entry.candidate is not None
     assert entry.candidate.release == second
     assert (entry.outcomes[0].release, entry.outcomes[0].fate) == (first.release, "superseded")
@@ -231,7 +236,7 @@ def test_a_candidate_gives_way_to_the_next() -> None:
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    entry = records.begin_candidate(taken(ProductState(configured="f" * 64), release()), release(), NOW)
+    entry = rollout_state.begin_candidate(taken(ProductState(configured="f" * 64), release()), release(), NOW)
     ModelStateFile(path).write("p", entry)
     assert ModelStateFile(path).record.products == {"p": entry}
 

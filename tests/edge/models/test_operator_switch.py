@@ -15,7 +15,7 @@ from cli import cli
 from edgeflame.errors import NegativeAnswerError, UsageError
 from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.package import Package, read_package
-from fleet import broker_control as brokerconf
+from fleet import broker_control
 from fleet.folder import make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
 from tests.support.rollout_daemon import Daemon, variant
@@ -44,7 +44,7 @@ def kits(tmp_path: Path) -> Iterator[tuple[Path, BrokerProcess]]:
         for name, role in (("line-1", "line"), ("engineer", "publisher"), ("office", "observer")):
             fleet.enrol(name, role=role, days=10, out=None, reinstate=False)  # type: ignore[arg-type]
         fleet.write_access()
-    with BrokerProcess("mosquitto", folder, config=folder / "broker" / brokerconf.CONFIG_FILE, port=port) as broker:
+    with BrokerProcess("mosquitto", folder, config=folder / "broker" / broker_control.CONFIG_FILE, port=port) as broker:
         yield folder / "kits", broker
 
 

@@ -40,7 +40,8 @@ def test_a_jump_is_so_many_missing_parts() -> None:
 def test_a_number_seen_before_is_a_duplicate_and_changes_nothing() -> None:
     identity = SequenceCheck()
     assert kinds(identity, 1, 2, 3, 2, 3, 3, 4) == [
-        SequenceKind.FIRST, SequenceKind.NEXT, SequenceKind.NEXT, SequenceKind.DUPLICATE, SequenceKind.DUPLICATE, SequenceKind.DUPLICATE, SequenceKind.NEXT,
+        SequenceKind.FIRST, SequenceKind.NEXT, SequenceKind.NEXT,
+        SequenceKind.DUPLICATE, SequenceKind.DUPLICATE, SequenceKind.DUPLICATE, SequenceKind.NEXT,
     ]  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def test_a_part_that_was_jumped_over_and_comes_after_all_is_out_of_order_and_no_
 def test_a_numbering_that_begins_anew_is_no_thousand_missing_parts() -> None:
     identity = SequenceCheck(max_gap=100)
     assert kinds(identity, 5000, 1, 2, 4000, 4001, 2) == [
-        SequenceKind.FIRST, SequenceKind.RESTART, SequenceKind.NEXT, SequenceKind.RESTART, SequenceKind.NEXT, SequenceKind.RESTART,
+        SequenceKind.FIRST, SequenceKind.RESTART, SequenceKind.NEXT,
+        SequenceKind.RESTART, SequenceKind.NEXT, SequenceKind.RESTART,
     ]  # fmt: skip
     assert identity.last == 2
 

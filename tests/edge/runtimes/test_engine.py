@@ -282,8 +282,7 @@ def test_auto_takes_the_fastest_that_scores_the_references_right(package: Packag
     cpu = open_runtime(package.model_onnx, device="cpu", num_threads=1)
 
     def unavailable() -> Runtime:
-        msg = "no GPU"
-        raise RuntimeUnavailableError(msg)
+        raise RuntimeUnavailableError("no GPU")
 
     openers: dict[str, Callable[[], Runtime]] = {
         "slow": lambda: Slow(cpu, repeats=40),

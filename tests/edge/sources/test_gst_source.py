@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.sources import camera as gst
-from edge.sources import child as reconnect
+from edge.sources import camera, child
 from edge.sources.camera import SYSTEM_PYTHON, GstSource, csi_source, gst_source
 from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError, MissingDependencyError, UsageError
@@ -46,7 +45,7 @@ def test_a_pipelines_images_come_as_bgr_with_the_time_of_their_taking() -> None:
 
 
 def test_every_image_of_a_pipeline_that_ends_comes_and_then_the_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconnect, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(child, "FIRST_DELAY_S", 0.01)
     stop = threading.Event()
     frames = open_image_source("gst:videotestsrc num-buffers=3 ! video/x-raw,width=32,height=32").frames(stop)
     images = [next(frames).image_bgr for _ in range(3)]
@@ -89,7 +88,7 @@ def test_a_pipeline_that_does_not_run_is_one_error_without_passwords(pipeline: s
 
 def test_missing_bindings_are_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # This environment's own Python has none.
-    monkeypatch.setattr(gst, "_python", lambda: str(tmp_path / "python"))
+    monkeypatch.setattr(camera, "_python", lambda: str(tmp_path / "python"))
     with pytest.raises(MissingDependencyError, match="apt install python3-gi"):
         next(gst_source("gst:videotestsrc").read(threading.Event()))
     (tmp_path / "python").write_text('#!/bin/sh\nshift; exec /usr/bin/python3 -I -S "$@"\n')  # -S: no site packages

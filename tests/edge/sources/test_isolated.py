@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.sources import child as reconnect
+from edge.sources import child
 from edge.sources.child import SLOTS, FrameRing, Overwritten, RingName, live_frames, read_in_child
 from edgeflame.errors import DataError
 from tests.support import faulty_cameras
@@ -72,7 +72,7 @@ def test_a_change_of_size_in_mid_stream_is_followed() -> None:
 
 
 def test_an_outage_gives_one_frame_that_says_so_and_then_the_camera_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconnect, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(child, "FIRST_DELAY_S", 0.01)
     stop = threading.Event()
     frames = live_frames("cam", faulty_cameras.hangs, stop, stall_timeout_s=1.0)
     first, lost, again = next(frames), next(frames), next(frames)
@@ -164,8 +164,8 @@ def test_the_ring_never_gives_what_was_overwritten() -> None:
 def _children(pid: int | None = None) -> list[int]:
     """Reading processes; Python's own resource tracker, which cleans up after them, is none."""
     found = []
-    for child in Path(f"/proc/{pid or os.getpid()}/task/{pid or os.getpid()}/children").read_text().split():
-        command = Path(f"/proc/{child}/cmdline").read_bytes()
+    for number in Path(f"/proc/{pid or os.getpid()}/task/{pid or os.getpid()}/children").read_text().split():
+        command = Path(f"/proc/{number}/cmdline").read_bytes()
         if b"spawn_main" in command:
-            found.append(int(child))
+            found.append(int(number))
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.sources import child as reconnect
+from edge.sources import child
 from edge.sources.child import live_frames
 from edge.sources.locate import open_image_source
 from edge.sources.video import RtspSource, without_password
@@ -90,8 +90,8 @@ def test_passwords_are_never_shown() -> None:
 
 
 def test_a_network_camera_is_read_and_found_again_after_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconnect, "FIRST_DELAY_S", 0.2)
-    monkeypatch.setattr(reconnect, "LONGEST_DELAY_S", 0.5)
+    monkeypatch.setattr(child, "FIRST_DELAY_S", 0.2)
+    monkeypatch.setattr(child, "LONGEST_DELAY_S", 0.5)
     port = free_port()
     server = RtspServer(port)
     stop = threading.Event()

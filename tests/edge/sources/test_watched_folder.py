@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from cli import cli
 from edge.frame import Frame
-from edge.sources import watched_folder as events
+from edge.sources import watched_folder
 from edge.sources.arrivals import printable
 from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError, UsageError
@@ -67,7 +67,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         def none_left() -> object:
             raise OSError(24, "Too many open files")
 
-        monkeypatch.setattr(events, "INotify", none_left)
+        monkeypatch.setattr(watched_folder, "INotify", none_left)
     return str(request.param)
 
 
