@@ -7,7 +7,7 @@ picture. :func:`write_dataset` makes data sets of them, :class:`BoardStream` a c
 
 from boards.board import DEFECTS, MASK_EPSILON, Board, make_board
 from boards.camera import Camera
-from boards.dataset import BoardStream, DatasetSummary, StreamPart, write_dataset
+from boards.dataset import BoardStream, DatasetSpec, StreamPart, write_dataset
 from boards.surface import derive_seed, generator
 from boards.textures import TEXTURES
 
@@ -18,7 +18,7 @@ __all__ = [
     "Board",
     "BoardStream",
     "Camera",
-    "DatasetSummary",
+    "DatasetSpec",
     "StreamPart",
     "derive_seed",
     "generator",

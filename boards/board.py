@@ -12,7 +12,7 @@ chipboard core; farther out nothing is left and the belt shows. The others, dent
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -22,6 +22,7 @@ from boards.surface import (
     Outline,
     Surface,
     as_f32,
+    check_range,
     edge_coverage,
     edge_relief,
     fractal_noise,
@@ -31,7 +32,7 @@ from boards.surface import (
     value_noise,
     value_noise_1d,
 )
-from boards.textures import TEXTURES, render_texture
+from boards.textures import check_texture, render_texture
 
 _SIDES = ("left", "right", "top", "bottom")
 
@@ -40,13 +41,13 @@ _CORE_PALE = np.array([0.24, 0.43, 0.62], dtype=np.float32)
 _CORE_DARK = np.array([0.045, 0.11, 0.22], dtype=np.float32)
 
 
-def break_corner(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
+def _break_corner(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
     """Knock off a corner: legs of about 4 units at severity 0, 44 at severity 1.
 
     Returns:
         The broken surface and the share ``[S, S]`` of each pixel that is broken off or laid bare.
     """
-    outline, unit = Outline(size=intact.size), intact.unit
+    outline, unit = intact.outline, intact.unit
     inward_x = outline.inward(str(rng.choice(["left", "right"])))
     inward_y = outline.inward(str(rng.choice(["top", "bottom"])))
     leg = unit * (4.0 + 40.0 * severity)
@@ -54,22 +55,20 @@ def break_corner(intact: Surface, severity: float, rng: np.random.Generator) -> 
     leg_x, leg_y = leg * skew, leg / skew
     to_pixels = leg_x * leg_y / np.hypot(leg_x, leg_y)
     beyond = (1.0 - inward_x / np.float32(leg_x) - inward_y / np.float32(leg_y)) * np.float32(to_pixels)
-    ragged = 0.55 * fractal_noise(_shape(intact), (16 * unit, 16 * unit), rng, octaves=4, gain=0.6)
+    ragged = 0.55 * fractal_noise(intact.shape, (16 * unit, 16 * unit), rng, octaves=4, gain=0.6)
     beyond += np.float32(0.9 * unit + 0.085 * leg) * ragged
-    slant = (0.12 * leg + 1.8 * unit) * (1.0 + 0.35 * value_noise(_shape(intact), (14 * unit, 14 * unit), rng))
+    slant = (0.12 * leg + 1.8 * unit) * (1.0 + 0.35 * value_noise(intact.shape, (14 * unit, 14 * unit), rng))
     return _fracture(intact, outline, as_f32(beyond), as_f32(slant), rng)
 
 
-def break_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
+def _break_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
     """Chip an edge: 8 units long and 2 deep at severity 0, 70 long and 15 deep at severity 1.
 
     Returns:
         The broken surface and the share ``[S, S]`` of each pixel that is broken off or laid bare.
     """
-    outline, unit = Outline(size=intact.size), intact.unit
-    side = str(rng.choice(_SIDES))
-    inward, along = outline.inward(side), outline.along(side)
-    centre = rng.uniform(0.25, 0.75) * (outline.high - outline.low)
+    outline, unit = intact.outline, intact.unit
+    side, inward, along, centre = _place_on_edge(outline, rng, margin=0.25)
     half = unit * (4.0 + 31.0 * severity)
     depth = unit * (2.0 + 13.0 * severity)
     lopsided = rng.uniform(-0.3, 0.3)
@@ -80,9 +79,22 @@ def break_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tu
     jags = value_noise_1d(intact.size, (18 * unit, 7 * unit, 2.5 * unit), rng)
     bite = np.where(np.abs(t) < 1, depth * arch * (1.0 + 0.55 * jags), -4.0 * unit).astype(np.float32)
     beyond = (bite[None, :] if side in ("top", "bottom") else bite[:, None]) - inward
-    beyond += np.float32(0.35 * unit + 0.03 * depth) * fractal_noise(_shape(intact), (5 * unit, 5 * unit), rng)
-    slant = (0.55 * depth + 0.8 * unit) * (1.0 + 0.35 * value_noise(_shape(intact), (11 * unit, 11 * unit), rng))
+    beyond += np.float32(0.35 * unit + 0.03 * depth) * fractal_noise(intact.shape, (5 * unit, 5 * unit), rng)
+    slant = (0.55 * depth + 0.8 * unit) * (1.0 + 0.35 * value_noise(intact.shape, (11 * unit, 11 * unit), rng))
     return _fracture(intact, outline, as_f32(beyond), as_f32(slant), rng)
+
+
+def _place_on_edge(
+    outline: Outline, rng: np.random.Generator, *, margin: float
+) -> tuple[str, FieldF32, FieldF32, float]:
+    """A random place on an edge, at least ``margin`` of its length from either end.
+
+    Returns:
+        The side, the distances ``[S, S]`` inwards from it and along it, and the place's distance along it, in pixels.
+    """
+    side = str(rng.choice(_SIDES))
+    centre = rng.uniform(margin, 1.0 - margin) * (outline.high - outline.low)
+    return side, outline.inward(side), outline.along(side), centre
 
 
 def _fracture(
@@ -109,14 +121,10 @@ def _fracture(
 def _core(intact: Surface, rng: np.random.Generator) -> tuple[FieldF32, FieldF32]:
     """Chipboard: reflectance ``[S, S, 3]`` and roughness ``[S, S]`` of about unit variance."""
     unit = intact.unit
-    flakes = fractal_noise(_shape(intact), (5.0 * unit, 4.0 * unit), rng, octaves=2, gain=0.8)
-    crumbs = value_noise(_shape(intact), (1.6 * unit, 1.6 * unit), rng)
+    flakes = fractal_noise(intact.shape, (5.0 * unit, 4.0 * unit), rng, octaves=2, gain=0.8)
+    crumbs = value_noise(intact.shape, (1.6 * unit, 1.6 * unit), rng)
     tone = 0.45 + 0.30 * flakes + 0.16 * crumbs
     return mix(_CORE_PALE, _CORE_DARK, as_f32(np.clip(tone, 0.0, 1.0))), as_f32(0.7 * flakes + 0.5 * crumbs)
-
-
-def _shape(surface: Surface) -> tuple[int, int]:
-    return surface.size, surface.size
 
 
 # Share of light a full-strength stain lets through, BGR.
@@ -128,7 +136,7 @@ _LIQUIDS = {
 }
 
 
-def dent_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
+def _dent_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
     """Knock a dent into an edge: the laminate bends and the outline is pushed in, nothing breaks.
 
     From 10 units long and hardly deep at severity 0 to 44 long at severity 1.
@@ -136,13 +144,11 @@ def dent_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tup
     Returns:
         The dented surface and the depth ``[S, S]`` over the greatest depth.
     """
-    outline, unit = Outline(size=intact.size), intact.unit
-    side = str(rng.choice(_SIDES))
-    inward, along = outline.inward(side), outline.along(side)
-    centre = rng.uniform(0.2, 0.8) * (outline.high - outline.low)
+    outline, unit = intact.outline, intact.unit
+    _, inward, along, centre = _place_on_edge(outline, rng, margin=0.2)
     half = unit * (5.0 + 17.0 * severity) * rng.uniform(0.85, 1.15)
     reach = unit * (4.5 + 13.0 * severity) * rng.uniform(0.85, 1.15)
-    uneven = fractal_noise(_shape(intact), (12 * unit, 12 * unit), rng, octaves=2)
+    uneven = fractal_noise(intact.shape, (12 * unit, 12 * unit), rng, octaves=2)
     t = (along - np.float32(centre)) / np.float32(half)
     d = np.maximum(inward, 0.0) / np.float32(reach)
     profile = _bowl(as_f32(t * t + d * d), uneven)
@@ -160,7 +166,7 @@ def dent_edge(intact: Surface, severity: float, rng: np.random.Generator) -> tup
     return dented, as_f32(amount)
 
 
-def dent_surface(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
+def _dent_surface(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
     """Press a dent into the face, round or oblong: radius 4.5 units at severity 0, 16 at severity 1.
 
     Returns:
@@ -173,7 +179,7 @@ def dent_surface(intact: Surface, severity: float, rng: np.random.Generator) -> 
     radius = unit * (4.5 + 11.5 * severity)
     across = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
     along = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x
-    uneven = fractal_noise(_shape(intact), (10 * unit, 10 * unit), rng, octaves=2)
+    uneven = fractal_noise(intact.shape, (10 * unit, 10 * unit), rng, octaves=2)
     squared = (across * across * np.float32(oblong) + along * along / np.float32(oblong)) / np.float32(radius**2)
     profile = _bowl(as_f32(squared), uneven)
     # Slope, not depth, is what the light shows; its greatest grows from 4 % to about 1 in 1.
@@ -186,7 +192,7 @@ def dent_surface(intact: Surface, severity: float, rng: np.random.Generator) -> 
     return dented, profile
 
 
-def stain_surface(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
+def _stain_surface(intact: Surface, severity: float, rng: np.random.Generator) -> tuple[Surface, FieldF32]:
     """Let a drop of something dry on the face: radius 8 units and 7 % opacity to 26 units and 75 %.
 
     Returns:
@@ -196,8 +202,8 @@ def stain_surface(intact: Surface, severity: float, rng: np.random.Generator) ->
     x, y = _offsets(intact, rng, margin=0.22)
     liquid = np.array(_LIQUIDS[str(rng.choice(sorted(_LIQUIDS)))], dtype=np.float32)
     radius = unit * (8.0 + 18.0 * severity)
-    lobes = fractal_noise(_shape(intact), (26 * unit, 26 * unit), rng, octaves=3)
-    blotches = fractal_noise(_shape(intact), (15 * unit, 15 * unit), rng, octaves=3)
+    lobes = fractal_noise(intact.shape, (26 * unit, 26 * unit), rng, octaves=3)
+    blotches = fractal_noise(intact.shape, (15 * unit, 15 * unit), rng, octaves=3)
     distance = np.sqrt(x * x + y * y) / np.float32(radius) * (1.0 + 0.16 * lobes)
     body = smoothstep(1.0, 0.78, as_f32(distance))
     # What the drop carried dries out at its rim.
@@ -220,7 +226,7 @@ def _bowl(squared_radius: FieldF32, uneven: FieldF32) -> FieldF32:
 
 def _offsets(intact: Surface, rng: np.random.Generator, *, margin: float) -> tuple[FieldF32, FieldF32]:
     """Distances right of and below a random point of the board, at least ``margin`` of its side from any edge."""
-    outline = Outline(size=intact.size)
+    outline = intact.outline
     side = outline.high - outline.low
     centre_x, centre_y = outline.low + side * rng.uniform(margin, 1.0 - margin, size=2)
     line = np.arange(intact.size, dtype=np.float32) + np.float32(0.5)
@@ -251,32 +257,21 @@ class Defect:
 
 
 DefectMaker = Callable[[Surface, float, np.random.Generator], tuple[Surface, FieldF32]]
+"""Given the intact surface, the severity and what decides where and in what shape (no draw depends on the severity):
+the damaged surface and the amount, see ``Defect``."""
 
 _MAKERS: Mapping[str, DefectMaker] = MappingProxyType(
     {
-        "broken_corner": break_corner,
-        "broken_edge": break_edge,
-        "edge_indentation": dent_edge,
-        "surface_indentation": dent_surface,
-        "stain": stain_surface,
+        "broken_corner": _break_corner,
+        "broken_edge": _break_edge,
+        "edge_indentation": _dent_edge,
+        "surface_indentation": _dent_surface,
+        "stain": _stain_surface,
     }
 )
 
 DEFECTS: tuple[str, ...] = tuple(_MAKERS)
 """The defects' names, as the folders of a data set are called."""
-
-
-def apply_defect(intact: Surface, kind: str, severity: float, rng: np.random.Generator) -> Defect:
-    """Damage a board.
-
-    Args:
-        intact: the board's surface; not changed.
-        kind: one of ``DEFECTS``.
-        severity: from 0, barely visible, to 1, glaring.
-        rng: decides where and in what shape; no draw depends on the severity.
-    """
-    damaged, amount = _MAKERS[kind](intact, severity, rng)
-    return Defect(kind=kind, severity=severity, damaged=damaged, amount=amount)
 
 
 MIN_IMAGE_SIZE = 64
@@ -295,16 +290,12 @@ class Board:
 
     texture: str
     intact: Surface
-    defect: Defect | None
+    defect: Defect | None = None
 
     @property
     def image_size(self) -> int:
         """Side of the photographs in pixels."""
         return self.intact.size
-
-    def without_defect(self) -> Board:
-        """The same board before the damage."""
-        return replace(self, defect=None)
 
 
 def make_board(
@@ -325,14 +316,11 @@ def make_board(
     Raises:
         ValueError: an argument out of its range.
     """
-    if texture not in TEXTURES:
-        raise ValueError(f"no texture {texture!r}; there are {', '.join(TEXTURES)}")
+    check_texture(texture)
     if defect is not None and defect not in DEFECTS:
         raise ValueError(f"no defect {defect!r}; there are {', '.join(DEFECTS)}")
-    if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"image_size is at least {MIN_IMAGE_SIZE}, got {image_size}")
-    if not 0.0 <= severity <= 1.0:
-        raise ValueError(f"severity lies between 0 and 1, got {severity}")
+    check_range("image_size", image_size, MIN_IMAGE_SIZE)
+    check_range("severity", severity, 0, 1)
     albedo, height = render_texture(texture, image_size, generator(seed, "texture", texture))
     outline = Outline(size=image_size)
     inward = outline.inward_any()
@@ -341,5 +329,8 @@ def make_board(
         height=height + edge_relief(inward, outline.unit),
         coverage=edge_coverage(inward),
     )
-    made = None if defect is None else apply_defect(intact, defect, severity, generator(seed, "defect", defect))
+    if defect is None:
+        return Board(texture=texture, intact=intact)
+    damaged, amount = _MAKERS[defect](intact, severity, generator(seed, "defect", defect))
+    made = Defect(kind=defect, severity=severity, damaged=damaged, amount=amount)
     return Board(texture=texture, intact=intact, defect=made)

@@ -16,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from boards.board import MASK_EPSILON, Board
-from boards.surface import REFERENCE_SIZE, FieldF32, Surface, as_f32, fractal_noise, generator, smoothstep, value_noise
+from boards.surface import (
+    REFERENCE_SIZE,
+    FieldF32,
+    Surface,
+    as_f32,
+    check_range,
+    fractal_noise,
+    generator,
+    smoothstep,
+    value_noise,
+)
 from boards.textures import DISPLAY_GAMMA
 from edgeflame.images import ImageU8
 
@@ -108,10 +118,7 @@ class Camera:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            low, high = _RANGES[field.name]
-            value = getattr(self, field.name)
-            if not low <= value <= high:
-                raise ValueError(f"Camera.{field.name} lies between {low} and {high}, got {value}")
+            check_range(f"Camera.{field.name}", getattr(self, field.name), *_RANGES[field.name])
 
     @classmethod
     def for_site(cls, site: int | str, seed: int = 0) -> Camera:

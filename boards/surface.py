@@ -13,6 +13,7 @@ A surface is a board's reflectance, relief and outline, before any camera.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,17 @@ def generator(seed: int, *path: str | int) -> np.random.Generator:
     """The random stream that belongs to ``path`` below ``seed``."""
     # PCG64 by name: numpy may change what default_rng stands for.
     return np.random.Generator(np.random.PCG64(derive_seed(seed, *path)))
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a value that is not in ``[low, high]``, NaN too.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not low <= value <= high:
+        must = f"is at least {low}" if high == math.inf else f"lies between {low} and {high}"
+        raise ValueError(f"{name} {must}, got {value}")
 
 
 FieldF32 = npt.NDArray[np.float32]
@@ -152,9 +164,19 @@ class Surface:
         return int(self.height.shape[0])
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the canvas in pixels."""
+        return self.size, self.size
+
+    @property
+    def outline(self) -> Outline:
+        """Where a board on this canvas begins and ends."""
+        return Outline(size=self.size)
+
+    @property
     def unit(self) -> float:
         """Pixels to one unit of length."""
-        return self.size / REFERENCE_SIZE
+        return self.outline.unit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import cv2
@@ -242,19 +243,25 @@ _GREEN_GREY_WOOD = Wood(
 )
 
 
-def _wood(wood: Wood) -> TextureRecipe:
-    return lambda size, rng: render_wood(wood, size, rng)
-
-
 _RECIPES: Mapping[str, TextureRecipe] = MappingProxyType(
     {
         "warm_white_grid": _warm_white_grid,
         "straight_cloud_pattern": _straight_cloud_pattern,
-        "moon_shadow_white_oak": _wood(_MOON_SHADOW_WHITE_OAK),
-        "warm_wood": _wood(_WARM_WOOD),
-        "green_grey_wood": _wood(_GREEN_GREY_WOOD),
+        "moon_shadow_white_oak": partial(render_wood, _MOON_SHADOW_WHITE_OAK),
+        "warm_wood": partial(render_wood, _WARM_WOOD),
+        "green_grey_wood": partial(render_wood, _GREEN_GREY_WOOD),
     }
 )
 
 TEXTURES: tuple[str, ...] = tuple(_RECIPES)
 """The textures' names, in the order of the FLAME paper's table."""
+
+
+def check_texture(name: str) -> None:
+    """Refuse what is none of ``TEXTURES``.
+
+    Raises:
+        ValueError: there is no texture of that name.
+    """
+    if name not in TEXTURES:
+        raise ValueError(f"no texture {name!r}; there are {', '.join(TEXTURES)}")

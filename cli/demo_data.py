@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from boards.camera import Camera
-    from boards.dataset import DatasetSummary
+    from boards.dataset import DatasetSpec
 
 
 # As boards.TEXTURES, written out because importing that package loads OpenCV; a test keeps them equal.
@@ -79,7 +78,7 @@ def command(
     each defect. The same options give the same files.
     """
     from boards.camera import Camera
-    from boards.dataset import write_dataset
+    from boards.dataset import DatasetSpec, write_dataset
     from boards.surface import derive_seed
     from boards.textures import TEXTURES
     from cli.output import print_json, progress_bar
@@ -91,7 +90,7 @@ def command(
     num_good, num_defective = (num_parts + 1) // 2, num_parts
     per_dataset = (num_parts + num_good + num_defective) * num_photos
     total = per_dataset * num_sites * len(textures)
-    written: list[tuple[DatasetSummary, Camera]] = []
+    written: list[tuple[Path, DatasetSpec, bool]] = []
     with progress_bar("Photographing boards") as report:
         for site in range(1, num_sites + 1):
             camera = Camera.for_site(site, seed)
@@ -102,8 +101,7 @@ def command(
                 def advance(done: int, _: int, before: int = before, note: str = name) -> None:
                     report(before + done, total, note)
 
-                summary = write_dataset(
-                    folder / name if all_textures else folder,
+                spec = DatasetSpec(
                     texture=name,
                     num_train_parts=num_parts,
                     num_test_good_parts=num_good,
@@ -112,33 +110,34 @@ def command(
                     image_size=image_size,
                     seed=derive_seed(seed, "site", site),
                     camera=camera,
-                    progress=advance,
                 )
-                written.append((summary, camera))
+                target = folder / name if all_textures else folder
+                written.append((target, spec, write_dataset(target, spec, progress=advance)))
     if as_json:
-        print_json({"datasets": [_as_json(summary) for summary, _ in written]})
+        print_json({"datasets": [_as_json(*one) for one in written]})
         return
-    for summary, _ in written:
-        _echo(summary)
+    for one in written:
+        _echo(*one)
 
 
-def _as_json(summary: DatasetSummary) -> dict[str, object]:
+def _as_json(out: Path, spec: DatasetSpec, is_new: bool) -> dict[str, object]:
     return {
-        "out": str(summary.out),
-        "texture": summary.texture,
-        "num_parts": summary.num_parts,
-        "num_train_images": summary.num_train_images,
-        "num_test_good_images": summary.num_test_good_images,
-        "num_test_defective_images": summary.num_test_defective_images,
-        "image_size": summary.image_size,
-        "reused": summary.reused,
+        "out": str(out),
+        "texture": spec.texture,
+        "num_parts": spec.num_parts,
+        "num_train_images": spec.num_train_parts * spec.num_photos,
+        "num_test_good_images": spec.num_test_good_parts * spec.num_photos,
+        "num_test_defective_images": spec.num_test_defective_parts * spec.num_photos,
+        "image_size": spec.image_size,
+        "reused": not is_new,
     }
 
 
-def _echo(summary: DatasetSummary) -> None:
-    state = "already there" if summary.reused else "written"
+def _echo(out: Path, spec: DatasetSpec, is_new: bool) -> None:
+    photos = spec.num_photos
     click.echo(
-        f"{summary.out}: {summary.texture}, {summary.num_parts} boards, {summary.num_images} photographs {state}"
-        f" (train {summary.num_train_images} good; test {summary.num_test_good_images} good,"
-        f" {summary.num_test_defective_images} defective)"
+        f"{out}: {spec.texture}, {spec.num_parts} boards, {spec.num_parts * photos} photographs"
+        f" {'written' if is_new else 'already there'}"
+        f" (train {spec.num_train_parts * photos} good; test {spec.num_test_good_parts * photos} good,"
+        f" {spec.num_test_defective_parts * photos} defective)"
     )

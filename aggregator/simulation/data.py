@@ -32,7 +32,6 @@ import msgspec
 import numpy as np
 
 from aggregator.simulation.config import BoardsData, FolderData, Partition, SimulationConfig
-from boards.board import make_board
 from boards.camera import Camera
 from boards.dataset import DatasetSpec, PlannedPart, plan_parts
 from boards.surface import generator
@@ -185,15 +184,7 @@ def _generate_board_parts(data: BoardsData) -> PartPool:
 
 def _board_photographer(planned: PlannedPart, spec: DatasetSpec) -> Callable[[Camera | None], Iterator[Photograph]]:
     def photographs(camera: Camera | None) -> Iterator[Photograph]:
-        board = make_board(
-            texture=spec.texture,
-            seed=planned.seed,
-            image_size=spec.image_size,
-            defect=None if planned.label == GOOD else planned.label,
-            severity=planned.severity,
-        )
-        for photo, stem in enumerate(planned.stems):
-            image, mask = (camera or spec.camera).photograph(board, generator(planned.seed, "photograph", photo))
+        for stem, image, mask in planned.photographs(spec, camera or spec.camera):
             yield Photograph(stem=f"{spec.texture}-{stem}", suffix=".png", image=image, mask=mask)
 
     return photographs

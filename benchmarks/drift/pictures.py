@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from boards.dataset import BoardStream, write_dataset
+from boards.dataset import BoardStream, DatasetSpec, write_dataset
 from edge.config.inspection import DriftConfig
 from edge.drift.monitor import DriftMonitor, Ranks
 from edge.runtimes.load import open_runtime
@@ -167,14 +167,14 @@ def main() -> None:
     rows: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_dataset(
-            folder / "boards",
+        spec = DatasetSpec(
             texture=TEXTURE,
             num_train_parts=options.images,
             num_test_good_parts=1,
             num_test_defective_parts=1,
             num_photos=1,
         )
+        write_dataset(folder / "boards", spec)
         line = Line(folder / "boards", folder, Learning(method="none"))
         values = [line.values(image) for image in boards]
         ranks[f"generated boards, {options.images} fitted on, {len(values)} others"] = mean_ranks(line, values)

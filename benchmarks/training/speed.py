@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import torch
 
-from boards.dataset import write_dataset
+from boards.dataset import DatasetSpec, write_dataset
 from edgeflame.dataset import Dataset, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.methods import Backbone, Learning
@@ -58,10 +58,10 @@ def main() -> int:
     learning = with_training(learning, epochs=arguments.epochs, batch_size=arguments.batch)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data is None:
-            write_dataset(
-                Path(folder), texture="warm_wood", num_train_parts=arguments.parts, num_test_good_parts=0,
-                num_test_defective_parts=0,
-            )  # fmt: skip
+            spec = DatasetSpec(
+                texture="warm_wood", num_train_parts=arguments.parts, num_test_good_parts=0, num_test_defective_parts=0
+            )
+            write_dataset(Path(folder), spec)
         return run(open_dataset(arguments.data or Path(folder)), learning, pick_device(arguments.device))
 
 

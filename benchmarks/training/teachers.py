@@ -19,7 +19,7 @@ import msgspec
 import torch
 import trainer.teacher
 
-from boards.dataset import write_dataset
+from boards.dataset import DatasetSpec, write_dataset
 from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.methods import Learning, Training
@@ -53,10 +53,10 @@ def main() -> None:
         training=Training(epochs=arguments.epochs),
     )
     with tempfile.TemporaryDirectory() as folder:
-        write_dataset(
-            Path(folder), texture="warm_wood", num_train_parts=arguments.parts, num_test_good_parts=0,
-            num_test_defective_parts=0,
-        )  # fmt: skip
+        spec = DatasetSpec(
+            texture="warm_wood", num_train_parts=arguments.parts, num_test_good_parts=0, num_test_defective_parts=0
+        )
+        write_dataset(Path(folder), spec)
         images = ImageSet(open_dataset(Path(folder)).train, learning.input)
         one_round(images, msgspec.structs.replace(learning, training=Training(epochs=1)), device)  # warm-up
         print(f"{len(images)} images, {arguments.size} x {arguments.size}, {arguments.epochs} epochs, {device}\n")

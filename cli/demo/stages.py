@@ -183,7 +183,7 @@ SAMPLES_PER_DEFECT = 3
 def write_boards(plan: DemoPlan, progress: Progress) -> None:
     """Each site's photographs, with its own camera and its own boards."""
     from boards.camera import Camera
-    from boards.dataset import write_dataset
+    from boards.dataset import DatasetSpec, write_dataset
 
     for index, site in enumerate(plan.sites):
 
@@ -191,8 +191,7 @@ def write_boards(plan: DemoPlan, progress: Progress) -> None:
             del note
             progress(index * total + done, plan.num_sites * total)
 
-        write_dataset(
-            plan.data(site),
+        spec = DatasetSpec(
             texture=plan.texture,
             num_train_parts=plan.train_parts,
             num_test_good_parts=plan.good_parts,
@@ -201,8 +200,8 @@ def write_boards(plan: DemoPlan, progress: Progress) -> None:
             image_size=plan.image_size,
             seed=plan.seed * 1000 + index,
             camera=Camera.for_site(site, plan.seed),
-            progress=report,
         )
+        write_dataset(plan.data(site), spec, progress=report)
 
 
 def train_together(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, Any]:

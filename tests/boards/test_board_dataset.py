@@ -13,7 +13,7 @@ import pytest
 
 from boards.board import DEFECTS
 from boards.camera import Camera
-from boards.dataset import defect_severity, write_dataset
+from boards.dataset import DatasetSpec, defect_severity, write_dataset
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import DataError, StorageError
 
@@ -27,12 +27,13 @@ ARGUMENTS: dict[str, Any] = {
     "seed": 11,
     "camera": Camera.for_site(1, 11),
 }
+SPEC = DatasetSpec(**ARGUMENTS)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("boards") / "data"
-    write_dataset(out, **ARGUMENTS)
+    write_dataset(out, SPEC)
     return out
 
 
@@ -135,18 +136,16 @@ def test_the_project_reads_it(written: Path) -> None:
 
 
 def test_the_same_arguments_give_the_same_bytes_and_others_other_ones(written: Path, tmp_path: Path) -> None:
-    again = write_dataset(tmp_path / "again", **ARGUMENTS)
+    assert write_dataset(tmp_path / "again", SPEC)
     assert tree(tmp_path / "again") == tree(written)
-    assert not again.reused
-    assert again.num_parts == 11
-    assert again.num_images == 22
-    write_dataset(tmp_path / "other", **{**ARGUMENTS, "seed": 12})
+    assert SPEC.num_parts == 11
+    write_dataset(tmp_path / "other", DatasetSpec(**{**ARGUMENTS, "seed": 12}))
     pictures = {data for name, data in tree(written).items() if name.endswith(".png") and "_mask" not in name}
     assert not pictures & set(tree(tmp_path / "other").values())
 
 
 def test_more_parts_leave_the_first_ones_as_they_were(written: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "more", **{**ARGUMENTS, "num_train_parts": 4, "num_photos": 3})
+    write_dataset(tmp_path / "more", DatasetSpec(**{**ARGUMENTS, "num_train_parts": 4, "num_photos": 3}))
     before, after = tree(written), tree(tmp_path / "more")
     assert all(after[name] == data for name, data in before.items() if name.startswith(("train", "test/good")))
 
@@ -154,22 +153,22 @@ def test_more_parts_leave_the_first_ones_as_they_were(written: Path, tmp_path: P
 def test_a_finished_data_set_is_left_as_it_is(written: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
     calls: list[tuple[int, int]] = []
-    summary = write_dataset(written, **ARGUMENTS, progress=lambda done, total: calls.append((done, total)))
-    assert summary.reused
+    is_new = write_dataset(written, SPEC, progress=lambda done, total: calls.append((done, total)))
+    assert not is_new
     assert calls == [(22, 22)]
     assert {path: path.stat().st_mtime_ns for path in written.rglob("*")} == before
 
 
 def test_progress_counts_photographs(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    write_dataset(tmp_path, **ARGUMENTS, progress=lambda done, total: calls.append((done, total)))
+    write_dataset(tmp_path, SPEC, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 22) for done in range(1, 23)]
 
 
 def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match=r"new or empty folder, found 'holiday.jpg'"):
-        write_dataset(tmp_path, **ARGUMENTS)
+        write_dataset(tmp_path, SPEC)
     assert tree(tmp_path) == {"holiday.jpg": b"x"}
 
 
@@ -177,36 +176,36 @@ def test_a_folder_with_something_else_is_refused_and_untouched(tmp_path: Path) -
 def test_a_data_set_of_other_arguments_is_refused(written: Path, change: dict[str, Any]) -> None:
     before = tree(written)
     with pytest.raises(DataError, match="made with other arguments"):
-        write_dataset(written, **{**ARGUMENTS, **change})
+        write_dataset(written, DatasetSpec(**{**ARGUMENTS, **change}))
     assert tree(written) == before
 
 
 @pytest.mark.parametrize("victim", ["train/good/0001-0.png", "groups.csv", "ground_truth/stain/0000-1_mask.png"])
 @pytest.mark.parametrize("harm", ["alter", "remove"])
 def test_a_harmed_data_set_is_refused(tmp_path: Path, victim: str, harm: str) -> None:
-    write_dataset(tmp_path, **ARGUMENTS)
+    write_dataset(tmp_path, SPEC)
     if harm == "alter":
         (tmp_path / victim).write_bytes((tmp_path / victim).read_bytes() + b"\0")
     else:
         (tmp_path / victim).unlink()
     with pytest.raises(DataError, match="missing or altered"):
-        write_dataset(tmp_path, **ARGUMENTS)
+        write_dataset(tmp_path, SPEC)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"spec": 3}'])
 def test_a_foreign_record_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content, encoding="utf-8")
     with pytest.raises(DataError):
-        write_dataset(tmp_path, **ARGUMENTS)
+        write_dataset(tmp_path, SPEC)
 
 
 def test_a_record_without_its_files_is_refused(tmp_path: Path) -> None:
-    write_dataset(tmp_path, **ARGUMENTS)
+    write_dataset(tmp_path, SPEC)
     record = json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))
     del record["files"]
     (tmp_path / "dataset.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(DataError, match="altered since"):
-        write_dataset(tmp_path, **ARGUMENTS)
+        write_dataset(tmp_path, SPEC)
 
 
 def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_made_good(written: Path, tmp_path: Path) -> None:
@@ -216,21 +215,21 @@ def test_an_interrupted_run_leaves_nothing_and_a_killed_one_is_made_good(written
 
     out = tmp_path / "data"
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(out, **ARGUMENTS, progress=interrupt)
+        write_dataset(out, SPEC, progress=interrupt)
     assert not out.exists()
     # As a killed process leaves it.
     (out / ".unfinished" / "train").mkdir(parents=True)
     (out / ".unfinished" / "train" / "half.png").write_bytes(b"x")
-    write_dataset(out, **ARGUMENTS)
+    write_dataset(out, SPEC)
     assert tree(out) == tree(written)
 
 
 def test_a_place_that_cannot_hold_a_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(DataError, match="found a file"):
-        write_dataset(tmp_path / "file", **ARGUMENTS)
+        write_dataset(tmp_path / "file", SPEC)
     with pytest.raises((DataError, StorageError)):
-        write_dataset(tmp_path / "file" / "below", **ARGUMENTS)
+        write_dataset(tmp_path / "file" / "below", SPEC)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     tmp_path: Path, change: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        write_dataset(tmp_path / "data", **{**ARGUMENTS, **change})
+        write_dataset(tmp_path / "data", DatasetSpec(**{**ARGUMENTS, **change}))
     assert not (tmp_path / "data").exists()
 
 
