@@ -406,7 +406,7 @@ class CameraWorker:
     def _run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool) -> None:
         delay_s, is_out = FIRST_DELAY_S, False
         while not halt.is_set():
-            parts = self.parts
+            first = self._next_sequence
             try:
                 self._run_once(accept, halt)
             except _NotTakenError as exc:
@@ -429,7 +429,7 @@ class CameraWorker:
                     self._ended = not halt.is_set()
                     return
                 reason = "the source ended, which it never should"
-            if self.parts > parts:
+            if self._next_sequence > first:
                 delay_s, is_out = FIRST_DELAY_S, False
             self._problem = reason
             if not is_out:
@@ -444,15 +444,14 @@ class CameraWorker:
             self._try_to_reopen()
 
     def _run_once(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
-        first = self._next_sequence
-        self._capture = Capture(self._source, self._config, halt)
+        self._capture = Capture(self._source, self._config, halt, first=self._next_sequence)
         ahead = self._ahead(self._capture, halt)
         try:
             with ahead as frames:
                 for captured in frames:
-                    self._next_sequence = first + captured.sequence + 1
-                    placed = dataclasses.replace(captured, sequence=first + captured.sequence) if first else captured
-                    wanted = placed if self._resumed.is_set() else self._rest(placed, halt)
+                    self._next_sequence = captured.sequence + 1
+                    self._has_worked |= captured.frame.image_bgr is not None
+                    wanted = captured if self._resumed.is_set() else self._rest(captured, halt)
                     if wanted is not None:
                         self._deal_with(wanted, accept)
         finally:
@@ -510,7 +509,7 @@ class CameraWorker:
                 inspected = self._goldens.take(self._judged(captured), captured)
             self.parts += not inspected.result.golden
             if captured.frame.image_bgr is not None:
-                self._has_worked, self._problem = True, None
+                self._problem = None
             elif captured.frame.error is not None and self.is_live and captured.frame.fault in (None, Reason.NO_IMAGE):
                 self._problem = captured.frame.error
             try:

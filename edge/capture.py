@@ -50,13 +50,20 @@ class Capture:
 
     A file waits for us, so under the policy ``wait`` its monotonic time is that of its hand-over, not of its wait in
     the queue; a camera's frame was captured when it was captured.
+
+    Args:
+        source: what to read.
+        config: how frames are queued.
+        stop: ends the iteration.
+        first: sequence number of the first frame.
     """
 
-    def __init__(self, source: Source, config: CaptureConfig, stop: threading.Event) -> None:
+    def __init__(self, source: Source, config: CaptureConfig, stop: threading.Event, *, first: int = 0) -> None:
         self._source = source
         self._drop_oldest = config.policy == "latest" or (config.policy == "auto" and source.is_live)
         self._depth = config.depth
         self._stop = stop
+        self._first = first
         self._changed = threading.Condition()
         self._queue: collections.deque[Captured] = collections.deque()
         self._ended = False
@@ -112,11 +119,12 @@ class Capture:
 
     def _read(self) -> None:
         try:
-            sequence = 0
+            sequence = self._first
             for frame in self._source.frames(self._closed):
                 self.dropped.update(frame.missed)
                 sequence += sum(frame.missed.values())
-                if not self._put(Captured(sequence=sequence, frame=frame)):
+                named = frame if frame.part_id else dataclasses.replace(frame, part_id=f"frame-{sequence:06d}")
+                if not self._put(Captured(sequence=sequence, frame=named)):
                     return
                 sequence += 1
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the reader raises it

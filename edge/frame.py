@@ -80,6 +80,7 @@ class Frame:
     """One image of one part, or the reason why there is none."""
 
     part_id: str
+    """Empty where the source has no name for it; :class:`edge.capture.Capture` names it by its place."""
     source: str
     """The file, or the camera or stream; without passwords."""
     image_bgr: ImageU8 | None
@@ -127,7 +128,7 @@ class Source(Protocol):
         """Yield frames until the source ends or ``stop`` is set.
 
         Raises:
-            DataError: the source cannot be opened.
+            DataError: the source cannot be opened, or breaks; a live one may be read again.
             MissingDependencyError: what reads it is not installed.
         """
         ...

@@ -23,7 +23,7 @@ from edge.parts.matching import Match, Matcher, MatchWindow
 from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import number_range
 from edge.status import PartCounts
-from edgeflame.errors import ConfigError, LinkError, MissingDependencyError, UsageError
+from edgeflame.errors import ConfigError, DataError, LinkError, MissingDependencyError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.topics import Topics
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
@@ -35,12 +35,18 @@ _POLL_S = 0.2
 
 _STOP_TIMEOUT_S = 3.0
 
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+"""Between attempts to get a camera back: doubles from the first to the longest."""
+
 
 class TriggeredSource:
     """Frames of a live source, one a trigger.
 
     A part without an image gets a frame without one, with the reason; the camera's other frames are dropped and
     counted. Reading, triggers and the caller are three threads, joined by one lock around a pure matcher.
+
+    A camera that breaks off is opened again here, with growing pauses, for triggers go on meanwhile: parts announced
+    while it is away get frames that say so.
 
     Args:
         source: a camera or stream.
@@ -71,6 +77,8 @@ class TriggeredSource:
         self._changed = threading.Condition()
         self._ended: str | None = None
         self._failure: BaseException | None = None
+        self._has_worked = False
+        self._delay_s = FIRST_DELAY_S
         self._num_unnamed = 0
 
     def problem(self) -> str | None:
@@ -82,7 +90,7 @@ class TriggeredSource:
         """One frame for each trigger, in order, until ``stop`` is set.
 
         Raises:
-            EdgeFlameError: the camera cannot be opened.
+            EdgeFlameError: the camera cannot be opened the first time.
         """
         done = threading.Event()
         reader = threading.Thread(target=self._read, args=(done,), name="edgeflame-triggered", daemon=True)
@@ -140,7 +148,24 @@ class TriggeredSource:
         """The camera's own thread."""
         reason = "the camera ended"
         try:
+            while (lost := self._read_until_lost(done)) is not None:
+                log.warning("camera_lost", source=self.name, reason=lost, retry_in_s=self._delay_s)
+                if done.wait(self._delay_s):
+                    break
+                self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
+        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the reader raises it
+            self._failure, reason = exc, str(exc)
+        finally:
+            with self._changed:
+                self._matcher.close(reason)
+                self._ended = reason
+                self._changed.notify_all()
+
+    def _read_until_lost(self, done: threading.Event) -> str | None:
+        """Read the camera until it ends (None) or breaks off, and then why."""
+        try:
             for frame in self._source.frames(done):
+                self._has_worked, self._delay_s = True, FIRST_DELAY_S
                 with self._changed:
                     self._matcher.dropped.update(frame.missed)
                     if frame.image_bgr is None:
@@ -150,13 +175,14 @@ class TriggeredSource:
                     self._changed.notify_all()
                 if done.is_set():
                     break
-        except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the reader raises it
-            self._failure, reason = exc, str(exc)
-        finally:
+        except DataError as exc:
+            if not self._has_worked:
+                raise
             with self._changed:
-                self._matcher.close(reason)
-                self._ended = reason
+                self._matcher.camera_away(f"parts may pass unseen: {exc}")
                 self._changed.notify_all()
+            return str(exc)
+        return None
 
     def _accept(self, trigger: Trigger) -> None:
         """A trigger, on its transport's thread."""

@@ -1,8 +1,8 @@
-"""A live camera in a process of its own, found again after an outage.
+"""A live camera in a process of its own.
 
 The child reads the camera and puts each image into a ring in shared memory; down a pipe it says which slot, when it
 was taken, or why it gave up. The parent waits for that with a time limit. What the child does not say within it, it
-will not say later either: the child is killed, and the caller tries again with a new one.
+will not say later either: the child is killed and the source raises; whoever reads it opens it again.
 
 The ring
 --------
@@ -11,11 +11,6 @@ A ring of images in shared memory: one process writes, one reads, and neither wa
 Each slot begins with a generation counter. The writer makes it odd, copies the image, makes it even; a reader that
 was told a slot and its generation copies the image out and looks at the counter again: if it has changed, the image
 was overwritten meanwhile and is dropped, never shown half.
-
-Outages
--------
-A source is opened, read until it breaks, and opened again after a pause that grows each time. Each outage gives one
-frame without an image: parts may pass unseen, and that is said.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -287,55 +282,6 @@ def _serve(read: ReadImages, sender: Connection) -> None:
             sender.send(_Broken(error=exc))
 
 
-FIRST_DELAY_S = 1.0
-LONGEST_DELAY_S = 30.0
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceLost:
-    """In place of images: the source broke off, for this reason; one for each outage."""
-
-    reason: str
-
-
-def reconnecting(
-    name: str, read: Callable[[threading.Event], Iterator[T]], stop: threading.Event
-) -> Iterator[T | SourceLost]:
-    """What a live source gives, across outages.
-
-    A source that cannot be opened at the start is a mistake and raises; one that worked is waited for.
-
-    Args:
-        name: for the log; without passwords.
-        read: opens the source and yields its images; raises DataError when it cannot or when the stream breaks.
-        stop: ends it, also during a wait.
-
-    Raises:
-        DataError: it cannot be opened the first time.
-    """
-    worked, is_lost, delay_s = False, False, FIRST_DELAY_S
-    while not stop.is_set():
-        reason = "the stream ended"
-        try:
-            for image in read(stop):
-                worked, is_lost, delay_s = True, False, FIRST_DELAY_S
-                yield image
-        except DataError as exc:
-            if not worked:
-                raise
-            reason = str(exc)
-        if stop.is_set():
-            return
-        if not is_lost:
-            is_lost = True
-            yield SourceLost(reason=reason)
-        log.warning("source_lost", source=name, reason=reason, retry_in_s=delay_s)
-        stop.wait(delay_s)
-        delay_s = min(2 * delay_s, LONGEST_DELAY_S)
-
-
 OVERWRITTEN = "overwritten"
 """Why a frame was dropped: the camera's process wrote over it in the ring before it was read."""
 
@@ -343,7 +289,7 @@ OVERWRITTEN = "overwritten"
 def live_frames(
     name: str, read: ReadImages, stop: threading.Event, *, stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> Iterator[Frame]:
-    """A camera's frames. Each outage gives one frame without an image: parts may pass unseen, and that is said.
+    """A camera's frames, without names, until it breaks or ``stop`` is set.
 
     Args:
         name: of the camera, without passwords.
@@ -352,26 +298,20 @@ def live_frames(
         stall_timeout_s: without an image for so long the camera is taken for hung.
 
     Raises:
-        DataError: it cannot be opened the first time.
+        DataError: it cannot be opened, its stream broke or hangs, or the child died.
+        MissingDependencyError: what reads it is not installed.
     """
-    images = reconnecting(name, lambda event: read_in_child(read, name, event, stall_timeout_s=stall_timeout_s), stop)
-    number = missed = 0
-    for taken in images:
+    missed = 0
+    for taken in read_in_child(read, name, stop, stall_timeout_s=stall_timeout_s):
         if isinstance(taken, Overwritten):
             missed += 1
             continue
-        lost = {OVERWRITTEN: missed} if missed else {}
-        number, missed = number + missed, 0
-        part_id = f"frame-{number:06d}"
-        number += 1
-        if isinstance(taken, SourceLost):
-            yield make_frame(part_id=part_id, source=name, error=f"parts may pass unseen: {taken.reason}", missed=lost)
-        else:
-            yield make_frame(
-                part_id=part_id,
-                source=name,
-                image_bgr=taken.image,
-                captured_monotonic_s=taken.monotonic_s,
-                captured_utc=taken.utc,
-                missed=lost,
-            )
+        yield make_frame(
+            part_id="",
+            source=name,
+            image_bgr=taken.image,
+            captured_monotonic_s=taken.monotonic_s,
+            captured_utc=taken.utc,
+            missed={OVERWRITTEN: missed} if missed else {},
+        )
+        missed = 0

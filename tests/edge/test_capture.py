@@ -75,6 +75,17 @@ def test_what_the_source_itself_lost_is_counted_and_leaves_a_gap() -> None:
     assert frames.dropped == {"overwritten": 3}
 
 
+def test_a_frame_without_a_name_is_named_by_its_place() -> None:
+    class Camera(FakeSource):
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:
+            for part_id, missed in (("", {}), ("A-7", {}), ("", {"overwritten": 2})):
+                yield make_frame(part_id=part_id, source=self.name, image_bgr=IMAGE, missed=missed)
+
+    with Capture(Camera(3), CaptureConfig(), threading.Event(), first=40) as frames:
+        taken = [(captured.sequence, captured.frame.part_id) for captured in frames]
+    assert taken == [(40, "frame-000040"), (41, "A-7"), (44, "frame-000044")]
+
+
 def test_a_policy_by_name_wins_over_the_kind_of_source() -> None:
     with capture(FakeSource(10, is_live=True), policy="wait") as frames:
         assert len(list(frames)) == 10

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig
-from edge.frame import AcceptTrigger, Frame, Trigger, make_frame, trigger_now
+from edge.frame import AcceptTrigger, Frame, Trigger, trigger_now
 from edge.parts.matching import MatchWindow
 from edge.parts.modbus_trigger import ModbusTrigger
 from edge.parts.mqtt_trigger import MqttTrigger, at_time
@@ -290,14 +290,21 @@ def test_one_frame_a_trigger_with_its_name_and_the_rest_are_counted() -> None:
     assert rig.counts.triggers == 3
 
 
-def test_a_trigger_while_the_camera_is_away_gets_a_frame_that_says_so() -> None:
-    with rigged(MatchWindow(delay_s=0.0, window_s=0.05)) as rig:
-        rig.camera.given.put(make_frame(part_id="", source="camera:0", error="parts may pass unseen: unplugged"))
-        wait_for(lambda: rig.camera.num_taken == 1, "the outage is known")
+def test_a_trigger_while_the_camera_is_away_gets_a_frame_that_says_so_until_it_is_back() -> None:
+    with rigged(MatchWindow(delay_s=0.0, window_s=2.0)) as rig:
+        rig.camera.show()
+        rig.camera.given.put(DataError("unplugged"))
+        rig.camera.given.put(DataError("still unplugged"))
+        wait_for(rig.camera.given.empty, "it was tried again")
         rig.button.press("A-1")
         frame = rig.next()
-    assert (frame.part_id, frame.image_bgr, frame.fault) == ("A-1", None, Reason.NO_IMAGE)
-    assert "the camera is away: parts may pass unseen: unplugged" in (frame.error or "")
+        assert (frame.part_id, frame.image_bgr, frame.fault) == ("A-1", None, Reason.NO_IMAGE)
+        assert "the camera is away: parts may pass unseen: still unplugged" in (frame.error or "")
+        rig.camera.show()
+        wait_for(lambda: rig.camera.num_taken == 2, "the camera is back")
+        rig.button.press("A-2")
+        rig.camera.show()
+        assert rig.next().image_bgr is not None
 
 
 def test_a_camera_that_cannot_be_opened_is_an_error_after_the_parts_that_waited() -> None:

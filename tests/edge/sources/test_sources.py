@@ -17,7 +17,6 @@ from boards.dataset import BoardStream
 from cli import cli
 from edge.frame import Frame
 from edge.sources.boards import BoardSource
-from edge.sources.child import SourceLost, reconnecting
 from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from tests.support.small_package import good_image, write_images
@@ -137,42 +136,3 @@ def test_addresses_that_make_no_sense(
 def test_a_camera_that_is_not_there_is_an_error_at_once() -> None:
     with pytest.raises(DataError, match="no such camera"):
         next(iter(open_image_source("camera:63").frames(threading.Event())))
-
-
-class TestReconnecting:
-    """A live source across outages."""
-
-    def test_one_that_never_worked_raises(self) -> None:
-        def read(stop: threading.Event) -> object:
-            raise DataError("no route")
-            yield
-
-        with pytest.raises(DataError, match="no route"):
-            next(reconnecting("cam", read, threading.Event()))  # type: ignore[arg-type]
-
-    def test_one_that_worked_is_opened_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        stop, images, waited = threading.Event(), [good_image(seed) for seed in range(3)], []
-        monkeypatch.setattr(stop, "wait", waited.append)
-        openings = iter([[images[0]], [], [], [images[1], images[2]]])
-
-        def read(stop: threading.Event) -> object:
-            yield from next(openings)
-            raise DataError("unplugged")
-
-        stream = reconnecting("cam", read, stop)  # type: ignore[arg-type]
-        # One outage, however often it was tried again.
-        first, lost, second, third = (next(stream) for _ in range(4))
-        assert lost == SourceLost(reason="unplugged")
-        for got, expected in zip((first, second, third), images, strict=True):
-            assert got is expected
-        assert waited == [1.0, 2.0, 4.0]
-
-    def test_a_stop_ends_the_wait(self) -> None:
-        stop = threading.Event()
-
-        def read(_: threading.Event) -> object:
-            yield good_image(0)
-            stop.set()
-            raise DataError("unplugged")
-
-        assert len(list(reconnecting("cam", read, stop))) == 1  # type: ignore[arg-type]
