@@ -7,7 +7,9 @@ from typing import Literal
 
 import msgspec
 
-from aggregator.strategies import AUTO, STRATEGIES
+from aggregator.exchanges import EXCHANGES, Exchange
+from aggregator.strategies import AUTO, STRATEGIES, resolve_strategy
+from aggregator.strategies.interface import Rule
 from edgeflame.errors import ConfigError, UsageError
 from edgeflame.methods import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
 from edgeflame.mqtt.messages import MAX_ROUNDS, Codec
@@ -122,12 +124,12 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 self.learning.training.batch_norm,
             ),
             (
-                self.update_codec == "raw" or METHODS[self.learning.method].exchange != "memory",
+                self.update_codec == "raw" or self.exchange.compressible,
                 'update_codec must be "raw" for memories, which are small already',
                 self.update_codec,
             ),
             (
-                self.statistics == "site" or METHODS[self.learning.method].exchange != "memory",
+                self.statistics == "site" or self.exchange.has_statistics_phase,
                 'statistics must be "site" for a method that pools a memory already',
                 self.statistics,
             ),
@@ -155,6 +157,21 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 f"strategy {self.strategy} aggregates {STRATEGIES[self.strategy].exchange}, but the sites of "
                 f"method {self.learning.method} send {sent}; choose one of {fitting}"
             )
+
+    @property
+    def strategy_name(self) -> str:
+        """The strategy's own name, also where ``auto`` is configured."""
+        return resolve_strategy(self.strategy, self.learning.method)
+
+    @property
+    def rule(self) -> Rule:
+        """The strategy."""
+        return STRATEGIES[self.strategy_name]
+
+    @property
+    def exchange(self) -> Exchange:
+        """What sites send."""
+        return EXCHANGES[METHODS[self.learning.method].exchange]
 
     def replies_needed(self, num_asked: int) -> int:
         """The quorum of a round with so many asked sites."""

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from aggregator.aggregate import configured_rule, update_weights
+from aggregator.aggregate import update_weights
 from aggregator.events import Round, RunState
-from aggregator.strategies import resolve_strategy
 
 
 def build_ledger(state: RunState) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def build_ledger(state: RunState) -> dict[str, Any]:
         "outcome": "running" if state.ended is None else "done" if state.ended.succeeded else "failed",
         "reason": state.ended.reason if state.ended else "",
         "method": state.config.learning.method,
-        "strategy": resolve_strategy(state.config.strategy, state.config.learning.method),
+        "strategy": state.config.strategy_name,
         "rounds_planned": state.config.rounds,
         "rounds_ended_early": None
         if state.last_round is None
@@ -86,7 +85,7 @@ def _left_out_entries(entry: Round) -> list[dict[str, str]]:
 
 
 def _round_entry(entry: Round, state: RunState) -> dict[str, Any]:
-    weights = update_weights(entry, equal=configured_rule(state.config).equal_votes)
+    weights = update_weights(entry, equal=state.config.rule.equal_votes)
     return {
         "round": entry.number,
         "base_sha256": entry.base,

@@ -74,7 +74,8 @@ from aggregator.events import (
     UpdateRefused,
     apply_event,
 )
-from aggregator.validation import ValidationResult, answer_from_state, receipt_for, refusal_for, validate_offer
+from aggregator.exchanges import ValidationResult
+from aggregator.validation import answer_from_state, receipt_for, refusal_for, validate_offer
 from edgeflame.mqtt.messages import DownMessage, FinishReport, Offer, Receipt, Refusal, RefusalReason, TaskFailed
 
 

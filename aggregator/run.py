@@ -15,17 +15,14 @@ from typing import Any
 
 import msgspec
 
-from aggregator.aggregate import aggregate_updates, relative_memory_change, relative_model_change, round_contributions
+from aggregator.aggregate import aggregate_updates, round_contributions
 from aggregator.config import AggregateConfig
 from aggregator.events import Event, Round, RunStarted, RunState, initial_state
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
 from aggregator.rounds import RoundMachine, RoundOutput
-from aggregator.strategies import STRATEGIES, resolve_strategy
-from aggregator.strategies.interface import FileRule
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
-from edgeflame.methods import METHODS
 from edgeflame.state import copy_durably, write_durably
 from edgeflame.statistics.merge import pool_statistics
 from edgeflame.transfer.store import BlobStore
@@ -60,9 +57,8 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
         MissingDependencyError: its rule needs what is not installed here.
         StorageError: the journal fails.
     """
-    rule = STRATEGIES[resolve_strategy(config.strategy, config.learning.method)]
-    if isinstance(rule, FileRule) and rule.check is not None:
-        rule.check()
+    if config.rule.check is not None:
+        config.rule.check()
     state = journal.last_run()
     if state is not None and not (new_run and state.ended):
         if state.ended is None and state.config != config:
@@ -132,8 +128,7 @@ def aggregate_round(state: RunState, entry: Round, store: BlobStore, draft: Path
         draft,
         num_members=len(state.members),
     )
-    shares_memory = METHODS[state.config.learning.method].exchange == "memory"
-    change = relative_memory_change(base, draft) if shares_memory else relative_model_change(base, draft)
+    change = state.config.exchange.relative_change(base, draft)
     manifest = store.add(draft)
     return GlobalModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)
 

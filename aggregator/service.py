@@ -19,6 +19,7 @@ from typing import Any
 from aggregator.config import AggregateConfig
 from aggregator.control import FinishEarly, OperatorRequest, PauseSite, RemoveSite, RequestQueue, ResumeSite, StopRun
 from aggregator.events import RunState
+from aggregator.exchanges import ValidationResult
 from aggregator.journal import Journal
 from aggregator.membership import Membership
 from aggregator.metrics import StatusReporter, run_summary
@@ -35,7 +36,7 @@ from aggregator.rounds import (
 )
 from aggregator.run import RunResult, close_round, log_event, open_run, write_results
 from aggregator.uploads import ReceivedUpload, UploadReceiver
-from aggregator.validation import ValidationResult, validate_upload
+from aggregator.validation import validate_upload
 from edgeflame.errors import FederationError, UsageError
 from edgeflame.log import EventLog, Progress
 from edgeflame.metrics import MetricsServer

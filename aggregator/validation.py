@@ -7,51 +7,25 @@ Validation has two steps:
    refusal, one that is late, stale or was not asked for is refused. :func:`validate_offer` refuses what cannot count
    whatever its bytes are: too large, or an implausible number of samples or steps. Both are pure. The same offer gets
    the same answer, however often it comes, so a site may repeat itself until it hears one.
-2. By the blob, once it is in the store: :func:`validate_upload`. Weights must have the base model's schema, be finite
-   and not be further from the base than allowed; statistics must be of the final model's embeddings and have the form
-   of those accepted before; a memory (FedDyMem) must be of the run's embeddings, within bounds and above the privacy
-   floor.
-
-Files are read tensor by tensor, in blocks: the memory needed does not grow with the size of the model.
+2. By the blob, once it is in the store: :func:`validate_upload`. What an initial model or an update must be is a matter
+   of what sites exchange (:mod:`aggregator.exchanges`); statistics must be of the final model's embeddings and have the
+   form of those accepted before.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from aggregator.config import AggregateConfig
 from aggregator.events import Round, RunState
-from aggregator.strategies import STRATEGIES, resolve_strategy
+from aggregator.exchanges import ValidationResult, message_without_path
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.methods import METHODS
 from edgeflame.mqtt.messages import DownMessage, Offer, Receipt, Refusal, RefusalReason
-from edgeflame.statistics.memory import MAX_CHANNELS, MemoryBank, read_bank
 from edgeflame.statistics.merge import StatisticsFile, header_difference
-from edgeflame.tensors import TensorFile, schema_difference
 from edgeflame.transfer.compression import decode_update
 from edgeflame.transfer.store import BlobStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationResult:
-    """Whether a model counts.
-
-    Attributes:
-        reason: why not; None if it does.
-        detail: the reason in words.
-        relative_change: the distance to the base model over the base model's norm.
-        decoded: SHA-256 of the update in the store, if it came encoded.
-    """
-
-    reason: RefusalReason | None = None
-    detail: str = ""
-    relative_change: float = 0.0
-    decoded: str | None = None
-
 
 HEADER_SLACK_BYTES = 64 << 10
 """An update may be so much larger than the initial model: safetensors headers differ by their metadata."""
@@ -140,10 +114,8 @@ def validate_offer(state: RunState, offer: Offer) -> ValidationResult | None:
         return None
     if (problem := _implausible_step_count(offer, config)) is not None:
         return ValidationResult(reason="samples", detail=problem)
-    expected = state.initial.size_bytes if state.initial is not None else 0
-    if METHODS[config.learning.method].exchange == "memory":
-        # A run starts from an empty memory, which says nothing of how large they become.
-        expected = config.learning.memory.prototypes * 4 * (MAX_CHANNELS + 3)
+    initial_bytes = state.initial.size_bytes if state.initial is not None else 0
+    expected = config.exchange.max_update_bytes(initial_bytes, config.learning)
     if size > expected + HEADER_SLACK_BYTES:
         return ValidationResult(reason="too_large", detail=f"{size} bytes; at most {expected} are expected")
     return None
@@ -151,9 +123,8 @@ def validate_offer(state: RunState, offer: Offer) -> ValidationResult | None:
 
 def _implausible_step_count(offer: Offer, config: AggregateConfig) -> str | None:
     if offer.num_steps == 0:
-        rule = resolve_strategy(config.strategy, config.learning.method)
-        needed = STRATEGIES[rule].needs_steps
-        return f"the update does not say how many steps it took; {rule} needs that" if needed else None
+        problem = f"the update does not say how many steps it took; {config.strategy_name} needs that"
+        return problem if config.rule.needs_steps else None
     training = config.learning.training
     most = training.epochs * math.ceil(offer.num_samples / training.batch_size)
     if offer.num_steps > most:
@@ -176,58 +147,6 @@ def refusal_for(offer: Offer, reason: RefusalReason, detail: str) -> Refusal:
         reason=reason,
         detail=detail[:500],
     )
-
-
-def validate_initial_model(path: Path) -> ValidationResult:
-    """Whether a file can start a run: tensors, finite."""
-    try:
-        with TensorFile(path) as model:
-            for name, spec in model.schema.items():
-                for block in model.blocks(name):
-                    if spec.is_float and not np.isfinite(block).all():
-                        return ValidationResult(
-                            reason="not_finite", detail=f"tensor {name!r} holds NaN or infinite values"
-                        )
-    except DataError as exc:
-        return ValidationResult(reason="not_tensors", detail=message_without_path(exc, path))
-    return ValidationResult()
-
-
-def validate_update(path: Path, base: Path, *, max_relative_change: float) -> ValidationResult:
-    """Whether an update fits its base model: schema, finite, not further away than allowed."""
-    try:
-        with TensorFile(base) as before, TensorFile(path) as after:
-            if difference := schema_difference(before.schema, after.schema):
-                return ValidationResult(reason="schema", detail=difference)
-            change = norm = 0.0
-            for name, spec in after.schema.items():
-                if not spec.is_float:
-                    continue
-                for old, new in zip(before.blocks(name), after.blocks(name), strict=True):
-                    values = new.astype(np.float64)
-                    if not np.isfinite(values).all():
-                        return ValidationResult(
-                            reason="not_finite", detail=f"tensor {name!r} holds NaN or infinite values"
-                        )
-                    if name.endswith(".running_var") and (values < 0).any():
-                        # Its root is taken: every score of the model would be NaN.
-                        return ValidationResult(
-                            reason="schema", detail=f"tensor {name!r}, a variance, holds negative values"
-                        )
-                    reference = old.astype(np.float64)
-                    norm += float(np.dot(reference, reference))
-                    values -= reference
-                    # Near the top of float64 the square overflows to infinity, which is beyond any bound.
-                    with np.errstate(over="ignore"):
-                        change += float(np.dot(values, values))
-    except DataError as exc:
-        return ValidationResult(reason="not_tensors", detail=message_without_path(exc, path))
-    # A base of zeros has no scale of its own; then the bound is absolute.
-    relative = math.sqrt(change) / (math.sqrt(norm) or 1.0)
-    if not relative <= max_relative_change:
-        detail = f"{relative:.3g} times the base model's norm away from it; {max_relative_change:g} is allowed"
-        return ValidationResult(reason="norm", detail=detail, relative_change=relative)
-    return ValidationResult(relative_change=relative)
 
 
 def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path | None) -> ValidationResult:
@@ -260,91 +179,19 @@ def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path 
     return ValidationResult()
 
 
-def message_without_path(error: DataError, path: Path) -> str:
-    """What is wrong with a file, for the site to read: not where the aggregator keeps it."""
-    return str(error).removeprefix(f"{path}: ")
-
-
-COUNT_TOLERANCE = 1e-4
-"""Of effective counts, which travel as float32."""
-
-
-def validate_initial_memory(path: Path) -> ValidationResult:
-    """Whether a file can start a run: a memory bank, and an empty one, since no site has learnt yet."""
-    bank = _read_memory(path)
-    if isinstance(bank, ValidationResult):
-        return bank
-    if len(bank):
-        return ValidationResult(
-            reason="schema", detail=f"an initial memory is empty; this one has {len(bank)} prototypes"
-        )
-    return ValidationResult()
-
-
-def validate_memory(path: Path, base: Path, config: AggregateConfig, *, num_samples: int) -> ValidationResult:
-    """Whether a site's memory can be merged: of the run's embeddings, within bounds, above the privacy floor."""
-    bank, settings = _read_memory(path), config.learning.memory
-    if isinstance(bank, ValidationResult):
-        return bank
-    before = read_bank(base)
-    if bank.space != before.space:
-        detail = f"a memory of the embeddings {bank.space[:12]}; this run's are {before.space[:12]}: another backbone?"
-        return ValidationResult(reason="space", detail=detail)
-    if bank.num_channels != before.num_channels or not 1 <= len(bank) <= settings.prototypes:
-        detail = (
-            f"{len(bank)} prototypes of {bank.num_channels} channels; expected 1 to {settings.prototypes} of "
-            f"{before.num_channels}"
-        )
-        return ValidationResult(reason="schema", detail=detail)
-    if bank.count != num_samples:
-        return ValidationResult(reason="samples", detail=f"a memory of {bank.count} images; {num_samples} were offered")
-    for name, values, least in (
-        ("patches", bank.effective_patches, settings.min_group),
-        ("images", bank.effective_images, settings.min_images),
-    ):
-        if float(values.min()) < least * (1 - COUNT_TOLERANCE):
-            detail = f"a prototype is worth {values.min():.3g} {name}; the privacy floor is {least:g}"
-            return ValidationResult(reason="floor", detail=detail)
-    if not len(before):
-        return ValidationResult()
-    size, reference = (float(np.sqrt(np.square(one.prototypes.astype(np.float64)).mean())) for one in (bank, before))
-    most = 1 + config.max_relative_change
-    if not size <= most * reference:
-        detail = f"prototypes {size / reference:.3g} times as long as the fleet's; {most:g} are allowed"
-        return ValidationResult(reason="norm", detail=detail)
-    return ValidationResult()
-
-
-def _read_memory(path: Path) -> MemoryBank | ValidationResult:
-    try:
-        return read_bank(path)
-    except DataError as exc:
-        # The site should read what is wrong, not where the aggregator keeps it.
-        return _invalid("not_tensors", str(exc).removeprefix(f"{path}: "))
-    except NumericalError as exc:
-        return _invalid("not_finite", str(exc))
-
-
-def _invalid(reason: RefusalReason, detail: str) -> ValidationResult:
-    return ValidationResult(reason=reason, detail=detail)
-
-
 def validate_upload(state: RunState, offer: Offer, store: BlobStore) -> ValidationResult | None:
-    """What the checks say of an offered model that lies in the store; None if the offer is of no round of this run."""
-    path, codec = store.path(offer.manifest.sha256), offer.manifest.codec
-    shares_memory = METHODS[state.config.learning.method].exchange == "memory"
-    if codec != "raw" and (offer.purpose != "update" or shares_memory):
+    """Check an offered blob that lies in the store; None if the offer belongs to no round of this run."""
+    path, codec, exchange = store.path(offer.manifest.sha256), offer.manifest.codec, state.config.exchange
+    if codec != "raw" and not (offer.purpose == "update" and exchange.compressible):
         return ValidationResult(reason="not_tensors", detail=f"encoded as {codec}; only updates of weights may be")
     if offer.purpose == "initial":
-        return validate_initial_memory(path) if shares_memory else validate_initial_model(path)
+        return exchange.validate_initial(path)
     entry = round_of_offer(state, offer)
     if entry is None or entry.base not in store:
         return None
     if entry.purpose == "statistics":
         like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
         return validate_statistics(path, model=entry.base, num_samples=offer.num_samples, like=like)
-    if shares_memory:
-        return validate_memory(path, store.path(entry.base), state.config, num_samples=offer.num_samples)
     base, decoded = store.path(entry.base), None
     if codec != "raw":
         draft = store.draft("decoded")
@@ -354,5 +201,5 @@ def validate_upload(state: RunState, offer: Offer, store: BlobStore) -> Validati
             return ValidationResult(reason="not_tensors", detail=message_without_path(exc, path))
         decoded = store.add(draft).sha256
         path = store.path(decoded)
-    verdict = validate_update(path, base, max_relative_change=state.config.max_relative_change)
-    return replace(verdict, decoded=decoded)
+    result = exchange.validate_update(path, base, num_samples=offer.num_samples, bounds=state.config)
+    return replace(result, decoded=decoded)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from aggregator.strategies.averaging import FedAvg, FedNova, Scaffold
-from aggregator.strategies.interface import BlockRule, FileRule, Rule
+from aggregator.strategies.blocks import blockwise
+from aggregator.strategies.interface import Rule
 from aggregator.strategies.memory import KMeansMemory, require_scikit_learn
 from aggregator.strategies.robust import Median, NormClipping, TrimmedMean
 from edgeflame.methods import METHODS
@@ -12,13 +13,13 @@ AUTO = "auto"
 """The rule that belongs to the learning method."""
 
 STRATEGIES: dict[str, Rule] = {
-    "fedavg": BlockRule(build=FedAvg),
-    "fednova": BlockRule(build=FedNova, needs_steps=True),
-    "scaffold": BlockRule(build=Scaffold, exchange="controls"),
-    "median": BlockRule(build=Median, equal_votes=True, holds_all_sites=True),
-    "trimmed_mean": BlockRule(build=TrimmedMean, equal_votes=True, holds_all_sites=True),
-    "norm_clipping": BlockRule(build=NormClipping, equal_votes=True),
-    "kmeans": FileRule(build=KMeansMemory, exchange="memory", check=require_scikit_learn),
+    "fedavg": Rule(build=blockwise(FedAvg)),
+    "fednova": Rule(build=blockwise(FedNova), needs_steps=True),
+    "scaffold": Rule(build=blockwise(Scaffold), exchange="controls"),
+    "median": Rule(build=blockwise(Median, holds_all_sites=True), equal_votes=True),
+    "trimmed_mean": Rule(build=blockwise(TrimmedMean, holds_all_sites=True), equal_votes=True),
+    "norm_clipping": Rule(build=blockwise(NormClipping), equal_votes=True),
+    "kmeans": Rule(build=KMeansMemory, exchange="memory", check=require_scikit_learn),
 }
 """By the name a configuration uses."""
 

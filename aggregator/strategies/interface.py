@@ -1,20 +1,18 @@
-"""What a server rule is: two kinds of strategy, and what they are told about a round.
+"""What a server rule is, and what it knows of a round.
 
-A *block* strategy sees one block of one tensor at a time, from every site in sorted order, and knows nothing of
-files: memory does not depend on the number of sites nor on the size of the model. A *file* strategy gets whole files,
-for rules that need an update in one piece. Both are built anew for each round, so what they need to know of all
-updates before the first block (norms, steps) they work out when they are built.
+A strategy is built anew for each round, so what it needs to know of all updates before it combines them (norms, steps)
+is worked out when it is built. Most rules combine models block by block (:mod:`aggregator.strategies.blocks`); one
+that needs updates in one piece reads the files itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from edgeflame.methods import ExchangeKind, Learning
-from edgeflame.tensors import F64
 
 
 class StrategySettings(Protocol):
@@ -66,26 +64,11 @@ class RoundInputs:
     num_members: int
 
 
-class BlockStrategy(Protocol):
-    """A rule that works block by block."""
+class Strategy(Protocol):
+    """Makes one global model of a round's updates."""
 
-    def combine(self, name: str, base: F64, updates: Iterable[tuple[Contribution, F64]]) -> F64:
-        """The new values of a block.
-
-        Args:
-            name: the tensor's.
-            base: ``[elements]``, the round's base model.
-            updates: for each site, in sorted site order, its ``[elements]``. An iterator that reads as it goes, once:
-                a rule that takes one at a time holds one at a time.
-        """
-        ...
-
-
-class FileStrategy(Protocol):
-    """A rule that needs updates in one piece."""
-
-    def merge_files(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
-        """Write the next global state to ``out``, in canonical form; the caller makes it durable.
+    def aggregate(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
+        """Write the next global model to ``out``, in canonical form; the caller makes it durable.
 
         Args:
             base: the round's base.
@@ -99,7 +82,7 @@ class FileStrategy(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockRule:
+class Rule:
     """An entry of the registry.
 
     Attributes:
@@ -107,29 +90,11 @@ class BlockRule:
         exchange: what it can aggregate; a learning method names what its sites send.
         needs_steps: updates that do not say their number of steps are refused.
         equal_votes: every site counts the same, whatever number of samples it claims.
-        holds_all_sites: it needs a block of every site at once, and gets smaller ones the more sites there are.
-    """
-
-    build: Callable[[RoundInputs], BlockStrategy]
-    exchange: ExchangeKind = "weights"
-    needs_steps: bool = False
-    equal_votes: bool = False
-    holds_all_sites: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileRule:
-    """As :class:`BlockRule`, of a strategy on whole files.
-
-    Attributes:
         check: raises MissingDependencyError where the rule cannot work; called before a run begins.
     """
 
-    build: Callable[[RoundInputs], FileStrategy]
+    build: Callable[[RoundInputs], Strategy]
     exchange: ExchangeKind = "weights"
     needs_steps: bool = False
     equal_votes: bool = False
     check: Callable[[], None] | None = None
-
-
-Rule = BlockRule | FileRule

@@ -25,7 +25,7 @@ class KMeansMemory:
     def __init__(self, inputs: RoundInputs) -> None:
         self._learning = inputs.config.learning
 
-    def merge_files(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
+    def aggregate(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
         banks = [read_bank(contribution.path) for contribution in contributions]
         prototypes = np.concatenate([bank.prototypes for bank in banks]).astype(np.float64)
         shares = [c.weight * bank.weights.astype(np.float64) for c, bank in zip(contributions, banks, strict=True)]
@@ -89,7 +89,7 @@ def kmeans_labels(
 
 
 def require_scikit_learn() -> None:
-    """Told before a run begins, not after its first round.
+    """Checked before a run begins, not after its first round.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
-from aggregator.aggregate import aggregate_updates, relative_memory_change, relative_model_change
+from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
 from aggregator.strategies.interface import Contribution
 from edgeflame.dataset import Dataset, open_dataset
@@ -125,8 +125,7 @@ def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Tra
             trace.num_bytes.append(out.stat().st_size)
         base, model = model, folder / str(number)
         aggregate_updates(config, base, contributions, model, num_members=len(SITES))
-        change = relative_memory_change if learning.method == "feddymem" else relative_model_change
-        trace.changes.append(change(base, model))
+        trace.changes.append(config.exchange.relative_change(base, model))
         trace.aurocs.append(measure(model))
         print(f"{learning.method} round {number}: AUROC {trace.aurocs[-1]:.3f}", file=sys.stderr)
     return trace

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.aggregate import aggregate_updates, relative_memory_change
+from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
+from aggregator.exchanges import MEMORY
 from aggregator.journal import Journal
 from aggregator.run import open_run
 from aggregator.strategies.interface import Contribution
 from aggregator.strategies.memory import kmeans_labels
-from aggregator.validation import validate_initial_memory, validate_memory
 from edgeflame.errors import ConfigError, MissingDependencyError
 from edgeflame.methods import Learning, Memory
 from edgeflame.mqtt.messages import Refusal
@@ -73,23 +73,25 @@ def test_what_a_site_sends_is_checked(
     changes: dict[str, object], samples: int, reason: str | None, base: Path, tmp_path: Path
 ) -> None:
     update = written(tmp_path / "update", bank(**changes))
-    assert validate_memory(update, base, CONFIG, num_samples=samples).reason == reason
+    assert MEMORY.validate_update(update, base, bounds=CONFIG, num_samples=samples).reason == reason
 
 
 def test_more_prototypes_than_asked_for_and_far_ones_are_refused(base: Path, tmp_path: Path) -> None:
     update = written(tmp_path / "update", bank(9))
-    assert validate_memory(update, base, CONFIG, num_samples=20).reason == "schema"
+    assert MEMORY.validate_update(update, base, bounds=CONFIG, num_samples=20).reason == "schema"
     fleet = written(tmp_path / "fleet", bank(seed=1))
     far = written(tmp_path / "far", bank(prototypes=np.full((8, 3), 100, np.float32)))
-    assert validate_memory(far, fleet, CONFIG, num_samples=20).reason == "norm"
-    assert validate_memory(written(tmp_path / "near", bank()), fleet, CONFIG, num_samples=20).reason is None
+    assert MEMORY.validate_update(far, fleet, bounds=CONFIG, num_samples=20).reason == "norm"
+    assert (
+        MEMORY.validate_update(written(tmp_path / "near", bank()), fleet, bounds=CONFIG, num_samples=20).reason is None
+    )
     (tmp_path / "bytes").write_bytes(b"no bank")
-    assert validate_memory(tmp_path / "bytes", base, CONFIG, num_samples=20).reason == "not_tensors"
+    assert MEMORY.validate_update(tmp_path / "bytes", base, bounds=CONFIG, num_samples=20).reason == "not_tensors"
 
 
 def test_a_run_starts_from_an_empty_memory(base: Path, tmp_path: Path) -> None:
-    assert validate_initial_memory(base).reason is None
-    assert validate_initial_memory(written(tmp_path / "full", bank())).reason == "schema"
+    assert MEMORY.validate_initial(base).reason is None
+    assert MEMORY.validate_initial(written(tmp_path / "full", bank())).reason == "schema"
 
 
 def contributions(folder: Path, seeds: list[int]) -> list[Contribution]:
@@ -118,8 +120,8 @@ def test_the_fleets_memory_is_the_weighted_k_means_of_the_sites(base: Path, tmp_
     assert fleet.effective_patches.min() >= 40 * (1 - 1e-6)
     assert fleet.effective_images.min() >= 4 * (1 - 1e-6)
     # The change from an empty base is unknown; from itself none.
-    assert relative_memory_change(base, tmp_path / "one") is None
-    assert relative_memory_change(tmp_path / "one", tmp_path / "two") == pytest.approx(0, abs=1e-6)
+    assert MEMORY.relative_change(base, tmp_path / "one") is None
+    assert MEMORY.relative_change(tmp_path / "one", tmp_path / "two") == pytest.approx(0, abs=1e-6)
 
 
 def test_few_prototypes_are_kept_as_they_are() -> None:

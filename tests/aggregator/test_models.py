@@ -14,11 +14,12 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator.aggregate import aggregate_blocks, aggregate_updates
+from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
+from aggregator.exchanges import WEIGHTS, validate_weights
 from aggregator.strategies import STRATEGIES
-from aggregator.strategies.interface import Contribution, FileRule, RoundInputs
-from aggregator.validation import validate_initial_model, validate_update
+from aggregator.strategies.blocks import BlockwiseStrategy
+from aggregator.strategies.interface import Contribution, RoundInputs, Rule
 from edgeflame.errors import DataError
 from edgeflame.tensors import BLOCK_ELEMENTS, TensorFile, TensorSpec, canonicalise, schema_difference
 
@@ -68,11 +69,11 @@ def test_a_rule_on_whole_files_gets_them_in_site_order(tmp_path: Path, monkeypat
         def __init__(self, inputs: RoundInputs) -> None:
             assert inputs.num_members == 5
 
-        def merge_files(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
+        def aggregate(self, base: Path, contributions: tuple[Contribution, ...], out: Path) -> None:
             assert [contribution.site for contribution in contributions] == ["a", "b"]
             out.write_bytes(contributions[-1].path.read_bytes())
 
-    monkeypatch.setitem(STRATEGIES, "last", FileRule(build=Last))
+    monkeypatch.setitem(STRATEGIES, "last", Rule(build=Last))
     base = save(tmp_path / "base", model(0))
     updates = [Contribution(site=site, weight=0.5, path=save(tmp_path / site, model(ord(site)))) for site in "ba"]
     aggregate_updates(AggregateConfig(strategy="last"), base, updates, tmp_path / "out", num_members=5)
@@ -102,7 +103,8 @@ def test_the_merge_holds_one_block_of_one_site_at_a_time(tmp_path: Path) -> None
             return sum((update.weight * values for update, values in updates), np.zeros_like(base))
 
     base = save(tmp_path / "base", model(0))
-    aggregate_blocks(Watcher(), base, [Contribution(site="a", weight=1.0, path=base)], tmp_path / "out")
+    contribution = Contribution(site="a", weight=1.0, path=base)
+    BlockwiseStrategy(rule=Watcher()).aggregate(base, (contribution,), tmp_path / "out")
     canonicalise(base, tmp_path / "canonical")
     assert (tmp_path / "out").read_bytes() == (tmp_path / "canonical").read_bytes()
 
@@ -131,7 +133,7 @@ def test_canonical_files_are_the_same_bytes_however_they_were_written(tmp_path: 
 )
 def test_bad_updates_are_refused_with_a_reason(tmp_path: Path, change: Tensors, reason: str, text: str) -> None:
     base = save(tmp_path / "base", model(0))
-    verdict = validate_update(save(tmp_path / "update", model(1, **change)), base, max_relative_change=10.0)
+    verdict = validate_weights(save(tmp_path / "update", model(1, **change)), base, max_relative_change=10.0)
     assert verdict.reason == reason
     assert text in verdict.detail
     assert str(tmp_path) not in verdict.detail
@@ -141,16 +143,16 @@ def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     base = save(tmp_path / "base", model(0))
     update = model(1)
     del update["z"]
-    verdict = validate_update(save(tmp_path / "update", update), base, max_relative_change=10.0)
+    verdict = validate_weights(save(tmp_path / "update", update), base, max_relative_change=10.0)
     assert (verdict.reason, verdict.detail) == ("schema", "tensor 'z' is missing")
 
 
 def test_the_relative_change_is_a_distance_over_a_norm(tmp_path: Path) -> None:
     base = save(tmp_path / "base", {"w": np.array([3.0, 4.0], np.float32)})
     update = save(tmp_path / "update", {"w": np.array([3.0, 9.0], np.float32)})
-    assert validate_update(update, base, max_relative_change=1.0).relative_change == pytest.approx(1.0)
-    assert validate_update(update, base, max_relative_change=0.9).reason == "norm"
-    assert validate_update(base, base, max_relative_change=1e-9).reason is None
+    assert validate_weights(update, base, max_relative_change=1.0).relative_change == pytest.approx(1.0)
+    assert validate_weights(update, base, max_relative_change=0.9).reason == "norm"
+    assert validate_weights(base, base, max_relative_change=1e-9).reason is None
 
 
 def raw(header: object, data: bytes = b"") -> bytes:
@@ -197,7 +199,7 @@ def test_hostile_tensor_files_are_refused(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError):
         TensorFile(path)
-    assert validate_initial_model(path).reason == "not_tensors"
+    assert WEIGHTS.validate_initial(path).reason == "not_tensors"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,13 +11,14 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator import aggregate
-from aggregator.aggregate import MIN_BLOCK_ELEMENTS, aggregate_updates, round_contributions
+from aggregator.aggregate import aggregate_updates, round_contributions
 from aggregator.config import AggregateConfig
 from aggregator.events import Round, UpdateAccepted
-from aggregator.strategies import STRATEGIES
-from aggregator.strategies.interface import Contribution
-from aggregator.validation import validate_update
+from aggregator.exchanges import validate_weights
+from aggregator.strategies import STRATEGIES, blocks
+from aggregator.strategies.blocks import MIN_BLOCK_ELEMENTS, blockwise
+from aggregator.strategies.interface import Contribution, Rule
+from aggregator.strategies.robust import Median, TrimmedMean
 from edgeflame.errors import ConfigError
 
 ROBUST = ("median", "trimmed_mean", "norm_clipping")
@@ -34,7 +35,7 @@ def merged(folder: Path, base: np.ndarray, updates: list[np.ndarray], **config: 
     parts = []
     for number, values in enumerate(updates):
         path = save(folder / f"s{number:03}", values)
-        verdict = validate_update(path, base_path, max_relative_change=np.inf)
+        verdict = validate_weights(path, base_path, max_relative_change=np.inf)
         assert verdict.reason is None
         parts.append(
             Contribution(site=path.name, path=path, weight=1 / len(updates), relative_change=verdict.relative_change)
@@ -119,28 +120,27 @@ def test_a_claimed_number_of_samples_gives_no_weight(rule: str) -> None:
     assert weights["fedavg"][1] > 0.99
 
 
-@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+@pytest.mark.parametrize(("rule", "build"), [("median", Median), ("trimmed_mean", TrimmedMean)])
 def test_what_is_held_of_all_sites_does_not_grow_with_their_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, build: Any
 ) -> None:
-    monkeypatch.setattr(aggregate, "BLOCK_ELEMENTS", 16 * MIN_BLOCK_ELEMENTS)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 16 * MIN_BLOCK_ELEMENTS)
     held: list[int] = []
-    build = STRATEGIES[rule].build
 
     class Watched:
         def __init__(self, inputs: Any) -> None:
             self._rule: Any = build(inputs)
 
         def combine(self, name: str, base: np.ndarray, updates: Any) -> np.ndarray:
-            blocks = list(updates)
-            held.append(sum(block.size for _, block in blocks))
-            combined: np.ndarray = self._rule.combine(name, base, iter(blocks))
+            read = list(updates)
+            held.append(sum(block.size for _, block in read))
+            combined: np.ndarray = self._rule.combine(name, base, iter(read))
             return combined
 
     base, updates = changes(16, size=20 * MIN_BLOCK_ELEMENTS + 5)
     plain = merged(tmp_path, base, updates, strategy=rule)
-    entry = STRATEGIES[rule]
-    monkeypatch.setitem(STRATEGIES, rule, type(entry)(build=Watched, equal_votes=True, holds_all_sites=True))
+    watched = Rule(build=blockwise(Watched, holds_all_sites=True), equal_votes=True)
+    monkeypatch.setitem(STRATEGIES, rule, watched)
     np.testing.assert_array_equal(merged(tmp_path, base, updates, strategy=rule), plain)
     assert max(held) == 16 * MIN_BLOCK_ELEMENTS
     assert len(held) == 21
@@ -152,7 +152,7 @@ def test_a_negative_variance_does_not_count(tmp_path: Path) -> None:
     before = save(tmp_path / "base", base, **{"bn.running_var": variance})
     for sign, reason in ((1, None), (-1, "schema")):
         after = save(tmp_path / "update", updates[0], **{"bn.running_var": sign * variance})
-        assert validate_update(after, before, max_relative_change=10).reason == reason
+        assert validate_weights(after, before, max_relative_change=10).reason == reason
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from aggregator.config import AggregateConfig, Convergence
 from aggregator.events import Event, RunEnded, RunStarted, RunState, UpdateAccepted, apply_event, initial_state
+from aggregator.exchanges import ValidationResult
 from aggregator.ledger import build_ledger
 from aggregator.rounds import (
     AggregateRound,
@@ -22,7 +23,6 @@ from aggregator.rounds import (
     RoundOutput,
     SendToSite,
 )
-from aggregator.validation import ValidationResult
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import BlobManifest, FinishReport, Offer, Receipt, Refusal, TaskFailed
 

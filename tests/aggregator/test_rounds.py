@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from aggregator.config import AggregateConfig, Convergence
+from aggregator.exchanges import ValidationResult
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
 from aggregator.rounds import AggregateRound, PublishState, RecordEvent, RoundMachine, SendToSite
-from aggregator.validation import ValidationResult
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import Offer, Receipt, Refusal, TaskFailed

@@ -10,9 +10,9 @@ import pytest
 
 from aggregator.config import AggregateConfig
 from aggregator.events import apply_event, initial_state
+from aggregator.exchanges import ValidationResult
 from aggregator.ledger import build_ledger
 from aggregator.rounds import AggregateRound, PublishState, RoundMachine
-from aggregator.validation import ValidationResult
 from edgeflame.errors import ConfigError
 from edgeflame.methods import Learning, Training
 from edgeflame.mqtt.messages import Receipt, Refusal, TaskFailed

@@ -12,9 +12,9 @@ import torch
 
 from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
+from aggregator.exchanges import validate_weights
 from aggregator.strategies import STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import Contribution
-from aggregator.validation import validate_update
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing, write_image
 from edgeflame.log import no_progress
@@ -86,7 +86,7 @@ def test_two_rounds_of_two_sites(method: str, tmp_path: Path) -> None:
             )
             outcome = site.train(task, no_progress)
             assert outcome.num_steps == math.ceil(sizes[name] / 4)
-            verdict = validate_update(task.out, base, max_relative_change=config.max_relative_change)
+            verdict = validate_weights(task.out, base, max_relative_change=config.max_relative_change)
             assert verdict.reason is None, verdict.detail
             history[name] = task.out
             if task.private_out is not None and task.private_out.exists():

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 
 from aggregator.config import AggregateConfig
 from aggregator.control import PauseSite, RequestQueue, StopRun
+from aggregator.exchanges import WEIGHTS, validate_weights
 from aggregator.journal import Journal
-from aggregator.validation import validate_initial_model, validate_update
 from cli.train import SiteFile
 from edge.parts.mqtt_trigger import read_announcement
 from edgeflame.config import parse_config
@@ -244,7 +244,7 @@ def targets(folder: Path) -> dict[str, Target]:
             feed=from_file(
                 folder,
                 "update",
-                lambda path: (validate_initial_model(path), validate_update(path, base, max_relative_change=10.0)),
+                lambda path: (WEIGHTS.validate_initial(path), validate_weights(path, base, max_relative_change=10.0)),
             ),
             errors=(),
         ),
