@@ -33,10 +33,11 @@ from edge.capture import Capture, PrefetchPool
 from edge.config.inspection import CaptureConfig
 from edge.config.parts import PartsConfig, TriggerConfig
 from edge.frame import Captured, Source, make_frame
-from edge.inspector import InspectorProtocol, make_unknown
+from edge.inspector import InspectorProtocol
 from edge.parts.tracker import PartTracker
 from edge.result import Inspected, Reason, Result
 from edge.status import CameraStatus
+from edge.verdict import unscored
 from edgeflame.errors import (
     ConfigError,
     CrashLoopError,
@@ -466,9 +467,8 @@ class CameraWorker:
             placed = dataclasses.replace(captured, sequence=self._next_sequence)
             self._next_sequence += 1
             detail = "the inspection was stopped before its turn"
-            inspected = make_unknown(placed, self._judge, camera=self.name, reason=Reason.NOT_SCORED, detail=detail)
             self.parts += 1
-            accept(self._keeper.finish(inspected, placed))
+            accept(self._keeper.finish(self._judge, placed, unscored(placed, Reason.NOT_SCORED, detail)))
 
     def _ahead(self, capture: Capture, halt: threading.Event) -> PrefetchPool | Capture:
         """The capture's frames, looked at ahead of their turn where that is worth it."""
@@ -530,14 +530,11 @@ class CameraWorker:
 
     def _judged(self, captured: Captured) -> Inspected:
         try:
-            inspected = self._keeper.inspect(self._judge, captured)
+            observation = self._keeper.inspect(self._judge, captured)
         except Exception as exc:  # noqa: BLE001 - the outermost frame of a camera's loop
             self._crashes.note(exc)
-            detail = f"an unexpected error: {exc!r}"
-            inspected = make_unknown(
-                captured, self._judge, camera=self.name, reason=Reason.RUNTIME_FAILED, detail=detail
-            )
-        return self._keeper.finish(inspected, captured)
+            observation = unscored(captured, Reason.RUNTIME_FAILED, f"an unexpected error: {exc!r}")
+        return self._keeper.finish(self._judge, captured, observation)
 
     def _report_outage(self, reason: str, accept: Callable[[Inspected], None]) -> None:
         """What nobody looked at is never a pass, and said to be unknown."""

@@ -1,9 +1,9 @@
-"""From a captured frame to its result: pre-processing, image health, score, verdict. No I/O but loading packages.
+"""What is found about a captured frame: pre-processing, image health, score. No I/O but loading packages.
 
-What one frame shows by itself is an :class:`Observation`, which may be made ahead of the frame's turn and on any
-thread. The verdict is a pure function of the score and of what went wrong on the way (:func:`decide_verdict`); whatever
-goes wrong is in the result, and never a pass. :class:`InspectorLoader` makes an inspector of a package file: signature,
-runtime, parity, warm-up.
+What one frame shows by itself may be observed ahead of the frame's turn and on any thread; what only shows beside the
+frames before it is added in its turn. Whatever goes wrong is among the faults, and :mod:`edge.verdict` makes a verdict
+of them that is never a pass. :class:`InspectorLoader` makes an inspector of a package file: signature, runtime, parity,
+warm-up.
 """
 
 from __future__ import annotations
@@ -12,65 +12,26 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from edge.config import InspectConfig
 from edge.frame import Captured, Frame
 from edge.health import ImageHealth
-from edge.result import Inspected, Reason, Result, Verdict
+from edge.result import Inspected, Reason
 from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_parity
 from edge.runtimes.onnx_runtime import CPU
 from edge.status import DEFAULT_CAMERA
+from edge.verdict import Observation, make_result, with_evidence
 from edge.view import View
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
-from edgeflame.images import ImageU8
 from edgeflame.log import EventLog
 from edgeflame.package import Package, read_package
 from edgeflame.signing import verify_signature
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """A verdict and its reasons; a pass has none."""
-
-    verdict: Verdict
-    reasons: tuple[Reason, ...]
-
-
-def decide_verdict(
-    *, score: float | None, threshold: float, review_band: float = 0.0, faults: Sequence[Reason] = ()
-) -> Decision:
-    """Judge one part.
-
-    Args:
-        score: raw distance; None if it could not be had.
-        threshold: raw distance; a higher score is a defect.
-        review_band: share of the threshold to either side in which the verdict is left to a person.
-        faults: what went wrong before scoring; any makes the verdict ``unknown``.
-
-    Returns:
-        ``unknown`` on any fault or a score that is no finite number, ``fail`` above the threshold, else ``pass``.
-    """
-    reasons = list(faults)
-    if score is None:
-        if not reasons:
-            reasons.append(Reason.NOT_SCORED)
-    elif not (math.isfinite(score) and math.isfinite(threshold)):
-        reasons.append(Reason.SCORE_NOT_FINITE)
-    if reasons or score is None:
-        return Decision(verdict=Verdict.UNKNOWN, reasons=tuple(reasons))
-    if review_band > 0 and abs(score - threshold) <= review_band * abs(threshold):
-        return Decision(verdict=Verdict.UNKNOWN, reasons=(Reason.REVIEW_BAND,))
-    if score > threshold:
-        return Decision(verdict=Verdict.FAIL, reasons=(Reason.ABOVE_THRESHOLD,))
-    return Decision(verdict=Verdict.PASS, reasons=())
 
 
 class FrameObserver(Protocol):
@@ -105,6 +66,11 @@ class InspectorProtocol(Protocol):
         ...
 
     @property
+    def review_band(self) -> float:
+        """Share of the threshold to either side in which the verdict is left to a person."""
+        ...
+
+    @property
     def provider(self) -> str:
         """What runs the model."""
         ...
@@ -122,53 +88,13 @@ class InspectorProtocol(Protocol):
         """The same model with other rules, and the threshold of these; this one may be in use meanwhile."""
         ...
 
-    def inspect(self, captured: Captured) -> Inspected:
-        """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
+    def inspect(self, captured: Captured) -> Observation:
+        """What is found about a frame in its turn. Whatever goes wrong with it is among the faults."""
         ...
 
     def rehearse(self, captured: Captured) -> Inspected:
         """Judge a photograph that does not come from the camera; leaves no trace in what is known of the camera."""
         ...
-
-
-def make_unknown(
-    captured: Captured, judge: InspectorProtocol, *, camera: str, reason: Reason, detail: str
-) -> Inspected:
-    """An ``unknown`` for a part that a judge could not deal with."""
-    frame = captured.frame
-    result = Result(
-        camera=camera,
-        sequence=captured.sequence,
-        part_id=frame.part_id,
-        source=frame.source,
-        captured=frame.captured_utc,
-        verdict=Verdict.UNKNOWN.value,
-        reasons=(reason.value,),
-        detail=detail,
-        score=None,
-        threshold=judge.threshold,
-        latency_ms=round(1000 * (time.monotonic() - frame.captured_monotonic_s), 3),
-        label=frame.label,
-        model=judge.model_id,
-    )
-    return Inspected(result=result, image=frame.image_bgr, anomaly_map=None, origin=frame.origin)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Observation:
-    """What one frame shows by itself."""
-
-    image: ImageU8 | None
-    """The model's input, ``[height, width, 3]`` uint8 BGR."""
-    evidence: ImageU8 | None
-    """The same area as the camera gave it."""
-    ignored: ImageU8 | None
-    """Above 0 where that area is not judged; None where all of it is."""
-    faults: Sequence[Reason]
-    details: Sequence[str]
-    score: float | None
-    """NaN where the map is not finite; None where there is none."""
-    anomaly_map: npt.NDArray[np.float32] | None
 
 
 class Inspector:
@@ -184,7 +110,6 @@ class Inspector:
         shared: runs the graph while other images are looked at; None: ``runtime`` then as well. Both may be used by
             several threads at once, if there are several lanes.
         is_live: whether the images come from a camera; then one that repeats itself is frozen.
-        clock: monotonic, seconds.
     """
 
     def __init__(
@@ -198,11 +123,11 @@ class Inspector:
         lanes: int = 1,
         shared: Runtime | None = None,
         is_live: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         threshold = config.verdict.threshold
         self._own_threshold = package.manifest.threshold.value if threshold is None else threshold
         self.threshold = self._own_threshold
+        self.review_band = config.verdict.review_band
         self.model_id = package.sha256[:12]
         self.product = package.manifest.product if product is None else product
         self._camera = camera
@@ -215,7 +140,6 @@ class Inspector:
         self._counting = threading.Lock()
         self._num_looking = 0
         self._config = config
-        self._clock = clock
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
         self.package = package
         self.precision = runtime.precision
@@ -242,7 +166,6 @@ class Inspector:
             lanes=self.lanes,
             shared=self._shared,
             is_live=self._is_live,
-            clock=self._clock,
         )
 
     @property
@@ -261,49 +184,25 @@ class Inspector:
             with self._counting:
                 self._num_looking -= 1
 
-    def inspect(self, captured: Captured) -> Inspected:
-        """Judge one frame. Whatever goes wrong with it is in the result, and never a pass."""
+    def inspect(self, captured: Captured) -> Observation:
+        """What is found about a frame in its turn. Whatever goes wrong with it is among the faults."""
         ahead = captured.ahead
         look: Observation = ahead.found.result() if ahead is not None and ahead.looker is self else self.look(captured)
-        return self._told(captured, look, self._health)
+        return _in_order(captured, look, self._health)
 
     def rehearse(self, captured: Captured) -> Inspected:
         """Judge a photograph: a frame that may come twice and be of another size than the camera's."""
-        return self._told(captured, self.look(captured), self._rehearsal)
-
-    def _told(self, captured: Captured, look: Observation, health: ImageHealth) -> Inspected:
-        frame = captured.frame
-        faults, details = [*look.faults], [*look.details]
-        if frame.image_bgr is not None and health.is_wrong_size(frame.image_bgr):
-            faults.insert(0, Reason.WRONG_SIZE)
-            details.insert(0, f"the frame has {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]} pixels")
-        if look.image is not None and health.is_frozen(look.image):
-            faults.append(Reason.FROZEN)
-        decision = decide_verdict(
-            score=look.score, threshold=self.threshold, review_band=self._config.verdict.review_band, faults=faults
-        )
-        result = Result(
+        observation = _in_order(captured, self.look(captured), self._rehearsal)
+        result = make_result(
+            captured,
+            observation,
             camera=self._camera,
-            sequence=captured.sequence,
-            part_id=frame.part_id,
-            source=frame.source,
-            captured=frame.captured_utc,
-            verdict=decision.verdict.value,
-            reasons=tuple(reason.value for reason in decision.reasons),
-            detail="; ".join(details) or None,
-            score=look.score if look.score is not None and math.isfinite(look.score) else None,
-            threshold=self.threshold,
-            latency_ms=round(1000 * (self._clock() - frame.captured_monotonic_s), 3),
-            label=frame.label,
             model=self.model_id,
+            threshold=self.threshold,
+            review_band=self.review_band,
+            now_s=time.monotonic(),
         )
-        return Inspected(
-            result=result,
-            image=look.evidence,
-            anomaly_map=look.anomaly_map,
-            ignored=look.ignored,
-            origin=frame.origin,
-        )
+        return with_evidence(result, captured, observation)
 
     def _look(self, frame: Frame, runtime: Runtime) -> Observation:
         faults: list[Reason] = []
@@ -344,6 +243,17 @@ class Inspector:
             score=score,
             anomaly_map=anomaly_map,
         )
+
+
+def _in_order(captured: Captured, observation: Observation, health: ImageHealth) -> Observation:
+    """With what only shows beside the frames before it: another size, the very same picture."""
+    frame, faults, details = captured.frame, [*observation.faults], [*observation.details]
+    if frame.image_bgr is not None and health.is_wrong_size(frame.image_bgr):
+        faults.insert(0, Reason.WRONG_SIZE)
+        details.insert(0, f"the frame has {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]} pixels")
+    if observation.image is not None and health.is_frozen(observation.image):
+        faults.append(Reason.FROZEN)
+    return replace(observation, faults=faults, details=details)
 
 
 log = EventLog("inspect")

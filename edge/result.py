@@ -1,7 +1,7 @@
 """The result of one part: verdict and reasons, and the evidence that goes with it. Values only.
 
 A part passes only if it was seen, scored, and scored as good. Whatever else happens it is not passed: a defect
-gives ``fail``, a fault gives ``unknown``, with the reasons. :mod:`edge.inspector` makes the verdict.
+gives ``fail``, a fault gives ``unknown``, with the reasons. :mod:`edge.verdict` makes the verdict.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from edge.parts.deadline import BoundedCall
 from edge.parts.modbus_trigger import ModbusTrigger
 from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import NumberRange
-from edge.result import Inspected
 from edge.status import PartCounts
+from edge.verdict import Observation
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import Connected
 from edgeflame.mqtt.embedded_broker import free_port
@@ -76,12 +76,12 @@ def over_modbus(poll_ms: float, count: int) -> list[float]:
 class Hung:
     """A model that does not answer."""
 
-    product, model_id, threshold, provider = "p", "0" * 12, 1.0, "none"
+    product, model_id, threshold, review_band, provider = "p", "0" * 12, 1.0, 0.0, "none"
 
     def set_threshold(self, value: float | None) -> None:
         raise NotImplementedError
 
-    def inspect(self, captured: Captured) -> Inspected:
+    def inspect(self, captured: Captured) -> Observation:
         del captured
         time.sleep(3600)
         raise AssertionError
@@ -89,12 +89,12 @@ class Hung:
 
 def after_deadline(count: int) -> list[float]:
     """Seconds from each deadline to the verdict, while the model hangs."""
-    punctual, taken = BoundedCall(camera="c", counts=PartCounts()), []
+    call, taken = BoundedCall(camera="c", counts=PartCounts()), []
     image = np.zeros((256, 256, 3), np.uint8)
     for number in range(count):
         captured = Captured(sequence=number, frame=make_frame(part_id=str(number), source="s", image_bgr=image))
         due = time.monotonic() + 0.02
-        punctual.inspect(Hung(), captured, due)
+        call.inspect(Hung(), captured, due)
         taken.append(time.monotonic() - due)
     return taken
 

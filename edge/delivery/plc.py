@@ -27,7 +27,6 @@ has given the part up must not be told that it passed.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import threading
 import time
 
@@ -35,7 +34,8 @@ from pymodbus.client import ModbusTcpClient
 from pymodbus.exceptions import ModbusException
 
 from edge.config.outputs import ModbusConfig
-from edge.result import Inspected
+from edge.result import Inspected, Result
+from edge.verdict import mark_late
 from edgeflame.log import EventLog
 
 log = EventLog("plc")
@@ -49,18 +49,19 @@ HAS_NUMBER, LATE, DUPLICATE, MISSING = 1, 2, 4, 8
 _RETRY_S = 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What is written of one part."""
-
-    verdict: int
-    ratio: int
-    number: int
-    flags: int
-    due_s: float | None
-
-
-_NONE = _Part(verdict=0, ratio=NO_SCORE, number=0, flags=0, due_s=None)
+def encode_result(result: Result | None, *, layout: int) -> tuple[int, int, tuple[int, ...]]:
+    """Verdict, ratio, and what layout 2 has at its end, of a part; None: of a part without a verdict."""
+    if result is None:
+        return 0, NO_SCORE, (0, 0, 0) if layout == 2 else ()
+    ratio = NO_SCORE if result.score is None else min(round(1000 * result.score / result.threshold), NO_SCORE - 1)
+    flags = (
+        (HAS_NUMBER if result.part_number is not None else 0)
+        | (LATE if result.late else 0)
+        | (DUPLICATE if result.duplicate else 0)
+        | (MISSING if result.parts_missing else 0)
+    )
+    own = (*_words(result.part_number or 0), flags) if layout == 2 else ()
+    return VERDICTS[result.verdict], ratio, own
 
 
 class PlcSink:
@@ -76,10 +77,11 @@ class PlcSink:
             config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0
         )
         self._changed = threading.Condition()
-        self._waiting: collections.deque[_Part] = collections.deque()
+        self._waiting: collections.deque[tuple[Result, float | None]] = collections.deque()
+        """Results with their deadlines."""
         self._counts = dict.fromkeys(VERDICTS, 0)
         self._number = 0
-        self._shown = _NONE
+        self._shown: Result | None = None
         self._heartbeat = 0
         self._is_up: bool | None = None
         self._closing = False
@@ -98,23 +100,9 @@ class PlcSink:
     def accept(self, inspected: Inspected) -> None:
         """Hand a verdict over."""
         result = inspected.result
-        ratio = NO_SCORE if result.score is None else min(round(1000 * result.score / result.threshold), NO_SCORE - 1)
-        flags = (
-            (HAS_NUMBER if result.part_number is not None else 0)
-            | (LATE if result.late else 0)
-            | (DUPLICATE if result.duplicate else 0)
-            | (MISSING if result.parts_missing else 0)
-        )
-        part = _Part(
-            verdict=VERDICTS[result.verdict],
-            ratio=ratio,
-            number=result.part_number or 0,
-            flags=flags,
-            due_s=inspected.due_monotonic_s,
-        )
         with self._changed:
             self._counts[result.verdict] += 1
-            self._waiting.append(part)
+            self._waiting.append((result, inspected.due_monotonic_s))
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -147,22 +135,24 @@ class PlcSink:
                 self._miss(part is not None)
         self._client.close()  # type: ignore[no-untyped-call]
 
-    def _registers(self, part: _Part | None) -> list[int]:
+    def _registers(self, part: tuple[Result, float | None] | None) -> list[int]:
         self._heartbeat = (self._heartbeat + 1) % 0x10000
         if part is not None:
             self._number = self._number % 0xFFFF + 1
-            self._shown = self._in_time(part)
-        shown = self._shown
+            self._shown = self._as_of_now(*part)
+        verdict, ratio, own = encode_result(self._shown, layout=self._config.layout)
         counts = [word for count in self._counts.values() for word in _words(count)]
-        own = [*_words(shown.number), shown.flags] if self._config.layout == 2 else []
-        return [self._number, shown.verdict, shown.ratio, self._heartbeat, *counts, *own]
+        return [self._number, verdict, ratio, self._heartbeat, *counts, *own]
 
-    def _in_time(self, part: _Part) -> _Part:
-        if part.due_s is None or time.monotonic() < part.due_s or part.flags & LATE:
-            return part
-        self.num_late += 1
-        log.warning("plc_verdict_late", number=part.number, verdict=part.verdict, written=VERDICTS["unknown"])
-        return dataclasses.replace(part, verdict=VERDICTS["unknown"], flags=part.flags | LATE)
+    def _as_of_now(self, result: Result, due_s: float | None) -> Result:
+        shown = mark_late(result, now_s=time.monotonic(), due_s=due_s)
+        if shown.late and not result.late:
+            self.num_late += 1
+            written = VERDICTS[shown.verdict]
+            log.warning(
+                "plc_verdict_late", number=result.part_number or 0, verdict=VERDICTS[result.verdict], written=written
+            )
+        return shown
 
     def _write(self, registers: list[int]) -> bool:
         try:
@@ -195,7 +185,7 @@ class PlcSink:
             self._waiting.clear()
             if missed:
                 self.num_missed += missed
-                self._shown = _NONE
+                self._shown = None
 
 
 def _words(number: int) -> tuple[int, int]:

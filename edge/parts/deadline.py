@@ -1,112 +1,51 @@
 """A verdict by its deadline, whatever the model does.
 
-The model works on a thread of its own, and whoever waits for it waits no longer. :class:`Deadline` has the rules and is
-pure; :class:`BoundedCall` has the thread, the queues and the words.
-
 Theory of operation
 -------------------
-The line's thread has one part in hand at a time, and it alone decides: it waits for the model's answer or the part's
-deadline, whichever comes first, and what it sees first is the verdict. The model works on a thread of its own, on one
-image at a time, and cannot be interrupted, so an answer may come when its part has long been decided; such an answer
-frees the model and does nothing else.
+The model works on a thread of its own, on one image at a time, and cannot be interrupted. The camera's thread has one
+part in hand, and it alone decides: it waits for the model's answer or the part's deadline, whichever comes first.
 
-    in hand         the model       what happens
-    --              free            ``take`` gives the image to the model
-    --              busy            ``take`` waits: the model is still at an earlier part, decided without it
-    waiting         its answer      to the earlier part: too late. The model is free and gets the part in hand
-    being scored    its answer      before the deadline: the verdict. At it or after: late
-    any             no answer       at the deadline: late
-
-A part whose deadline has passed when it is taken is late without being scored: the model's time is for those that can
-still be told in time.
+    model                   what happens to the part in hand
+    busy with an earlier    waits for the model; at the deadline: late, and the model was not ready
+    free                    gets the image, unless the deadline has passed already: then late without being scored
+    answers in time         the answer counts
+    answers too late        late; the answer is shown as what it would have been, and frees the model
+    does not answer         late at the deadline; the answer, if it ever comes, is logged and frees the model
 """
 
 from __future__ import annotations
 
-import enum
-import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from typing import final
 
 from edge.frame import Captured
-from edge.inspector import InspectorProtocol, make_unknown
-from edge.result import Inspected, Reason
+from edge.inspector import InspectorProtocol
+from edge.result import Reason
 from edge.status import PartCounts
+from edge.verdict import Observation, make_result, unscored
 from edgeflame.log import EventLog
-
-
-class DeadlineStep(str, enum.Enum):
-    """What to do now."""
-
-    SCORE = "score"
-    """Give the part in hand to the model."""
-    WAIT = "wait"
-    """For the model's answer or the deadline."""
-    DECIDE = "decide"
-    """The answer that has come is the verdict on the part in hand, which is done with."""
-    LATE = "late"
-    """The part in hand is late, and done with."""
-
-
-class Deadline:
-    """Between one model and the parts that come one after the other; used by one thread.
-
-    Keys name parts and are used once.
-    """
-
-    def __init__(self) -> None:
-        self._in_hand: int | None = None
-        self._due = 0.0
-        self._at_model: int | None = None
-
-    @property
-    def at_model(self) -> int | None:
-        """The part the model is working on, decided or not."""
-        return self._at_model
-
-    def take(self, key: int, due: float, now: float) -> DeadlineStep:
-        """A part comes: ``SCORE``, ``WAIT`` or ``LATE``."""
-        assert self._in_hand is None
-        if now >= due:
-            return DeadlineStep.LATE
-        self._in_hand, self._due = key, due
-        if self._at_model is not None:
-            return DeadlineStep.WAIT
-        self._at_model = key
-        return DeadlineStep.SCORE
-
-    def answered(self, key: int, now: float) -> DeadlineStep:
-        """The model answers: ``DECIDE`` or ``LATE`` on the part in hand, ``SCORE`` it, or ``WAIT`` where none is."""
-        assert self._at_model == key
-        self._at_model = None
-        if self._in_hand is None:
-            return DeadlineStep.WAIT
-        if now >= self._due:
-            self._in_hand = None
-            return DeadlineStep.LATE
-        if self._in_hand == key:
-            self._in_hand = None
-            return DeadlineStep.DECIDE
-        self._at_model = self._in_hand
-        return DeadlineStep.SCORE
-
-    def passed(self, now: float) -> DeadlineStep:
-        """Time has passed without an answer: ``WAIT`` or ``LATE``."""
-        if self._in_hand is None or now < self._due:
-            return DeadlineStep.WAIT
-        self._in_hand = None
-        return DeadlineStep.LATE
-
 
 log = EventLog("parts")
 
 
-class BoundedCall:
-    """Asks a judge, and answers in its place at the deadline. Used by one thread, and closed by it.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    inspector: InspectorProtocol
+    captured: Captured
+    since_s: float
+    answer: Future[Observation] = field(default_factory=Future)
 
-    An answer that came at the deadline or after it is given as it is; nobody may take it for a verdict.
+
+@final
+class BoundedCall:
+    """Asks an inspector, and answers in its place at the deadline. Used by one thread, and closed by it.
+
+    Not a ``ThreadPoolExecutor``: that waits for its threads when the process ends, and a hung model would hold it.
 
     Args:
         camera: for results and messages.
@@ -116,56 +55,44 @@ class BoundedCall:
 
     def __init__(self, *, camera: str, counts: PartCounts, clock: Callable[[], float] = time.monotonic) -> None:
         self._camera = camera
-        self._clock = clock
-        self._deadline = Deadline()
-        self._keys = itertools.count()
-        self._jobs: queue.SimpleQueue[tuple[int, InspectorProtocol, Captured] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[int, Inspected | BaseException]] = queue.SimpleQueue()
-        self._busy: tuple[str, float] | None = None
         self._counts = counts
+        self._clock = clock
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._running: _Job | None = None
         self._thread: threading.Thread | None = None
 
     def busy_s(self) -> float:
         """How long the model has been at one image; 0 where it is at none. From any thread."""
-        busy = self._busy
-        return 0.0 if busy is None else self._clock() - busy[1]
+        job = self._running
+        return 0.0 if job is None or job.answer.done() else self._clock() - job.since_s
 
-    def inspect(self, judge: InspectorProtocol, captured: Captured, due: float) -> Inspected:
-        """Judge one frame, or say that it is late.
+    def inspect(self, inspector: InspectorProtocol, captured: Captured, due_s: float) -> Observation:
+        """What the inspector finds, or that it is too late; from the deadline on nobody may take it for a verdict.
 
         Args:
-            judge: does the work, on a thread of its own.
+            inspector: does the work, on a thread of its own.
             captured: the frame.
-            due: the deadline, on the clock.
+            due_s: the deadline, on the clock.
 
         Raises:
-            Exception: what the judge raised, in time.
+            Exception: what the inspector raised, in time.
         """
-        self._collect()
-        key = next(self._keys)
-        step = self._deadline.take(key, due, self._clock())
-        answer: Inspected | BaseException | None = None
-        given = False
-        while step is not DeadlineStep.LATE:
-            if step is DeadlineStep.SCORE:
-                self._give(key, judge, captured)
-                given = True
-            try:
-                answering, answered = self._answers.get(timeout=max(0.0, due - self._clock()))
-            except queue.Empty:
-                step = self._deadline.passed(self._clock())
-                continue
-            step = self._answered(answering)
-            if answering == key:
-                answer = answered
-            else:
-                self._too_late(answered)
-            if step is DeadlineStep.DECIDE:
-                assert answer is not None
-                if isinstance(answer, BaseException):
-                    raise answer
-                return answer
-        return self._late(judge, captured, answer, given=given)
+        before = self._running
+        if before is not None and not self._wait(before, due_s):
+            busy = f"{before.captured.frame.part_id} for {1000 * (self._clock() - before.since_s):.0f} ms"
+            return unscored(captured, Reason.MODEL_NOT_READY, f"the model has been busy with part {busy}")
+        if self._clock() >= due_s:
+            return unscored(captured, Reason.LATE, "its turn came after the deadline")
+        job = self._submit(inspector, captured)
+        if not self._wait(job, due_s):
+            job.answer.add_done_callback(lambda _: self._note_late_answer(job))
+            return unscored(captured, Reason.LATE, "the model has not answered by then")
+        if self._clock() >= due_s:
+            # Worth knowing: whoever makes the result says what it would have been.
+            self._counts.late_answers += 1
+            if (failure := job.answer.exception()) is not None:
+                return unscored(captured, Reason.LATE, f"the model failed after the deadline: {failure!r}")
+        return job.answer.result()
 
     def close(self) -> None:
         """Let the thread go; one that hangs in the model is left behind."""
@@ -173,33 +100,44 @@ class BoundedCall:
             self._jobs.put(None)
             self._thread.join(1.0)
 
-    def _give(self, key: int, judge: InspectorProtocol, captured: Captured) -> None:
+    def _wait(self, job: _Job, due_s: float) -> bool:
+        """Until the job is done or the deadline has passed; whether it is done."""
+        while not job.answer.done() and (left_s := due_s - self._clock()) > 0:
+            wait([job.answer], timeout=left_s)
+        return job.answer.done()
+
+    def _submit(self, inspector: InspectorProtocol, captured: Captured) -> _Job:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"edgeflame-model-{self._camera}", daemon=True)
             self._thread.start()
-        self._busy = (captured.frame.part_id, self._clock())
-        self._jobs.put((key, judge, captured))
+        self._running = job = _Job(inspector=inspector, captured=captured, since_s=self._clock())
+        self._jobs.put(job)
+        return job
 
-    def _answered(self, key: int) -> DeadlineStep:
-        return self._deadline.answered(key, self._clock())
-
-    def _collect(self) -> None:
-        """Answers that came while no part was in hand."""
-        while True:
+    def _work(self) -> None:
+        """The model's thread."""
+        while (job := self._jobs.get()) is not None:
             try:
-                key, answer = self._answers.get_nowait()
-            except queue.Empty:
-                return
-            self._answered(key)
-            self._too_late(answer)
+                job.answer.set_result(job.inspector.inspect(job.captured))
+            except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: whoever waits raises it
+                job.answer.set_exception(exc)
 
-    def _too_late(self, answer: Inspected | BaseException) -> None:
-        """An answer for a part that was decided without it: noted, and no more."""
+    def _note_late_answer(self, job: _Job) -> None:
+        """An answer for a part that was decided without it."""
         self._counts.late_answers += 1
-        if isinstance(answer, BaseException):
-            log.error("late_answer", camera=self._camera, failed=repr(answer))
+        if (failure := job.answer.exception()) is not None:
+            log.error("late_answer", camera=self._camera, failed=repr(failure))
             return
-        result = answer.result
+        inspector = job.inspector
+        result = make_result(
+            job.captured,
+            job.answer.result(),
+            camera=self._camera,
+            model=inspector.model_id,
+            threshold=inspector.threshold,
+            review_band=inspector.review_band,
+            now_s=self._clock(),
+        )
         log.warning(
             "late_answer",
             camera=self._camera,
@@ -208,34 +146,3 @@ class BoundedCall:
             score=result.score,
             latency_ms=result.latency_ms,
         )
-
-    def _late(
-        self, judge: InspectorProtocol, captured: Captured, answer: Inspected | BaseException | None, *, given: bool
-    ) -> Inspected:
-        if isinstance(answer, Inspected):
-            # Worth to be known; that it is late is said where all late results are.
-            self._counts.late_answers += 1
-            return answer
-        reason, busy = Reason.LATE, self._busy
-        if answer is not None:
-            self._counts.late_answers += 1
-            detail = f"the model failed after the deadline: {answer!r}"
-        elif given:
-            detail = "the model has not answered by then"
-        elif busy is None:
-            detail = "its turn came after the deadline"
-        else:
-            reason = Reason.MODEL_NOT_READY
-            detail = f"the model has been busy with part {busy[0]} for {1000 * (self._clock() - busy[1]):.0f} ms"
-        return make_unknown(captured, judge, camera=self._camera, reason=reason, detail=detail)
-
-    def _work(self) -> None:
-        """The model's thread."""
-        while (job := self._jobs.get()) is not None:
-            key, judge, captured = job
-            try:
-                answer: Inspected | BaseException = judge.inspect(captured)
-            except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: whoever waits raises it
-                answer = exc
-            self._busy = None
-            self._answers.put((key, answer))

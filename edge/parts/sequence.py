@@ -50,6 +50,20 @@ class SequenceFinding:
     last: int | None = None
     """The highest number before this part, where there was one."""
 
+    def describe(self, number: int | None) -> str | None:
+        """What is remarkable about a part of this number, for people; None where nothing is."""
+        match self.kind:
+            case SequenceKind.GAP:
+                return f"{self.missing} parts missing between {self.last} and {number}"
+            case SequenceKind.DUPLICATE:
+                return "a part of this number or name has come before"
+            case SequenceKind.OUT_OF_ORDER:
+                return f"out of order: it comes after {self.last}"
+            case SequenceKind.RESTART:
+                return f"the numbering began anew after {self.last}; how many parts are missing is not known"
+            case _:
+                return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class NumberRange:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
-import msgspec
-
 from edge.config.inspection import CaptureConfig
 from edge.config.outputs import MqttConfig
 from edge.config.parts import PartsConfig, TriggerConfig
 from edge.frame import Captured, Frame, Source
-from edge.inspector import InspectorProtocol, make_unknown
+from edge.inspector import InspectorProtocol
 from edge.parts.deadline import BoundedCall
 from edge.parts.mqtt_trigger import MAX_NUMBER
-from edge.parts.sequence import SequenceCheck, SequenceFinding, SequenceKind, check_parts, number_range
+from edge.parts.sequence import SequenceCheck, SequenceFinding, check_parts, number_range
 from edge.parts.triggers import TriggeredCamera, capture_of
-from edge.result import Inspected, Reason, Result, Verdict
+from edge.result import Inspected, Reason, Result
 from edge.status import PartCounts
+from edge.verdict import Observation, make_result, unscored, with_evidence
 from edgeflame.errors import ConfigError, CrashLoopError
 from edgeflame.log import EventLog
 
@@ -30,12 +28,12 @@ log = EventLog("parts")
 
 @final
 class PartTracker:
-    """Of one camera, used by its line's thread; :meth:`problem` by any.
+    """Tracks the parts of one camera. Not thread-safe, but for :meth:`problem` and :meth:`busy_s`.
 
     Args:
         camera: its name.
         trigger: how its parts are announced.
-        parts: what is asked of them.
+        parts: what is required of them: deadline, age, numbering.
         clock: monotonic, seconds.
 
     Raises:
@@ -57,7 +55,7 @@ class PartTracker:
             wrap=number_range(trigger, parts), max_gap=parts.max_gap, remembered=parts.remembered
         )
         self._number = None if parts.number is None else re.compile(parts.number)
-        self._punctual = (
+        self._model = (
             BoundedCall(camera=camera, counts=self.counts, clock=clock) if parts.deadline_ms is not None else None
         )
 
@@ -131,44 +129,52 @@ class PartTracker:
                 if result.camera == self._camera:
                     self._identity.see(result.part_id, result.part_number)
 
-    def inspect(self, judge: InspectorProtocol, captured: Captured) -> Inspected:
-        """What a judge has to say of one part, at its deadline at the latest; :meth:`finish` makes it the verdict.
+    def inspect(self, inspector: InspectorProtocol, captured: Captured) -> Observation:
+        """What an inspector finds about one part, at its deadline at the latest; :meth:`finish` makes it a verdict.
 
         Raises:
-            Exception: what the judge raised.
+            Exception: what the inspector raised.
         """
         frame = captured.frame
         if frame.image_bgr is None:
-            return make_unknown(
-                captured,
-                judge,
-                camera=self._camera,
-                reason=frame.fault or Reason.UNREADABLE,
-                detail=frame.error or "the source gave no image",
-            )
+            return unscored(captured, frame.fault or Reason.UNREADABLE, frame.error or "the source gave no image")
         age_ms = 1000 * (self._clock() - frame.captured_monotonic_s)
         if self._parts.max_age_ms is not None and age_ms > self._parts.max_age_ms:
             detail = f"its image was captured {age_ms:.0f} ms ago; parts.max_age_ms is {self._parts.max_age_ms:g}"
-            return make_unknown(captured, judge, camera=self._camera, reason=Reason.STALE, detail=detail)
-        due = self.due_s(captured)
-        if self._punctual is None or due is None:
-            return judge.inspect(captured)
-        return self._punctual.inspect(judge, captured, due)
+            return unscored(captured, Reason.STALE, detail)
+        due_s = self.due_s(captured)
+        if self._model is None or due_s is None:
+            return inspector.inspect(captured)
+        return self._model.inspect(inspector, captured, due_s)
 
-    def finish(self, inspected: Inspected, captured: Captured) -> Inspected:
-        """The verdict on a part, whoever gave it: late after the deadline, and with what its number says.
+    def finish(self, inspector: InspectorProtocol, captured: Captured, observation: Observation) -> Inspected:
+        """The verdict on a part: late after the deadline, and with what its number says.
 
         To be called once for each part, in order.
+
+        Args:
+            inspector: whose threshold holds.
+            captured: the part's frame.
+            observation: what was found out about it.
         """
-        due = self.due_s(captured)
-        if due is not None:
-            after_ms = 1000 * (self._clock() - due)
-            inspected = dataclasses.replace(inspected, due_monotonic_s=due, result=_on_time(inspected.result, after_ms))
-        inspected = self._identified(inspected, captured.frame)
-        self.counts.late += inspected.result.late
-        self.counts.missing += inspected.result.parts_missing
-        self.counts.duplicates += inspected.result.duplicate
-        return inspected
+        due_s = self.due_s(captured)
+        number, finding = self._check_sequence(captured.frame)
+        result = make_result(
+            captured,
+            observation,
+            camera=self._camera,
+            model=inspector.model_id,
+            threshold=inspector.threshold,
+            review_band=inspector.review_band,
+            now_s=self._clock(),
+            due_s=due_s,
+            number=number,
+            sequence=finding,
+        )
+        self.counts.late += result.late
+        self.counts.missing += result.parts_missing
+        self.counts.duplicates += result.duplicate
+        return with_evidence(result, captured, observation, due_s=due_s)
 
     def due_s(self, captured: Captured) -> float | None:
         """Until when a part waits to be judged, on the clock; None: for ever."""
@@ -182,16 +188,16 @@ class PartTracker:
         """Why parts are not announced or not judged at present; None if they are."""
         if self._announced is not None and (unannounced := self._announced.problem()) is not None:
             return unannounced
-        if self._punctual is None or self._parts.deadline_ms is None:
+        if self._model is None or self._parts.deadline_ms is None:
             return None
-        busy_s = self._punctual.busy_s()
+        busy_s = self._model.busy_s()
         if 1000 * busy_s < self._parts.deadline_ms:
             return None
         return f"the model has been busy with one image for {busy_s:.1f} s"
 
     def busy_s(self) -> float:
         """How long the model has been at one image, also when its part was decided without it; from any thread."""
-        return 0.0 if self._punctual is None else self._punctual.busy_s()
+        return 0.0 if self._model is None else self._model.busy_s()
 
     def check(self) -> None:
         """To be called after a part was handed on.
@@ -199,7 +205,7 @@ class PartTracker:
         Raises:
             CrashLoopError: the model hangs; only a new start will help.
         """
-        if self._punctual is not None and self._punctual.busy_s() > self._parts.hang_s:
+        if self._model is not None and self._model.busy_s() > self._parts.hang_s:
             raise CrashLoopError(
                 f"camera {self._camera}: the model has been busy with one image for more than {self._parts.hang_s:g} s"
                 " (parts.hang_s); the daemon has to be started again"
@@ -207,41 +213,30 @@ class PartTracker:
 
     def close(self) -> None:
         """End."""
-        if self._punctual is not None:
-            self._punctual.close()
+        if self._model is not None:
+            self._model.close()
 
-    def _identified(self, inspected: Inspected, frame: Frame) -> Inspected:
-        """The result with what its number or name says."""
+    def _check_sequence(self, frame: Frame) -> tuple[int | None, SequenceFinding | None]:
+        """A part's number and its place among the others; nothing where numbers and names mean nothing."""
         if not self._has_identity or (frame.trigger is None and (self._trigger.is_on or frame.fault is not None)):
             # An outage is no part.
-            return inspected
+            return None, None
         name = frame.part_id if frame.trigger is None else frame.trigger.part_id
         number = None if frame.trigger is None else frame.trigger.number
         if number is None and name is not None:
             number = self._number_in(name)
         finding = self._identity.see(name, number)
-        result = inspected.result
-        words = _words(finding, number)
-        if words is not None:
+        if finding.describe(number) is not None:
             log.warning(
                 "parts_out_of_sequence",
                 kind=finding.kind.value,
                 camera=self._camera,
-                part=result.part_id,
+                part=frame.part_id,
                 number=number,
                 last=finding.last,
                 missing=finding.missing,
             )
-        return dataclasses.replace(
-            inspected,
-            result=msgspec.structs.replace(
-                result,
-                part_number=number,
-                parts_missing=finding.missing,
-                duplicate=finding.kind is SequenceKind.DUPLICATE,
-                detail="; ".join(filter(None, (result.detail, words))) or None,
-            ),
-        )
+        return number, finding
 
     def _number_in(self, name: str) -> int | None:
         found = None if self._number is None else self._number.search(name)
@@ -250,34 +245,3 @@ class PartTracker:
             return None
         number = int(digits)
         return number if number <= MAX_NUMBER else None
-
-
-def _on_time(result: Result, after_ms: float) -> Result:
-    """A result that is out so long after its deadline. A late one is no verdict any more, a pass least of all."""
-    if after_ms < 0:
-        return result
-    words = f"{after_ms:.1f} ms after its deadline"
-    if result.verdict != Verdict.UNKNOWN.value:
-        words += f"; it would have been {result.verdict}"
-    others = tuple(reason for reason in result.reasons if reason != Reason.LATE.value)
-    return msgspec.structs.replace(
-        result,
-        verdict=Verdict.UNKNOWN.value,
-        reasons=(Reason.LATE.value, *others),
-        detail="; ".join(filter(None, (words, result.detail))),
-        late=True,
-    )
-
-
-def _words(finding: SequenceFinding, number: int | None) -> str | None:
-    match finding.kind:
-        case SequenceKind.GAP:
-            return f"{finding.missing} parts missing between {finding.last} and {number}"
-        case SequenceKind.DUPLICATE:
-            return "a part of this number or name has come before"
-        case SequenceKind.OUT_OF_ORDER:
-            return f"out of order: it comes after {finding.last}"
-        case SequenceKind.RESTART:
-            return f"the numbering began anew after {finding.last}; how many parts are missing is not known"
-        case _:
-            return None

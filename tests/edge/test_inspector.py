@@ -17,6 +17,7 @@ from edge.runtimes.load import open_runtime
 from edgeflame.errors import ConfigError, RuntimeUnavailableError
 from edgeflame.images import ImageU8, Preprocessing, Region
 from edgeflame.package import Package
+from tests.support.inspection_results import judge
 from tests.support.small_package import GRID, SIZE, bad_image, good_image
 
 
@@ -41,7 +42,7 @@ def inspect(
     inspector: Inspector, image: ImageU8 | None, *, error: str | None = None, label: str | None = None
 ) -> Inspected:
     frame = make_frame(part_id="p", source="s", image_bgr=image, error=error, label=label)
-    return inspector.inspect(Captured(sequence=7, frame=frame))
+    return judge(inspector, Captured(sequence=7, frame=frame))
 
 
 def test_good_passes_and_bad_fails_with_all_that_is_known(package: Package) -> None:

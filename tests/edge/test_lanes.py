@@ -12,10 +12,12 @@ from edge.capture import SUPERSEDED, Capture, PrefetchPool
 from edge.config import InspectConfig
 from edge.config.inspection import CaptureConfig
 from edge.frame import Captured, Frame, make_frame
-from edge.inspector import FrameObserver, Inspector, Observation
+from edge.inspector import FrameObserver, Inspector
 from edge.runtimes.load import open_runtime
+from edge.verdict import Observation
 from edgeflame.errors import DataError
 from edgeflame.package import Package
+from tests.support.inspection_results import judge
 from tests.support.small_package import bad_image, good_image
 
 IMAGE = good_image(0)
@@ -172,9 +174,9 @@ def test_an_inspector_judges_the_same_ahead_of_its_turn_and_in_it(package: Packa
                 yield make_frame(part_id=str(number), source=self.name, image_bgr=image)
 
     with lanes(Images(0), lambda: inspector) as frames:
-        ahead = [inspector.inspect(captured).result for captured in frames]
+        ahead = [judge(inspector, captured).result for captured in frames]
     with Capture(Images(0), CaptureConfig(), threading.Event()) as frames_alone:
-        in_turn = [alone.inspect(captured).result for captured in frames_alone]
+        in_turn = [judge(alone, captured).result for captured in frames_alone]
     told = [(one.sequence, one.verdict, one.reasons, one.score) for one in ahead]
     assert told == [(one.sequence, one.verdict, one.reasons, one.score) for one in in_turn]
     assert {one.verdict for one in ahead} == {"pass", "fail", "unknown"}

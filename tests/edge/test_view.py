@@ -23,6 +23,7 @@ from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_image, write_image
 from edgeflame.package import Package
+from tests.support.inspection_results import judge
 from tests.support.small_package import GRID, PREPROCESSING, SIZE, bad_image, good_image
 
 CELL = SIZE // GRID
@@ -36,7 +37,7 @@ def inspect(package: Package, image: ImageU8, runtime: Runtime | None = None, **
     runtime = runtime or open_runtime(package.model_onnx, device="cpu")
     inspector = Inspector(package, runtime, InspectConfig(view=ViewConfig(**keys)))  # type: ignore[arg-type]
     frame = make_frame(part_id="p", source="s", image_bgr=image)
-    return inspector.inspect(Captured(sequence=0, frame=frame))
+    return judge(inspector, Captured(sequence=0, frame=frame))
 
 
 def slow_reference(height: int, width: int, covered: list[tuple[int, int]]) -> np.ndarray:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 
 import msgspec
 
+from edge.frame import Captured
+from edge.inspector import InspectorProtocol
 from edge.result import Inspected, Result
+from edge.verdict import make_result, with_evidence
 
 
 def result(sequence: int, verdict: str = "fail", part_id: str = "part") -> Result:
@@ -23,3 +27,18 @@ def body(sequence: int, verdict: str = "fail") -> bytes:
 
 def inspected(sequence: int, verdict: str = "fail") -> Inspected:
     return Inspected(result=result(sequence, verdict), image=None, anomaly_map=None)
+
+
+def judge(inspector: InspectorProtocol, captured: Captured) -> Inspected:
+    """What an inspector makes of a part that has neither deadline nor number."""
+    observation = inspector.inspect(captured)
+    made = make_result(
+        captured,
+        observation,
+        camera="camera",
+        model=inspector.model_id,
+        threshold=inspector.threshold,
+        review_band=inspector.review_band,
+        now_s=time.monotonic(),
+    )
+    return with_evidence(made, captured, observation)

@@ -6,12 +6,11 @@ import queue
 import threading
 from collections.abc import Iterator
 
-import msgspec
-
 from edge.config import InspectConfig
 from edge.frame import Captured, Frame, make_frame
 from edge.result import Inspected
-from tests.support.inspection_results import result
+from edge.verdict import Observation
+from tests.support.inspection_results import judge
 from tests.support.small_package import good_image
 
 IMAGE = good_image(0)
@@ -54,6 +53,7 @@ class Belt:
 
 class FakeJudge:
     provider = "CPU"
+    review_band = 0.0
     looker = None
 
     def __init__(self, product: str = "tile", failures: int = 0) -> None:
@@ -65,20 +65,15 @@ class FakeJudge:
         self.threshold = 1.0 if value is None else value
 
     def rehearse(self, captured: Captured) -> Inspected:
-        return self.inspect(captured)
+        return judge(self, captured)
 
     def reconfigured(self, config: InspectConfig) -> FakeJudge:
         return FakeJudge(self.product)
 
-    def inspect(self, captured: Captured) -> Inspected:
+    def inspect(self, captured: Captured) -> Observation:
         if self.gate is not None:
             assert self.gate.wait(20)
         if self.failures:
             self.failures -= 1
             raise RuntimeError("a defect of ours")
-        told = msgspec.structs.replace(
-            result(captured.sequence, "unknown" if captured.frame.image_bgr is None else "pass"),
-            part_id=captured.frame.part_id, threshold=self.threshold, model=self.model_id,
-            detail=captured.frame.error,
-        )  # fmt: skip
-        return Inspected(result=told, image=captured.frame.image_bgr, anomaly_map=None)
+        return Observation(score=0.5, evidence=captured.frame.image_bgr)

@@ -17,8 +17,9 @@ from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig, PartsConfi
 from edge.frame import Captured, make_frame, trigger_now
 from edge.inspector import Inspector
 from edge.parts.tracker import PartTracker
-from edge.result import Inspected, Reason, Result
+from edge.result import Reason, Result
 from edge.runtimes.load import open_runtime
+from edge.verdict import Observation
 from edgeflame.errors import CrashLoopError, RuntimeUnavailableError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package
@@ -34,7 +35,7 @@ AGES = 3600.0
 class SlowJudge:
     """A real inspector that waits for leave before each image."""
 
-    product, provider, looker = "p", "cpu", None
+    product, provider, looker, review_band = "p", "cpu", None, 0.0
 
     def __init__(self, inspector: Inspector) -> None:
         self._inspector = inspector
@@ -46,7 +47,7 @@ class SlowJudge:
     def set_threshold(self, value: float | None) -> None:
         raise NotImplementedError
 
-    def inspect(self, captured: Captured) -> Inspected:
+    def inspect(self, captured: Captured) -> Observation:
         self.begun.append(captured.frame.part_id)
         assert self.may_go.acquire(timeout=60)
         if self.failure is not None:
@@ -95,7 +96,7 @@ def part(
 
 
 def verdict(keeper: PartTracker, judge: Any, captured: Captured) -> Result:
-    return keeper.finish(keeper.inspect(judge, captured), captured).result
+    return keeper.finish(judge, captured, keeper.inspect(judge, captured)).result
 
 
 # In time or late.
@@ -120,7 +121,8 @@ def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow:
         assert "the model has not answered by then" in (late.detail or "")
         assert keeper.counts.late_answers == 0
         slow.may_go.release()
-        wait_for(lambda: keeper._punctual is not None and not keeper._punctual._answers.empty(), "the model answers")
+        wait_for(lambda: keeper.counts.late_answers == 1, "the model answers")
+        assert keeper.busy_s() == 0.0
         slow.may_go.release()
         following = part("following", age_s=-AGES)  # with a deadline far away
         assert verdict(keeper, slow, following).verdict == "pass"
@@ -136,7 +138,7 @@ def test_while_the_model_hangs_every_part_is_unknown_in_time_and_the_line_says_s
         assert "busy with part first" in (second.detail or "")
         wait_for(lambda: slow.begun == ["first"], "the model has the first")
         assert "the model has been busy with one image" in (keeper.problem() or "")
-        wait_for(lambda: keeper._punctual is not None and keeper._punctual.busy_s() > 0.1, "it has hung for long")
+        wait_for(lambda: keeper.busy_s() > 0.1, "it has hung for long")
         with pytest.raises(CrashLoopError, match="has to be started again"):
             keeper.check()
 
@@ -152,7 +154,7 @@ def test_what_comes_after_its_deadline_keeps_its_score_and_is_no_pass(inspector:
     """As when the answer and the deadline come together: whoever finishes it looks at the clock last."""
     with keeping(deadline_ms=50) as keeper:
         captured = part(age_s=1.0)
-        late = keeper.finish(inspector.inspect(captured), captured)
+        late = keeper.finish(inspector, captured, inspector.inspect(captured))
     assert (late.result.verdict, late.result.reasons, late.result.late) == ("unknown", ("late",), True)
     assert late.result.score is not None
     assert "it would have been pass" in (late.result.detail or "")

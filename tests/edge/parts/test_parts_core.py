@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
-from edge.frame import Trigger
-from edge.parts.deadline import Deadline, DeadlineStep
+from edge.frame import Captured, Trigger, make_frame
+from edge.parts.deadline import BoundedCall
 from edge.parts.matching import ARRIVAL_S, MAX_HELD, MAX_IMAGES, MAX_WAITING, UNTRIGGERED, Match, Matcher, MatchWindow
 from edge.parts.modbus_trigger import PartCounter, RisingEdge
 from edge.parts.mqtt_trigger import MAX_PAYLOAD_BYTES, PartAnnouncement, read_announcement
 from edge.parts.sequence import NumberRange, SequenceCheck, SequenceFinding, SequenceKind, check_parts
 from edge.result import Reason
+from edge.status import PartCounts
+from edge.verdict import Observation
 from edgeflame.errors import ConfigError, DataError
 
 UTC = dt.timezone.utc
@@ -124,70 +128,90 @@ def test_whatever_comes_the_last_number_is_one_that_came_and_memory_is_bounded(
 # Deadlines.
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 5), st.one_of(st.none(), st.floats(0.01, 30))), min_size=1, max_size=12),
-    st.floats(0.1, 8),
-)
-def test_each_part_has_one_verdict_in_time_however_long_the_model_takes(
-    parts: list[tuple[float, float | None]], deadline_s: float
+class Timed:
+    """An inspector for which each image takes so long on a clock that it moves itself."""
+
+    product, model_id, provider, looker = "p", "m", "cpu", None
+    threshold, review_band = 1.0, 0.0
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.takes_s = 0.0
+        self.failure: Exception | None = None
+        self.scored: list[str] = []
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def inspect(self, captured: Captured) -> Observation:
+        self.scored.append(captured.frame.part_id)
+        self.now_s += self.takes_s
+        if self.failure is not None:
+            raise self.failure
+        return Observation(score=0.5)
+
+    set_threshold = reconfigured = rehearse = None
+
+
+@contextlib.contextmanager
+def bounded(inspector: Timed) -> Iterator[tuple[Callable[[str, float], Observation], PartCounts]]:
+    counts = PartCounts()
+    call = BoundedCall(camera="c", counts=counts, clock=inspector.clock)
+
+    def inspect(name: str, due_s: float) -> Observation:
+        captured = Captured(sequence=0, frame=make_frame(part_id=name, source="s", captured_monotonic_s=0.0))
+        return call.inspect(inspector, captured, due_s)  # type: ignore[arg-type]
+
+    try:
+        yield inspect, counts
+    finally:
+        call.close()
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 30)), min_size=1, max_size=12), st.floats(0.1, 8))
+def test_an_answer_counts_if_and_only_if_it_comes_before_the_deadline(
+    parts: list[tuple[float, float]], deadline_s: float
 ) -> None:
-    """A simulated line: pauses between captures, and how long the model takes for each (None: for ever)."""
-    deadline, now, captured = Deadline(), 0.0, 0.0
-    done_at: dict[int, float] = {}
-    answered: set[int] = set()
-    decided: list[tuple[int, DeadlineStep, float, float]] = []
-
-    def score(key: int) -> None:
-        assert key not in done_at
-        assert set(done_at) == answered, "the model has one image at a time"
-        took = parts[key][1]
-        done_at[key] = float("inf") if took is None else now + took
-
-    for key, (pause_s, _) in enumerate(parts):
-        captured += pause_s
-        due = captured + deadline_s
-        now = max(now, captured)
-        step = deadline.take(key, due, now)
-        while True:
-            if step is DeadlineStep.SCORE:
-                score(key)
-            if step in (DeadlineStep.DECIDE, DeadlineStep.LATE):
-                break
-            at_model = deadline.at_model
-            answer_at = float("inf") if at_model is None else done_at[at_model]
-            if answer_at < due:
-                now = max(now, answer_at)
-                assert at_model is not None
-                answered.add(at_model)
-                step = deadline.answered(at_model, now)
-                assert step is not DeadlineStep.DECIDE or at_model == key, "another part's answer decides nothing"
-            else:
-                now = due
-                step = deadline.passed(now)
-                assert step is DeadlineStep.LATE
-        decided.append((key, step, now, due))
-    assert [key for key, *_ in decided] == list(range(len(parts)))
-    for _key, step, at, due in decided:
-        assert at < due if step is DeadlineStep.DECIDE else at >= due
-
-
-def test_an_answer_after_its_parts_deadline_only_frees_the_model() -> None:
-    deadline = Deadline()
-    assert deadline.take(0, 1.0, 0.0) is DeadlineStep.SCORE
-    assert deadline.passed(0.9) is DeadlineStep.WAIT
-    assert deadline.passed(1.0) is DeadlineStep.LATE
-    assert deadline.take(1, 2.0, 1.1) is DeadlineStep.WAIT
-    assert deadline.at_model == 0
-    assert deadline.answered(0, 1.5) is DeadlineStep.SCORE  # the answer to the first gives the second its turn
-    assert deadline.answered(1, 1.9) is DeadlineStep.DECIDE
+    """A simulated line: pauses between captures, and how long the model takes for each."""
+    inspector, captured_s, num_late = Timed(), 0.0, 0
+    with bounded(inspector) as (inspect, counts):
+        for number, (pause_s, takes_s) in enumerate(parts):
+            captured_s += pause_s
+            inspector.now_s, inspector.takes_s = max(inspector.now_s, captured_s), takes_s
+            due_s = captured_s + deadline_s
+            begun_s = inspector.now_s
+            found = inspect(str(number), due_s)
+            if begun_s >= due_s:
+                assert found.details == ("its turn came after the deadline",)
+                assert str(number) not in inspector.scored
+                continue
+            # Also of a late one: what it would have been is shown.
+            assert (found.score, found.faults) == (0.5, ())
+            num_late += inspector.now_s >= due_s
+        assert counts.late_answers == num_late
 
 
 def test_an_answer_at_the_very_deadline_is_late() -> None:
-    deadline = Deadline()
-    deadline.take(0, 1.0, 0.0)
-    assert deadline.answered(0, 1.0) is DeadlineStep.LATE
-    assert deadline.take(1, 1.0, 1.0) is DeadlineStep.LATE
-    assert deadline.at_model is None
+    inspector = Timed()
+    inspector.takes_s = 1.0
+    with bounded(inspector) as (inspect, counts):
+        assert inspect("a", 1.0).score == 0.5
+        assert counts.late_answers == 1
+        assert inspect("b", 1.0).faults == (Reason.LATE,)
+    assert inspector.scored == ["a"]
+
+
+def test_a_failure_is_raised_in_time_and_noted_after_the_deadline() -> None:
+    inspector = Timed()
+    inspector.failure = ValueError("no")
+    with bounded(inspector) as (inspect, counts):
+        with pytest.raises(ValueError, match="no"):
+            inspect("a", 1.0)
+        inspector.takes_s = 2.0
+        late = inspect("b", 1.0)
+    assert (late.faults, late.score) == ((Reason.LATE,), None)
+    assert late.details == ("the model failed after the deadline: ValueError('no')",)
+    assert counts.late_answers == 1
 
 
 # Images for triggers.

@@ -1,0 +1,168 @@
+"""The verdict on one part, made in one place. Pure.
+
+:func:`make_result` turns what was found out about a frame into the part's result. It looks in this order, and the first
+that applies decides:
+
+    1. anything went wrong, or there is no score        unknown, with all faults
+    2. the score is no finite number                    unknown
+    3. the score is within the review band              unknown: a person decides
+    4. the score is above the threshold                 fail
+    5. otherwise                                        pass
+
+Whatever came out, a part whose deadline has passed by then is unknown and late (:func:`mark_late`): somebody has given
+it up, and must not be told that it passed. The place among the other parts, by its number, is added last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edge.frame import Captured
+from edge.parts.sequence import SequenceFinding, SequenceKind
+from edge.result import Inspected, Reason, Result, Verdict
+from edgeflame.images import ImageU8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observation:
+    """What was found out about one frame, before its verdict."""
+
+    faults: Sequence[Reason] = ()
+    """What went wrong; any makes the verdict ``unknown``."""
+    details: Sequence[str] = ()
+    """More about the faults, for people."""
+    score: float | None = None
+    """Raw distance; NaN where the model gave no finite number, None where it gave nothing."""
+    image: ImageU8 | None = None
+    """The model's input, ``[height, width, 3]`` uint8 BGR."""
+    evidence: ImageU8 | None = None
+    """The same area as the camera gave it; the whole frame where that area does not fit into it."""
+    ignored: ImageU8 | None = None
+    """``[height, width]`` uint8, above 0 where that area is not judged; None where all of it is."""
+    anomaly_map: npt.NDArray[np.float32] | None = None
+    """``[h, w]`` raw distance over the same area."""
+
+
+def unscored(captured: Captured, reason: Reason, detail: str) -> Observation:
+    """A frame that no model has looked at, and why."""
+    return Observation(faults=(reason,), details=(detail,), evidence=captured.frame.image_bgr)
+
+
+def make_result(
+    captured: Captured,
+    observation: Observation,
+    *,
+    camera: str,
+    model: str,
+    threshold: float,
+    review_band: float = 0.0,
+    now_s: float,
+    due_s: float | None = None,
+    number: int | None = None,
+    sequence: SequenceFinding | None = None,
+) -> Result:
+    """Judge one part.
+
+    Args:
+        captured: its frame.
+        observation: what was found out about it.
+        camera: name of the camera.
+        model: first 12 digits of the package's SHA-256.
+        threshold: raw distance; a higher score is a defect.
+        review_band: share of the threshold to either side in which the verdict is left to a person.
+        now_s: the time, on the monotonic clock of the frames.
+        due_s: the part's deadline on the same clock; None: it has none.
+        number: the part's own number, where it has one.
+        sequence: its place among the parts before it, where that means something.
+    """
+    frame, score = captured.frame, observation.score
+    verdict, reasons = _decide(score, threshold, review_band, observation.faults)
+    result = mark_late(
+        Result(
+            camera=camera,
+            sequence=captured.sequence,
+            part_id=frame.part_id,
+            source=frame.source,
+            captured=frame.captured_utc,
+            verdict=verdict.value,
+            reasons=tuple(reason.value for reason in reasons),
+            detail="; ".join(observation.details) or None,
+            score=score if score is not None and math.isfinite(score) else None,
+            threshold=threshold,
+            latency_ms=round(1000 * (now_s - frame.captured_monotonic_s), 3),
+            label=frame.label,
+            model=model,
+        ),
+        now_s=now_s,
+        due_s=due_s,
+    )
+    if sequence is None:
+        return result
+    return msgspec.structs.replace(
+        result,
+        part_number=number,
+        parts_missing=sequence.missing,
+        duplicate=sequence.kind is SequenceKind.DUPLICATE,
+        detail="; ".join(filter(None, (result.detail, sequence.describe(number)))) or None,
+    )
+
+
+def mark_late(result: Result, *, now_s: float, due_s: float | None) -> Result:
+    """The result as it may be used at this time: from its deadline on it is no verdict any more, a pass least of all.
+
+    Args:
+        result: of a part.
+        now_s: the time, on the monotonic clock.
+        due_s: the part's deadline on the same clock; None: it has none.
+    """
+    if due_s is None or now_s < due_s or result.late:
+        return result
+    words = f"{1000 * (now_s - due_s):.1f} ms after its deadline"
+    if result.verdict != Verdict.UNKNOWN.value:
+        words += f"; it would have been {result.verdict}"
+    others = tuple(reason for reason in result.reasons if reason != Reason.LATE.value)
+    return msgspec.structs.replace(
+        result,
+        verdict=Verdict.UNKNOWN.value,
+        reasons=(Reason.LATE.value, *others),
+        detail="; ".join(filter(None, (words, result.detail))),
+        late=True,
+    )
+
+
+def with_evidence(
+    result: Result, captured: Captured, observation: Observation, *, due_s: float | None = None
+) -> Inspected:
+    """A result together with what it was made from."""
+    return Inspected(
+        result=result,
+        image=observation.evidence,
+        anomaly_map=observation.anomaly_map,
+        ignored=observation.ignored,
+        due_monotonic_s=due_s,
+        origin=captured.frame.origin,
+    )
+
+
+def _decide(
+    score: float | None, threshold: float, review_band: float, faults: Sequence[Reason]
+) -> tuple[Verdict, tuple[Reason, ...]]:
+    reasons = list(faults)
+    if score is None:
+        if not reasons:
+            reasons.append(Reason.NOT_SCORED)
+    elif not (math.isfinite(score) and math.isfinite(threshold)):
+        reasons.append(Reason.SCORE_NOT_FINITE)
+    if reasons or score is None:
+        return Verdict.UNKNOWN, tuple(reasons)
+    if review_band > 0 and abs(score - threshold) <= review_band * abs(threshold):
+        return Verdict.UNKNOWN, (Reason.REVIEW_BAND,)
+    if score > threshold:
+        return Verdict.FAIL, (Reason.ABOVE_THRESHOLD,)
+    return Verdict.PASS, ()
