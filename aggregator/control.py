@@ -19,7 +19,7 @@ import msgspec
 from edgeflame.errors import EdgeFlameError, StorageError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import Name, Text
-from edgeflame.state import storage_errors, write_durably
+from edgeflame.state import storage_errors, write_json
 
 log = EventLog("aggregator")
 
@@ -82,7 +82,7 @@ class RequestQueue:
     def put(self, request: OperatorRequest) -> str:
         """Ask for something; the number of the request."""
         number = f"{time.time_ns():020d}"
-        write_durably(self._folder / f"{number}.json", msgspec.json.encode(request))
+        write_json(self._folder / f"{number}.json", request)
         return number
 
     def answer_to(self, number: str) -> RequestResult | None:
@@ -110,7 +110,7 @@ class RequestQueue:
             except UsageError as exc:
                 answer = RequestResult(ok=False, text=str(exc))
             log.info("request_answered", ok=answer.ok, answer=answer.text)
-            write_durably(path.with_suffix(".answer"), msgspec.json.encode(answer))
+            write_json(path.with_suffix(".answer"), answer)
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 

@@ -13,7 +13,7 @@ import msgspec
 from aggregator.events import RunState
 from aggregator.ledger import build_ledger
 from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobManifest, BlobNeed, RoundState, StatisticsWanted
-from edgeflame.state import write_durably
+from edgeflame.state import write_json
 from edgeflame.transfer.protocol import describe_file, unpack_mask
 from edgeflame.transfer.store import BlobStore, Outgoing
 
@@ -128,7 +128,7 @@ class StatePublisher:
         if self._ledger is None or self._ledger not in self._store:
             # As it was when training ended: a restarted aggregator must name the same blob.
             trained = replace(state, finished={}, not_finished={}, left={}, ended=None)
-            write_durably(self._draft, msgspec.json.encode(build_ledger(trained)))
+            write_json(self._draft, build_ledger(trained))
             self._ledger = self._store.add(self._draft).sha256
         return self._ledger
 

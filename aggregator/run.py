@@ -23,7 +23,7 @@ from aggregator.ledger import build_ledger
 from aggregator.rounds import RoundMachine, RoundOutput
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
-from edgeflame.state import copy_durably, write_durably
+from edgeflame.state import atomic_copy, write_json
 from edgeflame.statistics.merge import pool_statistics
 from edgeflame.transfer.store import BlobStore
 
@@ -137,11 +137,11 @@ def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult
     """Write the ledger and the final model of a run that is over."""
     entries = build_ledger(state)
     ledger_path = out_dir / LEDGER_FILE
-    write_durably(ledger_path, msgspec.json.format(msgspec.json.encode(entries), indent=2) + b"\n")
+    write_json(ledger_path, entries, indent=2)
     model_path: Path | None = None
     if state.model is not None and state.rounds and state.rounds[-1].model is not None:
         model_path = out_dir / MODEL_FILE
-        copy_durably(store.path(state.model), model_path)
+        atomic_copy(store.path(state.model), model_path)
     assert state.ended is not None
     return RunResult(
         succeeded=state.ended.succeeded,

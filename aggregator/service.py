@@ -105,7 +105,7 @@ def run_aggregator(
     """
     topics = Topics(fleet=fleet)
     with ExitStack() as stack:
-        stack.enter_context(locked_state_dir(state_dir, holds="aggregator"))
+        stack.enter_context(locked_state_dir(state_dir, kind="aggregator"))
         with storage_errors(out_dir, "create the output folder"):
             out_dir.mkdir(parents=True, exist_ok=True)
         journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))

@@ -92,7 +92,8 @@ def command(
         raise UsageError("give either --onnx FILE or --trt with --out DIR")
     package = read_package(model)
     try:
-        from export.onnx_file import onnx_with_metadata, write_atomically
+        from edgeflame.state import atomic_write
+        from export.onnx_file import onnx_with_metadata
     except ImportError as exc:
         raise MissingDependencyError(f"checking the graph needs onnx ({exc}): pip install 'edgeflame[train]'") from exc
     images = _calibration_images(package, calibration) if precision == "int8" else None
@@ -100,7 +101,7 @@ def command(
     if images is not None:
         _require_parity(package, data, images)
     if onnx_file is not None:
-        write_atomically(onnx_file, data)
+        atomic_write(onnx_file, data)
         _describe_onnx(onnx_file, package, size_bytes=len(data), precision=precision)
         return
     assert out is not None

@@ -309,7 +309,7 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
     from cli.pages.fleet_report import render_run_page
     from edgeflame import __version__
     from edgeflame.errors import UsageError
-    from edgeflame.state import storage_errors, write_durably
+    from edgeflame.state import atomic_write, storage_errors
 
     if (state is None) == (ledger_file is None):
         raise UsageError("--state or --ledger: exactly one of them has to say which run")
@@ -317,7 +317,7 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
     page = render_run_page(ledger, version=__version__, made=strftime("%Y-%m-%d %H:%M"))
     with storage_errors(out, "create the folder of"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, page.encode())
+    atomic_write(out, page.encode())
     click.echo(f"{out}: run {ledger['run'][:8]}, {ledger['outcome']}, rounds begun: {len(ledger['rounds'])}")
 
 

@@ -91,7 +91,7 @@ def command(
     from edgeflame.config import load_config
     from edgeflame.errors import UsageError
     from edgeflame.mqtt.topics import check_name
-    from edgeflame.state import copy_durably
+    from edgeflame.state import atomic_copy
     from trainer.agent.control import parse_schedule
     from trainer.agent.service import SiteOptions, run_site
 
@@ -135,7 +135,7 @@ def command(
     package = result.package
     if package is not None and paths["out"] is not None:
         paths["out"].parent.mkdir(parents=True, exist_ok=True)
-        copy_durably(package, paths["out"])
+        atomic_copy(package, paths["out"])
         package = paths["out"]
     if as_json:
         print_json(

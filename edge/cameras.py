@@ -27,9 +27,9 @@ from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.parts.tracker import PartTracker
 from edge.sources.locate import open_image_source
 from edge.status import DEFAULT_CAMERA
-from edgeflame.errors import ConfigError, StorageError, UsageError
+from edgeflame.errors import ConfigError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.state import storage_errors, write_durably
+from edgeflame.state import read_json, storage_errors, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +147,10 @@ class Overrides:
     def __init__(self, folder: Path | None) -> None:
         self._file = None if folder is None else folder / OVERRIDES_FILE
         self._cameras: dict[str, CameraOverrides] = {}
-        if self._file is not None and self._file.exists():
-            with storage_errors(self._file, "read what was changed by command"):
-                data = self._file.read_bytes()
-            try:
-                self._cameras = dict(msgspec.json.decode(data, type=_Document).cameras)
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                raise StorageError(
-                    f"{self._file}: damaged ({exc}); delete it to go on with the thresholds and products of the "
-                    "configuration"
-                ) from exc
+        if self._file is not None:
+            advice = "delete it to go on with the thresholds and products of the configuration"
+            document = read_json(self._file, _Document, advice=advice)
+            self._cameras = dict(document.cameras) if document is not None else {}
 
     def of(self, camera: str) -> CameraOverrides:
         """What was changed of a camera."""
@@ -183,7 +177,7 @@ class Overrides:
         if self._file is not None:
             with storage_errors(self._file.parent, "keep what was changed by command"):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(self._file, msgspec.json.encode(_Document(cameras=cameras)))
+            write_json(self._file, _Document(cameras=cameras))
         self._cameras = cameras
 
 

@@ -40,7 +40,7 @@ from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
 from edgeflame.mqtt.topics import Topics
-from edgeflame.state import is_in_use, storage_errors, write_durably
+from edgeflame.state import atomic_write, is_in_use, storage_errors
 
 FRAME_TIMEOUT_S = 15.0
 """For a camera to be opened and to give its first picture."""
@@ -251,7 +251,7 @@ def _folder(check: str, folder: Path) -> Iterator[Finding]:
     try:
         with storage_errors(folder, "be written to"):
             folder.mkdir(parents=True, exist_ok=True)
-            write_durably(probe, b"edgeflame inspect --check")
+            atomic_write(probe, b"edgeflame inspect --check")
             probe.unlink()
             free = shutil.disk_usage(folder).free
     except StorageError as exc:

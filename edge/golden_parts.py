@@ -23,7 +23,7 @@ from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, read_image
 from edgeflame.log import EventLog
-from edgeflame.state import storage_errors, write_durably
+from edgeflame.state import storage_errors, write_json
 
 VERDICT_OF = {"good": "pass", "bad": "fail"}
 
@@ -269,6 +269,6 @@ class GoldenTester:
                     history.replace(history.with_suffix(".old.jsonl"))
                 with history.open("ab") as stream:
                     stream.write(msgspec.json.encode(status) + b"\n")
-            write_durably(file, msgspec.json.encode(status))
+            write_json(file, status)
         except StorageError as exc:
             log.error("golden_not_kept", camera=self._line.name, reason=str(exc))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from edgeflame.errors import ConfigError, DataError, StorageError
+from edgeflame.state import atomic_write
 
 ImageU8 = npt.NDArray[np.uint8]
 
@@ -230,12 +231,7 @@ def write_image(path: Path, image: ImageU8) -> None:
     encoded, data = cv2.imencode(path.suffix, image)
     if not encoded:
         raise StorageError(f"{path}: cannot encode an image as {path.suffix}")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(data.tobytes())
-        partial.replace(path)
-    except OSError as exc:
-        raise StorageError(f"{path}: cannot be written ({exc.strerror})") from exc
+    atomic_write(path, data.data, durable=False)
 
 
 def _is_bomb(data: bytes) -> bool:

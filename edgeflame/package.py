@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +36,10 @@ import numpy.typing as npt
 
 from edgeflame import __version__
 from edgeflame.drift_reference import DriftReference, decode_drift_reference, encode_drift_reference
-from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError, StorageError
+from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.images import ImageU8, Preprocessing, decode_image
 from edgeflame.methods import Learning, RejectUnit
+from edgeflame.state import atomic_writer
 from edgeflame.statistics.codec import PackageStatistics, decode_statistics, encode_statistics
 
 
@@ -120,18 +120,10 @@ def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
     Raises:
         StorageError: it cannot be written; an old file at ``path`` is intact.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in members.items():
-                # A fixed time stamp: the same model gives the same file.
-                archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot write the model package ({exc.strerror})") from exc
+    with atomic_writer(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            # A fixed time stamp: the same model gives the same file.
+            archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
 
 
 def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:

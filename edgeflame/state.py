@@ -8,12 +8,14 @@ read or written; ``docs/upgrades.md`` has the policy.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import msgspec
 
@@ -23,12 +25,14 @@ from edgeflame.log import EventLog
 
 log = EventLog("state")
 
+T = TypeVar("T")
+
 StateKind = Literal["aggregator", "site", "line", "simulation"]
 """Whose state a directory may hold."""
 
 STATE_FORMAT = 1
-"""Of all that lies in a state directory. Raised when an older version could no longer read what a newer one wrote; the
-one that raises it brings the migration along."""
+"""The format of everything in a state directory. It is raised when an older version could no longer read what a newer
+one wrote; the version that raises it brings the migration."""
 
 MARKER = "state.json"
 
@@ -41,12 +45,12 @@ class _Marker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path, doing: str) -> Iterator[None]:
+def storage_errors(path: Path, action: str) -> Iterator[None]:
     """Turn the operating system's errors into :class:`StorageError`, naming the path and what was tried."""
     try:
         yield
     except OSError as exc:
-        raise StorageError(f"{path}: cannot {doing} ({exc.strerror or exc})") from exc
+        raise StorageError(f"{path}: cannot {action} ({exc.strerror or exc})") from exc
 
 
 def check_format_version(what: str, *, found: int, known: int, written_by: str | None = None) -> None:
@@ -64,14 +68,14 @@ def check_format_version(what: str, *, found: int, known: int, written_by: str |
 
 
 @contextlib.contextmanager
-def locked_state_dir(path: Path, *, holds: StateKind | None = None) -> Iterator[Path]:
+def locked_state_dir(path: Path, *, kind: StateKind | None = None) -> Iterator[Path]:
     """Create a state directory if need be, and keep other processes out of it meanwhile.
 
     The lock goes with the process, however it ends.
 
     Args:
         path: the directory.
-        holds: whose state it is to be; None: of somebody who looks after its format himself.
+        kind: whose state it is; None for folders with a format of their own, which are given no marker.
 
     Raises:
         StorageError: it cannot be written, another process uses it, it is somebody else's, or of a later format.
@@ -89,34 +93,33 @@ def locked_state_dir(path: Path, *, holds: StateKind | None = None) -> Iterator[
             ) from exc
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        if holds is not None:
-            _claim(path, holds)
+        if kind is not None:
+            _claim(path, kind)
         yield path
     finally:
         os.close(descriptor)
 
 
-def _claim(path: Path, holds: StateKind) -> None:
-    """Check the directory's marker; make it if there is none."""
+def _claim(path: Path, kind: StateKind) -> None:
+    """Check the directory's marker, or write one if it has none."""
     marker = _read_marker(path / MARKER)
     if marker is None:
-        mine = _Marker(holds=holds, format=STATE_FORMAT, edgeflame=__version__)
-        write_durably(path / MARKER, msgspec.json.encode(mine) + b"\n")
+        mine = _Marker(holds=kind, format=STATE_FORMAT, edgeflame=__version__)
+        atomic_write(path / MARKER, msgspec.json.encode(mine) + b"\n")
         return
     check_format_version(f"{path}: the state", found=marker.format, known=STATE_FORMAT, written_by=marker.edgeflame)
-    if marker.holds != holds:
+    if marker.holds != kind:
         raise StorageError(
-            f"{path}: the state of another kind ({marker.holds}, wanted: {holds}); give this one a folder of its own"
+            f"{path}: the state of another kind ({marker.holds}, wanted: {kind}); give this one a folder of its own"
         )
 
 
 def _read_marker(path: Path) -> _Marker | None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
+    with storage_errors(path, "read"):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
     try:
         return msgspec.json.decode(data, type=_Marker)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -141,54 +144,67 @@ def is_in_use(path: Path) -> bool:
         os.close(descriptor)
 
 
-def write_durably(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Write a small file whole or not at all, and onto the disk before returning.
+@contextlib.contextmanager
+def atomic_writer(path: Path, *, durable: bool = True, mode: int | None = None) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: a partial file beside it takes its place when the block ends without an error.
+
+    Processes and threads may write the same file at once; the last one wins. After an error the partial file is gone.
 
     Args:
         path: the file.
-        data: its contents.
+        durable: have it on the disk, with its folder's entry, before returning.
         mode: its permissions from its first byte on; None: as the umask says.
 
     Raises:
-        StorageError: it cannot be written; an old file at ``path`` is intact.
+        StorageError: it cannot be written, or the block raised an ``OSError``; an old file at ``path`` is intact.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    # A thread's number is one that no other thread of any process has.
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
     with storage_errors(path, "write"):
-        # What a crash left may be readable by more than ``mode`` allows.
-        partial.unlink(missing_ok=True)
-        with partial.open("wb") as stream:
-            if mode is not None:
-                os.fchmod(stream.fileno(), mode)
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
+        try:
+            # What a crash left may be readable by more than ``mode`` allows.
+            partial.unlink(missing_ok=True)
+            with partial.open("xb") as stream:
+                if mode is not None:
+                    os.fchmod(stream.fileno(), mode)
+                yield stream
+                stream.flush()
+                if durable:
+                    os.fsync(stream.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        if durable:
+            fsync_folder(path.parent)
 
 
-def copy_durably(source: Path, target: Path) -> None:
+def atomic_write(path: Path, data: bytes | memoryview, *, durable: bool = True, mode: int | None = None) -> None:
+    """Write a file whole or not at all; arguments and errors as :func:`atomic_writer`."""
+    with atomic_writer(path, durable=durable, mode=mode) as stream:
+        stream.write(data)
+
+
+def atomic_copy(source: Path, target: Path) -> None:
     """Copy a file whole or not at all, and onto the disk before returning.
 
     Raises:
         StorageError: it cannot be read or written; an old file at ``target`` is intact.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    with storage_errors(target, f"copy {source.name} to"):
-        with source.open("rb") as reader, partial.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
-            writer.flush()
-            os.fsync(writer.fileno())
-        partial.replace(target)
-        fsync_folder(target.parent)
+    with storage_errors(source, "read"):
+        reader = source.open("rb")
+    with reader, atomic_writer(target) as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Have a file that is never written again under another name: a hard link, or where there are none, a copy.
+    """Give a file that is never written again a second name: by a hard link, or where there are none, as a copy.
 
     Raises:
         StorageError: it cannot be read or written; an old file at ``target`` is intact.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{threading.get_native_id()}.partial")
     try:
         partial.unlink(missing_ok=True)
         os.link(source, partial)
@@ -197,7 +213,42 @@ def link_or_copy(source: Path, target: Path) -> None:
         partial.unlink(missing_ok=True)
         fsync_folder(target.parent)
     except OSError:
-        copy_durably(source, target)
+        atomic_copy(source, target)
+
+
+def write_json(path: Path, value: object, *, indent: int | None = None, mode: int | None = None) -> None:
+    """Write a value as JSON, durably: on one line, or with ``indent`` over several and a line feed at the end.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    data = msgspec.json.encode(value)
+    atomic_write(path, data if indent is None else msgspec.json.format(data, indent=indent) + b"\n", mode=mode)
+
+
+def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
+    """Read a JSON file of EdgeFlame's own.
+
+    Args:
+        path: the file.
+        kind: what to decode it as.
+        advice: what to do when it is damaged, for the message.
+
+    Returns:
+        The value, or None if there is no such file.
+
+    Raises:
+        StorageError: it cannot be read, or is damaged.
+    """
+    with storage_errors(path, "read"):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise StorageError(f"{path}: damaged ({exc}); {advice}") from exc
 
 
 def fsync_folder(folder: Path) -> None:
@@ -205,5 +256,9 @@ def fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as exc:
+        # Some network file systems cannot do this for a folder.
+        if exc.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import google.protobuf.message
 import onnx
 import onnx.checker
 import onnx.helper
 import onnx.shape_inference
 
-from edgeflame.errors import PackageError, StorageError
+from edgeflame.errors import PackageError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package
 from export.int8 import Target
@@ -70,21 +67,3 @@ def export_description(package: Package) -> dict[str, str]:
         "roi": "" if roi is None else f"{roi.x},{roi.y},{roi.width},{roi.height}",
     }
     return {f"edgeflame.{key}": value for key, value in facts.items()}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        StorageError: it cannot be written; an old file at ``path`` is intact.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({exc.strerror})") from exc

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from edgeflame.errors import PackageError, RuntimeUnavailableError, StorageError
+from edgeflame.state import atomic_write, write_json
 from edgeflame.tensorrt import ENGINE_REPORT_FILE, BuildReport, EngineRecord, TensorRT, read_build_report
-from export.onnx_file import write_atomically
 from export.precision import Precision
 
 INPUT = "image"
@@ -70,7 +70,7 @@ def build_engines(
             cache = out / f".timing-{generation}-{library.kind}{library.version}.cache"
             engine = _build(library, model_onnx, capability, max_batch=max_batch, timing_cache=cache)
             seconds = time.monotonic() - start
-            write_atomically(out / file, engine)
+            atomic_write(out / file, engine)
             record = EngineRecord(
                 file=file,
                 size_bytes=len(engine),
@@ -86,9 +86,7 @@ def build_engines(
             )
             known[file] = record
             report = BuildReport(engines=tuple(known[name] for name in sorted(known)))
-            write_atomically(
-                out / ENGINE_REPORT_FILE, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
-            )
+            write_json(out / ENGINE_REPORT_FILE, report, indent=2)
         records.append(record)
     return records
 
@@ -131,7 +129,7 @@ def _build(library: TensorRT, model_onnx: bytes, capability: str, *, max_batch: 
             f"{trt.__name__} {library.version} cannot build the graph for compute capability {capability}: {why}"
         )
     if cache is not None:
-        write_atomically(timing_cache, bytes(cache.serialize()))
+        atomic_write(timing_cache, bytes(cache.serialize()))
     return bytes(serialized)
 
 

@@ -24,7 +24,7 @@ from edgeflame.errors import StorageError, UsageError
 from edgeflame.mqtt.kit import FleetRole, Kit, encode_kit, read_kit
 from edgeflame.mqtt.topics import check_name
 from edgeflame.signing import write_keys
-from edgeflame.state import check_format_version, locked_state_dir, storage_errors, write_durably
+from edgeflame.state import atomic_write, check_format_version, locked_state_dir, storage_errors, write_json
 from fleet import broker_control
 from fleet.certificates import (
     DEFAULT_DAYS,
@@ -157,7 +157,7 @@ class FleetFolder:
         with storage_errors(path, "create the folder of"):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._keep(with_enrolled(registry, name=name, role=role, issued=issued))
-        write_durably(path, encode_kit(kit), mode=SECRET_MODE)
+        atomic_write(path, encode_kit(kit), mode=SECRET_MODE)
         return path
 
     def _give_broker(self, *, days: int) -> Path:
@@ -181,7 +181,7 @@ class FleetFolder:
             return read_authority((folder / "ca.crt").read_bytes(), (folder / "ca.key").read_bytes())
 
     def _keep(self, registry: Registry) -> None:
-        write_durably(self.path / REGISTRY_FILE, _encode(registry), mode=SECRET_MODE)
+        write_json(self.path / REGISTRY_FILE, registry, indent=2, mode=SECRET_MODE)
         self.registry = registry
 
     def _write_revocations(self) -> None:
@@ -191,7 +191,7 @@ class FleetFolder:
     def _write_for_broker(self, name: str, data: bytes, mode: int) -> None:
         """A file of the broker's; it goes to whoever the folder was given to, or the broker could not read it."""
         path = self.broker_files / name
-        write_durably(path, data, mode=mode)
+        atomic_write(path, data, mode=mode)
         owner = self.broker_files.stat()
         if path.stat().st_uid != owner.st_uid:
             with storage_errors(path, "give to the folder's owner"):
@@ -262,19 +262,19 @@ def make_fleet(
             folder.mkdir(mode=0o700, parents=folder == path, exist_ok=True)
             folder.chmod(0o700)
     with locked_state_dir(path):
-        write_durably(path / "ca" / "ca.key", authority.key, mode=SECRET_MODE)
-        write_durably(path / "ca" / "ca.crt", authority.cert, mode=PUBLIC_MODE)
+        atomic_write(path / "ca" / "ca.key", authority.key, mode=SECRET_MODE)
+        atomic_write(path / "ca" / "ca.crt", authority.cert, mode=PUBLIC_MODE)
         write_keys(path / "signing")
         (path / "signing").chmod(0o700)
         registry = Registry(fleet=fleet, hosts=tuple(hosts), port=port, created=now)
-        write_durably(path / REGISTRY_FILE, _encode(registry), mode=SECRET_MODE)
+        write_json(path / REGISTRY_FILE, registry, indent=2, mode=SECRET_MODE)
         made = FleetFolder(path)
         files = made.broker_files
-        write_durably(files / broker_control.CA_CERT, authority.cert, mode=PUBLIC_MODE)
-        write_durably(
+        atomic_write(files / broker_control.CA_CERT, authority.cert, mode=PUBLIC_MODE)
+        atomic_write(
             files / broker_control.CONFIG_FILE, broker_control.mosquitto_conf(settings).encode(), mode=PUBLIC_MODE
         )
-        write_durably(
+        atomic_write(
             files / broker_control.REVOCATION_LIST, make_revocation_list(authority, (), now=now), mode=PUBLIC_MODE
         )
         made.give_its_own()
@@ -295,10 +295,6 @@ def _clear_folder(path: Path, *, replace: bool, now: datetime) -> None:
         )
     with storage_errors(path, "put aside"):
         path.rename(path.with_name(f"{path.name}.replaced-{now:%Y%m%dT%H%M%S}"))
-
-
-def _encode(registry: Registry) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(registry), indent=2) + b"\n"
 
 
 def _now() -> datetime:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from edgeflame.errors import FederationError, StorageError
 from edgeflame.images import Preprocessing
 from edgeflame.methods import CONTROL_PREFIX, METHODS, Backbone, ExchangeKind, Learning
 from edgeflame.package import WeightsOrigin
+from edgeflame.state import atomic_write
 from trainer.backbone import EmbeddingNetwork, build_network
 
 LEAKY_SLOPE = 0.2
@@ -121,22 +121,13 @@ def save_model(path: Path, model: SiteModel, weights: WeightsOrigin | None = Non
         StorageError: the file cannot be written.
     """
     metadata = {WEIGHTS_KEY: msgspec.json.encode(weights).decode()} if weights else None
-    _write_file(path, safetensors.torch.save(model.exchanged(), metadata=metadata))
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot write the model ({exc.strerror})") from exc
+    atomic_write(path, safetensors.torch.save(model.exchanged(), metadata=metadata), durable=False)
 
 
 def save_private(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write what a site keeps to itself; errors as :func:`save_model`."""
-    _write_file(path, safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    private = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, safetensors.torch.save(private), durable=False)
 
 
 def load_private(path: Path | None) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from edgeflame.dataset import GOOD, GROUPS_FILES, ImageRecord, open_dataset
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import ImageU8, read_image, read_mask, write_image
 from edgeflame.log import Progress
-from edgeflame.state import storage_errors, write_durably
+from edgeflame.state import storage_errors, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ def prepare_site_data(config: SimulationConfig, out_dir: Path, report: Progress)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         layout = _write_site_data(config, source, staging, report)
-        write_durably(staging / LAYOUT_FILE, msgspec.json.format(msgspec.json.encode(layout), indent=1))
+        write_json(staging / LAYOUT_FILE, layout, indent=1)
         with storage_errors(target, "prepare the sites' data"):
             staging.rename(target)
     path = target / LAYOUT_FILE

@@ -37,7 +37,7 @@ from edgeflame.errors import ConfigError, FederationError, StorageError
 from edgeflame.log import EventLog, Progress
 from edgeflame.mqtt.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode_message
 from edgeflame.simulation import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
-from edgeflame.state import link_or_copy, locked_state_dir, storage_errors, write_durably
+from edgeflame.state import link_or_copy, locked_state_dir, storage_errors, write_json
 from edgeflame.transfer.store import BlobStore
 
 METRICS_FILE = "metrics.json"
@@ -77,7 +77,7 @@ class MeasuredMetrics:
             "rounds": [{"round": number, **self._read(self._round(number))} for number in rounds],
             "sites": {site: self._read(self._site(site)) for site in sites if self.has_site(site)},
         }
-        write_durably(self._out_dir / METRICS_FILE, msgspec.json.format(msgspec.json.encode(every), indent=1) + b"\n")
+        write_json(self._out_dir / METRICS_FILE, every, indent=1)
         return every
 
     def _round(self, number: int) -> Path:
@@ -88,7 +88,7 @@ class MeasuredMetrics:
 
     def _keep(self, path: Path, answer: MeasureAnswer) -> None:
         record = {"figures": answer.figures, "classes": answer.classes}
-        write_durably(path, msgspec.json.encode(record))
+        write_json(path, record)
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -119,7 +119,7 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
         EdgeFlameError: what a site's work, the data or the disk failed with.
     """
     with ExitStack() as stack:
-        stack.enter_context(locked_state_dir(out_dir, holds="simulation"))
+        stack.enter_context(locked_state_dir(out_dir, kind="simulation"))
         _require_same_config(config, out_dir)
         layout = prepare_site_data(config, out_dir, report)
         _write_record(config, layout, out_dir)
@@ -155,7 +155,7 @@ def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
 
 def _write_record(config: SimulationConfig, layout: SiteLayout, out_dir: Path) -> None:
     record = {"config": config.decisive(), "sites": layout.sites}
-    write_durably(out_dir / RECORD_FILE, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    write_json(out_dir / RECORD_FILE, record, indent=1)
 
 
 def _run_solo(
@@ -179,7 +179,7 @@ def _run_solo(
         report(done, len(tasks), "sites alone")
     figures.write_all([place.site for place in layout.sites])
     ledger = {"outcome": "done", "method": config.alone, "members": list(config.site_names), "rounds": []}
-    write_durably(out_dir / LEDGER_FILE, msgspec.json.format(msgspec.json.encode(ledger), indent=2) + b"\n")
+    write_json(out_dir / LEDGER_FILE, ledger, indent=2)
     return RunResult(succeeded=True, reason="", ledger=ledger, ledger_path=out_dir / LEDGER_FILE, model_path=None)
 
 

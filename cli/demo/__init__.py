@@ -43,7 +43,6 @@ def command(out: Path, quick: bool, texture: str, sites: int, seed: int) -> None
 
 def run_demo(plan: Any) -> None:
     """All steps of a :class:`~cli.demo.plan.DemoPlan`, then the table and the report."""
-    import msgspec
     from rich.console import Console
 
     from cli.demo import stages
@@ -53,6 +52,7 @@ def run_demo(plan: Any) -> None:
     from cli.output import progress_bar
     from edgeflame import __version__
     from edgeflame.log import Progress
+    from edgeflame.state import write_json
 
     _prepare_folder(plan.out)
     timings: list[tuple[str, float]] = []
@@ -75,7 +75,7 @@ def run_demo(plan: Any) -> None:
     for site, report_of_site in evaluated.items():
         metrics[site]["federated"] = report_of_site
     results = stages.collect_results(plan, metrics, streams)
-    (plan.out / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2))
+    write_json(plan.out / "results.json", results, indent=2)
     report = write_demo_report(
         ReportContents(
             plan=plan,

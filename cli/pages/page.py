@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgeflame.errors import MissingDependencyError, StorageError
 from edgeflame.images import read_image, read_mask, shrink
+from edgeflame.state import atomic_write
 
 if TYPE_CHECKING:
     from edgeflame.dataset import ImageRecord
@@ -75,13 +76,7 @@ def write_page(path: Path, page: str) -> Path:
     Raises:
         StorageError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({exc.strerror})") from exc
+    atomic_write(path, page.encode(), durable=False)
     return path
 
 

@@ -362,7 +362,7 @@ def open_pipeline(
         undelivered.update({name: count for name, count in waiting.items() if count})
 
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(locked_state_dir(state, holds="line"))
+        folder = stack.enter_context(locked_state_dir(state, kind="line"))
         outbox = stack.enter_context(Outbox(folder / OUTBOX_FILE, config.outbox, make_room=make_room))
         destinations: list[Destination] = []
         mqtt = MqttDestination(config.mqtt, line, take=take) if config.mqtt is not None else None

@@ -174,9 +174,11 @@ MAX_SIDE = 1024
 """Larger pictures are shrunk to this: evidence for people, a megabyte or two each."""
 
 _OURS = re.compile(
-    r"(?:(?P<number>\d{10})-)?(?P<time>\d{8}T\d{12})Z-.*-(?:fail|unknown)\.png(?P<partial>\.partial)?", re.ASCII
+    r"\.?(?:(?P<number>\d{10})-)?(?P<time>\d{8}T\d{12})Z-.*-(?:fail|unknown)\.png(?P<partial>(?:\.\d+)?\.partial)?",
+    re.ASCII,
 )
-"""Only files named like this are ever deleted. Those of earlier versions have no number."""
+"""Only files named like this are ever deleted. Those of earlier versions have no number, and their
+unfinished ones do not begin with a dot."""
 
 
 @dataclass(frozen=True, kw_only=True)

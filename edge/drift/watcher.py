@@ -28,7 +28,7 @@ from edgeflame.drift_reference import PART_STREAMS, AlignmentTemplate, DriftRefe
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
 from edgeflame.package import Package
-from edgeflame.state import storage_errors, write_durably
+from edgeflame.state import storage_errors, write_json
 
 log = EventLog("drift")
 
@@ -240,7 +240,7 @@ class DriftWatcher:
         try:
             with storage_errors(self._folder, "keep what is known of drift"):
                 self._folder.mkdir(parents=True, exist_ok=True)
-            write_durably(file, msgspec.json.encode(self._monitor.saved()))
+            write_json(file, self._monitor.saved())
             with storage_errors(self._folder, "keep what is known of drift"):
                 kept = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
                 for old in kept[MAX_MODELS:]:

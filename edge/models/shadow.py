@@ -51,6 +51,7 @@ from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.images import ImageU8, shrink, write_image
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import Disagreement
+from edgeflame.state import write_json
 
 SCORES_KEPT = 10_000
 """Pairs for the correlation: the newest."""
@@ -419,8 +420,8 @@ def write_shadow_report(folder: Path, disagreement: Disagreement) -> None:
     """What a shadow run came to, as JSON beside its pictures; not worth failing for."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(disagreement), indent=2) + b"\n")
-    except OSError as exc:
+        write_json(folder / _REPORT, disagreement, indent=2)
+    except (OSError, StorageError) as exc:
         log.warning("shadow_report_not_kept", reason=str(exc))
 
 

@@ -38,7 +38,7 @@ from edgeflame.mqtt.messages import (
     ReleaseStage,
     RunningModel,
 )
-from edgeflame.state import write_durably
+from edgeflame.state import write_json
 
 FORMAT = 1
 MAX_DECIDED = 200
@@ -295,7 +295,7 @@ class ModelStateFile:
     def write(self, product: str, entry: ProductState) -> None:
         """Change one product, durably."""
         record = msgspec.structs.replace(self.record, products={**self.record.products, product: entry})
-        write_durably(self._path, msgspec.json.format(msgspec.json.encode(record), indent=1))
+        write_json(self._path, record, indent=1)
         self.record = record
 
 

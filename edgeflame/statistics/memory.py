@@ -19,7 +19,6 @@ prototype. Its magnitude is taken then; a clamp would hide a NaN on some runtime
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.state import storage_errors
+from edgeflame.state import atomic_writer
 from edgeflame.statistics.moments import F32, require_finite
 from edgeflame.tensors import TensorFile, TensorSpec, TensorWriter
 
@@ -119,15 +118,10 @@ def write_bank(path: Path, bank: MemoryBank) -> None:
     tensors = _tensors(bank)
     schema = {name: TensorSpec(dtype="F32", shape=values.shape) for name, values in tensors.items()}
     header = msgspec.json.encode(_Header(count=bank.count, space=bank.space)).decode()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with storage_errors(path, "write the memory"):
-        with partial.open("wb") as stream:
-            writer = TensorWriter(stream, schema, {METADATA_KEY: header})
-            for name in sorted(tensors):
-                writer.write(tensors[name])
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+    with atomic_writer(path) as stream:
+        writer = TensorWriter(stream, schema, {METADATA_KEY: header})
+        for name in sorted(tensors):
+            writer.write(tensors[name])
 
 
 def read_bank(path: Path) -> MemoryBank:

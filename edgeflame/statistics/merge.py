@@ -21,7 +21,6 @@ memory at a time. The errors of the parts add by the triangle inequality.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.state import storage_errors
+from edgeflame.state import atomic_writer
 from edgeflame.statistics.moments import F64, POSITIONS_PER_BLOCK, Moments
 from edgeflame.tensors import Schema, TensorFile, TensorSpec, TensorWriter
 
@@ -331,8 +330,7 @@ def write_blocks(path: Path, header: StatisticsHeader, blocks: Iterable[Statisti
     rest: dict[str, list[F64]] = {name: [] for name in header.schema() if name not in ("basis", "covariance")}
     measured: list[F64] = []
     bounds: list[F64] = []
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with storage_errors(path, "write the statistics"), partial.open("wb") as stream:
+    with atomic_writer(path) as stream:
         writer = TensorWriter(stream, header.schema(), {METADATA_KEY: msgspec.json.encode(header).decode()})
         # The one large tensor is the first by name; the others fit in memory until it is written.
         for block in blocks:
@@ -351,10 +349,6 @@ def write_blocks(path: Path, header: StatisticsHeader, blocks: Iterable[Statisti
             bounds.append(np.divide(bound, norm, out=np.zeros_like(bound), where=norm > 0))
         for name in sorted(rest):
             writer.write(np.concatenate(rest[name]).astype(np.float32))
-        stream.flush()
-        os.fsync(stream.fileno())
-    with storage_errors(path, "write the statistics"):
-        partial.replace(path)
     errors, limits = np.concatenate(measured), np.concatenate(bounds)
     return Truncation(
         measured_mean=float(errors.mean()),

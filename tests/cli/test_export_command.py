@@ -55,7 +55,7 @@ def test_a_damaged_package_leaves_the_old_file_alone(package_file: Path, tmp_pat
 
 
 def test_a_folder_that_is_not_there(package_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot write"):
         export(package_file, tmp_path / "no" / "model.onnx")
 
 

@@ -155,7 +155,8 @@ class TestRejects:
     def test_what_a_kill_left_half_written_is_swept_away(self, tmp_path: Path) -> None:
         RejectsSink(tmp_path, RejectsConfig()).accept(inspected(0))
         (name,) = kept(tmp_path)
-        (tmp_path / f"{name}.partial").write_bytes(b"half")
+        for partial in (f"{name}.partial", f".{name}.4711.partial"):
+            (tmp_path / partial).write_bytes(b"half")
         (tmp_path / "mine.png.partial").write_bytes(b"not ours")
         RejectsSink(tmp_path, RejectsConfig())
         assert {path.name for path in tmp_path.iterdir()} == {name, "mine.png.partial"}

@@ -111,7 +111,7 @@ def test_masks_are_binary(tmp_path: Path) -> None:
 
 
 def test_an_image_is_written_whole_or_not_at_all(tmp_path: Path, photo: np.ndarray) -> None:
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot write"):
         write_image(tmp_path / "no" / "folder.png", photo)
     write_image(tmp_path / "photo.png", photo)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]

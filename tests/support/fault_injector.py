@@ -112,7 +112,7 @@ def wrap_site() -> None:
     wrap(step_runner.StepRunner, "done", lambda self, _: f"done {begun(self.step)}")
     for name in ("keep_initial", "keep_update", "keep_statistics", "keep_finished"):
         wrap(state.SiteState, name, lambda *_, name=name, **__: name)
-    wrap(state, "write_durably", lambda path, _: f"writing {path.name}" if path.suffix == ".json" else None)
+    wrap(state, "write_json", lambda path, _: f"writing {path.name}")
     wrap(state, "canonicalise", lambda _, path: f"writing {path.name}")
 
 

@@ -115,9 +115,9 @@ def test_a_package_of_a_later_format(tmp_path: Path) -> None:
 
 
 def test_the_state_of_another_kind_is_refused_and_a_damaged_marker_is_made_again(tmp_path: Path) -> None:
-    with locked_state_dir(tmp_path, holds="site"):
+    with locked_state_dir(tmp_path, kind="site"):
         pass
     assert "another kind (site, wanted: aggregator)" in refused(*commands(tmp_path)["aggregator"])
     (tmp_path / MARKER).write_bytes(b"")
-    with locked_state_dir(tmp_path, holds="site"):
+    with locked_state_dir(tmp_path, kind="site"):
         assert json.loads((tmp_path / MARKER).read_bytes())["holds"] == "site"

@@ -26,9 +26,9 @@ from typing import TypeVar
 
 import msgspec
 
-from edgeflame.errors import StorageError, UsageError
+from edgeflame.errors import UsageError
 from edgeflame.mqtt.messages import Text
-from edgeflame.state import storage_errors, write_durably
+from edgeflame.state import read_json, storage_errors, write_json
 
 T = TypeVar("T", bound="SitePause | LeaveRequest")
 
@@ -69,7 +69,7 @@ class SiteControl:
 
     def rest(self, pause: SitePause) -> None:
         """Have the site rest."""
-        write_durably(self._pause, msgspec.json.encode(pause))
+        write_json(self._pause, pause)
 
     def go_on(self) -> bool:
         """Have it go on; whether it was at rest."""
@@ -77,7 +77,7 @@ class SiteControl:
 
     def leave(self, departure: LeaveRequest) -> None:
         """Have it leave its run."""
-        write_durably(self._leave, msgspec.json.encode(departure))
+        write_json(self._leave, departure)
 
     def left(self) -> None:
         """It has left."""
@@ -92,14 +92,7 @@ def _remove_request(path: Path) -> bool:
 
 
 def _read_request(path: Path, kind: type[T]) -> T | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise StorageError(
-            f"{path}: damaged ({exc}); remove it, or say again what it is to say with 'edgeflame site'"
-        ) from exc
+    return read_json(path, kind, advice="remove it, or say again what it is to say with 'edgeflame site'")
 
 
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")

@@ -108,7 +108,7 @@ def run_site(options: SiteOptions, *, report: Progress) -> ParticipationResult |
     """
     check_name("site", options.site)
     with ExitStack() as stack:
-        stack.enter_context(locked_state_dir(options.state_dir, holds="site"))
+        stack.enter_context(locked_state_dir(options.state_dir, kind="site"))
         server = None if options.metrics is None else stack.enter_context(MetricsServer(options.metrics))
         watch = SiteMetrics(options.state_dir, server, certificate_expires=options.certificate_expires)
         return _SiteService(options, Topics(fleet=options.fleet), report, watch).serve()

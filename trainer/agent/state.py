@@ -30,7 +30,7 @@ from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageErro
 from edgeflame.log import EventLog
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import Codec, Purpose, RefusalReason, RoundState, Sha256
-from edgeflame.state import fsync_folder, storage_errors, write_durably
+from edgeflame.state import atomic_write, fsync_folder, read_json, storage_errors, write_json
 from edgeflame.tensors import canonicalise
 from edgeflame.transfer.compression import encode_update
 from edgeflame.transfer.store import BlobStore, sha256_of
@@ -221,7 +221,7 @@ class SiteState:
                 return install
             log.warning("damaged_memory_dropped", file=path.name)
         install = uuid.uuid4().hex
-        write_durably(path, install.encode())
+        atomic_write(path, install.encode())
         return install
 
     def _drop_damaged(self) -> None:
@@ -278,21 +278,12 @@ class SiteState:
         return sorted(int(path.parent.name[6:]) for path in self._run(run).glob("round-*/outcome.json"))
 
     def _load(self, path: Path, kind: type[T]) -> T | None:
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as exc:
-            raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
-        try:
-            return msgspec.json.decode(data, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise StorageError(f"{path}: damaged ({exc}); remove {path.parent} to begin this part again") from exc
+        return read_json(path, kind, advice=f"remove {path.parent} to begin this part again")
 
     def _save(self, path: Path, record: msgspec.Struct) -> None:
         with storage_errors(path.parent, "create"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, msgspec.json.encode(record))
+        write_json(path, record)
 
 
 def _encode_kept_update(outcome: UpdateRecord, base: Path, update: Path) -> UpdateRecord:

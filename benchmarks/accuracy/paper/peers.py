@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
 from edgeflame.log import no_progress
 from edgeflame.methods import Backbone
-from edgeflame.state import write_durably
+from edgeflame.state import write_json
 from fitting.evaluation import evaluate
 from fitting.imageset import ImageSet
 from trainer.backbone import build_network
@@ -75,7 +74,7 @@ def measure_peer(name: str, config: SimulationConfig, out: Path) -> None:
     test = open_dataset(out / layout.common)
     answer = measure_answer(name, evaluate(score, test, learning.input, threshold=0.0, num_resamples=0))
     one = {"figures": answer.figures, "classes": answer.classes}
-    write_durably(out / METRICS_FILE, msgspec.json.encode({"rounds": [], "sites": {"all": one}}))
+    write_json(out / METRICS_FILE, {"rounds": [], "sites": {"all": one}})
 
 
 def _with_our_weights(

@@ -17,7 +17,7 @@ from aggregator.membership import LIVENESS_TIMEOUT_S, SiteLeases
 from edgeflame.errors import DataError, EdgeFlameError, FederationError, MissingDependencyError, StorageError
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import BlobManifest, RoundState
-from edgeflame.state import locked_state_dir, write_durably
+from edgeflame.state import atomic_write, locked_state_dir
 from tests.support.fleet_processes import WORKER
 from tests.support.paths import REPOSITORY
 from trainer.agent.plan import (
@@ -172,7 +172,7 @@ def test_memory_of_an_unfinished_training_is_none(tmp_path: Path) -> None:
 def test_damaged_memory_is_a_clear_error(tmp_path: Path) -> None:
     memory = SiteState(tmp_path)
     memory.keep_finished(RUN, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={}))
-    write_durably(tmp_path / "runs" / RUN / "finish.json", b'{"model": 1}')
+    atomic_write(tmp_path / "runs" / RUN / "finish.json", b'{"model": 1}')
     with pytest.raises(StorageError, match=r"finish\.json: damaged"):
         memory.finished(RUN)
 
