@@ -214,7 +214,7 @@ def test_on_a_device_the_recipe_is_the_same_and_its_timings_are_kept(tmp_path: P
 
 def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     library: Any = DeviceTensorRT()
-    monkeypatch.setattr(tensorrt, "own_capability", lambda: "8.7")
+    monkeypatch.setattr(tensorrt, "device_capability", lambda: "8.7")
     assert select_capabilities(library, ()) == select_capabilities(library, ("SM87",)) == ["8.7"]
     with pytest.raises(UsageError, match=r"for the GPU of this machine alone \(8.7\), not for 8.9"):
         select_capabilities(library, ("8.9",))
