@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import broker_options, metrics_option, option_or_kit, resolve_broker
+from cli.options import BrokerOptions, broker_options, metrics_option
 from edgeflame.methods import FEDERATED_METHODS, PRESETS
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 
 @click.command(short_help="Serve the training rounds of a fleet.")
 @broker_options()
-@click.option("--fleet", metavar="NAME", help="Which fleet; sites name the same. A kit names it too.")
 @click.option("--state", required=True, type=_FOLDER, help="Journal and models; an interrupted run continues from it.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with the run's settings.")
 @click.option("--rounds", type=int, help="Number of rounds [default: 2].")
@@ -33,13 +32,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @metrics_option
 @click.option("--json", "as_json", is_flag=True, help="Print the ledger as JSON.")
 def command(
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
+    broker: BrokerOptions,
     state: Path,
     config: Path | None,
     rounds: int | None,
@@ -63,21 +56,20 @@ def command(
     from edgeflame.errors import NegativeAnswerError
 
     settings = _settings(config, rounds=rounds, sites=sites, method=method, preset=preset)
-    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="aggregator")
-    fleet = option_or_kit("--fleet", fleet, met.fleet)
-    with progress_bar(f"fleet {fleet}: rounds") as report:
+    access = broker.resolve("aggregator")
+    with progress_bar(f"fleet {access.fleet}: rounds") as report:
         result = run_aggregator(
-            broker=met.url,
-            fleet=fleet,
+            broker=access.url,
+            fleet=access.fleet,
             state_dir=state,
             out_dir=out or state,
             config=settings,
             report=report,
             new_run=new_run,
-            connect_timeout_s=connect_timeout,
+            connect_timeout_s=broker.connect_timeout,
             stay=stay,
             metrics=metrics,
-            certificate_expires=met.certificate_expires,
+            certificate_expires=access.certificate_expires,
         )
     if as_json:
         print_json(result.ledger)

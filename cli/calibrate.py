@@ -12,10 +12,9 @@ from cli.options import (
     device_option,
     json_option,
     model_option,
-    print_promises,
-    print_threshold,
     promise_options,
 )
+from cli.output import print_json, print_promises, print_threshold, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +68,6 @@ def command(
     import msgspec
     import numpy as np
 
-    from cli.output import print_json, progress_bar
     from edge.runtimes.interface import check_runtime_fits
     from edge.runtimes.load import open_runtime
     from edgeflame.dataset import open_dataset

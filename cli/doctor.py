@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from cli.options import broker_options
+from cli.options import BrokerOptions, broker_options
 from cli.output import print_findings
 from edgeflame import __version__
 from edgeflame.errors import ConfigError, EdgeFlameError, PackageError, StorageError
@@ -269,19 +269,14 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--bundle", type=_FILE, metavar="FILE", help="Also write a zip for whoever helps you: no secrets, no images."
 )
-@broker_options()
+@broker_options(fleet=False)
 def command(
     model: Path | None,
     config: Path | None,
     state: Path | None,
     as_json: bool,
     bundle: Path | None,
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
+    broker: BrokerOptions,
 ) -> None:
     """Check this machine and this installation, and whatever is named: a package, a configuration, a broker.
 
@@ -291,41 +286,30 @@ def command(
     from cli.doctor_machine import check_machine, check_services
 
     findings = [*check_machine(state), *check_services()]
-    if model is not None or config is not None or broker is not None or kit is not None:
-        findings += _check_given(model, config, broker, kit, ca, cert, key, connect_timeout or CONNECT_TIMEOUT_S)
+    if model is not None:
+        findings += check_package(model)
+    if config is not None:
+        findings += check_config(config)
+    if broker.broker is not None or broker.kit is not None:
+        findings += _check_member(broker)
     if bundle is not None:
         write_bundle(bundle, findings)
     print_findings(findings, as_json=as_json, footer=None if bundle is None else f"bundle: {bundle}")
 
 
-def _check_given(
-    model: Path | None, config: Path | None, broker: str | None, kit: Path | None, ca: Path | None, cert: Path | None,
-    key: Path | None, connect_timeout_s: float,
-) -> list[Finding]:  # fmt: skip
-    from cli.options import resolve_broker
-    from edgeflame.errors import EdgeFlameError
-    from edgeflame.findings import problem
-    from edgeflame.mqtt.kit import read_kit
+def _check_member(broker: BrokerOptions) -> Iterator[Finding]:
+    """The broker, as whoever the options or the kit say we are: the doctor only looks, so a kit of any role does."""
     from fleet.broker_control import readable_topic
     from fleet.registry import BrokerClient
 
-    findings: list[Finding] = []
-    if model is not None:
-        findings += check_package(model)
-    if config is not None:
-        findings += check_config(config)
-    if broker is not None or kit is not None:
-        readable = "edgeflame/v1/doctor"
-        try:
-            # A kit of any role: the doctor is not a member, it only looks.
-            if kit is not None:
-                opened = read_kit(kit)
-                url = opened.broker_url(broker)
-                readable = readable_topic(BrokerClient(name=opened.name, role=opened.role), opened.fleet)
-            else:
-                url = resolve_broker(broker, kit=None, ca=ca, cert=cert, key=key, role="site").url
-        except EdgeFlameError as exc:
-            findings.append(problem("broker", str(exc), "correct what the message names"))
-        else:
-            findings += check_broker(url, connect_timeout_s, readable=readable)
-    return findings
+    try:
+        url, kit = broker.open()
+        readable = (
+            "edgeflame/v1/doctor"
+            if kit is None
+            else readable_topic(BrokerClient(name=kit.name, role=kit.role), kit.fleet)
+        )
+    except EdgeFlameError as exc:
+        yield problem("broker", str(exc), "correct what the message names")
+        return
+    yield from check_broker(url, broker.connect_timeout or CONNECT_TIMEOUT_S, readable=readable)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from cli.options import dataset_options, device_option, json_option, model_option, print_promises, print_threshold
+from cli.options import dataset_options, device_option, json_option, model_option
+from cli.output import print_json, print_promises, print_threshold, progress_bar
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
@@ -57,7 +58,6 @@ def command(
 
     The package's own graph is run, by the runtime of the line. With a bar that is not reached it exits with 1.
     """
-    from cli.output import print_json, progress_bar
     from edge.runtimes.interface import check_runtime_fits
     from edge.runtimes.load import open_runtime
     from edgeflame.dataset import open_dataset

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
-from cli.options import dataset_options, print_promises, print_threshold, promise_options
-from cli.output import progress_bar
+from cli.options import dataset_options, promise_options
+from cli.output import print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import UsageError
 from edgeflame.images import MAX_INPUT_SIDE, Region

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.options import broker_options, option_or_kit, resolve_broker
+from cli.options import BrokerOptions, broker_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -361,17 +361,10 @@ _REDRAW_S = 0.5
 
 @click.command("status")
 @broker_options()
-@click.option("--fleet", metavar="NAME", help="Which fleet. A kit names it too.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C, or until the run is over.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is known as JSON; with --watch a line a second.")
 def status(
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
+    broker: BrokerOptions,
     watch: bool,
     as_json: bool,
 ) -> None:
@@ -385,23 +378,23 @@ def status(
     from edgeflame.mqtt.topics import Topics
     from fleet.observe import FleetObserver, FleetView
 
-    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="observer")
-    view = FleetView(Topics(fleet=option_or_kit("--fleet", fleet, met.fleet)))
-    with FleetObserver(met.url, view, connect_timeout_s=connect_timeout) as onlooker:
+    access = broker.resolve("observer")
+    view = FleetView(Topics(fleet=access.fleet))
+    with FleetObserver(access.url, view, connect_timeout_s=broker.connect_timeout) as observer:
         if not watch:
-            onlooker.listen(COLLECT_S)
+            observer.listen(COLLECT_S)
             if as_json:
                 print_json(view.as_data(time.monotonic()))
             else:
                 _print(_table(view))
         elif as_json:
-            onlooker.listen(COLLECT_S)
+            observer.listen(COLLECT_S)
             print_json(view.as_data(time.monotonic()))
             while not _is_over(view):
-                onlooker.listen(1.0)
+                observer.listen(1.0)
                 print_json(view.as_data(time.monotonic()))
         else:
-            _watch(onlooker.listen, view)
+            _watch(observer.listen, view)
     problem = view.problem()
     if problem is not None:
         raise NegativeAnswerError(problem)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cli.options import broker_options, option_or_kit, resolve_broker
+from cli.options import BrokerOptions, broker_options
 
 if TYPE_CHECKING:
     from edge.commands.messages import Command, Reply
 
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 ROLES = ("operator", "publisher")
 """Whose kits may command lines."""
@@ -26,152 +24,165 @@ _CAMERA = click.option("--camera", metavar="NAME", help="Which camera; may be le
 def command() -> None:
     """Ask something of a running inspection, over the broker.
 
-    LINE is the name in its section [mqtt]. The exit code is 0 when it was done, that of the error the line answers
-    with, and 7 when it does not answer.
+    LINE is the name in its section [mqtt]; several are parted by commas, and asked one after the other. The exit code
+    is 0 when it was done, that of the error the line answers with, and 7 when it does not answer; of several lines it
+    is the first that is not 0.
     """
 
 
-def _line_options(function: F) -> F:
-    """What every command takes beside its own."""
-    options = (
-        click.argument("line"),
-        click.option("--fleet", metavar="NAME", help="Which fleet. A kit names it too."),
-        click.option("--timeout", type=float, default=20.0, show_default=True, metavar="S", help="For the answer."),
-        click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return broker_options()(function)
+def _line_options(*, timeout_s: float = 20.0) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of every command, beside its own."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            broker_options(),
+            click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
+            click.option(
+                "--timeout", type=float, default=timeout_s, show_default=True, metavar="S", help="For each answer."
+            ),
+            click.argument("lines", metavar="LINE[,LINE]"),
+        ):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 @command.command()
-@_line_options
-def status(line: str, **given: Any) -> None:
+@_line_options()
+def status(lines: str, **options: Any) -> None:
     """Say what LINE is doing: cameras, products, models, thresholds."""
     from edge.commands.messages import DescribeLine
 
-    _send(line, given, DescribeLine)
+    _send(lines, options, DescribeLine)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @_CAMERA
-def pause(line: str, camera: str | None, **given: Any) -> None:
+def pause(lines: str, camera: str | None, **options: Any) -> None:
     """Have LINE judge no more parts, of one camera or of all: a camera's pass unseen and are counted, files wait."""
     from edge.commands.messages import PauseCamera
 
-    _send(line, given, PauseCamera, camera=camera)
+    _send(lines, options, PauseCamera, camera=camera)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @_CAMERA
-def resume(line: str, camera: str | None, **given: Any) -> None:
+def resume(lines: str, camera: str | None, **options: Any) -> None:
     """Have LINE go on."""
     from edge.commands.messages import ResumeCamera
 
-    _send(line, given, ResumeCamera, camera=camera)
+    _send(lines, options, ResumeCamera, camera=camera)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @click.argument("value", metavar="VALUE|default")
 @_CAMERA
-def threshold(line: str, value: str, camera: str | None, **given: Any) -> None:
+def threshold(lines: str, value: str, camera: str | None, **options: Any) -> None:
     """Set the raw distance above which a part fails; "default" goes back to the package's.
 
     It holds for the model in use, and over restarts.
     """
     from edge.commands.messages import SetThreshold
 
-    _send(line, given, SetThreshold, camera=camera, threshold=_number(value))
+    _send(lines, options, SetThreshold, camera=camera, threshold=_number(value))
 
 
 @command.command()
-@_line_options
+@_line_options()
 @_CAMERA
-def snapshot(line: str, camera: str | None, **given: Any) -> None:
+def snapshot(lines: str, camera: str | None, **options: Any) -> None:
     """Have LINE keep a picture of its next part, with the heat map, in its state folder."""
     from edge.commands.messages import TakeSnapshot
 
-    _send(line, given, TakeSnapshot, camera=camera)
+    _send(lines, options, TakeSnapshot, camera=camera)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @click.argument("product")
 @_CAMERA
-def product(line: str, product: str, camera: str | None, **given: Any) -> None:
+def product(lines: str, product: str, camera: str | None, **options: Any) -> None:
     """Have LINE judge another PRODUCT from the next part on, also after a restart."""
     from edge.commands.messages import SwitchProduct
 
-    _send(line, given, SwitchProduct, camera=camera, product=product)
+    _send(lines, options, SwitchProduct, camera=camera, product=product)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @_CAMERA
 @click.option(
     "--expect",
     type=click.Choice(["good", "bad"]),
     help="The next part is a golden one, and is this.  [default: the photographs of golden parts]",
 )
-def golden(line: str, camera: str | None, expect: Literal["good", "bad"] | None, **given: Any) -> None:
+def golden(lines: str, camera: str | None, expect: Literal["good", "bad"] | None, **options: Any) -> None:
     """Have LINE test a camera with its golden parts."""
     from edge.commands.messages import RunGoldenTest
 
-    _send(line, given, RunGoldenTest, camera=camera, expected=expect)
+    _send(lines, options, RunGoldenTest, camera=camera, expected=expect)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @_CAMERA
-def acknowledge(line: str, camera: str | None, **given: Any) -> None:
+def acknowledge(lines: str, camera: str | None, **options: Any) -> None:
     """Take note that a self-test failed; it is no longer a reason not to be ready."""
     from edge.commands.messages import AcknowledgeTest
 
-    _send(line, given, AcknowledgeTest, camera=camera)
+    _send(lines, options, AcknowledgeTest, camera=camera)
 
 
 @command.command()
-@_line_options
+@_line_options()
 @click.argument("action", type=click.Choice(["clear", "relearn"]))
 @_CAMERA
-def drift(line: str, action: Literal["clear", "relearn"], camera: str | None, **given: Any) -> None:
+def drift(lines: str, action: Literal["clear", "relearn"], camera: str | None, **options: Any) -> None:
     """Say what was done about a camera's drift: its cause was removed, or the line as it is now is right."""
     from edge.commands.messages import HandleDrift
 
-    _send(line, given, HandleDrift, camera=camera, action=action)
+    _send(lines, options, HandleDrift, camera=camera, action=action)
 
 
 @command.command()
-@_line_options
+@_line_options(timeout_s=60.0)
 @click.argument("product")
 @click.option("--to-file", is_flag=True, help="To that of its configuration's file, however many were between.")
-def rollback(line: str, product: str, to_file: bool, **given: Any) -> None:
-    """Have LINE go back to the model of PRODUCT that it ran before."""
+def rollback(lines: str, product: str, to_file: bool, **options: Any) -> None:
+    """Have LINE go back to the model of PRODUCT that it ran before.
+
+    What is rolled back is not taken again until it is published anew (`edgeflame model publish --again`). To take a
+    release back from every line, also from those that are off: `edgeflame model withdraw`.
+    """
     from edge.commands.messages import RollBackModel
 
-    _send(line, given, RollBackModel, product=product, to_file=to_file)
+    _send(lines, options, RollBackModel, product=product, to_file=to_file)
 
 
 @command.command("switch-model")
-@_line_options
+@_line_options(timeout_s=60.0)
 @click.argument("product")
-def switch_model(line: str, product: str, **given: Any) -> None:
-    """Have LINE switch to the released model of PRODUCT that has passed its shadow run and waits for a word."""
+def switch_model(lines: str, product: str, **options: Any) -> None:
+    """Have LINE switch to the released model of PRODUCT that passed its shadow run and waits for this word.
+
+    Lines wait for it where their configuration says models.auto = false.
+    """
     from edge.commands.messages import SwitchModel
 
-    _send(line, given, SwitchModel, product=product)
+    _send(lines, options, SwitchModel, product=product)
 
 
 @command.command()
-@_line_options
-def reload(line: str, **given: Any) -> None:
+@_line_options()
+def reload(lines: str, **options: Any) -> None:
     """Have LINE read its configuration again, and say what needs a restart."""
     from edge.commands.messages import ReloadConfig
 
-    _send(line, given, ReloadConfig)
+    _send(lines, options, ReloadConfig)
 
 
 def _number(value: str) -> float | None:
@@ -185,48 +196,77 @@ def _number(value: str) -> float | None:
         raise UsageError(f"threshold {value[:80]!r}: expected a number, or default") from exc
 
 
-def _send(
-    line: str,
-    given: dict[str, Any],
-    kind: Callable[..., Command],
-    **fields: Any,
-) -> None:
+def _send(lines: str, options: dict[str, Any], kind: Callable[..., Command], **fields: Any) -> None:
+    """Send the command to one line after the other, and print the answers.
+
+    Raises:
+        LinkError: the only line does not answer. Of several, the others are asked all the same.
+    """
     import getpass
     import socket
 
     from edge.commands.client import new_id, send_command
+    from edge.commands.messages import Reply
+    from edgeflame.errors import LinkError
 
-    met = resolve_broker(
-        given["broker"], kit=given["kit"], ca=given["ca"], cert=given["cert"], key=given["key"], role=ROLES
-    )
-    reply = send_command(
-        met.url,
-        fleet=option_or_kit("--fleet", given["fleet"], met.fleet),
-        line=line,
-        command=kind(id=new_id(), by=f"{getpass.getuser()}@{socket.gethostname()}"[:100], **fields),
-        timeout_s=given["timeout"],
-        connect_timeout_s=given["connect_timeout"] or 10.0,
-    )
-    _show(reply, as_json=given["as_json"])
+    broker: BrokerOptions = options["broker"]
+    access = broker.resolve(*ROLES)
+    names = lines.split(",")
+    exit_code = 0
+    for name in names:
+        command = kind(id=new_id(), by=f"{getpass.getuser()}@{socket.gethostname()}"[:100], **fields)
+        try:
+            reply = send_command(
+                access.url,
+                fleet=access.fleet,
+                line=name,
+                command=command,
+                timeout_s=options["timeout"],
+                connect_timeout_s=broker.connect_timeout or 10.0,
+            )
+        except LinkError as exc:
+            if len(names) == 1:
+                raise
+            reply = Reply(id=command.id, ok=False, error=str(exc), exit_code=exc.exit_code)
+        exit_code = exit_code or reply.exit_code
+        if not options["as_json"]:
+            _show(name, reply, is_one_of_many=len(names) > 1)
+        else:
+            _print_reply(name, reply, is_one_of_many=len(names) > 1)
+    click.get_current_context().exit(exit_code)
 
 
-def _show(reply: Reply, *, as_json: bool) -> None:
-    import msgspec
-
+def _print_reply(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
+    """Print the answer as JSON; of several lines each is a document that names its line."""
     from cli.output import print_json
 
-    if not reply.ok:
-        if as_json:
-            print_json(reply)
-        sys.stderr.write(f"edgeflame: {reply.error}\n")
-        click.get_current_context().exit(reply.exit_code)
-    answer = msgspec.json.decode(reply.answer)
-    if as_json:
-        print_json(answer)
-    elif isinstance(answer, dict) and "cameras" in answer:
-        _show_cameras(answer)
+    if is_one_of_many:
+        fields = ("ok", "error", "exit_code", "answer")
+        print_json({"line": name, **{field: getattr(reply, field) for field in fields}})
     else:
-        click.echo(msgspec.json.format(bytes(reply.answer), indent=2).decode())
+        print_json(reply.answer if reply.ok else reply)
+    if not reply.ok:
+        sys.stderr.write(f"edgeflame: {reply.error}\n")
+
+
+def _show(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
+    import msgspec
+
+    prefix = f"{name}: " if is_one_of_many else ""
+    if not reply.ok:
+        sys.stderr.write(f"edgeflame: {prefix}{reply.error}\n")
+        return
+    answer = msgspec.json.decode(reply.answer)
+    match answer:
+        case {"cameras": _}:
+            if is_one_of_many:
+                click.echo(f"{name}:")
+            _show_cameras(answer)
+        case {"present": {"sha256": sha256, "name": model, "origin": origin}}:
+            said = "its configuration's file" if origin == "file" else model
+            click.echo(f"{name}: runs {sha256[:12]} ({said})")
+        case _:
+            click.echo(prefix + msgspec.json.format(bytes(reply.answer), indent=2).decode())
 
 
 def _show_cameras(answer: dict[str, Any]) -> None:

@@ -1,36 +1,30 @@
-"""``edgeflame model publish|withdraw|status|switch|rollback``: bringing packages to the lines.
-
-Also what each line made of a package, and an operator's decision on what lines run.
-"""
+"""``edgeflame model publish|withdraw|status``: bringing packages to the lines, and what each line made of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cli.options import broker_options, option_or_kit, resolve_broker
+from cli.line import rollback as roll_back
+from cli.line import switch_model
+from cli.options import BrokerOptions, broker_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import RenderableType
 
-    from edge.commands.messages import Command
     from edgeflame.mqtt.messages import ProductModels
     from fleet.observe import FleetModels, ReleaseProgress
 
 
 _FILE = click.Path(path_type=Path)
-_fleet_option = click.option("--fleet", metavar="NAME", help="Which fleet. A kit names it too.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 
 
 @click.command("publish")
 @click.argument("package_file", metavar="FILE", type=_FILE)
 @broker_options()
-@_fleet_option
 @click.option("--lines", metavar="A,B", help="Only these lines take it.  [default: all that run its product]")
 @click.option(
     "--shadow-parts",
@@ -60,13 +54,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print it as
 @_json_option
 def publish(
     package_file: Path,
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
+    broker: BrokerOptions,
     lines: str | None,
     shadow_parts: int,
     public_key: Path | None,
@@ -86,9 +74,9 @@ def publish(
     from edgeflame.mqtt.topics import Topics, check_name
     from fleet import publish as publisher
 
-    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="publisher")
+    access = broker.resolve("publisher")
     names = tuple(sorted({check_name("line", name.strip()) for name in lines.split(",")})) if lines else ()
-    topics = Topics(fleet=option_or_kit("--fleet", fleet, met.fleet))
+    topics = Topics(fleet=access.fleet)
     release = publisher.describe_package(package_file, public_key)
     terms = publisher.ReleaseTerms(
         lines=names,
@@ -112,9 +100,9 @@ def publish(
             package_file,
             release,
             terms,
-            broker=met.url,
+            broker=access.url,
             topics=topics,
-            connect_timeout_s=connect_timeout,
+            connect_timeout_s=broker.connect_timeout,
             report=report,
         )
     if as_json:
@@ -138,16 +126,9 @@ def _short(one: ReleaseProgress) -> str:
 @click.command("withdraw")
 @click.argument("product", metavar="PRODUCT")
 @broker_options()
-@_fleet_option
 def withdraw(
     product: str,
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
+    broker: BrokerOptions,
 ) -> None:
     """Take the released package of PRODUCT back from all lines.
 
@@ -157,24 +138,17 @@ def withdraw(
     from edgeflame.mqtt.topics import Topics
     from fleet.publish import withdraw_release
 
-    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role="publisher")
-    topics = Topics(fleet=option_or_kit("--fleet", fleet, met.fleet))
-    release = withdraw_release(met.url, topics, product, connect_timeout_s=connect_timeout)
+    access = broker.resolve("publisher")
+    topics = Topics(fleet=access.fleet)
+    release = withdraw_release(access.url, topics, product, connect_timeout_s=broker.connect_timeout)
     click.echo(f"{product}: the release of {release.name} ({release.manifest.sha256[:12]}) is withdrawn")
 
 
 @click.command("status")
 @broker_options()
-@_fleet_option
 @_json_option
 def status(
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
+    broker: BrokerOptions,
     as_json: bool,
 ) -> None:
     """Show what is released, and for every line what it runs, tries, refused, and how far its models disagree.
@@ -186,9 +160,9 @@ def status(
     from edgeflame.mqtt.topics import Topics
     from fleet.publish import read_fleet_models
 
-    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role=("observer", "publisher"))
-    topics = Topics(fleet=option_or_kit("--fleet", fleet, met.fleet))
-    view = read_fleet_models(met.url, topics, connect_timeout_s=connect_timeout)
+    access = broker.resolve("observer", "publisher")
+    topics = Topics(fleet=access.fleet)
+    view = read_fleet_models(access.url, topics, connect_timeout_s=broker.connect_timeout)
     if as_json:
         print_json(view.as_data())
     else:
@@ -255,121 +229,20 @@ def _cells(entry: ProductModels) -> tuple[str, str, str, str]:
     return runs, tries, disagreement, told + (f" ({why})" if why else "")
 
 
-_LINES = click.option("--line", "lines", multiple=True, required=True, metavar="NAME", help="Which; may be repeated.")
-_FLEET = click.option("--fleet", metavar="NAME", help="Which fleet. A kit names it too.")
-_TIMEOUT = click.option(
-    "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="S", help="For each answer."
-)
+def _former(name: str, command: click.Command) -> click.Command:
+    """A command of ``edgeflame line`` under the name it had before, for one version more."""
+
+    def run(lines: tuple[str, ...], **options: Any) -> None:
+        click.echo(
+            f"`edgeflame model {name}` goes with the next version: use `edgeflame line {command.name} LINE PRODUCT`",
+            err=True,
+        )
+        click.get_current_context().invoke(command, lines=",".join(lines), **options)
+
+    several = click.Option(["--line", "lines"], multiple=True, required=True, metavar="NAME")
+    others = [parameter for parameter in command.params if parameter.name not in ("lines", "as_json")]
+    return click.Command(name, callback=run, params=[*others, several], hidden=True, help=command.help)
 
 
-@click.command("switch")
-@click.argument("product", metavar="PRODUCT")
-@_LINES
-@broker_options()
-@_FLEET
-@_TIMEOUT
-def switch(
-    product: str,
-    lines: tuple[str, ...],
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
-    timeout: float,
-) -> None:
-    """Have lines switch to the released model of PRODUCT that passed its shadow run and waits for this word.
-
-    Lines wait for it where their configuration says models.auto = false.
-    """
-    from functools import partial
-
-    from edge.commands.messages import SwitchModel
-
-    _command_lines(
-        partial(SwitchModel, product=product), lines, broker, kit, ca, cert, key, connect_timeout, fleet, timeout
-    )
-
-
-@click.command("rollback")
-@click.argument("product", metavar="PRODUCT")
-@_LINES
-@click.option("--to-file", is_flag=True, help="To that of the line's configuration, however many were between.")
-@broker_options()
-@_FLEET
-@_TIMEOUT
-def rollback(
-    product: str,
-    lines: tuple[str, ...],
-    to_file: bool,
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
-    timeout: float,
-) -> None:
-    """Have lines go back to the model of PRODUCT they ran before.
-
-    What is rolled back is not taken again until it is published anew (`publish --again`). To take a release back from
-    every line, also from those that are off: `edgeflame model withdraw`.
-    """
-    from functools import partial
-
-    from edge.commands.messages import RollBackModel
-
-    command = partial(RollBackModel, product=product, to_file=to_file)
-    _command_lines(command, lines, broker, kit, ca, cert, key, connect_timeout, fleet, timeout)
-
-
-def _command_lines(
-    command: Callable[..., Command],
-    lines: tuple[str, ...],
-    broker: str | None,
-    kit: Path | None,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-    connect_timeout: float | None,
-    fleet: str | None,
-    timeout: float,
-) -> None:
-    """Ask one line after the other; those that did it stay so when a later one cannot."""
-    import getpass
-    import socket
-
-    import msgspec
-
-    from cli.line import ROLES
-    from edge.commands.client import new_id, send_command
-    from edgeflame.errors import LinkError, NegativeAnswerError
-    from edgeflame.mqtt.messages import ProductModels
-
-    met = resolve_broker(broker, kit=kit, ca=ca, cert=cert, key=key, role=ROLES)
-    name = option_or_kit("--fleet", fleet, met.fleet)
-    failed = []
-    for line in lines:
-        try:
-            reply = send_command(
-                met.url,
-                fleet=name,
-                line=line,
-                command=command(id=new_id(), by=f"{getpass.getuser()}@{socket.gethostname()}"[:100]),
-                timeout_s=timeout,
-                connect_timeout_s=connect_timeout or 10.0,
-            )
-        except LinkError as exc:
-            failed.append(f"{line}: {exc}")
-            continue
-        if not reply.ok:
-            failed.append(f"{line}: {reply.error}")
-            continue
-        present = msgspec.json.decode(reply.answer, type=ProductModels).present
-        said = "its configuration's file" if present.origin == "file" else present.name
-        click.echo(f"{line}: runs {present.sha256[:12]} ({said})")
-    if failed:
-        raise NegativeAnswerError(f"{len(failed)} of {len(lines)} lines did not: {'; '.join(failed)}")
+switch = _former("switch", switch_model)
+rollback = _former("rollback", roll_back)

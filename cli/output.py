@@ -1,4 +1,4 @@
-"""What commands print: a progress bar, JSON documents, the findings of a check.
+"""What commands print: a progress bar, JSON documents, the findings of a check, thresholds and their promises.
 
 Results go to standard output, progress and logs to standard error.
 """
@@ -17,7 +17,11 @@ import msgspec
 from edgeflame.log import Progress, no_progress
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from edgeflame.findings import Finding
+    from edgeflame.package import Threshold
 
 
 @contextlib.contextmanager
@@ -84,3 +88,63 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool, footer: str | 
     count = sum(finding.level == "problem" for finding in findings)
     if count:
         raise NegativeAnswerError(f"{count} problem{'s' if count > 1 else ''} found")
+
+
+THIS_PACKAGE = "this package"
+
+
+def print_threshold(threshold: Threshold) -> None:
+    """What it is and what it promises, in a line each."""
+    how = "of the highest F1, " if threshold.chosen_by == "f1" else ""
+    click.echo(f"threshold {threshold.value:.4g}: {how}{threshold.promise()}")
+    for note in threshold.caveats():
+        click.echo(f"({note})")
+
+
+def print_promises(
+    threshold: Threshold,
+    good: npt.NDArray[np.floating],
+    defective: npt.NDArray[np.floating] | None = None,
+) -> None:
+    """A table of what other promises would cost and bring on scored images; nothing for a package without them."""
+    if not threshold.others:
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    with_defects = defective is not None and len(defective) > 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = ["promised at most", "threshold", "good rejected", *(["defective caught"] if with_defects else []), ""]
+    for heading in columns:
+        table.add_column(heading, justify="right" if heading else "left")
+    for value, name, note in promise_rows(threshold):
+        if value is None:
+            table.add_row(name, "–", "–", *(["–"] if with_defects else []), note, style="dim")
+            continue
+        counts = [_share(good, value)]
+        if with_defects:
+            assert defective is not None
+            counts.append(_share(defective, value))
+        table.add_row(name, f"{value:.4g}", *counts, note, style="bold" if note == THIS_PACKAGE else None)
+    Console(width=max(Console().width, 100)).print(table)
+
+
+def promise_rows(threshold: Threshold) -> Sequence[tuple[float | None, str, str]]:
+    """Rising promises: threshold (None where it cannot be promised), what is promised, a note."""
+    rates = {one.false_reject_rate: one.value for one in threshold.others}
+    rates[threshold.false_reject_rate] = threshold.value
+    mine = threshold.false_reject_rate
+    return [
+        (
+            value,
+            f"{rate:.1%}",
+            "too few parts" if value is None else THIS_PACKAGE if rate == mine else "",
+        )
+        for rate, value in sorted(rates.items())
+    ]
+
+
+def _share(scores: npt.NDArray[np.floating], value: float) -> str:
+    above = int((scores > value).sum())
+    return f"{above} of {len(scores)} ({above / len(scores):.1%})" if len(scores) else "–"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import click
 import msgspec
 
-from cli.options import broker_options, metrics_option, option_or_kit, resolve_broker
+from cli.options import BrokerOptions, broker_options, metrics_option, option_or_kit
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
 from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
 
@@ -53,7 +53,6 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @click.command(short_help="Take part in a fleet's training rounds.")
 @broker_options()
-@click.option("--fleet", metavar="NAME", help="Which fleet.")
 @click.option("--site", metavar="ID", help="This site's name in it. A kit names both.")
 @click.option("--data", type=_FOLDER, help="This site's images; they stay here.")
 @click.option("--state", type=_FOLDER, help="What the site remembers [default: runs/FLEET/SITE].")
@@ -77,9 +76,9 @@ def command(
     config: Path | None,
     worker: str | None,
     as_json: bool,
-    connect_timeout: float | None,
+    broker: BrokerOptions,
     metrics: str | None,
-    **given: Any,
+    **settings: Any,
 ) -> None:
     """Take part in a fleet's training rounds, and make this site's package from the result.
 
@@ -97,35 +96,35 @@ def command(
 
     options = {
         **msgspec.structs.asdict(load_config(config, SiteFile)),
-        **{k: v for k, v in given.items() if v not in (None, "")},
+        **{name: value for name, value in settings.items() if value not in (None, "")},
     }
     if not options["data"]:
         raise UsageError("--data: missing, as an option and in the configuration file")
     names = ("kit", "ca", "cert", "key", "state", "groups", "out")
     paths = {name: Path(options[name]) if options[name] else None for name in names}
-    met = resolve_broker(
-        options["broker"], kit=paths["kit"], ca=paths["ca"], cert=paths["cert"], key=paths["key"], role="site"
-    )
-    fleet = check_name("fleet", option_or_kit("--fleet", options["fleet"], met.fleet))
-    site = check_name("site", option_or_kit("--site", options["site"], met.name))
-    given_references = options["reference_images"]
-    references = DEFAULT_REFERENCES if given_references is None else int(given_references)
+    credentials = {name: paths[name] for name in ("kit", "ca", "cert", "key")}
+    access = broker.with_defaults(broker=options["broker"], fleet=options["fleet"], **credentials).resolve("site")
+    fleet = check_name("fleet", access.fleet)
+    site = check_name("site", option_or_kit("--site", options["site"], access.name))
+    num_references = options["reference_images"]
+    if num_references is None:
+        num_references = DEFAULT_REFERENCES
     with progress_bar(f"site {site}") as report:
         result = run_site(
             SiteOptions(
-                broker=met.url,
+                broker=access.url,
                 fleet=fleet,
                 site=site,
                 data=Path(options["data"]),
                 state_dir=paths["state"] or Path("runs") / fleet / site,
                 worker_command=shlex.split(worker)
                 if worker
-                else _worker_command(ctx, references, options["device"] or "auto"),
+                else _worker_command(ctx, num_references, options["device"] or "auto"),
                 groups_file=paths["groups"],
-                connect_timeout_s=connect_timeout,
+                connect_timeout_s=broker.connect_timeout,
                 schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
                 metrics=metrics,
-                certificate_expires=met.certificate_expires,
+                certificate_expires=access.certificate_expires,
             ),
             report=report,
         )

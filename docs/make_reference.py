@@ -312,7 +312,8 @@ def _command(path: str, command: click.Command) -> list[str]:
             for name in command.list_commands(context):
                 inner = command.get_command(context, name)
                 assert inner is not None
-                lines += _command(f"{path} {name}", inner)
+                if not inner.hidden:
+                    lines += _command(f"{path} {name}", inner)
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli.options import THIS_PACKAGE, promise_rows
+from cli.output import THIS_PACKAGE, promise_rows
 from cli.pages.charts import histogram_chart, precision_recall_chart, roc_chart
 from cli.pages.page import Example, draw_example, render_page, write_page
 from edgeflame import __version__

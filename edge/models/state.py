@@ -349,7 +349,7 @@ def settle_at_start(
                     sha256=present.sha256[:12],
                     name=present.name,
                     instead_of=configured.file,
-                    back="edgeflame model rollback --to-file, or another file in the configuration",
+                    back="edgeflame line rollback --to-file, or another file in the configuration",
                 )
                 break
         settled[product] = entry

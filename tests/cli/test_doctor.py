@@ -48,7 +48,7 @@ def test_both_onnxruntimes_at_once_are_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_runtime_that_is_missing_or_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert doctor()[1]["onnxruntime"]["level"] == "problem"
-    monkeypatch.setattr(doctor_machine, "version", lambda _: None)
+    monkeypatch.setattr(doctor_machine, "distribution_version", lambda _: None)
     assert "nothing can be inspected" in doctor()[1]["onnxruntime"]["what"]
 
 

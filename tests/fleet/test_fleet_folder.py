@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import cli
-from cli.options import option_or_kit, resolve_broker
+from cli.options import BrokerOptions, option_or_kit
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, NegativeAnswerError, StorageError, UsageError
 from edgeflame.mqtt.kit import Kit, encode_kit, read_kit
@@ -236,20 +236,21 @@ def test_members_are_listed_with_their_expiry(fleet: FleetFolder) -> None:
 
 def test_options_and_kit_must_agree(fleet: FleetFolder) -> None:
     path = enrol(fleet, "plant-a")
-    found = resolve_broker(None, kit=path, ca=None, cert=None, key=None, role="site")
+    found = BrokerOptions(kit=path).resolve("site")
     assert (found.fleet, found.name, found.url.address) == ("boards", "plant-a", "mqtts://broker.plant:8883")
-    other = resolve_broker("mqtts://10.0.0.5:1", kit=path, ca=None, cert=None, key=None, role="site")
+    other = BrokerOptions(broker="mqtts://10.0.0.5:1", kit=path).resolve("site")
     assert other.url.address == "mqtts://10.0.0.5:1"
 
-    def refused(match: str, broker: str | None = None, kit: Path | None = path, **more: object) -> None:
-        options = {"ca": None, "cert": None, "key": None, "role": "site", **more}
+    def refused(match: str, options: BrokerOptions, role: str = "site") -> None:
         with pytest.raises(EdgeFlameError, match=match):
-            resolve_broker(broker, kit=kit, **options)  # type: ignore[arg-type]
+            options.resolve(role)
 
-    refused("--broker or --kit", kit=None)
-    refused("the kit of the site 'plant-a'; this command takes", role="aggregator")
-    refused("--kit holds the certificates", cert=Path("x"))
-    refused("starts with mqtts://", broker="mqtt://10.0.0.5")
+    refused("--broker or --kit", BrokerOptions())
+    refused("--fleet: missing", BrokerOptions(broker="mqtt://10.0.0.5"))
+    refused("--fleet 'c': the kit is made for 'boards'", BrokerOptions(kit=path, fleet="c"))
+    refused("the kit of the site 'plant-a'; this command takes", BrokerOptions(kit=path), "aggregator")
+    refused("--kit holds the certificates", BrokerOptions(kit=path, cert=Path("x")))
+    refused("starts with mqtts://", BrokerOptions(kit=path, broker="mqtt://10.0.0.5"))
     assert option_or_kit("--site", None, "plant-a") == "plant-a"
     with pytest.raises(UsageError, match="--site 'b': the kit is made for 'plant-a'"):
         option_or_kit("--site", "b", "plant-a")

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import cli
-from edgeflame.errors import NegativeAnswerError, UsageError
+from edgeflame.errors import LinkError, UsageError
 from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.package import Package, read_package
 from fleet import broker_control
@@ -48,8 +48,12 @@ def kits(tmp_path: Path) -> Iterator[tuple[Path, BrokerProcess]]:
         yield folder / "kits", broker
 
 
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [*map(str, arguments)])
+
+
 def model(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, ["model", *map(str, arguments)])
+    return run("model", *arguments)
 
 
 def test_a_person_says_when(
@@ -69,8 +73,8 @@ def test_a_person_says_when(
     ) as daemon:
         observer, publisher = ("--kit", folder / "office.kit"), ("--kit", folder / "engineer.kit")
         wait_for(lambda: model("status", *observer).exit_code == 0, "the line says what it runs")
-        waits_not = model("switch", "test piece", "--line", "line-1", *publisher)
-        assert "no candidate waits" in str(waits_not.exception)
+        waits_not = run("line", "switch-model", "line-1", "test piece", *publisher)
+        assert "no candidate waits" in waits_not.stderr
         published = model("publish", new, *publisher, "--timeout", 30)
         assert published.exit_code == 0, (published.output, published.exception)
         state = lambda: json.loads(model("status", "--json", *observer).stdout)["lines"][0]["products"][0]  # noqa: E731
@@ -84,7 +88,7 @@ def test_a_person_says_when(
         # Who waits for it to run is told that it waits, and no longer kept.
         until = model("publish", new, *publisher, "--timeout", 30, "--until", "running")
         assert "line-1 waiting" in str(until.exception)
-        switched = model("switch", "test piece", "--line", "line-1", *publisher)
+        switched = run("line", "switch-model", "line-1", "test piece", *publisher)
         assert switched.stdout == f"line-1: runs {sha256[:12]} (new.edgeflame)\n", switched.exception
         wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
         assert state()["outcomes"][0]["disagreement"] == candidate["disagreement"]
@@ -92,19 +96,25 @@ def test_a_person_says_when(
         assert 'edgeflame_model_on_trial{product="test piece"} 1.0' in metrics
         assert 'edgeflame_releases_total{fate="running",product="test piece"} 1.0' in metrics
 
+        # Under its former name.
         back = model("rollback", "test piece", "--line", "line-1", "--line", "line-2", *publisher)
         assert back.stdout == f"line-1: runs {referenced.sha256[:12]} (its configuration's file)\n"
-        assert isinstance(back.exception, NegativeAnswerError)
-        assert "1 of 2 lines did not: line-2: no line 'line-2' has ever announced itself" in str(back.exception)
+        assert back.exit_code == LinkError.exit_code
+        assert "use `edgeflame line rollback LINE PRODUCT`" in back.stderr
+        assert "line-2: no line 'line-2' has ever announced itself" in back.stderr
         wait_for(lambda: daemon.results()[-1]["model"] == referenced.sha256[:12], "the file judges again")
-        again = model("rollback", "test piece", "--line", "line-1", *publisher)
-        assert "nothing to roll back to" in str(again.exception)
+        again = run("line", "rollback", "line-1,line-2", "test piece", "--json", *publisher)
+        answers = [json.loads(line) for line in again.stdout.splitlines()]
+        assert [(one["line"], one["ok"], one["exit_code"]) for one in answers] == [
+            ("line-1", False, again.exit_code), ("line-2", False, LinkError.exit_code),
+        ]  # fmt: skip
+        assert "nothing to roll back to" in answers[0]["error"]
         refused = model("publish", new, *publisher, "--timeout", 5)
         assert "line-1 rolled back: command: by command" in str(refused.exception)
         table = model("status", *observer)
         assert "rolled back" in table.stdout
 
-        assert isinstance(model("rollback", "test piece", "--line", "line-1", *observer).exception, UsageError)
+        assert isinstance(run("line", "rollback", "line-1", "test piece", *observer).exception, UsageError)
         sequence = [one["sequence"] for one in daemon.results()]
         assert sequence == list(range(len(sequence))), "no part is missing"
         assert not daemon.named("models_thread_failed")
