@@ -1,9 +1,13 @@
-"""Results to an MQTT 5 broker: one message a part, a retained state, a last will, and Home Assistant's discovery.
+"""Results to an MQTT 5 broker: one message a part, a retained state, last wills, and Home Assistant's discovery.
 
-edgeflame/v1/<fleet>/line/<line>/result     :class:`edge.delivery.outbox.Delivery`, QoS 1
-edgeflame/v1/<fleet>/line/<line>/state      :class:`LineState`, retained; ``online`` false from the last will
-edgeflame/v1/<fleet>/line/<line>/command    :mod:`edge.commands.messages`, to the line
-edgeflame/v1/<fleet>/line/<line>/reply      what came of a command
+edgeflame/v1/<fleet>/line/<line>/result        :class:`edge.delivery.outbox.Delivery`, QoS 1
+edgeflame/v1/<fleet>/line/<line>/state         :class:`LineState`, retained; ``online`` false from the last will
+edgeflame/v1/<fleet>/line/<line>/availability  ``online`` or ``offline``, retained; ``offline`` from a last will
+edgeflame/v1/<fleet>/line/<line>/command       :mod:`edge.commands.messages`, to the line
+edgeflame/v1/<fleet>/line/<line>/reply         what came of a command
+
+A connection has one last will, and the results' own is the state's; so the availability has a connection of its own,
+which lives as long as that of the results.
 
 Home Assistant's discovery makes verdicts and scores appear there by themselves; its source is Home Assistant's
 documentation of MQTT discovery and of the MQTT sensor.
@@ -72,8 +76,7 @@ def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Se
                 template = f"({value}) if value_json.result.camera == '{camera}' else this.state"
             entity = {
                 "state_topic": topics.line_result(line),
-                "availability_topic": topics.line_state(line),
-                "availability_template": "{{ 'online' if value_json.online else 'offline' }}",
+                "availability_topic": topics.line_availability(line),
                 "device": {"identifiers": [unique], "name": f"Line {line}", "manufacturer": "EdgeFlame"},
                 "name": title,
                 "unique_id": f"{unique}_{own}",
@@ -152,6 +155,7 @@ class MqttDestination:
         self._state = state
         self._announced: LineState | None = None
         self._session: _Session | None = None
+        self._availability: _Availability | None = None
         self._take = take
 
     def answer(self, reply: bytes) -> None:
@@ -214,7 +218,7 @@ class MqttDestination:
             session = _Session(
                 MqttClient(
                     self._url,
-                    client_id=f"edgeflame-line-{self._config.fleet}-{self._config.line}",
+                    client_id=_client_id(self._config),
                     filters=[self._state_topic, self._topics.line_command(self._config.line)],
                     sink=partial(self._hear, events),
                     will=LastWill(topic=self._state_topic, payload=msgspec.json.encode(offline)),
@@ -229,6 +233,7 @@ class MqttDestination:
                 session.link.close(flush_s=0.0)
                 raise
             self._session, self._announced = session, None
+            self._availability = _Availability(self._url, self._config)
             if self._config.home_assistant is not None:
                 cameras = [camera.name for camera in self._state.cameras]
                 told = home_assistant_discovery(self._config.home_assistant, self._topics, self._config.line, cameras)
@@ -248,9 +253,46 @@ class MqttDestination:
         events.put(event)
 
     def _drop(self, *, flush_s: float) -> None:
+        if self._availability is not None:
+            self._availability.close(flush_s=flush_s)
+            self._availability = None
         if self._session is not None:
             self._session.link.close(flush_s=flush_s)
             self._session = None
+
+
+def _client_id(config: MqttConfig) -> str:
+    return f"edgeflame-line-{config.fleet}-{config.line}"
+
+
+class _Availability:
+    """Says ``online`` until it is closed; if it vanishes instead, the broker says ``offline``."""
+
+    def __init__(self, url: BrokerUrl, config: MqttConfig) -> None:
+        self._topic = Topics(fleet=config.fleet).line_availability(config.line)
+        self._link = MqttClient(
+            url,
+            client_id=f"{_client_id(config)}-availability",
+            filters=[self._topic],
+            sink=self._on_event,
+            will=LastWill(topic=self._topic, payload=b"offline"),
+        )
+        self._link.publish(self._topic, b"online", retain=True)
+
+    def close(self, *, flush_s: float) -> None:
+        self._link.publish(self._topic, b"offline", retain=True)
+        self._link.close(flush_s=flush_s)
+
+    def _on_event(self, event: ClientEvent) -> None:
+        """On the link's thread."""
+        match event:
+            case Disconnected():
+                # By the time it is connected again, the broker has said "offline" for us.
+                self._link.publish(self._topic, b"online", retain=True)
+            case ReceivedMessage():
+                event.done()
+            case _:
+                pass
 
 
 class _Session:

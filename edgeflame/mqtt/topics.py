@@ -9,6 +9,7 @@
     edgeflame/v1/<fleet>/blob/<sha256>/<chunk>      from the aggregator to all sites
     edgeflame/v1/<fleet>/status/<name>              retained: one figure or word each, for SCADA systems
     edgeflame/v1/<fleet>/line/<line>/state          retained birth, will: what an inspection daemon runs
+    edgeflame/v1/<fleet>/line/<line>/availability   retained, will: "online" or "offline", plain text
     edgeflame/v1/<fleet>/line/<line>/result         one message a part
     edgeflame/v1/<fleet>/line/<line>/trigger        to the line: a part is there
     edgeflame/v1/<fleet>/line/<line>/command        to the line: pause, set the threshold, take a snapshot, ...
@@ -130,6 +131,9 @@ class Topics:
 
     def line_state(self, line: str) -> str:
         return f"{self.base}/line/{line}/state"
+
+    def line_availability(self, line: str) -> str:
+        return f"{self.base}/line/{line}/availability"
 
     def line_result(self, line: str) -> str:
         return f"{self.base}/line/{line}/result"

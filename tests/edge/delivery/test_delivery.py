@@ -107,6 +107,61 @@ def test_results_arrive_in_order_and_the_state_is_there_for_those_who_come_later
         assert msgspec.json.decode(later.messages[0][1], type=LineState).online is False
 
 
+AVAILABILITY, LINE_STATE = "edgeflame/v1/f/line/l1/availability", "edgeflame/v1/f/line/l1/state"
+
+
+def retained(broker: BrokerProcess) -> tuple[str, bool]:
+    """Availability and state, as somebody who comes now hears them."""
+    with listening(broker.url, AVAILABILITY, LINE_STATE) as late:
+        wait_for(lambda: len(dict(late.messages)) == 2, "both are retained")
+        told = dict(late.messages)
+    return told[AVAILABILITY].decode(), msgspec.json.decode(told[LINE_STATE], type=LineState).online
+
+
+def test_availability_says_online_while_the_line_is_connected_and_offline_when_it_leaves(
+    broker: BrokerProcess,
+) -> None:
+    destination = mqtt(broker)
+    with listening(broker.url, AVAILABILITY) as plant:
+        destination.idle()
+        wait_for(lambda: plant.messages, "the line is announced")
+        assert retained(broker) == ("online", True)
+        # A connection that is made anew, by the broker's restart, says so again.
+        broker.kill()
+        plant.messages.clear()
+        broker.start()
+
+        def is_back() -> bool:
+            with contextlib.suppress(LinkError):
+                destination.idle()
+            return (AVAILABILITY, b"online") in plant.messages
+
+        wait_for(is_back, "the line is back")
+    destination.close()
+    wait_for(lambda: retained(broker) == ("offline", False), "it took its leave")
+
+
+_LINE = """
+import sys, time
+from edge.config.outputs import MqttConfig
+from edge.delivery.mqtt import MqttDestination
+from edge.status import LineState
+state = LineState(online=True, boot="b", product="tile", model="0" * 12, threshold=1.0, source="camera:0")
+MqttDestination(MqttConfig(broker=sys.argv[1], fleet="f", line="l1"), state).idle()
+time.sleep(600)
+"""
+
+
+def test_the_broker_says_offline_for_a_line_that_is_killed(broker: BrokerProcess) -> None:
+    line = subprocess.Popen([sys.executable, "-c", _LINE, broker.url])
+    try:
+        wait_for(lambda: retained(broker) == ("online", True), "the line is announced")
+    finally:
+        line.kill()
+        line.wait()
+    wait_for(lambda: retained(broker) == ("offline", False), "the last wills are published")
+
+
 def test_an_outage_of_the_broker_loses_nothing_and_marks_what_may_come_twice(
     broker: BrokerProcess, outbox: Outbox
 ) -> None:

@@ -35,6 +35,8 @@ def test_one_camera_is_the_line() -> None:
     ]
     verdict, score = told.values()
     assert verdict["state_topic"] == "edgeflame/v1/f.1/line/l1/result"
+    # With "online" and "offline", which Home Assistant expects where it is told nothing else.
+    assert verdict["availability_topic"] == "edgeflame/v1/f.1/line/l1/availability"
     assert shown(verdict, "camera", "fail", 3.0) == "fail"
     assert shown(score, "camera", "fail", 3.0) == "1.5"
     assert shown(score, "camera", "unknown", None) == "None"
