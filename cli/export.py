@@ -106,7 +106,7 @@ def command(
         return
     assert out is not None
     from edgeflame.tensorrt import load_tensorrt, select_capabilities
-    from export.folding import fold_constants
+    from export.builder import fold_constants
     from export.trt import build_engines
 
     library = load_tensorrt(None if kind == "auto" else kind)

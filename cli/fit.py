@@ -103,7 +103,7 @@ def command(
 
         prepare_report_folder(report_dir)
 
-    from export.graph import scoring_graph
+    from export.network import scoring_graph
     from trainer.device import pick_device
     from trainer.fit import fit
     from trainer.packaging import save_package

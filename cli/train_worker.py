@@ -34,7 +34,7 @@ def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> Si
         MissingDependencyError: torch, or what else training needs, is not installed.
     """
     try:
-        from export.graph import scoring_graph
+        from export.network import scoring_graph
         from trainer.work import TorchSiteTrainer
     except ImportError as exc:
         raise MissingDependencyError(

@@ -1,57 +1,88 @@
 """The scoring graph: camera bytes in, score and anomaly map out, as one ONNX model.
 
-Axes: N images, H x W the input, h x w the patch grid, P = h * w positions, C embedding channels.
+Axes: N images, H x W the input, h x w the patch grid, P = h * w positions, C embedding channels, C_s channels of one
+stage on its own h_s x w_s.
 
     image [N, H, W, 3] uint8, BGR
       -> float32, planes, RGB                 -> backbone -> its stages' maps
-      -> embeddings [P, N, C]                 `export.embedding`
+      -> embeddings [P, N, C]                 stages put on the grid
       -> distance of every position [P, N]    `export.distances`
       -> Gaussian smoothing                   two products with constant matrices, no padding
       -> anomaly_map [N, h, w], score [N] = its maximum
 
-The backbone is written by PyTorch's exporter, the rest by hand, node by node: the order of axes is what ONNX Runtime
-runs fastest. Opset 18 is the exporter's lowest, and one that TensorRT 10.3 takes.
+The backbone comes as ONNX, as `export.network` has PyTorch's exporter write it; the rest is written by hand, node by
+node: the order of axes is what ONNX Runtime runs fastest. Opset 18 is the exporter's lowest, and one that TensorRT
+10.3 takes.
+
+Resizing a stage to the grid and averaging with neighbours are linear, and rows are apart from columns, so both
+together are two products with small constant matrices. They are taken with the channels last, where the distances want
+them, and where a stage is still small. (On a CPU this halves the time between backbone and distances: resizing,
+averaging and transposing the whole embedding take three passes over it.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.checker
 import onnx.helper
-from torch import nn
 
+from edgeflame.errors import DataError
 from edgeflame.images import Preprocessing
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smoothing_matrix
 from export.builder import INPUT, MAP, RGB, SCORE, GraphBuilder
 from export.distances import add_distances
-from export.embedding import add_embeddings, export_network
+
+F32 = npt.NDArray[np.float32]
 
 BATCH_AXIS = "N"
 OPSET = 18
 IR_VERSION = 8
 """The oldest that allows opset 18, so that older runtimes on the line load the file."""
 
+EMBEDDINGS = "embeddings"
+"""What :func:`_add_embeddings` results in: ``[P, N, C]`` float32."""
 
-def scoring_graph(
-    network: nn.Module,
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StageMixing:
+    """How the map of one stage is put on the grid: ``rows @ map @ columns.T``.
+
+    Attributes:
+        rows: ``[h, h_s]``.
+        columns: ``[w, w_s]``.
+    """
+
+    rows: F32
+    columns: F32
+
+
+def assemble_graph(
+    body: onnx.GraphProto,
     statistics: PackageStatistics,
     *,
+    mixing: Sequence[StageMixing] | None,
+    sums_stages: bool,
     preprocessing: Preprocessing,
     smoothing_sigma: float,
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The whole way from a pre-processed camera image to its score, as a serialised ONNX model.
+    """The scoring graph of a network that is already ONNX, serialised.
 
     The basis is stored in float16 and cast up once, when a runtime loads the model; arithmetic is float32.
     A NaN or infinite value at any position makes every cell of the map, and the score, NaN.
 
     Args:
-        network: maps ``rgb [N, 3, H, W]`` float32 0..255 to ``[N, C, h, w]`` float32, normalisation inside. One that
-            is also a :class:`export.embedding.StagedNetwork` gives a faster graph.
+        body: the network, from ``rgb [N, 3, H, W]`` float32 0..255 (normalisation inside) to its stages' maps
+            ``[N, C_s, h_s, w_s]`` or its embeddings ``[N, C, h, w]``, opset ``OPSET``.
         statistics: of the network's embeddings.
+        mixing: for each of the outputs of ``body`` how it is put on the grid; None if ``body`` gives embeddings.
+        sums_stages: stages on the grid are summed, not concatenated over channels.
         preprocessing: gives H and W.
         smoothing_sigma: of the map, in cells; 0 for none.
         metadata: written into the model's ``metadata_props``.
@@ -62,13 +93,12 @@ def scoring_graph(
 
     Raises:
         DataError: the network's embeddings are not those the statistics describe.
-        NumericalError: a weight of the network is NaN or infinite.
     """
-    model = export_network(network, preprocessing, opset=OPSET)
-    body = model.graph
     head = GraphBuilder()
-    embeddings = add_embeddings(head, network, body, grid=statistics.grid, num_channels=statistics.num_channels)
-    add_map(head, add_distances(head, embeddings, statistics), grid=statistics.grid, sigma=smoothing_sigma)
+    embeddings = _add_embeddings(
+        head, body, mixing, sums_stages=sums_stages, grid=statistics.grid, num_channels=statistics.num_channels
+    )
+    _add_map(head, add_distances(head, embeddings, statistics), grid=statistics.grid, sigma=smoothing_sigma)
     entry = GraphBuilder()
     _to_rgb_planes(entry)
     height, width = statistics.grid
@@ -93,7 +123,66 @@ def scoring_graph(
     return data
 
 
-def add_map(g: GraphBuilder, distances: str, *, grid: tuple[int, int], sigma: float) -> None:
+def output_shapes(body: onnx.GraphProto) -> dict[str, list[int]]:
+    """The shape of each output by its name, without its batch axis."""
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:] for value in body.output}
+
+
+def _add_embeddings(
+    g: GraphBuilder,
+    body: onnx.GraphProto,
+    mixing: Sequence[StageMixing] | None,
+    *,
+    sums_stages: bool,
+    grid: tuple[int, int],
+    num_channels: int,
+) -> str:
+    """The outputs of ``body`` as embeddings ``[P, N, C]``."""
+    outputs = output_shapes(body)
+    if mixing is None:
+        (found,) = outputs.values()
+    else:
+        channels = [shape[0] for shape in outputs.values()]
+        found = [channels[0] if sums_stages else sum(channels), len(mixing[0].rows), len(mixing[0].columns)]
+    if found != [num_channels, *grid]:
+        raise DataError(
+            f"the network gives embeddings of shape {found} (C, h, w), the statistics describe {[num_channels, *grid]}"
+        )
+    if mixing is None:
+        by_cell = g.node(
+            "Reshape", *outputs, g.integers("cells_shape", 0, num_channels, grid[0] * grid[1]), result="by_cell"
+        )
+        return g.node("Transpose", by_cell, result=EMBEDDINGS, perm=[2, 0, 1])
+    stages = [
+        _add_stage(g, f"stage_{index}", maps, shape, mixed)
+        for index, ((maps, shape), mixed) in enumerate(zip(outputs.items(), mixing, strict=True))
+    ]
+    if sums_stages:
+        return g.node("Sum", *stages, result=EMBEDDINGS)
+    return g.node("Concat", *stages, result=EMBEDDINGS, axis=2)
+
+
+def _add_stage(g: GraphBuilder, name: str, maps: str, shape: list[int], mixing: StageMixing) -> str:
+    """One stage's maps ``[N, C_s, h_s, w_s]`` on the grid, ``[P, N, C_s]``."""
+    channels, _, width = shape
+    rows, columns = mixing.rows, mixing.columns
+    height_out, width_out = len(rows), len(columns)
+    last = g.node("Transpose", maps, result=f"{name}_channels_last", perm=[2, 3, 0, 1])  # [h_s, w_s, N, C_s]
+    if not _is_identity(rows):
+        flat = g.node("Reshape", last, g.integers(f"{name}_by_row", len(rows[0]), -1), result=f"{name}_rows")
+        last = g.node("MatMul", g.constant(f"{name}_row_matrix", rows), flat, result=f"{name}_mixed_rows")
+    if not _is_identity(columns):
+        flat = g.node("Reshape", last, g.integers(f"{name}_by_column", height_out, width, -1), result=f"{name}_columns")
+        last = g.node("MatMul", g.constant(f"{name}_column_matrix", columns), flat, result=f"{name}_mixed_columns")
+    positions = g.integers(f"{name}_by_position", height_out * width_out, -1, channels)
+    return g.node("Reshape", last, positions, result=name)
+
+
+def _is_identity(matrix: F32) -> bool:
+    return matrix.shape[0] == matrix.shape[1] and bool((matrix == np.eye(len(matrix))).all())
+
+
+def _add_map(g: GraphBuilder, distances: str, *, grid: tuple[int, int], sigma: float) -> None:
     """Distances ``[P, N]`` to the smoothed map ``[N, h, w]`` and its maximum, the graph's outputs."""
     height, width = grid
     images_first = g.node("Transpose", distances, result="distance", perm=[1, 0])

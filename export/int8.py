@@ -37,7 +37,7 @@ def quantised(model: onnx.ModelProto, images: ImageU8 | None, target: Target) ->
     """A float32 scoring graph with an int8 backbone; the scoring head, input and outputs stay the same.
 
     Args:
-        model: of :func:`export.graph.scoring_graph`.
+        model: of :func:`export.network.scoring_graph`.
         images: good images of the line, ``[N, H, W, 3]`` uint8 BGR as the graph takes them, N >= 1.
         target: what is to run it.
 

@@ -42,7 +42,7 @@ def with_precision(
     """A scoring graph in another precision, which its metadata then name; inputs and outputs stay the same.
 
     Args:
-        model: a float32 scoring graph of :func:`export.graph.scoring_graph`.
+        model: a float32 scoring graph of :func:`export.network.scoring_graph`.
         precision: ``fp16`` casts what enters the backbone to float16 and what leaves it back; ``int8`` quantises it.
         calibration: good images for ``int8``, see :func:`export.int8.quantised`.
         target: what is to run ``int8``.

@@ -246,6 +246,16 @@ def test_fitting_imports_no_torch() -> None:
     assert not breaches, report(breaches)
 
 
+def test_the_export_imports_torch_in_one_module() -> None:
+    breaches = [
+        found for found in all_imports("export")
+        if found.top in {"torch", "torchvision", "timm"} and found.path != REPOSITORY / "export" / "network.py"
+    ]  # fmt: skip
+    assert not breaches, report(breaches)
+    loaded = loaded_after("import export.graph, export.distances, export.onnx_file, export.precision, export.trt")
+    assert "torch" not in loaded
+
+
 def is_optional(found: Import) -> bool:
     """The k-means of one server rule, which says before a run begins what it lacks."""
     return found.top == "sklearn" and found.path.parts[-3:] == ("aggregator", "strategies", "memory.py")

@@ -38,7 +38,7 @@ from edgeflame.drift_reference import (
 from edgeflame.images import ImageU8, read_image
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
-from export.graph import scoring_graph
+from export.network import scoring_graph
 from trainer.fit import fit
 from trainer.packaging import save_package
 

@@ -17,7 +17,7 @@ from edgeflame.errors import MissingDependencyError
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.methods import Backbone
 from edgeflame.statistics.gaussian import LowRankGaussian
-from export.graph import scoring_graph
+from export.network import scoring_graph
 from export.precision import backbone_model, with_precision
 from trainer.backbone import build_network
 

@@ -15,9 +15,9 @@ from edgeflame.images import Preprocessing
 from edgeflame.methods import Backbone
 from edgeflame.package import Package
 from edgeflame.tensorrt import load_tensorrt
-from export.folding import fold_constants
-from export.graph import scoring_graph
+from export.builder import fold_constants
 from export.int8 import Target
+from export.network import scoring_graph
 from export.precision import backbone_borders, backbone_nodes, with_precision
 from export.trt import build_engines
 from tests.support.small_package import bad_image, embed, good_image, random_gaussian

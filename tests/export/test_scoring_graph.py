@@ -17,9 +17,9 @@ from edgeflame.methods import Backbone
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import LowRankGaussian, smooth_maps
 from edgeflame.statistics.memory import MemoryStatistics
+from export.builder import fold_constants
 from export.distances import MAX_ERROR, single_product_error, takes_one_product
-from export.folding import fold_constants
-from export.graph import scoring_graph
+from export.network import scoring_graph
 from tests.support.small_package import (
     GRID,
     PREPROCESSING,

@@ -221,7 +221,7 @@ def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: py
 
 
 def test_an_engine_of_a_memory_is_built(rtx: TensorRT, tmp_path: Path) -> None:
-    from export.graph import scoring_graph
+    from export.network import scoring_graph
     from tests.support.small_package import PREPROCESSING, memory_statistics, small_network
 
     model = scoring_graph(

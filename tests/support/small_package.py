@@ -82,7 +82,7 @@ def random_gaussian(
 def write_small_package(path: Path, *, ridge: float = 0.01) -> Path:
     """A package whose threshold lies between good and bad images."""
     from edgeflame.statistics.gaussian import smooth_maps
-    from export.graph import scoring_graph
+    from export.network import scoring_graph
 
     network = small_network()
     good = embed(network, np.stack([good_image(seed) for seed in range(40)]))

@@ -19,7 +19,7 @@ from edgeflame.mqtt.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.statistics.codec import decode_statistics
 from edgeflame.statistics.merge import pool_statistics
-from export.graph import scoring_graph
+from export.network import scoring_graph
 from trainer.agent.tasks import FinishTask, SiteTrainer, StatisticsTask, TrainTask
 from trainer.model import build_model, load_model, save_model
 from trainer.work import TorchSiteTrainer
