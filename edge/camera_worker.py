@@ -38,6 +38,7 @@ from edge.parts.tracker import PartTracker
 from edge.result import Inspected, Reason, Result
 from edge.status import CameraStatus
 from edge.verdict import unscored
+from edgeflame.background import Backoff
 from edgeflame.errors import (
     ConfigError,
     CrashLoopError,
@@ -405,7 +406,7 @@ class CameraWorker:
             self._keeper.close()
 
     def _run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool) -> None:
-        delay_s, is_out = FIRST_DELAY_S, False
+        backoff, is_out = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S, jitter=0.0), False
         while not halt.is_set():
             first = self._next_sequence
             try:
@@ -431,7 +432,8 @@ class CameraWorker:
                     return
                 reason = "the source ended, which it never should"
             if self._next_sequence > first:
-                delay_s, is_out = FIRST_DELAY_S, False
+                backoff.reset()
+                is_out = False
             self._problem = reason
             if not is_out:
                 is_out = True
@@ -439,9 +441,9 @@ class CameraWorker:
                     self._report_outage(reason, accept)
                 except _NotTakenError as exc:
                     raise exc.cause from None
+            delay_s = backoff.next_delay()
             log.warning("camera_lost", camera=self.name, reason=reason, retry_in_s=delay_s)
             halt.wait(delay_s)
-            delay_s = min(2 * delay_s, LONGEST_DELAY_S)
             self._try_to_reopen()
 
     def _run_once(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:

@@ -1,10 +1,22 @@
-"""Background work: child processes that never outlive their parent, and how long to wait before a repetition."""
+"""Background work: threads with an orderly end, child processes that never outlive their parent, and how long to wait
+before something is tried again.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import random
 import signal
 import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import final
+
+from edgeflame.errors import EdgeFlameError
+from edgeflame.log import EventLog
+
+log = EventLog("background")
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -17,38 +29,145 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
-FIRST_DELAY_S = 5.0
-MAX_DELAY_S = 30.0
+@final
+class BackgroundThread:
+    """A named thread that ends with its owner; start it with :meth:`start`, or use it as a context manager.
+
+    An error that ends the thread is kept in ``error``, for :meth:`raise_error`; an unexpected one is logged as well.
+
+    Args:
+        name: of the thread, after ``edgeflame-``.
+        target: the work. It gets ``stop``, and returns soon after that is set.
+        wake: called once ``stop`` is set, from the thread that sets it, to end a wait of the target's for something
+            else: notifies a condition, say, or puts a sentinel into a queue.
+        join_s: how long :meth:`close` waits for the end, seconds. The thread is a daemon: one that takes longer does
+            not keep the process alive.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        target: Callable[[threading.Event], None],
+        *,
+        wake: Callable[[], None] | None = None,
+        join_s: float = 5.0,
+    ) -> None:
+        self.stop = threading.Event()
+        self.error: Exception | None = None
+        self._target = target
+        self._wake = wake
+        self._join_s = join_s
+        self._thread = threading.Thread(target=self._run, name=f"edgeflame-{name}", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin; once."""
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Have it end, and do not wait for that."""
+        self.stop.set()
+        if self._wake is not None:
+            self._wake()
+
+    def close(self, join_s: float | None = None) -> bool:
+        """Have it end, and wait for ``join_s``; whether it has ended. One that was never started has."""
+        self.request_stop()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._join_s if join_s is None else max(0.0, join_s))
+        return not self._thread.is_alive()
+
+    def raise_error(self) -> None:
+        """Raise what ended the thread, if that was an error."""
+        if self.error is not None:
+            raise self.error
+
+    def __enter__(self) -> BackgroundThread:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        if kind is None:
+            self.raise_error()
+
+    def _run(self) -> None:
+        try:
+            self._target(self.stop)
+        except EdgeFlameError as exc:
+            self.error = exc
+        except Exception as exc:  # noqa: BLE001 - the thread's outermost frame
+            self.error = exc
+            log.error("thread_failed", thread=self._thread.name, reason=repr(exc))
 
 
+@final
 class Backoff:
-    """Runs out after ``FIRST_DELAY_S`` of silence, then after twice as long each time, ``MAX_DELAY_S`` at most.
+    """How long to wait before the next attempt: twice as long after each, up to a limit.
 
-    What is heard restores it, but not below twice the pause just waited for: on a link so slow that a chunk takes
-    eight seconds, nothing is to be repeated every five.
+    Args:
+        first_s: after the first failure, seconds.
+        max_s: at most.
+        jitter: the share of a delay, 0 to 1, of which chance takes off up to all: peers that failed together do not
+            come back together.
+    """
+
+    def __init__(self, first_s: float, max_s: float, *, jitter: float = 0.5) -> None:
+        self._first_s, self._max_s, self._jitter = first_s, max_s, jitter
+        self.num_failures = 0
+        """Since the start, or the last :meth:`reset`."""
+
+    def next_delay(self) -> float:
+        """There was a failure: seconds to wait now."""
+        delay_s: float = min(self._first_s * 2 ** min(self.num_failures, 16), self._max_s)
+        self.num_failures += 1
+        return delay_s * random.uniform(1 - self._jitter, 1.0)
+
+    def reset(self) -> None:
+        """It worked: begin with the first delay again."""
+        self.num_failures = 0
+
+
+FIRST_RETRY_S = 5.0
+MAX_RETRY_S = 30.0
+
+
+@final
+class RetryTimer:
+    """When to send again what was not answered: after ``FIRST_RETRY_S`` without progress, then after twice as long
+    each time, ``MAX_RETRY_S`` at most.
+
+    Progress shortens the wait again, but not below twice the pause before it: on a link so slow that a chunk takes
+    eight seconds, nothing is to be sent again every five.
 
     Args:
         now: monotonic clock, seconds.
     """
 
     def __init__(self, now: float) -> None:
-        self._heard_at = now
-        self._quiet_since = now
-        self._wait_s = FIRST_DELAY_S
+        self._progress_at = now
+        self._waiting_since = now
+        self._wait_s = FIRST_RETRY_S
 
-    def heard(self, now: float) -> None:
+    def progressed(self, now: float) -> None:
         """There was progress."""
-        self._wait_s = min(max(FIRST_DELAY_S, 2 * (now - self._heard_at)), MAX_DELAY_S)
-        self._heard_at = self._quiet_since = now
+        self._wait_s = min(max(FIRST_RETRY_S, 2 * (now - self._progress_at)), MAX_RETRY_S)
+        self._progress_at = self._waiting_since = now
 
-    def said(self, now: float) -> None:
-        """It was said just now; wait anew."""
-        self._quiet_since = now
+    def sent(self, now: float) -> None:
+        """It was sent just now; wait anew."""
+        self._waiting_since = now
 
-    def is_out(self, now: float) -> bool:
-        """Whether to say it again; saying so begins the next, longer wait."""
-        if now - self._quiet_since < self._wait_s:
+    def is_due(self, now: float) -> bool:
+        """Whether to send it again; if so, the next wait, a longer one, begins."""
+        if now - self._waiting_since < self._wait_s:
             return False
-        self._quiet_since = now
-        self._wait_s = min(2 * self._wait_s, MAX_DELAY_S)
+        self._waiting_since = now
+        self._wait_s = min(2 * self._wait_s, MAX_RETRY_S)
         return True

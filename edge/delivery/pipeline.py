@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from edge.delivery.sinks import Sink
 from edge.delivery.webhook import WebhookDestination
 from edge.result import Inspected
 from edge.status import DestinationStatus, LineState
+from edgeflame.background import Backoff
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.log import EventLog
 from edgeflame.state import locked_state_dir
@@ -117,7 +117,7 @@ class Deliverer:
         return self._outbox.standing(self._destination.name)
 
     def _run(self) -> None:
-        failures = 0
+        backoff = Backoff(self._config.first_delay_s, self._config.max_delay_s)
         while not self._is_over():
             try:
                 deliveries = self._outbox.attempt(self._destination.name, self._destination.max_batch)
@@ -130,24 +130,23 @@ class Deliverer:
                 arrived = self._destination.deliver(deliveries)
                 self._outbox.acknowledge(self._destination.name, arrived)
             except EdgeFlameError as exc:
-                failures += 1
                 self.num_failures += 1
                 self.last_error = str(exc)
-                ceiling = min(self._config.first_delay_s * 2 ** min(failures - 1, 16), self._config.max_delay_s)
-                delay_s = ceiling * random.uniform(0.5, 1.0)
+                delay_s = backoff.next_delay()
                 delivery_log.warning(
                     "delivery_failed",
                     destination=self._destination.name,
-                    attempt=failures,
+                    attempt=backoff.num_failures,
                     retry_in_s=round(delay_s, 1),
                     reason=str(exc),
                 )
                 # On the way out there is no time for patience; flush_s bounds the attempts.
                 self._closing.wait(delay_s) if not self._closing.is_set() else time.sleep(min(delay_s, 0.2))
             else:
-                if failures:
-                    delivery_log.info("delivery_recovered", destination=self._destination.name, after_attempts=failures)
-                failures = 0
+                if backoff.num_failures:
+                    attempts = backoff.num_failures
+                    delivery_log.info("delivery_recovered", destination=self._destination.name, after_attempts=attempts)
+                backoff.reset()
                 self.last_error = None
 
     def _wait_for_results(self) -> None:

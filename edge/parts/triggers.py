@@ -23,6 +23,7 @@ from edge.parts.matching import Match, Matcher, MatchWindow
 from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import number_range
 from edge.status import PartCounts
+from edgeflame.background import Backoff
 from edgeflame.errors import ConfigError, DataError, LinkError, MissingDependencyError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.topics import Topics
@@ -78,7 +79,7 @@ class TriggeredSource:
         self._ended: str | None = None
         self._failure: BaseException | None = None
         self._has_worked = False
-        self._delay_s = FIRST_DELAY_S
+        self._backoff = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S, jitter=0.0)
         self._num_unnamed = 0
 
     def problem(self) -> str | None:
@@ -149,10 +150,10 @@ class TriggeredSource:
         reason = "the camera ended"
         try:
             while (lost := self._read_until_lost(done)) is not None:
-                log.warning("camera_lost", source=self.name, reason=lost, retry_in_s=self._delay_s)
-                if done.wait(self._delay_s):
+                delay_s = self._backoff.next_delay()
+                log.warning("camera_lost", source=self.name, reason=lost, retry_in_s=delay_s)
+                if done.wait(delay_s):
                     break
-                self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the reader raises it
             self._failure, reason = exc, str(exc)
         finally:
@@ -165,7 +166,8 @@ class TriggeredSource:
         """Read the camera until it ends (None) or breaks off, and then why."""
         try:
             for frame in self._source.frames(done):
-                self._has_worked, self._delay_s = True, FIRST_DELAY_S
+                self._has_worked = True
+                self._backoff.reset()
                 with self._changed:
                     self._matcher.dropped.update(frame.missed)
                     if frame.image_bgr is None:

@@ -12,13 +12,13 @@ back instead of filling memory.
 
 from __future__ import annotations
 
-import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
+from edgeflame.background import Backoff
 from edgeflame.errors import LinkError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.connection import (
@@ -142,7 +142,7 @@ class MqttClient:
     def _run(self) -> None:
         started = time.monotonic()
         ever_up = False
-        attempt = 0
+        backoff = Backoff(FIRST_DELAY_S, MAX_DELAY_S)
         while True:
             connection = Connection(self._shared)
             ending = connection.run()
@@ -151,8 +151,8 @@ class MqttClient:
             if self._shared.closing.is_set():
                 break
             ever_up = ever_up or was_up
-            attempt = 1 if was_up else attempt + 1
             if was_up:
+                backoff.reset()
                 log.warning("broker_lost", address=self._shared.url.address, reason=reason)
                 self._shared.sink(Disconnected(reason=reason))
             # One that was taken before may be taken again; the broker may be in the middle of a change.
@@ -161,7 +161,7 @@ class MqttClient:
                     ConnectionFailed(error=LinkError(f"the broker {self._shared.url.address} refuses us: {reason}"))
                 )
                 return
-            delay_s = min(FIRST_DELAY_S * 2 ** min(attempt - 1, 16), MAX_DELAY_S) * random.uniform(0.5, 1.0)
+            delay_s = backoff.next_delay()
             if self._connect_timeout_s is not None and not ever_up:
                 left_s = started + self._connect_timeout_s - time.monotonic()
                 if left_s <= 0:
@@ -172,11 +172,11 @@ class MqttClient:
                 delay_s = min(delay_s, left_s)
             if not was_up:
                 # Who gives up is told why by the error; a line tries again for days, and its log is for people.
-                say = log.warning if attempt == 1 or self._connect_timeout_s is None else log.debug
+                say = log.warning if backoff.num_failures == 1 or self._connect_timeout_s is None else log.debug
                 say(
                     "broker_unreachable",
                     address=self._shared.url.address,
-                    attempt=attempt,
+                    attempt=backoff.num_failures,
                     retry_in_s=round(delay_s, 1),
                     reason=reason,
                 )

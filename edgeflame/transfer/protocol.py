@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgeflame.background import Backoff
+from edgeflame.background import RetryTimer
 from edgeflame.errors import FederationError, StorageError
 from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, DEFAULT_WINDOW_CHUNKS, MAX_CHUNKS, BlobManifest, BlobNeed
 
@@ -240,7 +240,7 @@ class Receiver:
         self._unacknowledged = 0
         self._acknowledged_at = now
         self._attempts = 0
-        self._patience = Backoff(now)
+        self._retry = RetryTimer(now)
 
     @property
     def num_missing(self) -> int:
@@ -272,7 +272,7 @@ class Receiver:
         self._have[index] = True
         self._num_missing -= 1
         self._unacknowledged += 1
-        self._patience.heard(now)
+        self._retry.progressed(now)
         return ChunkKind.NEW
 
     def need(self, *, resend: bool, now: float) -> BlobNeed:
@@ -283,7 +283,7 @@ class Receiver:
             self.window.acknowledge(self._unacknowledged, now)
         self._unacknowledged = 0
         self._acknowledged_at = now
-        self._patience.said(now)
+        self._retry.sent(now)
         return BlobNeed(
             sha256=self.manifest.sha256,
             missing=pack_mask(~self._have),
@@ -293,7 +293,7 @@ class Receiver:
 
     def stalled(self, now: float) -> bool:
         """Whether nothing new came for so long that it is time to ask again; asking restarts the interval."""
-        return not self.is_complete and self._patience.is_out(now)
+        return not self.is_complete and self._retry.is_due(now)
 
     def start_over(self) -> bool:
         """The whole hash was wrong: forget all chunks. False: it has happened too often, give up."""

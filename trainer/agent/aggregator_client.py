@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgeflame import __version__
-from edgeflame.background import Backoff
+from edgeflame.background import RetryTimer
 from edgeflame.errors import FederationError
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.messages import BlobNeed, Heartbeat, Hello, Leaving, Offer, Presence, UpMessage, encode_message
@@ -138,7 +138,7 @@ class Upload:
         self._offer = offer
         self._send = send
         self._publish = publish
-        self._patience = Backoff(0.0)
+        self._retry = RetryTimer(0.0)
         self._num_missing = offer.manifest.num_chunks
 
     @property
@@ -149,7 +149,7 @@ class Upload:
 
     def ask(self, *, now: float) -> None:
         """Offer it."""
-        self._patience.said(now)
+        self._retry.sent(now)
         self._send(self._offer)
 
     def need(self, need: BlobNeed, *, now: float) -> None:
@@ -162,7 +162,7 @@ class Upload:
             return
         missing = unpack_mask(need.missing, self._offer.manifest.num_chunks)
         self._num_missing = int(missing.sum())
-        self._patience.heard(now)
+        self._retry.progressed(now)
         self._outgoing.sender.need(BLOB_OWNER, missing, resend=need.resend, now=now, window=need.window)
 
     def pump(self) -> None:
@@ -171,7 +171,7 @@ class Upload:
 
     def tick(self, now: float) -> None:
         """Offer it again if nothing was heard for a while."""
-        if self._patience.is_out(now):
+        if self._retry.is_due(now):
             self._send(self._offer)
 
     def close(self) -> None:
