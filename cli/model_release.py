@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from cli.line import rollback as roll_back
 from cli.line import switch_model
-from cli.options import BrokerOptions, broker_options
+from cli.options import BrokerOptions, broker_options, former_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -230,18 +230,13 @@ def _cells(entry: ProductModels) -> tuple[str, str, str, str]:
 
 
 def _former(name: str, command: click.Command) -> click.Command:
-    """A command of ``edgeflame line`` under the name it had before, for one version more."""
-
-    def run(lines: tuple[str, ...], **options: Any) -> None:
-        click.echo(
-            f"`edgeflame model {name}` goes with the next version: use `edgeflame line {command.name} LINE PRODUCT`",
-            err=True,
-        )
-        click.get_current_context().invoke(command, lines=",".join(lines), **options)
-
-    several = click.Option(["--line", "lines"], multiple=True, required=True, metavar="NAME")
+    """A command of ``edgeflame line``, which ``edgeflame model`` had with PRODUCT first and an option for each line."""
+    lines = click.Option(
+        ["--line", "lines"], multiple=True, required=True, callback=lambda _context, _option, value: ",".join(value)
+    )
     others = [parameter for parameter in command.params if parameter.name not in ("lines", "as_json")]
-    return click.Command(name, callback=run, params=[*others, several], hidden=True, help=command.help)
+    new = f"edgeflame line {command.name} LINE PRODUCT"
+    return former_name(f"edgeflame model {name}", new, command, params=[*others, lines])
 
 
 switch = _former("switch", switch_model)

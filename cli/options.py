@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
@@ -170,6 +170,28 @@ def option_or_kit(option: str, value: str | None, from_kit: str | None) -> str:
     if not value and not from_kit:
         raise UsageError(f"{option}: missing, as an option and in a kit or configuration file")
     return value or from_kit or ""
+
+
+def former_name(
+    old: str, new: str, command: click.Command, *, params: Sequence[click.Parameter] | None = None
+) -> click.Command:
+    """A command under the name it had before: hidden in help, and it warns that it goes with the next version.
+
+    Args:
+        old: how it was called.
+        new: how it is called now.
+        command: what it is now.
+        params: what the old one takes; None for the same.
+    """
+
+    def run(**options: Any) -> None:
+        click.echo(f"`{old}` goes with the next version: use `{new}`", err=True)
+        click.get_current_context().invoke(command, **options)
+
+    name = old.rpartition(" ")[2]
+    return click.Command(
+        name, callback=run, params=list(command.params if params is None else params), hidden=True, help=command.help
+    )
 
 
 metrics_option = click.option(

@@ -84,7 +84,7 @@ def command(
 
     The images stay here, but for the few that the package holds; model weights and figures go to the aggregator,
     whose configuration says what is learnt. Killed and started again with the same --state, it continues where it was.
-    `edgeflame site` has it rest, go on, or leave the run for good.
+    `edgeflame site` pauses it, lets it go on, or has it leave the run for good.
     """
     from cli.output import print_json, progress_bar
     from edgeflame.config import load_config

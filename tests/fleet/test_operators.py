@@ -86,13 +86,13 @@ def test_the_aggregators_operator_pauses_and_removes_sites(embedded: BrokerProce
         for name in "abc":
             wait_for((gate / f"waiting-{name}-1").exists, f"{name} trains")
         state = tmp_path / "aggregator"
-        assert command("rounds", "pause", "b", "--state", state).stdout == "b is paused\n"
+        assert command("site", "pause", "b", "--state", state).stdout == "b is paused\n"
         sites["b"].wait_for_log("paused")
         removed = command("rounds", "remove", "c", "--state", state, "--reason", "sold")
         assert removed.stdout == "c is removed\n"
         assert sites["c"].wait() == 8
         assert "removed by the aggregator's operator: sold" in sites["c"].log.splitlines()[-1]
-        stranger = command("rounds", "pause", "x", "--state", state)
+        stranger = command("site", "pause", "x", "--state", state)
         assert (stranger.returncode, stranger.stderr) == (
             2,
             "edgeflame: x is not a site of this run; its sites are: a, b\n",
@@ -197,10 +197,19 @@ def test_rounds_end_early_by_operator_or_convergence(embedded: BrokerProcess, tm
 
 
 def test_operators_commands_name_what_is_wrong(tmp_path: Path) -> None:
-    for name in ("site", "rounds"):
-        wrong = command(name, "pause", *(["x"] if name == "rounds" else []), "--state", tmp_path)
+    def refused(match: str, *arguments: object) -> None:
+        wrong = command(*arguments, "--state", tmp_path)
         assert wrong.returncode == 2
-        assert "state folder" in wrong.stderr
+        assert match in wrong.stderr
         assert wrong.stderr.count("\n") == 1
+
+    refused("not a site's state folder", "site", "pause")
+    refused("not an aggregator's state folder", "site", "pause", "x")
+    refused("not an aggregator's state folder", "rounds", "remove", "x")
     (tmp_path / "install").write_text("x")
     assert command("site", "resume", "--state", tmp_path).stdout == "was not paused\n"
+    refused("leave 'x' out", "site", "resume", "x")
+    refused("at most 500 characters", "site", "pause", "--reason", "x" * 501)
+    (tmp_path / "journal.sqlite").touch()
+    refused("say which SITE", "site", "pause")
+    refused("the site's own to ask for", "site", "pause", "x", "--release")
