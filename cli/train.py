@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import click
 import msgspec
 
 from cli.options import BrokerOptions, broker_options, metrics_option, option_or_kit
+from cli.programs import program
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
 from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
 
@@ -154,6 +154,10 @@ def command(
 def _worker_command(ctx: click.Context, num_references: int, device: str) -> list[str]:
     # The worker writes to the same terminal or log file; it writes it the same way.
     general = ctx.find_root().params
-    command_line = [sys.executable, "-m", "cli.train_worker", str(general.get("log_format", "text"))]
-    command_line += [f"{REFERENCES_OPTION}={num_references}", f"{DEVICE_OPTION}={device}"]
-    return command_line + ["-v"] * int(general.get("verbose", 0))
+    return program(
+        "cli.train_worker",
+        str(general.get("log_format", "text")),
+        f"{REFERENCES_OPTION}={num_references}",
+        f"{DEVICE_OPTION}={device}",
+        *["-v"] * int(general.get("verbose", 0)),
+    )

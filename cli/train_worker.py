@@ -1,4 +1,4 @@
-"""``python -m cli.train_worker``: the process in which ``edgeflame train`` does its learning.
+"""The process in which ``edgeflame train`` does its learning.
 
 Not for people: it speaks JSON lines on standard input and output (``trainer.agent.tasks``).
 """

@@ -1,7 +1,7 @@
 """One site's comparison, as a program of its own: the backbone untrained, and trained on this site's images alone.
 
 The demo only wants the figures of these two, so they are measured as fitted, without a package or a graph.
-``python -m cli.demo.compare DATA LEARNING.toml`` prints a JSON document of both evaluations.
+``cli.demo.compare DATA LEARNING.toml`` prints a JSON document of both evaluations.
 """
 
 from __future__ import annotations

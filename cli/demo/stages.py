@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import msgspec
 
 from cli.demo.plan import DemoPlan, DemoSiteResult, read_inspected
 from cli.demo.report import Sample
+from cli.programs import program
 from edgeflame.background import die_with_parent
 from edgeflame.errors import EdgeFlameError
 from edgeflame.log import Progress
@@ -157,7 +157,7 @@ def _spawn(
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            program(*arguments),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=log,
