@@ -1,7 +1,8 @@
 """Everything a person or a program may ask of a running daemon, wherever the asking comes from.
 
-Commands over the broker, the operator's page and signals all come through here. What other parts of the daemon can do
-(a golden-part test, a roll-back) they register.
+Commands over the broker, the operator's page and signals all come through here. What a daemon may have or not have, by
+its configuration (self-tests, drift, released models), is set when it is put together; asked for what it has not, it
+says so.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import msgspec
 
 from edge.camera_worker import CameraWorker
-from edge.cameras import Overrides
-from edge.inspector import InspectorProtocol
+from edge.cameras import Cameras, Overrides, Plan, ReloadReport
+from edge.drift.watcher import DriftWatcher
+from edge.golden_parts import GoldenTester
 from edge.overlay import draw_overlay
 from edge.result import Result
-from edge.status import CameraStatus
+from edge.status import CameraStatus, GoldenReport, GoldenStatus
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import ProductModels
 from edgeflame.state import storage_errors
 
 log = EventLog("control")
@@ -31,7 +34,30 @@ log = EventLog("control")
 SNAPSHOTS_FOLDER = "snapshots"
 SNAPSHOT_TIMEOUT_S = 10.0
 
-Registered = Literal["golden", "acknowledge", "drift", "rollback", "switch_model", "reload"]
+
+class ModelSwitcher(Protocol):
+    """Released models, as far as people decide about them; :class:`edge.models.released.ReleasedModels`."""
+
+    def roll_back(self, name: str, *, to_file: bool) -> ProductModels:
+        """Go back to the model before, or to the configuration's file.
+
+        Raises:
+            UsageError: there is no such product, or nothing to go back to.
+            EdgeFlameError: nothing earlier can be opened.
+        """
+        ...
+
+    def promote(self, name: str) -> ProductModels:
+        """Switch to the candidate that waits for this word.
+
+        Raises:
+            UsageError: there is no such product, or none waits.
+        """
+        ...
+
+    def status_of(self, name: str) -> ProductModels | None:
+        """A product's models; None where the fleet has none for it."""
+        ...
 
 
 class LineDescription(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,47 +78,41 @@ class CameraSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class DaemonControl:
-    """The daemon's cameras under one hand; safe for any thread.
+    """Everything that may be asked of a daemon; safe for any thread.
 
     Args:
-        lines: the cameras, in order.
-        products: package files by the product's name, as they are now.
-        load: makes the judge of a camera (first) for a product (second).
+        cameras: of the daemon.
         overrides: keeps what outlives a restart.
-        folder: for snapshots; None: there is none.
+        snapshots: folder for them; None: none are kept.
+        reread: gives the plan anew from the configuration; None: it cannot be read again.
     """
 
     def __init__(
         self,
-        lines: Sequence[CameraWorker],
+        cameras: Cameras,
         *,
-        products: Callable[[], Mapping[str, Path]],
-        load: Callable[[str, str], InspectorProtocol],
         overrides: Overrides,
-        folder: Path | None = None,
+        snapshots: Path | None = None,
+        reread: Callable[[], Plan] | None = None,
     ) -> None:
-        self._lines = {line.name: line for line in lines}
-        self._products = products
-        self._load = load
+        self._cameras = cameras
+        self._lines = {line.name: line for line in cameras.lines}
         self._overrides = overrides
-        self._folder = folder
-        self._handlers: dict[Registered, Callable[..., msgspec.Struct]] = {}
+        self._snapshots = snapshots
+        self._reread = reread
+        self.golden: Mapping[str, GoldenTester] = {}
+        """Self-tests, by camera; set while the daemon is put together, as are the next two."""
+        self.drift_watchers: Mapping[str, DriftWatcher] = {}
+        """By camera, where drift is watched."""
+        self.models: ModelSwitcher | None = None
+        """Released models, where the daemon takes them."""
         self._listeners: tuple[Callable[[], None], ...] = ()
-        self._annotators: tuple[Callable[[CameraStatus], CameraStatus], ...] = ()
         # One change at a time: two that meet would leave neither's wish.
         self._lock = threading.RLock()
-
-    def register(self, name: Registered, handler: Callable[..., msgspec.Struct]) -> None:
-        """Let another part of the daemon answer a request."""
-        self._handlers[name] = handler
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` after every change; it must not wait."""
         self._listeners = (*self._listeners, listener)
-
-    def annotate(self, annotator: Callable[[CameraStatus], CameraStatus]) -> None:
-        """Let another part of the daemon add what it knows to each camera's status."""
-        self._annotators = (*self._annotators, annotator)
 
     def changed(self) -> None:
         """Something about a status is another than before: tell those who want to know."""
@@ -102,12 +122,12 @@ class DaemonControl:
     def describe(self) -> LineDescription:
         """What the daemon is doing."""
         return LineDescription(
-            cameras=self.statuses(), products={name: str(file) for name, file in self._products().items()}
+            cameras=self.statuses(), products={name: str(file) for name, file in self._cameras.products.items()}
         )
 
     def statuses(self) -> tuple[CameraStatus, ...]:
         """What each camera is doing."""
-        return tuple(self._annotated(line.status()) for line in self._lines.values())
+        return tuple(self._status(line) for line in self._lines.values())
 
     def pause(self, camera: str | None = None) -> LineDescription:
         """Judge no more parts of a camera, or of all.
@@ -164,10 +184,10 @@ class DaemonControl:
         """
         with self._lock:
             line = self._one(camera)
-            products = self._products()
+            products = self._cameras.products
             if product not in products:
                 raise UsageError(f"no product {product!r}; there are {', '.join(products)}")
-            judge = self._load(line.name, product)
+            judge = self._cameras.load(line.name, product)
             kept = self._overrides.of(line.name)
             self._overrides.set_product(line.name, product)
             try:
@@ -194,61 +214,76 @@ class DaemonControl:
         if inspected is None:
             raise DataError(f"camera {line.name}: no part came within {timeout_s:g} s")
         result = inspected.result
-        if inspected.image is None or self._folder is None:
+        if inspected.image is None or self._snapshots is None:
             return CameraSnapshot(result=result, file=None)
         picture = inspected.image
         if inspected.anomaly_map is not None:
             picture = draw_overlay(picture, inspected.anomaly_map, result.threshold)
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
-        file = self._folder / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{line.name}-{part}.png"
-        with storage_errors(self._folder, "keep snapshots"):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._snapshots / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{line.name}-{part}.png"
+        with storage_errors(self._snapshots, "keep snapshots"):
+            self._snapshots.mkdir(parents=True, exist_ok=True)
         write_image(file, picture)
         return CameraSnapshot(result=result, file=str(file))
 
-    def golden(self, camera: str | None = None, expected: Literal["good", "bad"] | None = None) -> msgspec.Struct:
+    def test_golden_parts(
+        self, camera: str | None = None, expected: Literal["good", "bad"] | None = None
+    ) -> GoldenReport:
         """Test a camera with the photographs of its golden parts, or with the next part, which is good or bad.
 
         Raises:
-            UsageError: nothing here can do that; so with the next ones.
-            EdgeFlameError: what the one who can do it says.
+            UsageError: this daemon does no such thing; so with the next ones.
+            EdgeFlameError: the test cannot be made; see :meth:`GoldenTester.test`.
         """
-        return self._registered("golden")(self._one(camera).name, expected)
+        return self._tester(camera, "golden").test(expected)
 
-    def acknowledge(self, camera: str | None = None) -> msgspec.Struct:
+    def acknowledge(self, camera: str | None = None) -> GoldenStatus:
         """A person takes note that a camera's self-test failed; it is no longer a reason not to be ready."""
-        return self._registered("acknowledge")(self._one(camera).name)
+        return self._tester(camera, "acknowledge").acknowledge()
 
-    def drift(self, camera: str | None, action: Literal["clear", "relearn"]) -> msgspec.Struct:
+    def handle_drift(self, camera: str | None, action: Literal["clear", "relearn"]) -> CameraStatus:
         """What was done about a camera's drift: the cause was removed, or the line as it is now is right."""
-        return self._registered("drift")(self._one(camera).name, action)
+        line = self._one(camera)
+        watcher = self.drift_watchers.get(line.name)
+        if watcher is None:
+            raise UsageError(f"camera {line.name}: drift is not watched ([drift] enabled, and --state DIR)")
+        if action == "clear":
+            watcher.clear()
+        else:
+            watcher.relearn()
+        return self._status(line)
 
-    def rollback(self, product: str, *, to_file: bool = False) -> msgspec.Struct:
+    def roll_back(self, product: str, *, to_file: bool = False) -> ProductModels:
         """Go back to the model before, or to the configuration's file, on every camera with this product."""
-        return self._registered("rollback")(product, to_file)
+        if self.models is None:
+            raise _not_set_up("rollback")
+        return self.models.roll_back(product, to_file=to_file)
 
-    def switch_model(self, product: str) -> msgspec.Struct:
+    def switch_model(self, product: str) -> ProductModels:
         """Switch to the released model that has passed its shadow run and waits for this word."""
-        return self._registered("switch_model")(product)
+        if self.models is None:
+            raise _not_set_up("switch_model")
+        return self.models.promote(product)
 
-    def reload(self) -> msgspec.Struct:
+    def reload(self) -> ReloadReport:
         """Read the configuration again and change what can be changed; nothing, where it is wrong."""
-        handler = self._registered("reload")
+        if self._reread is None:
+            raise _not_set_up("reload")
         with self._lock:
             try:
-                done = handler()
+                report = self._cameras.reload(self._reread())
             except EdgeFlameError as exc:
                 log.error("reload_refused", reason=str(exc))
                 raise
-            log.warning("reloaded", **{name: ",".join(getattr(done, name)) for name in done.__struct_fields__})
-            self._changed()
-            return done
+            log.warning("reloaded", changed=",".join(report.changed), needs_restart=",".join(report.needs_restart))
+            self.changed()
+            return report
 
-    def _registered(self, name: Registered) -> Callable[..., msgspec.Struct]:
-        handler = self._handlers.get(name)
-        if handler is None:
-            raise UsageError(f"this daemon is not set up for {name}")
-        return handler
+    def _tester(self, camera: str | None, what: str) -> GoldenTester:
+        tester = self.golden.get(self._one(camera).name)
+        if tester is None:
+            raise _not_set_up(what)
+        return tester
 
     def _some(self, camera: str | None) -> Sequence[CameraWorker]:
         return list(self._lines.values()) if camera is None else [self._one(camera)]
@@ -266,7 +301,18 @@ class DaemonControl:
         self.changed()
         return self.describe()
 
-    def _annotated(self, status: CameraStatus) -> CameraStatus:
-        for annotator in self._annotators:
-            status = annotator(status)
-        return status
+    def _status(self, line: CameraWorker) -> CameraStatus:
+        status = line.status()
+        watcher, tester = self.drift_watchers.get(line.name), self.golden.get(line.name)
+        problem = None if tester is None else tester.problem()
+        return msgspec.structs.replace(
+            status,
+            drift=None if watcher is None else watcher.status(),
+            golden=None if tester is None else tester.status(),
+            not_ready=() if problem is None else (problem,),
+            models=None if self.models is None else self.models.status_of(status.product),
+        )
+
+
+def _not_set_up(what: str) -> UsageError:
+    return UsageError(f"this daemon is not set up for {what}")

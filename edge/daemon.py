@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, final
 
 import msgspec
 
@@ -31,9 +31,9 @@ from edge.inspector import Inspector
 from edge.models.released import ReleasedModels
 from edge.result import Inspected, Result
 from edge.sources.arrivals import Disposal
-from edge.status import CameraStatus, Expected, GoldenReport, GoldenStatus, PartCounts, Summary, Tally, line_state
+from edge.status import PartCounts, Summary, Tally, line_state
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
-from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError, UsageError
+from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError
 from edgeflame.log import EventLog
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def open_monitoring(
     Args:
         plan: of the cameras.
         lines: the cameras.
-        control: is told of both, and hands on what is asked of them.
+        control: is given both.
         state: the daemon's folder.
 
     Raises:
@@ -87,36 +87,7 @@ def open_monitoring(
             line.watch(watcher)
             stack.callback(line.unwatch, watcher)
 
-        def annotated(status: CameraStatus) -> CameraStatus:
-            watcher, tester = drift.get(status.camera), golden[status.camera]
-            problem = tester.problem()
-            return msgspec.structs.replace(
-                status,
-                drift=watcher.status() if watcher is not None else None,
-                golden=tester.status(),
-                not_ready=(*status.not_ready, problem) if problem is not None else status.not_ready,
-            )
-
-        def test(camera: str, expected: Expected | None) -> GoldenReport:
-            return golden[camera].test(expected)
-
-        def acknowledge(camera: str) -> GoldenStatus:
-            return golden[camera].acknowledge()
-
-        def deal_with_drift(camera: str, action: Literal["clear", "relearn"]) -> CameraStatus:
-            watcher = drift.get(camera)
-            if watcher is None:
-                raise UsageError(f"camera {camera}: drift is not watched ([drift] enabled, and --state DIR)")
-            if action == "clear":
-                watcher.clear()
-            else:
-                watcher.relearn()
-            return next(status for status in control.statuses() if status.camera == camera)
-
-        control.annotate(annotated)
-        control.register("golden", test)
-        control.register("acknowledge", acknowledge)
-        control.register("drift", deal_with_drift)
+        control.golden, control.drift_watchers = golden, drift
         yield
 
 
@@ -291,13 +262,11 @@ def run_inspection(
             outlets.append(ProductionFilter(pictures))
             cameras.on_section("rejects", pictures.reconfigure)
         control = DaemonControl(
-            lines,
-            products=lambda: cameras.products,
-            load=cameras.load,
+            cameras,
             overrides=overrides,
-            folder=state / SNAPSHOTS_FOLDER if state is not None else None,
+            snapshots=state / SNAPSHOTS_FOLDER if state is not None else None,
+            reread=reread if models is None else lambda: models.overlay(reread()),
         )
-        control.register("reload", lambda: cameras.reload(reread() if models is None else models.overlay(reread())))
         if state is None:
             stack.enter_context(open_monitoring(cameras.plan, lines, control, None))
             outlet: Sink = LockedSinks([*outlets, Disposal()])
@@ -324,7 +293,8 @@ def run_inspection(
             stack.callback(_begin_end, pipeline, plcs)
             outlet = stack.enter_context(OutboxWriter(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
-            stack.enter_context(models.running(cameras, control))
+            stack.enter_context(models.running(cameras, on_change=control.changed))
+            control.models = models
         busy: dict[str, Callable[[], float]] = {f"camera {line.name}": partial(_busy_s, line) for line in lines}
         if isinstance(outlet, OutboxWriter):
             busy["outbox"] = partial(_busy_s, outlet)

@@ -183,13 +183,13 @@ class CommandServer:
             case SwitchProduct():
                 return control.switch_product(command.camera, command.product)
             case RunGoldenTest():
-                return control.golden(command.camera, command.expected)
+                return control.test_golden_parts(command.camera, command.expected)
             case AcknowledgeTest():
                 return control.acknowledge(command.camera)
             case HandleDrift():
-                return control.drift(command.camera, command.action)
+                return control.handle_drift(command.camera, command.action)
             case RollBackModel():
-                return control.rollback(command.product, to_file=command.to_file)
+                return control.roll_back(command.product, to_file=command.to_file)
             case SwitchModel():
                 return control.switch_model(command.product)
             case ReloadConfig():

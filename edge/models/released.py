@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import final
 
-import msgspec
-
 from edge.cameras import Cameras, Plan
-from edge.control import DaemonControl
 from edge.delivery.mqtt import broker_url
 from edge.inspector import InspectorLoader
 from edge.models.fetch import ReleaseFetcher
@@ -19,7 +16,7 @@ from edge.models.manager import ModelManager
 from edge.models.rollout import CameraDeployment
 from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState, fall_back, package_files, settle_at_start
 from edge.models.store import MODELS_FOLDER, RECORD_FILE, PackageStore, TrustedKeys
-from edge.status import CameraStatus, RolloutStatus
+from edge.status import RolloutStatus
 from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import ProductModels
@@ -103,7 +100,7 @@ class ReleasedModels:
         self._store = PackageStore(folder)
         self._record = ModelStateFile(folder / RECORD_FILE)
         self._plan = plan
-        self._keeper: ModelManager | None = None
+        self._fetcher: ReleaseFetcher | None = None
         self._is_running = False
         """The record says what was decided; before, it is what was settled at the start."""
         self._settled: dict[str, ProductState] = settle_at_start(
@@ -145,8 +142,12 @@ class ReleasedModels:
         return self._overlaid(plan)
 
     @contextlib.contextmanager
-    def running(self, cameras: Cameras, control: DaemonControl) -> Iterator[None]:
+    def running(self, cameras: Cameras, *, on_change: Callable[[], object]) -> Iterator[None]:
         """Look after models meanwhile. The state folder is this process's alone.
+
+        Args:
+            cameras: on which models are switched.
+            on_change: called after anything was done that others may want to show.
 
         Raises:
             EdgeFlameError: what was decided cannot be written, or the broker's settings make no sense.
@@ -158,7 +159,7 @@ class ReleasedModels:
                 self._record.write(product, entry)
         self._is_running = True
         deadlines = [one.deadline_ms for one in (camera.settings.parts for camera in self._plan.cameras)]
-        agent = ReleaseFetcher(
+        fetcher = ReleaseFetcher(
             lambda wake: ModelManager(
                 self._config,
                 line=mqtt.line,
@@ -174,38 +175,48 @@ class ReleasedModels:
             broker=broker_url(mqtt),
             fleet=mqtt.fleet,
             line=mqtt.line,
-            on_change=control.changed,
+            on_change=on_change,
         )
-        with agent:
-            keeper = agent.keeper
+        with fetcher:
             for line in cameras.lines:
-                line.watch(keeper)
-
-            def roll_back(name: str, to_file: bool) -> ProductModels:
-                product = keeper.find(name)
-                agent.ask(lambda: keeper.roll_back(product, to_file=to_file))
-                return keeper.model_of(product)
-
-            def switch(name: str) -> ProductModels:
-                product = keeper.find(name)
-                agent.ask(lambda: keeper.switch(product))
-                return keeper.model_of(product)
-
-            control.register("rollback", roll_back)
-            control.register("switch_model", switch)
-            control.annotate(lambda status: self._with_models(status, agent.models))
-            self._keeper = keeper
+                line.watch(fetcher.keeper)
+            self._fetcher = fetcher
             yield
+
+    def roll_back(self, name: str, *, to_file: bool) -> ProductModels:
+        """Go back to the model before, or to the configuration's file.
+
+        Raises:
+            UsageError: there is no such product, or nothing to go back to.
+            EdgeFlameError: nothing earlier can be opened.
+        """
+        return self._decide(name, lambda manager, product: manager.roll_back(product, to_file=to_file))
+
+    def promote(self, name: str) -> ProductModels:
+        """Switch to the candidate that waits for this word.
+
+        Raises:
+            UsageError: there is no such product, or none waits.
+        """
+        return self._decide(name, ModelManager.switch)
+
+    def status_of(self, name: str) -> ProductModels | None:
+        """The models of a product of the configuration, as the fleet is told; None where there are none for it."""
+        models = () if self._fetcher is None else self._fetcher.models
+        names = {product: one.name for product, one in self._configured.items()}
+        return next((one for one in models if names.get(one.product) == name), None)
 
     def figures(self) -> RolloutStatus:
         """For metrics."""
-        return RolloutStatus() if self._keeper is None else self._keeper.figures()
+        return RolloutStatus() if self._fetcher is None else self._fetcher.keeper.figures()
 
-    def _with_models(self, status: CameraStatus, models: Sequence[ProductModels]) -> CameraStatus:
-        """A camera's status with what is known of its product's models."""
-        names = {product: one.name for product, one in self._configured.items()}
-        found = next((one for one in models if names.get(one.product) == status.product), None)
-        return msgspec.structs.replace(status, models=found)
+    def _decide(self, name: str, decide: Callable[[ModelManager, str], None]) -> ProductModels:
+        """Have something decided about a product, on the thread that decides."""
+        assert self._fetcher is not None
+        fetcher, manager = self._fetcher, self._fetcher.keeper
+        product = manager.find(name)
+        fetcher.ask(lambda: decide(manager, product))
+        return manager.model_of(product)
 
     def _overlaid(self, plan: Plan) -> Plan:
         record = {**self._settled, **self._record.record.products} if self._is_running else self._settled

@@ -17,9 +17,9 @@ import msgspec
 from starlette.requests import Request
 
 from edge.config.outputs import WebConfig
-from edge.control import CameraSnapshot, DaemonControl
+from edge.control import DaemonControl
 from edge.delivery.pipeline import Deliverer
-from edge.status import CameraStatus, GoldenReport
+from edge.status import CameraStatus
 from edge.web.feedback import FeedbackStore
 from edge.web.history import HistoryView, PartHistory, ShownPart
 from edge.web.metrics import LineMetrics
@@ -100,15 +100,15 @@ class OperatorActions:
             "pause": (lambda: self._control.pause(camera), "Paused."),
             "resume": (lambda: self._control.resume(camera), "Goes on."),
             "acknowledge": (lambda: self._control.acknowledge(camera), "Noted that the self-test failed."),
-            "drift-clear": (lambda: self._control.drift(camera, "clear"), "Cleared. Watching begins again."),
-            "drift-relearn": (lambda: self._control.drift(camera, "relearn"), "The next parts are learnt."),
+            "drift-clear": (lambda: self._control.handle_drift(camera, "clear"), "Cleared. Watching begins again."),
+            "drift-relearn": (lambda: self._control.handle_drift(camera, "relearn"), "The next parts are learnt."),
         }
         if order.action in simple:
             call, said = simple[order.action]
             call()
             return PageAnswer(ok=True, message=said)
         if order.action == "snapshot":
-            taken: CameraSnapshot = self._control.snapshot(camera)
+            taken = self._control.snapshot(camera)
             told = f"Kept as {taken.file}." if taken.file is not None else "The next part had no picture."
             return PageAnswer(ok=taken.file is not None, message=told)
         if order.action == "product":
@@ -118,10 +118,9 @@ class OperatorActions:
             return PageAnswer(ok=True, message=f"Judges {order.product} from the next part on.")
         if order.action == "rollback":
             product = next(status.product for status in self._control.statuses() if status.camera == camera)
-            self._control.rollback(product)
+            self._control.roll_back(product)
             return PageAnswer(ok=True, message=f"{product}: back to the model before.")
-        report = self._control.golden(camera, order.expected)
-        assert isinstance(report, GoldenReport)
+        report = self._control.test_golden_parts(camera, order.expected)
         verdict = "Self-test passed" if report.passed else "Self-test FAILED"
         return PageAnswer(ok=report.passed, message=f"{verdict}: {report.message}.")
 

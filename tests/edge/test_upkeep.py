@@ -86,7 +86,7 @@ def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> It
     overrides = Overrides(None)
     cameras = Cameras(plan, loader, overrides)
     lines = cameras.lines
-    control = DaemonControl(lines, products=lambda: cameras.products, load=cameras.load, overrides=overrides)
+    control = DaemonControl(cameras, overrides=overrides)
     told: list[Result] = []
     halt = threading.Event()
 
@@ -171,12 +171,12 @@ class TestDrift:
             wait_for(lambda: condition() == "alarm", "an alarm")
             assert heard.is_set()
             wait_for(lambda: running.control.statuses()[0].ended, "the end of the folder")
-            running.control.drift(None, "clear")
+            running.control.handle_drift(None, "clear")
             assert condition() == "ok"
-            running.control.drift("camera", "relearn")
+            running.control.handle_drift("camera", "relearn")
             assert condition() == "learning"
             with pytest.raises(UsageError, match="no camera"):
-                running.control.drift("other", "clear")
+                running.control.handle_drift("other", "clear")
 
     def test_switched_off_nothing_is_watched(self, tmp_path: Path, package_with_reference: Path) -> None:
         photos = write_images(tmp_path / "photos")
@@ -185,7 +185,7 @@ class TestDrift:
             wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
             assert running.control.statuses()[0].drift is None
             with pytest.raises(UsageError, match="not watched"):
-                running.control.drift(None, "clear")
+                running.control.handle_drift(None, "clear")
         assert not (tmp_path / "state" / "drift").exists()
 
 
@@ -196,7 +196,7 @@ class TestGolden:
         golden = GoldenConfig(folder=str(photographs(tmp_path / "golden")))
         source = "boards:warm_wood?parts=100000"
         with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
-            report = running.control.golden()
+            report = running.control.test_golden_parts()
             assert isinstance(report, GoldenReport)
             assert (report.passed, report.message) == (True, "4 golden parts judged rightly")
             assert [check.part for check in report.checks] == ["good/0.png", "good/1.png", "bad/0.png", "bad/1.png"]
@@ -215,7 +215,7 @@ class TestGolden:
         golden = GoldenConfig(folder=str(photographs(tmp_path / "golden", wrong=True)))
         source = str(write_images(tmp_path / "photos"))
         with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
-            running.control.golden()
+            running.control.test_golden_parts()
             (reason,) = running.control.statuses()[0].not_ready
             assert "2 of 4 golden parts judged wrongly: bad/0.png should fail and came out pass at 0." in reason
         # Also after a restart.
@@ -230,7 +230,7 @@ class TestGolden:
         assert [msgspec.json.decode(line, type=GoldenStatus).acknowledged for line in lines] == [False, True]
         lax = msgspec.structs.replace(golden, blocks_readiness=False)
         with daemon(tmp_path, package_with_reference, source=source, golden=lax) as running:
-            running.control.golden()
+            running.control.test_golden_parts()
             assert running.control.statuses()[0].not_ready == ()
 
     def test_an_unreadable_photograph_fails_the_test(self, tmp_path: Path, package_with_reference: Path) -> None:
@@ -239,7 +239,7 @@ class TestGolden:
         golden = GoldenConfig(folder=str(folder))
         source = str(write_images(tmp_path / "photos"))
         with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
-            report = running.control.golden()
+            report = running.control.test_golden_parts()
             assert isinstance(report, GoldenReport)
             assert not report.passed
             assert "bad/0.png should fail and came out unknown" in report.message
@@ -254,14 +254,14 @@ class TestGolden:
         golden = GoldenConfig(wait_s=20)
         with daemon(tmp_path, package_with_reference, source=str(photos), golden=golden) as running:
             with pytest.raises(UsageError, match="folder is not configured"):
-                running.control.golden()
+                running.control.test_golden_parts()
             running.control.pause()
             answers: list[Any] = []
-            asking = threading.Thread(target=lambda: answers.append(running.control.golden(None, "bad")))
+            asking = threading.Thread(target=lambda: answers.append(running.control.test_golden_parts(None, "bad")))
             asking.start()
             wait_for(lambda: bool(running.lines[0]._goldens._waiting), "the request")
             with pytest.raises(UsageError, match="is running"):
-                running.control.golden(None, "good")
+                running.control.test_golden_parts(None, "good")
             running.control.resume()
             asking.join(20)
             wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
@@ -294,7 +294,7 @@ class TestGolden:
         with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
             wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
             with pytest.raises(DataError, match=r"no part came within 0\.05 s"):
-                running.control.golden(None, "good")
+                running.control.test_golden_parts(None, "good")
             assert not running.lines[0]._goldens._waiting
         assert not any(result.golden for result in running.told)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -42,13 +43,12 @@ class Office:
             CameraWorker(name, lambda belt=belt: belt, FakeJudge(), CaptureConfig())  # type: ignore[misc]
             for name, belt in self.belts.items()
         ]
-        self.control = DaemonControl(
-            self.lines,
-            products=lambda: {"tile": Path("t"), "board": Path("b")},
+        cameras = SimpleNamespace(
+            lines=self.lines,
+            products={"tile": Path("t"), "board": Path("b")},
             load=lambda _camera, product: FakeJudge(product),
-            overrides=Overrides(folder),
-            folder=folder,
         )
+        self.control = DaemonControl(cameras, overrides=Overrides(folder), snapshots=folder)  # type: ignore[arg-type]
         self.now = 0.0
         self.replies: list[Reply] = []
         self.desk = CommandServer(self.control, self._hear, clock=lambda: self.now)

@@ -8,7 +8,8 @@ import http.client
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from edge.control import DaemonControl
 from edge.daemon import open_monitoring
 from edge.inspector import InspectorLoader
 from edge.result import Inspected
-from edge.status import DriftCondition, DriftStatus, RolloutStatus, ShadowStatus, StreamStatus
+from edge.status import CameraStatus, DriftCondition, DriftStatus, RolloutStatus, ShadowStatus, StreamStatus
 from edge.web.feedback import FeedbackStore
 from edge.web.history import PartHistory
 from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
@@ -128,6 +129,10 @@ class Plc:
     num_missed = 2
 
 
+def _seen_as_camera(status: Callable[[], CameraStatus]) -> CameraStatus:
+    return msgspec.structs.replace(status(), dropped={"superseded": 3}, source="camera:0")
+
+
 @contextlib.contextmanager
 def station(
     folder: Path,
@@ -148,15 +153,10 @@ def station(
     overrides = Overrides(None)
     opened_cameras = Cameras(plan, InspectorLoader(device="cpu", num_threads=1), overrides)
     lines = opened_cameras.lines
-    control = DaemonControl(
-        lines,
-        products=lambda: opened_cameras.products,
-        load=opened_cameras.load,
-        overrides=overrides,
-        folder=folder / "snapshots",
-    )
+    for line in lines:
+        line.status = partial(_seen_as_camera, line.status)  # type: ignore[method-assign]
+    control = DaemonControl(opened_cameras, overrides=overrides, snapshots=folder / "snapshots")
     with open_monitoring(plan, lines, control, folder / "state"):
-        control.annotate(lambda status: msgspec.structs.replace(status, dropped={"superseded": 3}, source="camera:0"))
         metrics = LineMetrics(control.statuses, deliverers=[])
         expires = dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc)
         metrics.registry.register(HostMetrics(folder, {"camera": Plc()}, certificate_expires=expires))
@@ -469,7 +469,8 @@ def test_several_cameras_drift_and_orders_in_a_browser(
     golden = photographs(tmp_path / "golden", wrong=True)
     with station(tmp_path, package_file, cameras=("left", "right"), golden=golden) as (opened, address):
         state = drifting()
-        opened._control.annotate(lambda status: msgspec.structs.replace(status, drift=state))
+        for watcher in opened._control.drift_watchers.values():
+            watcher.status = lambda: state  # type: ignore[method-assign]
         page = browser.new_page(viewport={"width": width, "height": height})
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -537,15 +538,20 @@ def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_
     models = ProductModels(product="tile", present=file, candidate=tried)
     asked: list[str] = []
 
-    def roll_back(product: str, to_file: bool) -> RunningModel:
-        assert not to_file
-        asked.append(product)
-        return file
+    class Fleet:
+        def roll_back(self, name: str, *, to_file: bool) -> ProductModels:
+            assert not to_file
+            asked.append(name)
+            return models
+
+        def promote(self, name: str) -> ProductModels:
+            raise NotImplementedError
+
+        def status_of(self, name: str) -> ProductModels:
+            return models
 
     with station(tmp_path, package_file) as (opened, address):
-        control = opened._control
-        control.annotate(lambda status: msgspec.structs.replace(status, models=models))
-        control.register("rollback", roll_back)
+        opened._control.models = Fleet()
         judge(opened, part(0))
         page = browser.new_page()
         page.goto(address)
