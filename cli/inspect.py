@@ -189,7 +189,7 @@ def command(
     _show(summary, as_json=as_json)
     if summary_file is not None:
         _write(summary_file, summary)
-    if stopped and not all(line.is_endless for line in cameras.lines):
+    if stopped and not all(line.is_endless for line in cameras.workers):
         raise KeyboardInterrupt
 
 

@@ -3,12 +3,11 @@
 Theory of operation
 -------------------
 The loop runs on a thread of its own, in :meth:`CameraWorker.run`. Everybody else changes it through the methods above
-it,
-which wait for the frame in hand and take effect before the next one (:class:`FrameLock`).
+it, which wait for the frame in hand and take effect before the next one (:class:`FrameLock`).
 
 A camera that cannot be opened, or whose capture fails, is tried again with growing pauses. Each outage gives one part
-with the verdict ``unknown``. A judge that fails unexpectedly costs the part in hand its verdict (``unknown`` as well)
-and not the daemon its life, so long as it does not happen again and again: then :class:`CrashLoopError` ends the
+with the verdict ``unknown``. An inspector that fails unexpectedly costs the part in hand its verdict (``unknown`` as
+well) and not the daemon its life, so long as it does not happen again and again: then :class:`CrashLoopError` ends the
 daemon, for its supervisor to start it afresh.
 
 The golden part of a self-test is the first part whose picture was taken after the request: frames that were waiting
@@ -51,7 +50,7 @@ from edgeflame.errors import (
 from edgeflame.log import EventLog
 
 PATIENCE_S = 5.0
-"""How long a change waits for the frame in hand; a judge that takes longer hangs."""
+"""How long a change waits for the frame in hand; a model that takes longer hangs."""
 
 
 @final
@@ -67,8 +66,8 @@ class FrameLock:
         self._door, self._lock = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
-    def frame(self) -> Iterator[None]:
-        """While a frame is judged."""
+    def hold_frame(self) -> Iterator[None]:
+        """Held while a frame is judged."""
         with self._door:
             pass
         with self._lock:
@@ -76,7 +75,7 @@ class FrameLock:
 
     @contextlib.contextmanager
     def between_frames(self) -> Iterator[None]:
-        """While something is changed.
+        """Held while something is changed.
 
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
@@ -112,7 +111,7 @@ class RestartBudget:
         self._clock = clock
         self._crashes: collections.deque[float] = collections.deque()
 
-    def note(self, exc: Exception) -> None:
+    def record(self, exc: Exception) -> None:
         """Note an unexpected error.
 
         Raises:
@@ -132,7 +131,7 @@ class RestartBudget:
 
 @final
 class GoldenRequests:
-    """Safe for any thread. A request that was given up in time marks nothing.
+    """Requests for the next part as a golden one; thread-safe. A request that was given up in time marks nothing.
 
     Args:
         clock: monotonic, seconds; that of the frames.
@@ -160,8 +159,8 @@ class GoldenRequests:
             # It came at the last moment, and is marked.
             return answer.get()
 
-    def take(self, inspected: Inspected, captured: Captured) -> Inspected:
-        """A part that was just judged; marked as golden if somebody waits for one.
+    def mark_if_golden(self, inspected: Inspected, captured: Captured) -> Inspected:
+        """The part that was just judged, marked as golden if somebody waits for one.
 
         An outage shows no part: it is never taken for one.
         """
@@ -177,18 +176,18 @@ class GoldenRequests:
 
 
 class PartListener(Protocol):
-    """Looks on at every part after its verdict has been handed on: a shadow model, a drift monitor.
+    """Gets every part after its verdict has been handed on: a shadow model, a drift monitor.
 
-    It must never hold the line up: what takes longer than microseconds it does on a thread of its own.
+    It must never hold the camera up: what takes longer than microseconds it does on a thread of its own.
     """
 
-    def watch(self, captured: Captured, inspected: Inspected) -> None:
-        """One part, on the line's thread."""
+    def on_part(self, captured: Captured, inspected: Inspected) -> None:
+        """One part, on the camera's thread."""
         ...
 
 
 PAUSED = "paused"
-"""Why a live frame was dropped: the line was told to rest."""
+"""Why a live frame was dropped: the camera was paused."""
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 """Between attempts to get a camera back: doubles from the first to the longest."""
@@ -199,15 +198,15 @@ _HOPELESS = (ConfigError, UsageError, MissingDependencyError)
 
 @final
 class CameraWorker:
-    """One camera with its judge.
+    """Judges the parts of one camera.
 
     Args:
         name: of the camera.
         open_source: gives the camera; called again for each attempt after a failure.
-        judge: of its frames.
+        inspector: judges its frames.
         capture: how its frames are queued.
-        watchers: look on at every part.
-        keeper: of its parts' numbers and deadlines; left out, they have none.
+        listeners: get every part after its verdict.
+        tracker: of its parts' numbers and deadlines; left out, they have none.
         clock: monotonic, seconds.
 
     Raises:
@@ -218,23 +217,23 @@ class CameraWorker:
         self,
         name: str,
         open_source: Callable[[], Source],
-        judge: InspectorProtocol,
+        inspector: InspectorProtocol,
         capture: CaptureConfig,
         *,
-        watchers: Sequence[PartListener] = (),
-        keeper: PartTracker | None = None,
+        listeners: Sequence[PartListener] = (),
+        tracker: PartTracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self._open_source = open_source
         self._source = open_source()
-        self._judge = judge
+        self._inspector = inspector
         self._threshold_set = False
         self._config = capture
-        self._watchers = tuple(watchers)
-        self._keeper = PartTracker(name, TriggerConfig(), PartsConfig()) if keeper is None else keeper
+        self._listeners = tuple(listeners)
+        self._tracker = PartTracker(name, TriggerConfig(), PartsConfig()) if tracker is None else tracker
         self._clock = clock
-        self._turn = FrameLock(name)
+        self._frame_lock = FrameLock(name)
         self._resumed = threading.Event()
         self._resumed.set()
         self._snapshots: queue.SimpleQueue[queue.SimpleQueue[Inspected]] = queue.SimpleQueue()
@@ -251,12 +250,12 @@ class CameraWorker:
         self.parts = 0
         """Judged since the start."""
 
-    # What anybody may ask and say.
+    # For any thread.
 
     @property
-    def judge(self) -> InspectorProtocol:
-        """Who judges now."""
-        return self._judge
+    def inspector(self) -> InspectorProtocol:
+        """What judges its parts now."""
+        return self._inspector
 
     @property
     def is_live(self) -> bool:
@@ -276,7 +275,7 @@ class CameraWorker:
     def dropped(self) -> collections.Counter[str]:
         """Frames never looked at so far, by reason."""
         capture = self._capture
-        return self._dropped + self._keeper.dropped + (capture.dropped if capture else collections.Counter())
+        return self._dropped + self._tracker.dropped + (capture.dropped if capture else collections.Counter())
 
     @property
     def busy_s(self) -> float:
@@ -285,37 +284,37 @@ class CameraWorker:
         """
         since = self._busy_since
         own = 0.0 if since is None else max(0.0, self._clock() - since)
-        return max(own, self._keeper.busy_s())
+        return max(own, self._tracker.busy_s())
 
     def status(self) -> CameraStatus:
         """What it is doing now."""
-        judge, busy_s = self._judge, self.busy_s
+        inspector, busy_s = self._inspector, self.busy_s
         hangs = f"one part has been in hand for {busy_s:.0f} s" if busy_s > PATIENCE_S else None
         return CameraStatus(
             camera=self.name,
             source=self._source.name,
-            product=judge.product,
-            model=judge.model_id,
-            provider=judge.provider,
-            threshold=judge.threshold,
+            product=inspector.product,
+            model=inspector.model_id,
+            provider=inspector.provider,
+            threshold=inspector.threshold,
             threshold_set=self._threshold_set,
             paused=self.is_paused,
             ended=self._ended,
-            problem=hangs or self._keeper.problem() or self._problem,
+            problem=hangs or self._tracker.problem() or self._problem,
             parts=self.parts,
             dropped=dict(self.dropped),
-            counts=copy.copy(self._keeper.counts),
-            trigger_up=self._keeper.trigger_up,
+            counts=copy.copy(self._tracker.counts),
+            trigger_up=self._tracker.trigger_up,
         )
 
     @property
-    def has_identity(self) -> bool:
+    def has_sequence(self) -> bool:
         """Whether its parts have numbers or names that mean something."""
-        return self._keeper.has_identity
+        return self._tracker.has_sequence
 
-    def recall(self, past: Iterable[Result]) -> None:
-        """Take note of what was found before this start, oldest first: of parts' numbers and names."""
-        self._keeper.recall(past)
+    def restore(self, past: Iterable[Result]) -> None:
+        """Restore what is known of parts' numbers and names from earlier results, oldest first."""
+        self._tracker.restore(past)
 
     def pause(self) -> None:
         """Judge no more frames. A camera's are dropped and counted; files and triggered parts wait."""
@@ -326,38 +325,38 @@ class CameraWorker:
         self._resumed.set()
 
     def set_threshold(self, value: float | None) -> None:
-        """Another threshold from the next frame on; None for the judge's own.
+        """Another threshold from the next frame on; None for the inspector's own.
 
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
-        with self._turn.between_frames():
-            self._judge.set_threshold(value)
+        with self._frame_lock.between_frames():
+            self._inspector.set_threshold(value)
             self._threshold_set = value is not None
 
-    def use(self, judge: InspectorProtocol, *, threshold: float | None = None) -> InspectorProtocol:
-        """Have another judge from the next frame on; returns the one before. Not a frame is lost between them.
+    def replace_inspector(self, inspector: InspectorProtocol, *, threshold: float | None = None) -> InspectorProtocol:
+        """Judge with another inspector from the next frame on; returns the one before. No frame is lost between them.
 
         Args:
-            judge: the other.
+            inspector: the other.
             threshold: for it, in place of its own.
 
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
-        with self._turn.between_frames():
+        with self._frame_lock.between_frames():
             if threshold is not None:
-                judge.set_threshold(threshold)
-            before, self._judge, self._threshold_set = self._judge, judge, threshold is not None
+                inspector.set_threshold(threshold)
+            before, self._inspector, self._threshold_set = self._inspector, inspector, threshold is not None
         return before
 
-    def watch(self, watcher: PartListener) -> None:
-        """Have somebody look on from the next frame on."""
-        self._watchers = (*self._watchers, watcher)
+    def add_listener(self, listener: PartListener) -> None:
+        """Show a listener every part from the next one on."""
+        self._listeners = (*self._listeners, listener)
 
-    def unwatch(self, watcher: PartListener) -> None:
-        """Have somebody look on no more; nothing if nobody did."""
-        self._watchers = tuple(other for other in self._watchers if other is not watcher)
+    def remove_listener(self, listener: PartListener) -> None:
+        """Show a listener no more parts; nothing if it was none."""
+        self._listeners = tuple(other for other in self._listeners if other is not listener)
 
     def snapshot(self, timeout_s: float) -> Inspected | None:
         """The next part that is judged, with its evidence; None when none came in time."""
@@ -368,18 +367,18 @@ class CameraWorker:
         except queue.Empty:
             return None
 
-    def golden(self, timeout_s: float) -> Inspected | None:
+    def next_golden_part(self, timeout_s: float) -> Inspected | None:
         """The next part, which is a golden one and marked so; None when none came in time, and then none will be."""
         return self._goldens.wait_for_one(timeout_s)
 
-    def rehearse(self, captured: Captured) -> Inspected:
-        """Have a photograph judged between two frames; nobody but the caller is told.
+    def inspect_photograph(self, captured: Captured) -> Inspected:
+        """Judge a photograph between two frames; its result goes to the caller alone.
 
         Raises:
             RuntimeUnavailableError: the frame in hand does not come to an end.
         """
-        with self._turn.between_frames():
-            return self._judge.rehearse(captured)
+        with self._frame_lock.between_frames():
+            return self._inspector.inspect_photograph(captured)
 
     # The loop.
 
@@ -398,12 +397,12 @@ class CameraWorker:
         try:
             self._run(accept, halt, is_alone=is_alone)
         except CrashLoopError:
-            self._give_up_unread(accept)
+            self._report_unread(accept)
             raise
         else:
-            self._give_up_unread(accept)
+            self._report_unread(accept)
         finally:
-            self._keeper.close()
+            self._tracker.close()
 
     def _run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool) -> None:
         backoff, is_out = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S, jitter=0.0), False
@@ -421,7 +420,7 @@ class CameraWorker:
                     raise
                 reason = str(exc)
             except Exception as exc:
-                self._crashes.note(exc)
+                self._crashes.record(exc)
                 if not self.is_endless:
                     # From its beginning again, it would give its parts a second time.
                     raise CrashLoopError(f"camera {self.name}: the source failed unexpectedly: {exc!r}") from exc
@@ -448,21 +447,21 @@ class CameraWorker:
 
     def _run_once(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
         self._capture = Capture(self._source, self._config, halt, first=self._next_sequence)
-        ahead = self._ahead(self._capture, halt)
+        ahead = self._prefetching(self._capture, halt)
         try:
             with ahead as frames:
                 for captured in frames:
                     self._next_sequence = captured.sequence + 1
                     self._has_worked |= captured.frame.image_bgr is not None
-                    wanted = captured if self._resumed.is_set() else self._rest(captured, halt)
+                    wanted = captured if self._resumed.is_set() else self._wait_while_paused(captured, halt)
                     if wanted is not None:
-                        self._deal_with(wanted, accept)
+                        self._process(wanted, accept)
         finally:
             self._dropped += self._capture.dropped
-            self._unread += self._keeper.unfinished(ahead.unread())
+            self._unread += self._tracker.unfinished(ahead.unread())
             self._capture = None
 
-    def _give_up_unread(self, accept: Callable[[Inspected], None]) -> None:
+    def _report_unread(self, accept: Callable[[Inspected], None]) -> None:
         """Parts that were announced before the end, and whose turn has not come: unknown, and not forgotten."""
         unread, self._unread = self._unread, []
         for captured in unread:
@@ -470,20 +469,23 @@ class CameraWorker:
             self._next_sequence += 1
             detail = "the inspection was stopped before its turn"
             self.parts += 1
-            accept(self._keeper.finish(self._judge, placed, unscored(placed, Reason.NOT_SCORED, detail)))
+            accept(self._tracker.finish(self._inspector, placed, unscored(placed, Reason.NOT_SCORED, detail)))
 
-    def _ahead(self, capture: Capture, halt: threading.Event) -> PrefetchPool | Capture:
-        """The capture's frames, looked at ahead of their turn where that is worth it."""
-        looker = self._judge.looker
-        # A model that hangs would hold the lanes, and with them the parts behind, beyond their deadlines.
-        if looker is None or self._keeper.has_deadline:
+    def _prefetching(self, capture: Capture, halt: threading.Event) -> PrefetchPool | Capture:
+        """The capture's frames, observed ahead of their turn where that is worth it."""
+        observer = self._inspector.observer
+        # A model that hangs would hold the prefetching, and with it the parts behind, beyond their deadlines.
+        if observer is None or self._tracker.has_deadline:
             return capture
         return PrefetchPool(
-            capture, lambda: self._judge.looker if self._resumed.is_set() else None, halt, count=looker.lanes
+            capture,
+            lambda: self._inspector.observer if self._resumed.is_set() else None,
+            halt,
+            count=observer.num_parallel,
         )
 
-    def _rest(self, captured: Captured, halt: threading.Event) -> Captured | None:
-        """A frame that came while the line rests: dropped if it is a camera's, else judged when the rest is over.
+    def _wait_while_paused(self, captured: Captured, halt: threading.Event) -> Captured | None:
+        """A frame that came during a pause: dropped if it is a camera's, else judged when the pause is over.
 
         A part that was announced is not dropped; it waits until its deadline.
         """
@@ -491,7 +493,7 @@ class CameraWorker:
         if self.is_live and not is_announced:
             self._dropped[PAUSED] += 1
             return None
-        due = self._keeper.due_s(captured) if is_announced else None
+        due = self._tracker.due_s(captured) if is_announced else None
         while not self._resumed.wait(0.2 if due is None else max(0.0, min(0.2, due - self._clock()))):
             if halt.is_set():
                 return captured if is_announced else None
@@ -504,11 +506,11 @@ class CameraWorker:
             captured, frame=dataclasses.replace(captured.frame, captured_monotonic_s=self._clock())
         )
 
-    def _deal_with(self, captured: Captured, accept: Callable[[Inspected], None]) -> None:
+    def _process(self, captured: Captured, accept: Callable[[Inspected], None]) -> None:
         self._busy_since = self._clock()
         try:
-            with self._turn.frame():
-                inspected = self._goldens.take(self._judged(captured), captured)
+            with self._frame_lock.hold_frame():
+                inspected = self._goldens.mark_if_golden(self._inspect(captured), captured)
             self.parts += not inspected.result.golden
             if captured.frame.image_bgr is not None:
                 self._problem = None
@@ -522,24 +524,24 @@ class CameraWorker:
             self._busy_since = None
         while not self._snapshots.empty():
             self._snapshots.get().put(inspected)
-        for watcher in self._watchers:
+        for listener in self._listeners:
             try:
-                watcher.watch(captured, inspected)
-            except Exception as exc:  # noqa: BLE001 - an onlooker must not break the line
-                log.error("watcher_failed", camera=self.name, watcher=type(watcher).__name__, reason=repr(exc))
-                self.unwatch(watcher)
-        self._keeper.check()
+                listener.on_part(captured, inspected)
+            except Exception as exc:  # noqa: BLE001 - a listener must not break the line
+                log.error("watcher_failed", camera=self.name, watcher=type(listener).__name__, reason=repr(exc))
+                self.remove_listener(listener)
+        self._tracker.raise_if_hung()
 
-    def _judged(self, captured: Captured) -> Inspected:
+    def _inspect(self, captured: Captured) -> Inspected:
         try:
-            observation = self._keeper.inspect(self._judge, captured)
+            observation = self._tracker.inspect(self._inspector, captured)
         except Exception as exc:  # noqa: BLE001 - the outermost frame of a camera's loop
-            self._crashes.note(exc)
+            self._crashes.record(exc)
             observation = unscored(captured, Reason.RUNTIME_FAILED, f"an unexpected error: {exc!r}")
-        return self._keeper.finish(self._judge, captured, observation)
+        return self._tracker.finish(self._inspector, captured, observation)
 
     def _report_outage(self, reason: str, accept: Callable[[Inspected], None]) -> None:
-        """What nobody looked at is never a pass, and said to be unknown."""
+        """One ``unknown`` for an outage: what was not seen is never a pass."""
         frame = make_frame(
             part_id=f"outage-{self._next_sequence:06d}",
             source=self._source.name,
@@ -549,7 +551,7 @@ class CameraWorker:
         frame = dataclasses.replace(frame, fault=Reason.UNREADABLE)
         captured = Captured(sequence=self._next_sequence, frame=frame)
         self._next_sequence += 1
-        self._deal_with(captured, accept)
+        self._process(captured, accept)
         self._problem = reason
 
     def _try_to_reopen(self) -> None:

@@ -2,8 +2,9 @@
 
 Which cameras a daemon has and which product each begins with comes from the configuration and the command line.
 
-What can be changed while parts pass is changed between two frames: the rules of the judges, their packages, and what
-other parts of the daemon said they can take. Everything else is named, so that nobody believes it changed.
+What can be changed while parts pass is changed between two frames: the inspectors' rules, their packages, and sections
+that other parts of the daemon can take (:meth:`Cameras.on_section_change`). Everything else is named, so that nobody
+believes it changed.
 
 Changes by command that outlive a restart, thresholds and products, are kept in one small file in the state folder. A
 threshold is a raw distance of one model and means nothing to another, so it is kept by model.
@@ -20,7 +21,7 @@ from typing import Any, final
 import msgspec
 
 from edge.camera_worker import CameraWorker
-from edge.config import JUDGE_SECTIONS, CameraConfig, InspectConfig
+from edge.config import INSPECTION_SECTIONS, CameraConfig, InspectConfig
 from edge.config.outputs import ModbusConfig
 from edge.delivery.outbox import OUTBOX_FILE
 from edge.inspector import InspectorLoader, InspectorProtocol
@@ -122,7 +123,7 @@ OVERRIDES_FILE = "commanded.json"
 
 
 class CameraOverrides(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one camera."""
+    """What was changed by command of one camera."""
 
     product: str | None = None
     thresholds: dict[str, float] = {}
@@ -135,7 +136,7 @@ class _Document(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class Overrides:
-    """The file; for one thread at a time.
+    """What was changed by command, in its file. Not thread-safe.
 
     Args:
         folder: the state folder; None: nothing is kept beyond this run.
@@ -152,7 +153,7 @@ class Overrides:
             document = read_json(self._file, _Document, advice=advice)
             self._cameras = dict(document.cameras) if document is not None else {}
 
-    def of(self, camera: str) -> CameraOverrides:
+    def get(self, camera: str) -> CameraOverrides:
         """What was changed of a camera."""
         return self._cameras.get(camera, CameraOverrides())
 
@@ -162,17 +163,17 @@ class Overrides:
         Raises:
             StorageError: it cannot be kept; nothing is changed then.
         """
-        thresholds = {**self.of(camera).thresholds}
+        thresholds = {**self.get(camera).thresholds}
         thresholds.pop(model, None)
         if value is not None:
             thresholds[model] = value
-        self._keep(camera, msgspec.structs.replace(self.of(camera), thresholds=thresholds))
+        self._save(camera, msgspec.structs.replace(self.get(camera), thresholds=thresholds))
 
     def set_product(self, camera: str, product: str | None) -> None:
         """Keep a camera's product, or forget it; raises as :meth:`set_threshold`."""
-        self._keep(camera, msgspec.structs.replace(self.of(camera), product=product))
+        self._save(camera, msgspec.structs.replace(self.get(camera), product=product))
 
-    def _keep(self, camera: str, entry: CameraOverrides) -> None:
+    def _save(self, camera: str, entry: CameraOverrides) -> None:
         cameras = {**self._cameras, camera: entry}
         if self._file is not None:
             with storage_errors(self._file.parent, "keep what was changed by command"):
@@ -217,47 +218,47 @@ class Cameras:
         self._settings = {camera.name: camera.settings for camera in plan.cameras}
         self._configured: dict[str, str] = {}
         """SHA-256 of the packages that were opened as the configuration has them, by product: a file may be replaced
-        under its name, and what judges may since have come from the fleet."""
+        under its name, and what inspectors may since have come from the fleet."""
         self._takers: dict[str, Callable[[Any], None]] = {}
         self.plan = plan
         """As it runs: what a reload could not change is as it was."""
-        self.lines = tuple(self._open(camera) for camera in plan.cameras)
+        self.workers = tuple(self._open(camera) for camera in plan.cameras)
 
     @property
     def products(self) -> Mapping[str, Path]:
         """Package files by name."""
         return self._products
 
-    def load(self, camera: str, product: str) -> InspectorProtocol:
-        """A judge of a camera for a product; nothing uses it yet.
+    def open_inspector(self, camera: str, product: str) -> InspectorProtocol:
+        """An inspector of a camera for a product; nothing uses it yet.
 
         Raises:
             EdgeFlameError: its package may not judge here.
         """
-        line = next(line for line in self.lines if line.name == camera)
-        return self._judge(camera, product, self._products[product], self._settings[camera], is_live=line.is_live)
+        worker = next(worker for worker in self.workers if worker.name == camera)
+        return self._load(camera, product, self._products[product], self._settings[camera], is_live=worker.is_live)
 
     def settings(self, camera: str) -> InspectConfig:
         """The rules of a camera."""
         return self._settings[camera]
 
-    def try_package(self, camera: str, product: str, file: Path) -> InspectorProtocol:
-        """As :meth:`load`, of another package of a product."""
-        is_live = next(line.is_live for line in self.lines if line.name == camera)
+    def open_package(self, camera: str, product: str, file: Path) -> InspectorProtocol:
+        """As :meth:`open_inspector`, of another package of a product."""
+        is_live = next(worker.is_live for worker in self.workers if worker.name == camera)
         return self._loader.open(file, self._settings[camera], camera=camera, product=product, is_live=is_live)
 
-    def put_package(
-        self, product: str, file: Path, judges: Mapping[str, InspectorProtocol]
+    def use_package(
+        self, product: str, file: Path, inspectors: Mapping[str, InspectorProtocol]
     ) -> Mapping[str, InspectorProtocol]:
         """Have a product judged with another package from the next part on, and whenever a camera is switched to it.
 
         Args:
             product: which.
             file: the package.
-            judges: of :meth:`try_package`, by camera; for others one is opened.
+            inspectors: of :meth:`open_package`, by camera; for others one is opened.
 
         Returns:
-            The judges before them.
+            The inspectors before them.
 
         Raises:
             EdgeFlameError: one cannot be opened, or a part in hand does not come to an end.
@@ -265,33 +266,33 @@ class Cameras:
         self._products[product] = file
         self._loader.forget()
         replaced: dict[str, InspectorProtocol] = {}
-        for line in self.lines:
-            if line.judge.product != product:
+        for worker in self.workers:
+            if worker.inspector.product != product:
                 continue
-            judge = judges.get(line.name) or self.try_package(line.name, product, file)
-            if judge.model_id == line.judge.model_id:
+            inspector = inspectors.get(worker.name) or self.open_package(worker.name, product, file)
+            if inspector.model_id == worker.inspector.model_id:
                 continue
             # The rules may have changed since it was opened.
-            judge = judge.reconfigured(self._settings[line.name])
-            threshold = self._overrides.of(line.name).thresholds.get(judge.model_id)
-            before = replaced[line.name] = line.use(judge, threshold=threshold)
+            inspector = inspector.reconfigured(self._settings[worker.name])
+            threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
+            before = replaced[worker.name] = worker.replace_inspector(inspector, threshold=threshold)
             log.warning(
                 "model_switched",
-                camera=line.name,
+                camera=worker.name,
                 product=product,
                 before=before.model_id,
-                now=judge.model_id,
+                now=inspector.model_id,
                 threshold_before=before.threshold,
-                threshold=judge.threshold,
+                threshold=inspector.threshold,
             )
         return replaced
 
-    def on_section(self, name: str, taker: Callable[[Any], None]) -> None:
-        """Let another part of the daemon take a changed section, say ``rejects``, while it runs."""
+    def on_section_change(self, name: str, taker: Callable[[Any], None]) -> None:
+        """Call ``taker`` with a section, say ``rejects``, when a reload changes it."""
         self._takers[name] = taker
 
     def reload(self, plan: Plan) -> ReloadReport:
-        """Change what can be changed; nothing, where a package of the new plan may not judge.
+        """Change what can be changed; nothing, where a package of the new plan may not inspector.
 
         Raises:
             EdgeFlameError: that, and why.
@@ -299,7 +300,7 @@ class Cameras:
         self._loader.forget()
         changed: list[str] = []
         restart: list[str] = []
-        judges: list[tuple[CameraWorker, InspectorProtocol]] = []
+        inspectors: list[tuple[CameraWorker, InspectorProtocol]] = []
         new = {camera.name: camera for camera in plan.cameras}
         old = {camera.name: camera for camera in self.plan.cameras}
         restart += [f"cameras.{name}" for name in (*(new.keys() - old.keys()), *(old.keys() - new.keys()))]
@@ -307,11 +308,11 @@ class Cameras:
         replaced = {name for name, digest in configured.items() if digest != self._configured[name]}
         products = self._new_products(plan, replaced, changed, restart)
         running = []
-        for line in self.lines:
-            before, after = old[line.name], new.get(line.name, old[line.name])
-            judge, now = self._prepare(line, before, after, products, replaced, changed, restart)
-            if judge is not None:
-                judges.append((line, judge))
+        for worker in self.workers:
+            before, after = old[worker.name], new.get(worker.name, old[worker.name])
+            inspector, now = self._prepare(worker, before, after, products, replaced, changed, restart)
+            if inspector is not None:
+                inspectors.append((worker, inspector))
             running.append(now)
         sections = [
             name
@@ -320,9 +321,9 @@ class Cameras:
             and getattr(plan.config, name) != getattr(self.plan.config, name)
         ]
         # Everything is known to work; from here on it takes effect.
-        for line, judge in judges:
-            threshold = self._overrides.of(line.name).thresholds.get(judge.model_id)
-            line.use(judge, threshold=threshold)
+        for worker, inspector in inspectors:
+            threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
+            worker.replace_inspector(inspector, threshold=threshold)
         for name in sections:
             if name in self._takers:
                 self._takers[name](getattr(plan.config, name))
@@ -343,7 +344,7 @@ class Cameras:
     ) -> dict[str, Path]:
         """The new plan's products, and those that cameras still need; what came from the fleet stays."""
         products = dict(plan.products)
-        for name in {line.judge.product for line in self.lines} - products.keys():
+        for name in {worker.inspector.product for worker in self.workers} - products.keys():
             if name in self._products:
                 products[name] = self._products[name]
                 restart.append(f"products.{name}")
@@ -358,7 +359,7 @@ class Cameras:
 
     def _prepare(
         self,
-        line: CameraWorker,
+        worker: CameraWorker,
         before: CameraPlan,
         after: CameraPlan,
         products: Mapping[str, Path],
@@ -366,47 +367,49 @@ class Cameras:
         changed: list[str],
         restart: list[str],
     ) -> tuple[InspectorProtocol | None, CameraPlan]:
-        """The judge a camera needs now, if it is another one; and the camera as it will run."""
-        name = line.name
+        """The inspector a camera needs now, if it is another one; and the camera as it will run."""
+        name = worker.name
         different = [
             section
             for section in _CAMERA_SECTIONS
             if getattr(before.settings, section) != getattr(after.settings, section)
         ]
-        ruled = {section: getattr(after.settings, section) for section in different if section in JUDGE_SECTIONS}
-        restart += [f"cameras.{name}.{section}" for section in different if section not in JUDGE_SECTIONS]
+        ruled = {section: getattr(after.settings, section) for section in different if section in INSPECTION_SECTIONS}
+        restart += [f"cameras.{name}.{section}" for section in different if section not in INSPECTION_SECTIONS]
         if before.source != after.source:
             restart.append(f"cameras.{name}.source")
         if before.modbus != after.modbus:
             restart.append(f"cameras.{name}.modbus")
         settings = msgspec.structs.replace(before.settings, **ruled)
         changed += [f"cameras.{name}.{section}" for section in ruled]
-        product = line.judge.product
-        if before.product != after.product and self._overrides.of(name).product is None:
+        product = worker.inspector.product
+        if before.product != after.product and self._overrides.get(name).product is None:
             product = after.product
             changed.append(f"cameras.{name}.product")
         now = CameraPlan(
             name=name, source=before.source, product=after.product, settings=settings, modbus=before.modbus
         )
-        if product != line.judge.product or product in replaced:
-            return self._judge(name, product, products[product], settings, is_live=line.is_live), now
-        return (line.judge.reconfigured(settings) if ruled else None), now
+        if product != worker.inspector.product or product in replaced:
+            return self._load(name, product, products[product], settings, is_live=worker.is_live), now
+        return (worker.inspector.reconfigured(settings) if ruled else None), now
 
     def _open(self, camera: CameraPlan) -> CameraWorker:
-        keeper = PartTracker(camera.name, camera.settings.trigger, camera.settings.parts)
-        opener = keeper.camera(partial(open_image_source, camera.source, outbox=self._outbox), self.plan.config.mqtt)
+        tracker = PartTracker(camera.name, camera.settings.trigger, camera.settings.parts)
+        opener = tracker.source_opener(
+            partial(open_image_source, camera.source, outbox=self._outbox), self.plan.config.mqtt
+        )
         # The source first: a folder that is not there is said before a model is loaded for it.
         is_live = opener().is_live
         product = self._first_product(camera)
-        judge = self._judge(camera.name, product, self._products[product], camera.settings, is_live=is_live)
-        own = judge.threshold
-        capture = keeper.capture(camera.settings.capture, is_live=is_live)
-        line = CameraWorker(camera.name, opener, judge, capture, keeper=keeper)
-        threshold = self._overrides.of(camera.name).thresholds.get(judge.model_id)
+        inspector = self._load(camera.name, product, self._products[product], camera.settings, is_live=is_live)
+        own = inspector.threshold
+        capture = tracker.capture_config(camera.settings.capture, is_live=is_live)
+        worker = CameraWorker(camera.name, opener, inspector, capture, tracker=tracker)
+        threshold = self._overrides.get(camera.name).thresholds.get(inspector.model_id)
         if threshold is not None:
-            line.set_threshold(threshold)
+            worker.set_threshold(threshold)
             log.warning("threshold_set_by_command", camera=camera.name, own=own, now=threshold)
-        status = line.status()
+        status = worker.status()
         log.info(
             "inspecting",
             camera=camera.name,
@@ -416,10 +419,10 @@ class Cameras:
             threshold=status.threshold,
             provider=status.provider,
         )
-        return line
+        return worker
 
     def _first_product(self, camera: CameraPlan) -> str:
-        commanded = self._overrides.of(camera.name).product
+        commanded = self._overrides.get(camera.name).product
         if commanded is None or commanded == camera.product:
             return camera.product
         if commanded not in self._products:
@@ -428,13 +431,13 @@ class Cameras:
         log.warning("product_set_by_command", camera=camera.name, configured=camera.product, now=commanded)
         return commanded
 
-    def _judge(
+    def _load(
         self, camera: str, product: str, file: Path, settings: InspectConfig, *, is_live: bool
     ) -> InspectorProtocol:
-        judge = self._loader.open(file, settings, camera=camera, product=product, is_live=is_live)
+        inspector = self._loader.open(file, settings, camera=camera, product=product, is_live=is_live)
         if file == self.plan.products.get(product):
             self._configured.setdefault(product, self._digest(file))
-        return judge
+        return inspector
 
     def _digest(self, file: Path) -> str:
         return self._loader.package(file).sha256

@@ -5,15 +5,15 @@ Prefetching
 Parts are observed side by side, and their results given one after the other.
 
 Two cores are kept less busy by one image than by two: between a graph's operators they wait for each other. So when
-parts come faster than they are judged, each core looks at a part of its own (a *lane*).
+parts come faster than they are judged, each core observes a part of its own.
 
-    Capture ──> lane ──┐
-            └─> lane ──┴─> in the order of capture ──> the line's loop ──> verdict, sinks
+    Capture ──> prefetch thread ──┐
+            └─> prefetch thread ──┴─> in the order of capture ──> the camera's loop ──> verdict, sinks
 
-A lane that is free takes the next frame from the capture and looks at it ahead of its turn: crop, resize, image
-health, score. What depends on the order of parts, and the verdict, is left to the line's loop. A frame that no lane
-has taken is still the capture's to drop. What was found ahead is an offer: a judge put in place meanwhile takes no
-other judge's word, and looks for itself.
+A prefetch thread that is free takes the next frame from the capture and observes it ahead of its turn: crop, resize,
+image health, score. What depends on the order of parts, and the verdict, is left to the camera's loop. A frame that no
+thread has taken is still the capture's to drop. What was found ahead is an offer: an inspector put in place meanwhile
+uses no other inspector's observation, and makes its own.
 """
 
 from __future__ import annotations
@@ -154,30 +154,31 @@ pool_log = EventLog("line")
 class PrefetchPool:
     """Frames in the order of capture, with what was found out about them ahead of their turn.
 
-    A context manager that opens and closes the capture and owns the lanes.
+    A context manager that opens and closes the capture and owns the threads.
 
     Args:
         capture: the frames.
-        looker: who looks, asked for every frame; None: nobody, ahead of its turn.
+        observer: asked before each frame for what observes it; None: it is not observed ahead of its turn.
         stop: ends the iteration, as it does the capture's.
-        count: frames looked at side by side, at least 1.
+        count: frames observed side by side, at least 1.
     """
 
     def __init__(
-        self, capture: Capture, looker: Callable[[], FrameObserver | None], stop: threading.Event, *, count: int
+        self, capture: Capture, observer: Callable[[], FrameObserver | None], stop: threading.Event, *, count: int
     ) -> None:
         self._capture = capture
-        self._looker = looker
+        self._observer = observer
         self._stop = stop
         self._unread: list[Captured] = []
         self._frames = iter(capture)
         self._taking = threading.Lock()
-        # For each lane a frame that it looks at and one that waits for its turn: none rests while the line hands on.
+        # For each thread a frame in hand and one that waits for its turn: none rests while a verdict is handed on.
         self._places = threading.Semaphore(2 * count)
         self._taken: queue.SimpleQueue[Captured | BaseException | None] = queue.SimpleQueue()
         self._is_over = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"edgeflame-lane-{number}", daemon=True) for number in range(count)
+            threading.Thread(target=self._run, name=f"edgeflame-prefetch-{number}", daemon=True)
+            for number in range(count)
         ]
 
     def __enter__(self) -> PrefetchPool:
@@ -196,7 +197,7 @@ class PrefetchPool:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
             if thread.is_alive():
-                pool_log.warning("lane_does_not_stop", waited_s=_STOP_TIMEOUT_S)
+                pool_log.warning("prefetch_does_not_stop", waited_s=_STOP_TIMEOUT_S)
 
     def __iter__(self) -> Iterator[Captured]:
         """Frames in order, until the source ends or the stop event is set.
@@ -225,18 +226,18 @@ class PrefetchPool:
         while True:
             self._places.acquire()
             with self._taking:
-                taken = self._take()
+                taken = self._next_frame()
             if taken is None:
                 return
-            captured, looker = taken
-            if captured.ahead is None or looker is None:
+            captured, observer = taken
+            if captured.prefetched is None or observer is None:
                 continue
             try:
-                captured.ahead.found.set_result(looker.look(captured))
+                captured.prefetched.found.set_result(observer.observe(captured))
             except BaseException as exc:  # noqa: BLE001 - raised where the frame's turn comes
-                captured.ahead.found.set_exception(exc)
+                captured.prefetched.found.set_exception(exc)
 
-    def _take(self) -> tuple[Captured, FrameObserver | None] | None:
+    def _next_frame(self) -> tuple[Captured, FrameObserver | None] | None:
         """The next frame, in its place in the order; None at the end."""
         if self._is_over:
             return None
@@ -248,14 +249,14 @@ class PrefetchPool:
         except BaseException as exc:  # noqa: BLE001 - raised after the frames before it
             self._end(exc)
             return None
-        looker = self._looker()
-        if looker is not None:
-            captured = dataclasses.replace(captured, ahead=Prefetched(looker=looker, found=Future()))
+        observer = self._observer()
+        if observer is not None:
+            captured = dataclasses.replace(captured, prefetched=Prefetched(observer=observer, found=Future()))
         self._taken.put(captured)
-        return captured, looker
+        return captured, observer
 
     def _end(self, failure: BaseException | None) -> None:
         self._is_over = True
         self._taken.put(failure)
-        # The other lanes wait for a frame, or for a place.
+        # The other threads wait for a frame, or for a place.
         self._places.release(len(self._threads))

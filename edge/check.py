@@ -160,7 +160,7 @@ def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bo
         # Said with its product.
         yield ok(check, size)
         return
-    result = judge.rehearse(Captured(sequence=0, frame=frame)).result
+    result = judge.inspect_photograph(Captured(sequence=0, frame=frame)).result
     words = ", ".join(result.reasons) + (f" ({result.detail})" if result.detail else "")
     if result.verdict == "unknown":
         yield problem(
@@ -175,9 +175,9 @@ def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
     """Of a camera whose parts are announced: whether somebody can announce them."""
     check, settings = f"parts of {camera.name}", camera.settings
     try:
-        keeper = PartTracker(camera.name, settings.trigger, settings.parts)
-        source = keeper.camera(partial(open_image_source, camera.source), mqtt)()
-        keeper.capture(settings.capture, is_live=source.is_live)
+        tracker = PartTracker(camera.name, settings.trigger, settings.parts)
+        source = tracker.source_opener(partial(open_image_source, camera.source), mqtt)()
+        tracker.capture_config(settings.capture, is_live=source.is_live)
         if not settings.trigger.is_on:
             return
         trigger = trigger_source(camera.name, settings.trigger, settings.parts, mqtt)

@@ -96,7 +96,7 @@ class DaemonControl:
         reread: Callable[[], Plan] | None = None,
     ) -> None:
         self._cameras = cameras
-        self._lines = {line.name: line for line in cameras.lines}
+        self._workers = {worker.name: worker for worker in cameras.workers}
         self._overrides = overrides
         self._snapshots = snapshots
         self._reread = reread
@@ -127,7 +127,7 @@ class DaemonControl:
 
     def statuses(self) -> tuple[CameraStatus, ...]:
         """What each camera is doing."""
-        return tuple(self._status(line) for line in self._lines.values())
+        return tuple(self._status(worker) for worker in self._workers.values())
 
     def pause(self, camera: str | None = None) -> LineDescription:
         """Judge no more parts of a camera, or of all.
@@ -135,16 +135,16 @@ class DaemonControl:
         Raises:
             UsageError: there is no such camera; here and in every method.
         """
-        for line in self._some(camera):
-            line.pause()
-            log.warning("paused", camera=line.name)
+        for worker in self._some(camera):
+            worker.pause()
+            log.warning("paused", camera=worker.name)
         return self._changed()
 
     def resume(self, camera: str | None = None) -> LineDescription:
         """Go on with a camera, or all."""
-        for line in self._some(camera):
-            line.resume()
-            log.info("resumed", camera=line.name)
+        for worker in self._some(camera):
+            worker.resume()
+            log.info("resumed", camera=worker.name)
         return self._changed()
 
     def set_threshold(self, camera: str | None, value: float | None) -> LineDescription:
@@ -161,17 +161,17 @@ class DaemonControl:
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"a threshold is a positive number, not {value}")
         with self._lock:
-            line = self._one(camera)
-            model, before = line.judge.model_id, line.judge.threshold
-            kept = self._overrides.of(line.name).thresholds.get(model)
+            worker = self._one(camera)
+            model, before = worker.inspector.model_id, worker.inspector.threshold
+            kept = self._overrides.get(worker.name).thresholds.get(model)
             # Kept first: a threshold that a restart would take back in silence is worse than none.
-            self._overrides.set_threshold(line.name, model, value)
+            self._overrides.set_threshold(worker.name, model, value)
             try:
-                line.set_threshold(value)
+                worker.set_threshold(value)
             except EdgeFlameError:
-                self._overrides.set_threshold(line.name, model, kept)
+                self._overrides.set_threshold(worker.name, model, kept)
                 raise
-            log.warning("threshold_set", camera=line.name, before=before, now=line.judge.threshold)
+            log.warning("threshold_set", camera=worker.name, before=before, now=worker.inspector.threshold)
             return self._changed()
 
     def switch_product(self, camera: str | None, product: str) -> LineDescription:
@@ -183,20 +183,24 @@ class DaemonControl:
             EdgeFlameError: its package may not judge here; the camera goes on as before.
         """
         with self._lock:
-            line = self._one(camera)
+            worker = self._one(camera)
             products = self._cameras.products
             if product not in products:
                 raise UsageError(f"no product {product!r}; there are {', '.join(products)}")
-            judge = self._cameras.load(line.name, product)
-            kept = self._overrides.of(line.name)
-            self._overrides.set_product(line.name, product)
+            inspector = self._cameras.open_inspector(worker.name, product)
+            kept = self._overrides.get(worker.name)
+            self._overrides.set_product(worker.name, product)
             try:
-                before = line.use(judge, threshold=kept.thresholds.get(judge.model_id))
+                before = worker.replace_inspector(inspector, threshold=kept.thresholds.get(inspector.model_id))
             except EdgeFlameError:
-                self._overrides.set_product(line.name, kept.product)
+                self._overrides.set_product(worker.name, kept.product)
                 raise
             log.warning(
-                "product_switched", camera=line.name, before=before.product, now=judge.product, model=judge.model_id
+                "product_switched",
+                camera=worker.name,
+                before=before.product,
+                now=inspector.product,
+                model=inspector.model_id,
             )
             return self._changed()
 
@@ -207,12 +211,12 @@ class DaemonControl:
             DataError: none came in time, or the camera is paused.
             StorageError: the picture cannot be kept.
         """
-        line = self._one(camera)
-        if line.is_paused:
-            raise DataError(f"camera {line.name} is paused: resume it first")
-        inspected = line.snapshot(timeout_s)
+        worker = self._one(camera)
+        if worker.is_paused:
+            raise DataError(f"camera {worker.name} is paused: resume it first")
+        inspected = worker.snapshot(timeout_s)
         if inspected is None:
-            raise DataError(f"camera {line.name}: no part came within {timeout_s:g} s")
+            raise DataError(f"camera {worker.name}: no part came within {timeout_s:g} s")
         result = inspected.result
         if inspected.image is None or self._snapshots is None:
             return CameraSnapshot(result=result, file=None)
@@ -220,7 +224,7 @@ class DaemonControl:
         if inspected.anomaly_map is not None:
             picture = draw_overlay(picture, inspected.anomaly_map, result.threshold)
         part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
-        file = self._snapshots / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{line.name}-{part}.png"
+        file = self._snapshots / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{worker.name}-{part}.png"
         with storage_errors(self._snapshots, "keep snapshots"):
             self._snapshots.mkdir(parents=True, exist_ok=True)
         write_image(file, picture)
@@ -243,15 +247,15 @@ class DaemonControl:
 
     def handle_drift(self, camera: str | None, action: Literal["clear", "relearn"]) -> CameraStatus:
         """What was done about a camera's drift: the cause was removed, or the line as it is now is right."""
-        line = self._one(camera)
-        watcher = self.drift_watchers.get(line.name)
+        worker = self._one(camera)
+        watcher = self.drift_watchers.get(worker.name)
         if watcher is None:
-            raise UsageError(f"camera {line.name}: drift is not watched ([drift] enabled, and --state DIR)")
+            raise UsageError(f"camera {worker.name}: drift is not watched ([drift] enabled, and --state DIR)")
         if action == "clear":
             watcher.clear()
         else:
             watcher.relearn()
-        return self._status(line)
+        return self._status(worker)
 
     def roll_back(self, product: str, *, to_file: bool = False) -> ProductModels:
         """Go back to the model before, or to the configuration's file, on every camera with this product."""
@@ -286,24 +290,24 @@ class DaemonControl:
         return tester
 
     def _some(self, camera: str | None) -> Sequence[CameraWorker]:
-        return list(self._lines.values()) if camera is None else [self._one(camera)]
+        return list(self._workers.values()) if camera is None else [self._one(camera)]
 
     def _one(self, camera: str | None) -> CameraWorker:
-        if camera is None and len(self._lines) == 1:
-            return next(iter(self._lines.values()))
-        line = None if camera is None else self._lines.get(camera)
-        if line is None:
+        if camera is None and len(self._workers) == 1:
+            return next(iter(self._workers.values()))
+        worker = None if camera is None else self._workers.get(camera)
+        if worker is None:
             said = "say which camera" if camera is None else f"no camera {camera!r}"
-            raise UsageError(f"{said}; there are {', '.join(self._lines)}")
-        return line
+            raise UsageError(f"{said}; there are {', '.join(self._workers)}")
+        return worker
 
     def _changed(self) -> LineDescription:
         self.changed()
         return self.describe()
 
-    def _status(self, line: CameraWorker) -> CameraStatus:
-        status = line.status()
-        watcher, tester = self.drift_watchers.get(line.name), self.golden.get(line.name)
+    def _status(self, worker: CameraWorker) -> CameraStatus:
+        status = worker.status()
+        watcher, tester = self.drift_watchers.get(worker.name), self.golden.get(worker.name)
         problem = None if tester is None else tester.problem()
         return msgspec.structs.replace(
             status,

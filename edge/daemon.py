@@ -47,13 +47,13 @@ GOLDEN_FOLDER = "golden"
 
 @contextlib.contextmanager
 def open_monitoring(
-    plan: Plan, lines: Sequence[CameraWorker], control: DaemonControl, state: Path | None
+    plan: Plan, workers: Sequence[CameraWorker], control: DaemonControl, state: Path | None
 ) -> Iterator[None]:
     """Watch drift (with a state folder) and test golden parts until the block is left.
 
     Args:
         plan: of the cameras.
-        lines: the cameras.
+        workers: the cameras.
         control: is given both.
         state: the daemon's folder.
 
@@ -64,93 +64,93 @@ def open_monitoring(
     golden: dict[str, GoldenTester] = {}
     settings = {camera.name: camera.settings for camera in plan.cameras}
     with contextlib.ExitStack() as stack:
-        for line in lines:
-            config = settings[line.name]
+        for worker in workers:
+            config = settings[worker.name]
             tester = GoldenTester(
-                line,
+                worker,
                 config.golden,
                 folder=state / GOLDEN_FOLDER if state is not None else None,
                 on_change=control.changed,
             )
-            golden[line.name] = stack.enter_context(tester)
+            golden[worker.name] = stack.enter_context(tester)
             if state is None or not config.drift.enabled:
                 continue
             watcher = DriftWatcher(
-                line.name,
+                worker.name,
                 config.drift,
-                line.judge.model_id,
-                partial(_model_of, line, config.view),
+                worker.inspector.model_id,
+                partial(_model_of, worker, config.view),
                 folder=state / DRIFT_FOLDER,
                 on_change=control.changed,
             )
-            drift[line.name] = stack.enter_context(watcher)
-            line.watch(watcher)
-            stack.callback(line.unwatch, watcher)
+            drift[worker.name] = stack.enter_context(watcher)
+            worker.add_listener(watcher)
+            stack.callback(worker.remove_listener, watcher)
 
         control.golden, control.drift_watchers = golden, drift
         yield
 
 
-def _model_of(line: CameraWorker, view: ViewConfig, model: str) -> DriftModel | None:
+def _model_of(worker: CameraWorker, view: ViewConfig, model: str) -> DriftModel | None:
     """Of the model that a part was judged by; None if another judges by now."""
-    judge = line.judge
-    if not isinstance(judge, Inspector) or judge.model_id != model:
+    inspector = worker.inspector
+    if not isinstance(inspector, Inspector) or inspector.model_id != model:
         return None
     judges_all = not (view.roi or view.ignore or view.ignore_image)
-    return DriftModel.of(judge.package, scores_as_fitted=judges_all and judge.precision != "int8")
+    return DriftModel.of(inspector.package, scores_as_fitted=judges_all and inspector.precision != "int8")
 
 
 log = EventLog("inspect")
 
 _POLL_S = 0.2
-"""How often the main thread looks whether it is to stop; a line that ends wakes it at once."""
+"""How often the main thread looks whether it is to stop; a camera that ends wakes it at once."""
 
 LINE_STOP_S = 2.0
-"""How long a stop waits for the parts in hand; a judge or a driver that takes longer hangs."""
+"""How long a stop waits for the parts in hand; a model or a driver that takes longer hangs."""
 
 
 @final
 class CameraThreads:
-    """Each line on a thread of its own, until all have ended or are to.
+    """Each camera on a thread of its own, until all have ended or are to.
 
     Args:
-        lines: which.
+        workers: which.
         outlet: takes every verdict.
         tally: counts it.
         limit: of parts.
     """
 
-    def __init__(self, lines: Sequence[CameraWorker], outlet: Sink, tally: Tally, limit: int | None) -> None:
+    def __init__(self, workers: Sequence[CameraWorker], outlet: Sink, tally: Tally, limit: int | None) -> None:
         self._outlet, self._tally, self._limit = outlet, tally, limit
         self._halt = threading.Event()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
-                target=self._run_line, args=(line, len(lines) == 1), name=f"edgeflame-{line.name}", daemon=True
+                target=self._run_worker, args=(worker, len(workers) == 1), name=f"edgeflame-{worker.name}", daemon=True
             )
-            for line in lines
+            for worker in workers
         ]
 
     def run(
-        self, signals: Signals, heart: Watchdog, *, reload: Callable[[], object], on_stop: Callable[[], None]
+        self, signals: Signals, watchdog: Watchdog, *, reload: Callable[[], object], on_stop: Callable[[], None]
     ) -> None:
         """Run them, and wait.
 
         Args:
             signals: end it, or have the configuration read again.
-            heart: is told that we move.
+            watchdog: shown that the main thread moves.
             reload: reads the configuration again.
             on_stop: called when a signal says stop.
 
         Raises:
-            EdgeFlameError: a line's error. One that can only be its own waits until the others have ended.
+            EdgeFlameError: a camera's error. One that can only be its own waits until the others have ended.
         """
         for thread in self._threads:
             thread.start()
         running, failures = len(self._threads), []
         try:
             while running:
-                heart.beat()
+                watchdog.heartbeat()
                 with contextlib.suppress(queue.Empty):
                     failure = self._done.get(timeout=_POLL_S)
                     running -= 1
@@ -163,7 +163,9 @@ class CameraThreads:
                             log.error("camera_ended", reason=str(failure))
                 if signals.reload.is_set():
                     signals.reload.clear()
-                    threading.Thread(target=_reload, args=(heart, reload), name="edgeflame-reload", daemon=True).start()
+                    threading.Thread(
+                        target=_reload, args=(watchdog, reload), name="edgeflame-reload", daemon=True
+                    ).start()
                 if signals.stop.is_set():
                     on_stop()
                     break
@@ -184,9 +186,9 @@ class CameraThreads:
             if thread.is_alive():
                 log.error("camera_does_not_stop", thread=thread.name, waited_s=LINE_STOP_S)
 
-    def _run_line(self, line: CameraWorker, is_alone: bool) -> None:
+    def _run_worker(self, worker: CameraWorker, is_alone: bool) -> None:
         try:
-            line.run(self._accept, self._halt, is_alone=is_alone)
+            worker.run(self._accept, self._halt, is_alone=is_alone)
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the main thread raises it
             self._done.put(exc)
         else:
@@ -198,10 +200,10 @@ class CameraThreads:
             self._halt.set()
 
 
-def _reload(heart: Watchdog, reload: Callable[[], object]) -> None:
+def _reload(watchdog: Watchdog, reload: Callable[[], object]) -> None:
     """On a thread of its own: reading models takes seconds, in which a stop must be heard."""
     # Whatever was wrong is in the log.
-    with heart.reloading(), contextlib.suppress(EdgeFlameError):
+    with watchdog.reloading(), contextlib.suppress(EdgeFlameError):
         reload()
 
 
@@ -231,7 +233,7 @@ def run_inspection(
     The part in hand when the stop comes still gets its verdict.
 
     Args:
-        cameras: with their lines.
+        cameras: with their workers.
         sinks: see every result; with ``state`` only once it is on the disk.
         overrides: what is changed by command, and kept.
         reread: gives the plan anew from the configuration, for a reload.
@@ -245,7 +247,7 @@ def run_inspection(
         ConfigError: something is configured that needs a state folder.
         EdgeFlameError: a source cannot be read, or a result cannot be kept.
     """
-    config, lines = cameras.plan.config, cameras.lines
+    config, workers = cameras.plan.config, cameras.workers
     if state is None and (config.mqtt or config.webhook or config.web):
         raise ConfigError(
             "[mqtt], [webhook] and [web] need --state DIR, where results are kept until they are delivered"
@@ -254,13 +256,13 @@ def run_inspection(
     tally = Tally()
     with contextlib.ExitStack() as stack:
         # Called off last of all: what hangs may be anything below.
-        last_resort = stack.enter_context(ForcedExit())
+        forced_exit = stack.enter_context(ForcedExit())
         # First: the part is already on its way to the ejector.
         plcs = _plcs(stack, cameras.plan)
         outlets: list[Sink] = [*(CameraFilter(camera, plc) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
             outlets.append(ProductionFilter(pictures))
-            cameras.on_section("rejects", pictures.reconfigure)
+            cameras.on_section_change("rejects", pictures.reconfigure)
         control = DaemonControl(
             cameras,
             overrides=overrides,
@@ -268,7 +270,7 @@ def run_inspection(
             reread=reread if models is None else lambda: models.overlay(reread()),
         )
         if state is None:
-            stack.enter_context(open_monitoring(cameras.plan, lines, control, None))
+            stack.enter_context(open_monitoring(cameras.plan, workers, control, None))
             outlet: Sink = LockedSinks([*outlets, Disposal()])
         else:
             boot = uuid.uuid4().hex
@@ -283,33 +285,33 @@ def run_inspection(
                     take=desk.take,
                 )
             )
-            _recall(pipeline, lines)
+            _restore(pipeline, workers)
             stack.enter_context(desk)
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
-            stack.enter_context(open_monitoring(cameras.plan, lines, control, state))
+            stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control, plcs, models)
-            stack.callback(_begin_end, pipeline, plcs)
+            stack.callback(_start_flush, pipeline, plcs)
             outlet = stack.enter_context(OutboxWriter(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
             stack.enter_context(models.running(cameras, on_change=control.changed))
             control.models = models
-        busy: dict[str, Callable[[], float]] = {f"camera {line.name}": partial(_busy_s, line) for line in lines}
+        busy: dict[str, Callable[[], float]] = {f"camera {worker.name}": partial(_busy_s, worker) for worker in workers}
         if isinstance(outlet, OutboxWriter):
             busy["outbox"] = partial(_busy_s, outlet)
-        with Watchdog(SystemdNotifier(), busy_s=busy, status=partial(_status, control, tally)) as heart:
-            runner = CameraThreads(lines, outlet, tally, limit)
+        with Watchdog(SystemdNotifier(), busy_s=busy, status=partial(_status, control, tally)) as watchdog:
+            runner = CameraThreads(workers, outlet, tally, limit)
             runner.run(
                 signals,
-                heart,
+                watchdog,
                 reload=control.reload,
-                on_stop=lambda: last_resort.begin(config.delivery.flush_s + STOP_GRACE_S),
+                on_stop=lambda: forced_exit.arm(config.delivery.flush_s + STOP_GRACE_S),
             )
     if signals.stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)
-    dropped = sum((line.dropped for line in lines[1:]), start=lines[0].dropped)
-    counts = [line.status().counts for line in lines]
+    dropped = sum((worker.dropped for worker in workers[1:]), start=workers[0].dropped)
+    counts = [worker.status().counts for worker in workers]
     return msgspec.structs.replace(
         tally.summary(dropped=dropped),
         counts=PartCounts(**{name: sum(getattr(one, name) for one in counts) for name in PartCounts.__struct_fields__}),
@@ -329,13 +331,13 @@ def _status(control: DaemonControl, tally: Tally) -> str:
     return "; ".join((f"{len(statuses)} cameras, {tally.parts} parts", *troubles))
 
 
-def _recall(pipeline: Pipeline, lines: Sequence[CameraWorker]) -> None:
-    """Remind lines whose parts have numbers of what came before this start."""
-    numbered = [line for line in lines if line.has_identity]
+def _restore(pipeline: Pipeline, workers: Sequence[CameraWorker]) -> None:
+    """Remind cameras whose parts have numbers of what came before this start."""
+    numbered = [worker for worker in workers if worker.has_sequence]
     if numbered:
         past = [msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(_RECALLED))]
-        for line in numbered:
-            line.recall(past)
+        for worker in numbered:
+            worker.restore(past)
 
 
 def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
@@ -349,7 +351,7 @@ def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
     return plcs
 
 
-def _begin_end(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
+def _start_flush(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
     """Every result is on the disk: all that wait for somebody outside do so at the same time."""
     pipeline.begin_flush()
     for plc in plcs.values():

@@ -166,8 +166,8 @@ def make_frame(
 class Prefetched:
     """What is being found out about a frame ahead of its turn; see :mod:`edge.capture`."""
 
-    looker: object
-    """Who looks."""
+    observer: object
+    """What observes it."""
     found: Future[Any]
     """What it finds, or raises."""
 
@@ -178,4 +178,4 @@ class Captured:
 
     sequence: int
     frame: Frame
-    ahead: Prefetched | None = None
+    prefetched: Prefetched | None = None

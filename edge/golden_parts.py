@@ -141,7 +141,7 @@ class GoldenTester:
         self._last_scheduled = self._status.last.at if self._status.last is not None else None
         self._thread = threading.Thread(target=self._run, name=f"edgeflame-golden-{line.name}", daemon=True)
         if config.folder is not None:
-            golden_photographs(Path(config.folder), line.judge.product)
+            golden_photographs(Path(config.folder), line.inspector.product)
 
     def __enter__(self) -> GoldenTester:
         if self._config.times:
@@ -176,12 +176,12 @@ class GoldenTester:
         if not self._testing.acquire(blocking=False):
             raise UsageError(f"camera {self._line.name}: a self-test is running")
         try:
-            judge = self._line.judge
+            inspector = self._line.inspector
             checks = self._photographs() if expected is None else self._part(expected)
             report = GoldenReport(
                 camera=self._line.name,
-                product=judge.product,
-                model=judge.model_id,
+                product=inspector.product,
+                model=inspector.model_id,
                 kind="photographs" if expected is None else "part",
                 at=self._now().astimezone(dt.timezone.utc),
                 passed=all(check.is_right for check in checks),
@@ -211,7 +211,7 @@ class GoldenTester:
             )
         checks = []
         for number, (file, expected) in enumerate(
-            golden_photographs(Path(self._config.folder), self._line.judge.product)
+            golden_photographs(Path(self._config.folder), self._line.inspector.product)
         ):
             part = f"{file.parent.name}/{file.name}"
             image, error = None, None
@@ -220,12 +220,12 @@ class GoldenTester:
             except DataError as exc:
                 error = str(exc)
             frame = make_frame(part_id=f"golden:{part}", source=str(file), image_bgr=image, error=error)
-            inspected = self._line.rehearse(Captured(sequence=number, frame=frame))
+            inspected = self._line.inspect_photograph(Captured(sequence=number, frame=frame))
             checks.append(check_golden_part(inspected.result, part, expected))
         return tuple(checks)
 
     def _part(self, expected: Expected) -> tuple[GoldenCheck, ...]:
-        inspected = self._line.golden(self._config.wait_s)
+        inspected = self._line.next_golden_part(self._config.wait_s)
         if inspected is None:
             raise DataError(f"camera {self._line.name}: no part came within {self._config.wait_s:g} s")
         return (check_golden_part(inspected.result, inspected.result.part_id, expected),)

@@ -35,14 +35,14 @@ from edgeflame.signing import verify_signature
 
 
 class FrameObserver(Protocol):
-    """Looks at frames ahead of their turn."""
+    """Observes frames ahead of their turn."""
 
     @property
-    def lanes(self) -> int:
+    def num_parallel(self) -> int:
         """How many side by side are worth it."""
         ...
 
-    def look(self, captured: Captured) -> Any:
+    def observe(self, captured: Captured) -> Any:
         """What can be found out about a frame by itself; on any thread, several at once."""
         ...
 
@@ -76,8 +76,8 @@ class InspectorProtocol(Protocol):
         ...
 
     @property
-    def looker(self) -> FrameObserver | None:
-        """Who can look at frames for it ahead of their turn; None where nobody can."""
+    def observer(self) -> FrameObserver | None:
+        """What can observe frames ahead of their turn; None where that is not worth it."""
         ...
 
     def set_threshold(self, value: float | None) -> None:
@@ -92,7 +92,7 @@ class InspectorProtocol(Protocol):
         """What is found about a frame in its turn. Whatever goes wrong with it is among the faults."""
         ...
 
-    def rehearse(self, captured: Captured) -> Inspected:
+    def inspect_photograph(self, captured: Captured) -> Inspected:
         """Judge a photograph that does not come from the camera; leaves no trace in what is known of the camera."""
         ...
 
@@ -106,9 +106,9 @@ class Inspector:
         config: the rules.
         camera: its name, for the results.
         product: its name; the package's own unless given.
-        lanes: images worth looking at side by side; see :mod:`edge.capture`.
-        shared: runs the graph while other images are looked at; None: ``runtime`` then as well. Both may be used by
-            several threads at once, if there are several lanes.
+        num_parallel: images worth observing side by side; see :mod:`edge.capture`.
+        shared: runs the graph while other images are observed; None: ``runtime`` then as well. Both may be used by
+            several threads at once, if ``num_parallel`` is above 1.
         is_live: whether the images come from a camera; then one that repeats itself is frozen.
     """
 
@@ -120,7 +120,7 @@ class Inspector:
         *,
         camera: str = DEFAULT_CAMERA,
         product: str | None = None,
-        lanes: int = 1,
+        num_parallel: int = 1,
         shared: Runtime | None = None,
         is_live: bool = False,
     ) -> None:
@@ -134,17 +134,17 @@ class Inspector:
         self._is_live = is_live
         self.provider = runtime.provider
         self._view = View(config.view, package.manifest.learning.input, package.manifest.grid)
-        self.lanes = lanes
+        self.num_parallel = num_parallel
         self._runtime = runtime
         self._shared = shared
         self._counting = threading.Lock()
-        self._num_looking = 0
+        self._num_observing = 0
         self._config = config
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
         self.package = package
         self.precision = runtime.precision
         self._health = ImageHealth(config.health, references, is_live=is_live, frame=config.view.frame)
-        self._rehearsal = ImageHealth(config.health, references, is_live=False, frame=config.view.frame)
+        self._photograph_health = ImageHealth(config.health, references, is_live=False, frame=config.view.frame)
 
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""
@@ -163,36 +163,38 @@ class Inspector:
             config,
             camera=self._camera,
             product=self.product,
-            lanes=self.lanes,
+            num_parallel=self.num_parallel,
             shared=self._shared,
             is_live=self._is_live,
         )
 
     @property
-    def looker(self) -> FrameObserver | None:
-        """Itself, where looking at several images side by side is worth it."""
-        return self if self.lanes > 1 else None
+    def observer(self) -> FrameObserver | None:
+        """Itself, where observing several images side by side is worth it."""
+        return self if self.num_parallel > 1 else None
 
-    def look(self, captured: Captured) -> Observation:
+    def observe(self, captured: Captured) -> Observation:
         """What one frame shows, whatever came before it; on any thread, several at once."""
         with self._counting:
-            self._num_looking += 1
-            is_alone = self._num_looking == 1
+            self._num_observing += 1
+            is_alone = self._num_observing == 1
         try:
-            return self._look(captured.frame, self._runtime if is_alone or self._shared is None else self._shared)
+            return self._observe(captured.frame, self._runtime if is_alone or self._shared is None else self._shared)
         finally:
             with self._counting:
-                self._num_looking -= 1
+                self._num_observing -= 1
 
     def inspect(self, captured: Captured) -> Observation:
         """What is found about a frame in its turn. Whatever goes wrong with it is among the faults."""
-        ahead = captured.ahead
-        look: Observation = ahead.found.result() if ahead is not None and ahead.looker is self else self.look(captured)
-        return _in_order(captured, look, self._health)
+        ahead = captured.prefetched
+        observation: Observation = (
+            ahead.found.result() if ahead is not None and ahead.observer is self else self.observe(captured)
+        )
+        return _in_order(captured, observation, self._health)
 
-    def rehearse(self, captured: Captured) -> Inspected:
+    def inspect_photograph(self, captured: Captured) -> Inspected:
         """Judge a photograph: a frame that may come twice and be of another size than the camera's."""
-        observation = _in_order(captured, self.look(captured), self._rehearsal)
+        observation = _in_order(captured, self.observe(captured), self._photograph_health)
         result = make_result(
             captured,
             observation,
@@ -204,7 +206,7 @@ class Inspector:
         )
         return with_evidence(result, captured, observation)
 
-    def _look(self, frame: Frame, runtime: Runtime) -> Observation:
+    def _observe(self, frame: Frame, runtime: Runtime) -> Observation:
         faults: list[Reason] = []
         details: list[str] = []
         image = evidence = view = anomaly_map = score = None
@@ -258,8 +260,8 @@ def _in_order(captured: Captured, observation: Observation, health: ImageHealth)
 
 log = EventLog("inspect")
 
-MAX_LANES = 4
-"""Each holds an image and the model's activations; on more cores, each lane has several."""
+MAX_PARALLEL = 4
+"""Images observed side by side, each with the model's activations; with more cores, each has several."""
 
 
 class InspectorLoader:
@@ -335,27 +337,27 @@ class InspectorLoader:
             log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
         else:
             log.warning("parity_unchecked", reason="the package holds no reference images")
-        lanes, shared = self._lanes(package, runtime)
+        num_parallel, shared = self._parallel(package, runtime)
         inspector = Inspector(
             package,
             runtime,
             settings,
             camera=camera,
             product=product,
-            lanes=lanes,
+            num_parallel=num_parallel,
             shared=shared,
             is_live=is_live,
         )
         inspector.warm_up()
         return inspector
 
-    def _lanes(self, package: Package, runtime: Runtime) -> tuple[int, Runtime | None]:
-        """On the CPU, as many lanes as it has threads for us, and a runtime whose images share these threads."""
+    def _parallel(self, package: Package, runtime: Runtime) -> tuple[int, Runtime | None]:
+        """On the CPU, as many at once as it has threads for us, and a runtime whose images share these threads."""
         threads = self._num_threads or os.cpu_count() or 1
-        lanes = min(threads, MAX_LANES)
-        if runtime.provider != CPU or lanes == 1:
+        num_parallel = min(threads, MAX_PARALLEL)
+        if runtime.provider != CPU or num_parallel == 1:
             return 1, None
-        shared = open_runtime(package.model_onnx, device="cpu", num_threads=threads // lanes)
+        shared = open_runtime(package.model_onnx, device="cpu", num_threads=threads // num_parallel)
         if package.references:
             require_parity(shared, package)
-        return lanes, shared
+        return num_parallel, shared

@@ -1,6 +1,6 @@
 """The daemon under a supervisor: systemd's notifications and watchdog, signals, and the forced exit when a stop hangs.
 
-Source: sd_notify(3) and sd_watchdog_enabled(3). Without ``NOTIFY_SOCKET`` in the environment nothing is said.
+Source: sd_notify(3) and sd_watchdog_enabled(3). Without ``NOTIFY_SOCKET`` in the environment nothing is sent.
 
 The watchdog is fed only while every part that must move does: a camera's loop that has had one part in hand for too
 long, a disk that does not answer, a main thread that stands still are each a reason to be started afresh, and only
@@ -31,7 +31,7 @@ STATUS_EVERY_S = 5.0
 
 @final
 class SystemdNotifier:
-    """Says things to the supervisor, or to nobody.
+    """Notifies the supervisor; does nothing where there is none.
 
     Args:
         environment: of the process.
@@ -44,10 +44,10 @@ class SystemdNotifier:
             # Linux's abstract names begin with a zero byte.
             self._address = "\0" + self._address[1:]
         self.watchdog_s = _watchdog_s(environment)
-        """The supervisor wants to hear from us at least so often; None: it does not."""
+        """The supervisor expects a notification at least so often; None: it expects none."""
 
-    def say(self, **states: str | int) -> None:
-        """Send states, ``say(READY=1)`` for instance; what does not arrive is not said again."""
+    def notify(self, **states: str | int) -> None:
+        """Send states, ``notify(READY=1)`` for instance; what does not arrive is not sent again."""
         if not self._address:
             return
         message = "\n".join(f"{name}={value}" for name, value in states.items())
@@ -66,7 +66,7 @@ def _watchdog_s(environment: Mapping[str, str]) -> float | None:
 
 @final
 class Watchdog:
-    """Feeds the watchdog and tells the status, on a thread of its own; a context manager.
+    """Feeds the supervisor's watchdog and reports the status, on a thread of its own; a context manager.
 
     Args:
         notifier: to the supervisor.
@@ -86,10 +86,10 @@ class Watchdog:
         self._beat_at = time.monotonic()
         self._hanging: tuple[str, ...] = ()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="edgeflame-heart", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="edgeflame-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._notifier.say(READY=1, STATUS=self._status())
+        self._notifier.notify(READY=1, STATUS=self._status())
         self._thread.start()
         return self
 
@@ -97,22 +97,22 @@ class Watchdog:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         # The supervisor's own limit for stopping counts from here; the watchdog is its business no more.
-        self._notifier.say(STOPPING=1, STATUS="stopping")
+        self._notifier.notify(STOPPING=1, STATUS="stopping")
         self._closing.set()
         self._thread.join(1.0)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """The main thread moves."""
         self._beat_at = time.monotonic()
 
     @contextlib.contextmanager
     def reloading(self) -> Iterator[None]:
         """Tell the supervisor that the configuration is read again."""
-        self._notifier.say(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        self._notifier.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         try:
             yield
         finally:
-            self._notifier.say(READY=1, STATUS=self._status())
+            self._notifier.notify(READY=1, STATUS=self._status())
 
     def _main_busy_s(self) -> float:
         return time.monotonic() - self._beat_at
@@ -123,9 +123,9 @@ class Watchdog:
             if hanging:
                 if hanging != self._hanging:
                     log.error("hangs", parts=", ".join(hanging), meaning="the watchdog is not fed any more")
-                self._notifier.say(STATUS=f"hangs: {', '.join(hanging)}")
+                self._notifier.notify(STATUS=f"hangs: {', '.join(hanging)}")
             else:
-                self._notifier.say(WATCHDOG=1, STATUS=self._status())
+                self._notifier.notify(WATCHDOG=1, STATUS=self._status())
             self._hanging = hanging
 
     def _hangs(self, limit_s: float) -> tuple[str, ...]:
@@ -192,9 +192,9 @@ class ForcedExit:
     def __exit__(self, *exc_info: object) -> None:
         self._called_off.set()
 
-    def begin(self, limit_s: float) -> None:
+    def arm(self, limit_s: float) -> None:
         """From now on there is so much time."""
-        threading.Thread(target=self._run, args=(limit_s,), name="edgeflame-last-resort", daemon=True).start()
+        threading.Thread(target=self._run, args=(limit_s,), name="edgeflame-forced-exit", daemon=True).start()
 
     def _run(self, limit_s: float) -> None:
         if self._called_off.wait(limit_s):

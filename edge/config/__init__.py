@@ -42,8 +42,8 @@ class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ConfigError(f"verdict.review_band must be in [0, 1), not {self.review_band}")
 
 
-JUDGE_SECTIONS = ("verdict", "health", "view")
-"""Sections of a camera that its judge alone goes by: they can change between two frames."""
+INSPECTION_SECTIONS = ("verdict", "health", "view")
+"""Sections that only a camera's inspector uses: they can change between two frames."""
 
 
 class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -130,7 +130,7 @@ class DriftWatcher:
         with self._lock:
             self._save()
 
-    def watch(self, captured: Captured, inspected: Inspected) -> None:
+    def on_part(self, captured: Captured, inspected: Inspected) -> None:
         """One part, on the line's thread: noted, or left out where parts come faster than they are looked at."""
         del captured
         now = self._clock()

@@ -305,7 +305,7 @@ class ModelManager:
             raise UsageError(f"{product}: the file of the configuration is what runs; there is nothing to roll back to")
         self._book.roll_back(product, "rolled_back", reason, detail or "by command", to_file=to_file)
 
-    def watch(self, captured: Captured, inspected: Inspected) -> None:
+    def on_part(self, captured: Captured, inspected: Inspected) -> None:
         """Every part, on its line's thread."""
         result = inspected.result
         if result.golden:

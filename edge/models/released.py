@@ -178,8 +178,8 @@ class ReleasedModels:
             on_change=on_change,
         )
         with fetcher:
-            for line in cameras.lines:
-                line.watch(fetcher.keeper)
+            for worker in cameras.workers:
+                worker.add_listener(fetcher.keeper)
             self._fetcher = fetcher
             yield
 

@@ -132,26 +132,31 @@ class CameraDeployment:
         self._cameras = cameras
 
     def open(self, name: str, file: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
-        lines = [line for line in self._cameras.lines if line.judge.product == name] or self._cameras.lines[:1]
-        judges = {line.name: self._cameras.try_package(line.name, name, file) for line in lines}
+        workers = [
+            worker for worker in self._cameras.workers if worker.inspector.product == name
+        ] or self._cameras.workers[:1]
+        judges = {worker.name: self._cameras.open_package(worker.name, name, file) for worker in workers}
         if any(not sha256.startswith(judge.model_id) for judge in judges.values()):
             raise PackageError(f"{file}: it is another package now than the one that was checked ({sha256[:12]})")
         return judges
 
     def use(self, name: str, file: Path, judges: Mapping[str, InspectorProtocol]) -> Mapping[str, InspectorProtocol]:
-        return self._cameras.put_package(name, file, judges)
+        return self._cameras.use_package(name, file, judges)
 
     def strays(self, name: str, sha256: str) -> bool:
         return any(
-            line.judge.product == name and not sha256.startswith(line.judge.model_id) for line in self._cameras.lines
+            worker.inspector.product == name and not sha256.startswith(worker.inspector.model_id)
+            for worker in self._cameras.workers
         )
 
     def open_second(self, name: str, file: Path, present: Path) -> ShadowModel:
         package = read_package(file)
         runtime = _single_threaded(package)
         judges = {
-            line.name: Inspector(package, runtime, self._cameras.settings(line.name), camera=line.name, product=name)
-            for line in self._cameras.lines
+            worker.name: Inspector(
+                package, runtime, self._cameras.settings(worker.name), camera=worker.name, product=name
+            )
+            for worker in self._cameras.workers
         }
         return ShadowModel(judges=judges, slowdown=slowdown_of(runtime, _single_threaded(read_package(present))))
 

@@ -386,7 +386,7 @@ class Shadow:
         if judge is None:
             return
         # Parts are skipped, so what is known of the camera from one part to the next is the present model's alone.
-        other = judge.rehearse(captured)
+        other = judge.inspect_photograph(captured)
         with self._lock:
             distance = self._comparison.add(present, other.result)
             # On trial is the present model; the second is the one before.

@@ -49,7 +49,7 @@ class RisingEdge:
         self._level: bool | None = None
         self._polled_s = 0.0
 
-    def poll(self, level: bool, now: float) -> PolledPart | None:
+    def update(self, level: bool, now: float) -> PolledPart | None:
         """One answer; the first only says where it stands."""
         before, interval_s = self._level, now - self._polled_s
         self._level, self._polled_s = level, now
@@ -74,7 +74,7 @@ class PartCounter:
         self._value: int | None = None
         self._polled_s = 0.0
 
-    def poll(self, value: int, now: float) -> PolledPart | None:
+    def update(self, value: int, now: float) -> PolledPart | None:
         """One answer; the first only says where it stands."""
         before, interval_s = self._value, now - self._polled_s
         self._value, self._polled_s = value, now
@@ -151,25 +151,25 @@ class ModbusTrigger:
         next_poll = time.monotonic()
         while not self._closing.is_set():
             value, reason = self._read()
-            self._tell(reason)
+            self._report_state(reason)
             if value is None:
                 self._closing.wait(RETRY_S)
                 next_poll = time.monotonic()
                 continue
-            noticed = self._notice(value)
+            noticed = self._detect(value)
             if noticed is not None and not self._closing.is_set():
-                self._announce(noticed)
+                self._publish(noticed)
             next_poll = max(next_poll + poll_s, time.monotonic())
             self._closing.wait(next_poll - time.monotonic())
         self._client.close()  # type: ignore[no-untyped-call]
 
-    def _notice(self, value: int) -> PolledPart | None:
+    def _detect(self, value: int) -> PolledPart | None:
         now = time.monotonic()
         if self._counter is not None:
-            return self._counter.poll(value, now)
-        return self._contact.poll(bool(value), now)
+            return self._counter.update(value, now)
+        return self._contact.update(bool(value), now)
 
-    def _announce(self, noticed: PolledPart) -> None:
+    def _publish(self, noticed: PolledPart) -> None:
         assert self._accept is not None
         if noticed.fault is not None:
             log.warning("trigger_unclear", source=self.name, number=noticed.number, reason=noticed.fault)
@@ -211,7 +211,7 @@ class ModbusTrigger:
             value = value << 16 | word
         return value, None
 
-    def _tell(self, reason: str | None) -> None:
+    def _report_state(self, reason: str | None) -> None:
         self._problem = reason
         if self._is_up != (reason is None):
             self._is_up = reason is None

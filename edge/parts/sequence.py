@@ -99,7 +99,7 @@ class SequenceCheck:
         """The highest number so far."""
         return self._last
 
-    def see(self, part_id: str | None, number: int | None) -> SequenceFinding:
+    def check(self, part_id: str | None, number: int | None) -> SequenceFinding:
         """Take note of a part.
 
         Args:
@@ -109,7 +109,7 @@ class SequenceCheck:
         if number is not None and self._wrap is not None and not self._wrap.first <= number <= self._wrap.last:
             number = None
         if number is None:
-            return self._see_name(part_id)
+            return self._check_name(part_id)
         last, was_seen = self._last, number in self._seen
         if last is None:
             finding = SequenceFinding(kind=SequenceKind.FIRST)
@@ -131,7 +131,7 @@ class SequenceCheck:
         self._remember(number)
         return finding
 
-    def _see_name(self, part_id: str | None) -> SequenceFinding:
+    def _check_name(self, part_id: str | None) -> SequenceFinding:
         if part_id is None:
             return SequenceFinding(kind=SequenceKind.NEXT, last=self._last)
         kind = SequenceKind.DUPLICATE if part_id in self._seen else SequenceKind.NEXT

@@ -50,8 +50,8 @@ class PartTracker:
         self._clock = clock
         self._trigger = trigger
         self._announced: TriggeredCamera | None = None
-        self._has_identity = trigger.is_on or parts.number is not None
-        self._identity = SequenceCheck(
+        self._has_sequence = trigger.is_on or parts.number is not None
+        self._sequence = SequenceCheck(
             wrap=number_range(trigger, parts), max_gap=parts.max_gap, remembered=parts.remembered
         )
         self._number = None if parts.number is None else re.compile(parts.number)
@@ -59,7 +59,7 @@ class PartTracker:
             BoundedCall(camera=camera, counts=self.counts, clock=clock) if parts.deadline_ms is not None else None
         )
 
-    def camera(self, open_source: Callable[[], Source], mqtt: MqttConfig | None) -> Callable[[], Source]:
+    def source_opener(self, open_source: Callable[[], Source], mqtt: MqttConfig | None) -> Callable[[], Source]:
         """How the line opens its camera: as it is, or with its trigger.
 
         Args:
@@ -73,7 +73,7 @@ class PartTracker:
         )
         return self._announced.open
 
-    def capture(self, config: CaptureConfig, *, is_live: bool) -> CaptureConfig:
+    def capture_config(self, config: CaptureConfig, *, is_live: bool) -> CaptureConfig:
         """How the camera's frames are queued.
 
         Args:
@@ -103,9 +103,9 @@ class PartTracker:
         return [*unread, *(Captured(sequence=sequence + index, frame=frame) for index, frame in enumerate(frames))]
 
     @property
-    def has_identity(self) -> bool:
+    def has_sequence(self) -> bool:
         """Whether its parts have numbers or names that mean something."""
-        return self._has_identity
+        return self._has_sequence
 
     @property
     def has_deadline(self) -> bool:
@@ -122,12 +122,12 @@ class PartTracker:
         """Frames of the camera that belonged to no part, by reason."""
         return collections.Counter() if self._announced is None else self._announced.dropped
 
-    def recall(self, past: Iterable[Result]) -> None:
+    def restore(self, past: Iterable[Result]) -> None:
         """Take note of earlier results, oldest first, so that a restart hides no gap and no repetition."""
-        if self._has_identity:
+        if self._has_sequence:
             for result in past:
                 if result.camera == self._camera:
-                    self._identity.see(result.part_id, result.part_number)
+                    self._sequence.check(result.part_id, result.part_number)
 
     def inspect(self, inspector: InspectorProtocol, captured: Captured) -> Observation:
         """What an inspector finds about one part, at its deadline at the latest; :meth:`finish` makes it a verdict.
@@ -199,7 +199,7 @@ class PartTracker:
         """How long the model has been at one image, also when its part was decided without it; from any thread."""
         return 0.0 if self._model is None else self._model.busy_s()
 
-    def check(self) -> None:
+    def raise_if_hung(self) -> None:
         """To be called after a part was handed on.
 
         Raises:
@@ -218,14 +218,14 @@ class PartTracker:
 
     def _check_sequence(self, frame: Frame) -> tuple[int | None, SequenceFinding | None]:
         """A part's number and its place among the others; nothing where numbers and names mean nothing."""
-        if not self._has_identity or (frame.trigger is None and (self._trigger.is_on or frame.fault is not None)):
+        if not self._has_sequence or (frame.trigger is None and (self._trigger.is_on or frame.fault is not None)):
             # An outage is no part.
             return None, None
         name = frame.part_id if frame.trigger is None else frame.trigger.part_id
         number = None if frame.trigger is None else frame.trigger.number
         if number is None and name is not None:
             number = self._number_in(name)
-        finding = self._identity.see(name, number)
+        finding = self._sequence.check(name, number)
         if finding.describe(number) is not None:
             log.warning(
                 "parts_out_of_sequence",

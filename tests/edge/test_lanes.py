@@ -45,14 +45,14 @@ class Belt:
 class Eyes:
     """Looks at frames; those of a gate not before it is open, and some never well."""
 
-    lanes = 2
+    num_parallel = 2
 
     def __init__(self, *, failing: int | None = None) -> None:
         self.gates: dict[int, threading.Event] = {}
         self.begun: dict[int, threading.Event] = {number: threading.Event() for number in range(50)}
         self.failing = failing
 
-    def look(self, captured: Captured) -> int:
+    def observe(self, captured: Captured) -> int:
         self.begun[captured.sequence].set()
         if captured.sequence in self.gates:
             assert self.gates[captured.sequence].wait(20)
@@ -63,14 +63,14 @@ class Eyes:
 
 def lanes(
     belt: Belt,
-    looker: Callable[[], FrameObserver | None],
+    observer: Callable[[], FrameObserver | None],
     *,
     count: int = 2,
     depth: int = 2,
     stop: threading.Event | None = None,
 ) -> PrefetchPool:
     stop = stop or threading.Event()
-    return PrefetchPool(Capture(belt, CaptureConfig(depth=depth), stop), looker, stop, count=count)
+    return PrefetchPool(Capture(belt, CaptureConfig(depth=depth), stop), observer, stop, count=count)
 
 
 def test_frames_come_in_order_with_what_was_found_however_long_each_took() -> None:
@@ -84,8 +84,10 @@ def test_frames_come_in_order_with_what_was_found_however_long_each_took() -> No
         eyes.gates[0].set()
         all_of_them = [first, *coming]
     assert [captured.sequence for captured in all_of_them] == list(range(20))
-    assert [captured.ahead.found.result() for captured in all_of_them if captured.ahead] == list(range(0, 200, 10))
-    assert {captured.ahead.looker for captured in all_of_them if captured.ahead} == {eyes}
+    assert [captured.prefetched.found.result() for captured in all_of_them if captured.prefetched] == list(
+        range(0, 200, 10)
+    )
+    assert {captured.prefetched.observer for captured in all_of_them if captured.prefetched} == {eyes}
 
 
 def test_no_more_frames_are_taken_than_lanes_can_hold() -> None:
@@ -118,10 +120,14 @@ def test_what_looking_raised_is_raised_where_the_frames_turn_comes() -> None:
     eyes = Eyes(failing=1)
     with lanes(Belt(3), lambda: eyes) as frames:
         taken = list(frames)
-    assert [captured.ahead.found.exception() is None for captured in taken if captured.ahead] == [True, False, True]
-    assert taken[1].ahead is not None
+    assert [captured.prefetched.found.exception() is None for captured in taken if captured.prefetched] == [
+        True,
+        False,
+        True,
+    ]
+    assert taken[1].prefetched is not None
     with pytest.raises(RuntimeError, match="a defect of ours"):
-        taken[1].ahead.found.result()
+        taken[1].prefetched.found.result()
 
 
 def test_a_source_that_breaks_is_told_after_its_frames() -> None:
@@ -133,7 +139,7 @@ def test_a_source_that_breaks_is_told_after_its_frames() -> None:
 
 def test_nobody_looks_where_nobody_should() -> None:
     with lanes(Belt(3), lambda: None) as frames:
-        assert [captured.ahead for captured in frames] == [None, None, None]
+        assert [captured.prefetched for captured in frames] == [None, None, None]
 
 
 def test_leaving_early_ends_the_lanes() -> None:
@@ -157,15 +163,15 @@ def test_what_was_taken_and_not_given_out_is_known_after_a_stop() -> None:
     assert 1 <= len(unread) <= 7  # three that lanes may hold, two that are queued, one in the reader's hand
 
 
-def _inspector(package: Package, *, lanes: int) -> Inspector:
+def _inspector(package: Package, *, num_parallel: int) -> Inspector:
     runtime, shared = (open_runtime(package.model_onnx, device="cpu", num_threads=count) for count in (2, 1))
-    return Inspector(package, runtime, InspectConfig(), lanes=lanes, shared=shared)
+    return Inspector(package, runtime, InspectConfig(), num_parallel=num_parallel, shared=shared)
 
 
 def test_an_inspector_judges_the_same_ahead_of_its_turn_and_in_it(package: Package) -> None:
-    inspector, alone = _inspector(package, lanes=2), _inspector(package, lanes=1)
-    assert inspector.looker is inspector
-    assert alone.looker is None
+    inspector, alone = _inspector(package, num_parallel=2), _inspector(package, num_parallel=1)
+    assert inspector.observer is inspector
+    assert alone.observer is None
     images = [good_image(1), bad_image(2), good_image(3), np.zeros_like(IMAGE)] * 5
 
     class Images(Belt):
@@ -183,15 +189,15 @@ def test_an_inspector_judges_the_same_ahead_of_its_turn_and_in_it(package: Packa
 
 
 def test_another_judge_takes_nobody_elses_word(package: Package) -> None:
-    before, after = _inspector(package, lanes=2), _inspector(package, lanes=2)
+    before, after = _inspector(package, num_parallel=2), _inspector(package, num_parallel=2)
     looked: list[int] = []
-    look = after.look
+    observe = after.observe
 
     def note(captured: Captured) -> Observation:
         looked.append(captured.sequence)
-        return look(captured)
+        return observe(captured)
 
-    after.look = note  # type: ignore[method-assign]
+    after.observe = note  # type: ignore[method-assign]
     with lanes(Belt(4), lambda: before) as frames:
         for captured in frames:
             after.inspect(captured)

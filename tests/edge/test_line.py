@@ -121,7 +121,7 @@ def test_another_threshold_and_another_judge_from_one_part_to_the_next(start: St
     running.wait(2)
     running.line.set_threshold(None)
     other = FakeJudge("board")
-    assert running.line.use(other) is running.judge
+    assert running.line.replace_inspector(other) is running.judge
     running.belt.put()
     running.wait(3)
     assert [(told.threshold, told.model) for told in running.told] == [
@@ -135,7 +135,7 @@ def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: St
     running.belt.put(3000)
     judges = [FakeJudge(name) for name in ("x", "y")]
     for judge in itertools.islice(itertools.cycle(judges), 20):
-        running.line.use(judge)
+        running.line.replace_inspector(judge)
     running.wait(3000)
     assert [told.sequence for told in running.told] == list(range(3000))
 
@@ -175,21 +175,21 @@ def test_onlookers_see_what_the_sinks_saw_and_one_that_fails_is_sent_away(start:
             self.seen: list[int] = []
             self.failure = failure
 
-        def watch(self, captured: Captured, inspected: Inspected) -> None:
+        def on_part(self, captured: Captured, inspected: Inspected) -> None:
             assert captured.sequence == inspected.result.sequence
             self.seen.append(captured.sequence)
             if self.failure:
                 raise RuntimeError("no")
 
     good, bad, later = Onlooker(failure=False), Onlooker(failure=True), Onlooker(failure=False)
-    running = start(watchers=[bad, good])
+    running = start(listeners=[bad, good])
     running.belt.put()
     wait_for(lambda: len(good.seen) == 1, "the first is seen")
-    running.line.watch(later)
+    running.line.add_listener(later)
     running.belt.put()
     wait_for(lambda: len(later.seen) == 1, "the second is seen")
     assert (good.seen, bad.seen, later.seen) == ([0, 1], [0], [1])
-    running.line.unwatch(good)
+    running.line.remove_listener(good)
     running.belt.put()
     wait_for(lambda: len(later.seen) == 2, "the third is seen")
     assert good.seen == [0, 1]

@@ -38,7 +38,7 @@ class Factory:
 
     @property
     def models(self) -> list[str]:
-        return [line.judge.model_id for line in self.cameras.lines]
+        return [line.inspector.model_id for line in self.cameras.workers]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def model_of(file: Path) -> str:
 
 
 def test_nothing_new_changes_nothing(factory: Factory) -> None:
-    judges = [line.judge for line in factory.cameras.lines]
+    judges = [line.inspector for line in factory.cameras.workers]
     assert factory.reload() == ReloadReport(changed=(), needs_restart=())
-    assert [line.judge for line in factory.cameras.lines] == judges
+    assert [line.inspector for line in factory.cameras.workers] == judges
 
 
 def test_a_package_that_was_replaced_is_used_by_every_camera(factory: Factory, other_file: Path) -> None:
@@ -75,16 +75,16 @@ def test_a_package_that_is_none_changes_nothing_at_all(factory: Factory) -> None
     with pytest.raises(EdgeFlameError):
         factory.reload(more="[verdict]\nthreshold = 7.0\n")
     assert factory.models == before
-    assert all(line.judge.threshold != 7.0 for line in factory.cameras.lines)
+    assert all(line.inspector.threshold != 7.0 for line in factory.cameras.workers)
 
 
 def test_what_came_from_the_fleet_stays_and_takes_the_new_rules(factory: Factory, other_file: Path) -> None:
-    factory.cameras.put_package("tile", other_file, {})
+    factory.cameras.use_package("tile", other_file, {})
     assert factory.models == [model_of(other_file)] * 2
     done = factory.reload(more="[verdict]\nthreshold = 7.0\n")
     assert done.changed == ("cameras.a.verdict", "cameras.b.verdict")
     assert factory.models == [model_of(other_file)] * 2
-    assert [line.judge.threshold for line in factory.cameras.lines] == [7.0, 7.0]
+    assert [line.inspector.threshold for line in factory.cameras.workers] == [7.0, 7.0]
     assert factory.cameras.products["tile"] == other_file
 
 
@@ -92,14 +92,14 @@ def test_a_threshold_set_by_command_outlives_a_reload(factory: Factory) -> None:
     (model, _) = factory.models
     factory.overrides.set_threshold("a", model, 3.0)
     factory.reload(more="[verdict]\nthreshold = 7.0\n")
-    assert [line.judge.threshold for line in factory.cameras.lines] == [3.0, 7.0]
+    assert [line.inspector.threshold for line in factory.cameras.workers] == [3.0, 7.0]
 
 
 def test_products_come_and_go_but_not_one_that_is_in_use(factory: Factory, other_file: Path) -> None:
     done = factory.reload(products=f'board = "{other_file}"\n')
     assert done.changed == ("products.board",)
     assert set(factory.cameras.products) == {"tile", "board"}
-    assert factory.cameras.load("a", "board").model_id == model_of(other_file)
+    assert factory.cameras.open_inspector("a", "board").model_id == model_of(other_file)
     assert factory.reload().changed == ("products.board",)
     assert set(factory.cameras.products) == {"tile"}
 

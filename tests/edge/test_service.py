@@ -54,9 +54,9 @@ class TestNotifier:
     def test_the_life_of_a_service(self, supervisor: Supervisor) -> None:
         notifier = SystemdNotifier({"NOTIFY_SOCKET": str(supervisor.path)})
         assert notifier.watchdog_s is None
-        with Watchdog(notifier, busy_s={}, status=lambda: "2 cameras, 7 parts") as heart:
+        with Watchdog(notifier, busy_s={}, status=lambda: "2 cameras, 7 parts") as watchdog:
             assert supervisor.listen() == ["READY=1", "STATUS=2 cameras, 7 parts"]
-            with heart.reloading():
+            with watchdog.reloading():
                 assert supervisor.listen()[2] == "RELOADING=1"
                 assert supervisor.listen()[3].startswith("MONOTONIC_USEC=")
             assert supervisor.listen()[4] == "READY=1"
@@ -66,10 +66,10 @@ class TestNotifier:
         name = f"edgeflame-test-{os.getpid()}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as opened:
             opened.bind(f"\0{name}")
-            SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).say(READY=1)
+            SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).notify(READY=1)
             assert opened.recv(100) == b"READY=1"
-        SystemdNotifier({}).say(READY=1)
-        SystemdNotifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).say(READY=1)
+        SystemdNotifier({}).notify(READY=1)
+        SystemdNotifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).notify(READY=1)
 
     @pytest.mark.parametrize(
         ("environment", "expected"),
@@ -89,12 +89,12 @@ class TestNotifier:
         notifier = SystemdNotifier({"NOTIFY_SOCKET": str(supervisor.path), "WATCHDOG_USEC": "150000"})
         done = threading.Event()
 
-        def beat(heart: Watchdog) -> None:
+        def heartbeat(watchdog: Watchdog) -> None:
             while not done.wait(0.01):
-                heart.beat()
+                watchdog.heartbeat()
 
-        with Watchdog(notifier, busy_s={"camera a": lambda: busy["camera a"]}, status=lambda: "") as heart:
-            thread = threading.Thread(target=beat, args=(heart,))
+        with Watchdog(notifier, busy_s={"camera a": lambda: busy["camera a"]}, status=lambda: "") as watchdog:
+            thread = threading.Thread(target=heartbeat, args=(watchdog,))
             thread.start()
             wait_for(lambda: supervisor.listen().count("WATCHDOG=1") >= 3, "the watchdog is fed")
             busy["camera a"] = 60.0
@@ -187,8 +187,8 @@ def test_a_stop_waits_for_nobody_who_does_not_answer(package_file: Path, tmp_pat
 def test_the_last_resort_ends_a_process_that_would_never_end(tmp_path: Path) -> None:
     program = (
         "import threading\nfrom edgeflame.log import configure_logging\n"
-        "configure_logging(log_format='text', verbosity=0)\nfrom edge.systemd import LastResort\n"
-        "with LastResort() as last:\n    last.begin(0.05)\n    threading.Event().wait()\n"
+        "configure_logging(log_format='text', verbosity=0)\nfrom edge.systemd import ForcedExit\n"
+        "with ForcedExit() as last:\n    last.arm(0.05)\n    threading.Event().wait()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == CrashLoopError.exit_code
@@ -197,8 +197,8 @@ def test_the_last_resort_ends_a_process_that_would_never_end(tmp_path: Path) -> 
 
 def test_the_last_resort_is_called_off_by_an_end_in_time() -> None:
     with ForcedExit() as last:
-        last.begin(0.05)
-    thread = next((one for one in threading.enumerate() if one.name == "edgeflame-last-resort"), None)
+        last.arm(0.05)
+    thread = next((one for one in threading.enumerate() if one.name == "edgeflame-forced-exit"), None)
     if thread is not None:
         thread.join(10)
 

@@ -85,7 +85,7 @@ def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> It
     plan = plan_cameras(config, model=package, source=source, product_of=lambda _: "tile")
     overrides = Overrides(None)
     cameras = Cameras(plan, loader, overrides)
-    lines = cameras.lines
+    lines = cameras.workers
     control = DaemonControl(cameras, overrides=overrides)
     told: list[Result] = []
     halt = threading.Event()
@@ -283,7 +283,7 @@ class TestGolden:
                 part_id=str(number), source="s", image_bgr=image, error=None if image is not None else "away",
                 captured_monotonic_s=at,
             )  # fmt: skip
-            told = requests.take(judged(number), Captured(sequence=number, frame=frame))
+            told = requests.mark_if_golden(judged(number), Captured(sequence=number, frame=frame))
             assert told.result.golden is (number == 2)
         asking.join(20)
         assert [answer.result.sequence for answer in answers if answer is not None] == [2]

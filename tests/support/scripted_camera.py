@@ -54,7 +54,7 @@ class Belt:
 class FakeJudge:
     provider = "CPU"
     review_band = 0.0
-    looker = None
+    observer = None
 
     def __init__(self, product: str = "tile", failures: int = 0) -> None:
         self.product, self.model_id, self.threshold = product, product * 3, 1.0
@@ -64,7 +64,7 @@ class FakeJudge:
     def set_threshold(self, value: float | None) -> None:
         self.threshold = 1.0 if value is None else value
 
-    def rehearse(self, captured: Captured) -> Inspected:
+    def inspect_photograph(self, captured: Captured) -> Inspected:
         return judge(self, captured)
 
     def reconfigured(self, config: InspectConfig) -> FakeJudge:

@@ -44,9 +44,9 @@ class Office:
             for name, belt in self.belts.items()
         ]
         cameras = SimpleNamespace(
-            lines=self.lines,
+            workers=self.lines,
             products={"tile": Path("t"), "board": Path("b")},
-            load=lambda _camera, product: FakeJudge(product),
+            open_inspector=lambda _camera, product: FakeJudge(product),
         )
         self.control = DaemonControl(cameras, overrides=Overrides(folder), snapshots=folder)  # type: ignore[arg-type]
         self.now = 0.0
@@ -195,9 +195,9 @@ class TestOverrides:
         kept.set_product("b", "tile")
         kept.set_threshold("a", "m1", None)
         again = Overrides(tmp_path / "state")
-        assert again.of("a").thresholds == {"m2": 3.0}
-        assert again.of("b").product == "tile"
-        assert again.of("c").product is None
+        assert again.get("a").thresholds == {"m2": 3.0}
+        assert again.get("b").product == "tile"
+        assert again.get("c").product is None
 
     def test_a_damaged_file_is_an_error_and_not_silence(self, tmp_path: Path) -> None:
         (tmp_path / OVERRIDES_FILE).write_bytes(b"{")
@@ -210,7 +210,7 @@ class TestOverrides:
         with opened.desk:
             reply = opened.ask(command="threshold", threshold=2.0)
         assert reply.exit_code == StorageError.exit_code
-        assert opened.lines[0].judge.threshold == 1.0
+        assert opened.lines[0].inspector.threshold == 1.0
 
 
 def line_command(*arguments: object) -> Result:

@@ -36,13 +36,13 @@ class Station:
         trigger = TriggerConfig(
             window_ms=60_000, modbus=ModbusTriggerConfig(host="127.0.0.1", port=plc.port, register=0, poll_ms=2)
         )
-        keeper = PartTracker("a", trigger, PartsConfig(**parts))
+        tracker = PartTracker("a", trigger, PartsConfig(**parts))
         self.line = CameraWorker(
             "a",
-            keeper.camera(lambda: self.camera, None),
+            tracker.source_opener(lambda: self.camera, None),
             self.judge,
-            keeper.capture(CaptureConfig(depth=1), is_live=True),
-            keeper=keeper,
+            tracker.capture_config(CaptureConfig(depth=1), is_live=True),
+            tracker=tracker,
         )
         self.told: list[Result] = []
         self.halt = threading.Event()
@@ -84,14 +84,14 @@ class Station:
 class LookingJudge(FakeJudge):
     """Would look at two images side by side, and hangs."""
 
-    lanes = 2
+    num_parallel = 2
 
     def __init__(self) -> None:
         super().__init__()
         self.gate: threading.Event = threading.Event()
-        self.looker = self  # type: ignore[assignment]
+        self.observer = self  # type: ignore[assignment]
 
-    def look(self, captured: Captured) -> None:
+    def observe(self, captured: Captured) -> None:
         assert self.gate.wait(60)
 
 

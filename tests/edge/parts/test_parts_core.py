@@ -28,7 +28,7 @@ NOON = dt.datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 def kinds(identity: SequenceCheck, *numbers: int) -> list[SequenceKind]:
-    return [identity.see(None, number).kind for number in numbers]
+    return [identity.check(None, number).kind for number in numbers]
 
 
 # Numbers.
@@ -36,9 +36,9 @@ def kinds(identity: SequenceCheck, *numbers: int) -> list[SequenceKind]:
 
 def test_a_jump_is_so_many_missing_parts() -> None:
     identity = SequenceCheck()
-    assert identity.see("a", 4) == SequenceFinding(kind=SequenceKind.FIRST)
-    assert identity.see("b", 5) == SequenceFinding(kind=SequenceKind.NEXT, last=4)
-    assert identity.see("c", 9) == SequenceFinding(kind=SequenceKind.GAP, missing=3, last=5)
+    assert identity.check("a", 4) == SequenceFinding(kind=SequenceKind.FIRST)
+    assert identity.check("b", 5) == SequenceFinding(kind=SequenceKind.NEXT, last=4)
+    assert identity.check("c", 9) == SequenceFinding(kind=SequenceKind.GAP, missing=3, last=5)
 
 
 def test_a_number_seen_before_is_a_duplicate_and_changes_nothing() -> None:
@@ -69,19 +69,19 @@ def test_counters_wrap() -> None:
     assert kinds(identity, 65534, 65535, 1, 2, 65535) == [
         SequenceKind.FIRST, SequenceKind.NEXT, SequenceKind.NEXT, SequenceKind.NEXT, SequenceKind.DUPLICATE,
     ]  # fmt: skip
-    assert identity.see(None, 5) == SequenceFinding(kind=SequenceKind.GAP, missing=2, last=2)
-    assert identity.see(None, 0).kind is SequenceKind.NEXT  # no number of this counter: nothing can be said
+    assert identity.check(None, 5) == SequenceFinding(kind=SequenceKind.GAP, missing=2, last=2)
+    assert identity.check(None, 0).kind is SequenceKind.NEXT  # no number of this counter: nothing can be said
     assert identity.last == 5
 
 
 def test_a_missing_part_across_the_wrap() -> None:
     identity = SequenceCheck(wrap=NumberRange(first=0, last=99))
-    assert [identity.see(None, number).missing for number in (98, 1)] == [0, 2]
+    assert [identity.check(None, number).missing for number in (98, 1)] == [0, 2]
 
 
 def test_names_without_numbers_can_be_repeated_as_far_as_they_are_remembered() -> None:
     identity = SequenceCheck(remembered=2)
-    found = [identity.see(name, None).kind for name in ("a", "b", "a", "c", "b", None, None)]
+    found = [identity.check(name, None).kind for name in ("a", "b", "a", "c", "b", None, None)]
     assert found == [
         SequenceKind.NEXT,
         SequenceKind.NEXT,
@@ -98,10 +98,10 @@ def test_missing_parts_are_counted_whole_over_any_number_of_wraps(start: int, st
     """Against a plain count that never wraps: what was stepped over is what is missing, once."""
     wrap = NumberRange(first=1, last=100) if wraps else None
     identity, position, missing = SequenceCheck(wrap=wrap), start, 0
-    identity.see(None, start)
+    identity.check(None, start)
     for step in steps:
         position += step
-        finding = identity.see(None, (position - 1) % 100 + 1 if wraps else position)
+        finding = identity.check(None, (position - 1) % 100 + 1 if wraps else position)
         assert finding.kind is (SequenceKind.NEXT if step == 1 else SequenceKind.GAP)
         missing += finding.missing
     assert missing == position - start - len(steps)
@@ -116,7 +116,7 @@ def test_whatever_comes_the_last_number_is_one_that_came_and_memory_is_bounded(
 ) -> None:
     identity = SequenceCheck(wrap=wrap, max_gap=10, remembered=7)
     for index, number in enumerate(numbers):
-        finding = identity.see(None, number)
+        finding = identity.check(None, number)
         assert finding.missing >= 0
         assert (finding.missing > 0) == (finding.kind is SequenceKind.GAP)
         if index and number == numbers[index - 1] == identity.last:
@@ -131,7 +131,7 @@ def test_whatever_comes_the_last_number_is_one_that_came_and_memory_is_bounded(
 class Timed:
     """An inspector for which each image takes so long on a clock that it moves itself."""
 
-    product, model_id, provider, looker = "p", "m", "cpu", None
+    product, model_id, provider, observer = "p", "m", "cpu", None
     threshold, review_band = 1.0, 0.0
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Timed:
             raise self.failure
         return Observation(score=0.5)
 
-    set_threshold = reconfigured = rehearse = None
+    set_threshold = reconfigured = inspect_photograph = None
 
 
 @contextlib.contextmanager
@@ -417,15 +417,15 @@ def test_any_bytes_are_a_part_or_an_error(payload: bytes) -> None:
 
 def test_a_contact_closes_once_a_part() -> None:
     contact = RisingEdge(max_interval_s=0.5)
-    noticed = [contact.poll(level, now / 10) for now, level in enumerate([1, 1, 0, 1, 1, 0, 0, 1])]
+    noticed = [contact.update(level, now / 10) for now, level in enumerate([1, 1, 0, 1, 1, 0, 0, 1])]
     assert [number for number, part in enumerate(noticed) if part is not None] == [3, 7]
     assert all(part.fault is None for part in noticed if part is not None)
 
 
 def test_a_contact_that_closed_while_nobody_asked_is_a_part_of_an_unknown_time() -> None:
     contact = RisingEdge(max_interval_s=0.5)
-    contact.poll(False, 0.0)
-    part = contact.poll(True, 3.0)
+    contact.update(False, 0.0)
+    part = contact.update(True, 3.0)
     assert part is not None
     assert part.fault == "it came while the PLC could not be asked for 3 s; when, is not known"
 
@@ -433,14 +433,14 @@ def test_a_contact_that_closed_while_nobody_asked_is_a_part_of_an_unknown_time()
 def test_a_counter_announces_its_changes() -> None:
     counter = PartCounter(NumberRange(first=0, last=65535), max_gap=1000, max_interval_s=0.5)
     values = [7, 7, 8, 11, 65535, 0]
-    noticed = [counter.poll(value, now / 10) for now, value in enumerate(values)]
+    noticed = [counter.update(value, now / 10) for now, value in enumerate(values)]
     assert [part and part.number for part in noticed] == [None, None, 8, 11, 65535, 0]
     assert [bool(part and part.fault) for part in noticed] == [False, False, False, False, True, False]
 
 
 def test_a_counter_that_went_back_may_announce_no_part() -> None:
     counter = PartCounter(NumberRange(first=1, last=65535), max_gap=1000, max_interval_s=0.5)
-    noticed = [counter.poll(value, 0.1 * now) for now, value in enumerate([500, 0, 1, 2, 1])]
+    noticed = [counter.update(value, 0.1 * now) for now, value in enumerate([500, 0, 1, 2, 1])]
     # 0 is no number of a counter that begins with 1: it was reset, and 1 is the first part after that.
     assert [part and part.number for part in noticed] == [None, None, 1, 2, 1]
     assert [bool(part and part.fault) for part in noticed] == [False, False, False, False, True]

@@ -152,7 +152,7 @@ def station(
     plan = plan_cameras(settings, model=None, source=None, product_of=str)
     overrides = Overrides(None)
     opened_cameras = Cameras(plan, InspectorLoader(device="cpu", num_threads=1), overrides)
-    lines = opened_cameras.lines
+    lines = opened_cameras.workers
     for line in lines:
         line.status = partial(_seen_as_camera, line.status)  # type: ignore[method-assign]
     control = DaemonControl(opened_cameras, overrides=overrides, snapshots=folder / "snapshots")
