@@ -3,120 +3,122 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
+from msgspec import Meta
 
 from aggregator.exchanges import EXCHANGES, Exchange
 from aggregator.strategies import AUTO, STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import Rule
+from edgeflame.bounds import BASIC, Count, Positive, Share
 from edgeflame.errors import ConfigError, UsageError
 from edgeflame.methods import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
 from edgeflame.mqtt.messages import MAX_ROUNDS, Codec
 from edgeflame.mqtt.topics import check_name
 from edgeflame.transfer.compression import FALLBACKS, has_zstd
 
+MAX_SITES = 10_000
+"""Sites of a fleet that are known at once. Whoever may connect may make up names; memory use must stay bounded."""
+
+RoundCount = Annotated[int, Meta(ge=1, le=MAX_ROUNDS)]
+"""A number of rounds."""
+StrategyName = Annotated[
+    str,
+    Meta(
+        pattern=f"^({'|'.join((AUTO, *STRATEGIES))})$",
+        description=f"one of {', '.join((AUTO, *STRATEGIES))}",
+    ),
+]
+"""A key of ``STRATEGIES``, or ``auto``."""
+
 
 class Convergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When the rounds end before their planned number; never, unless a bound is given. With two, both must hold."""
+    """When the rounds end before their planned number. They do not, unless a bound is given; of two, both must hold."""
 
-    model_change: float | None = None
+    model_change: Positive | None = None
     """The global model moved by less than this in a round, relative to its norm."""
-    metric_change: float | None = None
+    metric_change: Positive | None = None
     """``metric`` changed by less than this from the round before, relative to its value there."""
     metric: str = "loss"
-    """A figure that sites report with their updates; averaged by samples."""
-    patience: int = 2
-    """In so many rounds one after another."""
-    min_rounds: int = 1
-    """Not before so many rounds."""
-
-    def __post_init__(self) -> None:
-        bounds = {"model_change": self.model_change, "metric_change": self.metric_change}
-        for name, value in bounds.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"convergence.{name} must be > 0, not {value}")
-        for name, count in {"patience": self.patience, "min_rounds": self.min_rounds}.items():
-            if not 1 <= count <= MAX_ROUNDS:
-                raise ConfigError(f"convergence.{name} must be 1..{MAX_ROUNDS}, not {count}")
+    """A figure that sites report with their updates; its average over the sites is weighted by their samples."""
+    patience: RoundCount = 2
+    """The bound must hold in this many rounds in a row."""
+    min_rounds: RoundCount = 1
+    """The run does not end before this many rounds."""
 
 
-class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+_STORED_NAMES = {"min_available_sites": "min_sites", "fraction_train": "sampling", "compression": "update_codec"}
+"""Keys that journals and simulations' records hold under the names that they had in version 0.1."""
+
+
+class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_STORED_NAMES):
     """The keys of ``edgeflame aggregate --config F``; the learning in the section ``[learning]``."""
 
-    rounds: int = 2
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {old: new for new, old in _STORED_NAMES.items()}
+
+    rounds: Annotated[RoundCount, BASIC] = 2
     """Rounds of training."""
-    min_sites: int = 2
-    """The run begins when so many sites are ready."""
-    expected_sites: tuple[str, ...] = ()
-    """If given, only these may take part, and the run begins when all are ready."""
-    quorum: float = 0.6
+    min_available_sites: Annotated[int, Meta(ge=1, le=MAX_SITES), BASIC] = 2
+    """The run begins when this many sites are ready."""
+    expected_sites: Annotated[tuple[str, ...], BASIC] = ()
+    """If given, only these sites may take part, and the run begins when all of them are ready."""
+    quorum: Annotated[Share, BASIC] = 0.6
     """Share of the asked sites whose updates a round needs; rounded up, at least one."""
-    deadline_s: float = 300.0
-    """A site that makes no progress for so long is left out of the round, seconds. Not a limit on the total."""
-    sampling: float = 1.0
-    """Share of the sites asked in each round; rounded up."""
+    deadline_s: Annotated[Positive, BASIC] = 300.0
+    """A site that makes no progress for this many seconds is left out of the round. Not a limit on a round's length."""
+    fraction_train: Share = 1.0
+    """Share of the sites asked to train in each round; rounded up."""
     seed: int = 0
-    """Of the sampling."""
-    strategy: str = AUTO
+    """Seed of the choice of sites in each round."""
+    strategy: StrategyName = AUTO
     """How updates become the next global model; ``auto`` is the learning method's own rule."""
-    trim: float = 0.2
-    """Of ``trimmed_mean``: share of the round's values that is left out at either end of each coordinate; rounded up.
-    So many sites may be bad."""
-    clip_norm: float | Literal["median"] = "median"
-    """Of ``norm_clipping``: the longest change that counts in full, in units of the base model's norm; ``median`` is
-    that of the round's changes."""
-    update_codec: Codec = "raw"
-    """In which form sites send updates: ``raw``; ``float16`` differences to the base model, half the bytes; ``zstd``,
-    compressed without loss; ``float16_zstd``. What a form's error was, the ledger says."""
-    max_relative_change: float = 10.0
-    """An update may be so far from the base model, in units of the base model's norm; a diverged one is not."""
-    max_samples: int = 10_000_000
-    """No site has more images than this; an update that says so is refused, for it would outweigh all others."""
-    max_model_bytes: int = 4 << 30
-    """Of the initial model; updates are as large as it is. Also of a site's statistics."""
+    trim: Annotated[float, Meta(ge=0, lt=0.5)] = 0.2
+    """Used by ``trimmed_mean``: share of the round's values that is left out at either end of each coordinate; rounded
+    up. As many sites may send bad updates."""
+    clip_norm: Literal["median"] | Positive = "median"
+    """Used by ``norm_clipping``: the longest change that counts in full, in units of the base model's norm; ``median``
+    is the median of the round's changes."""
+    compression: Annotated[Codec, BASIC] = "raw"
+    """The form in which sites send updates: ``raw``; ``float16`` differences to the base model, half the bytes;
+    ``zstd``, compressed without loss; ``float16_zstd``. The ledger says how large a form's error was."""
+    max_relative_change: Positive = 10.0
+    """The farthest that an update may be from the base model, in units of the base model's norm. An update beyond it
+    comes from a training that diverged and is refused."""
+    max_samples: Count = 10_000_000
+    """The most images that an update may claim; one that claims more is refused, for it would outweigh all others."""
+    max_model_bytes: Count = 4 << 30
+    """Largest initial model, and largest statistics of a site, in bytes; updates are as large as the model."""
     statistics: Literal["site", "federated"] = "site"
     """``site``: each site's package has statistics of its own images; ``federated``: of all sites' images, pooled
     after the last round without moving an image. Thresholds are each site's own in either."""
     statistics_form: Literal["low_rank", "moments"] = "low_rank"
     """What sites send of ``federated`` statistics: an approximation whose error the ledger states, or all of it
     (48 MB a site by default), which pools exactly."""
-    statistics_rank: int = 48
-    """Of ``low_rank``: eigenpairs per position that are sent and handed out (16 MB a site by default). More than a
+    statistics_rank: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 48
+    """Used by ``low_rank``: eigenpairs per position that are sent and handed out (16 MB a site by default). More than a
     package uses (``learning.scoring.max_rank``), because what each site cuts off is lost to all."""
     convergence: Convergence = Convergence()
     learning: Learning = Learning(method="flame")
 
     def __post_init__(self) -> None:
+        method = self.learning.method
         rules = (
-            (1 <= self.rounds <= MAX_ROUNDS, f"rounds must be 1..{MAX_ROUNDS}", self.rounds),
-            (1 <= self.min_sites <= 10_000, "min_sites must be 1..10000", self.min_sites),
-            (0 < self.quorum <= 1, "quorum must be in (0, 1]", self.quorum),
-            (0 < self.deadline_s < math.inf, "deadline_s must be > 0", self.deadline_s),
-            (0 < self.sampling <= 1, "sampling must be in (0, 1]", self.sampling),
-            (self.max_relative_change > 0, "max_relative_change must be > 0", self.max_relative_change),
             (
-                self.update_codec not in FALLBACKS or has_zstd(),
-                "update_codec needs the package zstandard here (pip install 'edgeflame[zstd]'); float16 and raw do not",
-                self.update_codec,
-            ),
-            (0 <= self.trim < 0.5, "trim must be in [0, 0.5)", self.trim),
-            (
-                self.clip_norm == "median" or 0 < self.clip_norm < math.inf,
-                'clip_norm must be "median" or > 0',
-                self.clip_norm,
-            ),
-            (self.max_samples >= 1, "max_samples must be >= 1", self.max_samples),
-            (self.max_model_bytes >= 1, "max_model_bytes must be >= 1", self.max_model_bytes),
-            (
-                self.strategy in (AUTO, *STRATEGIES),
-                f"strategy: one of {', '.join((AUTO, *STRATEGIES))}",
-                self.strategy,
+                method in FEDERATED_METHODS,
+                f"learning.method must be one that federates ({', '.join(FEDERATED_METHODS)})",
+                method,
             ),
             (
-                1 <= self.statistics_rank <= MAX_RANK,
-                f"statistics_rank must be 1..{MAX_RANK}",
-                self.statistics_rank,
+                self.compression not in FALLBACKS or has_zstd(),
+                "compression needs the package zstandard here (pip install 'edgeflame[zstd]'); float16 and raw do not",
+                self.compression,
+            ),
+            (
+                self.compression == "raw" or self.exchange.compressible,
+                'compression must be "raw" for memories, which are small already',
+                self.compression,
             ),
             (
                 self.statistics == "site" or self.learning.training.batch_norm != "local",
@@ -124,19 +126,9 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
                 self.learning.training.batch_norm,
             ),
             (
-                self.update_codec == "raw" or self.exchange.compressible,
-                'update_codec must be "raw" for memories, which are small already',
-                self.update_codec,
-            ),
-            (
                 self.statistics == "site" or self.exchange.has_statistics_phase,
                 'statistics must be "site" for a method that pools a memory already',
                 self.statistics,
-            ),
-            (
-                self.learning.method in FEDERATED_METHODS,
-                f"learning.method must be one that federates ({', '.join(FEDERATED_METHODS)})",
-                self.learning.method,
             ),
         )
         for holds, rule, value in rules:
@@ -170,14 +162,14 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     @property
     def exchange(self) -> Exchange:
-        """What sites send."""
+        """What sites send, and how it is checked and aggregated."""
         return EXCHANGES[METHODS[self.learning.method].exchange]
 
     def replies_needed(self, num_asked: int) -> int:
-        """The quorum of a round with so many asked sites."""
+        """How many updates a round needs that asks ``num_asked`` sites."""
         # The product of a share and a count may miss an integer by rounding; 0.6 * 5 must be 3.
         return max(1, math.ceil(self.quorum * num_asked - 1e-9))
 
     def sample_size(self, num_sites: int) -> int:
-        """How many of so many sites are asked in a round."""
-        return max(1, math.ceil(self.sampling * num_sites - 1e-9))
+        """How many of ``num_sites`` sites are asked in a round."""
+        return max(1, math.ceil(self.fraction_train * num_sites - 1e-9))

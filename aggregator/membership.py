@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from aggregator.config import MAX_SITES
 from aggregator.events import RunState
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import BlobNeed, Heartbeat, Hello, Presence, TurnedAway, Welcome
@@ -22,9 +23,6 @@ LIVENESS_TIMEOUT_S = 15.0
 """Sites speak every second or two; one unheard for so long is not alive, or cut off."""
 RECONNECT_GRACE_S = 3.0
 """What is left of ``LIVENESS_TIMEOUT_S`` after a site's goodbye or last will: time to come back after a blink."""
-
-MAX_SITES = 10_000
-"""Names that are known at once. Who may connect may make up names; memory must not follow."""
 
 
 @dataclass

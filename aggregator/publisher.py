@@ -86,7 +86,7 @@ class StatePublisher:
             ledger=ledger_manifest,
             deadline_s=config.deadline_s,
             detail=_status_detail(state, available)[:500],
-            codec=config.update_codec,
+            codec=config.compression,
             paused=tuple(sorted(site for site, by in state.paused.items() if "operator" in by)),
         )
 

@@ -424,7 +424,7 @@ class RoundMachine:
         config = self._state.config
         ready = self._state.present - self._state.paused.keys()
         enough = ready.issuperset(config.expected_sites) and len(ready) >= (
-            len(config.expected_sites) or config.min_sites
+            len(config.expected_sites) or config.min_available_sites
         )
         return self._next_source(now) if enough else []
 

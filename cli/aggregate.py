@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -84,19 +84,12 @@ def _settings(
     path: Path | None, *, rounds: int | None, sites: int | None, method: str | None, preset: str | None
 ) -> AggregateConfig:
     """The file's settings; the command line wins over them."""
-    import msgspec
-
     from aggregator.config import AggregateConfig
     from edgeflame.config import load_config
 
     learning = {"method": method, "preset": preset} if method or preset else None
-    settings = load_config(path, AggregateConfig, {"learning": learning})
-    changes: dict[str, Any] = {}
-    if rounds is not None:
-        changes["rounds"] = rounds
-    if sites is not None:
-        changes["min_sites"] = sites
-    return msgspec.structs.replace(settings, **changes) if changes else settings
+    given = {"rounds": rounds, "min_available_sites": sites, "learning": learning}
+    return load_config(path, AggregateConfig, given)
 
 
 def _print_summary(result: RunResult) -> None:

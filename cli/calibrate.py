@@ -143,7 +143,12 @@ def updated_calibration(calibration: Calibration, **options: Any) -> Calibration
     """What the command line says put over a configuration."""
     import msgspec
 
-    return msgspec.structs.replace(calibration, **{name: one for name, one in options.items() if one is not None})
+    from edgeflame.config import parse_config
+    from edgeflame.methods import Calibration
+
+    before = msgspec.structs.asdict(calibration)
+    given = {name: value for name, value in options.items() if value is not None}
+    return parse_config(b"", Calibration, "calibration", {**before, **given})
 
 
 def _condition(package: Package, records: Sequence[ImageRecord], scores: F32, maps: F32) -> DriftReference:

@@ -138,24 +138,21 @@ def command(
 
 def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
     """The configuration file, with what the command line says put over it."""
-    learning = load_config(config, Learning, {"method": method, "preset": preset})
-    replace = msgspec.structs.replace
-    if settings["seed"] is not None:
-        learning = replace(learning, seed=settings["seed"])
-    if settings["rank"] is not None:
-        learning = replace(learning, scoring=replace(learning.scoring, rank=_rank(settings["rank"])))
-    if settings["drop_worst"] is not None:
-        learning = replace(learning, scoring=replace(learning.scoring, drop_worst=settings["drop_worst"]))
-    image_input = learning.input
-    if settings["size"] is not None:
-        image_input = replace(image_input, height=settings["size"], width=settings["size"])
-    if settings["roi"] is not None:
-        image_input = replace(image_input, roi=Region.parse(settings["roi"]))
-    calibration = learning.calibration
-    for name in ("false_reject_rate", "confidence", "unit"):
-        if settings[name] is not None:
-            calibration = replace(calibration, **{name: settings[name]})
-    return replace(learning, input=image_input, calibration=calibration)
+    rank, size = settings["rank"], settings["size"]
+    roi = None if settings["roi"] is None else msgspec.structs.asdict(Region.parse(settings["roi"]))
+    given = {
+        "method": method,
+        "preset": preset,
+        "seed": settings["seed"],
+        "scoring": {"rank": None if rank is None else _rank(rank), "drop_worst": settings["drop_worst"]},
+        "input": {
+            "height": size,
+            "width": size,
+            "roi": roi,
+        },
+        "calibration": {name: settings[name] for name in ("false_reject_rate", "confidence", "unit")},
+    }
+    return load_config(config, Learning, given)
 
 
 def _rank(text: str) -> int | Literal["auto"]:

@@ -25,24 +25,14 @@ import msgspec
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from edgeflame.errors import EdgeFlameError
+from edgeflame.bounds import bounds, is_basic
 
 DOCS = Path(__file__).resolve().parent
 PAGES = DOCS / "reference"
 
 _MADE = "<!-- Made by docs/make_reference.py from the code: run `make reference`, do not edit. -->\n"
 
-_SAMPLES = {"url": "http://host/", "broker": "mqtt://host", "path": "photographs"}
-"""What stands for keys without a default where it is tried which values others may have."""
-
 TAG_MEANING = "Which of the alternatives this is."
-
-_PROBES: dict[type, tuple[object, ...]] = {
-    int: (-(10**9), 0, 10**15),
-    float: (-1e9, 0.0, 1e300),
-    str: ("?",),
-}
-"""Values that most keys refuse, and then say what they may be."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +44,8 @@ class Key:
     default: str
     meaning: str
     """In Markdown; empty if the code says nothing."""
+    is_basic: bool = False
+    """Whether somebody who begins needs it."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +67,13 @@ def sections(kind: type[msgspec.Struct], name: str = "", meaning: str = "") -> I
     for field in msgspec.structs.fields(kind):
         told = docs.get(field.name, "")
         structs, many = _structs(hints[field.name])
-        inner = f"{name}.{field.encode_name}" if name else field.encode_name
+        inner = f"{name}.{field.name}" if name else field.name
         if many:
             inner += ".NAME"
         below += [(struct, inner, told) for struct in structs]
         if not structs:
-            rule = _rule(kind, field.name, hints[field.name])
-            # Not where the description has it already.
-            words = " ".join(filter(None, (told, f"It {rule}." if rule else "")))
-            default = "required" if field.required else _literal(field)
-            keys.append(Key(field.encode_name, _type(hints[field.name]), default, _markdown(words)))
+            hint, default = hints[field.name], "required" if field.required else _literal(field)
+            keys.append(Key(field.name, _type(hint), default, _markdown(told), is_basic(hint)))
     tag = kind.__struct_config__.tag
     if tag is not None:
         keys.insert(
@@ -123,8 +112,9 @@ def configuration_page() -> str:
         "# Configuration keys",
         "",
         "Every key of every TOML file, from the code that reads them. A key that is not here is refused by name, and",
-        "so is a value of another type. What may be left out has a default; so may a whole section.",
+        "so is a value of another type or out of bounds. What may be left out has a default; so may a whole section.",
         "",
+        *_basic_keys(),
     ]
     described: dict[type[msgspec.Struct], str] = {}
     for command, about, kind in _files():
@@ -152,6 +142,21 @@ def configuration_page() -> str:
                 lines += [f"| `{key.name}` | {key.type} | {key.default} | {key.meaning} |" for key in section.keys]
                 lines.append("")
     return "\n".join(lines)
+
+
+def _basic_keys() -> list[str]:
+    """A table of the keys to start with, for each command that has such keys."""
+    lines = ["## Start with these", "", "All other keys can wait.", ""]
+    for command, _, kind in _files():
+        rows = [
+            f"| `{f'[{section.name}] ' if section.name else ''}{key.name}` | {key.default} | {key.meaning} |"
+            for section in sections(kind)
+            for key in section.keys
+            if key.is_basic and not section.name.startswith(("fleet", "cameras"))
+        ]
+        if rows:
+            lines += [f"| key of `edgeflame {command}` | default | meaning |", "|---|---|---|", *rows, ""]
+    return lines
 
 
 def command_line_page() -> str:
@@ -225,10 +230,7 @@ def _type(hint: Any) -> str:
     """A type in a TOML writer's words."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        bounds = options[1]
-        if isinstance(bounds, msgspec.Meta) and bounds.ge is not None and bounds.le is not None:
-            return f"{_type(options[0])}, {bounds.ge:g}..{bounds.le:g}"
-        return _type(options[0])
+        return ", ".join(filter(None, (_type(options[0]), _markdown(bounds(hint)))))
     if origin is typing.Literal:
         return " or ".join(f'`"{option}"`' if isinstance(option, str) else f"`{option}`" for option in options)
     if origin in (typing.Union, types.UnionType):
@@ -258,30 +260,6 @@ def _literal(field: Any) -> str:
     if isinstance(value, frozenset):
         value = sorted(value)
     return f"`{msgspec.json.encode(value).decode()}`".replace(",", ", ")
-
-
-def _rule(kind: type[msgspec.Struct], name: str, hint: Any) -> str:
-    """What a key may be, in the words in which the code refuses what it may not be; empty if it says nothing."""
-    options = {hint, *typing.get_args(hint)}
-    if typing.get_origin(hint) in (tuple, list, dict, frozenset):
-        return ""
-    required = {
-        field.name: _SAMPLES.get(field.name, "name" if field.type is str else 64)
-        for field in msgspec.structs.fields(kind)
-        if field.required
-    }
-    for plain, probes in _PROBES.items():
-        for probe in probes if plain in options else ():
-            try:
-                kind(**{**required, name: probe})
-            except EdgeFlameError as exc:
-                said = str(exc)
-            else:
-                continue
-            match = re.search(rf"\b{name}:? (must (?:be|have) .+?|one of .+?)(?:, not .*|;.*)?$", said)
-            if match:
-                return re.sub(r"^one of", "is one of", match[1])
-    return ""
 
 
 def _about(kind: type) -> str:

@@ -14,10 +14,12 @@ and does not average embeddings over neighbours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
+from edgeflame.bounds import Count, NotNegative, Positive, Share
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 
@@ -109,13 +111,8 @@ FEDERATED_METHODS = tuple(name for name, method in METHODS.items() if method.str
 
 MAX_RANK = 512
 
-MAX_NEIGHBOURHOOD = 9
-"""Cells; averaged more widely, an embedding no longer tells where it is."""
-
-
-def _require(condition: bool, rule: str, value: object) -> None:
-    if not condition:
-        raise ConfigError(f"{rule}, not {value}")
+PrototypeCount = Annotated[int, Meta(ge=1, le=1 << 16)]
+"""How many vectors a memory holds, or a site sends."""
 
 
 class Taps(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,20 +146,21 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A timm feature network."""
 
     name: str = "tf_efficientnet_lite0"
-    """Its name in timm."""
+    """The network's name in timm."""
     stages: tuple[int, ...] | Literal["auto"] = "auto"
     """timm ``out_indices``; their maps are resized to the finest of them and concatenated. ``auto``: see ``TAPS``."""
     layers: tuple[int, ...] = ()
-    """In place of stages: numbers of single blocks of an EfficientNet, from 0, as the FLAME paper counts B5's."""
+    """Used in place of stages: numbers of single blocks of an EfficientNet, from 0, as the FLAME paper counts B5's."""
     weights: str = "auto"
     """``auto`` (an installed weights package, then the timm hub), ``random``, or a .safetensors/.pth file."""
-    neighbourhood: int = 3
-    """Side, in cells of the patch grid, of the square that each embedding is averaged over; 1 for none."""
-    channels: int | Literal["auto", "all"] = "auto"
-    """To how many channels a random semi-orthogonal projection reduces the embedding; ``auto``: as many as
-    ``MOMENT_BUDGET_BYTES`` allow, which for narrow embeddings is all of them."""
+    neighbourhood: Literal[1, 3, 5, 7, 9] = 3
+    """Side, in cells of the patch grid, of the square that each embedding is averaged over; 1 averages nothing.
+    Averaged more widely than over 9, an embedding no longer tells where it is."""
+    channels: Literal["auto", "all"] | Count = "auto"
+    """The number of channels to which a random semi-orthogonal projection reduces the embedding. ``auto``: as many as
+    ``MOMENT_BUDGET_BYTES`` allow, which for narrow embeddings is all of them; ``all``: no projection."""
     projection_seed: int = 0
-    """Of the projection: the same for all sites, whose embeddings must mean the same."""
+    """Seed of the projection. It must be the same at all sites, whose embeddings must mean the same."""
 
     @property
     def taps(self) -> Taps:
@@ -178,14 +176,6 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if self.stages != "auto" and self.layers:
             raise ConfigError("backbone.stages and backbone.layers exclude each other")
-        _require(
-            isinstance(self.channels, str) or self.channels >= 1, "backbone.channels: auto, all or >= 1", self.channels
-        )
-        _require(
-            1 <= self.neighbourhood <= MAX_NEIGHBOURHOOD and self.neighbourhood % 2 == 1,
-            f"backbone.neighbourhood must be odd, 1..{MAX_NEIGHBOURHOOD}",
-            self.neighbourhood,
-        )
         for key, numbers in (("stages", self.taps.stages), ("layers", self.taps.layers)):
             if any(number < 0 for number in numbers) or list(numbers) != sorted(set(numbers)):
                 raise ConfigError(f"backbone {key} must be rising numbers >= 0, not {list(numbers)}")
@@ -196,148 +186,107 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One site's training: optimiser, FADE (Eq. 14-16) and FLAME (Eq. 19-21)."""
 
-    epochs: int = 1
+    epochs: Annotated[int, Meta(ge=0)] = 1
     """Passes over the site's images; in a federation, per round."""
-    learning_rate: float = 1e-4
-    """Of the backbone; gentle, because a long or fast adaptation makes the embedding collapse."""
-    discriminator_learning_rate: float = 0.1
-    """Of FADE's discriminator, which starts from nothing; the paper has one rate for both."""
-    momentum: float = 0.9
-    """Of stochastic gradient descent."""
-    weight_decay: float = 1e-5
-    """Of all that is trained."""
-    batch_size: int = 16
-    """Images a step."""
-    noise_std: float = 1.0
+    learning_rate: Positive = 1e-4
+    """Learning rate of the backbone; low, because a long or fast adaptation makes the embedding collapse."""
+    discriminator_learning_rate: Positive = 0.1
+    """Learning rate of FADE's discriminator, which starts untrained; the paper has one rate for both."""
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    """Momentum of stochastic gradient descent."""
+    weight_decay: NotNegative = 1e-5
+    """Weight decay of the backbone and the discriminator."""
+    batch_size: Annotated[int, Meta(ge=2)] = 16
+    """Images in one training step."""
+    noise_std: Positive = 1.0
     """Standard deviation of the noise of Eq. 14, see ``noise_scale``."""
     noise_scale: Literal["relative", "absolute"] = "relative"
     """``relative``: in units of each channel's standard deviation; ``absolute``: as in the paper."""
-    margin: float = 0.5
+    margin: Positive = 0.5
     """th+ = margin and th- = -margin of Eq. 16."""
-    distillation_weight: float = 0.5
+    distillation_weight: NotNegative = 0.5
     """mu of Eq. 21; used by ``flame`` only."""
-    temperature: float = 0.5
+    temperature: Positive = 0.5
     """tau of Eq. 20, which the paper does not give; used by ``flame`` only."""
-    proximal_weight: float = 0.01
+    proximal_weight: NotNegative = 0.01
     """mu of Eq. 9; used by ``fedprox`` only."""
-    contrast_weight: float = 1.0
+    contrast_weight: NotNegative = 1.0
     """MOON's mu; used by ``moon`` only."""
-    contrast_temperature: float = 0.5
+    contrast_temperature: Positive = 0.5
     """MOON's tau; used by ``moon`` only."""
     batch_norm: BatchNorm = "frozen"
-    """The backbone's statistics. ``frozen``: as pre-trained. ``average``: learnt, and averaged like weights.
-    ``local`` (FedBN, arXiv 2102.07623): learnt, and every batch norm stays at its site."""
+    """The statistics in the backbone's batch normalisation. ``frozen``: as pre-trained. ``average``: learnt, and
+    averaged like weights. ``local`` (FedBN, arXiv 2102.07623): learnt, and every batch norm stays at its site."""
     precision: Precision = "auto"
-    """Of the networks in training; ``auto`` is bfloat16 on a GPU that computes in it, else float32. Losses and
-    statistics are float32."""
-
-    def __post_init__(self) -> None:
-        _require(self.epochs >= 0, "training.epochs must be >= 0", self.epochs)
-        _require(self.learning_rate > 0, "training.learning_rate must be > 0", self.learning_rate)
-        rate = self.discriminator_learning_rate
-        _require(rate > 0, "training.discriminator_learning_rate must be > 0", rate)
-        _require(0 <= self.momentum < 1, "training.momentum must be in [0, 1)", self.momentum)
-        _require(self.weight_decay >= 0, "training.weight_decay must be >= 0", self.weight_decay)
-        _require(self.batch_size >= 2, "training.batch_size must be >= 2", self.batch_size)
-        _require(self.noise_std > 0, "training.noise_std must be > 0", self.noise_std)
-        _require(self.margin > 0, "training.margin must be > 0", self.margin)
-        _require(self.distillation_weight >= 0, "training.distillation_weight must be >= 0", self.distillation_weight)
-        _require(self.temperature > 0, "training.temperature must be > 0", self.temperature)
-        _require(self.proximal_weight >= 0, "training.proximal_weight must be >= 0", self.proximal_weight)
-        _require(self.contrast_weight >= 0, "training.contrast_weight must be >= 0", self.contrast_weight)
-        tau = self.contrast_temperature
-        _require(tau > 0, "training.contrast_temperature must be > 0", tau)
+    """Number format of the networks in training; ``auto`` is bfloat16 on a GPU that computes in it, else float32.
+    Losses and statistics are float32."""
 
 
 class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Gaussian statistics and the score made of them (Eq. 17, 18, 22, 23)."""
 
-    rank: int | Literal["auto"] = "auto"
+    rank: Literal["auto"] | Annotated[int, Meta(ge=0, le=MAX_RANK)] = "auto"
     """Eigenpairs kept per position; ``auto`` takes what held-out groups find most likely."""
-    max_rank: int = 24
-    """The most ``auto`` may take: the line's budget."""
-    ridge: float | Literal["auto"] = "auto"
-    """Share of the mean variance added to every eigenvalue; ``auto`` as for the rank. Few images need much."""
-    drop_worst: float = 0.0
+    max_rank: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 24
+    """The highest rank that ``auto`` may choose; the inspection's time and memory grow with it."""
+    ridge: Literal["auto"] | Positive = "auto"
+    """Share of the mean variance added to every eigenvalue; ``auto`` chooses as for the rank. Few images need much."""
+    drop_worst: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """Share of the training images that look least normal to statistics without their part, left out of statistics
     and threshold; 0 leaves none out. They are named in the log and in the package."""
-    smoothing_sigma: float = 2.0
+    smoothing_sigma: NotNegative = 2.0
     """Standard deviation of the map's Gaussian smoothing, in cells of the patch grid; 0 for none."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank == "auto" or 0 <= self.rank <= MAX_RANK, f"scoring.rank: auto or 0..{MAX_RANK}", self.rank)
-        _require(1 <= self.max_rank <= MAX_RANK, f"scoring.max_rank must be 1..{MAX_RANK}", self.max_rank)
-        _require(self.ridge == "auto" or self.ridge > 0, "scoring.ridge: auto or > 0", self.ridge)
-        _require(0 <= self.drop_worst <= 0.5, "scoring.drop_worst must be in [0, 0.5]", self.drop_worst)
-        _require(self.smoothing_sigma >= 0, "scoring.smoothing_sigma must be >= 0", self.smoothing_sigma)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """FedDyMem; of ``[training]`` it uses epochs, momentum, weight_decay, noise_std, noise_scale and margin."""
 
-    entries: int = 1024
-    """Of a site's own dynamic memory, which never leaves it."""
-    prototypes: int = 256
-    """Averages of them that a site sends, at most."""
-    global_prototypes: int = 512
-    """Of the fleet's memory, which the server makes of what the sites send, by k-means."""
-    update_rate: float = 0.5
+    entries: PrototypeCount = 1024
+    """Entries of a site's own dynamic memory, which never leaves the site."""
+    prototypes: PrototypeCount = 256
+    """The most averages of its entries that a site sends."""
+    global_prototypes: PrototypeCount = 512
+    """Entries of the fleet's memory, which the server makes of what the sites send, by k-means."""
+    update_rate: Share = 0.5
     """Share of the way that an entry moves to the mean of the patches assigned to it, in each epoch."""
-    learning_rate: float = 0.01
-    """Of the memory generator."""
-    temperature: float = 1.0
+    learning_rate: Positive = 0.01
+    """Learning rate of the memory generator."""
+    temperature: Positive = 1.0
     """T of memory-reduce's weights exp(-d^2 / T), in units of the mean squared distance of an entry to its seed."""
-    ridge: float = 0.1
+    ridge: Positive = 0.1
     """Share of the prototypes' mean variance added to every eigenvalue of their covariance before whitening."""
-    max_patches: int = 131_072
+    max_patches: Count = 131_072
     """Patches of all images that a site learns from; about 80 MB per 131,072."""
-    min_group: float = 32.0
+    min_group: Annotated[float, Meta(ge=1)] = 32.0
     """Privacy floor: what is sent is worth at least so many equally weighted patches ..."""
-    min_images: float = 4.0
+    min_images: Annotated[float, Meta(ge=1)] = 4.0
     """... of so many equally weighted images. What is not is merged into its neighbour."""
-
-    def __post_init__(self) -> None:
-        for name, most in (("entries", 1 << 16), ("prototypes", 1 << 16), ("global_prototypes", 1 << 16)):
-            _require(1 <= getattr(self, name) <= most, f"memory.{name} must be 1..{most}", getattr(self, name))
-        _require(0 < self.update_rate <= 1, "memory.update_rate must be in (0, 1]", self.update_rate)
-        for name in ("learning_rate", "temperature", "ridge"):
-            _require(getattr(self, name) > 0, f"memory.{name} must be > 0", getattr(self, name))
-        _require(self.max_patches >= 1, "memory.max_patches must be >= 1", self.max_patches)
-        for name in ("min_group", "min_images"):
-            _require(getattr(self, name) >= 1, f"memory.{name} must be >= 1", getattr(self, name))
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the threshold is set from good images alone."""
 
-    false_reject_rate: float = 0.05
+    false_reject_rate: Annotated[float, Meta(gt=0, lt=1)] = 0.05
     """Share of the good that the line may reject, if the number of parts allows to promise it: 5% takes 59, 1% takes
     299 of them. With fewer, the threshold is the highest score of all, where one odd part can hide real defects."""
-    confidence: float = 0.95
-    """With which the rate is promised, see docs/methods.md."""
+    confidence: Annotated[float, Meta(gt=0, lt=1)] = 0.95
+    """Probability with which the promised rate holds, see docs/methods.md."""
     unit: RejectUnit = "photograph"
     """What the line rejects, and so what the rate counts: each ``photograph`` by itself, as `inspect` does, or a
     ``part`` as soon as one of its photographs is rejected. Either way parts are what is independent."""
-    folds: int = 5
-    """Parts of the cross-fit: statistics of all folds but one score the one."""
-
-    def __post_init__(self) -> None:
-        _require(
-            0 < self.false_reject_rate < 1, "calibration.false_reject_rate must be in (0, 1)", self.false_reject_rate
-        )
-        _require(0 < self.confidence < 1, "calibration.confidence must be in (0, 1)", self.confidence)
-        _require(2 <= self.folds <= 100, "calibration.folds must be 2..100", self.folds)
+    folds: Annotated[int, Meta(ge=2, le=100)] = 5
+    """Number of folds of the cross-fit: each fold is scored by the statistics of all the others."""
 
 
 class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it. The sections ``[backbone]``, ``[training]``, ... of a TOML file."""
+    """All settings of learning: the keys of ``edgeflame fit --config F``, with a section for each subject."""
 
     method: str = "none"
     """How the backbone is adapted and what sites exchange: a name in ``METHODS``."""
     preset: Preset = "default"
-    """What the settings started from when they were read, see ``edgeflame.methods``; of no effect afterwards."""
+    """The set of defaults that a file's settings replace, see ``edgeflame.methods``; without effect afterwards."""
     seed: int = 0
-    """Of everything drawn in learning: noise, batches, projections of a discriminator's start."""
+    """Seed of everything that learning draws: noise, batches, the discriminator's start."""
     backbone: Backbone = Backbone()
     input: Preprocessing = Preprocessing()
     training: Training = Training()
@@ -407,12 +356,12 @@ def start_from_presets(raw: dict[str, Any], kind: type) -> dict[str, Any]:
         return raw
     filled = dict(raw)
     for field in msgspec.structs.fields(kind):
-        section = raw.get(field.encode_name)
+        section = raw.get(field.name)
         if field.type is Learning and isinstance(section, dict):
             default = field.default if isinstance(field.default, Learning) else Learning()
-            filled[field.encode_name] = _apply_preset(section, default)
+            filled[field.name] = _apply_preset(section, default)
         elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) and isinstance(section, dict):
-            filled[field.encode_name] = start_from_presets(section, field.type)
+            filled[field.name] = start_from_presets(section, field.type)
     return filled
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from aggregator.config import AggregateConfig
+from aggregator.config import MAX_SITES, AggregateConfig
 from boards.board import MIN_IMAGE_SIZE
 from boards.textures import TEXTURES
+from edgeflame.bounds import Count, Positive
 from edgeflame.errors import ConfigError
 from edgeflame.methods import SOLO_METHODS, Learning
-
-MAX_SIMULATED_SITES = 10_000
 
 
 def _require(condition: bool, rule: str, value: object) -> None:
@@ -27,15 +27,11 @@ class FolderData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The folder."""
     groups: str | None = None
     """CSV file that says which photographs show the same part; by default one that lies in the folder."""
-    max_train_groups: int | None = None
-    """Take only so many parts to train on, drawn by the simulation's seed."""
-    max_test_groups: int | None = None
-    """Take only so many parts of each kind (good, and each defect) to test on, drawn by the simulation's seed."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_train_groups", "max_test_groups"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"data.{name} must be >= 1", value)
+    max_train_groups: Count | None = None
+    """The most parts to train on, drawn by the simulation's seed; all if left out."""
+    max_test_groups: Count | None = None
+    """The most parts of each kind (good, and each defect) to test on, drawn by the simulation's seed; all if left
+    out."""
 
 
 class BoardsData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="boards"):
@@ -43,18 +39,18 @@ class BoardsData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     textures: tuple[str, ...] = ("warm_white_grid",)
     """Names of `edgeflame demo-data --texture`."""
-    train_parts: int = 40
-    """Good ones."""
-    test_good_parts: int = 10
-    """Good ones to test on."""
-    test_defective_parts: int = 20
-    """Defective ones to test on."""
-    photos: int = 2
+    train_parts: Count = 40
+    """Good parts to train on."""
+    test_good_parts: Count = 10
+    """Good parts to test on."""
+    test_defective_parts: Count = 20
+    """Defective parts to test on."""
+    photos: Count = 2
     """Photographs of each part."""
-    image_size: int = 128
+    image_size: Annotated[int, Meta(ge=MIN_IMAGE_SIZE)] = 128
     """Side of the photographs, pixels."""
     seed: int = 0
-    """Which parts."""
+    """Seed of the generated parts."""
 
     def __post_init__(self) -> None:
         _require(
@@ -64,63 +60,45 @@ class BoardsData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             f"data.textures: some of {', '.join(TEXTURES)}, each once",
             list(self.textures),
         )
-        _require(self.train_parts >= 1, "data.train_parts must be >= 1", self.train_parts)
-        _require(self.test_good_parts >= 1, "data.test_good_parts must be >= 1", self.test_good_parts)
-        _require(self.test_defective_parts >= 1, "data.test_defective_parts must be >= 1", self.test_defective_parts)
-        _require(self.photos >= 1, "data.photos must be >= 1", self.photos)
-        _require(self.image_size >= MIN_IMAGE_SIZE, f"data.image_size must be >= {MIN_IMAGE_SIZE}", self.image_size)
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which parts a site has."""
+    """How the parts are dealt to the sites."""
 
-    beta: float | Literal["even"] = 0.5
-    """Of the Dirichlet distribution of the sites' numbers of parts: small is unequal; ``even``: equal numbers."""
-    category_beta: float | None = None
-    """Of the Dirichlet distribution of textures within a site (Hsu et al. 2019, arXiv 1909.06335); None: as they
-    come."""
-    min_groups: int = 4
-    """Every site has so many parts at least; the statistics need 4 photographs of 2 parts."""
-
-    def __post_init__(self) -> None:
-        _require(self.beta == "even" or self.beta > 0, "partition.beta: even or > 0", self.beta)
-        _require(
-            self.category_beta is None or self.category_beta > 0, "partition.category_beta must be > 0",
-            self.category_beta,
-        )  # fmt: skip
-        _require(self.min_groups >= 1, "partition.min_groups must be >= 1", self.min_groups)
+    beta: Literal["even"] | Positive = 0.5
+    """Concentration of the Dirichlet distribution that the sites' numbers of parts are drawn from: the smaller, the
+    more unequal. ``even``: equal numbers."""
+    category_beta: Positive | None = None
+    """Concentration of the Dirichlet distribution of textures within a site (Hsu et al. 2019, arXiv 1909.06335); if
+    left out, textures are dealt at random."""
+    min_groups: Count = 4
+    """Fewest parts of a site; the statistics need 4 photographs of 2 parts."""
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is measured. The last round's model always is."""
 
-    every: int = 1
-    """Rounds after which the global model is measured, from round 0, the initial model, on; 0: the last only."""
+    every: Annotated[int, Meta(ge=0)] = 1
+    """The global model is measured after every so many rounds, from round 0, the initial model, on; 0: after the last
+    round only."""
     sites: bool = True
-    """In the end measure every site's model, with statistics of its own images alone."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, "evaluation.every must be >= 0", self.every)
+    """Whether every site's model is measured at the end, with statistics of its own images alone."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where sites do their work. It changes when a run is over, not what comes of it."""
+    """Where sites do their work. It changes how long a run takes, not its result."""
 
     kind: Literal["local", "ray"] = "local"
     """Processes of this machine, or a Ray cluster."""
-    workers: int = 0
+    workers: Annotated[int, Meta(ge=0, le=MAX_SITES)] = 0
     """Processes (``local``; 0: none but this one) or tasks at a time (``ray``; 0: as many as there are CPUs)."""
-    threads: int = 1
-    """Of the numerical libraries, per process. Another number may change the last bits of a model."""
+    threads: Count = 1
+    """Threads of the numerical libraries in each process. Another number may change the last bits of a model."""
     address: str | None = None
-    """``ray``: of a running cluster (``auto``, ``ray://HOST:10001``); None starts one on this machine. The nodes need
-    EdgeFlame and torch, and the output folder and the data under the same paths."""
+    """With ``ray``: the address of a running cluster (``auto``, ``ray://HOST:10001``); if left out, one is started on
+    this machine. The nodes need EdgeFlame and torch, and the output folder and the data under the same paths."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.workers <= MAX_SIMULATED_SITES, f"engine.workers must be 0..{MAX_SIMULATED_SITES}", self.workers
-        )
-        _require(self.threads >= 1, "engine.threads must be >= 1", self.threads)
         _require(self.kind == "ray" or self.address is None, "engine.address is for ray only", self.address)
 
 
@@ -128,10 +106,10 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The keys of ``edgeflame simulate --config F``."""
 
     data: FolderData | BoardsData
-    sites: int = 5
-    """How many."""
+    sites: Annotated[int, Meta(ge=1, le=MAX_SITES)] = 5
+    """Number of sites."""
     seed: int = 0
-    """Of the partition, the cameras and the choice of parts."""
+    """Seed of the partition, the cameras and the choice of parts."""
     cameras: Literal["common", "own"] = "common"
     """``own``: every site photographs with a camera of its own, fixed by the seed."""
     partition: Partition = Partition()
@@ -139,12 +117,11 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """A method that needs no fleet (``none``, ``fade``, ``solo``): instead of taking part in rounds every site learns
     alone, for as many epochs as it would in the fleet, and is measured."""
     fleet: AggregateConfig = AggregateConfig()
-    """As for ``edgeflame aggregate --config F``; the section ``[fleet]``, with ``[fleet.learning]`` inside."""
+    """As for ``edgeflame aggregate --config F``; the learning is in ``[fleet.learning]``."""
     evaluation: Evaluation = Evaluation()
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        _require(1 <= self.sites <= MAX_SIMULATED_SITES, f"sites must be 1..{MAX_SIMULATED_SITES}", self.sites)
         _require(
             not self.fleet.expected_sites, "fleet.expected_sites follows from sites; leave it out",
             list(self.fleet.expected_sites),
@@ -161,13 +138,13 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """In sorted order."""
+        """The sites' names in sorted order."""
         width = len(str(self.sites - 1))
         return tuple(f"site-{number:0{width}}" for number in range(self.sites))
 
     def aggregation(self) -> AggregateConfig:
         """The fleet's run: all the sites and no others, and no deadlines, for nobody is slow."""
-        return msgspec.structs.replace(self.fleet, min_sites=self.sites, expected_sites=self.site_names)
+        return msgspec.structs.replace(self.fleet, min_available_sites=self.sites, expected_sites=self.site_names)
 
     def learning_alone(self) -> Learning:
         """What a site learns that learns alone, and as long as in the fleet."""

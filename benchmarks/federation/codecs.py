@@ -40,7 +40,7 @@ def main() -> None:
 
 def measure(root: Path, codec: Codec, rounds: int) -> str:
     """A row: bytes a round, their share, error, seconds to encode and decode, figures of the final model."""
-    result, figures = boards_fleet.run(root, num_sites=3, rounds=rounds, update_codec=codec)
+    result, figures = boards_fleet.run(root, num_sites=3, rounds=rounds, compression=codec)
     parts = [part for entry in result.ledger["rounds"] for part in entry["contributed"]]
     error = max(part["metrics"].get("codec_error", 0.0) for part in parts)
     updates = sorted((root / "run" / "sites").glob(f"*/runs/*/round-{rounds:06}/update.safetensors"))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(90)
 def test_updates_sent_without_loss_give_the_model_of_raw_ones(
     embedded: BrokerProcess, tmp_path: Path, undisturbed_model: bytes
 ) -> None:
-    with Fleet(embedded, tmp_path, config='update_codec = "zstd"\n') as fleet:
+    with Fleet(embedded, tmp_path, config='compression = "zstd"\n') as fleet:
         aggregator = fleet.aggregator("--sites", "2", "--rounds", "2")
         sites = [fleet.site("a"), fleet.site("b")]
         assert [process.wait() for process in (aggregator, *sites)] == [0, 0, 0]
@@ -37,7 +37,7 @@ def lossy_run(broker: BrokerProcess, folder: Path, *, kill: bool) -> tuple[bytes
     folder.mkdir()
     gate = folder / "gate"
     gate.mkdir()
-    with Fleet(broker, folder, config='update_codec = "float16_zstd"\n') as fleet:
+    with Fleet(broker, folder, config='compression = "float16_zstd"\n') as fleet:
         aggregator = fleet.aggregator("--sites", "2", "--rounds", "2")
         first, second = fleet.site("a"), fleet.site("b", TINY_GATE=str(gate))
         if kill:
@@ -61,7 +61,7 @@ def test_encoded_updates_survive_kills_to_the_same_bits(broker: BrokerProcess, t
 
 
 def test_an_update_that_cannot_be_encoded_is_refused_for_what_it_is(embedded: BrokerProcess, tmp_path: Path) -> None:
-    config = 'update_codec = "float16"\nquorum = 0.5\n'
+    config = 'compression = "float16"\nquorum = 0.5\n'
     with Fleet(embedded, tmp_path, config=config, env={"TINY_FAIL": "b:1:nan"}) as fleet:
         aggregator = fleet.aggregator("--sites", "2", "--rounds", "1")
         sites = [fleet.site("a"), fleet.site("b")]
@@ -72,6 +72,6 @@ def test_an_update_that_cannot_be_encoded_is_refused_for_what_it_is(embedded: Br
 
 def test_a_codec_that_is_not_there_is_refused_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aggregator.config.has_zstd", lambda: False)
-    AggregateConfig(update_codec="float16")
+    AggregateConfig(compression="float16")
     with pytest.raises(ConfigError, match=r"zstandard here \(pip install 'edgeflame\[zstd\]'\).*not zstd"):
-        AggregateConfig(update_codec="zstd")
+        AggregateConfig(compression="zstd")

@@ -122,7 +122,7 @@ def manifest(data: bytes, **changes: Any) -> BlobManifest:
 
 
 def test_a_hostile_site_is_refused_and_the_run_goes_on(embedded: BrokerProcess, tmp_path: Path) -> None:
-    config = "min_sites = 2\nquorum = 0.5\nrounds = 2\ndeadline_s = 6.0"
+    config = "min_available_sites = 2\nquorum = 0.5\nrounds = 2\ndeadline_s = 6.0"
     with Fleet(embedded, tmp_path, config=config) as fleet:
         aggregator = fleet.aggregator()
         aggregator.wait_for_log("broker_connected")

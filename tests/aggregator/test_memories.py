@@ -155,7 +155,7 @@ def test_a_memory_may_be_larger_than_the_empty_one_it_starts_from() -> None:
 
 
 RUN = """
-min_sites = 3
+min_available_sites = 3
 rounds = 2
 quorum = 0.5
 [learning]

@@ -19,6 +19,7 @@ from aggregator.strategies import STRATEGIES, blocks
 from aggregator.strategies.blocks import MIN_BLOCK_ELEMENTS, blockwise
 from aggregator.strategies.interface import Contribution, Rule
 from aggregator.strategies.robust import Median, TrimmedMean
+from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 
 ROBUST = ("median", "trimmed_mean", "norm_clipping")
@@ -160,9 +161,12 @@ def test_a_negative_variance_does_not_count(tmp_path: Path) -> None:
     [
         ({"trim": 0.5}, r"trim must be in \[0, 0.5\), not 0.5"),
         ({"clip_norm": 0.0}, 'clip_norm must be "median" or > 0, not 0.0'),
-        ({"strategy": "krum"}, "strategy: one of auto, fedavg, .*median, trimmed_mean, norm_clipping.*, not krum"),
+        (
+            {"strategy": "krum"},
+            'strategy must be one of auto, fedavg, .*median, trimmed_mean, norm_clipping.*, not "krum"',
+        ),
     ],
 )
 def test_settings_that_cannot_be(config: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        AggregateConfig(**config)
+        load_config(None, AggregateConfig, config)

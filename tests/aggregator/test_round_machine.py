@@ -62,7 +62,7 @@ class Rounds(RuleBasedStateMachine):
 
     @initialize(
         quorum=st.sampled_from([0.3, 0.6, 1.0]),
-        sampling=st.sampled_from([0.4, 1.0]),
+        fraction_train=st.sampled_from([0.4, 1.0]),
         rounds=st.integers(1, 4),
         converges=st.booleans(),
         begun=st.sampled_from([True, True, True, False]),
@@ -71,9 +71,9 @@ class Rounds(RuleBasedStateMachine):
     def start(self, quorum: float, sampling: float, rounds: int, converges: bool, begun: bool, statistics: Any) -> None:
         config = AggregateConfig(
             rounds=rounds,
-            min_sites=2,
+            min_available_sites=2,
             quorum=quorum,
-            sampling=sampling,
+            fraction_train=sampling,
             deadline_s=DEADLINE_S,
             convergence=Convergence(model_change=0.1, patience=1) if converges else Convergence(),
             statistics=statistics,

@@ -13,8 +13,8 @@ from aggregator.exchanges import ValidationResult
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
 from aggregator.rounds import AggregateRound, PublishState, RecordEvent, RoundMachine, SendToSite
+from edgeflame.config import load_config
 from edgeflame.errors import ConfigError, StorageError
-from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import Offer, Receipt, Refusal, TaskFailed
 from tests.support.round_driver import DEADLINE_S, RUN, Driver, sha
 
@@ -181,7 +181,7 @@ def test_the_next_site_is_asked_when_the_first_has_no_initial_model() -> None:
 
 def test_sampling_is_seeded_and_asks_a_share() -> None:
     def asked(seed: int) -> list[tuple[str, ...]]:
-        run = Driver(sites=10, rounds=5, sampling=0.3, seed=seed)
+        run = Driver(sites=10, rounds=5, fraction_train=0.3, seed=seed)
         sites = [f"s{number}" for number in range(10)]
         run.start(*sites)
         for number in range(1, 6):
@@ -228,16 +228,16 @@ def test_a_journal_of_another_kind_is_an_error(tmp_path: Path) -> None:
     [
         ({"rounds": 0}, "rounds"),
         ({"quorum": 0.0}, "quorum"),
-        ({"sampling": 1.5}, "sampling"),
+        ({"fraction_train": 1.5}, "fraction_train"),
         ({"deadline_s": 0.0}, "deadline_s"),
         ({"strategy": "magic"}, "fedavg"),
         ({"expected_sites": ("a/b",)}, "expected_sites"),
-        ({"learning": Learning(method="none")}, "flame"),
+        ({"learning": {"method": "none"}}, "flame"),
     ],
 )
 def test_a_wrong_configuration_names_its_key(wrong: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        AggregateConfig(**wrong)  # type: ignore[arg-type]
+        load_config(None, AggregateConfig, wrong)
 
 
 @pytest.mark.parametrize(

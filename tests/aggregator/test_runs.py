@@ -85,7 +85,7 @@ def test_steps_reach_the_servers_rule(embedded: BrokerProcess, tmp_path: Path) -
 
 
 def test_one_bad_site_does_not_end_the_run(embedded: BrokerProcess, tmp_path: Path) -> None:
-    with Fleet(embedded, tmp_path, config="min_sites = 4\nquorum = 0.25") as fleet:
+    with Fleet(embedded, tmp_path, config="min_available_sites = 4\nquorum = 0.25") as fleet:
         aggregator = fleet.aggregator()
         fleet.site("good")
         nan = fleet.site("nan", TINY_FAIL="nan:1:nan")
@@ -107,7 +107,7 @@ def test_one_bad_site_does_not_end_the_run(embedded: BrokerProcess, tmp_path: Pa
 
 
 def test_a_missed_quorum_fails_visibly(embedded: BrokerProcess, tmp_path: Path) -> None:
-    with Fleet(embedded, tmp_path, config="min_sites = 2\nquorum = 1.0") as fleet:
+    with Fleet(embedded, tmp_path, config="min_available_sites = 2\nquorum = 1.0") as fleet:
         aggregator = fleet.aggregator()
         good, bad = fleet.site("good"), fleet.site("bad", TINY_FAIL="bad:2:nan")
         assert [aggregator.wait(), good.wait(), bad.wait()] == [1, 1, 1]
@@ -120,7 +120,7 @@ def test_a_silent_site_is_left_out_and_a_late_one_taken_in(embedded: BrokerProce
     gate = tmp_path / "gate"
     gate.mkdir()
     # The deadline leaves the late one time to start, also on a busy machine.
-    with Fleet(embedded, tmp_path, config="min_sites = 3\ndeadline_s = 7") as fleet:
+    with Fleet(embedded, tmp_path, config="min_available_sites = 3\ndeadline_s = 7") as fleet:
         aggregator = fleet.aggregator()
         fleet.site("a")
         fleet.site("b")

@@ -13,6 +13,7 @@ from aggregator.events import apply_event, initial_state
 from aggregator.exchanges import ValidationResult
 from aggregator.ledger import build_ledger
 from aggregator.rounds import AggregateRound, PublishState, RoundMachine
+from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 from edgeflame.methods import Learning, Training
 from edgeflame.mqtt.messages import Receipt, Refusal, TaskFailed
@@ -112,7 +113,7 @@ def test_a_restarted_machine_pools_what_was_gathered() -> None:
 
 def test_a_rank_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="statistics_rank must be 1"):
-        AggregateConfig(statistics="federated", statistics_rank=0)
+        load_config(None, AggregateConfig, {"statistics": "federated", "statistics_rank": 0})
 
 
 def test_sites_with_batch_norms_of_their_own_share_no_statistics() -> None:
@@ -125,7 +126,10 @@ def test_sites_with_batch_norms_of_their_own_share_no_statistics() -> None:
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("form", ["moments", "low_rank"])
 def test_a_fleet_shares_its_statistics(form: str, embedded: BrokerProcess, tmp_path: Path) -> None:
-    config = f'min_sites = 3\nrounds = 1\nstatistics = "federated"\nstatistics_form = "{form}"\nstatistics_rank = 2'
+    config = (
+        "min_available_sites = 3\nrounds = 1\n"
+        f'statistics = "federated"\nstatistics_form = "{form}"\nstatistics_rank = 2'
+    )
     with Fleet(embedded, tmp_path, config=config) as fleet:
         aggregator = fleet.aggregator()
         sites = {name: fleet.site(name, "--json") for name in "abc"}
@@ -155,7 +159,7 @@ def test_a_fleet_shares_its_statistics(form: str, embedded: BrokerProcess, tmp_p
 
 @pytest.mark.timeout(90)
 def test_everybody_killed_while_statistics_are_gathered(embedded: BrokerProcess, tmp_path: Path) -> None:
-    config = 'min_sites = 2\nrounds = 1\nstatistics = "federated"'
+    config = 'min_available_sites = 2\nrounds = 1\nstatistics = "federated"'
     results = []
     for disturbed in (False, True):
         folder = tmp_path / str(disturbed)
@@ -179,7 +183,7 @@ def test_everybody_killed_while_statistics_are_gathered(embedded: BrokerProcess,
 
 @pytest.mark.timeout(90)
 def test_statistics_of_another_model_are_refused_in_words(embedded: BrokerProcess, tmp_path: Path) -> None:
-    config = 'min_sites = 3\nrounds = 1\nstatistics = "federated"'
+    config = 'min_available_sites = 3\nrounds = 1\nstatistics = "federated"'
     with Fleet(embedded, tmp_path, config=config) as fleet:
         aggregator = fleet.aggregator()
         fleet.site("a")

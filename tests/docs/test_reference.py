@@ -53,7 +53,7 @@ def test_every_configuration_key_is_described(reference: ModuleType) -> None:
 
 def test_what_a_key_may_be_is_found_in_the_code(reference: ModuleType) -> None:
     text = reference.configuration_page()
-    assert "| `depth` | integer | `2` | Frames held ready. It must be 1..64. |" in text
+    assert "| `workers` | integer, 0..10000 | `0` | Processes (`local`; 0: none but this one)" in text
     assert "[`[training]` of fit](#training-of-fit)" not in text
     assert "### `[mqtt]` of inspect" in text
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
+import msgspec
 import pytest
 
 from aggregator.config import AggregateConfig
-from edgeflame.config import load_config
+from edgeflame.bounds import Count
+from edgeflame.config import find_old_keys, load_config, parse_config
 from edgeflame.errors import ConfigError
 from edgeflame.methods import METHODS, PRESETS, Learning, Training
 
@@ -42,12 +46,19 @@ def test_sections(tmp_path: Path) -> None:
         ("[imput]\nheight = 128", "unknown key [imput]; did you mean `input`?"),
         ("[input]\nhight = 128", "unknown key `hight` in [input]; did you mean `height`?"),
         ("[input]\nzzz = 128", "unknown key `zzz` in [input]; There are "),
-        ('[input]\nheight = "128"', "input.height: Expected `int`, got `str`"),
-        ('seed = "one"', "Expected `int`"),
+        ('[input]\nheight = "128"', 'input.height must be a whole number, not "128"'),
+        ('seed = "one"', 'seed must be a whole number, not "one"'),
+        ("[training]\nepochs = 1.5", "training.epochs must be a whole number, >= 0, not 1.5"),
+        ("[training]\nlearning_rate = nan", "training.learning_rate must be > 0, not NaN"),
+        ("[training]\nlearning_rate = inf", "training.learning_rate must be > 0, not Infinity"),
+        ("training = 3", "training must be a section, not 3"),
+        ("[backbone]\nneighbourhood = 2", "backbone.neighbourhood must be 1 or 3 or 5 or 7 or 9, not 2"),
+        ("[seed]", "seed must be a whole number, not a section"),
         ("[input]\nheight = 100", "multiple of 32"),
         ("[training]\nepochs = -1", "training.epochs must be >= 0, not -1"),
         ("[training]\nbatch_size = 1", "training.batch_size"),
-        ("[scoring]\nrank = -1", "scoring.rank"),
+        ("[scoring]\nrank = -1", 'scoring.rank must be "auto" or 0..512, not -1'),
+        ('[training]\nnoise_scale = "x"', 'training.noise_scale must be "relative" or "absolute", not "x"'),
         ("[scoring]\nridge = 0.0", "scoring.ridge"),
         ("[calibration]\nfolds = 1", "calibration.folds"),
         ("[backbone]\nstages = [3, 2]", "rising numbers"),
@@ -105,3 +116,80 @@ def test_presets_reach_a_learning_inside_another_configuration(tmp_path: Path) -
 def test_nonsense_where_a_preset_is_looked_up(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"learning\.toml"):
         load_config(write(tmp_path, text), Learning)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A section with a key that was renamed."""
+
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"remembered": "dedup_window"}
+
+    dedup_window: Count = 1
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"parts": "part_settings"}):
+    """A file with a section that was renamed, and one that is stored under another name."""
+
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"pieces": "parts"}
+
+    parts: Section = Section()
+    lines: dict[str, Section] = {}
+
+
+def test_old_keys_work_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, "[pieces]\nremembered = 2\n[lines.a]\nremembered = 3\n[lines.b]\ndedup_window = 4")
+    with caplog.at_level("WARNING", logger="edgeflame"):
+        file = load_config(path, File)
+    lines = {"a": Section(dedup_window=3), "b": Section(dedup_window=4)}
+    assert file == File(parts=Section(dedup_window=2), lines=lines)
+    renamed = {
+        "pieces": "parts",
+        "parts.remembered": "parts.dedup_window",
+        "lines.a.remembered": "lines.a.dedup_window",
+    }
+    assert find_old_keys(path, File) == renamed
+    told = {record.fields["key"]: record.fields["use"] for record in caplog.records}  # type: ignore[attr-defined]
+    assert told == renamed
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("[pieces]\n[parts]", "parts and pieces, its old name, are both given; leave pieces out"),
+        (
+            "[parts]\nremembered = 1\ndedup_window = 1",
+            "parts.dedup_window and parts.remembered, its old name, are both",
+        ),
+        ("[pieces]\nremembered = 0", "parts.dedup_window must be >= 1, not 0"),
+        ('[lines.a]\ndedup_window = "2"', 'lines.a.dedup_window must be a whole number, >= 1, not "2"'),
+        ("[part_settings]", "unknown key [part_settings]"),
+        ("[lines.a]\nremember = 1", "unknown key `remember` in [lines.a]"),
+    ],
+)
+def test_errors_name_keys_as_files_have_them(tmp_path: Path, text: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=r"learning\.toml") as caught:
+        load_config(write(tmp_path, text), File)
+    assert what in str(caught.value)
+
+
+def test_an_option_is_checked_like_a_file() -> None:
+    with pytest.raises(ConfigError, match=r"rounds must be 1\.\.100000, not 0"):
+        load_config(None, AggregateConfig, {"rounds": 0})
+
+
+def test_a_run_is_recorded_under_the_names_of_version_0_1() -> None:
+    config = load_config(
+        None, AggregateConfig, {"min_available_sites": 3, "fraction_train": 0.5, "compression": "float16"}
+    )
+    stored = msgspec.json.encode(config)
+    assert b'"min_sites":3,' in stored
+    assert b'"sampling":0.5,' in stored
+    assert b'"update_codec":"float16",' in stored
+    assert msgspec.json.decode(stored, type=AggregateConfig) == config
+
+
+def test_both_old_and_new_keys_of_a_run_work() -> None:
+    old = parse_config(b'min_sites = 3\nsampling = 0.5\nupdate_codec = "float16"', AggregateConfig, "old")
+    new = parse_config(
+        b'min_available_sites = 3\nfraction_train = 0.5\ncompression = "float16"', AggregateConfig, "new"
+    )
+    assert old == new

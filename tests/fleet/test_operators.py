@@ -80,7 +80,7 @@ def test_a_paused_worker_may_give_its_memory_back(
 
 def test_the_aggregators_operator_pauses_and_removes_sites(embedded: BrokerProcess, tmp_path: Path) -> None:
     gate = gated(tmp_path)
-    with Fleet(embedded, tmp_path, config="min_sites = 3\nrounds = 2\nquorum = 0.3") as fleet:
+    with Fleet(embedded, tmp_path, config="min_available_sites = 3\nrounds = 2\nquorum = 0.3") as fleet:
         aggregator = fleet.aggregator()
         sites = {name: fleet.site(name, TINY_GATE=str(gate)) for name in "abc"}
         for name in "abc":
@@ -134,7 +134,7 @@ def test_a_site_leaves_for_good_and_is_not_waited_for(embedded: BrokerProcess, t
 
 def test_an_aggregator_that_stays_serves_late_sites_and_leaves_when_told(broker: BrokerProcess, tmp_path: Path) -> None:
     gate = gated(tmp_path)
-    with Fleet(broker, tmp_path, config="min_sites = 2\nrounds = 1\nquorum = 0.5\ndeadline_s = 2.0") as fleet:
+    with Fleet(broker, tmp_path, config="min_available_sites = 2\nrounds = 1\nquorum = 0.5\ndeadline_s = 2.0") as fleet:
         aggregator = fleet.aggregator("--stay")
         site, late = fleet.site("a"), fleet.site("b", TINY_GATE=str(gate))
         wait_for((gate / "waiting-b-1").exists, "the late site trains")
@@ -170,7 +170,7 @@ def test_stop_ends_the_run_visibly(embedded: BrokerProcess, tmp_path: Path) -> N
 
 
 def test_rounds_end_early_by_operator_or_convergence(embedded: BrokerProcess, tmp_path: Path) -> None:
-    config = "min_sites = 1\nrounds = 50\n[convergence]\nmodel_change = 10.0\npatience = 2"
+    config = "min_available_sites = 1\nrounds = 50\n[convergence]\nmodel_change = 10.0\npatience = 2"
     with Fleet(embedded, tmp_path, config=config) as fleet:
         aggregator, site = fleet.aggregator(), fleet.site("a")
         assert [aggregator.wait(), site.wait()] == [0, 0]
@@ -182,7 +182,7 @@ def test_rounds_end_early_by_operator_or_convergence(embedded: BrokerProcess, tm
     gate = gated(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
-    with Fleet(embedded, other, config="min_sites = 1\nrounds = 50") as fleet:
+    with Fleet(embedded, other, config="min_available_sites = 1\nrounds = 50") as fleet:
         aggregator, site = fleet.aggregator("--new-run"), fleet.site("a", TINY_GATE=str(gate))
         wait_for((gate / "waiting-a-1").exists, "the site trains")
         told = command("rounds", "finish", "--state", other / "aggregator", "--reason", "good enough")

@@ -66,7 +66,7 @@ def scenes(broker: BrokerProcess, folder: Path) -> None:
     """Runs in which nearly everything is said: models, bad models, failures, a second site of a name, pauses."""
     gate = folder / "gate"
     gate.mkdir()
-    with Fleet(broker, folder, config="min_sites = 3\nquorum = 0.3") as fleet:
+    with Fleet(broker, folder, config="min_available_sites = 3\nquorum = 0.3") as fleet:
         aggregator = fleet.aggregator()
         sites = [fleet.site("a", TINY_GATE=str(gate)), fleet.site("b", TINY_FAIL="b:1:nan")]
         sites.append(fleet.site("c", TINY_FAIL="c:2:data"))
@@ -78,12 +78,14 @@ def scenes(broker: BrokerProcess, folder: Path) -> None:
             process.wait()
     missed = folder / "missed"
     missed.mkdir()
-    with Fleet(broker, missed, config="min_sites = 1\nquorum = 1.0") as fleet:
+    with Fleet(broker, missed, config="min_available_sites = 1\nquorum = 1.0") as fleet:
         for process in (fleet.aggregator(), fleet.site("a", TINY_FAIL="a:1:shape")):
             process.wait()
     told = folder / "told"
     (told / "gate").mkdir(parents=True)
-    with Fleet(broker, told, config='min_sites = 3\nquorum = 0.3\nrounds = 1\nstatistics = "federated"') as fleet:
+    with Fleet(
+        broker, told, config='min_available_sites = 3\nquorum = 0.3\nrounds = 1\nstatistics = "federated"'
+    ) as fleet:
         # Pauses, a leave-taking and pooled statistics, since 1.1.
         aggregator = fleet.aggregator()
         sites = {name: fleet.site(name, TINY_GATE=str(told / "gate")) for name in "abc"}

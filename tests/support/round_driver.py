@@ -23,7 +23,7 @@ class Driver:
     """A machine and the facts it recorded; plays every site."""
 
     def __init__(self, *, sites: int = 3, rounds: int = 2, quorum: float = 0.6, **more: object) -> None:
-        config = AggregateConfig(rounds=rounds, min_sites=sites, quorum=quorum, deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
+        config = AggregateConfig(rounds=rounds, min_available_sites=sites, quorum=quorum, deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]
         self.facts: list[Event] = [RunStarted(run=RUN, config=config, time="2026-01-01T00:00:00Z")]
         assert isinstance(self.facts[0], RunStarted)
         self.machine = RoundMachine(initial_state(self.facts[0]), now=0.0)

@@ -146,7 +146,6 @@ def test_random_weights_are_those_of_the_seed() -> None:
         ({"name": "no_such_net"}, "unknown backbone"),
         ({"stages": (1, 40)}, "no feature stages"),
         ({"stages": (2, 1)}, "rising"),
-        ({"neighbourhood": 2}, "odd"),
         ({"name": "resnet50", "stages": "auto"}, "resnet50 needs backbone.stages"),
         ({"layers": (1, 2)}, "exclude each other"),
         ({"stages": "auto", "layers": (2, 1)}, "layers must be rising"),

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
+from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import write_image
-from edgeflame.methods import Learning, Scoring
+from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from fitting.suspects import HighestMaps, worst_indices
 from tests.support.part_images import part_image
@@ -105,7 +106,7 @@ def test_the_command_names_them_and_shows_them(soiled: Path, tmp_path: Path) -> 
 
 def test_no_more_can_be_left_out_than_leaves_something(soiled: Path, small_learning: Learning, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="drop_worst"):
-        Scoring(drop_worst=0.6)
+        load_config(None, Learning, {"scoring": {"drop_worst": 0.6}})
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted((soiled / "train/good").iterdir())[:5]:

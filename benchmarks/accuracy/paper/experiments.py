@@ -356,7 +356,7 @@ def table5(recipes: Recipes) -> Experiment:
         # At the small scale the shortest of the paper's stands beside ours.
         shortest = {50: 100, 100: 300}[sites] if scale.party_methods else rounds
         paper = f"{sites},{shortest}-rounds"
-        more = {"data": scale.party_boards, "fleet": {"rounds": rounds, "sampling": sampling}}
+        more = {"data": scale.party_boards, "fleet": {"rounds": rounds, "fraction_train": sampling}}
         cells.append(
             Cell(row=row, column="none", run=recipes.boards(texture, "none", sites=1, data=scale.party_boards))
         )
@@ -428,7 +428,7 @@ def fig12(recipes: Recipes) -> Experiment:
             Cell(
                 row="flame",
                 column=f"{share:g}",
-                run=recipes.boards(texture, "flame", **({} if share == 1.0 else {"fleet": {"sampling": share}})),
+                run=recipes.boards(texture, "flame", **({} if share == 1.0 else {"fleet": {"fraction_train": share}})),
             )
             for share in (1.0, 0.5, 0.2)
         ),
