@@ -372,7 +372,7 @@ def test_a_connected_site_that_does_not_listen_is_thrown_out_for_good(tmp_path: 
                 assert not control.say_goodbye("a", "")
                 assert control.sync(fleet.registry.clients()) == 2
                 assert control.sync(fleet.registry.clients()) == 0, "nobody is disturbed twice"
-        assert type(client.events.get(timeout=30)).__name__ == "Down"
+        assert type(client.events.get(timeout=30)).__name__ == "Disconnected"
         assert "have no rights there any more (Not authorized): we were revoked" in client.refusal
 
 

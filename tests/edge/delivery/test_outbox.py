@@ -121,7 +121,8 @@ def test_nothing_is_skipped_and_nothing_unmarked_comes_twice(
 _KILLED = """
 import sys
 from pathlib import Path
-from edge.delivery.pipeline import Outbox, OutboxConfig
+from edge.config.outputs import OutboxConfig
+from edge.delivery.outbox import Outbox
 with Outbox(Path(sys.argv[1]), OutboxConfig()) as outbox:
     while True:
         for number in outbox.append([b'{"n": 1}'] * 3):
