@@ -49,10 +49,10 @@ _COUNTED = (
 
 
 class LineMetrics:
-    """Counts results; a sink.
+    """Prometheus metrics of the line: a sink that counts results, and the registry of all that is shown.
 
     Args:
-        statuses: of the cameras.
+        statuses: of the cameras, called at each scrape.
         deliverers: of the destinations.
     """
 
@@ -88,7 +88,7 @@ class LineMetrics:
             ["camera"],
             registry=self.registry,
         )
-        self.registry.register(_Asked(statuses, deliverers))
+        self.registry.register(_Current(statuses, deliverers))
 
     def accept(self, inspected: Inspected) -> None:
         """Count a part."""
@@ -109,8 +109,8 @@ class LineMetrics:
         return generate_latest(self.registry)
 
 
-class _Asked(Collector):
-    """Figures that others keep, asked for when they are read."""
+class _Current(Collector):
+    """Of cameras and destinations, read from their status at each scrape."""
 
     def __init__(self, statuses: Callable[[], Sequence[CameraStatus]], deliverers: Sequence[Deliverer]) -> None:
         self._statuses = statuses
@@ -182,37 +182,42 @@ def _of_parts(statuses: Sequence[CameraStatus]) -> Iterable[Metric]:
     yield up
 
 
+_SHADOWED = (
+    ("parts", "Parts judged by two models."),
+    ("differing", "Of these, with two verdicts."),
+    ("skipped", "Parts the second model was busy for."),
+)
+"""Of :class:`edgeflame.mqtt.messages.Disagreement`: field and meaning."""
+
+
 @final
 class RolloutMetrics(Collector):
-    """Asked for when they are read.
+    """How released models fare, of this moment.
 
     Args:
-        figures: gives them.
+        figures: called at each scrape.
     """
 
     def __init__(self, figures: Callable[[], RolloutStatus]) -> None:
         self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
-        labels = ["product", "role"]
         trial = GaugeMetricFamily("edgeflame_model_on_trial", "1 while a new model is on trial.", labels=["product"])
-        parts = GaugeMetricFamily("edgeflame_shadow_parts", "Parts judged by two models.", labels=labels)
-        differing = GaugeMetricFamily("edgeflame_shadow_differing", "Of these, with two verdicts.", labels=labels)
-        skipped = GaugeMetricFamily("edgeflame_shadow_skipped", "Parts the second model was busy for.", labels=labels)
         outcomes = CounterMetricFamily("edgeflame_releases", "What became of releases.", labels=["product", "fate"])
         figures = self._figures()
         for one in figures.beside:
             trial.add_metric([one.product], one.on_trial)
-            if one.found is not None:
-                for metric, value in (
-                    (parts, one.found.parts),
-                    (differing, one.found.differing),
-                    (skipped, one.found.skipped),
-                ):
-                    metric.add_metric([one.product, one.role], value)
         for (product, fate), count in figures.fates.items():
             outcomes.add_metric([product, fate], count)
-        yield from (trial, parts, differing, skipped, outcomes)
+        yield from (trial, outcomes)
+        for name, meaning in _SHADOWED:
+            # Under the gauge's name for one version more.
+            for kind in (CounterMetricFamily, GaugeMetricFamily):
+                metric = kind(f"edgeflame_shadow_{name}", meaning, labels=["product", "role"])
+                for one in figures.beside:
+                    if one.found is not None:
+                        metric.add_metric([one.product, one.role], getattr(one.found, name))
+                yield metric
 
 
 class PlcLink(Protocol):
@@ -229,7 +234,7 @@ class PlcLink(Protocol):
 
 @final
 class HostMetrics(Collector):
-    """Asked each time somebody reads.
+    """Of PLCs, disk and certificate, found out at each scrape.
 
     Args:
         state: folder whose disk matters.
@@ -251,13 +256,14 @@ class HostMetrics(Collector):
             connected.add_metric([camera], plc.is_connected)
             missed.add_metric([camera], plc.num_missed)
         yield from (connected, missed)
-        free = GaugeMetricFamily("edgeflame_free_bytes", "Free on the disk of the state folder.")
         try:
-            free.add_metric([], shutil.disk_usage(self._state).free)
+            free_bytes = shutil.disk_usage(self._state).free
         except OSError:
             # A disk that cannot even say this has nothing free for us.
-            free.add_metric([], 0)
-        yield free
+            free_bytes = 0
+        # The second is the old name, for one version more.
+        for name in ("edgeflame_state_free_bytes", "edgeflame_free_bytes"):
+            yield GaugeMetricFamily(name, "Free on the disk of the state folder.", value=free_bytes)
         expiry = GaugeMetricFamily(
             "edgeflame_certificate_expiry_timestamp_seconds", "When the line's certificate expires."
         )

@@ -288,7 +288,12 @@ def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, p
     assert 'edgeflame_plc_connected{camera="camera"} 0.0' in text
     assert 'edgeflame_plc_missed_total{camera="camera"} 2.0' in text
     assert "edgeflame_certificate_expiry_timestamp_seconds 1.8934" in text
-    assert 'edgeflame_shadow_differing{product="tile",role="candidate"} 3.0' in text
+    for name in ("shadow_differing_total", "shadow_differing"):
+        assert f'edgeflame_{name}{{product="tile",role="candidate"}} 3.0' in text
+    free = [re.search(rf"^edgeflame_{name} (\S+)$", text, re.MULTILINE) for name in ("state_free_bytes", "free_bytes")]
+    assert free[0] is not None
+    assert free[1] is not None
+    assert float(free[0][1]) == float(free[1][1]) > 0
     assert 'edgeflame_releases_total{fate="refused",product="tile"} 2.0' in text
     told = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "inspection.md").read_text(), re.MULTILINE))
