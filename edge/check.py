@@ -35,7 +35,7 @@ from edge.parts.tracker import PartTracker
 from edge.parts.triggers import trigger_source
 from edge.sources.locate import open_image_source
 from edge.status import LineState
-from edgeflame.errors import ConfigError, EdgeFlameError, MissingDependencyError, StorageError
+from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, MissingDependencyError, StorageError, require_extra
 from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
@@ -324,37 +324,37 @@ def _webhook(config: WebhookConfig) -> Iterator[Finding]:
 
 
 def _modbus(camera: str, config: ModbusConfig) -> Iterator[Finding]:
-    check, address = f"PLC of {camera}", f"{config.host}:{config.port}"
+    check, last = f"PLC of {camera}", config.register + config.num_registers - 1
+    registers = f"registers {config.register} to {last} of unit {config.unit}"
     try:
-        from pymodbus.client import ModbusTcpClient
-        from pymodbus.exceptions import ModbusException
-    except ImportError as exc:
-        yield problem(check, f"{exc.name} is not installed", "pip install 'edgeflame[plc]'")
+        with require_extra("plc", "[modbus] needs pymodbus"):
+            from edge.modbus import ModbusLink
+    except MissingDependencyError as exc:
+        yield problem(check, str(exc), "install it")
         return
-    client = ModbusTcpClient(config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0)
+    link = ModbusLink(config.host, config.port, timeout_s=config.timeout_s)
     try:
-        if not client.connect():  # type: ignore[no-untyped-call]
-            yield problem(check, f"{address}: no connection", "see to the PLC and modbus.host, modbus.port")
-            return
-        answer = client.read_holding_registers(config.register, count=config.num_registers, device_id=config.unit)
-        last = config.register + config.num_registers - 1
-        if answer.isError():
-            what = f"{address}: refuses to show registers {config.register} to {last} of unit {config.unit}: {answer}"
-            yield problem(check, what, "correct modbus.register and modbus.unit, or the PLC's memory map")
-        else:
-            yield ok(check, f"{address}: has registers {config.register} to {last}; nothing was written")
-    except (ModbusException, OSError) as exc:
-        yield problem(check, f"{address}: {exc}", "see to the PLC and the network")
+        link.request(
+            lambda client: client.read_holding_registers(
+                config.register, count=config.num_registers, device_id=config.unit
+            )
+        )
+    except LinkError as exc:
+        what = f"{link.address}: cannot read {registers}: {exc}"
+        yield problem(check, what, "see to the PLC, its memory map and the network; or correct [modbus]")
+    else:
+        yield ok(check, f"{link.address}: has {registers}; nothing was written")
     finally:
-        client.close()  # type: ignore[no-untyped-call]
+        link.close()
 
 
 def _page(config: WebConfig, *, runs: bool) -> Iterator[Finding]:
     check = "page"
     try:
-        from edge.web.server import listen
-    except ImportError as exc:
-        yield problem(check, f"{exc.name} is not installed", "pip install 'edgeflame[web]'")
+        with require_extra("web", "[web] needs more than is installed here"):
+            from edge.web.server import listen
+    except MissingDependencyError as exc:
+        yield problem(check, str(exc), "install it")
         return
     try:
         listen(config).close()

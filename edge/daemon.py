@@ -24,7 +24,7 @@ from edge.commands.server import CommandServer
 from edge.config.inspection import ViewConfig
 from edge.control import SNAPSHOTS_FOLDER, DaemonControl
 from edge.delivery.pipeline import OutboxWriter, Pipeline, open_pipeline
-from edge.delivery.sinks import CameraFilter, LockedSinks, ProductionFilter, RejectsSink, Sink
+from edge.delivery.sinks import LockedSinks, RejectsSink, Sink, of_camera, of_production
 from edge.drift.watcher import DriftModel, DriftWatcher
 from edge.golden_parts import GoldenTester
 from edge.inspector import Inspector
@@ -33,7 +33,7 @@ from edge.result import Inspected, Result
 from edge.sources.arrivals import Disposal
 from edge.status import PartCounts, Summary, Tally, line_state
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
-from edgeflame.errors import ConfigError, DataError, EdgeFlameError, MissingDependencyError
+from edgeflame.errors import ConfigError, DataError, EdgeFlameError, require_extra
 from edgeflame.log import EventLog
 
 if TYPE_CHECKING:
@@ -259,9 +259,9 @@ def run_inspection(
         forced_exit = stack.enter_context(ForcedExit())
         # First: the part is already on its way to the ejector.
         plcs = _plcs(stack, cameras.plan)
-        outlets: list[Sink] = [*(CameraFilter(camera, plc) for camera, plc in plcs.items()), *sinks]
+        outlets: list[Sink] = [*(of_camera(plc, camera) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
-            outlets.append(ProductionFilter(pictures))
+            outlets.append(of_production(pictures))
             cameras.on_section_change("rejects", pictures.reconfigure)
         control = DaemonControl(
             cameras,
@@ -359,12 +359,8 @@ def _start_flush(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
 
 
 def _plc(config: ModbusConfig) -> PlcSink:
-    try:
+    with require_extra("plc", "[modbus] needs pymodbus"):
         from edge.delivery.plc import PlcSink
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"[modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
-        ) from exc
     return PlcSink(config)
 
 
@@ -378,16 +374,12 @@ def _page(
     models: ReleasedModels | None,
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
-    try:
+    with require_extra("web", "[web] needs more than is installed here"):
         from edge.web.feedback import FeedbackStore
         from edge.web.history import PartHistory
         from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
         from edge.web.page import OperatorPage
         from edge.web.server import operator_token, serve_page
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"[web] needs the extra 'web': pip install 'edgeflame[web]' ({exc.name} is missing)"
-        ) from exc
 
     past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
     board = PartHistory(config, past)
@@ -406,4 +398,4 @@ def _page(
         token=operator_token(state),
     )
     stack.enter_context(serve_page(station, config))
-    return [ProductionFilter(board), ProductionFilter(metrics)]
+    return [of_production(board), of_production(metrics)]

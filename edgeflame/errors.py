@@ -21,6 +21,8 @@ they enter, with ``raise ... from exc``. The command line prints the message as 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 EXIT_INTERRUPTED = 130
@@ -103,3 +105,20 @@ class CrashLoopError(EdgeFlameError):
     """A part of a daemon failed unexpectedly again and again, or hangs; a new start may cure it."""
 
     exit_code = 12
+
+
+@contextlib.contextmanager
+def require_extra(extra: str, purpose: str) -> Iterator[None]:
+    """To import an optional library in: where it is missing, the error says how to install it.
+
+    Args:
+        extra: of EdgeFlame, which brings the library.
+        purpose: what needs which library, as in ``reading video needs PyAV``.
+
+    Raises:
+        MissingDependencyError: an import failed.
+    """
+    try:
+        yield
+    except ImportError as exc:
+        raise MissingDependencyError(f"{purpose} ({exc}): pip install 'edgeflame[{extra}]'") from exc

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from edgeflame.errors import LinkError, MissingDependencyError, UsageError
+from edgeflame.errors import LinkError, UsageError, require_extra
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
@@ -57,13 +57,9 @@ class MetricsServer:
 
     def __init__(self, address: str) -> None:
         host, port = _parse(address)
-        try:
+        with require_extra("metrics", "metrics need prometheus-client"):
             from prometheus_client import CollectorRegistry, start_http_server
             from prometheus_client.registry import Collector
-        except ImportError as exc:
-            raise MissingDependencyError(
-                f"metrics need prometheus-client ({exc}): pip install 'edgeflame[metrics]'"
-            ) from exc
         self._shown: tuple[Metric, ...] = ()
         server = self
 

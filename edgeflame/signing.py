@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgeflame.errors import MissingDependencyError, PackageError, StorageError, UsageError
+from edgeflame.errors import PackageError, StorageError, UsageError, require_extra
 from edgeflame.package import SIGNATURE_MEMBER, Package, read_package, write_archive
 
 if TYPE_CHECKING:
@@ -219,7 +219,5 @@ def _read_key(path: Path) -> bytes:
 
 
 def _require_cryptography() -> None:
-    try:
+    with require_extra("sign", "signatures need cryptography"):
         import cryptography  # noqa: F401 - asked for by name, with one message for all its parts
-    except ImportError as exc:
-        raise MissingDependencyError(f"signatures need cryptography ({exc}): pip install 'edgeflame[sign]'") from exc

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import onnx
 import onnx.helper
 
-from edgeflame.errors import MissingDependencyError, UsageError
+from edgeflame.errors import UsageError, require_extra
 from edgeflame.images import ImageU8
 from export.builder import INPUT, OWN_PREFIX
 
@@ -82,12 +82,8 @@ def quantised(model: onnx.ModelProto, images: ImageU8 | None, target: Target) ->
 
 
 def _import_tools() -> ModuleType:
-    try:
+    with require_extra("cpu", "int8 needs ONNX Runtime's quantisation"):
         from onnxruntime import quantization
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"int8 needs ONNX Runtime's quantisation ({exc}): pip install 'edgeflame[cpu]'"
-        ) from exc
     module: ModuleType = quantization
     return module
 

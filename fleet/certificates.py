@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from edgeflame.errors import MissingDependencyError, StorageError, UsageError
+from edgeflame.errors import StorageError, UsageError, require_extra
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -155,10 +155,8 @@ def require_cryptography() -> None:
     Raises:
         MissingDependencyError: they cannot.
     """
-    try:
+    with require_extra("fleet", "certificates need cryptography"):
         import cryptography  # noqa: F401 - asked for by name, with one message for all its parts
-    except ImportError as exc:
-        raise MissingDependencyError(f"certificates need cryptography ({exc}): pip install 'edgeflame[fleet]'") from exc
 
 
 def _new_key() -> EllipticCurvePrivateKey:

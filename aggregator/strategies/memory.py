@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aggregator.strategies.interface import Contribution, RoundInputs
-from edgeflame.errors import MissingDependencyError
+from edgeflame.errors import require_extra
 from edgeflame.statistics.memory import MemoryBank, read_bank, write_bank
 
 MAX_ITERATIONS = 300
@@ -94,10 +94,6 @@ def require_scikit_learn() -> None:
     Raises:
         MissingDependencyError: scikit-learn is not installed.
     """
-    try:
+    with require_extra("memory", "the strategy kmeans (method feddymem) needs scikit-learn"):
         import sklearn.cluster  # noqa: F401 - whether it is there
         import threadpoolctl  # noqa: F401
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"the strategy kmeans (method feddymem) needs scikit-learn ({exc}): pip install 'edgeflame[memory]'"
-        ) from exc

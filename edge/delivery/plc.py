@@ -30,12 +30,11 @@ import collections
 import threading
 import time
 
-from pymodbus.client import ModbusTcpClient
-from pymodbus.exceptions import ModbusException
-
 from edge.config.outputs import ModbusConfig
+from edge.modbus import ModbusLink
 from edge.result import Inspected, Result
 from edge.verdict import mark_late
+from edgeflame.errors import LinkError
 from edgeflame.log import EventLog
 
 log = EventLog("plc")
@@ -73,9 +72,7 @@ class PlcSink:
 
     def __init__(self, config: ModbusConfig) -> None:
         self._config = config
-        self._client = ModbusTcpClient(
-            config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0
-        )
+        self._link = ModbusLink(config.host, config.port, timeout_s=config.timeout_s)
         self._changed = threading.Condition()
         self._waiting: collections.deque[tuple[Result, float | None]] = collections.deque()
         """Results with their deadlines."""
@@ -133,7 +130,7 @@ class PlcSink:
                 next_beat = time.monotonic() + self._config.heartbeat_s
             if not written:
                 self._miss(part is not None)
-        self._client.close()  # type: ignore[no-untyped-call]
+        self._link.close()
 
     def _registers(self, part: tuple[Result, float | None] | None) -> list[int]:
         self._heartbeat = (self._heartbeat + 1) % 0x10000
@@ -155,23 +152,18 @@ class PlcSink:
         return shown
 
     def _write(self, registers: list[int]) -> bool:
+        config = self._config
         try:
-            if not self._client.connected and not self._client.connect():  # type: ignore[no-untyped-call]
-                reason = "no connection"
-            else:
-                answer = self._client.write_registers(self._config.register, registers, device_id=self._config.unit)
-                reason = f"refused: {answer}" if answer.isError() else ""
-        except (ModbusException, OSError) as exc:
-            reason = str(exc)
-            self._client.close()  # type: ignore[no-untyped-call]
-        if self._is_up != (not reason):
-            self._is_up = not reason
-            address = f"{self._config.host}:{self._config.port}"
-            if reason:
-                log.error("plc_lost", address=address, reason=reason)
-            else:
-                log.info("plc_connected", address=address)
-        return not reason
+            self._link.request(lambda client: client.write_registers(config.register, registers, device_id=config.unit))
+        except LinkError as exc:
+            if self._is_up is not False:
+                log.error("plc_lost", address=self._link.address, reason=str(exc))
+            self._is_up = False
+        else:
+            if not self._is_up:
+                log.info("plc_connected", address=self._link.address)
+            self._is_up = True
+        return self._is_up
 
     def _miss(self, in_hand: bool) -> None:
         """A moment's rest, unless we close; what came before and meanwhile is not for the PLC any more.

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from edge.config.outputs import RejectsConfig
 from edge.overlay import draw_overlay
-from edge.result import Inspected, json_line
+from edge.result import Inspected, Result, json_line
 from edge.status import DEFAULT_CAMERA
 from edgeflame.errors import StorageError
 from edgeflame.images import shrink, write_image
@@ -50,33 +50,29 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class CameraFilter:
-    """Hands on the results of one camera alone."""
+class FilteredSink:
+    """Hands on the results that fulfil a condition."""
 
-    def __init__(self, camera: str, sink: Sink) -> None:
-        self._camera = camera
+    def __init__(self, sink: Sink, condition: Callable[[Result], bool]) -> None:
         self._sink = sink
+        self._condition = condition
 
     def accept(self, inspected: Inspected) -> None:
-        if inspected.result.camera == self._camera:
+        if self._condition(inspected.result):
             self._sink.accept(inspected)
 
     def close(self) -> None:
         self._sink.close()
 
 
-class ProductionFilter:
-    """Hands on all but the golden parts of self-tests."""
+def of_camera(sink: Sink, camera: str) -> Sink:
+    """The results of one camera alone."""
+    return FilteredSink(sink, lambda result: result.camera == camera)
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
 
-    def accept(self, inspected: Inspected) -> None:
-        if not inspected.result.golden:
-            self._sink.accept(inspected)
-
-    def close(self) -> None:
-        self._sink.close()
+def of_production(sink: Sink) -> Sink:
+    """All results but those of the golden parts of self-tests."""
+    return FilteredSink(sink, lambda result: not result.golden)
 
 
 class LockedSinks:

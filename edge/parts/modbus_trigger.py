@@ -18,12 +18,14 @@ import time
 from dataclasses import dataclass
 
 from pymodbus.client import ModbusTcpClient
-from pymodbus.exceptions import ModbusException
+from pymodbus.pdu import ModbusPDU
 
 from edge.config.parts import ModbusTriggerConfig
 from edge.frame import AcceptTrigger, trigger_now
+from edge.modbus import ModbusLink
 from edge.parts.sequence import NumberRange
 from edge.result import Reason
+from edgeflame.errors import LinkError
 from edgeflame.log import EventLog
 
 
@@ -114,15 +116,13 @@ class ModbusTrigger:
     def __init__(
         self, config: ModbusTriggerConfig, *, counting: NumberRange | None, max_gap: int, window_s: float
     ) -> None:
-        self.name = f"{config.host}:{config.port}"
+        self._link = ModbusLink(config.host, config.port, timeout_s=config.timeout_s)
+        self.name = self._link.address
         self._config = config
         max_interval_s = config.poll_ms / 1000 + window_s
         self._contact = RisingEdge(max_interval_s)
         self._counter = (
             None if counting is None else PartCounter(counting, min(max_gap, counting.size // 2), max_interval_s)
-        )
-        self._client = ModbusTcpClient(
-            config.host, port=config.port, timeout=config.timeout_s, retries=0, reconnect_delay=0
         )
         self._accept: AcceptTrigger | None = None
         self._problem: str | None = "the PLC was not asked yet"
@@ -150,18 +150,20 @@ class ModbusTrigger:
         poll_s = self._config.poll_ms / 1000
         next_poll = time.monotonic()
         while not self._closing.is_set():
-            value, reason = self._read()
-            self._report_state(reason)
-            if value is None:
+            try:
+                value = self._read()
+            except LinkError as exc:
+                self._report_state(str(exc))
                 self._closing.wait(RETRY_S)
                 next_poll = time.monotonic()
                 continue
+            self._report_state(None)
             noticed = self._detect(value)
             if noticed is not None and not self._closing.is_set():
                 self._publish(noticed)
             next_poll = max(next_poll + poll_s, time.monotonic())
             self._closing.wait(next_poll - time.monotonic())
-        self._client.close()  # type: ignore[no-untyped-call]
+        self._link.close()
 
     def _detect(self, value: int) -> PolledPart | None:
         now = time.monotonic()
@@ -182,34 +184,30 @@ class ModbusTrigger:
             )
         )
 
-    def _read(self) -> tuple[int | None, str | None]:
-        """What the PLC says now, or why it does not."""
-        config = self._config
-        try:
-            if not self._client.connected and not self._client.connect():  # type: ignore[no-untyped-call]
-                return None, "no connection to the PLC"
-            if config.coil is not None:
-                answer = self._client.read_coils(config.coil, device_id=config.unit)
-            elif config.discrete_input is not None:
-                answer = self._client.read_discrete_inputs(config.discrete_input, device_id=config.unit)
-            elif config.register is not None:
-                answer = self._client.read_holding_registers(config.register, count=config.words, device_id=config.unit)
-            else:
-                assert config.input_register is not None
-                answer = self._client.read_input_registers(
-                    config.input_register, count=config.words, device_id=config.unit
-                )
-        except (ModbusException, OSError) as exc:
-            self._client.close()  # type: ignore[no-untyped-call]
-            return None, f"the PLC does not answer ({exc})"
-        if answer.isError():
-            return None, f"the PLC refuses: {answer}"
-        if not config.is_counter:
-            return int(answer.bits[0]), None
+    def _read(self) -> int:
+        """What the PLC says now: a level, or the counter.
+
+        Raises:
+            LinkError: it says nothing.
+        """
+        answer = self._link.request(self._ask)
+        if not self._config.is_counter:
+            return int(answer.bits[0])
         value = 0
         for word in answer.registers:
             value = value << 16 | word
-        return value, None
+        return value
+
+    def _ask(self, client: ModbusTcpClient) -> ModbusPDU:
+        config = self._config
+        if config.coil is not None:
+            return client.read_coils(config.coil, device_id=config.unit)
+        if config.discrete_input is not None:
+            return client.read_discrete_inputs(config.discrete_input, device_id=config.unit)
+        if config.register is not None:
+            return client.read_holding_registers(config.register, count=config.words, device_id=config.unit)
+        assert config.input_register is not None
+        return client.read_input_registers(config.input_register, count=config.words, device_id=config.unit)
 
     def _report_state(self, reason: str | None) -> None:
         self._problem = reason

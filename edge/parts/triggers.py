@@ -24,7 +24,7 @@ from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import number_range
 from edge.status import PartCounts
 from edgeflame.background import Backoff
-from edgeflame.errors import ConfigError, DataError, LinkError, MissingDependencyError, UsageError
+from edgeflame.errors import ConfigError, DataError, LinkError, UsageError, require_extra
 from edgeflame.log import EventLog
 from edgeflame.mqtt.topics import Topics
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
@@ -280,12 +280,8 @@ def trigger_source(camera: str, trigger: TriggerConfig, parts: PartsConfig, mqtt
     if trigger.modbus is None:
         assert trigger.mqtt is not None
         return _over_mqtt(camera, trigger.mqtt, mqtt)
-    try:
+    with require_extra("plc", "[trigger.modbus] needs pymodbus"):
         from edge.parts.modbus_trigger import ModbusTrigger
-    except ImportError as exc:
-        raise MissingDependencyError(
-            f"[trigger.modbus] needs the extra 'plc': pip install 'edgeflame[plc]' ({exc.name} is missing)"
-        ) from exc
     return ModbusTrigger(
         trigger.modbus,
         counting=number_range(trigger, parts) if trigger.modbus.is_counter else None,

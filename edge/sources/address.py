@@ -1,11 +1,20 @@
-"""Options in a source's address, as in ``camera:0?width=1280&fps=30``."""
+"""A source's address: options as in ``camera:0?width=1280&fps=30``, and how it may be shown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from urllib.parse import parse_qsl
 
 from edgeflame.errors import UsageError
+
+_SECRETS = re.compile(r"((?:user-pw|user-id|password|passphrase|key)\s*=\s*)(\"[^\"]*\"|\S+)", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(://)[^/?#\s]*@")
+
+
+def without_secrets(text: str) -> str:
+    """An address, or words about one, as it may be shown: without users and passwords in URLs and pipelines."""
+    return _USER_IN_URL.sub(r"\1***@", _SECRETS.sub(r"\1***", text))
 
 
 class AddressQuery:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import parse_qsl
 
 from boards.camera import Camera
 from boards.dataset import BoardStream
 from boards.textures import TEXTURES
 from edge.frame import Frame, make_frame
+from edge.sources.address import AddressQuery
 from edgeflame.errors import UsageError
 
 SYNTAX = "boards:TEXTURE?seed=0&defect_rate=0.3&parts=100&site=1&size=256&every=1"
 
 MAX_EVERY_S = 3600
+
+MAX_NUMBER = 2**53
+"""As far as the numbers of an address are exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +54,21 @@ def board_source(address: str) -> BoardSource:
     Raises:
         UsageError: it is not of that form, or a value is out of its range.
     """
-    texture, _, query = address.removeprefix("boards:").partition("?")
+    texture, _, text = address.removeprefix("boards:").partition("?")
     if texture not in TEXTURES:
         raise UsageError(f"--source {address}: no texture {texture!r}; there are {', '.join(TEXTURES)}")
-    try:
-        options = dict(parse_qsl(query, strict_parsing=True, keep_blank_values=True)) if query else {}
-        seed = int(options.pop("seed", "0"))
-        site = options.pop("site", None)
-        parts = options.pop("parts", None)
-        stream = BoardStream(
-            texture=texture,
-            seed=seed,
-            # The generator tells the number 1 from the name "1"; data sets of several sites use numbers.
-            camera=Camera() if site is None else Camera.for_site(int(site) if site.isdecimal() else site, seed),
-            defect_rate=float(options.pop("defect_rate", "0.1")),
-            num_parts=None if parts is None else int(parts),
-            image_size=int(options.pop("size", "256")),
-        )
-        if stream.image_size < 64 or stream.image_size > 2048:
-            raise ValueError(f"size lies between 64 and 2048, got {stream.image_size}")
-        every_s = float(options.pop("every", "0"))
-        if not 0 <= every_s <= MAX_EVERY_S:
-            raise ValueError(f"every lies between 0 and {MAX_EVERY_S} seconds, got {every_s:g}")
-    except ValueError as exc:
-        raise UsageError(f"--source {address}: {exc}; it is written {SYNTAX}") from exc
-    if options:
-        raise UsageError(f"--source {address}: unknown option {', '.join(options)}; it is written {SYNTAX}")
+    known = ("seed", "site", "parts", "defect_rate", "size", "every")
+    query = AddressQuery(address, text, known=known, syntax=SYNTAX)
+    seed = query.whole_number("seed", 0, least=-MAX_NUMBER, most=MAX_NUMBER)
+    site = query.options.get("site")
+    stream = BoardStream(
+        texture=texture,
+        seed=seed,
+        # The generator tells the number 1 from the name "1"; data sets of several sites use numbers.
+        camera=Camera() if site is None else Camera.for_site(int(site) if site.isdecimal() else site, seed),
+        defect_rate=query.number("defect_rate", 0.1, least=0, most=1),
+        num_parts=query.whole_number("parts", 0, least=0, most=MAX_NUMBER) if "parts" in query.options else None,
+        image_size=query.whole_number("size", 256, least=64, most=2048),
+    )
+    every_s = query.number("every", 0.0, least=0, most=MAX_EVERY_S)
     return BoardSource(name=address, stream=stream, every_s=every_s)

@@ -15,7 +15,6 @@ process reads its images from a pipe and treats it like any other camera.
 from __future__ import annotations
 
 import importlib.util
-import re
 import subprocess
 import sys
 import threading
@@ -29,7 +28,7 @@ import numpy as np
 
 from edge.frame import Frame
 from edge.sources import gst_child
-from edge.sources.address import AddressQuery
+from edge.sources.address import AddressQuery, without_secrets
 from edge.sources.child import Remark, TakenImage, live_frames, taken_image
 from edgeflame.errors import DataError, MissingDependencyError, UsageError
 from edgeflame.images import ImageU8
@@ -218,9 +217,6 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 CSI_SYNTAX = "csi:0?width=1920&height=1080&fps=30&flip=0"
 
-_SECRETS = re.compile(r"((?:user-pw|user-id|password|passphrase|key)\s*=\s*)(\"[^\"]*\"|\S+)", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(://)[^/\s@]+@")
-
 
 @dataclass(frozen=True, kw_only=True)
 class GstSource:
@@ -282,7 +278,7 @@ def gst_source(address: str) -> GstSource:
         raise UsageError(
             "--source gst: expected a GStreamer pipeline without its sink, for instance gst:v4l2src ! jpegdec"
         )
-    return GstSource(name=f"gst:{_without_secrets(pipeline)}", pipeline=pipeline)
+    return GstSource(name=f"gst:{without_secrets(pipeline)}", pipeline=pipeline)
 
 
 def csi_source(address: str) -> GstSource:
@@ -327,8 +323,4 @@ def _missing(what: str) -> MissingDependencyError:
 
 
 def _plain(payload: bytes) -> str:
-    return _without_secrets(" ".join(payload.decode("utf-8", "replace").split()))
-
-
-def _without_secrets(text: str) -> str:
-    return _USER_IN_URL.sub(r"\1***@", _SECRETS.sub(r"\1***", text))
+    return without_secrets(" ".join(payload.decode("utf-8", "replace").split()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge.frame import Frame, Source, make_frame
+from edge.sources.address import without_secrets
 from edgeflame.dataset import GOOD, list_images
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, read_image
@@ -110,7 +111,7 @@ def open_image_source(address: str, *, outbox: Path | None = None) -> Source:
 
 
 def _file_source(address: str) -> Source:
-    from edge.sources.video import VIDEO_SUFFIXES, VideoFileSource, without_password
+    from edge.sources.video import VIDEO_SUFFIXES, VideoFileSource
 
     path = Path(address)
     if path.is_dir():
@@ -123,7 +124,7 @@ def _file_source(address: str) -> Source:
     if path.exists():
         raise DataError(f"{path}: neither an image nor a video by its name ({suffix or 'no suffix'})")
     if "://" in address:
-        raise UsageError(f"--source {without_password(address)}: of URLs only rtsp:// and rtsps:// are read")
+        raise UsageError(f"--source {without_secrets(address)}: of URLs only rtsp:// and rtsps:// are read")
     raise DataError(
         f"{address}: no such folder or file (a source is a folder, a file, watch:FOLDER, camera:0, rtsp://..., "
         "gst:PIPELINE, csi:0 or boards:TEXTURE)"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from edge.frame import Frame, make_frame
+from edge.sources.address import without_secrets
 from edge.sources.child import TakenImage, live_frames, taken_image
-from edgeflame.errors import DataError, MissingDependencyError
+from edgeflame.errors import DataError, require_extra
 from edgeflame.images import ImageU8
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
@@ -56,7 +56,7 @@ class RtspSource:
 
     @property
     def name(self) -> str:
-        return without_password(self.url)
+        return without_secrets(self.url)
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         # A missing library is a mistake to be told at once, not an outage.
@@ -80,14 +80,6 @@ class RtspSource:
             yield taken_image(image, stamp_s=arrived_s)
 
 
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    parts = urlsplit(url)
-    if parts.username is None and parts.password is None:
-        return url
-    return parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}").geturl()
-
-
 def _decode(
     av: ModuleType,
     address: str,
@@ -105,7 +97,7 @@ def _decode(
     try:
         container = av.open(address, timeout=timeout, options=options)
     except failures as exc:
-        raise DataError(f"{name}: cannot be opened as video ({_plain(exc)})") from exc
+        raise DataError(f"{name}: cannot be opened as video ({_reason(exc)})") from exc
     with container:
         if not container.streams.video:
             raise DataError(f"{name}: no video stream in it")
@@ -122,7 +114,7 @@ def _decode(
             try:
                 packet = next(packets, None)
             except failures as exc:
-                raise DataError(f"{name}: reading failed ({_plain(exc)})") from exc
+                raise DataError(f"{name}: reading failed ({_reason(exc)})") from exc
             if packet is None:
                 return
             if len(arrivals) > _MAX_IN_DECODER:
@@ -131,7 +123,7 @@ def _decode(
             try:
                 images = [(_to_bgr(frame), arrivals.pop(frame.pts, None)) for frame in packet.decode()]
             except failures as exc:
-                yield None, f"{name}: a frame cannot be decoded ({_plain(exc)})", None
+                yield None, f"{name}: a frame cannot be decoded ({_reason(exc)})", None
                 continue
             for image, arrived_s in images:
                 yield image, None, arrived_s
@@ -141,15 +133,13 @@ def _to_bgr(frame: Any) -> ImageU8:
     return np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
 
 
-def _plain(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     # FFmpeg's message repeats the address, password included.
     return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _import_av() -> ModuleType:
-    try:
+    with require_extra("video", "reading video needs PyAV"):
         import av
-    except ImportError as exc:
-        raise MissingDependencyError(f"reading video needs PyAV ({exc}): pip install 'edgeflame[video]'") from exc
     module: ModuleType = av
     return module

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgeflame.errors import LinkError, MissingDependencyError, UsageError
+from edgeflame.errors import LinkError, UsageError, require_extra
 
 DEFAULT_PORT = 1883
 START_TIMEOUT_S = 20.0
@@ -63,12 +63,8 @@ class EmbeddedBroker:
     """
 
     def __init__(self, *, port: int = DEFAULT_PORT, bind: str = "127.0.0.1", port_mqtt3: int | None = None) -> None:
-        try:
+        with require_extra("broker", "the embedded broker, in place of Mosquitto, needs iotcore"):
             import iotcore
-        except ImportError as exc:
-            raise MissingDependencyError(
-                "the embedded broker is not installed: pip install 'edgeflame[broker]', or use Mosquitto"
-            ) from exc
         self._ended = threading.Event()
         self.bind = bind
         self.port = _claim_port(bind, port)

@@ -118,7 +118,7 @@ def test_a_whole_data_set_is_not_taken_for_parts(tmp_path: Path) -> None:
         ("boards:warm_wood?colour=red", UsageError, "unknown option colour"),
         ("boards:warm_wood?size=9", UsageError, "size"),
         ("boards:warm_wood?defect_rate=2", UsageError, "defect_rate"),
-        ("boards:warm_wood?every=-1", UsageError, "every lies between 0 and 3600 seconds, got -1"),
+        ("boards:warm_wood?every=-1", UsageError, "every lies between 0 and 3600, not -1"),
         ("boards:warm_wood?every=nan", UsageError, "every lies between"),
     ],
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge.sources.address import without_secrets
 from edge.sources.child import live_frames
 from edge.sources.locate import open_image_source
-from edge.sources.video import RtspSource, without_password
+from edge.sources.video import RtspSource
 from edgeflame.errors import DataError
 from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.rtsp_server import RtspServer
@@ -84,8 +85,10 @@ def test_a_network_camera_that_is_not_there_is_an_error_without_its_password() -
 
 
 def test_passwords_are_never_shown() -> None:
-    assert without_password("rtsp://me:pw@cam:554/live?x=1") == "rtsp://***@cam:554/live?x=1"
-    assert without_password("rtsp://cam/live") == "rtsp://cam/live"
+    assert without_secrets("rtsp://me:pw@cam:554/live?x=1") == "rtsp://***@cam:554/live?x=1"
+    assert without_secrets("rtsp://me:p@w@cam/live") == "rtsp://***@cam/live"
+    assert without_secrets("rtsp://cam/live?mail=me@cam") == "rtsp://cam/live?mail=me@cam"
+    assert without_secrets("rtsp://cam/live?password=pw") == "rtsp://cam/live?password=***"
 
 
 def test_a_network_camera_is_read_and_can_be_read_again_after_an_outage() -> None:
