@@ -90,16 +90,14 @@ def _handler() -> Callable[[bytes], bytes]:
         # A line for each epoch of each of a hundred sites tells nobody anything.
         for part in _CHATTY:
             logging.getLogger(f"{LOGGER_NAME}.{part}").setLevel(logging.WARNING)
-    return functools.partial(answer_task, residents=SimulatedSites(_build_trainer), measure=ModelEvaluator().measure)
+    return functools.partial(answer_task, sites=SimulatedSites(_build_trainer), measure=ModelEvaluator().measure)
 
 
 def _build_trainer(setup: WorkerSetup) -> SiteTrainer:
     from trainer.work import TorchSiteTrainer
 
     # No exporter: what a simulation wants of a site are its statistics and figures, not a package.
-    return TorchSiteTrainer(
-        learning=setup.learning, data=Path(setup.data), site=setup.site, state=Path(setup.state), num_references=0
-    )
+    return TorchSiteTrainer(learning=setup.learning, data=Path(setup.data), site=setup.site, num_references=0)
 
 
 def _metrics(out_dir: Path) -> dict[str, Any]:

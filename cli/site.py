@@ -64,7 +64,7 @@ def pause(site: str | None, state: Path, reason: str, release: bool) -> None:
     else:
         from trainer.agent.control import SitePause
 
-        _control(state).rest(SitePause(reason=check_reason(reason), release=release))
+        _control(state).request_pause(SitePause(reason=check_reason(reason), release=release))
         click.echo(f"paused: {reason}")
 
 
@@ -78,7 +78,7 @@ def resume(site: str | None, state: Path) -> None:
 
         ask_aggregator(state, ResumeSite(site=_checked_name(site)))
     else:
-        click.echo("goes on" if _control(state).go_on() else "was not paused")
+        click.echo("goes on" if _control(state).clear_pause() else "was not paused")
 
 
 @command.command()
@@ -89,7 +89,7 @@ def leave(state: Path, reason: str) -> None:
     from edgeflame.state import is_in_use
     from trainer.agent.control import LeaveRequest
 
-    _control(state).leave(LeaveRequest(reason=check_reason(reason)))
+    _control(state).request_leave(LeaveRequest(reason=check_reason(reason)))
     if is_in_use(state):
         click.echo("the site tells the aggregator, and ends")
     else:

@@ -44,7 +44,6 @@ def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> Si
         learning=setup.learning,
         data=Path(setup.data),
         site=setup.site,
-        state=Path(setup.state),
         groups_file=None if setup.groups_file is None else Path(setup.groups_file),
         exporter=scoring_graph,
         num_references=num_references,
@@ -53,7 +52,7 @@ def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> Si
 
 
 def run_worker_process() -> None:
-    """Serve orders until standard input ends. Arguments: the log format, reference images, the device, ``-v``."""
+    """Do tasks until standard input ends. Arguments: the log format, reference images, the device, ``-v``."""
     arguments = sys.argv[1:]
     configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
     from trainer.agent.worker import run_worker

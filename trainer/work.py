@@ -31,7 +31,7 @@ from fitting.crossfit import PooledStatistics, image_scores, score_maps
 from fitting.evaluation import EvaluationReport, evaluate
 from fitting.imageset import ImageSet
 from fitting.packaging import SiteStatistics, choose_references
-from trainer.agent.tasks import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask
+from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory, pick_device, rgb_tensor
 from trainer.embedding import F32, Embeddings, embed
@@ -66,7 +66,6 @@ class TorchSiteTrainer:
         learning: the fleet's configuration.
         data: the site's images.
         site: its name, written into its package.
-        state: the site's folder for durable state; nothing is kept there between tasks so far.
         groups_file: which images show the same part; None looks for one in ``data``.
         exporter: makes the scoring graph; None leaves out the package.
         product: the kind of part, written into the package.
@@ -85,7 +84,6 @@ class TorchSiteTrainer:
         learning: Learning,
         data: Path,
         site: str,
-        state: Path,
         groups_file: Path | None = None,
         exporter: Exporter | None = None,
         product: str = "product",
@@ -100,7 +98,6 @@ class TorchSiteTrainer:
         keep_freed_memory()
         self._learning = learning
         self._site = site
-        self._state = state
         self._exporter = exporter
         self._product = product
         self._device: torch.device = pick_device(device)
@@ -110,7 +107,7 @@ class TorchSiteTrainer:
         self._memory_learner: MemoryLearner | None = None
         self._num_references = num_references
 
-    def write_initial_model(self, out: Path) -> None:
+    def write_initial_model(self, task: InitialTask) -> None:
         """Write the pre-trained backbone and a seeded discriminator; the same at every site with the same weights.
 
         Raises:
@@ -118,12 +115,12 @@ class TorchSiteTrainer:
             StorageError: the file cannot be written.
         """
         if self._shares_memory:
-            write_bank(out, initial_bank(self._learning))
+            write_bank(Path(task.out), initial_bank(self._learning))
             return
         model, origin = build_model(self._learning)
-        save_model(out, model, origin)
+        save_model(Path(task.out), model, origin)
 
-    def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
+    def train(self, task: TrainTask, report: Progress) -> TaskResult:
         """Train the global model on this site's images for one round.
 
         Raises:
@@ -133,15 +130,15 @@ class TorchSiteTrainer:
             StorageError: a file cannot be read or written.
         """
         images = self._training_images(report)
-        private = load_private(task.private)
+        private = load_private(_path(task.private))
         if self._shares_memory:
             return self._train_memory(task, images, private, report)
-        model, origin = self._load(task.base, private)
-        shared_norms = batch_norm_tensors(load_model(task.base, self._learning)[0]) if self._keeps_norms else {}
+        model, origin = self._load(Path(task.base), private)
+        shared_norms = batch_norm_tensors(load_model(Path(task.base), self._learning)[0]) if self._keeps_norms else {}
         teacher = history = None
         if task.history is not None and METHODS[self._learning.method].objective in WITH_TEACHERS:
-            teacher = self._load(task.base, private)[0].backbone
-            history = self._load(task.history, private)[0].backbone
+            teacher = self._load(Path(task.base), private)[0].backbone
+            history = self._load(Path(task.history), private)[0].backbone
         run = train(
             model,
             images,
@@ -155,18 +152,18 @@ class TorchSiteTrainer:
         kept = {**run.ending.private, **(batch_norm_tensors(model) if self._keeps_norms else {})}
         load_batch_norms(model, shared_norms)
         if kept and task.private_out is not None:
-            save_private(task.private_out, kept)
-        save_model(task.out, model, origin)
-        return TrainOutcome(num_samples=len(images), num_steps=run.num_steps, metrics=run.metrics())
+            save_private(Path(task.private_out), kept)
+        save_model(Path(task.out), model, origin)
+        return TaskResult(num_samples=len(images), num_steps=run.num_steps, metrics=run.metrics())
 
-    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
+    def compute_statistics(self, task: StatisticsTask, report: Progress) -> TaskResult:
         """Moments of this site's images under the final model, in the form that is wanted.
 
         Raises:
             As :meth:`finish`.
         """
         images = self._training_images(report)
-        model, _ = load_model(task.model, self._learning)
+        model, _ = load_model(Path(task.model), self._learning)
         embeddings = Embeddings(model.to(self._device).backbone, images, device=self._device)
         accumulator, done = MomentAccumulator(), 0
         for indices, batch in embeddings.batches(range(len(images))):
@@ -174,16 +171,16 @@ class TorchSiteTrainer:
             done += len(indices)
             report(done, len(images), "statistics")
         truncation = write_site_statistics(
-            task.out,
+            Path(task.out),
             accumulator.moments(),
             grid=model.backbone.grid,
             model=task.model_sha256,
             form=task.wanted.form,
             rank=task.wanted.rank,
         )
-        return TrainOutcome(num_samples=len(images), metrics=truncation.figures())
+        return TaskResult(num_samples=len(images), metrics=truncation.figures())
 
-    def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
+    def finish(self, task: FinishTask, report: Progress) -> TaskResult:
         """Fit this site's statistics and threshold on the global model, and write its package.
 
         Raises:
@@ -195,19 +192,19 @@ class TorchSiteTrainer:
         images = self._training_images(report)
         if self._shares_memory:
             learner = self._learner(images)
-            memory = restore_memory(load_private(task.private), learner.network.num_channels, self._device)
-            fleet = learner.read_fleet(task.model)
+            memory = restore_memory(load_private(_path(task.private)), learner.network.num_channels, self._device)
+            fleet = learner.read_fleet(Path(task.model))
             result = learner.fit(memory, fleet, groups_known=self._dataset.groups_known, progress=report)
             network, origin = learner.network, learner.weights
         else:
-            model, found = self._load(task.model, load_private(task.private))
+            model, found = self._load(Path(task.model), load_private(_path(task.private)))
             result = fit_statistics(
                 model,
                 images,
                 self._learning,
                 groups_known=self._dataset.groups_known,
                 device=self._device,
-                pooled=None if task.statistics is None else self._pooled(task.statistics),
+                pooled=None if task.statistics is None else self._pooled(Path(task.statistics)),
                 progress=report,
             )
             network = model.backbone
@@ -215,30 +212,30 @@ class TorchSiteTrainer:
             origin = found or WeightsOrigin(
                 source="federated rounds", sha256=tensors_sha256(network.network.state_dict())
             )
-        statistics = task.out_dir / STATISTICS_FILE
+        out_dir = Path(task.out_dir)
+        statistics = out_dir / STATISTICS_FILE
         try:
             statistics.write_bytes(encode_statistics(result.statistics))
         except OSError as exc:
             raise StorageError(f"{statistics}: cannot write the statistics ({exc.strerror})") from exc
         package = None
         if self._exporter is not None:
-            package = task.out_dir / PACKAGE_FILE
+            package = out_dir / PACKAGE_FILE
             save_package(
                 package,
                 network=network.cpu(),
                 site_statistics=result,
                 learning=self._learning,
                 weights=origin,
-                provenance={"kind": "federated", "ledger": dict(task.ledger), "statistics": result.details},
+                provenance={"kind": "federated", "ledger": task.ledger, "statistics": result.details},
                 exporter=self._exporter,
                 product=self._product,
                 site=self._site,
                 references=choose_references(result.images, self._num_references),
             )
         threshold = result.threshold
-        return FinishOutcome(
-            package=package,
-            statistics=statistics,
+        return TaskResult(
+            package=None if package is None else str(package),
             summary={
                 "num_images": float(len(images)),
                 "num_images_in_statistics": float(result.statistics.count),
@@ -254,22 +251,22 @@ class TorchSiteTrainer:
 
     def _train_memory(
         self, task: TrainTask, images: ImageSet, private: Mapping[str, torch.Tensor], report: Progress
-    ) -> TrainOutcome:
+    ) -> TaskResult:
         """FedDyMem's round: a memory comes, a memory goes; the generator and the entries stay."""
         learner = self._learner(images)
-        fleet = learner.read_fleet(task.base)
+        fleet = learner.read_fleet(Path(task.base))
         before = restore_memory(private, learner.network.num_channels, self._device)
         memory, metrics = learner.train(before, fleet, seed=task.seed, progress=report)
         bank = learner.reduced(memory, fleet)
-        write_bank(task.out, bank)
+        write_bank(Path(task.out), bank)
         if task.private_out is not None:
-            save_private(task.private_out, memory.tensors())
+            save_private(Path(task.private_out), memory.tensors())
         figures = {
             "num_prototypes": float(len(bank)),
             "min_effective_patches": float(bank.effective_patches.min()),
             "min_effective_images": float(bank.effective_images.min()),
         }
-        return TrainOutcome(num_samples=len(images), metrics={**metrics, **figures})
+        return TaskResult(num_samples=len(images), metrics={**metrics, **figures})
 
     def _learner(self, images: ImageSet) -> MemoryLearner:
         if self._memory_learner is None:
@@ -302,6 +299,10 @@ class TorchSiteTrainer:
                 self._dataset, self._learning, on_unreadable=self._on_unreadable, progress=report
             )
         return self._images
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 MAX_TEST_CACHE_BYTES = 1 << 30

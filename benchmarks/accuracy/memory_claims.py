@@ -43,7 +43,7 @@ from edgeflame.simulation import MeasureTask
 from edgeflame.statistics.memory import read_bank
 from fitting.imageset import ImageSet
 from trainer.agent.step_runner import task_seed
-from trainer.agent.tasks import TrainTask
+from trainer.agent.tasks import InitialTask, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import rgb_tensor
 from trainer.embedding import embed
@@ -81,12 +81,9 @@ def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Tra
     """The rounds of three sites, as the service takes them."""
     folder.mkdir()
     config = AggregateConfig(learning=learning)
-    works = {
-        site: TorchSiteTrainer(learning=learning, data=data / site, site=site, state=folder, device="cpu")
-        for site in SITES
-    }
+    works = {site: TorchSiteTrainer(learning=learning, data=data / site, site=site, device="cpu") for site in SITES}
     model = folder / "0"
-    works[SITES[0]].write_initial_model(model)
+    works[SITES[0]].write_initial_model(InitialTask(out=str(model)))
     measurer = ModelEvaluator("cpu")
     trace = Trace(num_bytes=[], changes=[], aurocs=[])
 
@@ -111,12 +108,12 @@ def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Tra
             work.train(
                 TrainTask(
                     round=number,
-                    base=model,
-                    history=history,
-                    out=out,
+                    base=str(model),
+                    history=None if history is None else str(history),
+                    out=str(out),
                     seed=task_seed(learning.seed, site, number),
-                    private=before if before is not None and before.exists() else None,
-                    private_out=private,
+                    private=str(before) if before is not None and before.exists() else None,
+                    private_out=str(private),
                 ),
                 no_progress,
             )
@@ -203,10 +200,10 @@ def privacy_rows(learning: Learning, data: Path, folder: Path) -> list[str]:
     for patches, images in FLOORS:
         memory = msgspec.structs.replace(learning.memory, min_group=patches, min_images=images)
         changed = msgspec.structs.replace(learning, memory=memory)
-        work = TorchSiteTrainer(learning=changed, data=data / SITES[0], site=SITES[0], state=folder, device="cpu")
+        work = TorchSiteTrainer(learning=changed, data=data / SITES[0], site=SITES[0], device="cpu")
         base, out = folder / "base", folder / "update"
-        work.write_initial_model(base)
-        work.train(TrainTask(round=1, base=base, history=None, out=out, seed=1), no_progress)
+        work.write_initial_model(InitialTask(out=str(base)))
+        work.train(TrainTask(round=1, base=str(base), out=str(out), seed=1), no_progress)
         sent = read_bank(out).prototypes.astype(np.float64)
         name = "none" if patches == 1 else f"{patches:g} patches of {images:g} images"
         rows.append(_row(name, len(sent), attacker, sent))

@@ -27,11 +27,11 @@ import torch
 
 from edgeflame.log import LOGGER_NAME, Progress
 from trainer.agent.tasks import (
-    FinishOutcome,
     FinishTask,
+    InitialTask,
     SiteTrainer,
     StatisticsTask,
-    TrainOutcome,
+    TaskResult,
     TrainTask,
     WorkerSetup,
 )
@@ -69,10 +69,10 @@ class Poisoner:
         self._work = work
         self._attack = attack
 
-    def write_initial_model(self, out: Path) -> None:
-        self._work.write_initial_model(out)
+    def write_initial_model(self, task: InitialTask) -> None:
+        self._work.write_initial_model(task)
 
-    def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
+    def train(self, task: TrainTask, report: Progress) -> TaskResult:
         outcome = self._work.train(task, report)
         base, update = safetensors.numpy.load_file(task.base), safetensors.numpy.load_file(task.out)
         generator = np.random.default_rng(task.seed)
@@ -84,10 +84,10 @@ class Poisoner:
         safetensors.numpy.save_file(update, task.out)
         return outcome
 
-    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
-        return self._work.gather(task, report)
+    def compute_statistics(self, task: StatisticsTask, report: Progress) -> TaskResult:
+        return self._work.compute_statistics(task, report)
 
-    def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
+    def finish(self, task: FinishTask, report: Progress) -> TaskResult:
         return self._work.finish(task, report)
 
 

@@ -91,7 +91,7 @@ def test_every_metric_of_a_run_is_documented_and_none_that_is_not_there(tmp_path
             shown.extend(figures)
 
     watch = SiteMetrics(tmp_path, Server())  # type: ignore[arg-type]
-    watch.look(("idle", 0, 0), None, link=None, is_up=False, is_welcome=False, now=0.0)
+    watch.publish(("idle", 0, 0), None, link=None, is_up=False, is_welcome=False, now=0.0)
     documented = re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "fleet.md").read_text(), re.MULTILINE)
     assert sorted(documented) == sorted(metric.exposed_name for metric in shown)
 

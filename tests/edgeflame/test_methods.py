@@ -19,7 +19,7 @@ from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing, write_image
 from edgeflame.log import no_progress
 from edgeflame.methods import FEDERATED_METHODS, METHODS, Backbone, Learning, Training
-from trainer.agent.tasks import TrainTask
+from trainer.agent.tasks import InitialTask, TrainTask
 from trainer.model import build_model, load_model
 from trainer.objectives import OBJECTIVES
 from trainer.work import TorchSiteTrainer
@@ -67,34 +67,34 @@ def test_two_rounds_of_two_sites(method: str, tmp_path: Path) -> None:
             path = tmp_path / name / "train" / "good" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, pixels)
-        sites[name] = TorchSiteTrainer(learning=learning, data=tmp_path / name, site=name, state=tmp_path, device="cpu")
+        sites[name] = TorchSiteTrainer(learning=learning, data=tmp_path / name, site=name, device="cpu")
     base = tmp_path / "base"
-    sites["east"].write_initial_model(base)
-    history: dict[str, Path] = {}
-    private: dict[str, Path] = {}
+    sites["east"].write_initial_model(InitialTask(out=str(base)))
+    history: dict[str, str] = {}
+    private: dict[str, str] = {}
     for number in (1, 2):
         contributions = []
         for name, site in sites.items():
             task = TrainTask(
                 round=number,
-                base=base,
+                base=str(base),
                 history=history.get(name),
-                out=tmp_path / f"{name}-{number}",
+                out=str(tmp_path / f"{name}-{number}"),
                 seed=number,
                 private=private.get(name),
-                private_out=tmp_path / f"{name}-{number}-private",
+                private_out=str(tmp_path / f"{name}-{number}-private"),
             )
             outcome = site.train(task, no_progress)
             assert outcome.num_steps == math.ceil(sizes[name] / 4)
-            verdict = validate_weights(task.out, base, max_relative_change=config.max_relative_change)
+            verdict = validate_weights(Path(task.out), base, max_relative_change=config.max_relative_change)
             assert verdict.reason is None, verdict.detail
             history[name] = task.out
-            if task.private_out is not None and task.private_out.exists():
+            if task.private_out is not None and Path(task.private_out).exists():
                 private[name] = task.private_out
             contributions.append(
                 Contribution(
                     site=name,
-                    path=task.out,
+                    path=Path(task.out),
                     weight=sizes[name] / 18,
                     num_samples=sizes[name],
                     num_steps=outcome.num_steps,

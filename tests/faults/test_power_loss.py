@@ -110,19 +110,19 @@ def remembered(folder: Path) -> Path:
     memory = SiteState(folder)
 
     def draft(value: float) -> Path:
-        path = memory.draft("test")
+        path = memory.temporary_path("test")
         safetensors.numpy.save_file({"w": np.full(300, value, np.float32)}, path)
         return path
 
-    memory.keep_initial(RUN, draft(0.0))
+    memory.store_initial(RUN, draft(0.0))
     for number in (1, 2):
         trained = UpdateRecord(num_samples=number, metrics={"loss": 0.5}, base=str(number) * 64)
-        memory.keep_update(RUN, number, draft(number), trained)
-    memory.keep_statistics(RUN, draft(9.0), UpdateRecord(num_samples=3, metrics={}, base="3" * 64))
-    package = memory.finish_dir(RUN) / "site.edgeflame"
+        memory.store_update(RUN, number, draft(number), trained)
+    memory.store_statistics(RUN, draft(9.0), UpdateRecord(num_samples=3, metrics={}, base="3" * 64))
+    package = memory.package_dir(RUN) / "site.edgeflame"
     package.write_bytes(b"package" * 100)
     sha256 = sha256_of(package)
-    memory.keep_finished(RUN, FinishRecord(model="a" * 64, package=package.name, package_sha256=sha256, summary={}))
+    memory.store_finished(RUN, FinishRecord(model="a" * 64, package=package.name, package_sha256=sha256, summary={}))
     return folder
 
 
@@ -135,7 +135,7 @@ def parts(memory: SiteState) -> dict[str, bytes]:
     if (statistics := memory.statistics(RUN)) is not None:
         found["statistics"] = statistics[0].read_bytes()
     if (finished := memory.finished(RUN)) is not None and finished.package is not None:
-        found["package"] = (memory.finish_dir(RUN) / finished.package).read_bytes()
+        found["package"] = (memory.package_dir(RUN) / finished.package).read_bytes()
     if (initial := memory.initial(RUN)) is not None and initial in memory.store:
         found["initial"] = memory.store.path(initial).read_bytes()
     return found

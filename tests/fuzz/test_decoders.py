@@ -176,7 +176,7 @@ def targets(folder: Path) -> dict[str, Target]:
         write_image(data / "train" / "good" / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
     state = folder / "state"
     memory = SiteState(state)
-    memory.keep_finished("0" * 32, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={"x": 1.0}))
+    memory.store_finished("0" * 32, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={"x": 1.0}))
     finish_json = state / "runs" / ("0" * 32) / "finish.json"
     requests = RequestQueue(folder)
     wishes = SiteControl(folder)

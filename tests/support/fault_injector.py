@@ -108,9 +108,9 @@ def wrap_site() -> None:
     wrap(aggregator_client.AggregatorClient, "send_chunk", lambda *_: "sending a chunk")
     wrap(service._SiteService, "_on_announcement", announced)
     wrap(service._SiteService, "_on_down", lambda _, message, __: f"hearing {tag(message)}")
-    wrap(step_runner.StepRunner, "begin", lambda _, step, __: begun(step))
-    wrap(step_runner.StepRunner, "done", lambda self, _: f"done {begun(self.step)}")
-    for name in ("keep_initial", "keep_update", "keep_statistics", "keep_finished"):
+    wrap(step_runner.StepRunner, "start", lambda _, step, __: begun(step))
+    wrap(step_runner.StepRunner, "on_task_done", lambda self, _: f"done {begun(self.step)}")
+    for name in ("store_initial", "store_update", "store_statistics", "store_finished"):
         wrap(state.SiteState, name, lambda *_, name=name, **__: name)
     wrap(state, "write_json", lambda path, _: f"writing {path.name}")
     wrap(state, "canonicalise", lambda _, path: f"writing {path.name}")

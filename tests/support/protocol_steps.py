@@ -61,7 +61,7 @@ SITE = (
     "hearing welcome",
     "saying heartbeat-not-ready",
     "done prepare",
-    "keep_initial",
+    "store_initial",
     "writing .initial.canonical.draft",
     "adding a blob",
     "writing initial.json",
@@ -76,7 +76,7 @@ SITE = (
     "hearing receipt-initial-0",
     "done train-1",
     "writing .private.canonical.draft",
-    "keep_update",
+    "store_update",
     "writing update.safetensors",
     "writing outcome.json",
     "offerupdate-1",
@@ -96,7 +96,7 @@ SITE = (
     "hearing statistics",
     "gather",
     "done gather",
-    "keep_statistics",
+    "store_statistics",
     "writing statistics.safetensors",
     "offerstatistics",
     "saying offer-statistics-0",
@@ -104,7 +104,7 @@ SITE = (
     "hearing finish",
     "finish",
     "done finish",
-    "keep_finished",
+    "store_finished",
     "writing finish.json",
     "report",
     "saying finished",
@@ -114,7 +114,7 @@ STEPS = {"aggregator": AGGREGATOR, "site": SITE}
 
 # Being killed right after one of these differs from being killed before the next: something is on disk, or on its
 # way, that nobody has acted upon. The second chunk, blob or update is another situation than the first.
-LASTING = ("journalling", "storing", "completing", "adding", "writing", "making", "pooling", "saying offer", "keep")
+LASTING = ("journalling", "storing", "completing", "adding", "writing", "making", "pooling", "saying offer", "store_")
 REPEATED = ("storing a chunk", "completing a blob", "adding a blob", "sending a chunk")
 
 KILLS = [

@@ -10,7 +10,7 @@ import safetensors.numpy
 from edgeflame.log import Progress
 from edgeflame.statistics.memory import MemoryBank, empty_bank, read_bank, write_bank
 from tests.support.tiny_trainer import TinyTrainer
-from trainer.agent.tasks import TrainOutcome, TrainTask
+from trainer.agent.tasks import InitialTask, TaskResult, TrainTask
 from trainer.agent.worker import run_worker
 
 CHANNELS, SPACE = 3, "a" * 64
@@ -19,11 +19,11 @@ CHANNELS, SPACE = 3, "a" * 64
 class TinyMemoryTrainer(TinyTrainer):
     """As :class:`TinyTrainer`, with a memory for a model; ``nan`` and ``shape`` mean its own kinds of them."""
 
-    def write_initial_model(self, out: Path) -> None:
-        write_bank(out, empty_bank(CHANNELS, SPACE))
+    def write_initial_model(self, task: InitialTask) -> None:
+        write_bank(Path(task.out), empty_bank(CHANNELS, SPACE))
 
-    def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
-        fleet = read_bank(task.base)
+    def train(self, task: TrainTask, report: Progress) -> TaskResult:
+        fleet = read_bank(Path(task.base))
         generator = np.random.default_rng(task.seed)
         centre = fleet.prototypes.mean(axis=0) if len(fleet) else np.zeros(CHANNELS)
         if task.private is not None:
@@ -39,11 +39,11 @@ class TinyMemoryTrainer(TinyTrainer):
             count=self._num_samples,
             space="b" * 64 if failure == "space" else SPACE,
         )
-        write_bank(task.out, bank)
+        write_bank(Path(task.out), bank)
         if task.private_out is not None:
             safetensors.numpy.save_file({"drift": bank.prototypes.mean(axis=0) - centre}, task.private_out)
         report(1, 1)
-        return TrainOutcome(num_samples=self._num_samples, num_steps=1, metrics={"loss": 1.0})
+        return TaskResult(num_samples=self._num_samples, num_steps=1, metrics={"loss": 1.0})
 
 
 if __name__ == "__main__":

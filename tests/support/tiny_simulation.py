@@ -34,12 +34,12 @@ def measure(task: MeasureTask) -> MeasureAnswer:
 
 
 @functools.cache
-def residents() -> SimulatedSites:
+def sites() -> SimulatedSites:
     return SimulatedSites(TinyTrainer)
 
 
 def handle(data: bytes) -> bytes:
-    return answer_task(data, residents(), measure)
+    return answer_task(data, sites(), measure)
 
 
 def main() -> None:

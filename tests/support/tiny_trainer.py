@@ -25,7 +25,7 @@ from edgeflame.errors import DataError
 from edgeflame.log import Progress
 from edgeflame.statistics.merge import read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
-from trainer.agent.tasks import FinishOutcome, FinishTask, StatisticsTask, TrainOutcome, TrainTask, WorkerSetup
+from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask, WorkerSetup
 from trainer.agent.worker import run_worker
 
 
@@ -40,14 +40,13 @@ class TinyTrainer:
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
-        self._dir = Path(setup.state)
         self._num_samples = 10 + sum(map(ord, setup.site)) % 40
         training = setup.learning.training
         self._num_steps = training.epochs * -(-self._num_samples // training.batch_size)
         if not Path(setup.data).is_dir():
             raise DataError(f"{setup.data}: no such folder")
 
-    def write_initial_model(self, out: Path) -> None:
+    def write_initial_model(self, task: InitialTask) -> None:
         generator = np.random.default_rng(self._setup.learning.seed)
         elements = int(os.environ.get("TINY_ELEMENTS", "2000"))
         tensors = {
@@ -55,9 +54,9 @@ class TinyTrainer:
             "bias": generator.normal(size=(3, 2)).astype(np.float16),
             "count": np.array(0, dtype=np.int64),
         }
-        safetensors.numpy.save_file(tensors, out, metadata={"origin": "tiny", "a": "b"})
+        safetensors.numpy.save_file(tensors, task.out, metadata={"origin": "tiny", "a": "b"})
 
-    def train(self, task: TrainTask, report: Progress) -> TrainOutcome:
+    def train(self, task: TrainTask, report: Progress) -> TaskResult:
         base = safetensors.numpy.load_file(task.base)
         history = safetensors.numpy.load_file(task.history) if task.history else base
         generator = np.random.default_rng(task.seed)
@@ -69,7 +68,7 @@ class TinyTrainer:
         for step in range(steps):
             if step == 2:
                 self._wait_at_gate(task.round)
-                self._maybe_crash(failure)
+                self._maybe_crash(failure, Path(task.out).parent / "crashed")
             target = generator.normal(size=weight.shape)
             weight += 0.1 * (target - weight) + 0.01 * (weight - history["weight"])
             report(step + 1, steps, "training")
@@ -87,14 +86,14 @@ class TinyTrainer:
         }
         safetensors.numpy.save_file(tensors, task.out)
         loss = float(np.square(weight).mean())
-        return TrainOutcome(num_samples=self._num_samples, num_steps=self._num_steps, metrics={"loss": loss})
+        return TaskResult(num_samples=self._num_samples, num_steps=self._num_steps, metrics={"loss": loss})
 
-    def gather(self, task: StatisticsTask, report: Progress) -> TrainOutcome:
+    def compute_statistics(self, task: StatisticsTask, report: Progress) -> TaskResult:
         accumulator = MomentAccumulator()
         accumulator.add(images_of(self._setup.site, self._num_samples))
         other = self._failure(0) == "other-model"
         truncation = write_site_statistics(
-            task.out,
+            Path(task.out),
             accumulator.moments(),
             grid=(2, 3),
             model="0" * 64 if other else task.model_sha256,
@@ -102,16 +101,16 @@ class TinyTrainer:
             rank=task.wanted.rank,
         )
         report(1, 1)
-        return TrainOutcome(num_samples=self._num_samples, metrics=truncation.figures())
+        return TaskResult(num_samples=self._num_samples, metrics=truncation.figures())
 
-    def finish(self, task: FinishTask, report: Progress) -> FinishOutcome:
+    def finish(self, task: FinishTask, report: Progress) -> TaskResult:
         report(1, 1)
-        package = task.out_dir / "site.edgeflame"
-        package.write_bytes(b"package of " + self._setup.site.encode() + task.model.read_bytes()[:100])
+        package = Path(task.out_dir) / "site.edgeflame"
+        package.write_bytes(b"package of " + self._setup.site.encode() + Path(task.model).read_bytes()[:100])
         summary: dict[str, float | str] = {"rounds": float(len(task.ledger.get("rounds", ()))), "kind": "tiny"}
         if task.statistics is not None:
-            summary["pooled_images"] = float(read_moments(task.statistics)[0].count)
-        return FinishOutcome(package=package, statistics=None, summary=summary)
+            summary["pooled_images"] = float(read_moments(Path(task.statistics))[0].count)
+        return TaskResult(package=str(package), summary=summary)
 
     def _keep(self, task: TrainTask, weight: np.ndarray) -> None:
         """What the next round needs: how far this site has moved in all."""
@@ -127,8 +126,7 @@ class TinyTrainer:
         at, _, kind = rest.partition(":")
         return kind if (site, at) == (self._setup.site, str(number)) else None
 
-    def _maybe_crash(self, failure: str | None) -> None:
-        marker = self._dir / "crashed"
+    def _maybe_crash(self, failure: str | None, marker: Path) -> None:
         if failure == "crash" or (failure == "crash-once" and not marker.exists()):
             marker.touch()
             os.abort()

@@ -18,7 +18,7 @@ from edgeflame.methods import Learning, Memory
 from edgeflame.statistics.codec import decode_statistics
 from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
 from fitting.imageset import ImageSet
-from trainer.agent.tasks import FinishTask, TrainTask
+from trainer.agent.tasks import FinishTask, InitialTask, TrainTask
 from trainer.feddymem.learning import (
     MemoryGenerator,
     PatchSample,
@@ -36,7 +36,7 @@ from trainer.feddymem.learning import (
 )
 from trainer.feddymem.reduce import NO_FLOOR, EntryContents, PrivacyFloor, entry_contents, reduce_memory
 from trainer.fit import fit
-from trainer.work import TorchSiteTrainer
+from trainer.work import STATISTICS_FILE, TorchSiteTrainer
 
 CPU = torch.device("cpu")
 C = 5
@@ -237,23 +237,22 @@ def test_a_rare_pattern_of_one_image_is_not_sent() -> None:
 def task(folder: Path, number: int, base: str, private: str | None, out: str) -> TrainTask:
     return TrainTask(
         round=number,
-        base=folder / base,
-        history=None,
-        out=folder / out,
+        base=str(folder / base),
+        out=str(folder / out),
         seed=number,
-        private=None if private is None else folder / private,
-        private_out=folder / f"{out}.private",
+        private=None if private is None else str(folder / private),
+        private_out=str(folder / f"{out}.private"),
     )
 
 
 @pytest.fixture
 def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteTrainer:
     learning = learning_with(small_learning)
-    return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
+    return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", device="cpu")
 
 
 def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_path: Path) -> None:
-    work.write_initial_model(tmp_path / "base")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     initial = read_bank(tmp_path / "base")
     assert len(initial) == 0
     outcome = work.train(task(tmp_path, 1, "base", None, "1"), no_progress)
@@ -275,10 +274,11 @@ def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_pat
     assert (tmp_path / "2.private").read_bytes() == (tmp_path / "3.private").read_bytes()
     assert (tmp_path / "2.private").read_bytes() != (tmp_path / "4.private").read_bytes()
 
-    finish = FinishTask(model=tmp_path / "1", out_dir=tmp_path, ledger={}, private=tmp_path / "2.private")
+    finish = FinishTask(
+        model=str(tmp_path / "1"), out_dir=str(tmp_path), ledger={}, private=str(tmp_path / "2.private")
+    )
     finished = work.finish(finish, no_progress)
-    assert finished.statistics is not None
-    statistics = decode_statistics(finished.statistics.read_bytes())
+    statistics = decode_statistics((tmp_path / STATISTICS_FILE).read_bytes())
     assert isinstance(statistics, MemoryStatistics)
     assert statistics.num_global == len(sent)
     np.testing.assert_array_equal(statistics.prototypes[-len(sent) :], sent.prototypes)
@@ -286,7 +286,7 @@ def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_pat
 
 
 def test_a_memory_of_another_backbone_is_told_in_words(work: TorchSiteTrainer, tmp_path: Path) -> None:
-    work.write_initial_model(tmp_path / "base")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     channels = read_bank(tmp_path / "base").num_channels
     write_bank(tmp_path / "other", empty_bank(channels, "f" * 64))
     with pytest.raises(FederationError, match="need the same backbone weights"):
@@ -297,8 +297,8 @@ def test_a_site_with_too_few_images_for_the_floor_is_told_in_words(
     parts_folder: Path, small_learning: Learning, tmp_path: Path
 ) -> None:
     learning = learning_with(small_learning, min_images=30)
-    work = TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
-    work.write_initial_model(tmp_path / "base")
+    work = TorchSiteTrainer(learning=learning, data=parts_folder, site="west", device="cpu")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     with pytest.raises(DataError, match="the privacy floor allows nothing to be sent"):
         work.train(task(tmp_path, 1, "base", None, "1"), no_progress)
 

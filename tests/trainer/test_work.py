@@ -20,9 +20,9 @@ from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.statistics.codec import decode_statistics
 from edgeflame.statistics.merge import pool_statistics
 from export.network import scoring_graph
-from trainer.agent.tasks import FinishTask, SiteTrainer, StatisticsTask, TrainTask
+from trainer.agent.tasks import FinishTask, InitialTask, SiteTrainer, StatisticsTask, TrainTask
 from trainer.model import build_model, load_model, save_model
-from trainer.work import TorchSiteTrainer
+from trainer.work import STATISTICS_FILE, TorchSiteTrainer
 
 
 @pytest.fixture
@@ -31,7 +31,6 @@ def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchS
         learning=msgspec.structs.replace(small_learning, method="flame"),
         data=parts_folder,
         site="west",
-        state=tmp_path,
         groups_file=None,
         exporter=scoring_graph,
         product="plate",
@@ -41,7 +40,8 @@ def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchS
 
 def task(folder: Path, number: int, *, history: Path | None = None, seed: int = 1) -> TrainTask:
     return TrainTask(
-        round=number, base=folder / "initial.safetensors", history=history, out=folder / f"{number}.safetensors",
+        round=number, base=str(folder / "initial.safetensors"), history=None if history is None else str(history),
+        out=str(folder / f"{number}.safetensors"),
         seed=seed,
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def task(folder: Path, number: int, *, history: Path | None = None, seed: int = 
 def test_two_rounds_and_a_package(work: TorchSiteTrainer, tmp_path: Path) -> None:
     site: SiteTrainer = work  # it has the shape the agent expects
     initial = tmp_path / "initial.safetensors"
-    site.write_initial_model(initial)
+    site.write_initial_model(InitialTask(out=str(initial)))
     seen: list[int] = []
     first = site.train(task(tmp_path, 1), lambda done, total, note="": seen.append(done))
     assert first.num_samples == 24
@@ -70,21 +70,22 @@ def test_two_rounds_and_a_package(work: TorchSiteTrainer, tmp_path: Path) -> Non
     out_dir = tmp_path / "out"
     out_dir.mkdir()
     outcome = site.finish(
-        FinishTask(model=tmp_path / "2.safetensors", out_dir=out_dir, ledger={"rounds": [{"sites": ["west"]}]}),
+        FinishTask(
+            model=str(tmp_path / "2.safetensors"), out_dir=str(out_dir), ledger={"rounds": [{"sites": ["west"]}]}
+        ),
         no_progress,
     )
     assert outcome.package is not None
-    assert outcome.statistics is not None
-    package = read_package(outcome.package)
+    package = read_package(Path(outcome.package))
     assert (package.manifest.site, package.manifest.product) == ("west", "plate")
     assert package.manifest.provenance["ledger"] == {"rounds": [{"sites": ["west"]}]}
     assert package.manifest.weights.source == "random"
-    assert decode_statistics(outcome.statistics.read_bytes()).count == 24
+    assert decode_statistics((out_dir / STATISTICS_FILE).read_bytes()).count == 24
     assert outcome.summary["threshold"] == package.manifest.threshold.value
 
 
 def test_the_same_task_gives_the_same_file(work: TorchSiteTrainer, tmp_path: Path) -> None:
-    work.write_initial_model(tmp_path / "initial.safetensors")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "initial.safetensors")))
     files = []
     for seed in (5, 5, 6):
         work.train(task(tmp_path, 1, seed=seed), no_progress)
@@ -94,7 +95,7 @@ def test_the_same_task_gives_the_same_file(work: TorchSiteTrainer, tmp_path: Pat
 
 def test_the_initial_model_is_the_same_at_every_site(work: TorchSiteTrainer, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        work.write_initial_model(tmp_path / name)
+        work.write_initial_model(InitialTask(out=str(tmp_path / name)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safetensors.safe_open(str(tmp_path / "a"), framework="pt") as stream:
         assert "random" in stream.metadata()["weights"]
@@ -104,19 +105,19 @@ def test_without_an_exporter_there_are_statistics_but_no_package(
     parts_folder: Path, small_learning: Learning, tmp_path: Path
 ) -> None:
     learning = msgspec.structs.replace(small_learning, method="fedavg")
-    work = TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path)
-    work.write_initial_model(tmp_path / "m")
-    outcome = work.finish(FinishTask(model=tmp_path / "m", out_dir=tmp_path, ledger={}), no_progress)
+    work = TorchSiteTrainer(learning=learning, data=parts_folder, site="west")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "m")))
+    outcome = work.finish(FinishTask(model=str(tmp_path / "m"), out_dir=str(tmp_path), ledger={}), no_progress)
     assert outcome.package is None
-    assert outcome.statistics is not None
+    assert (tmp_path / STATISTICS_FILE).exists()
 
 
 def test_a_site_that_cannot_take_part(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a federated one"):
-        TorchSiteTrainer(learning=small_learning, data=parts_folder, site="west", state=tmp_path)
+        TorchSiteTrainer(learning=small_learning, data=parts_folder, site="west")
     federated = msgspec.structs.replace(small_learning, method="fedavg")
     with pytest.raises(DataError, match="no such folder"):
-        TorchSiteTrainer(learning=federated, data=tmp_path / "no", site="west", state=tmp_path)
+        TorchSiteTrainer(learning=federated, data=tmp_path / "no", site="west")
 
 
 def spoil(path: Path, how: str) -> None:
@@ -172,19 +173,18 @@ def test_saving_and_loading_keeps_every_number(small_learning: Learning, tmp_pat
 def site(learning: Learning, data: Path, state: Path, name: str = "west", **training: object) -> TorchSiteTrainer:
     changed = msgspec.structs.replace(learning.training, **training)
     return TorchSiteTrainer(
-        learning=msgspec.structs.replace(learning, training=changed), data=data, site=name, state=state, device="cpu"
+        learning=msgspec.structs.replace(learning, training=changed), data=data, site=name, device="cpu"
     )
 
 
 def private_task(folder: Path, number: int, base: str, private: str | None, out: str) -> TrainTask:
     return TrainTask(
         round=number,
-        base=folder / base,
-        history=None,
-        out=folder / out,
+        base=str(folder / base),
+        out=str(folder / out),
         seed=number,
-        private=None if private is None else folder / private,
-        private_out=folder / f"{out}.private",
+        private=None if private is None else str(folder / private),
+        private_out=str(folder / f"{out}.private"),
     )
 
 
@@ -192,7 +192,7 @@ def test_scaffolds_variates_travel_and_its_own_stay(
     parts_folder: Path, small_learning: Learning, tmp_path: Path
 ) -> None:
     work = site(msgspec.structs.replace(small_learning, method="scaffold"), parts_folder, tmp_path, epochs=1)
-    work.write_initial_model(tmp_path / "base")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     initial = safetensors.torch.load_file(tmp_path / "base")
     controls = {name for name in initial if name.startswith(CONTROL_PREFIX)}
     assert controls == {CONTROL_PREFIX + name for name, _ in build_model(small_learning)[0].named_parameters()}
@@ -214,7 +214,7 @@ def test_scaffolds_variates_travel_and_its_own_stay(
 def test_local_batch_norm_stays_at_its_site(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
     learning = msgspec.structs.replace(small_learning, method="fedavg")
     work = site(learning, parts_folder, tmp_path, epochs=1, batch_norm="local")
-    work.write_initial_model(tmp_path / "base")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     work.train(private_task(tmp_path, 1, "base", None, "1"), no_progress)
     base, update, own = (safetensors.torch.load_file(tmp_path / name) for name in ("base", "1", "1.private"))
     kept = {name.removeprefix("norm."): tensor for name, tensor in own.items()}
@@ -227,19 +227,18 @@ def test_local_batch_norm_stays_at_its_site(parts_folder: Path, small_learning: 
         work.train(private_task(tmp_path, 2, "1", private, out), no_progress)
     assert (tmp_path / "2").read_bytes() != (tmp_path / "3").read_bytes()
     statistics = []
-    for private in (tmp_path / "1.private", None):
-        finished = work.finish(
-            FinishTask(model=tmp_path / "1", out_dir=tmp_path, ledger={}, private=private), no_progress
+    for private in (str(tmp_path / "1.private"), None):
+        work.finish(
+            FinishTask(model=str(tmp_path / "1"), out_dir=str(tmp_path), ledger={}, private=private), no_progress
         )
-        assert finished.statistics is not None
-        statistics.append(finished.statistics.read_bytes())
+        statistics.append((tmp_path / STATISTICS_FILE).read_bytes())
     assert statistics[0] != statistics[1]
 
 
 def test_averaged_batch_norm_travels(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
     learning = msgspec.structs.replace(small_learning, method="fedavg")
     work = site(learning, parts_folder, tmp_path, epochs=1, batch_norm="average")
-    work.write_initial_model(tmp_path / "base")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     work.train(private_task(tmp_path, 1, "base", None, "1"), no_progress)
     base, update = (safetensors.torch.load_file(tmp_path / name) for name in ("base", "1"))
     assert all(not torch.equal(update[name], base[name]) for name in base if "running_" in name)
@@ -248,7 +247,7 @@ def test_averaged_batch_norm_travels(parts_folder: Path, small_learning: Learnin
 
 def test_damaged_private_state_is_a_clear_error(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> None:
     work = site(msgspec.structs.replace(small_learning, method="scaffold"), parts_folder, tmp_path, epochs=1)
-    work.write_initial_model(tmp_path / "base")
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     (tmp_path / "bad").write_bytes(b"nothing")
     with pytest.raises(StorageError, match="kept from its last round"):
         work.train(private_task(tmp_path, 1, "base", "bad", "1"), no_progress)
@@ -257,7 +256,7 @@ def test_damaged_private_state_is_a_clear_error(parts_folder: Path, small_learni
 @pytest.fixture
 def without_package(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteTrainer:
     learning = msgspec.structs.replace(small_learning, method="flame")
-    return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", state=tmp_path, device="cpu")
+    return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", device="cpu")
 
 
 @pytest.mark.parametrize("form", ["moments", "low_rank"])
@@ -266,17 +265,21 @@ def test_a_site_uses_the_statistics_of_two(
 ) -> None:
     work = without_package
     initial, own, pooled = tmp_path / "initial.safetensors", tmp_path / "own", tmp_path / "pooled"
-    work.write_initial_model(initial)
+    work.write_initial_model(InitialTask(out=str(initial)))
     wanted = StatisticsWanted(form=form, rank=8)
-    outcome = work.gather(StatisticsTask(model=initial, model_sha256="a" * 64, wanted=wanted, out=own), no_progress)
+    outcome = work.compute_statistics(
+        StatisticsTask(model=str(initial), model_sha256="a" * 64, wanted=wanted, out=str(own)), no_progress
+    )
     assert outcome.num_samples == 24
     # With a twin of the same images the mean stays, and the threshold sees every part's copy in the statistics.
     pool_statistics({"west": own, "twin": own}, pooled, rank=8)
     found, summaries = [], []
     for shared in (None, pooled):
-        finished = work.finish(FinishTask(model=initial, out_dir=tmp_path, ledger={}, statistics=shared), no_progress)
-        assert finished.statistics is not None
-        found.append(decode_statistics(finished.statistics.read_bytes()))
+        finished = work.finish(
+            FinishTask(model=str(initial), out_dir=str(tmp_path), ledger={}, statistics=shared and str(shared)),
+            no_progress,
+        )
+        found.append(decode_statistics((tmp_path / STATISTICS_FILE).read_bytes()))
         summaries.append(finished.summary)
     alone, both = found
     assert (alone.count, both.count) == (24, 48)
@@ -286,7 +289,7 @@ def test_a_site_uses_the_statistics_of_two(
 
     # A site that did not contribute has nothing to take out.
     pool_statistics({"twin": own}, pooled, rank=8)
-    task = FinishTask(model=initial, out_dir=tmp_path, ledger={}, statistics=pooled)
+    task = FinishTask(model=str(initial), out_dir=str(tmp_path), ledger={}, statistics=str(pooled))
     summary = work.finish(task, no_progress).summary
     assert (summary["num_images"], summary["num_images_in_statistics"]) == (24, 24)
     assert summary["threshold"] < summaries[0]["threshold"]

@@ -41,40 +41,40 @@ class AggregatorClient:
         self.boot = boot
         self.install = install
         self.link: MqttClient | None = None
-        self.is_up = False
-        self.welcomed_by: str | None = None
+        self.is_connected = False
+        self.accepted_by: str | None = None
         """The aggregator's boot that let us in; None: nobody, or not on this connection."""
-        self._hello_at = 0.0
-        self._beat_at = 0.0
-        self._beat: tuple[object, ...] = ()
+        self._next_hello_s = 0.0
+        self._next_heartbeat_s = 0.0
+        self._last_heartbeat: tuple[object, ...] = ()
 
     def connection_changed(self, *, is_up: bool) -> None:
         """The link went up or down; either way we have to be welcomed again."""
-        self.is_up = is_up
-        self.say_hello_again()
+        self.is_connected = is_up
+        self.restart_handshake()
 
-    def say_hello_again(self) -> None:
+    def restart_handshake(self) -> None:
         """Introduce ourselves anew."""
-        self.welcomed_by = None
-        self._hello_at = 0.0
+        self.accepted_by = None
+        self._next_hello_s = 0.0
 
-    def welcomed(self, aggregator: str) -> None:
+    def on_welcome(self, aggregator: str) -> None:
         """We may take part."""
-        self.welcomed_by = aggregator
-        self._beat_at = 0.0
+        self.accepted_by = aggregator
+        self._next_heartbeat_s = 0.0
         self.publish_presence()
 
     def tick(self, now: float) -> None:
         """Say hello, if it is time to."""
-        if self.is_up and self.welcomed_by is None and now >= self._hello_at:
-            self._hello_at = now + HELLO_INTERVAL_S
+        if self.is_connected and self.accepted_by is None and now >= self._next_hello_s:
+            self._next_hello_s = now + HELLO_INTERVAL_S
             self.send(Hello(boot=self.boot, install=self.install, software=f"edgeflame {__version__}"))
 
-    def heartbeat(self, beat: Heartbeat, now: float) -> None:
+    def send_heartbeat(self, beat: Heartbeat, now: float) -> None:
         """Send a heartbeat: at once when more than the step changed, otherwise at intervals."""
         key = (beat.run, beat.ready, beat.initial, beat.activity, beat.round, beat.paused)
-        if key != self._beat or now >= self._beat_at:
-            self._beat, self._beat_at = key, now + HEARTBEAT_INTERVAL_S
+        if key != self._last_heartbeat or now >= self._next_heartbeat_s:
+            self._last_heartbeat, self._next_heartbeat_s = key, now + HEARTBEAT_INTERVAL_S
             self.send(beat)
 
     def send(self, message: UpMessage) -> None:
@@ -90,22 +90,22 @@ class AggregatorClient:
         presence = Presence(boot=self.boot, online=True, install=self.install)
         self._publish(self.topics.site_presence(self.site), encode_message(presence), retain=True)
 
-    def farewell(self) -> bytes:
+    def offline_payload(self) -> bytes:
         """The presence that says that we are not."""
         return encode_message(Presence(boot=self.boot, online=False, install=self.install))
 
-    def listen(self, sha256: str) -> None:
+    def subscribe_chunks(self, sha256: str) -> None:
         """Subscribe to a blob's chunks."""
         assert self.link is not None
         self.link.subscribe(self.topics.chunks(sha256))
 
-    def listen_no_more(self, sha256: str) -> None:
+    def unsubscribe_chunks(self, sha256: str) -> None:
         """End the subscription."""
         assert self.link is not None
         self.link.unsubscribe(self.topics.chunks(sha256))
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        if self.is_up and self.link is not None:
+        if self.is_connected and self.link is not None:
             self.link.publish(topic, payload, retain=retain)
 
 
@@ -147,12 +147,12 @@ class Upload:
         total = self._offer.manifest.num_chunks
         return total - self._num_missing, total
 
-    def ask(self, *, now: float) -> None:
+    def offer(self, *, now: float) -> None:
         """Offer it."""
         self._retry.sent(now)
         self._send(self._offer)
 
-    def need(self, need: BlobNeed, *, now: float) -> None:
+    def on_need(self, need: BlobNeed, *, now: float) -> None:
         """Take the aggregator's bitmap.
 
         Raises:
@@ -193,24 +193,24 @@ class LeaveHandshake:
     def __init__(self, reason: str) -> None:
         self.is_confirmed = False
         self._reason = reason
-        self._said_at: float | None = None
+        self._sent_at: float | None = None
         self._began_at = 0.0
 
-    def tick(self, voice: AggregatorClient, run: str, now: float) -> None:
+    def tick(self, client: AggregatorClient, run: str, now: float) -> None:
         """Say it, if it is time to.
 
         Raises:
             FederationError: nobody confirms.
         """
-        if voice.welcomed_by is None:
+        if client.accepted_by is None:
             return
-        if self._said_at is None:
+        if self._sent_at is None:
             self._began_at = now
         elif now - self._began_at >= LEAVE_TIMEOUT_S:
             raise FederationError(
                 f"the aggregator has not confirmed within {LEAVE_TIMEOUT_S:g} s that this site leaves; one of protocol "
                 "1.0 does not know how to, and leaves the site out after its deadline"
             )
-        if self._said_at is None or now - self._said_at >= REPEAT_INTERVAL_S:
-            self._said_at = now
-            voice.send(Leaving(boot=voice.boot, run=run, detail=self._reason))
+        if self._sent_at is None or now - self._sent_at >= REPEAT_INTERVAL_S:
+            self._sent_at = now
+            client.send(Leaving(boot=client.boot, run=run, detail=self._reason))

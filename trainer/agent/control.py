@@ -56,32 +56,32 @@ class SiteControl:
     """
 
     def __init__(self, state_dir: Path) -> None:
-        self._pause = state_dir / "pause.json"
-        self._leave = state_dir / "leave.json"
+        self._pause_path = state_dir / "pause.json"
+        self._leave_path = state_dir / "leave.json"
 
     @property
     def pause(self) -> SitePause | None:
-        return _read_request(self._pause, SitePause)
+        return _read_request(self._pause_path, SitePause)
 
     @property
-    def departure(self) -> LeaveRequest | None:
-        return _read_request(self._leave, LeaveRequest)
+    def leave_request(self) -> LeaveRequest | None:
+        return _read_request(self._leave_path, LeaveRequest)
 
-    def rest(self, pause: SitePause) -> None:
+    def request_pause(self, pause: SitePause) -> None:
         """Have the site rest."""
-        write_json(self._pause, pause)
+        write_json(self._pause_path, pause)
 
-    def go_on(self) -> bool:
+    def clear_pause(self) -> bool:
         """Have it go on; whether it was at rest."""
-        return _remove_request(self._pause)
+        return _remove_request(self._pause_path)
 
-    def leave(self, departure: LeaveRequest) -> None:
+    def request_leave(self, request: LeaveRequest) -> None:
         """Have it leave its run."""
-        write_json(self._leave, departure)
+        write_json(self._leave_path, request)
 
-    def left(self) -> None:
+    def clear_leave(self) -> None:
         """It has left."""
-        _remove_request(self._leave)
+        _remove_request(self._leave_path)
 
 
 def _remove_request(path: Path) -> bool:

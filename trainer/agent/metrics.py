@@ -36,11 +36,11 @@ class SiteMetrics:
         self._activity: tuple[str, int, int] = ("", 0, 0)
         self._progress_at: float | None = None
 
-    def refused(self, reason: str) -> None:
+    def count_refusal(self, reason: str) -> None:
         """The aggregator refused something of ours."""
         self._refusals[reason] += 1
 
-    def look(
+    def publish(
         self,
         activity: tuple[str, int, int],
         announced: RoundState | None,

@@ -192,7 +192,7 @@ def plan(known: PlanInput) -> PlanStep:
         return Wait(why="no run is announced")
     run = announced.run
     if announced.phase in ("done", "failed"):
-        return _after_the_end(known, announced)
+        return _plan_ended(known, announced)
     if known.failure is not None:
         purpose, detail = known.failure
         number = announced.round if purpose == "update" else 0
@@ -206,17 +206,17 @@ def plan(known: PlanInput) -> PlanStep:
             if ("initial", 0) not in known.answered:
                 return OfferInitial(run=run)
         case "train" if known.site in announced.asked and announced.base is not None:
-            return _in_a_round(known, announced, announced.base)
+            return _plan_round(known, announced, announced.base)
         case "statistics" if known.site in announced.asked and announced.base is not None:
-            return _in_the_statistics(known, announced, announced.base)
+            return _plan_statistics(known, announced, announced.base)
         case "finish" if announced.base is not None:
-            return _at_the_finish(known, announced, announced.base)
+            return _plan_finish(known, announced, announced.base)
         case _:
             pass
     return Wait(why="others are at work")
 
 
-def _in_a_round(known: PlanInput, announced: RoundState, base: BlobManifest) -> PlanStep:
+def _plan_round(known: PlanInput, announced: RoundState, base: BlobManifest) -> PlanStep:
     run, number = announced.run, announced.round
     if ("update", number) in known.answered:
         return Wait(why="others are at work")
@@ -227,7 +227,7 @@ def _in_a_round(known: PlanInput, announced: RoundState, base: BlobManifest) -> 
     return Train(run=run, round=number, base=base.sha256)
 
 
-def _in_the_statistics(known: PlanInput, announced: RoundState, model: BlobManifest) -> PlanStep:
+def _plan_statistics(known: PlanInput, announced: RoundState, model: BlobManifest) -> PlanStep:
     run = announced.run
     if ("statistics", 0) in known.answered or announced.wanted is None:
         return Wait(why="others are at work")
@@ -238,7 +238,7 @@ def _in_the_statistics(known: PlanInput, announced: RoundState, model: BlobManif
     return Gather(run=run, model=model.sha256, wanted=announced.wanted)
 
 
-def _at_the_finish(known: PlanInput, announced: RoundState, model: BlobManifest) -> PlanStep:
+def _plan_finish(known: PlanInput, announced: RoundState, model: BlobManifest) -> PlanStep:
     run = announced.run
     if known.is_finished:
         # With its package made and noted a site has nothing to wait for: from here a run does not fail.
@@ -250,7 +250,7 @@ def _at_the_finish(known: PlanInput, announced: RoundState, model: BlobManifest)
     return Finish(run=run, model=model.sha256, ledger=_sha256(announced.ledger), statistics=statistics)
 
 
-def _after_the_end(known: PlanInput, announced: RoundState) -> PlanStep:
+def _plan_ended(known: PlanInput, announced: RoundState) -> PlanStep:
     run = announced.run
     if not known.took_part:
         # The broker keeps the last run's end until the next run begins.

@@ -43,7 +43,7 @@ from trainer.agent.metrics import SiteMetrics
 from trainer.agent.plan import Leave, PlanInput, plan
 from trainer.agent.state import BAD_UPDATE_REASONS, SiteState, announced_learning, plan_input, step_purpose
 from trainer.agent.step_runner import StepRunner
-from trainer.agent.tasks import TaskDone
+from trainer.agent.tasks import TaskResult
 from trainer.agent.worker_client import WorkerExited, WorkerMessage, WorkerSupervisor
 
 log = EventLog("site")
@@ -110,23 +110,23 @@ def run_site(options: SiteOptions, *, report: Progress) -> ParticipationResult |
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(options.state_dir, kind="site"))
         server = None if options.metrics is None else stack.enter_context(MetricsServer(options.metrics))
-        watch = SiteMetrics(options.state_dir, server, certificate_expires=options.certificate_expires)
-        return _SiteService(options, Topics(fleet=options.fleet), report, watch).serve()
+        metrics = SiteMetrics(options.state_dir, server, certificate_expires=options.certificate_expires)
+        return _SiteService(options, Topics(fleet=options.fleet), report, metrics).serve()
 
 
 class _SiteService:
-    def __init__(self, options: SiteOptions, topics: Topics, report: Progress, watch: SiteMetrics) -> None:
-        self._watch = watch
+    def __init__(self, options: SiteOptions, topics: Topics, report: Progress, metrics: SiteMetrics) -> None:
+        self._metrics = metrics
         self._options = options
         self._report = report
-        self._memory = SiteState(options.state_dir)
+        self._state = SiteState(options.state_dir)
         self._inbox: queue.SimpleQueue[ClientEvent | WorkerMessage | WorkerExited] = queue.SimpleQueue()
-        self._labour = WorkerSupervisor(options.worker_command, self._inbox.put)
-        self._voice = AggregatorClient(topics, site=options.site, boot=uuid.uuid4().hex, install=self._memory.install)
-        self._errand = StepRunner(
-            voice=self._voice,
-            memory=self._memory,
-            labour=self._labour,
+        self._worker = WorkerSupervisor(options.worker_command, self._inbox.put)
+        self._client = AggregatorClient(topics, site=options.site, boot=uuid.uuid4().hex, install=self._state.install)
+        self._runner = StepRunner(
+            client=self._client,
+            state=self._state,
+            worker=self._worker,
             data=options.data,
             groups_file=options.groups_file,
         )
@@ -134,34 +134,34 @@ class _SiteService:
         self._answered: frozenset[tuple[Purpose, int]] = frozenset()
         self._answered_by: str | None = None
         self._failure: tuple[Purpose, EdgeFlameError, float] | None = None
-        self._turned_away: str | None = None
-        self._wishes = SiteControl(options.state_dir)
+        self._rejected_because: str | None = None
+        self._control = SiteControl(options.state_dir)
         self._aggregator_online: bool | None = None
         self._pause: SitePause | None = None
-        self._departure: LeaveHandshake | None = None
+        self._leaving: LeaveHandshake | None = None
 
     def serve(self) -> ParticipationResult | None:
         """Until the run is over."""
-        options, voice = self._options, self._voice
-        topics = voice.topics
+        options, client = self._options, self._client
+        topics = client.topics
         presence = topics.site_presence(options.site)
         link = MqttClient(
             options.broker,
-            client_id=f"edgeflame-site-{options.fleet}-{options.site}-{voice.boot[:8]}",
+            client_id=f"edgeflame-site-{options.fleet}-{options.site}-{client.boot[:8]}",
             filters=[topics.round, topics.aggregator_presence, topics.down(options.site), presence],
             sink=self._inbox.put,
-            will=LastWill(topic=presence, payload=voice.farewell()),
+            will=LastWill(topic=presence, payload=client.offline_payload()),
             connect_timeout_s=options.connect_timeout_s,
         )
         with link:
-            voice.link = link
+            client.link = link
             try:
                 return self._loop()
             finally:
-                self._errand.stop()
-                self._labour.stop()
-                if voice.welcomed_by is not None:
-                    link.publish(presence, voice.farewell(), retain=True)
+                self._runner.stop()
+                self._worker.stop()
+                if client.accepted_by is not None:
+                    link.publish(presence, client.offline_payload(), retain=True)
 
     def _loop(self) -> ParticipationResult | None:
         while True:
@@ -172,52 +172,52 @@ class _SiteService:
             now = time.monotonic()
             if event is not None:
                 self._on_event(event, now)
-            if self._turned_away is not None:
-                raise FederationError(self._turned_away)
+            if self._rejected_because is not None:
+                raise FederationError(self._rejected_because)
             if self._failure is not None and now >= self._failure[2]:
                 raise self._failure[1]
-            self._look_at_wishes()
-            if self._departure is not None:
-                if self._departed(self._departure, now):
+            self._apply_control()
+            if self._leaving is not None:
+                if self._finish_leaving(self._leaving, now):
                     return None
             else:
-                step = plan(self._knowledge())
+                step = plan(self._plan_input())
                 if isinstance(step, Leave):
                     return self._leave(step)
                 if self._pause is not None:
-                    self._errand.rest(release=self._pause.release)
-                elif step != self._errand.step:
-                    self._errand.begin(step, now)
-            self._voice.tick(now)
-            self._watch.look(
-                self._errand.activity,
+                    self._runner.pause(release=self._pause.release)
+                elif step != self._runner.step:
+                    self._runner.start(step, now)
+            self._client.tick(now)
+            self._metrics.publish(
+                self._runner.progress,
                 self._announced,
-                link=self._voice.link,
-                is_up=self._voice.is_up,
-                is_welcome=self._voice.welcomed_by is not None,
+                link=self._client.link,
+                is_up=self._client.is_connected,
+                is_welcome=self._client.accepted_by is not None,
                 now=now,
             )
-            if self._voice.welcomed_by is not None:
-                self._errand.tick(now)
+            if self._client.accepted_by is not None:
+                self._runner.tick(now)
                 self._heartbeat(now)
 
-    def _look_at_wishes(self) -> None:
-        wish = self._wishes.departure
-        if wish is not None and self._departure is None:
-            log.info("leaving_for_good", reason=wish.reason)
-            self._errand.stop()
-            self._departure = LeaveHandshake(wish.reason)
-        pause = self._wanted_pause()
+    def _apply_control(self) -> None:
+        request = self._control.leave_request
+        if request is not None and self._leaving is None:
+            log.info("leaving_for_good", reason=request.reason)
+            self._runner.stop()
+            self._leaving = LeaveHandshake(request.reason)
+        pause = self._desired_pause()
         if pause != self._pause:
             if pause is None:
                 log.info("goes_on")
-                self._errand.go_on()
+                self._runner.resume()
             else:
                 log.info("paused", reason=pause.reason)
             self._pause = pause
 
-    def _wanted_pause(self) -> SitePause | None:
-        if (own := self._wishes.pause) is not None:
+    def _desired_pause(self) -> SitePause | None:
+        if (own := self._control.pause) is not None:
             return own
         schedule = self._options.schedule
         if schedule is not None and not schedule.is_open(datetime.now().astimezone()):
@@ -226,26 +226,26 @@ class _SiteService:
             return PAUSED_BY_AGGREGATOR
         return None
 
-    def _departed(self, farewell: LeaveHandshake, now: float) -> bool:
+    def _finish_leaving(self, handshake: LeaveHandshake, now: float) -> bool:
         """Say that we leave, until it is confirmed; whether it is, or there is nothing to leave."""
         announced = self._announced
-        if farewell.is_confirmed or (announced is not None and announced.phase in ("done", "failed")):
+        if handshake.is_confirmed or (announced is not None and announced.phase in ("done", "failed")):
             if announced is not None:
-                self._memory.forget_membership(announced.run)
-            self._wishes.left()
+                self._state.leave_run(announced.run)
+            self._control.clear_leave()
             return True
         if announced is not None:
-            farewell.tick(self._voice, announced.run, now)
+            handshake.tick(self._client, announced.run, now)
         return False
 
     def _on_event(self, event: ClientEvent | WorkerMessage | WorkerExited, now: float) -> None:
         match event:
             case Connected():
-                self._errand.chunk_bytes = event.chunk_bytes
+                self._runner.tasks.chunk_bytes = event.chunk_bytes
                 self._aggregator_online = None
-                self._voice.connection_changed(is_up=True)
+                self._client.connection_changed(is_up=True)
             case Disconnected():
-                self._voice.connection_changed(is_up=False)
+                self._client.connection_changed(is_up=False)
             case ConnectionFailed():
                 raise event.error
             case ReceivedMessage():
@@ -255,30 +255,30 @@ class _SiteService:
                     log.warning("message_refused", topic=event.topic, reason=str(exc))
                 event.done()
             case WorkerMessage() | WorkerExited():
-                outcome = self._labour.on_event(event)
-                if isinstance(outcome, TaskDone):
-                    self._errand.done(outcome)
+                outcome = self._worker.on_event(event)
+                if isinstance(outcome, TaskResult):
+                    self._runner.on_task_done(outcome)
                 elif outcome is not None:
                     self._on_failure(outcome, now)
 
     def _on_message(self, event: ReceivedMessage, now: float) -> None:
-        voice = self._voice
-        match voice.topics.parse(event.topic):
+        client = self._client
+        match client.topics.parse(event.topic):
             case ChunkTopic(site=None, sha256=sha256, index=index):
-                self._errand.chunk(sha256, index, event.payload, now=now)
+                self._runner.on_chunk(sha256, index, event.payload, now=now)
             case MessageTopic(kind="round") if event.payload:
                 self._on_announcement(decode_round(event.payload))
             case MessageTopic(kind="aggregator_presence") if event.payload:
                 presence = decode_presence(event.payload)
                 log.info("aggregator_online" if presence.online else "aggregator_offline")
                 self._aggregator_online = presence.online
-                if presence.online and presence.boot != voice.welcomed_by:
-                    voice.say_hello_again()
+                if presence.online and presence.boot != client.accepted_by:
+                    client.restart_handshake()
             case MessageTopic(kind="site_presence") if event.payload:
                 # The last will of the process before us, or of one that was turned away, stands in our place.
                 presence = decode_presence(event.payload)
-                if voice.welcomed_by is not None and presence.boot != voice.boot and not presence.online:
-                    voice.publish_presence()
+                if client.accepted_by is not None and presence.boot != client.boot and not presence.online:
+                    client.publish_presence()
             case MessageTopic(kind="down"):
                 self._on_down(decode_down(event.payload), now)
             case _:
@@ -288,29 +288,29 @@ class _SiteService:
         if self._announced is None or self._announced.run != announced.run:
             self._answered = frozenset()
             self._failure = None
-            self._errand.learning = announced_learning(announced)
-            self._errand.codec = announced.codec
+            self._runner.tasks.learning = announced_learning(announced)
+            self._runner.tasks.codec = announced.codec
         self._announced = announced
         log.info(
             "announced", run=announced.run[:8], phase=announced.phase, round=announced.round, of=announced.num_rounds
         )
 
     def _on_down(self, message: DownMessage, now: float) -> None:
-        voice = self._voice
+        client = self._client
         match message:
-            case Welcome(boot=voice.boot):
+            case Welcome(boot=client.boot):
                 if self._answered_by != message.aggregator:
                     # It answers for itself: what it does not know of any more it gets again.
                     self._answered, self._answered_by = frozenset(), message.aggregator
-                if voice.welcomed_by != message.aggregator:
-                    voice.welcomed(message.aggregator)
-                    self._errand.say(now)
-            case TurnedAway(boot=voice.boot) if message.reason == "left" and self._departure is not None:
-                self._departure.is_confirmed = True
-            case TurnedAway(boot=voice.boot):
-                self._turned_away = message.detail
+                if client.accepted_by != message.aggregator:
+                    client.on_welcome(message.aggregator)
+                    self._runner.announce(now)
+            case TurnedAway(boot=client.boot) if message.reason == "left" and self._leaving is not None:
+                self._leaving.is_confirmed = True
+            case TurnedAway(boot=client.boot):
+                self._rejected_because = message.detail
             case BlobNeed():
-                self._errand.need(message, now=now)
+                self._runner.on_need(message, now=now)
             case Receipt() | Refusal() if self._announced is not None and message.run == self._announced.run:
                 if isinstance(message, Refusal) and message.reason != "failed":
                     log.warning(
@@ -321,24 +321,24 @@ class _SiteService:
                         detail=message.detail,
                     )
                 if isinstance(message, Refusal):
-                    self._watch.refused(message.reason)
+                    self._metrics.count_refusal(message.reason)
                 self._answered |= {(message.purpose, message.round)}
                 if isinstance(message, Refusal) and message.purpose == "update":
-                    self._memory.forget_private(message.run, message.round)
+                    self._state.discard_private_state(message.run, message.round)
                     if message.reason in BAD_UPDATE_REASONS:
-                        self._errand.stop()
-                        self._memory.forget_update(message.run, message.round)
+                        self._runner.stop()
+                        self._state.discard_update(message.run, message.round)
             case _:
                 pass
 
     def _on_failure(self, error: EdgeFlameError, now: float) -> None:
-        purpose = step_purpose(self._errand.step)
+        purpose = step_purpose(self._runner.step)
         log.error("work_failed", what=purpose, reason=str(error))
         self._failure = (purpose, error, now + FAILURE_REPORT_S)
 
-    def _knowledge(self) -> PlanInput:
+    def _plan_input(self) -> PlanInput:
         return plan_input(
-            self._memory,
+            self._state,
             self._options.site,
             self._announced,
             answered=self._answered,
@@ -347,14 +347,14 @@ class _SiteService:
         )
 
     def _heartbeat(self, now: float) -> None:
-        activity, done, total = self._errand.activity
+        activity, done, total = self._runner.progress
         if self._pause is not None:
             activity = "paused"
         self._report(done, total, activity)
         announced = self._announced
-        initial = None if announced is None else self._memory.initial(announced.run)
+        initial = None if announced is None else self._state.initial(announced.run)
         beat = Heartbeat(
-            boot=self._voice.boot,
+            boot=self._client.boot,
             run=None if announced is None else announced.run,
             ready=initial is not None and self._failure is None,
             initial=initial,
@@ -365,7 +365,7 @@ class _SiteService:
             # What the aggregator's operator wants is known there already.
             paused=None if self._pause is None or self._pause is PAUSED_BY_AGGREGATOR else self._pause.reason,
         )
-        self._voice.heartbeat(beat, now)
+        self._client.send_heartbeat(beat, now)
 
     def _leave(self, leave: Leave) -> ParticipationResult:
         if leave.run_failed:
@@ -374,9 +374,9 @@ class _SiteService:
             raise self._failure[1]
         if leave.problem is not None:
             raise FederationError(leave.problem)
-        finished = self._memory.finished(leave.run)
+        finished = self._state.finished(leave.run)
         assert finished is not None
-        package = None if finished.package is None else self._memory.finish_dir(leave.run) / finished.package
+        package = None if finished.package is None else self._state.package_dir(leave.run) / finished.package
         return ParticipationResult(
             run=leave.run, model_sha256=finished.model, package=package, summary=finished.summary
         )

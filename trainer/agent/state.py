@@ -1,4 +1,4 @@
-"""A site's durable state, across restarts and power cuts, and what the plan is told of it.
+"""A site's durable state, across restarts and power cuts, and the plan's input made from it.
 
     STATE/install                                who we are: one id for the life of this directory
     STATE/blobs, STATE/partial                   global models and the ledger
@@ -6,13 +6,11 @@
     STATE/runs/<run>/round-<n>/update.safetensors, outcome.json
     STATE/runs/<run>/private-<n>.safetensors     what the learning keeps from round to round, and nobody else may see
     STATE/runs/<run>/statistics/statistics.safetensors, outcome.json
-    STATE/runs/<run>/finish/...                  the package and what else the work wrote
+    STATE/runs/<run>/finish/...                  the package and the statistics in it
     STATE/runs/<run>/finish.json
-    STATE/work                                   the work's own
 
-A JSON file is written last and stands for what lies beside it, whose hash it holds: what is damaged is found at the
-start, and made again. Nothing here says what the aggregator has: that is
-asked again, and answered again.
+A JSON file is written last and vouches for the file beside it, whose hash it holds: damage is found at the start, and
+what is damaged is made again. Nothing here says what the aggregator has: it is asked again, and answers again.
 """
 
 from __future__ import annotations
@@ -35,6 +33,7 @@ from edgeflame.tensors import canonicalise
 from edgeflame.transfer.compression import encode_update
 from edgeflame.transfer.store import BlobStore, sha256_of
 from trainer.agent.plan import Finish, Gather, PlanInput, PlanStep, Prepare, Train
+from trainer.agent.tasks import TaskResult
 
 log = EventLog("site")
 
@@ -56,23 +55,35 @@ class _InitialRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished training; the model lies beside it."""
+    """A finished training, or the finished statistics; the file it describes lies beside it."""
 
     num_samples: int
     num_steps: int = 0
     metrics: dict[str, float]
     base: Sha256 | None = None
-    """The global model it is of. An aggregator that lost its newest facts may make that round's anew, and another."""
+    """SHA-256 of the global model it was made from. An aggregator that lost its newest events may make that round's
+    model anew, and different."""
     sha256: Sha256 | None = None
     """Of the file beside it."""
     codec: Codec = "raw"
-    """In which form the update is sent; if not raw, that lies beside the update."""
+    """In which form the update is sent; if not raw, the encoded file lies beside the update."""
     sent_sha256: Sha256 | None = None
     """Of the encoded update."""
 
+    @classmethod
+    def of(cls, result: TaskResult, *, base: Sha256, codec: Codec = "raw") -> UpdateRecord:
+        """The record of a task's result, made from the global model ``base``."""
+        return cls(
+            num_samples=result.num_samples,
+            num_steps=result.num_steps,
+            metrics=result.metrics,
+            base=base,
+            codec=codec,
+        )
+
 
 class FinishRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished site: what it made of which final model."""
+    """A finished site: the package it made, and from which final model."""
 
     model: Sha256
     package: str | None
@@ -91,20 +102,17 @@ class SiteState:
     def __init__(self, root: Path) -> None:
         self._root = root = root.resolve()
         self.store = BlobStore(root)
-        self.work_dir = root / "work"
-        with storage_errors(root, "create"):
-            self.work_dir.mkdir(exist_ok=True)
-        self.install = self._install()
-        self._drop_damaged()
+        self.install = self._load_install_id()
+        self._discard_damaged()
 
     def initial(self, run: str) -> str | None:
         """SHA-256 of our initial model in a run; None if it was not made, or is not in the store any more."""
         record = self._load(self._run(run) / "initial.json", _InitialRecord)
         return None if record is None else record.sha256
 
-    def keep_initial(self, run: str, draft: Path) -> None:
-        """Take a new initial model into the store."""
-        canonical = self.draft("initial.canonical")
+    def store_initial(self, run: str, draft: Path) -> None:
+        """Move a new initial model into the blob store."""
+        canonical = self.temporary_path("initial.canonical")
         canonicalise(draft, canonical)
         manifest = self.store.add(canonical)
         draft.unlink(missing_ok=True)
@@ -113,37 +121,37 @@ class SiteState:
     def update(self, run: str, number: int) -> tuple[Path, UpdateRecord] | None:
         """The update of a round as it is to be sent, if it was trained."""
         folder = self._round(run, number)
-        outcome = self._load(folder / "outcome.json", UpdateRecord)
-        if outcome is None:
+        record = self._load(folder / "outcome.json", UpdateRecord)
+        if record is None:
             return None
-        return folder / ("update.safetensors" if outcome.codec == "raw" else ENCODED_UPDATE_FILE), outcome
+        return folder / ("update.safetensors" if record.codec == "raw" else ENCODED_UPDATE_FILE), record
 
-    def keep_update(self, run: str, number: int, draft: Path, outcome: UpdateRecord) -> None:
-        """Keep the update of a round, encoded as its outcome says, and forget those no longer needed."""
+    def store_update(self, run: str, number: int, draft: Path, record: UpdateRecord) -> None:
+        """Store the update of a round, encoded as its record says, and delete those no longer needed."""
         folder = self._round(run, number)
         with storage_errors(folder, "create"):
             folder.mkdir(parents=True, exist_ok=True)
-        self._keep_model(draft, folder / "update.safetensors", outcome)
+        self._store_model(draft, folder / "update.safetensors", record)
         for old in self._trained_rounds(run)[:-KEPT_ROUNDS]:
             shutil.rmtree(self._round(run, old), ignore_errors=True)
 
-    def forget_update(self, run: str, number: int) -> None:
-        """An update was refused for what it is: it is no model to learn from either."""
+    def discard_update(self, run: str, number: int) -> None:
+        """Delete an update that was refused for what it contains: it is no model to learn from either."""
         shutil.rmtree(self._round(run, number), ignore_errors=True)
 
-    def history(self, run: str, number: int) -> Path | None:
+    def previous_update(self, run: str, number: int) -> Path | None:
         """This site's own model of the last round before ``number`` it trained in."""
         earlier = [trained for trained in self._trained_rounds(run) if trained < number]
         return self._round(run, earlier[-1]) / "update.safetensors" if earlier else None
 
-    def keep_private(self, run: str, number: int, draft: Path) -> None:
-        """Keep what a round's training left for the next, if it did; call it before :meth:`keep_update`.
+    def store_private_state(self, run: str, number: int, draft: Path) -> None:
+        """Store the private state that a round's training left for the next, if any; before :meth:`store_update`.
 
-        That is what makes the round count: a training that is repeated reads what the rounds before it left.
+        It is the update that makes the round count: a training that is repeated reads what earlier rounds left.
         """
         if not draft.exists():
             return
-        canonical = self.draft("private.canonical")
+        canonical = self.temporary_path("private.canonical")
         canonicalise(draft, canonical)
         with storage_errors(self._run(run), "write into"):
             self._run(run).mkdir(parents=True, exist_ok=True)
@@ -153,66 +161,68 @@ class SiteState:
         for old in self._private_rounds(run)[:-KEPT_ROUNDS]:
             self._private(run, old).unlink(missing_ok=True)
 
-    def private(self, run: str, *, before: int | None = None) -> Path | None:
-        """What the last round, or the last before a round, left."""
+    def private_state(self, run: str, *, before: int | None = None) -> Path | None:
+        """The private state that the last round, or the last one before a round, left."""
         rounds = [number for number in self._private_rounds(run) if before is None or number < before]
         return self._private(run, rounds[-1]) if rounds else None
 
-    def forget_private(self, run: str, number: int) -> None:
-        """An update does not count: nor does what its training left."""
+    def discard_private_state(self, run: str, number: int) -> None:
+        """Delete the private state of a round whose update was refused."""
         self._private(run, number).unlink(missing_ok=True)
 
     def statistics(self, run: str) -> tuple[Path, UpdateRecord] | None:
-        """What the fleet is to have of our statistics, if it was made."""
+        """This site's part of the fleet's statistics, if it was computed."""
         folder = self._run(run) / "statistics"
-        outcome = self._load(folder / "outcome.json", UpdateRecord)
-        return None if outcome is None else (folder / "statistics.safetensors", outcome)
+        record = self._load(folder / "outcome.json", UpdateRecord)
+        return None if record is None else (folder / "statistics.safetensors", record)
 
-    def keep_statistics(self, run: str, draft: Path, outcome: UpdateRecord) -> None:
-        """Keep them until the run is over."""
+    def store_statistics(self, run: str, draft: Path, record: UpdateRecord) -> None:
+        """Store the statistics to be sent, until the run is over."""
         folder = self._run(run) / "statistics"
         with storage_errors(folder, "create"):
             folder.mkdir(parents=True, exist_ok=True)
-        self._keep_model(draft, folder / "statistics.safetensors", outcome)
+        self._store_model(draft, folder / "statistics.safetensors", record)
 
-    def finish_dir(self, run: str) -> Path:
-        """Where the work writes the package; exists."""
+    def package_dir(self, run: str) -> Path:
+        """The folder that the package is written into; created."""
         folder = self._run(run) / "finish"
         with storage_errors(folder, "create"):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def finished(self, run: str) -> FinishRecord | None:
+        """The record of the package, if it was made."""
         return self._load(self._run(run) / "finish.json", FinishRecord)
 
-    def keep_finished(self, run: str, finished: FinishRecord) -> None:
-        with storage_errors(self.finish_dir(run), "sync"):
-            fsync_folder(self.finish_dir(run))
+    def store_finished(self, run: str, finished: FinishRecord) -> None:
+        """Store the record of the package, which lies in :meth:`package_dir`."""
+        with storage_errors(self.package_dir(run), "sync"):
+            fsync_folder(self.package_dir(run))
         self._save(self._run(run) / "finish.json", finished)
 
-    def took_part(self, run: str) -> bool:
-        """Whether this site has begun with a run."""
+    def has_joined(self, run: str) -> bool:
+        """Whether this site has begun a run."""
         return self._run(run).is_dir()
 
-    def forget_other_runs(self, run: str) -> None:
-        """Delete what belongs to runs before this one."""
+    def discard_other_runs(self, run: str) -> None:
+        """Delete the state of all other runs."""
         runs = self._root / "runs"
         if runs.is_dir():
             for folder in runs.iterdir():
                 if folder.name != run:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def forget_membership(self, run: str) -> None:
-        """This site has left a run: whoever uses this directory next is another install of it."""
+    def leave_run(self, run: str) -> None:
+        """Forget a run that the site left for good; from now on this directory is another install of the site."""
         shutil.rmtree(self._run(run), ignore_errors=True)
         with storage_errors(self._root / "install", "remove"):
             (self._root / "install").unlink(missing_ok=True)
 
-    def draft(self, name: str) -> Path:
+    def temporary_path(self, name: str) -> Path:
         """A path for the worker to write to."""
         return self._root / f".{name}.draft"
 
-    def _install(self) -> str:
+    def _load_install_id(self) -> str:
         path = self._root / "install"
         if path.exists():
             with storage_errors(path, "read"):
@@ -224,8 +234,8 @@ class SiteState:
         atomic_write(path, install.encode())
         return install
 
-    def _drop_damaged(self) -> None:
-        """Forget what a power cut may have damaged: it is made again, with the same bits."""
+    def _discard_damaged(self) -> None:
+        """Delete the records of files that a power cut damaged: they are made again, with the same bits."""
         for record in sorted(self._root.glob("runs/*/**/*.json")):
             kinds: dict[str, Any] = {
                 "initial.json": _InitialRecord,
@@ -253,14 +263,14 @@ class SiteState:
                 log.warning("damaged_memory_dropped", file=str(record.relative_to(self._root)))
                 record.unlink(missing_ok=True)
 
-    def _keep_model(self, draft: Path, path: Path, outcome: UpdateRecord) -> None:
+    def _store_model(self, draft: Path, path: Path, record: UpdateRecord) -> None:
         canonicalise(draft, path)
         draft.unlink(missing_ok=True)
-        if outcome.codec != "raw":
-            assert outcome.base is not None
-            outcome = _encode_kept_update(outcome, self.store.path(outcome.base), path)
-        # Last: it stands for the model beside it.
-        self._save(path.parent / "outcome.json", msgspec.structs.replace(outcome, sha256=sha256_of(path)))
+        if record.codec != "raw":
+            assert record.base is not None
+            record = _encode_update(record, self.store.path(record.base), path)
+        # Last: it vouches for the file beside it.
+        self._save(path.parent / "outcome.json", msgspec.structs.replace(record, sha256=sha256_of(path)))
 
     def _run(self, run: str) -> Path:
         return self._root / "runs" / run
@@ -286,28 +296,28 @@ class SiteState:
         write_json(path, record)
 
 
-def _encode_kept_update(outcome: UpdateRecord, base: Path, update: Path) -> UpdateRecord:
-    """Encode an update, into a file beside it; unless that makes it no smaller."""
+def _encode_update(record: UpdateRecord, base: Path, update: Path) -> UpdateRecord:
+    """Encode an update into a file beside it, unless that makes it no smaller."""
     sent = update.with_name(ENCODED_UPDATE_FILE)
     try:
-        error = encode_update(outcome.codec, base, update, sent)
+        error = encode_update(record.codec, base, update, sent)
     except DataError as exc:
         # Not finite, or of other shapes: the aggregator is to say so, of the file as it is.
-        log.warning("update_not_encoded", codec=outcome.codec, reason=str(exc))
-        return msgspec.structs.replace(outcome, codec="raw")
+        log.warning("update_not_encoded", codec=record.codec, reason=str(exc))
+        return msgspec.structs.replace(record, codec="raw")
     if sent.stat().st_size >= update.stat().st_size:
         sent.unlink()
-        return msgspec.structs.replace(outcome, codec="raw")
-    metrics = {**outcome.metrics, CODEC_ERROR: error}
-    return msgspec.structs.replace(outcome, metrics=metrics, sent_sha256=sha256_of(sent))
+        return msgspec.structs.replace(record, codec="raw")
+    metrics = {**record.metrics, CODEC_ERROR: error}
+    return msgspec.structs.replace(record, metrics=metrics, sent_sha256=sha256_of(sent))
 
 
 BAD_UPDATE_REASONS: tuple[RefusalReason, ...] = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
-"""Refusals that say that the update itself is bad, not only that it does not count."""
+"""Reasons that say that the update itself is bad, not only that it does not count."""
 
 
 def plan_input(
-    memory: SiteState,
+    state: SiteState,
     site: str,
     announced: RoundState | None,
     *,
@@ -315,24 +325,24 @@ def plan_input(
     failure: tuple[Purpose, str] | None = None,
     aggregator_online: bool | None = None,
 ) -> PlanInput:
-    """What the plan depends on."""
+    """Collect what the plan depends on."""
     if announced is None:
         return PlanInput(site=site)
     run = announced.run
-    initial = memory.initial(run)
-    if announced.phase in ("waiting", "initialise") and initial is not None and initial not in memory.store:
+    initial = state.initial(run)
+    if announced.phase in ("waiting", "initialise") and initial is not None and initial not in state.store:
         initial = None
-    finished = memory.finished(run)
+    finished = state.finished(run)
     manifests = (announced.base, announced.ledger, announced.statistics)
     named = [manifest.sha256 for manifest in manifests if manifest is not None]
     return PlanInput(
         site=site,
         announced=announced,
-        took_part=memory.took_part(run),
+        took_part=state.has_joined(run),
         initial=initial,
-        has_update=_is_of_announced_model(memory.update(run, announced.round), announced),
-        has_statistics=_is_of_announced_model(memory.statistics(run), announced),
-        blobs=frozenset(sha256 for sha256 in named if sha256 in memory.store),
+        has_update=_is_of_announced_model(state.update(run, announced.round), announced),
+        has_statistics=_is_of_announced_model(state.statistics(run), announced),
+        blobs=frozenset(sha256 for sha256 in named if sha256 in state.store),
         is_finished=finished is not None and announced.base is not None and finished.model == announced.base.sha256,
         answered=answered,
         failure=failure,
@@ -340,14 +350,14 @@ def plan_input(
     )
 
 
-def _is_of_announced_model(kept: tuple[Path, UpdateRecord] | None, announced: RoundState) -> bool:
-    """Whether something was made, and of the announced model."""
-    made_of = None if kept is None else kept[1].base
-    return kept is not None and (made_of is None or announced.base is None or made_of == announced.base.sha256)
+def _is_of_announced_model(stored: tuple[Path, UpdateRecord] | None, announced: RoundState) -> bool:
+    """Whether there is such a file, made from the announced model."""
+    made_of = None if stored is None else stored[1].base
+    return stored is not None and (made_of is None or announced.base is None or made_of == announced.base.sha256)
 
 
 def step_purpose(step: PlanStep) -> Purpose:
-    """What a step that failed was for."""
+    """The purpose of a step, to be named when it fails."""
     purposes: dict[type[PlanStep], Purpose] = {
         Prepare: "initial",
         Train: "update",
@@ -358,7 +368,7 @@ def step_purpose(step: PlanStep) -> Purpose:
 
 
 def announced_learning(announced: RoundState) -> Learning:
-    """The learning a fleet is to do.
+    """The learning configuration of the announced run.
 
     Raises:
         ConfigError: this version does not know it.

@@ -1,4 +1,4 @@
-"""The worker process: executes orders from its standard input, one after another, with one :class:`SiteTrainer`."""
+"""The worker process: does tasks from its standard input, one after another, with one :class:`SiteTrainer`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
+
+import msgspec
 
 from edgeflame.background import die_with_parent
 from edgeflame.errors import EdgeFlameError
 from edgeflame.log import Progress
 from trainer.agent.tasks import (
     TO_WORKER,
-    FinishOrder,
     FinishTask,
     FromWorker,
-    InitialOrder,
-    Order,
+    InitialTask,
     SiteTrainer,
-    StatisticsOrder,
     StatisticsTask,
-    TaskDone,
+    Task,
     TaskError,
     TaskProgress,
-    TrainOrder,
+    TaskResult,
     TrainTask,
     WorkerReady,
     WorkerSetup,
@@ -44,10 +42,10 @@ PROGRESS_INTERVAL_S = 0.2
 
 
 def run_worker(build: Callable[[WorkerSetup], SiteTrainer]) -> NoReturn:
-    """Serve orders until standard input ends; then, or when the parent dies, the process exits at once.
+    """Do tasks until standard input ends; then, or when the parent dies, the process exits at once.
 
     Args:
-        build: makes the work; its errors are reported like those of the work.
+        build: makes the trainer; its errors are reported like those of a task.
     """
     # Ctrl-C goes to the whole terminal; it is the parent that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -56,10 +54,10 @@ def run_worker(build: Callable[[WorkerSetup], SiteTrainer]) -> NoReturn:
     # Libraries print; what they print must not end up between our lines.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    orders: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(sys.stdin.buffer, orders), name="edgeflame-orders", daemon=True).start()
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(sys.stdin.buffer, lines), name="edgeflame-tasks", daemon=True).start()
     try:
-        _execute_orders(build, orders, out)
+        _serve(build, lines, out)
     except BaseException:  # noqa: BLE001 - the outermost loop of this process
         traceback.print_exc()
     finally:
@@ -67,76 +65,38 @@ def run_worker(build: Callable[[WorkerSetup], SiteTrainer]) -> NoReturn:
         os._exit(1)
 
 
-def _execute_orders(
-    build: Callable[[WorkerSetup], SiteTrainer], orders: queue.SimpleQueue[bytes], out: BinaryIO
-) -> None:
+def _serve(build: Callable[[WorkerSetup], SiteTrainer], lines: queue.SimpleQueue[bytes], out: BinaryIO) -> None:
     try:
-        setup = TO_WORKER.decode(orders.get())
+        setup = TO_WORKER.decode(lines.get())
         assert isinstance(setup, WorkerSetup)
-        work = build(setup)
+        trainer = build(setup)
     except EdgeFlameError as exc:
         _send(out, TaskError(error=type(exc).__name__, message=str(exc)))
         return
     _send(out, WorkerReady())
     while True:
-        order = TO_WORKER.decode(orders.get())
-        assert not isinstance(order, WorkerSetup)
+        task = TO_WORKER.decode(lines.get())
+        assert not isinstance(task, WorkerSetup)
         try:
-            answer: FromWorker = execute_order(work, order, _ProgressReporter(out))
+            answer: FromWorker = execute_task(trainer, task, _ProgressReporter(out))
         except EdgeFlameError as exc:
             answer = TaskError(error=type(exc).__name__, message=str(exc))
         _send(out, answer)
 
 
-def execute_order(work: SiteTrainer, order: Order, report: Progress) -> TaskDone:
-    """Let the work do what an order says."""
-    match order:
-        case InitialOrder():
-            work.write_initial_model(Path(order.out))
-            return TaskDone()
-        case TrainOrder():
-            outcome = work.train(
-                TrainTask(
-                    round=order.round,
-                    base=Path(order.base),
-                    history=None if order.history is None else Path(order.history),
-                    out=Path(order.out),
-                    seed=order.seed,
-                    private=None if order.private is None else Path(order.private),
-                    private_out=None if order.private_out is None else Path(order.private_out),
-                ),
-                report,
-            )
-            return TaskDone(
-                num_samples=outcome.num_samples, num_steps=outcome.num_steps, metrics=_finite(outcome.metrics)
-            )
-        case StatisticsOrder():
-            shared = work.gather(
-                StatisticsTask(
-                    model=Path(order.model),
-                    model_sha256=order.model_sha256,
-                    wanted=order.wanted,
-                    out=Path(order.out),
-                ),
-                report,
-            )
-            return TaskDone(num_samples=shared.num_samples, metrics=_finite(shared.metrics))
-        case FinishOrder():
-            finish = work.finish(
-                FinishTask(
-                    model=Path(order.model),
-                    out_dir=Path(order.out_dir),
-                    ledger=order.ledger,
-                    private=None if order.private is None else Path(order.private),
-                    statistics=None if order.statistics is None else Path(order.statistics),
-                ),
-                report,
-            )
-            return TaskDone(
-                package=None if finish.package is None else str(finish.package),
-                statistics=None if finish.statistics is None else str(finish.statistics),
-                summary=_finite(finish.summary),
-            )
+def execute_task(trainer: SiteTrainer, task: Task, report: Progress) -> TaskResult:
+    """Have a trainer do a task; figures that are not finite are left out of the result."""
+    match task:
+        case InitialTask():
+            trainer.write_initial_model(task)
+            return TaskResult()
+        case TrainTask():
+            result = trainer.train(task, report)
+        case StatisticsTask():
+            result = trainer.compute_statistics(task, report)
+        case FinishTask():
+            result = trainer.finish(task, report)
+    return msgspec.structs.replace(result, metrics=_finite(result.metrics), summary=_finite(result.summary))
 
 
 class _ProgressReporter:
@@ -152,7 +112,7 @@ class _ProgressReporter:
 
 
 def _finite(values: dict[str, V]) -> dict[str, V]:
-    # JSON has no NaN; a figure that is none says nothing either.
+    # JSON has no NaN.
     return {key: value for key, value in values.items() if isinstance(value, str) or math.isfinite(value)}
 
 
@@ -160,12 +120,12 @@ def _send(out: BinaryIO, message: FromWorker) -> None:
     try:
         out.write(encode_line(message))
     except BrokenPipeError:
-        # The parent is gone; nobody is left to work for.
+        # The parent is gone: nobody needs the result.
         os._exit(0)
 
 
-def _read_lines(stream: BinaryIO, orders: queue.SimpleQueue[bytes]) -> None:
+def _read_lines(stream: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
     for line in stream:
-        orders.put(line)
+        lines.put(line)
     # Also in the middle of a task: a worker must never outlive its parent.
     os._exit(0)

@@ -20,10 +20,10 @@ from edgeflame.log import EventLog
 from trainer.agent.tasks import (
     FROM_WORKER,
     FromWorker,
-    Order,
-    TaskDone,
+    Task,
     TaskError,
     TaskProgress,
+    TaskResult,
     WorkerReady,
     WorkerSetup,
     encode_line,
@@ -36,7 +36,7 @@ MAX_LINE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerMessage:
-    """The worker said something. ``worker`` tells it from a predecessor's last words."""
+    """A message from the worker. ``worker`` tells it from one that an earlier worker sent before it ended."""
 
     worker: WorkerProcess
     message: FromWorker
@@ -79,26 +79,26 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def order(self, order: Order) -> None:
-        """Give an order; the one before must be answered."""
-        self._write(encode_line(order))
+    def send_task(self, task: Task) -> None:
+        """Send a task; the one before must be done."""
+        self._write(encode_line(task))
 
-    def freeze(self) -> None:
-        """Stop it where it is; it computes nothing and keeps its memory."""
+    def suspend(self) -> None:
+        """Stop it where it is (SIGSTOP); it computes nothing and keeps its memory."""
         self._process.send_signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        """Let it go on from where it was stopped."""
+    def resume(self) -> None:
+        """Continue from where it was suspended."""
         self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End it now, whatever it does."""
+        """End it now, whatever it is doing."""
         self._process.kill()
         self._reader.join()
 
     def _write(self, line: bytes) -> None:
         assert self._process.stdin is not None
-        # If it has died, Died says so.
+        # If it has died, WorkerExited says so.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(line)
             self._process.stdin.flush()
@@ -122,15 +122,18 @@ class WorkerProcess:
 
 
 MAX_CRASHES = 3
-"""Deaths of the worker during one order after which the order is given up."""
+"""Deaths of the worker during one task after which the task is given up."""
 
 
 class WorkerSupervisor:
-    """Carries out one order at a time.
+    """Runs one task at a time in a worker process, which it starts when one is needed.
 
     Args:
         command: the worker's command line.
-        sink: as for :class:`WorkerProcess`; what it gets is to be handed to :meth:`on_event`.
+        sink: gets the worker's events, on a thread of its own; hand each of them to :meth:`on_event`.
+
+    Attributes:
+        progress: of the task.
     """
 
     def __init__(self, command: Sequence[str], sink: Callable[[WorkerMessage | WorkerExited], None]) -> None:
@@ -138,55 +141,55 @@ class WorkerSupervisor:
         self._sink = sink
         self._worker: WorkerProcess | None = None
         self._is_ready = False
-        self._order: Order | None = None
+        self._task: Task | None = None
         self._crashes = 0
-        self._frozen = False
-        self.step = TaskProgress(done=0, total=0)
+        self._is_suspended = False
+        self.progress = TaskProgress(done=0, total=0)
 
     @property
     def is_busy(self) -> bool:
-        return self._order is not None
+        return self._task is not None
 
     @property
     def worker_pid(self) -> int | None:
         """The worker's process id, while there is one."""
         return None if self._worker is None else self._worker.pid
 
-    def begin(self, setup: WorkerSetup, order: Order) -> None:
-        """Give an order; one at hand is abandoned, with the process that was at it."""
+    def start_task(self, setup: WorkerSetup, task: Task) -> None:
+        """Start a task; one that is still running is abandoned, and its process with it."""
         if self._worker is not None and (self.is_busy or self._worker.setup != setup):
             self.stop()
-        self._order = order
+        self._task = task
         self._crashes = 0
-        self.step = TaskProgress(done=0, total=0)
+        self.progress = TaskProgress(done=0, total=0)
         if self._worker is None:
             self._start(setup)
         elif self._is_ready:
-            self._worker.order(order)
+            self._worker.send_task(task)
 
-    def freeze(self) -> None:
-        """Stop computing at once; the order at hand is kept."""
-        if not self._frozen:
-            self._frozen = True
+    def suspend(self) -> None:
+        """Stop computing at once; the task is kept."""
+        if not self._is_suspended:
+            self._is_suspended = True
             if self._worker is not None:
-                self._worker.freeze()
+                self._worker.suspend()
 
-    def thaw(self) -> None:
-        """Go on where it was stopped."""
-        if self._frozen:
-            self._frozen = False
+    def resume(self) -> None:
+        """Continue a suspended task."""
+        if self._is_suspended:
+            self._is_suspended = False
             if self._worker is not None:
-                self._worker.thaw()
+                self._worker.resume()
 
     def stop(self) -> None:
-        """End the worker."""
+        """End the worker, and abandon its task."""
         if self._worker is not None:
             self._worker.kill()
         self._worker = None
-        self._order = None
+        self._task = None
 
-    def on_event(self, event: WorkerMessage | WorkerExited) -> TaskDone | EdgeFlameError | None:
-        """What an event means: the order is done, or cannot be, or neither yet."""
+    def on_event(self, event: WorkerMessage | WorkerExited) -> TaskResult | EdgeFlameError | None:
+        """The task's result or the error it failed with, if the event is that; None otherwise."""
         worker = self._worker
         if worker is None or event.worker is not worker:
             return None
@@ -195,15 +198,15 @@ class WorkerSupervisor:
         match event.message:
             case WorkerReady():
                 self._is_ready = True
-                if self._order is not None:
-                    worker.order(self._order)
+                if self._task is not None:
+                    worker.send_task(self._task)
             case TaskProgress():
-                self.step = event.message
-            case TaskDone():
-                self._order = None
+                self.progress = event.message
+            case TaskResult():
+                self._task = None
                 return event.message
             case TaskError(error=name, message=message):
-                self._order = None
+                self._task = None
                 kind = getattr(errors, name, FederationError)
                 return kind(message) if issubclass(kind, EdgeFlameError) else FederationError(message)
         return None
@@ -211,20 +214,20 @@ class WorkerSupervisor:
     def _start(self, setup: WorkerSetup) -> None:
         self._is_ready = False
         self._worker = WorkerProcess(self._command, setup, self._sink)
-        if self._frozen:
-            self._worker.freeze()
+        if self._is_suspended:
+            self._worker.suspend()
         log.debug("worker_started", pid=self._worker.pid)
 
     def _on_death(self, worker: WorkerProcess, exit_code: int) -> EdgeFlameError | None:
         self._worker = None
-        if self._order is None:
-            # Idle, or after it reported a problem: the next order starts another.
+        if self._task is None:
+            # Idle, or after it reported an error: the next task starts another.
             return None
         self._crashes += 1
         how = _describe_exit(exit_code)
         log.warning("worker_died", how=how, crashes=self._crashes, allowed=MAX_CRASHES)
         if self._crashes >= MAX_CRASHES:
-            self._order = None
+            self._task = None
             msg = f"the worker process died {self._crashes} times at the same task, last {how}"
             return FederationError(msg)
         self._start(worker.setup)

@@ -38,11 +38,11 @@ from trainer.agent.state import FinishRecord, SiteState, UpdateRecord, plan_inpu
 from trainer.agent.step_runner import task_seed
 from trainer.agent.tasks import (
     FROM_WORKER,
-    FinishOrder,
-    InitialOrder,
-    TaskDone,
+    FinishTask,
+    InitialTask,
     TaskError,
-    TrainOrder,
+    TaskResult,
+    TrainTask,
     WorkerSetup,
     encode_line,
 )
@@ -119,7 +119,7 @@ def test_a_failure_is_told_until_it_is_heard() -> None:
 
 
 def draft(memory: SiteState, value: float) -> Path:
-    path = memory.draft("test")
+    path = memory.temporary_path("test")
     safetensors.numpy.save_file({"w": np.full(3, value, np.float32)}, path)
     return path
 
@@ -127,51 +127,51 @@ def draft(memory: SiteState, value: float) -> Path:
 def test_memory_keeps_the_historical_model_and_forgets_older_ones(tmp_path: Path) -> None:
     memory = SiteState(tmp_path)
     for number in (1, 2, 4):
-        memory.keep_update(RUN, number, draft(memory, number), UpdateRecord(num_samples=number, metrics={}))
+        memory.store_update(RUN, number, draft(memory, number), UpdateRecord(num_samples=number, metrics={}))
     again = SiteState(tmp_path)
     assert again.install == memory.install
     assert again.update(RUN, 1) is None
     kept = again.update(RUN, 4)
     assert kept is not None
     assert kept[1].num_samples == 4
-    history = again.history(RUN, 4)
+    history = again.previous_update(RUN, 4)
     assert history is not None
     assert safetensors.numpy.load_file(history)["w"][0] == 2
-    assert again.history(RUN, 2) is None
-    again.forget_update(RUN, 4)
+    assert again.previous_update(RUN, 2) is None
+    again.discard_update(RUN, 4)
     assert again.update(RUN, 4) is None
 
 
 def test_memory_keeps_what_only_the_site_may_see(tmp_path: Path) -> None:
     memory = SiteState(tmp_path)
     for number in (1, 2, 4):
-        memory.keep_private(RUN, number, draft(memory, number))
-    memory.keep_private(RUN, 5, tmp_path / "nothing was left")
+        memory.store_private_state(RUN, number, draft(memory, number))
+    memory.store_private_state(RUN, 5, tmp_path / "nothing was left")
 
     def kept(before: int | None = None) -> float | None:
-        path = SiteState(tmp_path).private(RUN, before=before)
+        path = SiteState(tmp_path).private_state(RUN, before=before)
         return None if path is None else float(safetensors.numpy.load_file(path)["w"][0])
 
     # A training that is repeated reads what was left before it, not what it left itself.
     assert (kept(before=4), kept(before=5), kept()) == (2, 4, 4)
     # The oldest is gone; after a refusal the one before counts again.
     assert kept(before=2) is None
-    memory.forget_private(RUN, 4)
+    memory.discard_private_state(RUN, 4)
     assert kept() == 2
 
 
 def test_memory_of_an_unfinished_training_is_none(tmp_path: Path) -> None:
     memory = SiteState(tmp_path)
-    memory.keep_update(RUN, 1, draft(memory, 1), UpdateRecord(num_samples=1, metrics={}))
+    memory.store_update(RUN, 1, draft(memory, 1), UpdateRecord(num_samples=1, metrics={}))
     # A power cut before the record was written: the model alone does not count.
     next(tmp_path.glob("runs/*/*/outcome.json")).unlink()
     assert memory.update(RUN, 1) is None
-    assert memory.history(RUN, 2) is None
+    assert memory.previous_update(RUN, 2) is None
 
 
 def test_damaged_memory_is_a_clear_error(tmp_path: Path) -> None:
     memory = SiteState(tmp_path)
-    memory.keep_finished(RUN, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={}))
+    memory.store_finished(RUN, FinishRecord(model="a" * 64, package=None, package_sha256=None, summary={}))
     atomic_write(tmp_path / "runs" / RUN / "finish.json", b'{"model": 1}')
     with pytest.raises(StorageError, match=r"finish\.json: damaged"):
         memory.finished(RUN)
@@ -196,19 +196,17 @@ def test_seeds_differ_by_site_and_round() -> None:
 
 
 class Workshop:
-    """A labour with the tiny worker, and its events."""
+    """A supervisor of the tiny worker, and its events."""
 
     def __init__(self, tmp_path: Path, command: list[str] | None = None) -> None:
         self.events: queue.SimpleQueue[WorkerMessage | WorkerExited] = queue.SimpleQueue()
-        self.labour = WorkerSupervisor(command or shlex.split(WORKER), self.events.put)
+        self.worker = WorkerSupervisor(command or shlex.split(WORKER), self.events.put)
         (tmp_path / "data").mkdir(exist_ok=True)
-        self.setup = WorkerSetup(
-            learning=Learning(method="flame"), site="a", data=str(tmp_path / "data"), state=str(tmp_path)
-        )
+        self.setup = WorkerSetup(learning=Learning(method="flame"), site="a", data=str(tmp_path / "data"))
 
-    def outcome(self) -> TaskDone | EdgeFlameError:
+    def outcome(self) -> TaskResult | EdgeFlameError:
         while True:
-            answer = self.labour.on_event(self.events.get(timeout=30))
+            answer = self.worker.on_event(self.events.get(timeout=30))
             if answer is not None:
                 return answer
 
@@ -218,41 +216,41 @@ def _python_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
 
-def test_the_worker_carries_out_all_orders_in_one_process(tmp_path: Path) -> None:
+def test_the_worker_does_all_tasks_in_one_process(tmp_path: Path) -> None:
     shop = Workshop(tmp_path)
     initial, out = tmp_path / "initial", tmp_path / "out"
-    shop.labour.begin(shop.setup, InitialOrder(out=str(initial)))
-    assert isinstance(shop.outcome(), TaskDone)
-    pid = shop.labour.worker_pid
-    shop.labour.begin(shop.setup, TrainOrder(round=1, base=str(initial), history=None, out=str(out), seed=1))
+    shop.worker.start_task(shop.setup, InitialTask(out=str(initial)))
+    assert isinstance(shop.outcome(), TaskResult)
+    pid = shop.worker.worker_pid
+    shop.worker.start_task(shop.setup, TrainTask(round=1, base=str(initial), out=str(out), seed=1))
     trained = shop.outcome()
-    assert isinstance(trained, TaskDone)
+    assert isinstance(trained, TaskResult)
     assert trained.num_samples > 0
-    assert shop.labour.step.done == 5
-    shop.labour.begin(shop.setup, FinishOrder(model=str(out), out_dir=str(tmp_path), ledger={"rounds": [1]}))
+    assert shop.worker.progress.done == 5
+    shop.worker.start_task(shop.setup, FinishTask(model=str(out), out_dir=str(tmp_path), ledger={"rounds": [1]}))
     finished = shop.outcome()
-    assert isinstance(finished, TaskDone)
+    assert isinstance(finished, TaskResult)
     assert finished.summary == {"rounds": 1.0, "kind": "tiny"}
-    assert shop.labour.worker_pid == pid
-    shop.labour.stop()
+    assert shop.worker.worker_pid == pid
+    shop.worker.stop()
 
 
 def test_a_workers_expected_error_keeps_its_kind(tmp_path: Path) -> None:
     shop = Workshop(tmp_path)
     missing = msgspec.structs.replace(shop.setup, data=str(tmp_path / "nowhere"))
-    shop.labour.begin(missing, InitialOrder(out=str(tmp_path / "initial")))
+    shop.worker.start_task(missing, InitialTask(out=str(tmp_path / "initial")))
     error = shop.outcome()
     assert isinstance(error, DataError)
     assert "nowhere: no such folder" in str(error)
-    shop.labour.stop()
+    shop.worker.stop()
 
 
 def test_a_worker_that_cannot_start_or_always_dies_is_an_error(tmp_path: Path) -> None:
     shop = Workshop(tmp_path, ["/nonexistent/python"])
     with pytest.raises(MissingDependencyError, match="cannot start the worker"):
-        shop.labour.begin(shop.setup, InitialOrder(out=str(tmp_path / "x")))
+        shop.worker.start_task(shop.setup, InitialTask(out=str(tmp_path / "x")))
     shop = Workshop(tmp_path, ["/bin/sh", "-c", "exit 7"])
-    shop.labour.begin(shop.setup, InitialOrder(out=str(tmp_path / "x")))
+    shop.worker.start_task(shop.setup, InitialTask(out=str(tmp_path / "x")))
     error = shop.outcome()
     assert isinstance(error, FederationError)
     assert "died 3 times" in str(error)
@@ -283,14 +281,14 @@ def test_a_name_is_free_soon_after_its_holder_left_and_not_at_once_after_a_resta
 def test_an_update_of_another_base_model_is_not_offered(tmp_path: Path) -> None:
     memory = SiteState(tmp_path)
     for base, offered in ((BASE.sha256, True), ("f" * 64, False), (None, True)):
-        memory.keep_update(RUN, 2, draft(memory, 1.0), UpdateRecord(num_samples=1, metrics={}, base=base))
+        memory.store_update(RUN, 2, draft(memory, 1.0), UpdateRecord(num_samples=1, metrics={}, base=base))
         # As an aggregator says that lost its newest facts and made the round before anew.
         assert plan_input(memory, "a", TRAIN).has_update is offered
 
 
 def test_the_worker_computes_where_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.png").touch()
-    setup = WorkerSetup(learning=Learning(method="flame"), site="a", data=str(tmp_path), state=str(tmp_path))
+    setup = WorkerSetup(learning=Learning(method="flame"), site="a", data=str(tmp_path))
     command = [sys.executable, "-m", "cli.train_worker", "text", "--device=abacus"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None
