@@ -19,20 +19,24 @@ from edgeflame.transfer.protocol import unpack_mask
 from edgeflame.transfer.store import Outgoing
 
 HELLO_INTERVAL_S = 2.0
-"""Hello is said so often until it is answered, seconds."""
+"""How often Hello is sent until it is answered, seconds."""
 HEARTBEAT_INTERVAL_S = 1.0
 
 
 class AggregatorClient:
-    """Speaks for one process of a site.
+    """Sends what one process of a site has for the aggregator, and keeps the handshake with it.
 
-    While the link is down nothing is queued: whoever has something to say says it again when it is up.
+    While the link is down nothing is queued: every sender repeats what still matters when it is up again.
 
     Args:
         topics: the fleet's.
-        site: our name.
-        boot: of this process.
-        install: of our state directory.
+        site: its name.
+        boot: the id of this process.
+        install: the id of the state directory.
+
+    Attributes:
+        is_connected: the broker is reached.
+        accepted_by: the boot id of the aggregator that accepted this site on this connection; None before.
     """
 
     def __init__(self, topics: Topics, *, site: str, boot: str, install: str) -> None:
@@ -43,29 +47,28 @@ class AggregatorClient:
         self.link: MqttClient | None = None
         self.is_connected = False
         self.accepted_by: str | None = None
-        """The aggregator's boot that let us in; None: nobody, or not on this connection."""
         self._next_hello_s = 0.0
         self._next_heartbeat_s = 0.0
         self._last_heartbeat: tuple[object, ...] = ()
 
     def connection_changed(self, *, is_up: bool) -> None:
-        """The link went up or down; either way we have to be welcomed again."""
+        """The link went up or down; either way the handshake begins anew."""
         self.is_connected = is_up
         self.restart_handshake()
 
     def restart_handshake(self) -> None:
-        """Introduce ourselves anew."""
+        """Send Hello again, and wait to be accepted."""
         self.accepted_by = None
         self._next_hello_s = 0.0
 
     def on_welcome(self, aggregator: str) -> None:
-        """We may take part."""
+        """The aggregator accepted this site."""
         self.accepted_by = aggregator
         self._next_heartbeat_s = 0.0
         self.publish_presence()
 
     def tick(self, now: float) -> None:
-        """Say hello, if it is time to."""
+        """Send Hello, if it is due."""
         if self.is_connected and self.accepted_by is None and now >= self._next_hello_s:
             self._next_hello_s = now + HELLO_INTERVAL_S
             self.send(Hello(boot=self.boot, install=self.install, software=f"edgeflame {__version__}"))
@@ -78,7 +81,7 @@ class AggregatorClient:
             self.send(beat)
 
     def send(self, message: UpMessage) -> None:
-        """Speak to the aggregator."""
+        """Send the aggregator a message."""
         self._publish(self.topics.up(self.site), encode_message(message))
 
     def send_chunk(self, sha256: str, index: int, data: bytes) -> None:
@@ -86,12 +89,12 @@ class AggregatorClient:
         self._publish(self.topics.up_chunk(self.site, sha256, index), data)
 
     def publish_presence(self) -> None:
-        """Say to all that we are here."""
+        """Publish that this site is online (retained)."""
         presence = Presence(boot=self.boot, online=True, install=self.install)
         self._publish(self.topics.site_presence(self.site), encode_message(presence), retain=True)
 
     def offline_payload(self) -> bytes:
-        """The presence that says that we are not."""
+        """The payload that says that this site is offline."""
         return encode_message(Presence(boot=self.boot, online=False, install=self.install))
 
     def subscribe_chunks(self, sha256: str) -> None:
@@ -110,19 +113,19 @@ class AggregatorClient:
 
 
 REPEAT_INTERVAL_S = 5.0
-"""What was not answered is said again after so long, seconds."""
+"""What was not answered is sent again after this time, seconds."""
 
 BLOB_OWNER = "aggregator"
-"""Whose unfinished blobs ours are, in the store."""
+"""Whose unfinished blobs a site's are, in its store."""
 
 
 class Upload:
-    """A model to the aggregator, offered until it is answered.
+    """The upload of a file to the aggregator, offered until it is answered.
 
     Args:
         outgoing: the file.
-        offer: what to say of it.
-        send: speaks to the aggregator.
+        offer: the message that offers it.
+        send: sends a message to the aggregator.
         publish: sends a chunk: number and bytes.
     """
 
@@ -148,12 +151,12 @@ class Upload:
         return total - self._num_missing, total
 
     def offer(self, *, now: float) -> None:
-        """Offer it."""
+        """Send the offer."""
         self._retry.sent(now)
         self._send(self._offer)
 
     def on_need(self, need: BlobNeed, *, now: float) -> None:
-        """Take the aggregator's bitmap.
+        """The aggregator said which chunks it lacks.
 
         Raises:
             FederationError: it does not fit the blob.
@@ -180,11 +183,12 @@ class Upload:
 
 
 LEAVE_TIMEOUT_S = 30.0
-"""An aggregator that understands answers at once, or after its restart; seconds in which we are welcome there."""
+"""Seconds after which leaving fails unless confirmed, counted while the aggregator accepts this site; one that knows
+the message answers at once."""
 
 
 class LeaveHandshake:
-    """One departure.
+    """Leaving a run for good: the message is repeated until the aggregator confirms it.
 
     Args:
         reason: for the aggregator's ledger.
@@ -197,10 +201,10 @@ class LeaveHandshake:
         self._began_at = 0.0
 
     def tick(self, client: AggregatorClient, run: str, now: float) -> None:
-        """Say it, if it is time to.
+        """Send the message, if it is due.
 
         Raises:
-            FederationError: nobody confirms.
+            FederationError: it was not confirmed in time.
         """
         if client.accepted_by is None:
             return

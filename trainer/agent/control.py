@@ -1,8 +1,8 @@
-"""What the site's operator asks of it: pause and leave, as files in the state directory; and the training schedule.
+"""The operator's requests to a site, pause and leave, as files in its state directory; and the training schedule.
 
 STATE/pause.json and STATE/leave.json are written by ``edgeflame site``:
 
-    STATE/pause.json    while it is there, the site rests
+    STATE/pause.json    while it is there, the site is paused
     STATE/leave.json    the site is to leave its run for good; deleted when it has
 
 They stand whether the site's process runs or not, and survive its restarts.
@@ -34,8 +34,8 @@ T = TypeVar("T", bound="SitePause | LeaveRequest")
 
 
 class SitePause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rest. ``release`` ends the worker process, so that its memory is free too; its task begins again afterwards,
-    with the same result. Otherwise it is stopped where it is, and goes on from there.
+    """Pause. ``release`` ends the worker process, so that its memory is free too; its task begins again afterwards,
+    with the same result. Otherwise it is stopped where it is, and continues from there.
     """
 
     reason: Text
@@ -49,7 +49,7 @@ class LeaveRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SiteControl:
-    """The wishes of a state directory.
+    """The operator's requests in a state directory; read by the site, written by ``edgeflame site``.
 
     Raises:
         StorageError: here and in every method, when the disk fails or a file is damaged.
@@ -68,19 +68,19 @@ class SiteControl:
         return _read_request(self._leave_path, LeaveRequest)
 
     def request_pause(self, pause: SitePause) -> None:
-        """Have the site rest."""
+        """Have the site pause, until :meth:`clear_pause`."""
         write_json(self._pause_path, pause)
 
     def clear_pause(self) -> bool:
-        """Have it go on; whether it was at rest."""
+        """Have the site continue; returns whether it was paused."""
         return _remove_request(self._pause_path)
 
     def request_leave(self, request: LeaveRequest) -> None:
-        """Have it leave its run."""
+        """Have the site leave its run for good."""
         write_json(self._leave_path, request)
 
     def clear_leave(self) -> None:
-        """It has left."""
+        """Remove the request: the site has left."""
         _remove_request(self._leave_path)
 
 
@@ -115,13 +115,13 @@ class _Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When a site may train. ``text`` is what it was read from."""
+    """When a site may train. ``text`` is as :func:`parse_schedule` was given it."""
 
     text: str
     windows: tuple[_Window, ...]
 
     def is_open(self, moment: datetime) -> bool:
-        """Whether training may go on at a local time."""
+        """Whether the site may train at a local time."""
         minute = moment.hour * 60 + moment.minute
         today, yesterday = moment.weekday(), (moment.weekday() - 1) % 7
         return any(
@@ -132,10 +132,10 @@ class Schedule:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """Read a shift plan.
+    """Parse a schedule.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not one.
     """
     windows = tuple(_parse_window(part.strip().lower(), text) for part in text.split(","))
     return Schedule(text=text.strip(), windows=windows)

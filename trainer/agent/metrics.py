@@ -1,4 +1,4 @@
-"""What a site shows of itself to Prometheus, about once a second."""
+"""A site's metrics for Prometheus, renewed about once a second."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _METRIC_PREFIX = "edgeflame_site"
 
 
 class SiteMetrics:
-    """Looks at the site and tells; decides nothing.
+    """Publishes a site's metrics.
 
     Args:
-        state_dir: whose disk matters.
-        server: who asks; None: nobody does.
-        certificate_expires: end of the validity of what we show the broker, if that is known.
+        state_dir: its disk's free space is a metric.
+        server: what serves them; None: nothing does.
+        certificate_expires: end of the validity of the site's certificate, if that is known.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class SiteMetrics:
         self._progress_at: float | None = None
 
     def count_refusal(self, reason: str) -> None:
-        """The aggregator refused something of ours."""
+        """Count a refusal by the aggregator."""
         self._refusals[reason] += 1
 
     def publish(
@@ -50,14 +50,14 @@ class SiteMetrics:
         is_welcome: bool,
         now: float,
     ) -> None:
-        """Tell how things are, if it is time.
+        """Renew the metrics, if it is time.
 
         Args:
-            activity: what is being done, how far it is, how far it goes.
-            announced: what the aggregator wants.
+            activity: wire name of the current step, how far it is, how far it goes.
+            announced: the run's announced state.
             link: counts bytes.
             is_up: whether it is connected.
-            is_welcome: whether the aggregator knows us.
+            is_welcome: whether the aggregator accepted this site.
             now: monotonic clock, seconds.
         """
         if self._server is None:

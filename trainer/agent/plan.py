@@ -1,8 +1,8 @@
-"""What a site does now: a pure function of what was announced and of what it has. No history, no I/O.
+"""A site's next step: a pure function of what was announced and of what the site has. No history, no I/O.
 
-The aggregator's retained round state says what everyone is to do. The site compares it with what it remembers and
-takes the first step that is missing; when that is done, or the announcement changes, it looks again. A site that
-crashed, or slept through half a run, therefore needs no special treatment: it looks, and goes on.
+The aggregator's retained round state says what everyone is to do. The site compares it with its durable state and
+takes the first step that is missing; when that is done, or the announcement changes, it plans again. A site that
+crashed, or was off for half a run, therefore needs no special treatment: it plans, and continues.
 
     announced    missing                                   step
     ---------    -------                                   ----
@@ -25,7 +25,7 @@ crashed, or slept through half a run, therefore needs no special treatment: it l
                  nothing                                   Leave
     failed       -                                         Leave
 
-Otherwise it waits. After a failure of the work the step is TellFailure until the aggregator has heard it.
+Otherwise it waits. After a task has failed the step is TellFailure until the aggregator has answered it.
 
 A step's ``wire_name`` is what heartbeats and metrics call it; it stays, whatever the class is called.
 """
@@ -43,17 +43,17 @@ class PlanInput:
     """What the plan depends on.
 
     Attributes:
-        site: our name.
+        site: its name.
         announced: the last round state; None before there is one.
         took_part: this site has begun with the announced run.
-        initial: SHA-256 of our initial model in it.
+        initial: SHA-256 of the site's initial model in it.
         has_update: the announced round's update is trained.
-        has_statistics: what the fleet is to have of our statistics is made.
+        has_statistics: this site's part of the fleet's statistics is computed.
         blobs: SHA-256 of those of the announcement's blobs that are here.
         is_finished: the package is made of the announced final model.
-        answered: what the aggregator has receipted or refused in this run.
-        failure: what the work could not do, and why.
-        aggregator_online: whether the aggregator says so; None: nothing was heard of it on this connection.
+        answered: purposes (and rounds) that the aggregator has receipted or refused in this run.
+        failure: purpose of the task that failed, and why.
+        aggregator_online: what its presence says; None: none was received on this connection.
     """
 
     site: str
@@ -87,7 +87,7 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch:
-    """Get a blob; of the others only those in ``keep`` are still needed."""
+    """Download a blob; of those that are here only the ones in ``keep`` are still needed."""
 
     wire_name: ClassVar[str] = "fetch"
     run: str
@@ -97,6 +97,8 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
+    """Train a round's update from the global model ``base`` (SHA-256)."""
+
     wire_name: ClassVar[str] = "train"
     run: str
     round: int
@@ -105,12 +107,16 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class OfferInitial:
+    """Upload the initial model."""
+
     wire_name: ClassVar[str] = "offerinitial"
     run: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfferUpdate:
+    """Upload a round's update."""
+
     wire_name: ClassVar[str] = "offerupdate"
     run: str
     round: int
@@ -118,7 +124,7 @@ class OfferUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
-    """Make what the fleet is to have of our statistics."""
+    """Compute this site's part of the fleet's statistics under the final model (SHA-256)."""
 
     wire_name: ClassVar[str] = "gather"
     run: str
@@ -128,6 +134,8 @@ class Gather:
 
 @dataclass(frozen=True, kw_only=True)
 class OfferStatistics:
+    """Upload this site's part of the fleet's statistics."""
+
     wire_name: ClassVar[str] = "offerstatistics"
     run: str
 
@@ -145,6 +153,8 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
+    """Report that the package is made, until the aggregator answers."""
+
     wire_name: ClassVar[str] = "report"
     run: str
     model: str
@@ -152,6 +162,8 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class TellFailure:
+    """Report that a task failed, until the aggregator answers."""
+
     wire_name: ClassVar[str] = "tellfailure"
     run: str
     round: int
@@ -161,7 +173,7 @@ class TellFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class Leave:
-    """The run is over; ``problem`` if it is not over well for this site."""
+    """The run is over for this site; ``problem`` says what went wrong, if anything did."""
 
     wire_name: ClassVar[str] = "leave"
     run: str

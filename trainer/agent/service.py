@@ -1,7 +1,7 @@
 """The site's service: one thread between the link, the worker process and the state directory.
 
-It looks (:mod:`~trainer.agent.plan`), takes the step, and looks again whenever something arrived. All waiting is
-on one queue, so the link stays alive whatever the worker does.
+It plans the next step (:mod:`~trainer.agent.plan`), starts it, and plans again whenever something arrived. All waiting
+is on one queue, so the link stays alive whatever the worker does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ log = EventLog("site")
 
 TICK_S = 0.25
 FAILURE_REPORT_S = 10.0
-"""A site that failed waits so long for the aggregator to hear of it before it leaves anyway, seconds."""
+"""How long a site that failed waits for the aggregator to hear of it before it ends anyway, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,16 @@ class SiteOptions:
     """A site's part in a fleet.
 
     Attributes:
-        broker: where the fleet meets.
+        broker: the fleet's.
         fleet, site: names.
         data: the site's images; they never leave it.
-        state_dir: what the site remembers; one process at a time.
+        state_dir: the site's durable state; one process at a time.
         worker_command: starts the worker process.
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
         schedule: when the site may train; None: always.
-        metrics: ``HOST:PORT`` where Prometheus may ask; None: nowhere.
-        certificate_expires: end of the validity of what we show the broker, if that is known.
+        metrics: ``HOST:PORT`` where metrics are served; None: nowhere.
+        certificate_expires: end of the validity of the site's certificate, if that is known.
     """
 
     broker: BrokerUrl
@@ -88,7 +88,7 @@ PAUSED_BY_AGGREGATOR = SitePause(reason="the aggregator's operator paused it")
 
 @dataclass(frozen=True, kw_only=True)
 class ParticipationResult:
-    """What a site takes home. ``package`` is a file in the state directory, or None if the work makes none."""
+    """The outcome of a run for a site. ``package`` is a file in the state directory; None if none is made."""
 
     run: str
     model_sha256: str
@@ -104,7 +104,7 @@ def run_site(options: SiteOptions, *, report: Progress) -> ParticipationResult |
         FederationError: the name is in use, or the run went on without this site.
         LinkError: the broker refuses us, or was not reached in time.
         UsageError: a name cannot be one.
-        StorageError, DataError, ...: what stopped this site's own work; the aggregator was told.
+        StorageError, DataError, ...: the task that failed at this site; it was reported to the aggregator.
     """
     check_name("site", options.site)
     with ExitStack() as stack:
@@ -141,7 +141,7 @@ class _SiteService:
         self._leaving: LeaveHandshake | None = None
 
     def serve(self) -> ParticipationResult | None:
-        """Until the run is over."""
+        """Take part until the run is over."""
         options, client = self._options, self._client
         topics = client.topics
         presence = topics.site_presence(options.site)
@@ -227,7 +227,7 @@ class _SiteService:
         return None
 
     def _finish_leaving(self, handshake: LeaveHandshake, now: float) -> bool:
-        """Say that we leave, until it is confirmed; whether it is, or there is nothing to leave."""
+        """Continue the handshake; returns whether the site has left, or there is nothing to leave."""
         announced = self._announced
         if handshake.is_confirmed or (announced is not None and announced.phase in ("done", "failed")):
             if announced is not None:
