@@ -12,7 +12,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import queue
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import msgspec
 from cli.options import BrokerOptions, broker_options
 from cli.output import print_findings
 from edgeflame import __version__
-from edgeflame.errors import ConfigError, EdgeFlameError, PackageError, StorageError
+from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, PackageError, StorageError
 from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.log import LOGGER_NAME
 
@@ -195,8 +194,7 @@ def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator
         timeout_s: how long to try.
         readable: a topic, or filter, that whoever we come as may read.
     """
-    from edgeflame.mqtt.client import MqttClient
-    from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed
+    from edgeflame.mqtt.session import Session
 
     if url.tls is not None and url.tls.cert is not None:
         yield from _certificate(url.tls.cert)
@@ -204,28 +202,16 @@ def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator
     logger = logging.getLogger(f"{LOGGER_NAME}.link")
     before = logger.level
     logger.setLevel(logging.ERROR)
-    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     try:
-        with MqttClient(
-            url, client_id="edgeflame-doctor", filters=[readable], sink=events.put,
-            connect_timeout_s=timeout_s,
-        ):  # fmt: skip
-            event = events.get(timeout=timeout_s + 10.0)
-    except queue.Empty:
-        yield problem("broker", f"{url.address} does not answer", "check the address and the firewall")
-        return
-    except EdgeFlameError as exc:
-        yield problem("broker", str(exc), "check the files given with --ca, --cert and --key, or the kit")
-        return
+        with Session(url, name="doctor", filters=[readable], connect_timeout_s=timeout_s):
+            pass
+    except LinkError as exc:
+        advice = "check the address, the firewall and the credentials (--ca, --cert and --key, or the kit)"
+        yield problem("broker", str(exc), advice)
+    else:
+        yield ok("broker", f"{url.address} takes us")
     finally:
         logger.setLevel(before)
-    match event:
-        case Connected():
-            yield ok("broker", f"{url.address} takes us")
-        case ConnectionFailed():
-            yield problem("broker", str(event.error), "check the address, the firewall and the credentials")
-        case _:
-            yield problem("broker", f"{url.address} broke off", "look into the broker's log")
 
 
 def _certificate(cert: Path | str) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -375,26 +376,30 @@ def status(
     """
     from cli.output import print_json
     from edgeflame.errors import NegativeAnswerError
+    from edgeflame.mqtt.session import Session
     from edgeflame.mqtt.topics import Topics
-    from fleet.observe import FleetObserver, FleetView
+    from fleet.observe import FleetView, listen
 
     access = broker.resolve("observer")
     view = FleetView(Topics(fleet=access.fleet))
-    with FleetObserver(access.url, view, connect_timeout_s=broker.connect_timeout) as observer:
+    with Session(
+        access.url, name="status", filters=view.filters(), connect_timeout_s=broker.connect_timeout
+    ) as session:
+        wait = functools.partial(listen, session, view)
         if not watch:
-            observer.listen(COLLECT_S)
+            wait(COLLECT_S)
             if as_json:
                 print_json(view.as_data(time.monotonic()))
             else:
                 _print(_table(view))
         elif as_json:
-            observer.listen(COLLECT_S)
+            wait(COLLECT_S)
             print_json(view.as_data(time.monotonic()))
             while not _is_over(view):
-                observer.listen(1.0)
+                wait(1.0)
                 print_json(view.as_data(time.monotonic()))
         else:
-            _watch(observer.listen, view)
+            _watch(wait, view)
     problem = view.problem()
     if problem is not None:
         raise NegativeAnswerError(problem)

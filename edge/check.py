@@ -14,7 +14,6 @@ import queue
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,7 @@ from edge.sources.locate import open_image_source
 from edge.status import LineState
 from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, MissingDependencyError, StorageError, require_extra
 from edgeflame.findings import Finding, note, ok, problem
-from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
+from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import Topics
 from edgeflame.state import atomic_write, is_in_use, storage_errors
 
@@ -265,46 +263,35 @@ def _folder(check: str, folder: Path) -> Iterator[Finding]:
 
 def _broker(config: MqttConfig, *, runs: bool) -> Iterator[Finding]:
     check, topics = "broker", Topics(fleet=config.fleet)
-    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
+    state_topic = topics.line_state(config.line)
     try:
         url = broker_url(config)
-        link = MqttClient(
-            url,
-            client_id=f"edgeflame-check-{uuid.uuid4().hex[:12]}",
-            filters=[topics.line_state(config.line), topics.line_command(config.line)],
-            sink=events.put,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
-        )
+        url.ssl_context()
     except EdgeFlameError as exc:
         yield problem(check, str(exc), "correct [mqtt]")
         return
+    filters = (state_topic, topics.line_command(config.line))
     try:
-        while not isinstance(event := events.get(timeout=CONNECT_TIMEOUT_S + 15.0), Connected):
-            if isinstance(event, ConnectionFailed):
-                yield problem(check, str(event.error), "correct [mqtt], renew the kit, or see to the broker")
-                return
-        yield ok(check, f"{url.address}: lets us in and hears commands as line {config.line} of {config.fleet}")
-        state = _retained_state(events, topics.line_state(config.line))
-        if state is not None and state.online and not runs:
-            yield problem(
-                check,
-                f"a line {config.line} is online already, with {state.source}: two of a name throw each other out",
-                "give this one another name in [mqtt]",
-            )
-    except queue.Empty:
-        yield problem(check, f"{url.address}: no answer", "see to the broker")
-    finally:
-        link.close(flush_s=0.0)
+        with Session(url, name="check", filters=filters, connect_timeout_s=CONNECT_TIMEOUT_S) as session:
+            yield ok(check, f"{url.address}: lets us in and hears commands as line {config.line} of {config.fleet}")
+            state = next((message.payload for message in session.retained() if message.topic == state_topic), None)
+    except EdgeFlameError as exc:
+        yield problem(check, str(exc), "correct [mqtt], renew the kit, or see to the broker")
+        return
+    line = None if state is None else _decode_state(state)
+    if line is not None and line.online and not runs:
+        yield problem(
+            check,
+            f"a line {config.line} is online already, with {line.source}: two of a name throw each other out",
+            "give this one another name in [mqtt]",
+        )
 
 
-def _retained_state(events: queue.SimpleQueue[ClientEvent], topic: str) -> LineState | None:
-    with contextlib.suppress(queue.Empty, msgspec.DecodeError, UnicodeDecodeError):
-        while True:
-            event = events.get(timeout=0.5)
-            if isinstance(event, ReceivedMessage) and event.topic == topic:
-                event.done()
-                return msgspec.json.decode(event.payload, type=LineState)
-    return None
+def _decode_state(payload: bytes) -> LineState | None:
+    try:
+        return msgspec.json.decode(payload, type=LineState)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def _webhook(config: WebhookConfig) -> Iterator[Finding]:

@@ -243,7 +243,7 @@ def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
     with storage_errors(path, "read"):
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
     try:
         return msgspec.json.decode(data, type=kind)

@@ -16,9 +16,7 @@ back.
 
 from __future__ import annotations
 
-import queue
 import sysconfig
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +28,10 @@ import msgspec
 
 from edgeflame.errors import FederationError, LinkError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.connection import MAX_PACKET_BYTES, ClientEvent, Connected, ConnectionFailed, ReceivedMessage
+from edgeflame.mqtt.connection import MAX_PACKET_BYTES, ReceivedMessage
 from edgeflame.mqtt.kit import FleetRole
 from edgeflame.mqtt.messages import Presence, TurnedAway, decode_presence, encode_message
+from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import ROOT, Topics
 from edgeflame.mqtt.url import BrokerUrl
 from fleet.registry import BrokerClient
@@ -296,8 +294,6 @@ log = EventLog("fleet")
 _REQUEST = "$CONTROL/dynamic-security/v1"
 _RESPONSE = "$CONTROL/dynamic-security/v1/response"
 ANSWER_TIMEOUT_S = 10.0
-PRESENCE_S = 0.5
-"""Retained presences come right after the subscription; who has not been seen by then is not there."""
 
 
 class BrokerControl:
@@ -313,30 +309,20 @@ class BrokerControl:
     """
 
     def __init__(self, url: BrokerUrl, *, fleet: str, connect_timeout_s: float) -> None:
-        self._address = url.address
         self._topics = Topics(fleet=fleet)
-        self._events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
+        self._url = url
         self._presences: dict[str, Presence] = {}
-        self._link = MqttClient(
-            url,
-            client_id=f"edgeflame-admin-{uuid.uuid4().hex[:12]}",
-            filters=[_RESPONSE, self._topics.all_site_presences()],
-            sink=self._events.put,
-            connect_timeout_s=connect_timeout_s,
-        )
-        try:
-            self._wait_until_up()
-        except BaseException:
-            self._link.close()
-            raise
+        filters = (_RESPONSE, self._topics.all_site_presences())
+        self._session = Session(url, name="admin", filters=filters, connect_timeout_s=connect_timeout_s)
 
     def __enter__(self) -> BrokerControl:
+        self._session.connect()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._link.close()
+        self._session.close()
 
     def sync(self, clients: Sequence[BrokerClient]) -> int:
         """Make the broker know these clients; how many commands that took.
@@ -356,76 +342,60 @@ class BrokerControl:
 
         It also takes the site's place in saying that it is gone: its own last will has no rights any more.
         """
-        deadline = time.monotonic() + PRESENCE_S
-        while site not in self._presences and (left := deadline - time.monotonic()) > 0:
-            self._take(left)
+        for message in self._session.retained():
+            self._note_presence(message)
+            if site in self._presences:
+                break
         presence = self._presences.get(site)
         if presence is None or not presence.online:
             return False
         detail = f"this site was revoked by the fleet's administrator: {reason or 'no reason was given'}"[:500]
-        self._link.publish(
+        self._session.publish(
             self._topics.down(site), encode_message(TurnedAway(boot=presence.boot, reason="revoked", detail=detail))
         )
         gone = Presence(boot=presence.boot, online=False)
-        self._link.publish(self._topics.site_presence(site), encode_message(gone), retain=True)
+        self._session.publish(self._topics.site_presence(site), encode_message(gone), retain=True)
         return True
 
-    def _wait_until_up(self) -> None:
-        while True:
-            match self._events.get():
-                case Connected():
-                    return
-                case ConnectionFailed(error=error):
-                    raise error
-                case _:
-                    pass
-
-    def _ask(self, todo: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _ask(self, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Send commands in one message; the broker's responses, in the order of the commands."""
         mark = uuid.uuid4().hex
-        marked = [{**command, "correlationData": f"{mark}-{number}"} for number, command in enumerate(todo)]
-        self._link.publish(_REQUEST, msgspec.json.encode({"commands": marked}))
-        answers: dict[int, dict[str, Any]] = {}
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while len(answers) < len(todo):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise LinkError(
-                    f"the broker {self._address} did not answer within {ANSWER_TIMEOUT_S:g} s; is its "
-                    "dynamic-security plugin configured (edgeflame fleet init writes such a configuration)?"
-                )
-            for answer in self._take(left):
-                found, _, which = str(answer.get("correlationData", "")).partition("-")
-                if found == mark:
-                    answers[int(which)] = answer
-        for index, command in enumerate(todo):
-            if error := answers[index].get("error"):
-                raise FederationError(
-                    f"the broker {self._address} refuses {command['command']} of {command.get('username', '')}: {error}"
-                )
-        return [answers[number] for number in range(len(todo))]
+        marked = [{**command, "correlationData": f"{mark}-{number}"} for number, command in enumerate(commands)]
+        responses: dict[int, dict[str, Any]] = {}
 
-    def _take(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Deal with the next event; the answers in it."""
+        def collect(message: ReceivedMessage) -> bool | None:
+            for response in self._read_responses(message):
+                found, _, which = str(response.get("correlationData", "")).partition("-")
+                if found == mark:
+                    responses[int(which)] = response
+            return True if len(responses) == len(commands) else None
+
+        payload = msgspec.json.encode({"commands": marked})
+        if not self._session.request(_REQUEST, payload, collect, timeout_s=ANSWER_TIMEOUT_S):
+            raise LinkError(
+                f"the broker {self._url.address} did not answer within {ANSWER_TIMEOUT_S:g} s; is its "
+                "dynamic-security plugin configured (edgeflame fleet init writes such a configuration)?"
+            )
+        for index, command in enumerate(commands):
+            if error := responses[index].get("error"):
+                name = command.get("username", "")
+                raise FederationError(f"the broker {self._url.address} refuses {command['command']} of {name}: {error}")
+        return [responses[number] for number in range(len(commands))]
+
+    def _read_responses(self, message: ReceivedMessage) -> list[dict[str, Any]]:
+        if message.topic != _RESPONSE:
+            self._note_presence(message)
+            return []
         try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return []
-        if isinstance(event, ConnectionFailed):
-            raise event.error
-        if not isinstance(event, ReceivedMessage):
-            return []
-        event.done()
-        if event.topic == _RESPONSE:
+            document = msgspec.json.decode(message.payload, type=dict[str, list[dict[str, Any]]])
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise FederationError(f"the broker {self._url.address} gave an answer that cannot be read ({exc})") from exc
+        return document.get("responses", [])
+
+    def _note_presence(self, message: ReceivedMessage) -> None:
+        site = getattr(self._topics.parse(message.topic), "site", None)
+        if site is not None and message.payload:
             try:
-                responses = msgspec.json.decode(event.payload, type=dict[str, list[dict[str, Any]]])
-            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-                raise FederationError(f"the broker {self._address} gave an answer that cannot be read ({exc})") from exc
-            return responses.get("responses", [])
-        spoken = self._topics.parse(event.topic)
-        site = getattr(spoken, "site", None)
-        if site is not None and event.payload:
-            try:
-                self._presences[site] = decode_presence(event.payload)
+                self._presences[site] = decode_presence(message.payload)
             except FederationError as exc:
-                log.warning("message_refused", topic=event.topic, reason=str(exc))
-        return []
+                log.warning("message_refused", topic=message.topic, reason=str(exc))

@@ -1,25 +1,19 @@
 """Observing a fleet over MQTT: its training run and sites, and its releases and lines.
 
 :class:`FleetView` is put together from retained topics, heartbeats and answers; :class:`FleetModels` from what is
-retained about releases and lines. Both are pure. :class:`FleetObserver` is the connection that fills the first; it
-only reads.
+retained about releases and lines. Both are pure; a session with the broker fills them.
 """
 
 from __future__ import annotations
 
-import os
-import queue
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal
 
 import msgspec
 
 from edgeflame.errors import FederationError
-from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
 from edgeflame.mqtt.messages import (
     MAX_MESSAGE_BYTES,
     Heartbeat,
@@ -39,8 +33,8 @@ from edgeflame.mqtt.messages import (
     decode_round,
     decode_up,
 )
+from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import MessageTopic, Topics
-from edgeflame.mqtt.url import BrokerUrl
 
 SILENT_S = 5.0
 """Sites speak every second; one that has not been heard for so long deserves a look."""
@@ -233,60 +227,14 @@ class FleetView:
         site.bytes_per_s = site.steps_per_s * chunk_bytes if chunk_bytes else None
 
 
-class FleetObserver:
-    """A connection that only reads; a context manager.
-
-    Args:
-        url: the broker.
-        view: gets what is heard.
-        connect_timeout_s: give up if the broker was not reached within this time; None: never.
+def listen(session: Session, view: FleetView, seconds: float) -> None:
+    """Give a view what comes in so long, from a session that is subscribed to its :meth:`FleetView.filters`.
 
     Raises:
-        LinkError: the broker refuses us, or was not reached in time; here and in :meth:`listen`.
+        LinkError: the broker refuses us.
     """
-
-    def __init__(self, url: BrokerUrl, view: FleetView, *, connect_timeout_s: float | None) -> None:
-        self._view = view
-        self._events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
-        self._link = MqttClient(
-            url,
-            client_id=f"edgeflame-status-{os.getpid()}-{os.urandom(4).hex()}",
-            filters=view.filters(),
-            sink=self._events.put,
-            connect_timeout_s=connect_timeout_s,
-        )
-        try:
-            while not isinstance(self._take(None), Connected):
-                pass
-        except BaseException:
-            self._link.close()
-            raise
-
-    def __enter__(self) -> FleetObserver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._link.close()
-
-    def listen(self, seconds: float) -> None:
-        """For so long."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            self._take(left)
-
-    def _take(self, timeout_s: float | None) -> ClientEvent | None:
-        try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(event, ConnectionFailed):
-            raise event.error
-        if isinstance(event, ReceivedMessage):
-            self._view.take(event.topic, event.payload, time.monotonic())
-            event.done()
-        return event
+    for message in session.messages(seconds):
+        view.take(message.topic, message.payload, time.monotonic())
 
 
 WaitUntil = Literal["checked", "running"]

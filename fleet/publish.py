@@ -6,11 +6,10 @@ retained, and publishing the same package on the same terms continues the releas
 
 from __future__ import annotations
 
-import os
-import queue
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,18 +17,11 @@ from types import TracebackType
 
 import msgspec
 
-from edgeflame.errors import FederationError, LinkError, NegativeAnswerError, PackageError
+from edgeflame.errors import FederationError, NegativeAnswerError, PackageError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.connection import (
-    ClientEvent,
-    Connected,
-    ConnectionFailed,
-    Disconnected,
-    PublishResult,
-    ReceivedMessage,
-)
-from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, Release, decode_need, decode_release, encode_message
+from edgeflame.mqtt.connection import ReceivedMessage
+from edgeflame.mqtt.messages import Release, decode_need, decode_release, encode_message
+from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import MessageTopic, Topics
 from edgeflame.mqtt.url import BrokerUrl
 from edgeflame.package import read_package
@@ -38,8 +30,6 @@ from edgeflame.transfer.protocol import describe_file, unpack_mask
 from edgeflame.transfer.store import Outgoing
 from fleet.observe import FleetModels, ReleaseProgress, WaitUntil, unfinished_lines
 
-COLLECT_S = 0.6
-"""What is retained comes right after the subscription."""
 ANSWER_S = 10.0
 
 
@@ -49,8 +39,8 @@ def read_fleet_models(url: BrokerUrl, topics: Topics, *, connect_timeout_s: floa
     Raises:
         LinkError: the broker refuses us, or was not reached in time.
     """
-    with _ModelsObserver(url, topics, connect_timeout_s) as onlooker:
-        return onlooker.view
+    with _models_session(url, topics, connect_timeout_s) as (_, models):
+        return models
 
 
 def withdraw_release(url: BrokerUrl, topics: Topics, product: str, *, connect_timeout_s: float | None) -> Release:
@@ -60,73 +50,28 @@ def withdraw_release(url: BrokerUrl, topics: Topics, product: str, *, connect_ti
         NegativeAnswerError: there is none, or it was withdrawn before.
         LinkError: the broker refuses us, or was not reached in time.
     """
-    with _ModelsObserver(url, topics, connect_timeout_s) as onlooker:
-        release = onlooker.view.releases.get(product)
+    with _models_session(url, topics, connect_timeout_s) as (session, models):
+        release = models.releases.get(product)
         if release is None or release.withdrawn:
-            others = ", ".join(name for name, one in sorted(onlooker.view.releases.items()) if not one.withdrawn)
+            others = ", ".join(name for name, one in sorted(models.releases.items()) if not one.withdrawn)
             raise NegativeAnswerError(
                 f"nothing is released for the product {product!r} in the fleet {topics.fleet}; for these is: {others}"
             )
-        onlooker.publish(topics.release(product), encode_message(msgspec.structs.replace(release, withdrawn=True)))
+        withdrawn = encode_message(msgspec.structs.replace(release, withdrawn=True))
+        session.publish(topics.release(product), withdrawn, retain=True, wait_s=ANSWER_S)
         return release
 
 
-class _ModelsObserver:
-    def __init__(self, url: BrokerUrl, topics: Topics, connect_timeout_s: float | None) -> None:
-        self.view = FleetModels(topics)
-        self._events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
-        self._link = MqttClient(
-            url,
-            client_id=f"edgeflame-models-{os.getpid()}-{os.urandom(4).hex()}",
-            filters=self.view.filters(),
-            sink=self._events.put,
-            connect_timeout_s=connect_timeout_s,
-        )
-        try:
-            while not isinstance(self._next(None), Connected):
-                pass
-            until = time.monotonic() + COLLECT_S
-            while (left := until - time.monotonic()) > 0:
-                self._next(left)
-        except BaseException:
-            self._link.close()
-            raise
-
-    def __enter__(self) -> _ModelsObserver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._link.close()
-
-    def publish(self, topic: str, payload: bytes) -> None:
-        """Say something, retained, and wait until the broker has it.
-
-        Raises:
-            LinkError: it refuses it, or does not answer.
-        """
-        self._link.publish(topic, payload, retain=True, token=1)
-        until = time.monotonic() + ANSWER_S
-        while (left := until - time.monotonic()) > 0:
-            event = self._next(left)
-            if isinstance(event, PublishResult):
-                if event.error is not None:
-                    raise LinkError(f"the broker refuses it on {topic}: {event.error}")
-                return
-        raise LinkError(f"the broker did not answer within {ANSWER_S:g} s")
-
-    def _next(self, timeout_s: float | None) -> ClientEvent | None:
-        try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(event, ConnectionFailed):
-            raise event.error
-        if isinstance(event, ReceivedMessage):
-            self.view.take(event.topic, event.payload)
-            event.done()
-        return event
+@contextmanager
+def _models_session(
+    url: BrokerUrl, topics: Topics, connect_timeout_s: float | None
+) -> Iterator[tuple[Session, FleetModels]]:
+    """A session, and what is retained about releases and lines."""
+    models = FleetModels(topics)
+    with Session(url, name="models", filters=models.filters(), connect_timeout_s=connect_timeout_s) as session:
+        for message in session.retained():
+            models.take(message.topic, message.payload)
+        yield session, models
 
 
 log = EventLog("publish")
@@ -216,44 +161,41 @@ def publish_package(
         LinkError: the broker refuses us, or was not reached in time.
         StorageError: the file cannot be read any more.
     """
-    with _Publisher(path, release, terms, broker, topics, connect_timeout_s, report) as publisher:
+    view = FleetModels(topics)
+    filters = (*view.filters(), topics.all_line_up())
+    with (
+        Session(broker, name="publish", filters=filters, connect_timeout_s=connect_timeout_s) as session,
+        _Publisher(session, view, path, release, terms, topics, report) as publisher,
+    ):
         return publisher.run()
 
 
 class _Publisher:
     def __init__(
         self,
+        session: Session,
+        view: FleetModels,
         path: Path,
         release: Release,
         terms: ReleaseTerms,
-        broker: BrokerUrl,
         topics: Topics,
-        connect_timeout_s: float | None,
         report: Callable[[list[ReleaseProgress]], None],
     ) -> None:
+        self._session = session
+        self._view = view
         self._path = path
         self._terms = terms
         self._release = msgspec.structs.replace(release, lines=terms.lines, shadow_parts=terms.shadow_parts)
         self._topics = topics
         self._report = report
-        self._view = FleetModels(topics)
         self._expected: tuple[str, ...] = terms.lines
         self._outgoing: Outgoing | None = None
-        self._chunk_bytes = DEFAULT_CHUNK_BYTES
-        self._events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
-        self._is_up = False
-        self._is_announced = False
+        self._announced_at: int | None = None
+        """The number of the connection on which the release was announced last."""
         self._is_heard = False
         """Our announcement came back; what comes after it is newer."""
-        self._said: list[ReleaseProgress] = []
+        self._last_progress: list[ReleaseProgress] = []
         self._progress_at = 0.0
-        self._link = MqttClient(
-            broker,
-            client_id=f"edgeflame-publish-{os.getpid()}-{os.urandom(4).hex()}",
-            filters=[*self._view.filters(), topics.all_line_up()],
-            sink=self._events.put,
-            connect_timeout_s=connect_timeout_s,
-        )
 
     def __enter__(self) -> _Publisher:
         return self
@@ -261,29 +203,31 @@ class _Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._link.close()
         if self._outgoing is not None:
             self._outgoing.close()
 
     def run(self) -> list[ReleaseProgress]:
-        while not self._is_up:
-            self._step(None)
-        until = time.monotonic() + COLLECT_S
-        while (left := until - time.monotonic()) > 0:
-            self._step(left)
-        self._begin()
+        for message in self._session.retained():
+            self._handle_message(message)
+        self._start()
         self._progress_at = time.monotonic()
         while True:
-            self._step(TICK_S)
-            standings = self._look()
-            if not self._terms.stay and not unfinished_lines(standings):
-                return standings
+            self._send_chunks()
+            received = self._session.receive(TICK_S)
+            if received is not None:
+                self._handle_message(received)
+            # After a break the broker may have restarted, without what we had it keep.
+            if self._announced_at != self._session.num_connects:
+                self._announce()
+            progress = self._update_progress()
+            if not self._terms.stay and not unfinished_lines(progress):
+                return progress
             silent_s = time.monotonic() - self._progress_at
             if not self._terms.stay and self._terms.timeout_s is not None and silent_s > self._terms.timeout_s:
-                return standings
+                return progress
 
-    def _begin(self) -> None:
-        """Who is to take it, and whether it is announced already."""
+    def _start(self) -> None:
+        """Settle which lines are to take it, continue a release that is announced already, and announce it."""
         known = self._view.lines_of(self._release.product)
         if not self._expected:
             self._expected = known
@@ -300,87 +244,80 @@ class _Publisher:
             )
             log.info("release_continued", product=before.product, release=before.release[:8])
         self._announce()
+        log.info(
+            "release_announced",
+            product=self._release.product,
+            sha256=self._release.manifest.sha256[:12],
+            release=self._release.release[:8],
+            lines=", ".join(self._expected) or "none yet",
+        )
 
     def _announce(self) -> None:
-        if self._outgoing is None or self._outgoing.sender.manifest.chunk_bytes != self._chunk_bytes:
+        chunk_bytes = self._session.chunk_bytes
+        if self._outgoing is None or self._outgoing.sender.manifest.chunk_bytes != chunk_bytes:
             if self._outgoing is not None:
                 self._outgoing.close()
-            manifest = describe_file(self._path, chunk_bytes=self._chunk_bytes)
+            manifest = describe_file(self._path, chunk_bytes=chunk_bytes)
             if manifest.sha256 != self._release.manifest.sha256:
                 raise PackageError(f"{self._path}: it changed while it was being published; publish it again")
             self._release = msgspec.structs.replace(self._release, manifest=manifest)
             self._outgoing = Outgoing(self._path, manifest)
-        self._link.publish(self._topics.release(self._release.product), encode_message(self._release), retain=True)
-        if not self._is_announced:
-            self._is_announced = True
-            log.info(
-                "release_announced",
-                product=self._release.product,
-                sha256=self._release.manifest.sha256[:12],
-                release=self._release.release[:8],
-                lines=", ".join(self._expected) or "none yet",
+        self._session.publish(self._topics.release(self._release.product), encode_message(self._release), retain=True)
+        self._announced_at = self._session.num_connects
+
+    def _send_chunks(self) -> None:
+        if self._outgoing is not None and self._session.is_up:
+            sha256 = self._release.manifest.sha256
+            self._outgoing.pump(
+                lambda index, data: self._session.publish(self._topics.release_chunk(sha256, index), data)
             )
 
-    def _look(self) -> list[ReleaseProgress]:
+    def _update_progress(self) -> list[ReleaseProgress]:
+        """How the lines stand; reports it when it has changed."""
         if self._terms.stay:
             self._expected = tuple(sorted({*self._expected, *self._view.lines_of(self._release.product)}))
-        standings = [self._view.standing(line, self._release, self._terms.until) for line in self._expected]
-        if standings != self._said:
-            self._said = standings
+        progress = [self._view.standing(line, self._release, self._terms.until) for line in self._expected]
+        if progress != self._last_progress:
+            self._last_progress = progress
             self._progress_at = time.monotonic()
-            self._report(standings)
-        return standings
+            self._report(progress)
+        return progress
 
-    def _step(self, timeout_s: float | None) -> None:
+    def _handle_message(self, message: ReceivedMessage) -> None:
         try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            event = None
-        match event:
-            case ConnectionFailed():
-                raise event.error
-            case Connected():
-                self._is_up = True
-                self._chunk_bytes = event.chunk_bytes
-                if self._is_announced:
-                    self._announce()
-            case Disconnected():
-                self._is_up = False
-            case ReceivedMessage():
-                try:
-                    self._take(event)
-                except FederationError as exc:
-                    log.warning("message_refused", topic=event.topic, reason=str(exc))
-                event.done()
-            case _:
-                pass
-        if self._outgoing is not None and self._is_up:
-            sha256 = self._release.manifest.sha256
-            self._outgoing.pump(lambda index, data: self._link.publish(self._topics.release_chunk(sha256, index), data))
+            match self._topics.parse(message.topic):
+                case MessageTopic(kind="line_up", line=str(line)):
+                    self._handle_request(line, message.payload)
+                case MessageTopic(kind="release", product=product) if (
+                    product == self._release.product and self._announced_at is not None
+                ):
+                    self._handle_release(decode_release(message.payload, self._release.product))
+                case _:
+                    self._view.take(message.topic, message.payload)
+        except FederationError as exc:
+            log.warning("message_refused", topic=message.topic, reason=str(exc))
 
-    def _take(self, event: ReceivedMessage) -> None:
-        match self._topics.parse(event.topic):
-            case MessageTopic(kind="line_up", line=str(line)):
-                need = decode_need(event.payload)
-                if self._outgoing is not None and need.sha256 == self._release.manifest.sha256:
-                    missing = unpack_mask(need.missing, self._release.manifest.num_chunks)
-                    self._outgoing.sender.need(
-                        line, missing, resend=need.resend, now=time.monotonic(), window=need.window
-                    )
-            case MessageTopic(kind="release", product=product) if (
-                product == self._release.product and self._is_announced
-            ):
-                said = decode_release(event.payload, self._release.product)
-                if said.release == self._release.release:
-                    self._is_heard = True
-                elif self._is_heard:
-                    raise NegativeAnswerError(
-                        f"another release of {said.product!r} took this one's place: {said.name or said.release}"
-                    )
-                if said.withdrawn and self._is_heard:
-                    raise NegativeAnswerError(f"this release of {said.product!r} was withdrawn meanwhile")
-            case _:
-                self._view.take(event.topic, event.payload)
+    def _handle_request(self, line: str, payload: bytes) -> None:
+        """A line says which chunks it lacks."""
+        need = decode_need(payload)
+        if self._outgoing is not None and need.sha256 == self._release.manifest.sha256:
+            missing = unpack_mask(need.missing, self._release.manifest.num_chunks)
+            self._outgoing.sender.need(line, missing, resend=need.resend, now=time.monotonic(), window=need.window)
+
+    def _handle_release(self, announced: Release) -> None:
+        """What is announced for the product: ours, or what came after it.
+
+        Raises:
+            NegativeAnswerError: ours was replaced or withdrawn.
+        """
+        if announced.release == self._release.release:
+            self._is_heard = True
+        elif self._is_heard:
+            raise NegativeAnswerError(
+                f"another release of {announced.product!r} took this one's place: {announced.name or announced.release}"
+            )
+        if announced.withdrawn and self._is_heard:
+            raise NegativeAnswerError(f"this release of {announced.product!r} was withdrawn meanwhile")
 
 
 def _is_same(before: Release, release: Release) -> bool:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import queue
-import time
 import uuid
+from typing import TypeVar
 
 import msgspec
 
 from edge.commands.messages import Command, Reply
 from edge.status import LineState
 from edgeflame.errors import LinkError
-from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
+from edgeflame.mqtt.connection import ReceivedMessage
+from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import Topics, check_name
 from edgeflame.mqtt.url import BrokerUrl
 
 STATE_GRACE_S = 1.0
 """The retained state comes right after the subscription; a line without one has never been connected."""
-
-
 REPEAT_S = 2.0
-"""A command may be lost in a flood, or while the line's connection is made anew: it is said again after so long."""
+"""A command may be lost in a flood, or while the line connects anew: it is sent again after so long."""
+
+T = TypeVar("T", Reply, LineState)
 
 
 def new_id() -> str:
@@ -40,85 +38,55 @@ def send_command(
     """
     topics = Topics(fleet=fleet)
     check_name("line", line)
-    events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
-    link = MqttClient(
-        url,
-        client_id=f"edgeflame-command-{os.getpid()}-{os.urandom(4).hex()}",
-        filters=[topics.line_state(line), topics.line_reply(line)],
-        sink=events.put,
-        connect_timeout_s=connect_timeout_s,
-    )
-    try:
-        return _converse(link, events, topics, line, command, timeout_s)
-    finally:
-        link.close(flush_s=0.5)
+    filters = (topics.line_state(line), topics.line_reply(line))
+    payload = msgspec.json.encode(command)
+    with Session(url, name="command", filters=filters, connect_timeout_s=connect_timeout_s) as session:
+
+        def match(message: ReceivedMessage) -> Reply | None:
+            if message.topic == topics.line_reply(line):
+                reply = _decode(message.payload, Reply)
+                return reply if reply is not None and reply.id == command.id else None
+            state = _decode(message.payload, LineState)
+            if state is not None:
+                _require_online(line, state)
+                if not message.retained:
+                    # The line has just come, and may not have heard us.
+                    session.publish(topics.line_command(line), payload)
+            return None
+
+        _require_line(session, topics, line)
+        # A command of the same id is answered again and not done twice.
+        reply = session.request(topics.line_command(line), payload, match, timeout_s=timeout_s, repeat_s=REPEAT_S)
+    if reply is None:
+        raise LinkError(
+            f"line {line} has not answered within {timeout_s:g} s; may we send commands (see its log and ours)?"
+        )
+    return reply
 
 
-def _converse(
-    link: MqttClient,
-    events: queue.SimpleQueue[ClientEvent],
-    topics: Topics,
-    line: str,
-    command: Command,
-    timeout_s: float,
-) -> Reply:
+def _require_line(session: Session, topics: Topics, line: str) -> None:
+    """Wait until the line's state says that it is online; an offline one may come back within ``STATE_GRACE_S``."""
     state: LineState | None = None
-    deadline: float | None = None
-    grace = say_again = 0.0
-    while True:
-        try:
-            event = events.get(timeout=0.1)
-        except queue.Empty:
-            event = None
-        now = time.monotonic()
-        match event:
-            case ConnectionFailed(error=error):
-                raise error
-            case Connected():
-                deadline, grace, say_again = now + timeout_s, now + STATE_GRACE_S, now
-            case ReceivedMessage():
-                event.done()
-                if event.topic == topics.line_reply(line):
-                    reply = _reply(event.payload)
-                    if reply is not None and reply.id == command.id:
-                        return reply
-                elif (heard := _state(event.payload)) is not None:
-                    state = heard
-                    if not event.retained:
-                        # The line has just come, and may not have heard us.
-                        say_again = now
-            case _:
-                pass
-        if deadline is None:
-            continue
-        if now >= say_again:
-            # A command of the same id is answered again and not done twice.
-            link.publish(topics.line_command(line), msgspec.json.encode(command))
-            say_again = now + REPEAT_S
-        if state is not None and not state.online and now > grace:
-            raise LinkError(
-                f"line {line} is offline: the broker last saw it with model {state.model} on {state.source}"
-            )
-        if state is None and now > grace:
-            raise LinkError(
-                f"no line {line!r} has ever announced itself on this broker in the fleet {topics.fleet!r}; is its name "
-                "right, and does its configuration have [mqtt]?"
-            )
-        if now > deadline:
-            raise LinkError(
-                f"line {line} has not answered within {timeout_s:g} s; may we send commands (see its log and ours)?"
-            )
+    for message in session.messages(STATE_GRACE_S):
+        if message.topic == topics.line_state(line):
+            state = _decode(message.payload, LineState) or state
+            if state is not None and state.online:
+                return
+    if state is None:
+        raise LinkError(
+            f"no line {line!r} has ever announced itself on this broker in the fleet {topics.fleet!r}; is its name "
+            "right, and does its configuration have [mqtt]?"
+        )
+    _require_online(line, state)
 
 
-def _reply(payload: bytes) -> Reply | None:
+def _require_online(line: str, state: LineState) -> None:
+    if not state.online:
+        raise LinkError(f"line {line} is offline: the broker last saw it with model {state.model} on {state.source}")
+
+
+def _decode(payload: bytes, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(payload, type=Reply)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-def _state(payload: bytes) -> LineState | None:
-    try:
-        return msgspec.json.decode(payload, type=LineState)
+        return msgspec.json.decode(payload, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None

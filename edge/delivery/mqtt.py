@@ -15,11 +15,8 @@ documentation of MQTT discovery and of the MQTT sensor.
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import queue
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -32,14 +29,12 @@ from edgeflame.log import EventLog
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import (
     ClientEvent,
-    Connected,
-    ConnectionFailed,
     Disconnected,
     LastWill,
-    PublishResult,
     ReceivedMessage,
 )
 from edgeflame.mqtt.kit import Kit, read_kit
+from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import Topics
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 
@@ -154,7 +149,7 @@ class MqttDestination:
             raise ConfigError(f"mqtt: {exc}") from exc
         self._state = state
         self._announced: LineState | None = None
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._availability: _Availability | None = None
         self._take = take
 
@@ -163,7 +158,7 @@ class MqttDestination:
         session = self._session
         if session is not None:
             with contextlib.suppress(LinkError):
-                session.link.publish(self._topics.line_reply(self._config.line), reply)
+                session.publish(self._topics.line_reply(self._config.line), reply)
 
     def announce(self, state: LineState) -> None:
         """What the line runs from now on; told to the broker by the next :meth:`idle` or :meth:`deliver`."""
@@ -175,19 +170,16 @@ class MqttDestination:
         Raises:
             LinkError: not one was acknowledged in order.
         """
-        session = self._connected()
+        session, num_arrived = self._connected(), 0
         try:
-            arrived = session.publish_all(
-                self._topics.line_result(self._config.line), [(item.number, item.encode()) for item in deliveries]
-            )
-        except LinkError:
-            session.is_broken = True
-            raise
+            topic = self._topics.line_result(self._config.line)
+            payloads = [delivery.encode() for delivery in deliveries]
+            num_arrived = session.publish_all(topic, payloads, timeout_s=self._config.timeout_s)
         finally:
-            # A new link after any trouble: what the old one still held would be sent again without being marked.
-            if session.is_broken:
+            # A new connection after any trouble: what the old one still held would be sent again without being marked.
+            if num_arrived < len(deliveries):
                 self._drop(flush_s=0.0)
-        return arrived
+        return deliveries[num_arrived - 1].number
 
     def idle(self) -> None:
         """Keep the line's state on the broker true between parts: connect, and connect again when that broke.
@@ -196,7 +188,7 @@ class MqttDestination:
             LinkError: the broker cannot be reached or refuses us.
         """
         try:
-            self._connected().check()
+            self._connected().poll()
         except LinkError:
             self._drop(flush_s=0.0)
             raise
@@ -204,60 +196,49 @@ class MqttDestination:
     def close(self) -> None:
         if self._session is not None:
             offline = msgspec.structs.replace(self._state, online=False)
-            self._session.link.publish(self._state_topic, msgspec.json.encode(offline), retain=True)
+            self._session.publish(self._state_topic, msgspec.json.encode(offline), retain=True)
         self._drop(flush_s=1.0)
 
     @property
     def _state_topic(self) -> str:
         return self._topics.line_state(self._config.line)
 
-    def _connected(self) -> _Session:
+    def _connected(self) -> Session:
         if self._session is None:
             offline = msgspec.structs.replace(self._state, online=False)
-            events: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
-            session = _Session(
-                MqttClient(
-                    self._url,
-                    client_id=_client_id(self._config),
-                    filters=[self._state_topic, self._topics.line_command(self._config.line)],
-                    sink=partial(self._hear, events),
-                    will=LastWill(topic=self._state_topic, payload=msgspec.json.encode(offline)),
-                    connect_timeout_s=self._config.timeout_s,
-                ),
-                events,
-                self._config.timeout_s,
+            session = Session(
+                self._url,
+                name="line",
+                client_id=_client_id(self._config),
+                filters=(self._state_topic, self._topics.line_command(self._config.line)),
+                will=LastWill(topic=self._state_topic, payload=msgspec.json.encode(offline)),
+                connect_timeout_s=self._config.timeout_s,
+                reconnect=False,
+                on_message=self._on_message,
             )
-            try:
-                session.wait_until_up()
-            except LinkError:
-                session.link.close(flush_s=0.0)
-                raise
-            self._session, self._announced = session, None
+            self._session, self._announced = session.connect(), None
             self._availability = _Availability(self._url, self._config)
             if self._config.home_assistant is not None:
                 cameras = [camera.name for camera in self._state.cameras]
                 told = home_assistant_discovery(self._config.home_assistant, self._topics, self._config.line, cameras)
                 for topic, payload in told:
-                    session.link.publish(topic, payload, retain=True)
+                    session.publish(topic, payload, retain=True)
         if self._announced != (state := self._state):
-            self._session.link.publish(self._state_topic, msgspec.json.encode(state), retain=True)
+            self._session.publish(self._state_topic, msgspec.json.encode(state), retain=True)
             self._announced = state
         return self._session
 
-    def _hear(self, events: queue.SimpleQueue[ClientEvent], event: ClientEvent) -> None:
-        """On the link's thread: commands go to whoever takes them, everything else to the delivery."""
-        if isinstance(event, ReceivedMessage) and event.topic != self._state_topic:
-            event.done()
-            self._take(event.payload, event.retained)
-            return
-        events.put(event)
+    def _on_message(self, message: ReceivedMessage) -> None:
+        """On the client's thread: commands go to whoever takes them; the line's own state it knows."""
+        if message.topic != self._state_topic:
+            self._take(message.payload, message.retained)
 
     def _drop(self, *, flush_s: float) -> None:
         if self._availability is not None:
             self._availability.close(flush_s=flush_s)
             self._availability = None
         if self._session is not None:
-            self._session.link.close(flush_s=flush_s)
+            self._session.close(flush_s=flush_s)
             self._session = None
 
 
@@ -293,81 +274,3 @@ class _Availability:
                 event.done()
             case _:
                 pass
-
-
-class _Session:
-    """One connection, from its making to its first trouble."""
-
-    def __init__(self, link: MqttClient, events: queue.SimpleQueue[ClientEvent], timeout_s: float) -> None:
-        self.link = link
-        self.is_broken = False
-        self._events = events
-        self._timeout_s = timeout_s
-
-    def wait_until_up(self) -> None:
-        """Until the broker has taken us.
-
-        Raises:
-            LinkError: it did not.
-        """
-        # The link gives up by itself at the same time, with a better reason than ours.
-        while not isinstance(self._next(self._timeout_s + 5.0), Connected):
-            pass
-
-    def check(self) -> None:
-        """Look at what has come meanwhile.
-
-        Raises:
-            LinkError: the connection broke.
-        """
-        with contextlib.suppress(queue.Empty):
-            while True:
-                _raise_trouble(self._events.get_nowait())
-
-    def publish_all(self, topic: str, messages: Sequence[tuple[int, bytes]]) -> int:
-        """Publish in order; the highest number acknowledged with all before it.
-
-        Raises:
-            LinkError: the first was not acknowledged.
-        """
-        for number, payload in messages:
-            self.link.publish(topic, payload, token=number)
-        waiting = collections.deque(number for number, _ in messages)
-        acknowledged: set[int] = set()
-        arrived = 0
-        try:
-            while waiting:
-                event = self._next(self._timeout_s)
-                if not isinstance(event, PublishResult):
-                    continue
-                if event.error is not None:
-                    raise LinkError(f"the broker refuses results on {topic}: {event.error}")
-                acknowledged.add(event.token)
-                while waiting and waiting[0] in acknowledged:
-                    arrived = waiting.popleft()
-        except LinkError:
-            if not arrived:
-                raise
-            self.is_broken = True
-        return arrived
-
-    def _next(self, timeout_s: float) -> ClientEvent:
-        try:
-            event = self._events.get(timeout=timeout_s)
-        except queue.Empty:
-            raise LinkError(f"no answer from the broker within {timeout_s:g} s") from None
-        _raise_trouble(event)
-        return event
-
-
-def _raise_trouble(event: ClientEvent) -> None:
-    match event:
-        case ConnectionFailed():
-            raise event.error
-        case Disconnected():
-            raise LinkError(f"the connection to the broker was lost: {event.reason}")
-        case ReceivedMessage():
-            # The line's own state.
-            event.done()
-        case Connected() | PublishResult():
-            pass
