@@ -305,20 +305,18 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
 
     The page is one file that loads nothing. With --state it shows a run that is still going as well.
     """
-    from time import strftime
-
     from cli.pages.fleet_report import render_run_page
-    from edgeflame import __version__
+    from cli.pages.page import write_page
     from edgeflame.errors import UsageError
-    from edgeflame.state import atomic_write, storage_errors
+    from edgeflame.state import storage_errors
 
     if (state is None) == (ledger_file is None):
         raise UsageError("--state or --ledger: exactly one of them has to say which run")
     ledger = _from_journal(state) if state is not None else _from_file(ledger_file)
-    page = render_run_page(ledger, version=__version__, made=strftime("%Y-%m-%d %H:%M"))
+    page = render_run_page(ledger)
     with storage_errors(out, "create the folder of"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, page.encode())
+    write_page(out, page)
     click.echo(f"{out}: run {ledger['run'][:8]}, {ledger['outcome']}, rounds begun: {len(ledger['rounds'])}")
 
 

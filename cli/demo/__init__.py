@@ -50,7 +50,6 @@ def run_demo(plan: Any) -> None:
     from cli.demo.report import ReportContents, write_demo_report
     from cli.demo.stages import ChildProcesses
     from cli.output import progress_bar
-    from edgeflame import __version__
     from edgeflame.log import Progress
     from edgeflame.state import write_json
 
@@ -83,8 +82,6 @@ def run_demo(plan: Any) -> None:
             samples=samples,
             ledger=ledger,
             stages=timings,
-            version=__version__,
-            finished=time.strftime("%Y-%m-%d %H:%M"),
         )
     )
     # A pipe has no width of its own; the table must not be cut to the 80 columns assumed for it.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.demo.plan import CONDITIONS, DemoPlan, DemoSiteResult, InspectedPart
+from cli.demo.plan import CONDITIONS, DemoPlan, DemoSiteResult
+from cli.pages.charts import WIDE, Axis, Chart
 from cli.pages.page import render_page, write_page
 from edgeflame.dataset import GOOD
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from edgeflame.images import ImageU8
 
 
-CHART_WIDTH = 720
+STYLES = {"none": "many", "alone": "c1", "federated": "c0"}
+"""Colours of the conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,6 @@ class ReportContents:
     ledger: dict[str, Any]
     stages: Sequence[tuple[str, float]]
     """What was done and how many seconds it took."""
-    version: str
-    finished: str
 
 
 def write_demo_report(contents: ReportContents) -> Path:
@@ -59,23 +59,23 @@ def write_demo_report(contents: ReportContents) -> Path:
         MissingDependencyError: jinja2 is not installed.
         StorageError: the folder cannot be written.
     """
+    results = contents.results
     page = render_page(
-        "cli.demo",
-        "report.html.j2",
+        "demo.html.j2",
         contents=contents,
         plan=contents.plan,
-        results=contents.results,
+        results=results,
         conditions=CONDITIONS,
         samples_by_label=_by_label(contents.samples),
         contributions=_contributions(contents.ledger),
-        auroc=_auroc_chart(contents.results),
-        strips=[_strip_chart(result) for result in contents.results],
-        total=sum(len(result.inspected) for result in contents.results),
-        missed=sum(result.num_missed for result in contents.results),
-        false_rejects=sum(result.num_false_rejects for result in contents.results),
-        mean_auroc=_mean(contents.results, "federated"),
-        mean_auroc_none=_mean(contents.results, "none"),
-        chart_width=CHART_WIDTH,
+        auroc=_auroc_chart(results),
+        auroc_key=[(style, CONDITIONS[name]) for name, style in STYLES.items()],
+        strips=[(result, _strip_chart(result)) for result in results],
+        total=sum(len(result.inspected) for result in results),
+        missed=sum(result.num_missed for result in results),
+        false_rejects=sum(result.num_false_rejects for result in results),
+        mean_auroc=_mean(results, "federated"),
+        mean_auroc_none=_mean(results, "none"),
     )
     write_page(contents.plan.report, page)
     _write_heat_maps(contents)
@@ -118,59 +118,51 @@ def _mean(results: Sequence[DemoSiteResult], condition: str) -> float:
     return float(sum(result.metrics[condition]["image_AUROC"] for result in results) / len(results))
 
 
-def _auroc_chart(results: Sequence[DemoSiteResult]) -> dict[str, Any]:
-    """Dots on a line from the worst figure (rounded down) to 1, one row a site and kind."""
-    values = [
-        result.metrics[c][kind] for result in results for c in CONDITIONS for kind in ("image_AUROC", "pixel_AUROC")
-    ]
+def _auroc_chart(results: Sequence[DemoSiteResult]) -> str:
+    """Dots on a line from the worst figure (rounded down) to 1, one row a site and kind of figure."""
+    kinds = {"image_AUROC": "image", "pixel_AUROC": "pixel"}
+    rows = [(result, kind) for result in results for kind in kinds]
+    values = [result.metrics[c][kind] for result, kind in rows for c in CONDITIONS]
     low = min(0.9, math.floor(min(value for value in values if value is not None) * 20) / 20)
-    x = _scale(low, 1.0, 150, CHART_WIDTH - 30)
-    rows: list[dict[str, Any]] = []
-    for result in results:
-        for kind, name in (("image_AUROC", "image"), ("pixel_AUROC", "pixel")):
-            dots = [
-                # A little apart, or equal figures would hide each other.
-                {"condition": condition, "x": x(value), "dy": 7 * (index - 1), "value": value}
-                for index, condition in enumerate(CONDITIONS)
-                if (value := result.metrics[condition][kind]) is not None
-            ]
-            rows.append({"site": result.site, "kind": name, "y": 38 + 36 * len(rows), "dots": dots})
     step = 0.05 if 1 - low <= 0.3 else 0.1
-    ticks = [low + step * index for index in range(round((1 - low) / step) + 1)]
-    return {"rows": rows, "ticks": [(x(tick), f"{tick:.2f}") for tick in ticks], "height": 38 + 36 * len(rows)}
+    steps = [low + step * index for index in range(round((1 - low) / step) + 1)]
+    chart = Chart(
+        "AUROC by site and condition",
+        Axis(low=low - 0.004, high=1.004, ticks=[(tick, f"{tick:.2f}") for tick in steps]),
+        Axis(
+            low=len(rows) - 0.5,
+            high=-0.5,
+            ticks=[(row, f"{result.site} · {kinds[kind]}") for row, (result, kind) in enumerate(rows)],
+        ),
+        width=WIDE,
+        height=36 * len(rows) + 40,
+    )
+    for row, (result, kind) in enumerate(rows):
+        for index, (condition, style) in enumerate(STYLES.items()):
+            value = result.metrics[condition][kind]
+            if value is not None:
+                # A little apart, or equal figures would hide each other.
+                title = f"{CONDITIONS[condition]}: {value:.3f}"
+                chart.dots([(value, row + 0.2 * (index - 1), title)], style, radius=5)
+    return chart.svg()
 
 
-def _strip_chart(result: DemoSiteResult) -> dict[str, Any]:
+def _strip_chart(result: DemoSiteResult) -> str:
     """Every inspected part of one line: its order across, its score over the threshold upwards (log scale)."""
     ratios = [part.score / result.threshold for part in result.inspected if part.score]
     low, high = min(0.4, *ratios) * 0.95, max(2.0, *ratios) * 1.05
-    height = 170
-    y = _scale(math.log(high), math.log(low), 10, height - 10)
-    x = _scale(0, max(1, len(result.inspected) - 1), 50, CHART_WIDTH - 20)
-    dots = [
-        {
-            "x": x(index),
-            "y": y(math.log(part.score / result.threshold)) if part.score else height - 10,
-            "kind": _kind(part),
-            "title": f"{part.part_id}: {(part.label or '').replace('_', ' ')}, {part.verdict}"
-            + (f", score {part.score:.1f}" if part.score else ""),
-        }
-        for index, part in enumerate(result.inspected)
-    ]
-    marks = [ratio for ratio in (0.5, 1, 2, 4, 8, 16) if low < ratio < high]
-    return {
-        "result": result,
-        "dots": dots,
-        "height": height,
-        "threshold_y": y(0.0),
-        "marks": [(y(math.log(ratio)), f"{ratio:g}×") for ratio in marks],
-    }
-
-
-def _kind(part: InspectedPart) -> str:
-    truth = "good" if part.label == "good" else "defective"
-    return f"{truth} {'right' if part.is_right else 'wrong'}"
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)
+    marks = [(mark, f"{mark:g}×") for mark in (0.5, 1, 2, 4, 8, 16) if low < mark < high]
+    chart = Chart(
+        f"Scores of {result.site}",
+        Axis(low=-0.7, high=len(result.inspected) - 0.3, ticks=()),
+        Axis(low=low, high=high, ticks=marks, log=True),
+        width=WIDE,
+        height=180,
+    )
+    chart.rule("limit", y=1.0)
+    for index, part in enumerate(result.inspected):
+        title = f"{part.part_id}: {(part.label or '').replace('_', ' ')}, {part.verdict}"
+        title += f", score {part.score:.1f}" if part.score else ""
+        style = ("good" if part.label == GOOD else "bad") + ("" if part.is_right else " wrong")
+        chart.dots([(index, part.score / result.threshold if part.score else low, title)], style, radius=5)
+    return chart.svg()

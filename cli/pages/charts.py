@@ -1,179 +1,257 @@
-"""Curves and histograms as SVG to put into a page. Their colours are the page's, so they follow its light or dark."""
+"""Charts of the pages: lines, dots and bars on two axes, as SVG whose colours are classes of ``style.css``.
+
+A chart is drawn in a frame whose size is in its own units, and scales with the page. Letters scale with it: a chart's
+frame is as wide as the place it is made for. Curves and histograms of scores are made here too.
+"""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from edgeflame.dataset import GOOD
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    Scores = npt.NDArray[np.floating]
 
 
-WIDTH_IN, DPI = 5.2, 100
+NARROW, HALF, WIDE = 360, 500, 860
+"""Widths of charts of which three, two and one fit beside each other on a page."""
 
-# matplotlib knows no CSS: it draws in colours that nobody would choose, which then become the page's variables.
-_VARIABLES = {
-    "#010203": "var(--ink)",
-    "#010204": "var(--soft)",
-    "#010205": "var(--line)",
-    "#010206": "var(--good)",
-    "#010207": "var(--bad)",
-    "#010208": "var(--accent)",
-    **{f"#01030{index}": f"var(--class{index})" for index in range(6)},
-}
-_COLOUR = {css.removeprefix("var(--").removesuffix(")"): code for code, css in _VARIABLES.items()}
+_LETTER = 7.2
+"""Width of a letter, about: the room for labels is made by it."""
+
+NUM_COLOURS = 8
+"""Classes ``c0`` to ``c7``."""
 
 
-def roc_chart(
-    good: npt.NDArray[np.floating], by_class: Mapping[str, npt.NDArray[np.floating]], threshold: float
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis of a chart.
+
+    Attributes:
+        low: value at its beginning.
+        high: value at its end.
+        ticks: values that are written on it, with their text.
+        label: what it shows.
+        log: whether equal distances are equal ratios.
+        grid: whether a line goes through each tick.
+    """
+
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+    label: str = ""
+    log: bool = False
+    grid: bool = True
+
+    def share(self, value: float) -> float:
+        """Where a value lies: 0 at the axis's beginning, 1 at its end."""
+        low, high, value = (math.log(one) if self.log else one for one in (self.low, self.high, value))
+        return 0.5 if high == low else (value - low) / (high - low)
+
+
+def round_axis(values: Iterable[float]) -> Axis:
+    """An axis with about four round ticks, which enclose the values."""
+    listed = list(values)
+    low, high = min(listed), max(listed)
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        room = abs(high) * 0.1 or 1.0
+        low, high = low - room, high + room
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [number * step for number in range(first, last + 1)]
+    return Axis(low=ticks[0], high=ticks[-1], ticks=[(tick, f"{tick:.6g}") for tick in ticks])
+
+
+class Chart:
+    """A chart that is drawn from back to front.
+
+    ``style`` is everywhere one or more classes of the style sheet; ``title`` is what is shown under the pointer.
+    """
+
+    def __init__(self, name: str, x: Axis, y: Axis, *, width: int = HALF, height: int = 240) -> None:
+        """Draw an empty one with its axes.
+
+        Args:
+            name: for those who do not see it.
+            x: to the right.
+            y: upwards.
+            width: of the frame, with all labels.
+            height: of the frame, with all labels.
+        """
+        self._name, self._width, self._height = name, width, height
+        self._x, self._y = x, y
+        self._left = 16 + _LETTER * max((len(text) for _, text in y.ticks), default=0)
+        self._right, self._top = width - 14, 30 if y.label else 12
+        self._bottom = height - (46 if x.label else 28 if x.ticks else 8)
+        self._parts: list[str] = []
+        self._axes()
+
+    def rule(self, style: str, *, x: float | None = None, y: float | None = None) -> None:
+        """Draw a line through the whole chart at a value of ``x`` or of ``y``."""
+        if x is not None:
+            self._line(style, self._across(x), self._top, self._across(x), self._bottom)
+        if y is not None:
+            self._line(style, self._left, self._up(y), self._right, self._up(y))
+
+    def curve(self, points: Iterable[tuple[float, float]], style: str) -> None:
+        """Draw a line through points."""
+        placed = dict.fromkeys(f"{self._across(x)},{self._up(y)}" for x, y in points)
+        self._parts.append(f'<polyline class="curve {style}" points="{" ".join(placed)}"/>')
+
+    def dots(self, points: Iterable[tuple[float, float, str]], style: str, *, radius: float = 4.5) -> None:
+        """Draw points ``(x, y, title)``."""
+        for x, y, title in points:
+            self._parts.append(
+                f'<circle class="{style}" cx="{self._across(x)}" cy="{self._up(y)}" r="{radius}">'
+                f"<title>{escape(title)}</title></circle>"
+            )
+
+    def bar(self, x: tuple[float, float], y: tuple[float, float], style: str, title: str = "") -> None:
+        """Draw a rectangle from one value to another on each axis."""
+        left, right, top, bottom = self._across(x[0]), self._across(x[1]), self._up(y[1]), self._up(y[0])
+        self._parts.append(
+            f'<rect class="{style}" x="{left}" y="{top}" width="{max(0.0, right - left):.1f}" '
+            f'height="{max(0.0, bottom - top):.1f}"><title>{escape(title)}</title></rect>'
+        )
+
+    def svg(self) -> str:
+        """The ``<svg>`` element."""
+        return (
+            f'<svg class="chart{" wide" if self._width >= WIDE else ""}" viewBox="0 0 {self._width} {self._height}" '
+            f'role="img" aria-label="{escape(self._name)}">{"".join(self._parts)}</svg>'
+        )
+
+    def _axes(self) -> None:
+        for value, text in self._y.ticks:
+            if self._y.grid:
+                self.rule("grid", y=value)
+            self._text(self._left - 8, self._up(value) + 5, text, "end")
+        for value, text in self._x.ticks:
+            if self._x.grid:
+                self.rule("grid", x=value)
+            self._text(self._across(value), self._bottom + 18, text, "middle")
+        if self._y.label:
+            self._text(0, 14, f"↑ {self._y.label}", "start")
+        if self._x.label:
+            self._text(self._right, self._height - 5, f"{self._x.label} →", "end")
+
+    def _across(self, x: float) -> float:
+        return round(self._left + self._x.share(x) * (self._right - self._left), 1)
+
+    def _up(self, y: float) -> float:
+        return round(self._bottom - self._y.share(y) * (self._bottom - self._top), 1)
+
+    def _line(self, style: str, x1: float, y1: float, x2: float, y2: float) -> None:
+        self._parts.append(f'<line class="{style}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
+
+    def _text(self, x: float, y: float, text: str, anchor: str) -> None:
+        self._parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+
+
+def class_styles(names: Sequence[str]) -> dict[str, str]:
+    """A style for each name; from the ninth on the colours come again, dashed, then dotted."""
+    dashes = ("", " dashed", " dotted")
+    return {name: f"c{i % NUM_COLOURS}{dashes[i // NUM_COLOURS % 3]}" for i, name in enumerate(names)}
+
+
+def roc_chart(good: Scores, by_class: Mapping[str, Scores], threshold: float) -> str:
     """Shares of defective images caught against good ones rejected; the dot is the threshold."""
     import numpy as np
     from sklearn.metrics import roc_curve
 
-    figure, axes = _figure(4.3)
-    for style, name, labels, scores in _curves(good, by_class):
-        fpr, tpr, _ = roc_curve(labels, scores)
-        axes.plot(fpr, tpr, label=name, **style)
+    chart = _unit_square("ROC", "good photographs rejected", "defective photographs caught")
+    chart.curve([(0, 0), (1, 1)], "back")
+    for style, labels, scores in _curves(good, by_class):
+        rejected, caught, _ = roc_curve(labels, scores)
+        chart.curve(zip(rejected, caught, strict=True), style)
     everything = np.concatenate(list(by_class.values()))
-    axes.plot([0, 1], [0, 1], color=_COLOUR["line"], linewidth=1)
-    axes.plot((good > threshold).mean(), (everything > threshold).mean(), **_DOT)
-    axes.set_xlabel("good photographs rejected")
-    axes.set_ylabel("defective photographs caught")
-    return _finish(figure, axes, "roc", legend="lower right")
+    at = float((good > threshold).mean()), float((everything > threshold).mean())
+    chart.dots([(*at, f"at the threshold: {at[0]:.1%} rejected, {at[1]:.1%} caught")], "accent", radius=5.5)
+    return chart.svg()
 
 
-def precision_recall_chart(
-    good: npt.NDArray[np.floating], by_class: Mapping[str, npt.NDArray[np.floating]], threshold: float
-) -> str:
+def precision_recall_chart(good: Scores, by_class: Mapping[str, Scores], threshold: float) -> str:
     """How many of the rejected are defective against how many of the defective are caught."""
     import numpy as np
     from sklearn.metrics import precision_recall_curve
 
-    figure, axes = _figure(4.3)
-    for style, name, labels, scores in _curves(good, by_class):
+    chart = _unit_square(
+        "precision and recall", "defective photographs caught", "share of the rejected that is defective"
+    )
+    for style, labels, scores in _curves(good, by_class):
         precision, recall, _ = precision_recall_curve(labels, scores)
-        axes.plot(recall, precision, label=name, drawstyle="steps-post", **style)
+        # Between two thresholds the precision is that of the one before.
+        corners = np.stack([np.repeat(recall, 2)[1:], np.repeat(precision, 2)[:-1]], axis=1)
+        chart.curve(((x, y) for x, y in corners), style)
     everything = np.concatenate(list(by_class.values()))
-    caught, rejected = (everything > threshold).sum(), (good > threshold).sum()
+    caught, rejected = int((everything > threshold).sum()), int((good > threshold).sum())
     if caught + rejected:
-        axes.plot(caught / len(everything), caught / (caught + rejected), **_DOT)
-    axes.set_xlabel("defective photographs caught")
-    axes.set_ylabel("share of the rejected that is defective")
-    return _finish(figure, axes, "pr", legend=None)
+        at = caught / len(everything), caught / (caught + rejected)
+        chart.dots([(*at, f"at the threshold: {at[0]:.1%} caught, precision {at[1]:.1%}")], "accent", radius=5.5)
+    return chart.svg()
 
 
-def histogram_chart(by_label: Mapping[str, npt.NDArray[np.floating]], threshold: float) -> str:
+def histogram_chart(by_label: Mapping[str, Scores], threshold: float) -> str:
     """Scores of the good images and of each class, one row each, as multiples of the threshold."""
     import numpy as np
 
     ratios = {name: scores / threshold for name, scores in by_label.items()}
     everything = np.concatenate(list(ratios.values()))
     low, high = max(1e-3, min(0.5, float(everything.min()))), max(1.5, float(everything.max()))
-    bins = np.geomspace(low * 0.98, high * 1.02, 48)
-    figure, axes_of_all = _figure(0.72 * len(ratios) + 0.75, rows=len(ratios))
-    rows = axes_of_all if len(ratios) > 1 else [axes_of_all]
-    for axes, (name, values) in zip(rows, ratios.items(), strict=True):
-        colour = _COLOUR["good" if name == GOOD else "bad"]
-        axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins, color=colour, alpha=0.8)
-        axes.axvline(1.0, color=_COLOUR["accent"], linewidth=1.4, linestyle=(0, (4, 3)))
-        axes.set_xscale("log")
-        axes.set_yticks([])
-        axes.set_ylabel(f"{name.replace('_', ' ')}\n{len(values)}", rotation=0, ha="right", va="center", fontsize=10.5)
-        axes.grid(visible=False)
-        axes.spines["left"].set_visible(False)
-    ticks = [tick for tick in (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10) if bins[0] <= tick <= bins[-1]]
-    rows[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    rows[-1].minorticks_off()
-    rows[-1].set_xlabel("score over threshold (dashed: the threshold)")
-    return _svg(figure, "histogram")
+    edges = np.geomspace(low * 0.98, high * 1.02, 48)
+    marks = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10)
+    names = {name: f"{name.replace('_', ' ')} ({len(values)})" for name, values in ratios.items()}
+    bottoms = {name: float(len(ratios) - 1 - row) for row, name in enumerate(ratios)}
+    chart = Chart(
+        "scores",
+        Axis(
+            low=edges[0],
+            high=edges[-1],
+            ticks=[(mark, f"{mark:g}") for mark in marks if edges[0] <= mark <= edges[-1]],
+            label="score over threshold (dashed: the threshold)",
+            log=True,
+            grid=False,
+        ),
+        Axis(low=0, high=len(ratios), ticks=[(bottoms[name] + 0.4, names[name]) for name in ratios], grid=False),
+        width=NARROW,
+        height=50 * len(ratios) + 62,
+    )
+    for name, values in ratios.items():
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
+        bottom = bottoms[name]
+        chart.rule("grid", y=bottom)
+        for index in np.flatnonzero(counts):
+            top = bottom + 0.88 * float(counts[index] / counts.max())
+            span = f"{edges[index]:.2g} to {edges[index + 1]:.2g} × threshold"
+            chart.bar(
+                (edges[index], edges[index + 1]), (bottom, top), "good" if name == GOOD else "bad",
+                f"{counts[index]} of {len(values)}: {span}",
+            )  # fmt: skip
+    chart.rule("limit", x=1.0)
+    return chart.svg()
 
 
-def _curves(
-    good: npt.NDArray[np.floating], by_class: Mapping[str, npt.NDArray[np.floating]]
-) -> Iterator[tuple[dict[str, Any], str, npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Line style, name, labels and scores of each class against the good, thin, and of all of them, thick, on top."""
+def _unit_square(name: str, x: str, y: str) -> Chart:
+    ticks = [(tick, f"{tick:g}") for tick in (0, 0.25, 0.5, 0.75, 1)]
+    axes = [Axis(low=-0.01, high=1.02, ticks=ticks, label=label) for label in (x, y)]
+    return Chart(name, *axes, width=NARROW, height=310)
+
+
+def _curves(good: Scores, by_class: Mapping[str, Scores]) -> Iterator[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Style, labels and scores of each class against the good, thin, and of all of them, thick, on top."""
     import numpy as np
 
-    kinds = list(by_class.items()) if len(by_class) > 1 else []
-    for index, (name, scores) in enumerate([*kinds, ("all defects", np.concatenate(list(by_class.values())))]):
-        style: dict[str, Any] = {"color": _COLOUR["ink"], "linewidth": 2.4}
-        if index < len(kinds):
-            dashes = ("-", "--", ":")[(index // 6) % 3]
-            style = {"color": _COLOUR[f"class{index % 6}"], "linewidth": 1.3, "linestyle": dashes}
-        labels = np.concatenate([np.zeros(len(good)), np.ones(len(scores))])
-        yield style, name.replace("_", " "), labels, np.concatenate([good, scores])
-
-
-_DOT: dict[str, Any] = {
-    "marker": "o",
-    "markersize": 8,
-    "color": _COLOUR["accent"],
-    "linestyle": "none",
-    "zorder": 5,
-    "label": "at the threshold",
-}
-
-
-def _figure(height_in: float, rows: int = 1) -> tuple[Figure, Any]:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    soft, line = _COLOUR["soft"], _COLOUR["line"]
-    with mpl.rc_context(
-        {
-            "font.size": 11.5,
-            "text.color": _COLOUR["ink"],
-            "axes.labelcolor": soft,
-            "axes.edgecolor": line,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": line,
-            "grid.linewidth": 0.8,
-            "xtick.color": line,
-            "ytick.color": line,
-            "xtick.labelcolor": soft,
-            "ytick.labelcolor": soft,
-        }
-    ):
-        figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout="constrained")
-        return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0] if rows > 1 else figure.subplots()
-
-
-def _finish(figure: Figure, axes: Axes, name: str, *, legend: Literal["lower right"] | None) -> str:
-    axes.set_xlim(-0.01, 1.01)
-    axes.set_ylim(-0.01, 1.03)
-    if legend is not None:
-        style = {"frameon": False, "fontsize": 10, "handlelength": 1.5, "labelspacing": 0.35}
-        axes.legend(loc=legend, labelcolor=_COLOUR["ink"], **style)
-    return _svg(figure, name)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element in the page's colours and font."""
-    import matplotlib as mpl
-
-    stream = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Its names are given out anew for every figure; a page has several figures.
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    for code, css in _VARIABLES.items():
-        text = text.replace(code, css)
-    return text
+    kinds = class_styles(list(by_class)) if len(by_class) > 1 else {}
+    curves = [(f"thin {style}", by_class[name]) for name, style in kinds.items()]
+    for style, scores in [*curves, ("all", np.concatenate(list(by_class.values())))]:
+        yield style, np.concatenate([np.zeros(len(good)), np.ones(len(scores))]), np.concatenate([good, scores])

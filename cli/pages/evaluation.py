@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli.output import THIS_PACKAGE, promise_rows
-from cli.pages.charts import histogram_chart, precision_recall_chart, roc_chart
+from cli.pages.charts import class_styles, histogram_chart, precision_recall_chart, roc_chart
 from cli.pages.page import Example, draw_example, render_page, write_page
-from edgeflame import __version__
 from edgeflame.dataset import GOOD
 
 if TYPE_CHECKING:
@@ -41,8 +39,8 @@ def write_evaluation(
     with_curves = len(good) > 0 and bool(by_class)
     by_label = {GOOD: good, **by_class} if len(good) else by_class
     threshold = report.threshold
+    kinds = class_styles(list(by_class)) if len(by_class) > 1 else {}
     page = render_page(
-        "cli.pages",
         "evaluation.html.j2",
         manifest=manifest,
         threshold=manifest.threshold,
@@ -51,8 +49,6 @@ def write_evaluation(
         package_file=package_file,
         sha256=package.sha256,
         data=data,
-        version=__version__,
-        finished=time.strftime("%Y-%m-%d %H:%M"),
         extremes=_extremes(report),
         rows=_rows(package, scored),
         missing_intervals=[
@@ -60,6 +56,11 @@ def write_evaluation(
             *_missing(report),
         ],
         histogram=histogram_chart(by_label, threshold),
+        curves=[
+            *((style, name.replace("_", " ")) for name, style in kinds.items()),
+            ("all", "all defects"),
+            ("accent", "at the threshold"),
+        ],
         roc=roc_chart(good, by_class, threshold) if with_curves else "",
         precision_recall=precision_recall_chart(good, by_class, threshold) if with_curves else "",
         misses=_worst(package, scored, defective=True),

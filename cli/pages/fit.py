@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.pages.charts import histogram_chart
 from cli.pages.page import draw_example, render_page, write_page
-from edgeflame import __version__
 from edgeflame.dataset import GOOD
 
 if TYPE_CHECKING:
@@ -30,14 +28,11 @@ def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_
     # What had to be left out is shown in any case, and that is what scores highest.
     suspects = fitted.site.suspects[: max(NUM_SHOWN, sum(one.left_out for one in fitted.site.suspects))]
     page = render_page(
-        "cli.pages",
         "fit.html.j2",
         manifest=manifest,
         threshold=threshold,
         package_file=package_file,
         data=data,
-        version=__version__,
-        finished=time.strftime("%Y-%m-%d %H:%M"),
         num_unreadable=len(fitted.report.unreadable),
         histogram=histogram_chart({GOOD: fitted.site.held_out_scores}, threshold.value),
         examples=[

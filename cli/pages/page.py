@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import importlib
+import math
+import time
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from edgeflame import __version__
 from edgeflame.errors import MissingDependencyError, StorageError
 from edgeflame.images import read_image, read_mask, shrink
 from edgeflame.state import atomic_write
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 JPEG_QUALITY = 85
 
 
-def render_page(package: str, template: str, **context: Any) -> str:
-    """Fill in a template that lies in ``package``; it may include those that lie here.
+def render_page(template: str, **context: Any) -> str:
+    """Fill in a template of this folder.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
@@ -35,21 +37,21 @@ def render_page(package: str, template: str, **context: Any) -> str:
         import jinja2
     except ImportError as exc:
         raise MissingDependencyError('the report needs jinja2: pip install "edgeflame[report]"') from exc
-
-    def read(name: str) -> str | None:
-        for place in dict.fromkeys((package, "cli.pages")):
-            file = resources.files(place).joinpath(name)
-            if file.is_file():
-                return file.read_text(encoding="utf-8")
-        return None
-
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=jinja2.FunctionLoader(read)
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.PackageLoader("cli.pages", ""),
     )
-    environment.filters["picture"] = picture_uri
-    environment.filters["title"] = lambda text: text.replace("_", " ").capitalize()
-    environment.filters["percent"] = percent
-    return environment.get_template(template).render(**context)
+    environment.filters |= {
+        "figure": format_figure,
+        "percent": percent,
+        "picture": picture_uri,
+        "short": lambda sha256: (sha256 or "–")[:12],
+        "title": lambda text: text.replace("_", " ").capitalize(),
+    }
+    now = time.strftime("%Y-%m-%d %H:%M")
+    return environment.get_template(template).render(version=__version__, made=now, **context)
 
 
 def prepare_report_folder(folder: Path) -> None:
@@ -59,11 +61,10 @@ def prepare_report_folder(folder: Path) -> None:
         MissingDependencyError: what pages are made with is not installed.
         StorageError: the folder cannot be made.
     """
-    for name in ("jinja2", "matplotlib"):
-        try:
-            importlib.import_module(name)
-        except ImportError as exc:
-            raise MissingDependencyError(f'the report needs {name}: pip install "edgeflame[report]"') from exc
+    try:
+        importlib.import_module("jinja2")
+    except ImportError as exc:
+        raise MissingDependencyError('the report needs jinja2: pip install "edgeflame[report]"') from exc
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
@@ -88,13 +89,20 @@ def picture_uri(image: ImageU8) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
 
 
+def format_figure(value: object) -> str:
+    """A figure for people, at most four digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
 def percent(share: float) -> str:
     """A share as people read it: a digit behind the point only below ten percent."""
     return f"{share:.0%}" if share >= 0.0995 or share == 0 else f"{share:.1%}"
 
 
 MAX_SIDE = 512
-"""Larger pictures are shrink: a page holds dozens of them."""
+"""Larger pictures are shrunk: a page holds dozens of them."""
 
 HIT, MISSED, FALSE = (96, 190, 64), (72, 72, 240), (32, 170, 245)
 """BGR of pixels found, missed and found where nothing is. They differ in lightness too."""

@@ -279,7 +279,7 @@ def page_of(state: RunState) -> str:
     from aggregator.ledger import build_ledger
 
     # As a reader of the file has it.
-    return render_run_page(msgspec.json.decode(msgspec.json.encode(build_ledger(state))), version="1", made="today")
+    return render_run_page(msgspec.json.decode(msgspec.json.encode(build_ledger(state))))
 
 
 def test_the_report_shows_weights_reasons_and_curves_and_runs_nothing() -> None:
