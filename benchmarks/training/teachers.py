@@ -17,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-import trainer.teacher
 
 from boards.dataset import DatasetSpec, write_dataset
 from edgeflame.dataset import open_dataset
@@ -26,6 +25,7 @@ from edgeflame.methods import Learning, Training
 from fitting.imageset import ImageSet
 from trainer.device import keep_freed_memory, pick_device
 from trainer.model import build_model
+from trainer.objectives import interface
 from trainer.training import train
 
 
@@ -60,11 +60,11 @@ def main() -> None:
         images = ImageSet(open_dataset(Path(folder)).train, learning.input)
         one_round(images, msgspec.structs.replace(learning, training=Training(epochs=1)), device)  # warm-up
         print(f"{len(images)} images, {arguments.size} x {arguments.size}, {arguments.epochs} epochs, {device}\n")
-        room = {"not cached": 0, "cached": trainer.teacher.MAX_TEACHER_CACHE_BYTES}
+        room = {"not cached": 0, "cached": interface.MAX_TEACHER_CACHE_BYTES}
         rounds: dict[str, list[Round]] = {title: [] for title in room}
         for _ in range(arguments.repeats):
             for title, max_cache_bytes in room.items():
-                trainer.teacher.Teacher.__init__.__kwdefaults__["max_cache_bytes"] = max_cache_bytes
+                interface.Teacher.__init__.__kwdefaults__["max_cache_bytes"] = max_cache_bytes
                 rounds[title].append(one_round(images, learning, device))
     print("| teachers | forward passes | wall time | processor time | loss of the last epoch |\n|---|---|---|---|---|")
     best = {title: min(found, key=lambda one: one.processor_s) for title, found in rounds.items()}

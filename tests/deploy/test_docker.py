@@ -15,6 +15,7 @@ import yaml
 
 from edgeflame.metrics import Metric, MetricsServer
 from tests.support.paths import REPOSITORY
+from tests.test_architecture import PACKAGES
 
 DOCKER = REPOSITORY / "deploy" / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -60,6 +61,9 @@ def test_what_is_copied_is_let_in_and_nothing_else() -> None:
         for source in line.split()[:-1]
     }
     assert copied == let_in
+    for path in DOCKERFILES:
+        folders = set(re.findall(r"^COPY (\w+) \w+$", path.read_text(), re.MULTILINE))
+        assert folders in (set(), set(PACKAGES)), path.name
     assert all((REPOSITORY / name).exists() for name in copied)
 
 

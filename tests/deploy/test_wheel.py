@@ -15,8 +15,7 @@ import pytest
 
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import write_images
-
-PACKAGES = ("edgeflame", "boards", "cli", "fleet", "trainer", "aggregator", "export", "edge")
+from tests.test_architecture import PACKAGES
 
 pytestmark = [pytest.mark.wheel, pytest.mark.timeout(900)]
 
