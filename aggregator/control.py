@@ -79,13 +79,13 @@ class RequestQueue:
         with storage_errors(self._folder, "create"):
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    def put(self, request: OperatorRequest) -> str:
+    def submit(self, request: OperatorRequest) -> str:
         """Ask for something; the number of the request."""
         number = f"{time.time_ns():020d}"
         write_json(self._folder / f"{number}.json", request)
         return number
 
-    def answer_to(self, number: str) -> RequestResult | None:
+    def take_result(self, number: str) -> RequestResult | None:
         """What came of a request, if it was carried out; the answer can be taken once."""
         path = self._folder / f"{number}.answer"
         try:
@@ -97,7 +97,7 @@ class RequestQueue:
         path.unlink(missing_ok=True)
         return answer
 
-    def answer(self, carry_out: Callable[[OperatorRequest], str]) -> None:
+    def process_pending(self, carry_out: Callable[[OperatorRequest], str]) -> None:
         """Have every request carried out, oldest first.
 
         Args:

@@ -232,9 +232,9 @@ class RunState:
     started: str
     phase: Phase = "waiting"
     members: dict[str, SiteJoined] = field(default_factory=dict)
-    sources: tuple[str, ...] = ()
+    initial_sites_asked: tuple[str, ...] = ()
     """Who was asked for the initial model, the last of them now."""
-    refused_sources: dict[str, InitialModelRefused] = field(default_factory=dict)
+    refused_initial: dict[str, InitialModelRefused] = field(default_factory=dict)
     initial: InitialModelAccepted | None = None
     model: str | None = None
     """SHA-256 of the newest global model."""
@@ -247,31 +247,31 @@ class RunState:
     """Sites at rest: by whom, and why."""
     left: dict[str, SiteLeft] = field(default_factory=dict)
     """Members that left for good and have not joined anew."""
-    last_round: RoundsEndedEarly | None = None
+    ended_early: RoundsEndedEarly | None = None
     ended: RunEnded | None = None
 
     @property
-    def present(self) -> frozenset[str]:
+    def active_members(self) -> frozenset[str]:
         """Members that have not left."""
         return frozenset(self.members.keys() - self.left.keys())
 
     @property
     def rounds_over(self) -> bool:
         """No further round is to begin."""
-        return self.last_round is not None or len(self.rounds) >= self.config.rounds
+        return self.ended_early is not None or len(self.rounds) >= self.config.rounds
 
     @property
-    def round(self) -> Round | None:
+    def latest_round(self) -> Round | None:
         """The newest round of training."""
         return self.rounds[-1] if self.rounds else None
 
     @property
-    def gathering(self) -> Round | None:
+    def current_round(self) -> Round | None:
         """What was last asked for: the statistics, or the newest round's updates."""
-        return self.statistics or self.round
+        return self.statistics or self.latest_round
 
     @property
-    def results(self) -> frozenset[str]:
+    def servable_blobs(self) -> frozenset[str]:
         """SHA-256 of the blobs that sites may still ask for: the newest model and the pooled statistics."""
         statistics = None if self.statistics is None else self.statistics.model
         return frozenset(sha256 for sha256 in (self.model, statistics) if sha256 is not None)
@@ -282,78 +282,78 @@ class RunState:
         return bool(self.rounds) and self.rounds[-1].model is not None and self.rounds_over
 
 
-def initial_state(fact: RunStarted) -> RunState:
-    """The state after the first fact."""
-    return RunState(run=fact.run, config=fact.config, started=fact.time)
+def initial_state(event: RunStarted) -> RunState:
+    """The state after the first event."""
+    return RunState(run=event.run, config=event.config, started=event.time)
 
 
-def apply_event(state: RunState, fact: Event) -> RunState:
-    """The state after one more fact."""
-    match fact:
+def apply_event(state: RunState, event: Event) -> RunState:
+    """The state after one more event."""
+    match event:
         case RunStarted():
-            return initial_state(fact)
+            return initial_state(event)
         case SiteJoined():
-            left = {site: gone for site, gone in state.left.items() if site != fact.site}
-            return replace(state, members={**state.members, fact.site: fact}, left=left)
+            left = {site: gone for site, gone in state.left.items() if site != event.site}
+            return replace(state, members={**state.members, event.site: event}, left=left)
         case InitialSiteChosen():
-            return replace(state, phase="initialise", sources=(*state.sources, fact.site))
+            return replace(state, phase="initialise", initial_sites_asked=(*state.initial_sites_asked, event.site))
         case InitialModelAccepted():
-            return replace(state, initial=fact, model=fact.sha256)
+            return replace(state, initial=event, model=event.sha256)
         case InitialModelRefused():
-            return replace(state, refused_sources={**state.refused_sources, fact.site: fact})
+            return replace(state, refused_initial={**state.refused_initial, event.site: event})
         case RoundStarted():
             assert state.model is not None
-            new = Round(number=fact.round, base=state.model, asked=fact.asked, purpose=fact.purpose)
-            if fact.purpose == "statistics":
+            new = Round(number=event.round, base=state.model, asked=event.asked, purpose=event.purpose)
+            if event.purpose == "statistics":
                 return replace(state, phase="statistics", statistics=new)
             return replace(state, phase="train", rounds=(*state.rounds, new))
         case StatisticsPooled():
             assert state.statistics is not None
-            pooled = replace(state.statistics, model=fact.sha256)
-            return replace(state, phase="finish", statistics=pooled, truncation=fact.truncation)
+            pooled = replace(state.statistics, model=event.sha256)
+            return replace(state, phase="finish", statistics=pooled, truncation=event.truncation)
         case SiteFinished():
-            return replace(state, finished={**state.finished, fact.site: fact})
+            return replace(state, finished={**state.finished, event.site: event})
         case SiteNotFinished():
-            return replace(state, not_finished={**state.not_finished, fact.site: fact.detail})
+            return replace(state, not_finished={**state.not_finished, event.site: event.detail})
         case SitePaused():
-            reasons = {**state.paused.get(fact.site, {}), fact.by: fact.reason}
-            return replace(state, paused={**state.paused, fact.site: reasons})
+            reasons = {**state.paused.get(event.site, {}), event.by: event.reason}
+            return replace(state, paused={**state.paused, event.site: reasons})
         case SiteResumed():
-            reasons = {by: reason for by, reason in state.paused.get(fact.site, {}).items() if by != fact.by}
-            others = {site: kept for site, kept in state.paused.items() if site != fact.site}
-            return replace(state, paused={**others, fact.site: reasons} if reasons else others)
+            reasons = {by: reason for by, reason in state.paused.get(event.site, {}).items() if by != event.by}
+            others = {site: kept for site, kept in state.paused.items() if site != event.site}
+            return replace(state, paused={**others, event.site: reasons} if reasons else others)
         case SiteLeft():
-            paused = {site: kept for site, kept in state.paused.items() if site != fact.site}
-            return replace(state, left={**state.left, fact.site: fact}, paused=paused)
+            paused = {site: kept for site, kept in state.paused.items() if site != event.site}
+            return replace(state, left={**state.left, event.site: event}, paused=paused)
         case RoundsEndedEarly():
-            state = replace(state, last_round=fact)
+            state = replace(state, ended_early=event)
             return replace(state, phase=_phase_after_round(state))
         case RunEnded():
-            return replace(state, phase="done" if fact.succeeded else "failed", ended=fact)
+            return replace(state, phase="done" if event.succeeded else "failed", ended=event)
         case UpdateAccepted() | UpdateRefused() | RoundClosed() | ModelAggregated():
-            return _apply_round_event(state, fact)
+            return _apply_round_event(state, event)
 
 
 def _apply_round_event(
-    state: RunState, fact: UpdateAccepted | UpdateRefused | RoundClosed | ModelAggregated
+    state: RunState, event: UpdateAccepted | UpdateRefused | RoundClosed | ModelAggregated
 ) -> RunState:
-    if isinstance(fact, ModelAggregated):
-        current = replace(state.rounds[-1], model=fact.sha256, relative_change=fact.relative_change)
-        state = replace(state, model=fact.sha256, rounds=(*state.rounds[:-1], current))
+    if isinstance(event, ModelAggregated):
+        current = replace(state.rounds[-1], model=event.sha256, relative_change=event.relative_change)
+        state = replace(state, model=event.sha256, rounds=(*state.rounds[:-1], current))
         return replace(state, phase=_phase_after_round(state))
-    gathered = state.statistics if fact.purpose == "statistics" else state.round
+    gathered = state.statistics if event.purpose == "statistics" else state.latest_round
     assert gathered is not None
     current = gathered
-    match fact:
+    match event:
         case UpdateAccepted():
-            refused = {site: refusal for site, refusal in current.refused.items() if site != fact.site}
-            current = replace(current, accepted={**current.accepted, fact.site: fact}, refused=refused)
+            refused = {site: refusal for site, refusal in current.refused.items() if site != event.site}
+            current = replace(current, accepted={**current.accepted, event.site: event}, refused=refused)
         case UpdateRefused():
-            count = {**current.num_refused, fact.site: current.num_refused.get(fact.site, 0) + 1}
-            current = replace(current, refused={**current.refused, fact.site: fact}, num_refused=count)
+            count = {**current.num_refused, event.site: current.num_refused.get(event.site, 0) + 1}
+            current = replace(current, refused={**current.refused, event.site: event}, num_refused=count)
         case RoundClosed():
-            current = replace(current, left_out=fact.left_out, paused=fact.paused, is_closed=True)
-    if fact.purpose == "statistics":
+            current = replace(current, left_out=event.left_out, paused=event.paused, is_closed=True)
+    if event.purpose == "statistics":
         return replace(state, statistics=current)
     return replace(state, rounds=(*state.rounds[:-1], current))
 

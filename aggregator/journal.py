@@ -1,4 +1,4 @@
-"""The facts of all runs, in an SQLite file: written down, on the disk, before anything is done about them."""
+"""The events of all runs, in an SQLite file: on the disk before anything is done about them."""
 
 from __future__ import annotations
 
@@ -60,29 +60,29 @@ class Journal:
     ) -> None:
         self._db.close()
 
-    def append(self, run: str, facts: Sequence[Event]) -> None:
-        """Add facts, all or none, durably."""
+    def append(self, run: str, events: Sequence[Event]) -> None:
+        """Add events, all or none, durably."""
         with self._translated("write"):
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(
-                "INSERT INTO facts (run, fact) VALUES (?, ?)", [(run, msgspec.json.encode(fact)) for fact in facts]
+                "INSERT INTO facts (run, fact) VALUES (?, ?)", [(run, msgspec.json.encode(event)) for event in events]
             )
             self._db.execute("COMMIT")
 
     def last_run(self) -> RunState | None:
-        """The newest run as its facts leave it; None in a new journal."""
+        """The newest run as its events leave it; None in a new journal."""
         with self._translated("read"):
             row = self._db.execute("SELECT run FROM facts ORDER BY number DESC LIMIT 1").fetchone()
             if row is None:
                 return None
             rows = self._db.execute("SELECT fact FROM facts WHERE run = ? ORDER BY number", row).fetchall()
-            facts = [_EVENT_DECODER.decode(fact) for (fact,) in rows]
+            events = [_EVENT_DECODER.decode(event) for (event,) in rows]
         state: RunState | None = None
-        for fact in facts:
-            if isinstance(fact, RunStarted):
-                state = initial_state(fact)
+        for event in events:
+            if isinstance(event, RunStarted):
+                state = initial_state(event)
             elif state is not None:
-                state = apply_event(state, fact)
+                state = apply_event(state, event)
         return state
 
     @contextlib.contextmanager

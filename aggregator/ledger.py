@@ -21,23 +21,25 @@ def build_ledger(state: RunState) -> dict[str, Any]:
         "strategy": state.config.strategy_name,
         "rounds_planned": state.config.rounds,
         "rounds_ended_early": None
-        if state.last_round is None
-        else {"cause": state.last_round.cause, "reason": state.last_round.reason},
+        if state.ended_early is None
+        else {"cause": state.ended_early.cause, "reason": state.ended_early.reason},
         "members": sorted(state.members),
-        "left": [{"site": fact.site, "by": fact.by, "detail": fact.detail} for _, fact in sorted(state.left.items())],
+        "left": [
+            {"site": event.site, "by": event.by, "detail": event.detail} for _, event in sorted(state.left.items())
+        ],
         "initial_model": None
         if state.initial is None
         else {"site": state.initial.site, "sha256": state.initial.sha256},
         "refused_initial_models": [
-            {"site": fact.site, "reason": fact.reason, "detail": fact.detail}
-            for _, fact in sorted(state.refused_sources.items())
+            {"site": event.site, "reason": event.reason, "detail": event.detail}
+            for _, event in sorted(state.refused_initial.items())
         ],
         "rounds": [_round_entry(entry, state) for entry in state.rounds],
         "model_sha256": state.model,
         "statistics": None if state.statistics is None else _statistics_entry(state.statistics, state),
         "packages": [
-            {"site": fact.site, "sha256": fact.package, "summary": fact.summary}
-            for _, fact in sorted(state.finished.items())
+            {"site": event.site, "sha256": event.package, "summary": event.summary}
+            for _, event in sorted(state.finished.items())
         ],
         "packages_missing": [
             {"site": site, "reason": state.not_finished.get(site, "no progress until the deadline")}

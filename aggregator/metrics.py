@@ -56,7 +56,7 @@ class RunStatus:
     free_bytes: int
     certificate_expires: datetime | None = None
 
-    def sites(self) -> dict[SiteState, int]:
+    def count_by_state(self) -> dict[SiteState, int]:
         """How many members are in which state; each in one."""
         counts = Counter(_site_state(self.state, site) for site in self.state.members)
         return {name: counts[name] for name in SITE_STATES}
@@ -64,7 +64,7 @@ class RunStatus:
 
 def run_summary(state: RunState, *, num_online: int) -> str:
     """In a few words, for a terminal."""
-    entry = state.statistics if state.phase == "statistics" else state.round
+    entry = state.statistics if state.phase == "statistics" else state.latest_round
     if state.phase in ("train", "statistics") and entry is not None:
         done = f"{len(entry.accepted)} of {len(entry.asked)} in"
         if entry.refused:
@@ -79,11 +79,11 @@ def run_summary(state: RunState, *, num_online: int) -> str:
 
 def status_tags(snapshot: RunStatus) -> dict[str, str]:
     """The values of the flat topics ``status/<name>``, as text a PLC can read."""
-    state, sites = snapshot.state, snapshot.sites()
+    state, sites = snapshot.state, snapshot.count_by_state()
     return {
         "run": state.run,
         "phase": state.phase,
-        "round": str(0 if state.round is None else state.round.number),
+        "round": str(0 if state.latest_round is None else state.latest_round.number),
         "rounds": str(state.config.rounds),
         "rounds_done": str(_rounds_done(state)),
         "sites": str(len(state.members)),
@@ -102,8 +102,8 @@ def status_tags(snapshot: RunStatus) -> dict[str, str]:
 def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
     """The same and more for Prometheus; ``docs/fleet.md`` lists them."""
     state, prefix = snapshot.state, "edgeflame_aggregator"
-    refusals: Counter[str] = Counter(fact.reason for entry in state.rounds for fact in entry.refused.values())
-    refusals.update(fact.reason for fact in state.refused_sources.values())
+    refusals: Counter[str] = Counter(event.reason for entry in state.rounds for event in entry.refused.values())
+    refusals.update(event.reason for event in state.refused_initial.values())
     left_out = sum(len(entry.left_out) for entry in state.rounds)
     accepted = sum(len(entry.accepted) for entry in state.rounds)
 
@@ -120,11 +120,20 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
         by("run_info", "The run; always 1.", "run", {state.run: 1}),
         by("phase", "1 for the phase the run is in.", "phase", {name: float(name == state.phase) for name in PHASES}),
         gauge("phase_seconds", "Since this phase, or round, began.", snapshot.phase_s),
-        gauge("round", "The round that is open, or was last.", 0 if state.round is None else state.round.number),
+        gauge(
+            "round",
+            "The round that is open, or was last.",
+            0 if state.latest_round is None else state.latest_round.number,
+        ),
         gauge("rounds_planned", "Rounds this run is to have.", state.config.rounds),
         gauge("rounds_done", "Rounds whose model was made.", _rounds_done(state)),
         gauge("last_round_seconds", "How long the last round took; 0 if none ended yet.", snapshot.last_round_s or 0),
-        by("sites", "Members by state.", "state", {name: float(count) for name, count in snapshot.sites().items()}),
+        by(
+            "sites",
+            "Members by state.",
+            "state",
+            {name: float(count) for name, count in snapshot.count_by_state().items()},
+        ),
         gauge("sites_online", "Sites heard lately.", snapshot.num_online),
         gauge("quorum", "Sites whose answers the open round needs; 0 while none is open.", _open_quorum(state)),
         gauge("accepted_updates", "Updates of this run that count.", accepted),
@@ -149,7 +158,7 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
 
 
 def _open_quorum(state: RunState) -> int:
-    entry = {"train": state.round, "statistics": state.statistics}.get(state.phase)
+    entry = {"train": state.latest_round, "statistics": state.statistics}.get(state.phase)
     return 0 if entry is None else state.config.replies_needed(len(entry.asked))
 
 
@@ -160,12 +169,12 @@ def _rounds_done(state: RunState) -> int:
 def _site_state(state: RunState, site: str) -> SiteState:
     if site in state.left:
         return "left"
-    current = state.statistics if state.phase == "statistics" else state.round
+    current = state.statistics if state.phase == "statistics" else state.latest_round
     if site in state.paused and (current is None or site not in current.accepted):
         return "paused"
     match state.phase:
         case "initialise":
-            return "working" if state.sources[-1:] == (site,) else "idle"
+            return "working" if state.initial_sites_asked[-1:] == (site,) else "idle"
         case "train" | "statistics" if current is not None:
             if site in current.accepted:
                 return "accepted"
@@ -189,7 +198,7 @@ class StatusReporter:
 
     Args:
         state_dir: whose disk matters.
-        say: publishes a tag, retained; called only while the broker is connected.
+        publish: publishes a tag, retained; called only while the broker is connected.
         server: Prometheus' side; None: nobody asks.
         certificate_expires: end of the validity of what we show the broker, if that is known.
     """
@@ -197,25 +206,25 @@ class StatusReporter:
     def __init__(
         self,
         state_dir: Path,
-        say: Callable[[str, bytes], None],
+        publish: Callable[[str, bytes], None],
         server: MetricsServer | None,
         *,
         certificate_expires: datetime | None = None,
     ) -> None:
         self._state_dir = state_dir
         self._certificate_expires = certificate_expires
-        self._say = say
+        self._publish = publish
         self._server = server
-        self._said: dict[str, str] = {}
-        self._stage: tuple[object, ...] = ()
-        self._stage_since = time.monotonic()
+        self._published: dict[str, str] = {}
+        self._phase: tuple[object, ...] = ()
+        self._phase_since = time.monotonic()
         self._last_round_s: float | None = None
 
-    def connected(self) -> None:
+    def reconnected(self) -> None:
         """There is a new connection: the broker may have forgotten everything."""
-        self._said.clear()
+        self._published.clear()
 
-    def look(
+    def report(
         self, state: RunState, *, num_online: int, progress_at: float, link: MqttClient | None, is_up: bool, now: float
     ) -> None:
         """Tell what has changed.
@@ -228,15 +237,15 @@ class StatusReporter:
             is_up: whether it is connected.
             now: monotonic clock, seconds; as ``progress_at``.
         """
-        stage = (state.phase, None if state.round is None else state.round.number)
-        if stage != self._stage:
-            if self._stage[:1] == ("train",):
-                self._last_round_s = now - self._stage_since
-            self._stage, self._stage_since = stage, now
+        phase = (state.phase, None if state.latest_round is None else state.latest_round.number)
+        if phase != self._phase:
+            if self._phase[:1] == ("train",):
+                self._last_round_s = now - self._phase_since
+            self._phase, self._phase_since = phase, now
         snapshot = RunStatus(
             state=state,
             num_online=num_online,
-            phase_s=now - self._stage_since,
+            phase_s=now - self._phase_since,
             last_round_s=self._last_round_s,
             progress_age_s=now - progress_at,
             progress_at=time.time() - (now - progress_at),
@@ -250,9 +259,9 @@ class StatusReporter:
             self._server.show(prometheus_metrics(snapshot))
         if is_up:
             for name, value in status_tags(snapshot).items():
-                if self._said.get(name) != value:
-                    self._say(name, value.encode())
-                    self._said[name] = value
+                if self._published.get(name) != value:
+                    self._publish(name, value.encode())
+                    self._published[name] = value
 
 
 def _free_bytes(folder: Path) -> int:

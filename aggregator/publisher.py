@@ -34,26 +34,26 @@ class StatePublisher:
         self._outgoing: dict[str, Outgoing] = {}
         self._ledger: str | None = None
 
-    def use_chunks_of(self, chunk_bytes: int) -> None:
+    def set_chunk_size(self, chunk_bytes: int) -> None:
         """Describe blobs in chunks of another size from now on: there is a new connection."""
         if chunk_bytes != self._chunk_bytes:
             self._chunk_bytes = chunk_bytes
             self._manifests.clear()
             self._stop_all_but(set())
 
-    def describe(self, state: RunState, available: tuple[str, ...]) -> RoundState:
+    def round_state(self, state: RunState, available: tuple[str, ...]) -> RoundState:
         """The message to announce; the blobs it names are served from now on, and no others.
 
         Args:
             state: the run.
             available: sites that are not lost.
         """
-        current, config = state.round, state.config
+        current, config = state.latest_round, state.config
         base = ledger_manifest = statistics = wanted = None
         asked: tuple[str, ...] = ()
         match state.phase:
             case "initialise":
-                asked = state.sources[-1:]
+                asked = state.initial_sites_asked[-1:]
             case "train" if current is not None:
                 base, asked = self._manifest(current.base), current.asked
             case "statistics" if state.model is not None and state.statistics is not None:
@@ -90,7 +90,7 @@ class StatePublisher:
             paused=tuple(sorted(site for site, by in state.paused.items() if "operator" in by)),
         )
 
-    def needed(self, site: str, need: BlobNeed, *, now: float) -> bool:
+    def chunks_requested(self, site: str, need: BlobNeed, *, now: float) -> bool:
         """Take a site's bitmap; False if it is not of a blob that is served.
 
         Raises:
@@ -106,7 +106,7 @@ class StatePublisher:
         outgoing.sender.need(site, missing, resend=need.resend, now=now, window=need.window)
         return True
 
-    def pump(self, publish: Callable[[str, int, bytes], None]) -> None:
+    def send_pending(self, publish: Callable[[str, int, bytes], None]) -> None:
         """Publish what may be on its way: SHA-256, chunk number, bytes."""
         for sha256, outgoing in self._outgoing.items():
 
@@ -120,7 +120,7 @@ class StatePublisher:
         self._stop_all_but(set())
 
     @property
-    def blobs(self) -> frozenset[str]:
+    def served_blobs(self) -> frozenset[str]:
         """What is described, and must stay in the store."""
         return frozenset(self._manifests)
 
@@ -149,8 +149,8 @@ class StatePublisher:
 def _status_detail(state: RunState, available: tuple[str, ...]) -> str:
     if state.ended:
         return state.ended.reason
-    if state.phase == "finish" and state.last_round is not None:
-        return state.last_round.reason
+    if state.phase == "finish" and state.ended_early is not None:
+        return state.ended_early.reason
     if state.phase in ("initialise", "train") and not available:
         return "every site is paused"
     return ""

@@ -35,7 +35,7 @@ Three things may happen in any phase before the end:
 Every decision is an :class:`~aggregator.events.Event`. A call returns the events it decided on, as
 :class:`RecordEvent` outputs, before the outputs that act on them; the caller writes all events of a call in one
 transaction before it does anything else. A restarted aggregator folds the events into the same state and calls
-:meth:`RoundMachine.resume`, which asks for whatever that state still waits for.
+:meth:`RoundMachine.restart`, which asks for whatever that state still waits for.
 
 What is *not* journalled is who made progress when, and who was heard when. It only delays the deadline: after a
 restart every site has the whole of it again.
@@ -125,9 +125,9 @@ def _metric_change(state: RunState, index: int, name: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordEvent:
-    """Write a fact to the journal, before anything after it."""
+    """Write an event to the journal, before anything after it."""
 
-    fact: Event
+    event: Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class SendToSite:
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiveUpload:
-    """Fetch the offered blob, check it, and report :meth:`RoundMachine.checked`."""
+    """Fetch the offered blob, check it, and report :meth:`RoundMachine.upload_validated`."""
 
     site: str
     offer: Offer
@@ -153,8 +153,8 @@ class ReceiveUpload:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregateRound:
-    """Make the round's model from its accepted updates, and report :meth:`RoundMachine.merged`; or pool the accepted
-    statistics, and report :meth:`RoundMachine.pooled`.
+    """Make the round's model from its accepted updates, and report :meth:`RoundMachine.model_aggregated`; or pool the
+    accepted statistics, and report :meth:`RoundMachine.statistics_pooled`.
     """
 
     round: Round
@@ -181,10 +181,10 @@ class RoundMachine:
 
     def __init__(self, state: RunState, *, now: float) -> None:
         self._state = state
-        self._progress: dict[str, float] = dict.fromkeys(state.members, now)
-        self._heard: dict[str, float] = {}
+        self._last_progress: dict[str, float] = dict.fromkeys(state.members, now)
+        self._last_heartbeat: dict[str, float] = {}
         self._restarted_at = now
-        self._returned: set[str] = set()
+        self._recovered: set[str] = set()
 
     @property
     def state(self) -> RunState:
@@ -193,98 +193,98 @@ class RoundMachine:
     @property
     def last_progress_at(self) -> float:
         """When any site was last a step further; the start, if none was."""
-        return max((*self._progress.values(), self._restarted_at))
+        return max((*self._last_progress.values(), self._restarted_at))
 
-    def resume(self, now: float) -> list[RoundOutput]:
+    def restart(self, now: float) -> list[RoundOutput]:
         """Ask again for what the state waits for; call it once after construction."""
         outputs: list[RoundOutput] = [PublishState()]
-        current = self._state.gathering
+        current = self._state.current_round
         is_open = self._state.phase in ("train", "statistics")
         if is_open and current is not None and current.is_closed and current.model is None:
             outputs.append(AggregateRound(round=current))
-        return outputs + self._go_on(now)
+        return outputs + self._advance(now)
 
-    def ready(self, site: str, *, install: str, initial: str, now: float) -> list[RoundOutput]:
+    def site_ready(self, site: str, *, install: str, initial: str, now: float) -> list[RoundOutput]:
         """A site can take part. Repeated; only the first time matters, and after it left only another install does."""
         known = self._state.members.get(site)
         if self._state.ended or (known is not None and known.install == install):
             return []
-        self._progress[site] = now
+        self._last_progress[site] = now
         joined = self._record(SiteJoined(site=site, install=install, initial=initial))
-        return [*joined, *self._go_on(now)]
+        return [*joined, *self._advance(now)]
 
-    def heard(self, site: str, now: float) -> None:
+    def heartbeat_received(self, site: str, now: float) -> None:
         """A site's process lives; whether it makes progress is another matter."""
-        self._heard[site] = now
+        self._last_heartbeat[site] = now
 
-    def progressed(self, site: str, now: float, *, is_ready: bool = True) -> None:
+    def progress_made(self, site: str, now: float, *, is_ready: bool = True) -> None:
         """A site is a step further: it trained, sent or fetched something new.
 
         ``is_ready`` is false while it prepares, or on its way out after a failure: that brings no lost site back.
         """
-        self._progress[site] = now
+        self._last_progress[site] = now
         if is_ready:
-            self._returned.add(site)
+            self._recovered.add(site)
 
-    def offered(self, site: str, offer: Offer, now: float) -> list[RoundOutput]:
+    def offer_received(self, site: str, offer: Offer, now: float) -> list[RoundOutput]:
         """A site has a model for us; maybe not for the first time."""
         if (known := answer_from_state(self._state, site, offer)) is not None:
             return [SendToSite(site=site, message=known)]
-        if (verdict := validate_offer(self._state, offer)) is not None:
-            return self.checked(site, offer, verdict, now)
+        if (result := validate_offer(self._state, offer)) is not None:
+            return self.upload_validated(site, offer, result, now)
         return [ReceiveUpload(site=site, offer=offer)]
 
-    def checked(self, site: str, offer: Offer, verdict: ValidationResult, now: float) -> list[RoundOutput]:
+    def upload_validated(self, site: str, offer: Offer, result: ValidationResult, now: float) -> list[RoundOutput]:
         """An offered model has arrived, and this is what the checks say."""
         # The state may have changed while it arrived.
         if (known := answer_from_state(self._state, site, offer)) is not None:
             return [SendToSite(site=site, message=known)]
         if offer.purpose == "initial":
-            return self._checked_initial(site, offer, verdict, now)
+            return self._initial_validated(site, offer, result, now)
         sha256 = offer.manifest.sha256
-        if verdict.reason is not None:
-            fact: Event = UpdateRefused(
+        if result.reason is not None:
+            event: Event = UpdateRefused(
                 round=offer.round,
                 site=site,
                 sha256=sha256,
-                reason=verdict.reason,
-                detail=verdict.detail,
+                reason=result.reason,
+                detail=result.detail,
                 purpose=offer.purpose,
             )
-            answer: DownMessage = refusal_for(offer, verdict.reason, verdict.detail)
+            answer: DownMessage = refusal_for(offer, result.reason, result.detail)
         else:
-            fact = UpdateAccepted(
+            event = UpdateAccepted(
                 round=offer.round,
                 site=site,
                 sha256=sha256,
                 num_samples=offer.num_samples,
                 num_steps=offer.num_steps,
                 metrics=offer.metrics,
-                relative_change=verdict.relative_change,
+                relative_change=result.relative_change,
                 purpose=offer.purpose,
-                decoded=verdict.decoded,
+                decoded=result.decoded,
             )
             answer = receipt_for(offer)
-        return [*self._record(fact), SendToSite(site=site, message=answer), *self._close_if_complete(now)]
+        return [*self._record(event), SendToSite(site=site, message=answer), *self._close_if_complete(now)]
 
     def task_failed(self, site: str, message: TaskFailed, now: float) -> list[RoundOutput]:
         """A site says that it cannot do its part."""
-        state, current = self._state, self._state.gathering
+        state, current = self._state, self._state.current_round
         reply = Refusal(
             run=message.run, purpose=message.purpose, round=message.round, reason="failed", detail=message.detail
         )
         outputs: list[RoundOutput] = []
         if message.run == state.run and site in state.members and state.ended is None:
-            if message.purpose == "initial" and state.phase == "initialise" and state.sources[-1] == site:
+            if message.purpose == "initial" and state.phase == "initialise" and state.initial_sites_asked[-1] == site:
                 refused = InitialModelRefused(site=site, reason="failed", detail=message.detail)
-                outputs = [*self._record(refused), *self._next_source(now)]
+                outputs = [*self._record(refused), *self._choose_next_initial_site(now)]
             elif (
                 current is not None
                 and (message.purpose, message.round) == (current.purpose, current.number)
                 and not current.is_closed
                 and site in current.open_sites
             ):
-                fact = UpdateRefused(
+                event = UpdateRefused(
                     round=current.number,
                     site=site,
                     sha256=None,
@@ -292,8 +292,8 @@ class RoundMachine:
                     detail=message.detail,
                     purpose=current.purpose,
                 )
-                self._returned.discard(site)
-                outputs = [*self._record(fact), *self._close_if_complete(now)]
+                self._recovered.discard(site)
+                outputs = [*self._record(event), *self._close_if_complete(now)]
             elif message.purpose == "finish" and state.phase == "finish" and site not in state.not_finished:
                 outputs = [
                     *self._record(SiteNotFinished(site=site, detail=message.detail)),
@@ -301,7 +301,7 @@ class RoundMachine:
                 ]
         return [*outputs, SendToSite(site=site, message=reply)]
 
-    def merged(
+    def model_aggregated(
         self, number: int, *, sha256: str, size_bytes: int, relative_change: float | None = None, now: float
     ) -> list[RoundOutput]:
         """A round's model is on disk; ``relative_change`` as in :class:`ModelAggregated`."""
@@ -312,15 +312,17 @@ class RoundMachine:
         if self._state.phase == "finish":
             self._restart_deadlines(now)
             return [*outputs, PublishState()]
-        return [*outputs, *(self._go_on(now) or [PublishState()])]
+        return [*outputs, *(self._advance(now) or [PublishState()])]
 
-    def pooled(self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float) -> list[RoundOutput]:
+    def statistics_pooled(
+        self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float
+    ) -> list[RoundOutput]:
         """The pooled statistics are on disk."""
         self._restart_deadlines(now)
         made = StatisticsPooled(sha256=sha256, size_bytes=size_bytes, truncation=truncation)
         return [*self._record(made), PublishState()]
 
-    def finish_reported(self, site: str, report: FinishReport, now: float) -> list[RoundOutput]:
+    def finish_report_received(self, site: str, report: FinishReport, now: float) -> list[RoundOutput]:
         """A site made its package."""
         state = self._state
         if report.run != state.run or site not in state.members or report.model != state.model:
@@ -335,33 +337,33 @@ class RoundMachine:
         outputs.append(SendToSite(site=site, message=Receipt(run=state.run, purpose="finish", round=0)))
         return [*outputs, *self._end_if_finished(now)]
 
-    def pause(self, site: str, *, by: PausedBy, reason: str, now: float) -> list[RoundOutput]:
+    def pause_site(self, site: str, *, by: PausedBy, reason: str, now: float) -> list[RoundOutput]:
         """A site rests from now on."""
         state = self._state
-        if state.ended or site not in state.present or by in state.paused.get(site, {}):
+        if state.ended or site not in state.active_members or by in state.paused.get(site, {}):
             return []
-        self._progress[site] = now
+        self._last_progress[site] = now
         outputs = self._record(SitePaused(site=site, by=by, reason=reason))
         return [*outputs, PublishState()] if by == "operator" else outputs
 
-    def unpause(self, site: str, *, by: PausedBy, now: float) -> list[RoundOutput]:
+    def resume_site(self, site: str, *, by: PausedBy, now: float) -> list[RoundOutput]:
         """One of those who had a site rest wants it to no more; it goes on when all of them do."""
         if self._state.ended or by not in self._state.paused.get(site, {}):
             return []
-        self._progress[site] = now
+        self._last_progress[site] = now
         outputs = self._record(SiteResumed(site=site, by=by))
         if by == "operator":
             outputs.append(PublishState())
-        return [*outputs, *self._go_on(now)]
+        return [*outputs, *self._advance(now)]
 
-    def leave(self, site: str, *, by: PausedBy, detail: str, now: float) -> list[RoundOutput]:
+    def site_leaves(self, site: str, *, by: PausedBy, detail: str, now: float) -> list[RoundOutput]:
         """A site leaves the run for good, or is removed from it."""
-        state, current = self._state, self._state.gathering
-        if state.ended or site not in state.present:
+        state, current = self._state, self._state.current_round
+        if state.ended or site not in state.active_members:
             return []
         outputs = self._record(SiteLeft(site=site, install=state.members[site].install, by=by, detail=detail))
         outputs.append(DismissSite(site=site, detail=detail))
-        if state.phase == "initialise" and state.initial is None and state.sources[-1] == site:
+        if state.phase == "initialise" and state.initial is None and state.initial_sites_asked[-1] == site:
             outputs += self._record(InitialModelRefused(site=site, reason="left", detail=detail))
         elif current is not None and not current.is_closed and site in current.open_sites:
             refused = UpdateRefused(
@@ -371,7 +373,7 @@ class RoundMachine:
             return [*outputs, *self._close_if_complete(now)]
         elif state.phase == "finish" and site not in state.finished:
             outputs += self._record(SiteNotFinished(site=site, detail=f"left: {detail}"))
-        return [*outputs, *self._go_on(now)]
+        return [*outputs, *self._advance(now)]
 
     def finish_early(self, reason: str, now: float) -> list[RoundOutput]:
         """The operator wants no round after the one at hand."""
@@ -380,41 +382,47 @@ class RoundMachine:
         outputs = self._record(RoundsEndedEarly(cause="operator", reason=reason))
         if self.state.phase == "finish":
             self._restart_deadlines(now)
-        return [*outputs, *(self._go_on(now) or [PublishState()])]
+        return [*outputs, *(self._advance(now) or [PublishState()])]
 
-    def stop(self, reason: str) -> list[RoundOutput]:
+    def stop_run(self, reason: str) -> list[RoundOutput]:
         """The operator ends the run, without a result."""
-        return [] if self._state.ended else self._end(succeeded=False, reason=f"stopped by the operator: {reason}")
+        return [] if self._state.ended else self._end_run(succeeded=False, reason=f"stopped by the operator: {reason}")
 
     def tick(self, now: float) -> list[RoundOutput]:
         """Time passes; call it at least every second."""
-        state, current = self._state, self._state.gathering
+        state, current = self._state, self._state.current_round
         match state.phase:
-            case "initialise" if state.initial is None and self._is_silent(state.sources[-1], now):
-                return self._next_source(now)
+            case "initialise" if state.initial is None and self._is_silent(state.initial_sites_asked[-1], now):
+                return self._choose_next_initial_site(now)
             case "train" | "statistics" if current is not None and not current.is_closed:
-                if all(self._is_silent(site, now) for site in current.open_sites) and not self._must_wait(now):
+                if all(self._is_silent(site, now) for site in current.open_sites) and not self._must_wait_for_paused(
+                    now
+                ):
                     return self._close(now)
             case _:
-                return self._go_on(now)
+                return self._advance(now)
         return []
 
     # Transitions.
 
-    def _record(self, fact: Event) -> list[RoundOutput]:
-        self._state = apply_event(self._state, fact)
-        return [RecordEvent(fact=fact)]
+    def _record(self, event: Event) -> list[RoundOutput]:
+        self._state = apply_event(self._state, event)
+        return [RecordEvent(event=event)]
 
-    def _go_on(self, now: float) -> list[RoundOutput]:
+    def _advance(self, now: float) -> list[RoundOutput]:
         """Begin what may begin now; when sites come, go, rest or return, and when something is done."""
-        state, current = self._state, self._state.round
+        state, current = self._state, self._state.latest_round
         match state.phase:
             case "waiting":
                 return self._start_if_enough(now)
             case "initialise" if state.initial is None:
-                return self._next_source(now) if state.sources[-1] in state.refused_sources else []
+                return (
+                    self._choose_next_initial_site(now)
+                    if state.initial_sites_asked[-1] in state.refused_initial
+                    else []
+                )
             case "initialise" | "train" if current is None or current.model is not None:
-                return self._gather_next(now)
+                return self._start_next_round(now)
             case "finish":
                 return self._end_if_finished(now)
             case _:
@@ -422,77 +430,77 @@ class RoundMachine:
 
     def _start_if_enough(self, now: float) -> list[RoundOutput]:
         config = self._state.config
-        ready = self._state.present - self._state.paused.keys()
+        ready = self._state.active_members - self._state.paused.keys()
         enough = ready.issuperset(config.expected_sites) and len(ready) >= (
             len(config.expected_sites) or config.min_available_sites
         )
-        return self._next_source(now) if enough else []
+        return self._choose_next_initial_site(now) if enough else []
 
-    def _next_source(self, now: float) -> list[RoundOutput]:
+    def _choose_next_initial_site(self, now: float) -> list[RoundOutput]:
         state = self._state
-        candidates = sorted(state.present - set(state.sources) - state.paused.keys())
+        candidates = sorted(state.active_members - set(state.initial_sites_asked) - state.paused.keys())
         if not candidates:
-            if (state.present & state.paused.keys()) - state.refused_sources.keys():
+            if (state.active_members & state.paused.keys()) - state.refused_initial.keys():
                 return []
-            return self._end(succeeded=False, reason="no site could give an initial model")
+            return self._end_run(succeeded=False, reason="no site could give an initial model")
         self._restart_deadlines(now)
         return [*self._record(InitialSiteChosen(site=candidates[0])), PublishState()]
 
-    def _checked_initial(self, site: str, offer: Offer, verdict: ValidationResult, now: float) -> list[RoundOutput]:
-        if verdict.reason is not None:
-            refused = InitialModelRefused(site=site, reason=verdict.reason, detail=verdict.detail)
-            answer = SendToSite(site=site, message=refusal_for(offer, verdict.reason, verdict.detail))
-            return [*self._record(refused), *self._next_source(now), answer]
+    def _initial_validated(self, site: str, offer: Offer, result: ValidationResult, now: float) -> list[RoundOutput]:
+        if result.reason is not None:
+            refused = InitialModelRefused(site=site, reason=result.reason, detail=result.detail)
+            answer = SendToSite(site=site, message=refusal_for(offer, result.reason, result.detail))
+            return [*self._record(refused), *self._choose_next_initial_site(now), answer]
         manifest = offer.manifest
         accepted = InitialModelAccepted(site=site, sha256=manifest.sha256, size_bytes=manifest.size_bytes)
         return [
             *self._record(accepted),
-            *(self._go_on(now) or [PublishState()]),
+            *(self._advance(now) or [PublishState()]),
             SendToSite(site=site, message=receipt_for(offer)),
         ]
 
-    def _gather_next(self, now: float) -> list[RoundOutput]:
+    def _start_next_round(self, now: float) -> list[RoundOutput]:
         """Ask for the next round's updates or, after the last round, for the statistics; if anyone can be asked."""
         config = self._state.config
-        if not self._state.present:
-            return self._end(succeeded=False, reason="every site has left the run")
+        if not self._state.active_members:
+            return self._end_run(succeeded=False, reason="every site has left the run")
         asked = self.available_sites()
         if not asked:
             # Every site rests; the first that goes on makes the difference.
             return []
         if self._state.is_trained:
-            fact = RoundStarted(round=0, asked=tuple(asked), purpose="statistics")
+            event = RoundStarted(round=0, asked=tuple(asked), purpose="statistics")
         else:
             number = len(self._state.rounds) + 1
             sample = random.Random(f"{config.seed}:{number}").sample(asked, config.sample_size(len(asked)))
-            fact = RoundStarted(round=number, asked=tuple(sorted(sample)))
+            event = RoundStarted(round=number, asked=tuple(sorted(sample)))
         self._restart_deadlines(now)
-        return [*self._record(fact), PublishState()]
+        return [*self._record(event), PublishState()]
 
     def available_sites(self) -> list[str]:
         """Members that may be asked, sorted: all but those that left, rest, or were lost and not heard of since."""
-        awake = self._state.present - self._state.paused.keys()
+        awake = self._state.active_members - self._state.paused.keys()
         # If all are lost they are asked all the same; the deadline will tell.
-        return sorted(awake - self._lost() or awake)
+        return sorted(awake - self._lost_sites() or awake)
 
-    def _lost(self) -> set[str]:
+    def _lost_sites(self) -> set[str]:
         lost: set[str] = set()
         for entry in (*self._state.rounds, *filter(None, [self._state.statistics])):
             failed = {site for site, refusal in entry.refused.items() if refusal.reason == "failed"}
             missed = set(entry.left_out) - set(entry.paused)
             lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | missed
-        return lost - self._returned
+        return lost - self._recovered
 
     def _close_if_complete(self, now: float) -> list[RoundOutput]:
-        current = self._state.gathering
+        current = self._state.current_round
         assert current is not None
         return [] if current.is_closed or current.open_sites else self._close(now)
 
     def _close(self, now: float) -> list[RoundOutput]:
-        current = self._state.gathering
+        current = self._state.current_round
         assert current is not None
         resting = tuple(site for site in current.open_sites if site in self._state.paused)
-        self._returned -= set(current.open_sites) - set(resting)
+        self._recovered -= set(current.open_sites) - set(resting)
         closed = RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose, paused=resting)
         outputs = self._record(closed)
         needed = self._state.config.replies_needed(len(current.asked))
@@ -500,37 +508,37 @@ class RoundMachine:
             came, asked = len(current.accepted), len(current.asked)
             which = "the statistics phase" if current.purpose == "statistics" else f"round {current.number}"
             reason = f"quorum missed in {which}: {came} of {asked} sites contributed, {needed} needed"
-            return [*outputs, *self._end(succeeded=False, reason=reason)]
+            return [*outputs, *self._end_run(succeeded=False, reason=reason)]
         self._restart_deadlines(now)
-        assert self._state.gathering is not None
-        return [*outputs, AggregateRound(round=self._state.gathering)]
+        assert self._state.current_round is not None
+        return [*outputs, AggregateRound(round=self._state.current_round)]
 
     def _end_if_finished(self, now: float) -> list[RoundOutput]:
         state = self._state
         if state.phase != "finish":
             return []
         settled = state.finished.keys() | state.not_finished.keys()
-        if all(site in settled or self._is_silent(site, now) for site in state.present - self._lost()):
-            return self._end(succeeded=True, reason="")
+        if all(site in settled or self._is_silent(site, now) for site in state.active_members - self._lost_sites()):
+            return self._end_run(succeeded=True, reason="")
         return []
 
-    def _end(self, *, succeeded: bool, reason: str) -> list[RoundOutput]:
+    def _end_run(self, *, succeeded: bool, reason: str) -> list[RoundOutput]:
         return [*self._record(RunEnded(succeeded=succeeded, reason=reason)), PublishState()]
 
-    def _must_wait(self, now: float) -> bool:
+    def _must_wait_for_paused(self, now: float) -> bool:
         """Whether the open round lacks its quorum, and a site that rests, and lives, could still help it to one."""
-        state, current = self._state, self._state.gathering
+        state, current = self._state, self._state.current_round
         assert current is not None
         if len(current.accepted) >= state.config.replies_needed(len(current.asked)):
             return False
         deadline_s = state.config.deadline_s
         return any(
-            site in state.paused and now - self._heard.get(site, self._restarted_at) < deadline_s
+            site in state.paused and now - self._last_heartbeat.get(site, self._restarted_at) < deadline_s
             for site in current.open_sites
         )
 
     def _is_silent(self, site: str, now: float) -> bool:
-        return now - self._progress.get(site, self._restarted_at) >= self._state.config.deadline_s
+        return now - self._last_progress.get(site, self._restarted_at) >= self._state.config.deadline_s
 
     def _restart_deadlines(self, now: float) -> None:
-        self._progress = dict.fromkeys(self._state.members, now)
+        self._last_progress = dict.fromkeys(self._state.members, now)

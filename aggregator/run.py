@@ -73,10 +73,10 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
             )
         log.info("run_over" if state.ended else "run_continued", run=state.run, rounds_done=len(state.rounds))
         return state
-    fact = RunStarted(run=uuid.uuid4().hex, config=config, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-    journal.append(fact.run, [fact])
-    log.info("run_started", run=fact.run, rounds=config.rounds, method=config.learning.method)
-    return initial_state(fact)
+    event = RunStarted(run=uuid.uuid4().hex, config=config, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    journal.append(event.run, [event])
+    log.info("run_started", run=event.run, rounds=config.rounds, method=config.learning.method)
+    return initial_state(event)
 
 
 def close_round(
@@ -93,7 +93,7 @@ def close_round(
     """
     if entry.purpose == "update":
         model = aggregate_round(machine.state, entry, store, folder / ".model.draft")
-        return machine.merged(
+        return machine.model_aggregated(
             entry.number,
             sha256=model.sha256,
             size_bytes=model.size_bytes,
@@ -104,7 +104,7 @@ def close_round(
     parts = {site: store.path(part.sha256) for site, part in entry.accepted.items()}
     truncation = pool_statistics(parts, draft, rank=machine.state.config.statistics_rank)
     pooled = store.add(draft)
-    return machine.pooled(
+    return machine.statistics_pooled(
         sha256=pooled.sha256, size_bytes=pooled.size_bytes, truncation=truncation.figures(), now=clock()
     )
 
@@ -152,10 +152,10 @@ def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult
     )
 
 
-def log_event(fact: Event) -> None:
+def log_event(event: Event) -> None:
     """Log a decision, hashes shortened: the ledger has them whole."""
     fields: dict[str, object] = {}
-    for name, value in msgspec.structs.asdict(fact).items():
+    for name, value in msgspec.structs.asdict(event).items():
         match value:
             case None | "" | () | {}:
                 continue
@@ -167,4 +167,4 @@ def log_event(fact: Event) -> None:
                 fields[name] = value[:12]
             case _:
                 fields[name] = value
-    log.info(str(fact.__struct_config__.tag), **fields)
+    log.info(str(event.__struct_config__.tag), **fields)

@@ -198,7 +198,7 @@ class _AggregatorService:
 
     def _loop(self) -> None:
         now = time.monotonic()
-        self._carry_out(self._machine.resume(now), now)
+        self._carry_out(self._machine.restart(now), now)
         next_tick = now
         is_over = False
         while not is_over or (self._stay and not self._dismissed):
@@ -212,7 +212,7 @@ class _AggregatorService:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._carry_out(self._machine.tick(now), now)
-                self._requests.answer(self._on_request)
+                self._requests.process_pending(self._on_request)
                 self._look(now)
             self._pump()
             # The end must be told, also by an aggregator that was restarted after it: the broker has it when it
@@ -234,7 +234,7 @@ class _AggregatorService:
         state, num_online = self._machine.state, self._hall.num_live(now)
         made = sum(1 for entry in state.rounds if entry.model)
         self._report(made, state.config.rounds, run_summary(state, num_online=num_online))
-        self._watch.look(
+        self._watch.report(
             state,
             num_online=num_online,
             progress_at=self._machine.last_progress_at,
@@ -247,8 +247,8 @@ class _AggregatorService:
         match event:
             case Connected():
                 self._is_up = True
-                self._watch.connected()
-                self._announcer.use_chunks_of(event.chunk_bytes)
+                self._watch.reconnected()
+                self._announcer.set_chunk_size(event.chunk_bytes)
                 self._publish(
                     self._topics.aggregator_presence, encode_message(self._presence(online=True)), retain=True
                 )
@@ -267,9 +267,9 @@ class _AggregatorService:
     def _on_message(self, event: ReceivedMessage, now: float) -> None:
         match self._topics.parse(event.topic):
             case ChunkTopic(site=str(site), sha256=sha256, index=index):
-                is_new, arrived = self._intake.chunk(site, sha256, index, event.payload, now=now)
+                is_new, arrived = self._intake.receive_chunk(site, sha256, index, event.payload, now=now)
                 if is_new:
-                    self._machine.progressed(site, now)
+                    self._machine.progress_made(site, now)
                 if arrived is not None:
                     self._on_arrival(site, arrived, now)
             case MessageTopic(kind="site_presence", site=str(site)):
@@ -308,47 +308,47 @@ class _AggregatorService:
             case Heartbeat():
                 if not self._hall.heartbeat(site, message, now):
                     return
-                machine.heard(site, now)
+                machine.heartbeat_received(site, now)
                 if self._hall.is_step(site, message):
-                    machine.progressed(site, now, is_ready=message.ready)
+                    machine.progress_made(site, now, is_ready=message.ready)
                 install = self._hall.install_of(site)
                 if message.ready and message.run == machine.state.run and message.initial and install:
-                    self._carry_out(machine.ready(site, install=install, initial=message.initial, now=now), now)
+                    self._carry_out(machine.site_ready(site, install=install, initial=message.initial, now=now), now)
                 if message.paused is None:
-                    self._carry_out(machine.unpause(site, by="site", now=now), now)
+                    self._carry_out(machine.resume_site(site, by="site", now=now), now)
                 else:
-                    self._carry_out(machine.pause(site, by="site", reason=message.paused, now=now), now)
+                    self._carry_out(machine.pause_site(site, by="site", reason=message.paused, now=now), now)
             case Offer():
-                self._carry_out(machine.offered(site, message, now), now)
+                self._carry_out(machine.offer_received(site, message, now), now)
             case TaskFailed():
                 log.warning("site_failed", site=site, task=message.purpose, reason=message.detail)
                 self._carry_out(machine.task_failed(site, message, now), now)
             case FinishReport():
-                self._carry_out(machine.finish_reported(site, message, now), now)
+                self._carry_out(machine.finish_report_received(site, message, now), now)
             case BlobNeed():
-                if self._announcer.needed(site, message, now=now) and self._hall.is_new_need(site, message):
-                    machine.progressed(site, now)
+                if self._announcer.chunks_requested(site, message, now=now) and self._hall.is_new_need(site, message):
+                    machine.progress_made(site, now)
 
     def _on_leaving(self, site: str, message: Leaving, now: float) -> None:
         machine = self._machine
         if message.run == machine.state.run and self._hall.is_admitted(site, message.boot):
-            self._carry_out(machine.leave(site, by="site", detail=message.detail or "it said so", now=now), now)
-        if site not in machine.state.present:
+            self._carry_out(machine.site_leaves(site, by="site", detail=message.detail or "it said so", now=now), now)
+        if site not in machine.state.active_members:
             # Also where it never joined, or had left before: there is nothing to leave any more.
             self._tell(site, TurnedAway(boot=message.boot, reason="left", detail=f"{site} has left the run"))
 
     def _on_request(self, request: OperatorRequest) -> str:
         machine, now = self._machine, time.monotonic()
         state = machine.state
-        if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.present:
-            here = ", ".join(sorted(state.present)) or "nobody"
+        if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.active_members:
+            here = ", ".join(sorted(state.active_members)) or "nobody"
             raise UsageError(f"{request.site} is not a site of this run; its sites are: {here}")
         match request:
             case _ if state.ended is not None:
                 self._dismissed = isinstance(request, StopRun)
                 return f"the run is over ({state.phase}){'; the aggregator leaves' if self._dismissed else ''}"
             case StopRun():
-                self._carry_out(machine.stop(request.reason), now)
+                self._carry_out(machine.stop_run(request.reason), now)
                 self._dismissed = True
                 return "the run is stopped"
             case FinishEarly():
@@ -357,15 +357,15 @@ class _AggregatorService:
                 self._carry_out(machine.finish_early(f"by the operator: {request.reason}", now), now)
                 return f"the rounds end with round {len(machine.state.rounds)}"
             case PauseSite():
-                self._carry_out(machine.pause(request.site, by="operator", reason=request.reason, now=now), now)
+                self._carry_out(machine.pause_site(request.site, by="operator", reason=request.reason, now=now), now)
                 return f"{request.site} is paused"
             case ResumeSite():
-                self._carry_out(machine.unpause(request.site, by="operator", now=now), now)
+                self._carry_out(machine.resume_site(request.site, by="operator", now=now), now)
                 own = machine.state.paused.get(request.site, {}).get("site")
                 return f"{request.site} goes on" if own is None else f"{request.site} rests by its own wish: {own}"
             case RemoveSite():
                 detail = f"removed by the aggregator's operator: {request.reason}"
-                self._carry_out(machine.leave(request.site, by="operator", detail=detail, now=now), now)
+                self._carry_out(machine.site_leaves(request.site, by="operator", detail=detail, now=now), now)
                 return f"{request.site} is removed"
 
     def _on_arrival(self, site: str, arrived: ReceivedUpload, now: float) -> None:
@@ -380,16 +380,16 @@ class _AggregatorService:
             log.warning(
                 "model_refused", site=site, round=arrived.offer.round, reason=verdict.reason, detail=verdict.detail
             )
-        self._carry_out(self._machine.checked(site, arrived.offer, verdict, now), now)
+        self._carry_out(self._machine.upload_validated(site, arrived.offer, verdict, now), now)
 
     def _carry_out(self, outputs: Sequence[RoundOutput], now: float) -> None:
-        facts = [output.fact for output in outputs if isinstance(output, RecordEvent)]
+        facts = [output.event for output in outputs if isinstance(output, RecordEvent)]
         if facts:
             self._journal.append(self._machine.state.run, facts)
         for output in outputs:
             match output:
                 case RecordEvent():
-                    log_event(output.fact)
+                    log_event(output.event)
                 case PublishState():
                     self._announce()
                 case SendToSite():
@@ -399,7 +399,7 @@ class _AggregatorService:
                 case AggregateRound():
                     self._merge(output)
                 case DismissSite():
-                    self._intake.drop(output.site)
+                    self._intake.cancel(output.site)
                     if (boot := self._hall.release(output.site)) is not None:
                         self._tell(output.site, TurnedAway(boot=boot, reason="left", detail=output.detail[:500]))
 
@@ -411,9 +411,9 @@ class _AggregatorService:
             verdict = ValidationResult(
                 reason="too_large", detail=f"{size_bytes} bytes; the aggregator's disk has no room"
             )
-            self._carry_out(self._machine.checked(site, offer, verdict, now), now)
+            self._carry_out(self._machine.upload_validated(site, offer, verdict, now), now)
             return
-        arrived = self._intake.offer(site, offer, now=now)
+        arrived = self._intake.start(site, offer, now=now)
         if arrived is not None:
             self._on_arrival(site, arrived, now)
 
@@ -421,11 +421,11 @@ class _AggregatorService:
         outputs = close_round(self._machine, output.round, self._store, self._state_dir, time.monotonic)
         self._carry_out(outputs, time.monotonic())
         # What the state names now is needed, and what is being sent; the parts are not.
-        self._store.prune({*self._machine.state.results, *self._announcer.blobs})
+        self._store.prune({*self._machine.state.servable_blobs, *self._announcer.served_blobs})
 
     def _announce(self) -> None:
         if self._is_up:
-            message = self._announcer.describe(self._machine.state, tuple(self._machine.available_sites()))
+            message = self._announcer.round_state(self._machine.state, tuple(self._machine.available_sites()))
             self._publish(self._topics.round, encode_message(message), retain=True)
 
     def _presence(self, *, online: bool) -> Presence:
@@ -433,7 +433,9 @@ class _AggregatorService:
 
     def _pump(self) -> None:
         if self._is_up:
-            self._announcer.pump(lambda sha256, index, data: self._publish(self._topics.chunk(sha256, index), data))
+            self._announcer.send_pending(
+                lambda sha256, index, data: self._publish(self._topics.chunk(sha256, index), data)
+            )
 
     def _tell(self, site: str, message: DownMessage) -> None:
         self._publish(self._topics.down(site), encode_message(message))

@@ -40,85 +40,85 @@ class UploadReceiver:
 
     Args:
         store: where they go.
-        need: sends a :class:`BlobNeed` to a site.
+        send: sends a :class:`BlobNeed` to a site.
     """
 
-    def __init__(self, store: BlobStore, need: Callable[[str, BlobNeed], None]) -> None:
+    def __init__(self, store: BlobStore, send: Callable[[str, BlobNeed], None]) -> None:
         self._store = store
-        self._need = need
-        self._arrivals: dict[str, _PendingUpload] = {}
+        self._send = send
+        self._pending: dict[str, _PendingUpload] = {}
 
-    def offer(self, site: str, offer: Offer, *, now: float) -> ReceivedUpload | None:
+    def start(self, site: str, offer: Offer, *, now: float) -> ReceivedUpload | None:
         """Begin or continue to receive a blob; what :class:`ReceivedUpload` if it is there already."""
-        arrival = self._arrivals.get(site)
-        if arrival is not None and arrival.offer.manifest != offer.manifest:
+        upload = self._pending.get(site)
+        if upload is not None and upload.offer.manifest != offer.manifest:
             # The same blob in other chunks goes on where it was; another one supersedes it.
-            if arrival.offer.manifest.sha256 == offer.manifest.sha256:
-                arrival.incoming.close()
+            if upload.offer.manifest.sha256 == offer.manifest.sha256:
+                upload.incoming.close()
             else:
-                arrival.incoming.discard()
-            arrival = None
-        if arrival is None:
+                upload.incoming.discard()
+            upload = None
+        if upload is None:
             if offer.manifest.sha256 in self._store:
-                self._arrivals.pop(site, None)
+                self._pending.pop(site, None)
                 return ReceivedUpload(offer=offer, intact=True)
             incoming = self._store.receive(offer.manifest, owner=site, now=now)
-            arrival = _PendingUpload(offer=offer, incoming=incoming)
+            upload = _PendingUpload(offer=offer, incoming=incoming)
         # The latest offer counts: the same bytes may be offered for another round.
-        arrival.offer = offer
-        self._arrivals[site] = arrival
-        if arrival.incoming.receiver.is_complete:
-            return self._finish(site, arrival, now)
-        self._say_need(site, arrival, resend=True, now=now)
+        upload.offer = offer
+        self._pending[site] = upload
+        if upload.incoming.receiver.is_complete:
+            return self._finish(site, upload, now)
+        self._send_need(site, upload, resend=True, now=now)
         return None
 
-    def chunk(
+    def receive_chunk(
         self, site: str, sha256: str, index: int, data: bytes, *, now: float
     ) -> tuple[bool, ReceivedUpload | None]:
         """Take a chunk: whether it is new, and what has :class:`ReceivedUpload` with it."""
-        arrival = self._arrivals.get(site)
-        if arrival is None or arrival.offer.manifest.sha256 != sha256:
+        upload = self._pending.get(site)
+        if upload is None or upload.offer.manifest.sha256 != sha256:
             return False, None
-        kind = arrival.incoming.chunk(index, data, now=now)
+        kind = upload.incoming.chunk(index, data, now=now)
         if kind is ChunkKind.DAMAGED:
             log.warning("chunk_damaged", site=site, sha256=sha256[:12], chunk=index)
-        receiver = arrival.incoming.receiver
+        receiver = upload.incoming.receiver
         if kind is ChunkKind.NEW and receiver.is_complete:
-            return True, self._finish(site, arrival, now)
+            return True, self._finish(site, upload, now)
         if receiver.ack_due(now):
-            self._say_need(site, arrival, resend=False, now=now)
+            self._send_need(site, upload, resend=False, now=now)
         return kind is ChunkKind.NEW, None
 
-    def drop(self, site: str) -> None:
+    def cancel(self, site: str) -> None:
         """A site's blob is no longer wanted."""
-        arrival = self._arrivals.pop(site, None)
-        if arrival is not None:
-            arrival.incoming.discard()
+        upload = self._pending.pop(site, None)
+        if upload is not None:
+            upload.incoming.discard()
 
     def close(self) -> None:
         """Stop; what has come stays on disk."""
-        for arrival in self._arrivals.values():
-            arrival.incoming.close()
-        self._arrivals.clear()
+        for upload in self._pending.values():
+            upload.incoming.close()
+        self._pending.clear()
 
-    def _say_need(self, site: str, arrival: _PendingUpload, *, resend: bool, now: float) -> None:
+    def _send_need(self, site: str, upload: _PendingUpload, *, resend: bool, now: float) -> None:
         # Its share of what may come; and no more than the others leave, who learn of their smaller share only with
         # their next acknowledgement.
-        promised = sum(other.window for name, other in self._arrivals.items() if name != site)
-        window = arrival.incoming.receiver.window
-        window.limit = min(MAX_CHUNKS_IN_FLIGHT // len(self._arrivals), MAX_CHUNKS_IN_FLIGHT - promised)
-        need = arrival.incoming.receiver.need(resend=resend, now=now)
-        arrival.window = need.window
-        self._need(site, need)
+        promised = sum(other.window for name, other in self._pending.items() if name != site)
+        window = upload.incoming.receiver.window
+        window.limit = min(MAX_CHUNKS_IN_FLIGHT // len(self._pending), MAX_CHUNKS_IN_FLIGHT - promised)
+        need = upload.incoming.receiver.need(resend=resend, now=now)
+        upload.window = need.window
+        self._send(site, need)
 
-    def _finish(self, site: str, arrival: _PendingUpload, now: float) -> ReceivedUpload | None:
-        receiver = arrival.incoming.receiver
-        if arrival.incoming.finish():
-            del self._arrivals[site]
-            return ReceivedUpload(offer=arrival.offer, intact=True)
-        log.warning("blob_damaged", site=site, sha256=arrival.offer.manifest.sha256[:12])
+    def _finish(self, site: str, upload: _PendingUpload, now: float) -> ReceivedUpload | None:
+        receiver = upload.incoming.receiver
+        if upload.incoming.finish():
+            del self._pending[site]
+            return ReceivedUpload(offer=upload.offer, intact=True)
+        log.warning("blob_damaged", site=site, sha256=upload.offer.manifest.sha256[:12])
         if receiver.start_over():
-            self._say_need(site, arrival, resend=True, now=now)
+            self._send_need(site, upload, resend=True, now=now)
             return None
-        self.drop(site)
-        return ReceivedUpload(offer=arrival.offer, intact=False)
+        self.cancel(site)
+        return ReceivedUpload(offer=upload.offer, intact=False)

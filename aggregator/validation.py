@@ -58,9 +58,9 @@ def _answer_initial(state: RunState, site: str, offer: Offer) -> DownMessage | N
         if (state.initial.site, state.initial.sha256) == (site, sha256):
             return receipt_for(offer)
         return refusal_for(offer, "late", "the run has its initial model")
-    if (refused := state.refused_sources.get(site)) is not None:
+    if (refused := state.refused_initial.get(site)) is not None:
         return refusal_for(offer, refused.reason, refused.detail)
-    if state.phase != "initialise" or state.sources[-1] != site:
+    if state.phase != "initialise" or state.initial_sites_asked[-1] != site:
         return refusal_for(offer, "not_asked", "another site is asked for the initial model")
     return None
 
@@ -78,7 +78,7 @@ def _answer_contribution(state: RunState, site: str, offer: Offer) -> DownMessag
     if site not in asked.asked:
         return refusal_for(offer, "not_asked", f"{what} was given to {len(asked.asked)} other sites")
     if asked.is_closed:
-        reason: RefusalReason = "late" if asked is state.gathering else "stale_round"
+        reason: RefusalReason = "late" if asked is state.current_round else "stale_round"
         return refusal_for(offer, reason, f"{what} is closed")
     refused = asked.refused.get(site)
     if refused is not None and (

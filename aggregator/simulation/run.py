@@ -218,12 +218,12 @@ class _Simulation:
     def to_the_end(self) -> RunResult:
         """Ask the sites for what the run waits for, phase by phase."""
         machine = self._machine
-        self._carry_out(machine.resume(STOPPED_CLOCK_S))
+        self._carry_out(machine.restart(STOPPED_CLOCK_S))
         while machine.state.ended is None:
             self._measure_models()
             before = machine.state
             tasks = self._tasks()
-            number = 0 if machine.state.round is None else machine.state.round.number
+            number = 0 if machine.state.latest_round is None else machine.state.latest_round.number
             for done, answer in enumerate(self._engine.run(tasks), start=1):
                 assert isinstance(answer, SiteAnswer)
                 self._on_answer(answer)
@@ -240,7 +240,9 @@ class _Simulation:
 
     def _tasks(self) -> list[SiteTask]:
         state = self._machine.state
-        announced = msgspec.Raw(encode_message(self._announcer.describe(state, tuple(self._machine.available_sites()))))
+        announced = msgspec.Raw(
+            encode_message(self._announcer.round_state(state, tuple(self._machine.available_sites())))
+        )
         return [
             SiteTask(
                 site=place.site,
@@ -261,9 +263,9 @@ class _Simulation:
             case "waiting":
                 return set(self._config.site_names) - state.members.keys()
             case "initialise":
-                return set(state.sources[-1:])
-            case "train" | "statistics" if state.gathering is not None:
-                return set(state.gathering.open_sites)
+                return set(state.initial_sites_asked[-1:])
+            case "train" | "statistics" if state.current_round is not None:
+                return set(state.current_round.open_sites)
             case "finish":
                 return set(self._machine.available_sites()) - state.finished.keys() - state.not_finished.keys()
             case _:
@@ -278,28 +280,30 @@ class _Simulation:
     def _on_answer(self, answer: SiteAnswer) -> None:
         machine, site = self._machine, answer.site
         if machine.state.phase == "waiting" and answer.initial is not None:
-            self._carry_out(machine.ready(site, install=answer.install, initial=answer.initial, now=STOPPED_CLOCK_S))
+            self._carry_out(
+                machine.site_ready(site, install=answer.install, initial=answer.initial, now=STOPPED_CLOCK_S)
+            )
         if answer.said is None:
             return
         match decode_up(answer.said.encode()):
             case Offer() as offer:
                 assert answer.blob is not None
-                self._carry_out(machine.offered(site, offer, STOPPED_CLOCK_S), blob=Path(answer.blob))
+                self._carry_out(machine.offer_received(site, offer, STOPPED_CLOCK_S), blob=Path(answer.blob))
             case FinishReport() as finished:
-                self._carry_out(machine.finish_reported(site, finished, STOPPED_CLOCK_S))
+                self._carry_out(machine.finish_report_received(site, finished, STOPPED_CLOCK_S))
             case TaskFailed() as failed:
                 self._carry_out(machine.task_failed(site, failed, STOPPED_CLOCK_S))
             case other:
                 raise FederationError(f"{site} says {other.__struct_config__.tag}, which nobody asked for")
 
     def _carry_out(self, outputs: Sequence[RoundOutput], blob: Path | None = None) -> None:
-        facts = [output.fact for output in outputs if isinstance(output, RecordEvent)]
+        facts = [output.event for output in outputs if isinstance(output, RecordEvent)]
         if facts:
             self._journal.append(self._machine.state.run, facts)
         for output in outputs:
             match output:
                 case RecordEvent():
-                    log_event(output.fact)
+                    log_event(output.event)
                 case SendToSite(site=site, message=Refusal() as refusal):
                     log.warning("refused", site=site, reason=refusal.reason, detail=refusal.detail)
                 case ReceiveUpload():
@@ -317,11 +321,11 @@ class _Simulation:
             self._store.add(draft)
         verdict = validate_upload(self._machine.state, output.offer, self._store)
         if verdict is not None:
-            self._carry_out(self._machine.checked(output.site, output.offer, verdict, STOPPED_CLOCK_S))
+            self._carry_out(self._machine.upload_validated(output.site, output.offer, verdict, STOPPED_CLOCK_S))
 
     def _merge(self, output: AggregateRound) -> None:
         self._carry_out(close_round(self._machine, output.round, self._store, self._state_dir, lambda: STOPPED_CLOCK_S))
-        self._store.prune({*self._machine.state.results, *self._announcer.blobs})
+        self._store.prune({*self._machine.state.servable_blobs, *self._announcer.served_blobs})
 
     # Figures.
 

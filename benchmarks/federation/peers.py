@@ -153,11 +153,11 @@ def intake(control: Control, url: str, _size_bytes: int) -> None:
                 continue
             match TOPICS.parse(event.topic):
                 case ChunkTopic(site=str(site), sha256=sha256, index=index):
-                    _, arrived = taking.chunk(site, sha256, index, event.payload, now=now)
+                    _, arrived = taking.receive_chunk(site, sha256, index, event.payload, now=now)
                 case _:
                     message = decode_up(event.payload)
                     if isinstance(message, Offer):
-                        arrived = taking.offer(SITE, message, now=now)
+                        arrived = taking.start(SITE, message, now=now)
             event.done()
         assert arrived.intact
         sha256 = arrived.offer.manifest.sha256

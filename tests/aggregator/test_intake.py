@@ -35,7 +35,7 @@ def test_what_is_on_its_way_from_all_sites_stays_below_what_a_broker_queues(tmp_
         now += 0.001
         if waiting and (not on_the_way or chance.random() < 0.3):
             site = waiting.pop()
-            if intake.offer(site, offer, now=now) is not None:
+            if intake.start(site, offer, now=now) is not None:
                 arrived += 1
         while answers:
             site, need = answers.pop(0)
@@ -46,7 +46,9 @@ def test_what_is_on_its_way_from_all_sites_stays_below_what_a_broker_queues(tmp_
         most = max(most, len(on_the_way))
         if on_the_way:
             site, index = on_the_way.pop(chance.randrange(min(len(on_the_way), 20)))
-            arrived += intake.chunk(site, manifest.sha256, index, blob[index : index + 1], now=now)[1] is not None
+            arrived += (
+                intake.receive_chunk(site, manifest.sha256, index, blob[index : index + 1], now=now)[1] is not None
+            )
     assert most <= MAX_CHUNKS_IN_FLIGHT + num_sites
     assert most >= min(NUM_CHUNKS / 2, MAX_CHUNKS_IN_FLIGHT / 2), "the sites are held back for nothing"
     intake.close()

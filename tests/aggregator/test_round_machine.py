@@ -86,7 +86,7 @@ class Rounds(RuleBasedStateMachine):
         self.receipts: dict[tuple[str, str, int], str] = {}
         self.merging: AggregateRound | None = None
         self.made = 0
-        self.take(self.machine.resume(self.now))
+        self.take(self.machine.restart(self.now))
         if begun:
             for site in SITES[:3]:
                 self.site_is_ready(site)
@@ -103,8 +103,8 @@ class Rounds(RuleBasedStateMachine):
             match output:
                 case RecordEvent():
                     if ended_before:
-                        assert output.fact.__struct_config__.tag == "site_finished", "an ended run stays ended"
-                    self.facts.append(output.fact)
+                        assert output.event.__struct_config__.tag == "site_finished", "an ended run stays ended"
+                    self.facts.append(output.event)
                     recorded = True
                 case AggregateRound():
                     assert self.merging is None
@@ -130,9 +130,9 @@ class Rounds(RuleBasedStateMachine):
     @precondition(lambda self: self.merging is None)
     @rule(site=sites)
     def site_is_ready(self, site: str) -> None:
-        self.machine.heard(site, self.now)
+        self.machine.heartbeat_received(site, self.now)
         install = f"{self.installs[site]:032x}"
-        self.take(self.machine.ready(site, install=install, initial=sha(0), now=self.now))
+        self.take(self.machine.site_ready(site, install=install, initial=sha(0), now=self.now))
 
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, figure=figures, verdict=verdicts, current=st.booleans(), number=st.integers(0, 5))
@@ -140,18 +140,18 @@ class Rounds(RuleBasedStateMachine):
         self, site: str, figure: int, verdict: ValidationResult, current: bool, number: int
     ) -> None:
         purpose = "update"
-        if current and self.state.gathering is not None:
-            number, purpose = self.state.gathering.number, self.state.gathering.purpose
+        if current and self.state.current_round is not None:
+            number, purpose = self.state.current_round.number, self.state.current_round.purpose
         offer = self.offer(purpose, number, figure, samples=1 + figure)
-        for output in self.take(self.machine.offered(site, offer, self.now)):
+        for output in self.take(self.machine.offer_received(site, offer, self.now)):
             if isinstance(output, ReceiveUpload):
-                self.machine.progressed(site, self.now)
-                self.take(self.machine.checked(site, offer, verdict, self.now))
+                self.machine.progress_made(site, self.now)
+                self.take(self.machine.upload_validated(site, offer, verdict, self.now))
 
     @precondition(lambda self: self.merging is None and self.state.phase in ("train", "statistics"))
     @rule(keep=st.integers(0, 1))
     def sites_do_their_round(self, keep: int) -> None:
-        current = self.state.gathering
+        current = self.state.current_round
         for site in current.open_sites[keep:] if current is not None else ():
             self.site_offers_an_update(site, 7 + current.number, ValidationResult(), True, 0)
         if self.merging is not None:
@@ -166,17 +166,17 @@ class Rounds(RuleBasedStateMachine):
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, verdict=verdicts)
     def site_offers_an_initial_model(self, site: str, verdict: ValidationResult) -> None:
-        if self.state.sources:
-            site = self.state.sources[-1]
+        if self.state.initial_sites_asked:
+            site = self.state.initial_sites_asked[-1]
         offer = self.offer("initial", 0, 0)
-        for output in self.take(self.machine.offered(site, offer, self.now)):
+        for output in self.take(self.machine.offer_received(site, offer, self.now)):
             if isinstance(output, ReceiveUpload):
-                self.take(self.machine.checked(site, offer, verdict, self.now))
+                self.take(self.machine.upload_validated(site, offer, verdict, self.now))
 
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, purpose=st.sampled_from(["initial", "update", "statistics", "finish"]))
     def site_fails(self, site: str, purpose: Any) -> None:
-        number = self.state.round.number if self.state.round is not None and purpose == "update" else 0
+        number = self.state.latest_round.number if self.state.latest_round is not None and purpose == "update" else 0
         message = TaskFailed(run=RUN, purpose=purpose, round=number, detail="no images")
         self.take(self.machine.task_failed(site, message, self.now))
 
@@ -184,22 +184,22 @@ class Rounds(RuleBasedStateMachine):
     @rule(site=sites)
     def site_makes_its_package(self, site: str) -> None:
         report = FinishReport(run=RUN, model=self.state.model or sha(99))
-        self.take(self.machine.finish_reported(site, report, self.now))
+        self.take(self.machine.finish_report_received(site, report, self.now))
 
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, by=st.sampled_from(["site", "operator"]))
     def pause(self, site: str, by: Any) -> None:
-        self.take(self.machine.pause(site, by=by, reason="the line runs", now=self.now))
+        self.take(self.machine.pause_site(site, by=by, reason="the line runs", now=self.now))
 
     @precondition(lambda self: self.merging is None)
     @rule(site=sites, by=st.sampled_from(["site", "operator"]))
     def resume(self, site: str, by: Any) -> None:
-        self.take(self.machine.unpause(site, by=by, now=self.now))
+        self.take(self.machine.resume_site(site, by=by, now=self.now))
 
     @precondition(lambda self: self.merging is None and len(self.facts) > 8)
     @rule(site=sites, by=st.sampled_from(["site", "operator"]), again=st.booleans())
     def leave(self, site: str, by: Any, again: bool) -> None:
-        self.take(self.machine.leave(site, by=by, detail="sold", now=self.now))
+        self.take(self.machine.site_leaves(site, by=by, detail="sold", now=self.now))
         if again:
             self.installs[site] += 1
 
@@ -208,9 +208,9 @@ class Rounds(RuleBasedStateMachine):
     def time_passes(self, seconds: float, alive: set[str], steps: set[str]) -> None:
         self.now += seconds
         for site in alive:
-            self.machine.heard(site, self.now)
+            self.machine.heartbeat_received(site, self.now)
         for site in steps:
-            self.machine.progressed(site, self.now)
+            self.machine.progress_made(site, self.now)
         self.take(self.machine.tick(self.now))
 
     @precondition(lambda self: self.merging is not None)
@@ -221,12 +221,12 @@ class Rounds(RuleBasedStateMachine):
         self.made += 1
         if purpose == "statistics":
             self.take(
-                self.machine.pooled(
+                self.machine.statistics_pooled(
                     sha256=sha(2000 + self.made), size_bytes=500, truncation={"mean": 0.1}, now=self.now
                 )
             )
             return
-        outputs = self.machine.merged(
+        outputs = self.machine.model_aggregated(
             number, sha256=sha(1000 + self.made), size_bytes=500, relative_change=change, now=self.now
         )
         self.take(outputs)
@@ -239,14 +239,14 @@ class Rounds(RuleBasedStateMachine):
     @precondition(lambda self: self.merging is None and len(self.facts) > 25)
     @rule()
     def operator_stops(self) -> None:
-        self.take(self.machine.stop("enough"))
+        self.take(self.machine.stop_run("enough"))
         assert self.state.ended is not None
 
     @rule()
     def aggregator_is_killed_and_restarted(self) -> None:
         self.machine = RoundMachine(replay(self.facts), now=self.now)
         self.merging = None
-        self.take(self.machine.resume(self.now))
+        self.take(self.machine.restart(self.now))
 
     # What always holds.
 
@@ -294,9 +294,9 @@ class Rounds(RuleBasedStateMachine):
             self.now += DEADLINE_S
             for site in list(self.state.paused):
                 for by in ("site", "operator"):
-                    self.take(self.machine.unpause(site, by=by, now=self.now))  # type: ignore[arg-type]
+                    self.take(self.machine.resume_site(site, by=by, now=self.now))  # type: ignore[arg-type]
             self.take(self.machine.tick(self.now))
-        pytest.fail(f"blocked in {self.state.phase}, round {self.state.round}")
+        pytest.fail(f"blocked in {self.state.phase}, round {self.state.latest_round}")
 
 
 class TestRounds(Rounds.TestCase):  # type: ignore[name-defined,misc]

@@ -24,11 +24,11 @@ def test_a_whole_run() -> None:
     run.ready("c", "b")
     assert run.state.phase == "waiting"
     run.ready("a")
-    assert (run.state.phase, run.state.sources) == ("initialise", ("a",))
+    assert (run.state.phase, run.state.initial_sites_asked) == ("initialise", ("a",))
     run.deliver("a", run.offer("initial", 0, sha(0)))
     for number in (1, 2):
-        assert run.state.round is not None
-        assert (run.state.phase, run.state.round.number) == ("train", number)
+        assert run.state.latest_round is not None
+        assert (run.state.phase, run.state.latest_round.number) == ("train", number)
         for site in "bca":
             assert isinstance(run.update(site, number), Receipt)
     assert run.state.phase == "finish"
@@ -41,7 +41,7 @@ def test_a_whole_run() -> None:
 def test_every_decision_is_recorded_before_it_is_acted_upon() -> None:
     run = Driver()
     run.start("a", "b", "c")
-    outputs = run.take(run.machine.checked("a", run.offer("update", 1, sha(1)), ValidationResult(), 0.0))
+    outputs = run.take(run.machine.upload_validated("a", run.offer("update", 1, sha(1)), ValidationResult(), 0.0))
     kinds = [type(output) for output in outputs]
     assert kinds.index(RecordEvent) < kinds.index(SendToSite)
 
@@ -70,12 +70,12 @@ def test_a_restarted_machine_asks_for_what_is_missing() -> None:
     run.update("a", 1)
     state = run.state
     # Killed after the second acceptance was journalled and before the model was made.
-    outputs = run.machine.checked("b", run.offer("update", 1, sha(9)), ValidationResult(), 0.0)
+    outputs = run.machine.upload_validated("b", run.offer("update", 1, sha(9)), ValidationResult(), 0.0)
     assert any(isinstance(output, AggregateRound) for output in outputs)
     again = RoundMachine(run.state, now=50.0)
-    kinds = [type(output) for output in again.resume(50.0)]
+    kinds = [type(output) for output in again.restart(50.0)]
     assert kinds == [PublishState, AggregateRound]
-    assert [type(output) for output in RoundMachine(state, now=0.0).resume(0.0)] == [PublishState]
+    assert [type(output) for output in RoundMachine(state, now=0.0).restart(0.0)] == [PublishState]
 
 
 def test_an_accepted_update_gets_its_first_receipt_again_and_another_is_a_duplicate() -> None:
@@ -140,7 +140,7 @@ def test_deadlines_are_about_progress_and_not_about_time() -> None:
     now = 0.0
     for _ in range(50):
         now += DEADLINE_S - 1
-        run.machine.progressed("c", now)
+        run.machine.progress_made("c", now)
         assert run.take(run.machine.tick(now)) == []
     assert isinstance(run.update("c", 1, now=now), Receipt)
 
@@ -151,8 +151,8 @@ def test_a_silent_site_is_left_out_and_not_asked_until_it_shows_progress() -> No
     run.update("a", 1)
     run.update("b", 1)
     run.take(run.machine.tick(DEADLINE_S - 1))
-    assert run.state.round is not None
-    assert run.state.round.number == 1
+    assert run.state.latest_round is not None
+    assert run.state.latest_round.number == 1
     run.take(run.machine.tick(DEADLINE_S))
     assert run.state.rounds[0].left_out == ("c",)
     assert run.state.rounds[1].asked == ("a", "b")
@@ -162,7 +162,7 @@ def test_a_silent_site_is_left_out_and_not_asked_until_it_shows_progress() -> No
     run.update("a", 2)
     run.update("b", 2)
     assert run.state.rounds[2].asked == ("a", "b"), "lost for more than one round"
-    run.machine.progressed("c", DEADLINE_S + 5)
+    run.machine.progress_made("c", DEADLINE_S + 5)
     run.update("a", 3)
     run.update("b", 3)
     assert run.state.rounds[3].asked == ("a", "b", "c")
@@ -172,7 +172,7 @@ def test_the_next_site_is_asked_when_the_first_has_no_initial_model() -> None:
     run = Driver()
     run.ready("a", "b", "c")
     run.take(run.machine.tick(DEADLINE_S))
-    assert run.state.sources == ("a", "b")
+    assert run.state.initial_sites_asked == ("a", "b")
     bad = run.deliver("b", run.offer("initial", 0, sha(0)), ValidationResult(reason="not_tensors", detail="x"))
     assert isinstance(bad, Refusal)
     run.take(run.machine.task_failed("c", TaskFailed(run=RUN, purpose="initial", round=0, detail="no data"), 0.0))
@@ -185,8 +185,8 @@ def test_sampling_is_seeded_and_asks_a_share() -> None:
         sites = [f"s{number}" for number in range(10)]
         run.start(*sites)
         for number in range(1, 6):
-            assert run.state.round is not None
-            for site in run.state.round.asked:
+            assert run.state.latest_round is not None
+            for site in run.state.latest_round.asked:
                 run.update(site, number)
         return [entry.asked for entry in run.state.rounds]
 
@@ -252,14 +252,14 @@ def test_a_paused_site_is_not_asked_not_lost_and_does_not_hold_up_a_quorum() -> 
     run.start("a", "b", "c")
     run.update("a", 1)
     run.update("b", 1)
-    run.take(run.machine.pause("c", by="site", reason="the line runs", now=10.0))
-    run.machine.heard("c", 10.0 + DEADLINE_S - 1)
+    run.take(run.machine.pause_site("c", by="site", reason="the line runs", now=10.0))
+    run.machine.heartbeat_received("c", 10.0 + DEADLINE_S - 1)
     assert run.take(run.machine.tick(10.0 + DEADLINE_S - 1)) == [], "as long as for any other site"
     run.take(run.machine.tick(10.0 + DEADLINE_S))
     assert (run.state.rounds[0].left_out, run.state.rounds[0].paused) == (("c",), ("c",))
     assert build_ledger(run.state)["rounds"][0]["left_out"] == [{"site": "c", "reason": "paused", "detail": ""}]
     assert run.state.rounds[1].asked == ("a", "b")
-    run.take(run.machine.unpause("c", by="site", now=200.0))
+    run.take(run.machine.resume_site("c", by="site", now=200.0))
     run.update("a", 2)
     run.update("b", 2)
     assert run.state.rounds[2].asked == ("a", "b", "c"), "it was not lost"
@@ -269,11 +269,11 @@ def test_a_round_waits_for_a_paused_site_that_lives_where_the_quorum_depends_on_
     run = Driver(sites=2, quorum=1.0)
     run.start("a", "b")
     run.update("a", 1)
-    run.take(run.machine.pause("b", by="operator", reason="shift", now=0.0))
+    run.take(run.machine.pause_site("b", by="operator", reason="shift", now=0.0))
     now = 0.0
     for _ in range(5):
         now += DEADLINE_S - 1
-        run.machine.heard("b", now)
+        run.machine.heartbeat_received("b", now)
         assert run.take(run.machine.tick(now)) == []
     run.take(run.machine.tick(now + DEADLINE_S))
     assert run.state.phase == "failed", "a site that is paused and dead is dead"
@@ -284,22 +284,22 @@ def test_no_round_begins_while_every_site_rests() -> None:
     run.start("a", "b")
     run.update("a", 1)
     for site in "ab":
-        run.take(run.machine.pause(site, by="site", reason="night", now=0.0))
+        run.take(run.machine.pause_site(site, by="site", reason="night", now=0.0))
     assert run.update("b", 1).purpose == "update"
     assert (run.state.phase, len(run.state.rounds)) == ("train", 1)
     assert run.take(run.machine.tick(10 * DEADLINE_S)) == []
-    run.take(run.machine.unpause("b", by="site", now=10 * DEADLINE_S))
+    run.take(run.machine.resume_site("b", by="site", now=10 * DEADLINE_S))
     assert run.state.rounds[1].asked == ("b",)
 
 
 def test_a_site_paused_by_both_goes_on_when_both_want_it_to() -> None:
     run = Driver()
     run.start("a", "b", "c")
-    run.take(run.machine.pause("a", by="site", reason="x", now=0.0))
-    run.take(run.machine.pause("a", by="operator", reason="y", now=0.0))
-    run.take(run.machine.unpause("a", by="site", now=0.0))
+    run.take(run.machine.pause_site("a", by="site", reason="x", now=0.0))
+    run.take(run.machine.pause_site("a", by="operator", reason="y", now=0.0))
+    run.take(run.machine.resume_site("a", by="site", now=0.0))
     assert run.machine.available_sites() == ["b", "c"]
-    run.take(run.machine.unpause("a", by="operator", now=0.0))
+    run.take(run.machine.resume_site("a", by="operator", now=0.0))
     assert run.machine.available_sites() == ["a", "b", "c"]
 
 
@@ -308,14 +308,14 @@ def test_a_site_that_left_is_waited_for_no_more_and_comes_back_as_another_instal
     run.start("a", "b", "c")
     run.update("a", 1)
     run.update("b", 1)
-    run.take(run.machine.leave("c", by="site", detail="sold", now=0.0))
+    run.take(run.machine.site_leaves("c", by="site", detail="sold", now=0.0))
     assert run.state.rounds[1].asked == ("a", "b"), "the round closed at once"
     late = run.update("c", 2)
     assert isinstance(late, Refusal)
     assert (late.reason, late.detail) == ("left", "the site has left the run: sold")
     run.ready("c")
     assert "c" in run.state.left, "the same install is not let in again"
-    run.take(run.machine.ready("c", install="2" * 32, initial=sha(0), now=0.0))
+    run.take(run.machine.site_ready("c", install="2" * 32, initial=sha(0), now=0.0))
     run.update("a", 2)
     run.update("b", 2)
     assert run.state.rounds[2].asked == ("a", "b", "c")
@@ -342,7 +342,7 @@ def test_convergence_is_a_rule_on_journalled_figures() -> None:
             if run.state.phase == "train":
                 offer = msgspec.structs.replace(run.offer("update", number, sha(number)), metrics={"loss": loss})
                 run.deliver("a", offer)
-        return len(run.state.rounds), run.state.last_round.reason if run.state.last_round else ""
+        return len(run.state.rounds), run.state.ended_early.reason if run.state.ended_early else ""
 
     still = [0.5, 0.09, 0.2, 0.08, 0.07, 0.06, 0.05, 0.05, 0.05]
     ended, why = rounds(still, [1.0] * 9, model_change=0.1, patience=2)

@@ -46,7 +46,7 @@ def test_statistics_are_gathered_after_the_last_round_and_then_handed_out() -> N
         assert isinstance(statistics(run, site), Receipt)
     assert run.state.phase == "finish"
     assert run.state.statistics is not None
-    assert run.state.results == {model, run.state.statistics.model}
+    assert run.state.servable_blobs == {model, run.state.statistics.model}
     assert build_ledger(run.state)["statistics"]["truncation_error"] == {"measured_max": 0.25}
     run.finish("a", "b", "c")
     assert run.state.phase == "done"
@@ -102,11 +102,11 @@ def test_a_restarted_machine_pools_what_was_gathered() -> None:
     for site in "ab":
         statistics(run, site)
     state = run.state
-    checked = run.machine.checked("c", run.offer("statistics", 0, sha(80)), ValidationResult(), 0.0)
+    checked = run.machine.upload_validated("c", run.offer("statistics", 0, sha(80)), ValidationResult(), 0.0)
     for output in checked:
         if hasattr(output, "fact"):
-            state = apply_event(state, output.fact)
-    outputs = RoundMachine(state, now=0.0).resume(0.0)
+            state = apply_event(state, output.event)
+    outputs = RoundMachine(state, now=0.0).restart(0.0)
     assert [type(output) for output in outputs] == [PublishState, AggregateRound]
     assert outputs[1].round.purpose == "statistics"  # type: ignore[union-attr]
 

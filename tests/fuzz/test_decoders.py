@@ -192,7 +192,7 @@ def targets(folder: Path) -> dict[str, Target]:
         return wishes.pause
 
     def request(_: Path) -> Any:
-        requests.answer(str)
+        requests.process_pending(str)
 
     def journal(path: Path) -> Any:
         for beside in (path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):

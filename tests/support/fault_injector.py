@@ -94,7 +94,7 @@ def wrap_aggregator() -> None:
 
 def place(state: Any) -> str:
     """Where a run stands."""
-    return state.phase if state.phase != "train" or state.round is None else f"train-{state.round.number}"
+    return state.phase if state.phase != "train" or state.latest_round is None else f"train-{state.latest_round.number}"
 
 
 def wrap_site() -> None:

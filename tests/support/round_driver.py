@@ -38,16 +38,18 @@ class Driver:
 
     def take(self, outputs: list[RoundOutput]) -> list[RoundOutput]:
         self.said += outputs
-        self.facts += [output.fact for output in outputs if isinstance(output, RecordEvent)]
+        self.facts += [output.event for output in outputs if isinstance(output, RecordEvent)]
         for output in outputs:
             if isinstance(output, AggregateRound):
                 self.made += 1
                 if output.round.purpose == "statistics":
                     truncation = {"measured_max": 0.25}
-                    self.take(self.machine.pooled(sha256=sha(2000), size_bytes=9, truncation=truncation, now=0.0))
+                    self.take(
+                        self.machine.statistics_pooled(sha256=sha(2000), size_bytes=9, truncation=truncation, now=0.0)
+                    )
                     continue
                 self.take(
-                    self.machine.merged(
+                    self.machine.model_aggregated(
                         output.round.number,
                         sha256=sha(1000 + self.made),
                         size_bytes=500,
@@ -59,7 +61,7 @@ class Driver:
 
     def ready(self, *sites: str, now: float = 0.0) -> None:
         for site in sites:
-            self.take(self.machine.ready(site, install="1" * 32, initial=sha(0), now=now))
+            self.take(self.machine.site_ready(site, install="1" * 32, initial=sha(0), now=now))
 
     def offer(
         self, purpose: str, number: int, sha256: str, *, samples: int = 10, size: int = 500, steps: int = 0
@@ -78,9 +80,9 @@ class Driver:
         self, site: str, offer: Offer, verdict: ValidationResult | None = None, now: float = 0.0
     ) -> Receipt | Refusal:
         """Offer, and let the blob arrive if it is wanted; the answer."""
-        outputs = self.take(self.machine.offered(site, offer, now))
+        outputs = self.take(self.machine.offer_received(site, offer, now))
         if any(isinstance(output, ReceiveUpload) for output in outputs):
-            outputs = self.take(self.machine.checked(site, offer, verdict or ValidationResult(), now))
+            outputs = self.take(self.machine.upload_validated(site, offer, verdict or ValidationResult(), now))
         answers = [o.message for o in outputs if isinstance(o, SendToSite) and o.site == site]
         assert len(answers) == 1
         assert isinstance(answers[0], Receipt | Refusal)
@@ -96,4 +98,4 @@ class Driver:
     def finish(self, *sites: str) -> None:
         assert self.state.model is not None
         for site in sites:
-            self.take(self.machine.finish_reported(site, FinishReport(run=RUN, model=self.state.model), 0.0))
+            self.take(self.machine.finish_report_received(site, FinishReport(run=RUN, model=self.state.model), 0.0))
