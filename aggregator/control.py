@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from aggregator.rounds import RoundMachine, RoundOutput
 from edgeflame.errors import EdgeFlameError, StorageError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import Name, Text
@@ -47,7 +49,7 @@ class ResumeSite(_OperatorRequest, frozen=True, kw_only=True, tag="resume"):
 
 
 class RemoveSite(_OperatorRequest, frozen=True, kw_only=True, tag="remove"):
-    """The site is of the run no more."""
+    """The site is no longer part of the run."""
 
     site: Name
 
@@ -67,6 +69,58 @@ class RequestResult(msgspec.Struct, frozen=True, kw_only=True):
 _RESULT_DECODER = msgspec.json.Decoder(RequestResult)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RequestOutcome:
+    """What a request comes to.
+
+    Attributes:
+        outputs: the round machine's, to carry out.
+        text: for the operator.
+        ends_service: an aggregator that stays after the end is to leave.
+    """
+
+    outputs: list[RoundOutput] = field(default_factory=list)
+    text: str
+    ends_service: bool = False
+
+
+def apply_request(request: OperatorRequest, machine: RoundMachine, now: float) -> RequestOutcome:
+    """Hand an operator's request to the round machine; doing it twice is the same as once.
+
+    Raises:
+        UsageError: it cannot be done, and why.
+    """
+    state = machine.state
+    if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.active_members:
+        names = ", ".join(sorted(state.active_members)) or "nobody"
+        raise UsageError(f"{request.site} is not a site of this run; its sites are: {names}")
+    match request:
+        case _ if state.ended is not None:
+            stops = isinstance(request, StopRun)
+            text = f"the run is over ({state.phase}){'; the aggregator leaves' if stops else ''}"
+            return RequestOutcome(text=text, ends_service=stops)
+        case StopRun():
+            outputs = machine.stop_run(request.reason)
+            return RequestOutcome(outputs=outputs, text="the run is stopped", ends_service=True)
+        case FinishEarly():
+            if state.phase in ("waiting", "initialise"):
+                raise UsageError("no round has begun, so there is no model to finish with; stop the run instead")
+            outputs = machine.finish_early(f"by the operator: {request.reason}", now)
+            return RequestOutcome(outputs=outputs, text=f"the rounds end with round {len(machine.state.rounds)}")
+        case PauseSite():
+            outputs = machine.pause_site(request.site, by="operator", reason=request.reason, now=now)
+            return RequestOutcome(outputs=outputs, text=f"{request.site} is paused")
+        case ResumeSite():
+            outputs = machine.resume_site(request.site, by="operator", now=now)
+            own = machine.state.paused.get(request.site, {}).get("site")
+            text = f"{request.site} goes on" if own is None else f"{request.site} rests by its own wish: {own}"
+            return RequestOutcome(outputs=outputs, text=text)
+        case RemoveSite():
+            detail = f"removed by the aggregator's operator: {request.reason}"
+            outputs = machine.site_leaves(request.site, by="operator", detail=detail, now=now)
+            return RequestOutcome(outputs=outputs, text=f"{request.site} is removed")
+
+
 class RequestQueue:
     """The requests of a state directory.
 
@@ -80,13 +134,13 @@ class RequestQueue:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def submit(self, request: OperatorRequest) -> str:
-        """Ask for something; the number of the request."""
+        """Leave a request; its number."""
         number = f"{time.time_ns():020d}"
         write_json(self._folder / f"{number}.json", request)
         return number
 
     def take_result(self, number: str) -> RequestResult | None:
-        """What came of a request, if it was carried out; the answer can be taken once."""
+        """The result of a request, if it was carried out; it can be taken once."""
         path = self._folder / f"{number}.answer"
         try:
             answer = _RESULT_DECODER.decode(path.read_bytes())

@@ -277,6 +277,11 @@ class RunState:
         return frozenset(sha256 for sha256 in (self.model, statistics) if sha256 is not None)
 
     @property
+    def rounds_done(self) -> int:
+        """Rounds whose model is made."""
+        return sum(1 for entry in self.rounds if entry.model is not None)
+
+    @property
     def is_trained(self) -> bool:
         """The final model is made."""
         return bool(self.rounds) and self.rounds[-1].model is not None and self.rounds_over

@@ -85,7 +85,7 @@ def status_tags(snapshot: RunStatus) -> dict[str, str]:
         "phase": state.phase,
         "round": str(0 if state.latest_round is None else state.latest_round.number),
         "rounds": str(state.config.rounds),
-        "rounds_done": str(_rounds_done(state)),
+        "rounds_done": str(state.rounds_done),
         "sites": str(len(state.members)),
         "sites_online": str(snapshot.num_online),
         "sites_working": str(sites["working"]),
@@ -126,7 +126,7 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
             0 if state.latest_round is None else state.latest_round.number,
         ),
         gauge("rounds_planned", "Rounds this run is to have.", state.config.rounds),
-        gauge("rounds_done", "Rounds whose model was made.", _rounds_done(state)),
+        gauge("rounds_done", "Rounds whose model was made.", state.rounds_done),
         gauge("last_round_seconds", "How long the last round took; 0 if none ended yet.", snapshot.last_round_s or 0),
         by(
             "sites",
@@ -160,10 +160,6 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
 def _open_quorum(state: RunState) -> int:
     entry = {"train": state.latest_round, "statistics": state.statistics}.get(state.phase)
     return 0 if entry is None else state.config.replies_needed(len(entry.asked))
-
-
-def _rounds_done(state: RunState) -> int:
-    return sum(1 for entry in state.rounds if entry.model)
 
 
 def _site_state(state: RunState, site: str) -> SiteState:

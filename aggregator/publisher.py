@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 
@@ -19,16 +18,14 @@ from edgeflame.transfer.store import BlobStore, Outgoing
 
 
 class StatePublisher:
-    """Describes a run, and sends out what the description names.
+    """Describes a run as a message, and serves the blobs that the message names.
 
     Args:
         store: where the blobs are.
-        drafts: a folder on the store's file system.
     """
 
-    def __init__(self, store: BlobStore, drafts: Path) -> None:
+    def __init__(self, store: BlobStore) -> None:
         self._store = store
-        self._draft = drafts / ".ledger.draft"
         self._chunk_bytes = DEFAULT_CHUNK_BYTES
         self._manifests: dict[str, BlobManifest] = {}
         self._outgoing: dict[str, Outgoing] = {}
@@ -42,7 +39,7 @@ class StatePublisher:
             self._stop_all_but(set())
 
     def round_state(self, state: RunState, available: tuple[str, ...]) -> RoundState:
-        """The message to announce; the blobs it names are served from now on, and no others.
+        """The message to publish; the blobs it names are served from now on, and no others.
 
         Args:
             state: the run.
@@ -107,7 +104,7 @@ class StatePublisher:
         return True
 
     def send_pending(self, publish: Callable[[str, int, bytes], None]) -> None:
-        """Publish what may be on its way: SHA-256, chunk number, bytes."""
+        """Publish the chunks that may be sent now: SHA-256, chunk number, bytes."""
         for sha256, outgoing in self._outgoing.items():
 
             def send(index: int, data: bytes, sha256: str = sha256) -> None:
@@ -121,15 +118,16 @@ class StatePublisher:
 
     @property
     def served_blobs(self) -> frozenset[str]:
-        """What is described, and must stay in the store."""
+        """What the last message names, and must stay in the store."""
         return frozenset(self._manifests)
 
     def _ledger_blob(self, state: RunState) -> str:
         if self._ledger is None or self._ledger not in self._store:
             # As it was when training ended: a restarted aggregator must name the same blob.
             trained = replace(state, finished={}, not_finished={}, left={}, ended=None)
-            write_json(self._draft, build_ledger(trained))
-            self._ledger = self._store.add(self._draft).sha256
+            draft = self._store.draft("ledger")
+            write_json(draft, build_ledger(trained))
+            self._ledger = self._store.add(draft).sha256
         return self._ledger
 
     def _manifest(self, sha256: str) -> BlobManifest:

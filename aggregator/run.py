@@ -1,14 +1,14 @@
-"""A run's life on disk: open or continue it, make of a closed round its model, write the results.
+"""A run's life on disk: open or continue it, carry out what its state machine decides, write the results.
 
-Used by the service over MQTT and by the simulation alike. Every step may be repeated after a crash: blobs are named by
-their SHA-256, and results are written whole or not at all.
+Used by the service over MQTT and by the simulation alike. Every step may be repeated after a crash: events are on disk
+before anything is done about them, blobs are named by their SHA-256, and results are written whole or not at all.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from aggregator.config import AggregateConfig
 from aggregator.events import Event, Round, RunStarted, RunState, initial_state
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
-from aggregator.rounds import RoundMachine, RoundOutput
+from aggregator.publisher import StatePublisher
+from aggregator.rounds import AggregateRound, RecordEvent, RoundMachine, RoundOutput
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
+from edgeflame.mqtt.messages import RoundState
 from edgeflame.state import atomic_copy, write_json
 from edgeflame.statistics.merge import pool_statistics
 from edgeflame.transfer.store import BlobStore
@@ -79,55 +81,93 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
     return initial_state(event)
 
 
-def close_round(
-    machine: RoundMachine, entry: Round, store: BlobStore, folder: Path, clock: Callable[[], float]
-) -> list[RoundOutput]:
-    """Make of a closed round what it is to give, its model or the pooled statistics, and tell the machine.
+class Run:
+    """A run in progress: its state machine, its journal and its blobs.
 
     Args:
-        machine: asked for it by a :class:`~aggregator.rounds.AggregateRound`.
-        entry: the round.
-        store: holds the blobs, and gets the result.
-        folder: for drafts, on the store's file system.
-        clock: the machine's; read when the work is done, so that deadlines do not run from before it.
+        state: the run as the journal has it.
+        journal: gets the events.
+        store: holds the blobs, and gets the models.
+        clock: the machine's, monotonic, in seconds.
+        handle: carries out what depends on how sites are reached: all outputs but :class:`RecordEvent` and
+            :class:`AggregateRound`.
     """
-    if entry.purpose == "update":
-        model = aggregate_round(machine.state, entry, store, folder / ".model.draft")
-        return machine.model_aggregated(
-            entry.number,
-            sha256=model.sha256,
-            size_bytes=model.size_bytes,
-            relative_change=model.relative_change,
-            now=clock(),
+
+    def __init__(
+        self,
+        state: RunState,
+        *,
+        journal: Journal,
+        store: BlobStore,
+        clock: Callable[[], float],
+        handle: Callable[[RoundOutput], None],
+    ) -> None:
+        self.machine = RoundMachine(state, now=clock())
+        self.store = store
+        self.publisher = StatePublisher(store)
+        self._journal = journal
+        self._clock = clock
+        self._handle = handle
+
+    @property
+    def state(self) -> RunState:
+        return self.machine.state
+
+    def round_state(self) -> RoundState:
+        """The message to publish; the blobs it names are served from now on, and no others."""
+        return self.publisher.round_state(self.state, tuple(self.machine.available_sites()))
+
+    def execute(self, outputs: Sequence[RoundOutput]) -> None:
+        """Carry out what the machine decided in one call: all its events are journalled before anything is done."""
+        events = [output.event for output in outputs if isinstance(output, RecordEvent)]
+        if events:
+            self._journal.append(self.state.run, events)
+        for output in outputs:
+            match output:
+                case RecordEvent():
+                    log_event(output.event)
+                case AggregateRound():
+                    self.execute(self._close_round(output.round))
+                    # What the state names now is needed, and what is being sent; the updates are not.
+                    self.store.prune({*self.state.servable_blobs, *self.publisher.served_blobs})
+                case _:
+                    self._handle(output)
+
+    def _close_round(self, entry: Round) -> list[RoundOutput]:
+        """Make a closed round's model, or pool the statistics, and report it to the machine."""
+        # The clock is read when the work is done, so that deadlines do not run from before it.
+        if entry.purpose == "update":
+            model = aggregate_round(self.state, entry, self.store)
+            return self.machine.model_aggregated(
+                entry.number,
+                sha256=model.sha256,
+                size_bytes=model.size_bytes,
+                relative_change=model.relative_change,
+                now=self._clock(),
+            )
+        draft = self.store.draft("statistics")
+        parts = {site: self.store.path(part.sha256) for site, part in entry.accepted.items()}
+        truncation = pool_statistics(parts, draft, rank=self.state.config.statistics_rank)
+        pooled = self.store.add(draft)
+        return self.machine.statistics_pooled(
+            sha256=pooled.sha256, size_bytes=pooled.size_bytes, truncation=truncation.figures(), now=self._clock()
         )
-    draft = folder / ".statistics.draft"
-    parts = {site: store.path(part.sha256) for site, part in entry.accepted.items()}
-    truncation = pool_statistics(parts, draft, rank=machine.state.config.statistics_rank)
-    pooled = store.add(draft)
-    return machine.statistics_pooled(
-        sha256=pooled.sha256, size_bytes=pooled.size_bytes, truncation=truncation.figures(), now=clock()
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalModel:
-    """A round's model, in the store; ``relative_model_change`` as in :class:`aggregator.events.ModelAggregated`."""
+    """A round's model, in the store; ``relative_change`` as in :class:`aggregator.events.ModelAggregated`."""
 
     sha256: str
     size_bytes: int
     relative_change: float | None
 
 
-def aggregate_round(state: RunState, entry: Round, store: BlobStore, draft: Path) -> GlobalModel:
-    """Make a round's model of its accepted updates, into the store; ``draft`` is a path on the store's file system."""
-    base = store.path(entry.base)
-    aggregate_updates(
-        state.config,
-        base,
-        round_contributions(entry, state.config, store.path),
-        draft,
-        num_members=len(state.members),
-    )
+def aggregate_round(state: RunState, entry: Round, store: BlobStore) -> GlobalModel:
+    """Make a round's model of its accepted updates, into the store."""
+    base, draft = store.path(entry.base), store.draft("model")
+    contributions = round_contributions(entry, state.config, store.path)
+    aggregate_updates(state.config, base, contributions, draft, num_members=len(state.members))
     change = state.config.exchange.relative_change(base, draft)
     manifest = store.add(draft)
     return GlobalModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)

@@ -142,18 +142,18 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         width = len(str(self.sites - 1))
         return tuple(f"site-{number:0{width}}" for number in range(self.sites))
 
-    def aggregation(self) -> AggregateConfig:
+    def aggregate_config(self) -> AggregateConfig:
         """The fleet's run: all the sites and no others, and no deadlines, for nobody is slow."""
         return msgspec.structs.replace(self.fleet, min_available_sites=self.sites, expected_sites=self.site_names)
 
-    def learning_alone(self) -> Learning:
+    def solo_learning(self) -> Learning:
         """What a site learns that learns alone, and as long as in the fleet."""
         assert self.alone is not None
         learning = self.fleet.learning
         training = msgspec.structs.replace(learning.training, epochs=self.fleet.rounds * learning.training.epochs)
         return msgspec.structs.replace(learning, method=self.alone, training=training)
 
-    def decisive(self) -> dict[str, Any]:
+    def without_engine(self) -> dict[str, Any]:
         """What decides the result, as plain data: all but the engine."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         del plain["engine"]

@@ -25,9 +25,8 @@ import msgspec
 
 from aggregator.events import RunState
 from aggregator.journal import Journal
-from aggregator.publisher import StatePublisher
-from aggregator.rounds import AggregateRound, ReceiveUpload, RecordEvent, RoundMachine, RoundOutput, SendToSite
-from aggregator.run import LEDGER_FILE, RunResult, close_round, log_event, open_run, write_results
+from aggregator.rounds import ReceiveUpload, RoundOutput, SendToSite
+from aggregator.run import LEDGER_FILE, Run, RunResult, open_run, write_results
 from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.data import SiteLayout, prepare_site_data
 from aggregator.simulation.engines import SimulationEngine
@@ -60,15 +59,15 @@ class MeasuredMetrics:
         """Whether the global model of a round is measured; 0 is the initial one."""
         return self._round(number).exists()
 
-    def keep_round(self, number: int, answer: MeasureAnswer) -> None:
-        self._keep(self._round(number), answer)
+    def save_round(self, number: int, answer: MeasureAnswer) -> None:
+        self._save(self._round(number), answer)
 
     def has_site(self, site: str) -> bool:
         """Whether a site's final model is measured."""
         return self._site(site).exists()
 
-    def keep_site(self, answer: MeasureAnswer) -> None:
-        self._keep(self._site(answer.name), answer)
+    def save_site(self, answer: MeasureAnswer) -> None:
+        self._save(self._site(answer.name), answer)
 
     def write_all(self, sites: Sequence[str]) -> dict[str, Any]:
         """Write ``metrics.json``: the rounds in order, then the sites."""
@@ -86,7 +85,7 @@ class MeasuredMetrics:
     def _site(self, site: str) -> Path:
         return self._folder / f"site-{site}.json"
 
-    def _keep(self, path: Path, answer: MeasureAnswer) -> None:
+    def _save(self, path: Path, answer: MeasureAnswer) -> None:
         record = {"figures": answer.figures, "classes": answer.classes}
         write_json(path, record)
 
@@ -129,11 +128,11 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
         with storage_errors(state_dir, "create"):
             state_dir.mkdir(exist_ok=True)
         journal = stack.enter_context(Journal(state_dir / "journal.sqlite"))
-        run = _Simulation(config, layout, out_dir, journal, engine, report)
+        simulation = _Simulation(config, layout, out_dir, journal, engine, report)
         try:
-            return run.to_the_end()
+            return simulation.run()
         finally:
-            run.close()
+            simulation.close()
 
 
 def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
@@ -145,7 +144,7 @@ def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
             before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])["config"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as exc:
         raise StorageError(f"{path}: damaged ({exc}); simulate into another folder") from exc
-    now = msgspec.json.decode(msgspec.json.encode(config.decisive()))
+    now = msgspec.json.decode(msgspec.json.encode(config.without_engine()))
     if before != now:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         raise ConfigError(
@@ -154,7 +153,7 @@ def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
 
 
 def _write_record(config: SimulationConfig, layout: SiteLayout, out_dir: Path) -> None:
-    record = {"config": config.decisive(), "sites": layout.sites}
+    record = {"config": config.without_engine(), "sites": layout.sites}
     write_json(out_dir / RECORD_FILE, record, indent=1)
 
 
@@ -162,22 +161,22 @@ def _run_solo(
     config: SimulationConfig, layout: SiteLayout, out_dir: Path, engine: SimulationEngine, report: Progress
 ) -> RunResult:
     """No rounds: every site learns by itself, and is measured."""
-    figures = MeasuredMetrics(out_dir)
+    metrics = MeasuredMetrics(out_dir)
     tasks = [
         MeasureTask(
             name=place.site,
-            learning=config.learning_alone(),
+            learning=config.solo_learning(),
             seed=derive_seed(config.fleet.learning.seed, "alone", place.site) >> 32,
             train=(str(out_dir / place.data),),
             test=str(out_dir / place.test),
         )
         for place in layout.sites
-        if not figures.has_site(place.site)
+        if not metrics.has_site(place.site)
     ]
     for done, answer in enumerate(run_measurements(engine, tasks), start=1):
-        figures.keep_site(answer)
+        metrics.save_site(answer)
         report(done, len(tasks), "sites alone")
-    figures.write_all([place.site for place in layout.sites])
+    metrics.write_all([place.site for place in layout.sites])
     ledger = {"outcome": "done", "method": config.alone, "members": list(config.site_names), "rounds": []}
     write_json(out_dir / LEDGER_FILE, ledger, indent=2)
     return RunResult(succeeded=True, reason="", ledger=ledger, ledger_path=out_dir / LEDGER_FILE, model_path=None)
@@ -204,21 +203,28 @@ class _Simulation:
         self._layout = layout
         self._out_dir = out_dir.resolve()
         self._state_dir = self._out_dir / "state"
-        self._journal = journal
         self._engine = engine
         self._report = report
         self._store = BlobStore(self._state_dir)
-        self._announcer = StatePublisher(self._store, drafts=self._state_dir)
-        self._figures = MeasuredMetrics(self._out_dir)
-        self._machine = RoundMachine(open_run(journal, config.aggregation()), now=STOPPED_CLOCK_S)
+        self._metrics = MeasuredMetrics(self._out_dir)
+        self._run = Run(
+            open_run(journal, config.aggregate_config()),
+            journal=journal,
+            store=self._store,
+            clock=lambda: STOPPED_CLOCK_S,
+            handle=self._handle,
+        )
+        self._machine = self._run.machine
+        self._offered: Path | None = None
+        """The blob that the site at hand offers."""
 
     def close(self) -> None:
-        self._announcer.close()
+        self._run.publisher.close()
 
-    def to_the_end(self) -> RunResult:
+    def run(self) -> RunResult:
         """Ask the sites for what the run waits for, phase by phase."""
         machine = self._machine
-        self._carry_out(machine.restart(STOPPED_CLOCK_S))
+        self._run.execute(machine.restart(STOPPED_CLOCK_S))
         while machine.state.ended is None:
             self._measure_models()
             before = machine.state
@@ -233,16 +239,14 @@ class _Simulation:
         self._measure_models()
         if self._config.evaluation.sites and machine.state.ended.succeeded:
             self._measure_sites()
-        self._figures.write_all([place.site for place in self._layout.sites])
+        self._metrics.write_all([place.site for place in self._layout.sites])
         return write_results(machine.state, self._store, self._out_dir)
 
     # Sites.
 
     def _tasks(self) -> list[SiteTask]:
         state = self._machine.state
-        announced = msgspec.Raw(
-            encode_message(self._announcer.round_state(state, tuple(self._machine.available_sites())))
-        )
+        announced = msgspec.Raw(encode_message(self._run.round_state()))
         return [
             SiteTask(
                 site=place.site,
@@ -254,10 +258,10 @@ class _Simulation:
                 refused={e.number: e.refused[place.site].reason for e in state.rounds if place.site in e.refused},
             )
             for place in self._layout.sites
-            if place.site in self._due(state)
+            if place.site in self._sites_awaited(state)
         ]
 
-    def _due(self, state: RunState) -> set[str]:
+    def _sites_awaited(self, state: RunState) -> set[str]:
         """The sites whose answer the run waits for."""
         match state.phase:
             case "waiting":
@@ -280,7 +284,7 @@ class _Simulation:
     def _on_answer(self, answer: SiteAnswer) -> None:
         machine, site = self._machine, answer.site
         if machine.state.phase == "waiting" and answer.initial is not None:
-            self._carry_out(
+            self._run.execute(
                 machine.site_ready(site, install=answer.install, initial=answer.initial, now=STOPPED_CLOCK_S)
             )
         if answer.said is None:
@@ -288,55 +292,45 @@ class _Simulation:
         match decode_up(answer.said.encode()):
             case Offer() as offer:
                 assert answer.blob is not None
-                self._carry_out(machine.offer_received(site, offer, STOPPED_CLOCK_S), blob=Path(answer.blob))
+                self._offered = Path(answer.blob)
+                self._run.execute(machine.offer_received(site, offer, STOPPED_CLOCK_S))
             case FinishReport() as finished:
-                self._carry_out(machine.finish_report_received(site, finished, STOPPED_CLOCK_S))
+                self._run.execute(machine.finish_report_received(site, finished, STOPPED_CLOCK_S))
             case TaskFailed() as failed:
-                self._carry_out(machine.task_failed(site, failed, STOPPED_CLOCK_S))
+                self._run.execute(machine.task_failed(site, failed, STOPPED_CLOCK_S))
             case other:
                 raise FederationError(f"{site} says {other.__struct_config__.tag}, which nobody asked for")
 
-    def _carry_out(self, outputs: Sequence[RoundOutput], blob: Path | None = None) -> None:
-        facts = [output.event for output in outputs if isinstance(output, RecordEvent)]
-        if facts:
-            self._journal.append(self._machine.state.run, facts)
-        for output in outputs:
-            match output:
-                case RecordEvent():
-                    log_event(output.event)
-                case SendToSite(site=site, message=Refusal() as refusal):
-                    log.warning("refused", site=site, reason=refusal.reason, detail=refusal.detail)
-                case ReceiveUpload():
-                    assert blob is not None
-                    self._receive(output, blob)
-                case AggregateRound():
-                    self._merge(output)
-                case _:
-                    pass
+    def _handle(self, output: RoundOutput) -> None:
+        """Sites are asked in turn, so only what they offer, and what is refused, is of interest."""
+        match output:
+            case SendToSite(site=site, message=Refusal() as refusal):
+                log.warning("refused", site=site, reason=refusal.reason, detail=refusal.detail)
+            case ReceiveUpload():
+                self._receive(output)
+            case _:
+                pass
 
-    def _receive(self, output: ReceiveUpload, blob: Path) -> None:
+    def _receive(self, output: ReceiveUpload) -> None:
+        assert self._offered is not None
         if output.offer.manifest.sha256 not in self._store:
-            draft = self._state_dir / ".blob.draft"
-            link_or_copy(blob, draft)
+            draft = self._store.draft("blob")
+            link_or_copy(self._offered, draft)
             self._store.add(draft)
-        verdict = validate_upload(self._machine.state, output.offer, self._store)
-        if verdict is not None:
-            self._carry_out(self._machine.upload_validated(output.site, output.offer, verdict, STOPPED_CLOCK_S))
+        result = validate_upload(self._run.state, output.offer, self._store)
+        if result is not None:
+            self._run.execute(self._machine.upload_validated(output.site, output.offer, result, STOPPED_CLOCK_S))
 
-    def _merge(self, output: AggregateRound) -> None:
-        self._carry_out(close_round(self._machine, output.round, self._store, self._state_dir, lambda: STOPPED_CLOCK_S))
-        self._store.prune({*self._machine.state.servable_blobs, *self._announcer.served_blobs})
-
-    # Figures.
+    # Measured metrics.
 
     def _measure_models(self) -> None:
         """Measure the newest global model, if its figures are wanted and not there yet."""
         state, every = self._machine.state, self._config.evaluation.every
         if state.model is None or state.model not in self._store:
             return
-        number = sum(1 for entry in state.rounds if entry.model is not None)
+        number = state.rounds_done
         is_last = state.is_trained or state.ended is not None
-        if not (is_last or (every and number % every == 0)) or self._figures.has_round(number):
+        if not (is_last or (every and number % every == 0)) or self._metrics.has_round(number):
             return
         task = MeasureTask(
             name=str(number),
@@ -346,7 +340,7 @@ class _Simulation:
             test=str(self._out_dir / self._layout.common),
         )
         for answer in run_measurements(self._engine, [task]):
-            self._figures.keep_round(number, answer)
+            self._metrics.save_round(number, answer)
 
     def _measure_sites(self) -> None:
         state = self._machine.state
@@ -360,8 +354,8 @@ class _Simulation:
                 test=str(self._out_dir / place.test),
             )
             for place in self._layout.sites
-            if place.site in state.finished and not self._figures.has_site(place.site)
+            if place.site in state.finished and not self._metrics.has_site(place.site)
         ]
         for done, answer in enumerate(run_measurements(self._engine, tasks), start=1):
-            self._figures.keep_site(answer)
+            self._metrics.save_site(answer)
             self._report(done, len(tasks), "measuring the sites' models")

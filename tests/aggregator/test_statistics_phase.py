@@ -104,7 +104,7 @@ def test_a_restarted_machine_pools_what_was_gathered() -> None:
     state = run.state
     checked = run.machine.upload_validated("c", run.offer("statistics", 0, sha(80)), ValidationResult(), 0.0)
     for output in checked:
-        if hasattr(output, "fact"):
+        if hasattr(output, "event"):
             state = apply_event(state, output.event)
     outputs = RoundMachine(state, now=0.0).restart(0.0)
     assert [type(output) for output in outputs] == [PublishState, AggregateRound]

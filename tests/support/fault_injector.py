@@ -83,10 +83,10 @@ def wrap_aggregator() -> None:
     from aggregator import run, service
     from aggregator.journal import Journal
 
-    wrap(Journal, "append", lambda _, __, facts: "journalling " + " ".join(tag(fact) for fact in facts))
-    wrap(service._AggregatorService, "_tell", lambda _, __, message: f"telling {tag(message)}")
-    wrap(service._AggregatorService, "_on_up", lambda _, __, message, ___: f"hearing {tag(message)}")
-    wrap(service._AggregatorService, "_announce", lambda self: f"announcing {place(self._machine.state)}")
+    wrap(Journal, "append", lambda _, __, events: "journalling " + " ".join(tag(event) for event in events))
+    wrap(service._AggregatorService, "_send", lambda _, __, message: f"telling {tag(message)}")
+    wrap(service._AggregatorService, "_on_site_message", lambda _, __, message, ___: f"hearing {tag(message)}")
+    wrap(service._AggregatorService, "_publish_state", lambda self: f"announcing {place(self._run.state)}")
     wrap(run, "aggregate_round", lambda state, entry, *_: f"making model {entry.number}")
     wrap(run, "pool_statistics", lambda *_, **__: "pooling")
     wrap(service, "write_results", lambda *_: "writing results")

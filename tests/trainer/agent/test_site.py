@@ -1,4 +1,4 @@
-"""A site's parts without a broker: the plan, the memory, the worker; and who may use a name."""
+"""A site's parts without a broker: the plan, the memory, the worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from aggregator.membership import LIVENESS_TIMEOUT_S, SiteLeases
 from edgeflame.errors import DataError, EdgeFlameError, FederationError, MissingDependencyError, StorageError
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import BlobManifest, RoundState
@@ -255,27 +254,6 @@ def test_a_worker_that_cannot_start_or_always_dies_is_an_error(tmp_path: Path) -
     assert isinstance(error, FederationError)
     assert "died 3 times" in str(error)
     assert "exit code 7" in str(error)
-
-
-def test_a_name_belongs_to_the_install_that_was_heard_last() -> None:
-    roster = SiteLeases({}, now=0.0)
-    assert roster.admit("a", install="1", boot="x", now=0.0)
-    assert not roster.admit("a", install="2", boot="y", now=1.0)
-    assert roster.admit("a", install="1", boot="z", now=2.0), "restarted"
-    assert not roster.heard("a", boot="x", now=2.0)
-    assert roster.heard("a", boot="z", now=10.0)
-    assert not roster.admit("a", install="2", boot="y", now=10.0 + LIVENESS_TIMEOUT_S - 1)
-    assert roster.admit("a", install="2", boot="y", now=10.0 + LIVENESS_TIMEOUT_S)
-
-
-def test_a_name_is_free_soon_after_its_holder_left_and_not_at_once_after_a_restart() -> None:
-    roster = SiteLeases({"a": "1"}, now=0.0)
-    assert not roster.admit("a", install="2", boot="y", now=1.0), "its holder has not come back yet"
-    assert roster.admit("a", install="1", boot="x", now=2.0)
-    assert not roster.gone("a", boot="other", now=3.0)
-    assert roster.gone("a", boot="x", now=3.0)
-    assert not roster.admit("a", install="2", boot="y", now=4.0)
-    assert roster.admit("a", install="2", boot="y", now=7.0)
 
 
 def test_an_update_of_another_base_model_is_not_offered(tmp_path: Path) -> None:
