@@ -216,6 +216,7 @@ class Round:
     """Of the model to the base."""
     num_refused: dict[str, int] = field(default_factory=dict)
     """How many updates of each site were refused."""
+    refusals_by_reason: dict[RefusalReason, int] = field(default_factory=dict)
 
     @property
     def open_sites(self) -> tuple[str, ...]:
@@ -354,8 +355,13 @@ def _apply_round_event(
             refused = {site: refusal for site, refusal in current.refused.items() if site != event.site}
             current = replace(current, accepted={**current.accepted, event.site: event}, refused=refused)
         case UpdateRefused():
-            count = {**current.num_refused, event.site: current.num_refused.get(event.site, 0) + 1}
-            current = replace(current, refused={**current.refused, event.site: event}, num_refused=count)
+            by_site, by_reason = current.num_refused, current.refusals_by_reason
+            current = replace(
+                current,
+                refused={**current.refused, event.site: event},
+                num_refused={**by_site, event.site: by_site.get(event.site, 0) + 1},
+                refusals_by_reason={**by_reason, event.reason: by_reason.get(event.reason, 0) + 1},
+            )
         case RoundClosed():
             current = replace(current, left_out=event.left_out, paused=event.paused, is_closed=True)
     if event.purpose == "statistics":

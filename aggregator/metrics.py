@@ -10,20 +10,21 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from aggregator.events import RunState
 from edgeflame.metrics import Metric, MetricsServer
 from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.messages import Phase
+from edgeflame.mqtt.messages import Phase, RefusalReason
 
 SiteState = Literal["idle", "working", "accepted", "refused", "left_out", "finished", "not_finished", "paused", "left"]
-SITE_STATES: tuple[SiteState, ...] = get_args(SiteState)
-PHASES: tuple[Phase, ...] = get_args(Phase)
+_SITE_STATES: tuple[SiteState, ...] = get_args(SiteState)
+_PHASES: tuple[Phase, ...] = get_args(Phase)
+_REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +32,17 @@ class RunStatus:
     """A run at one moment.
 
     Attributes:
-        state: its facts.
+        state: the run.
         num_online: sites heard lately.
-        phase_s: since this phase, or this round, began; or since the aggregator was started.
-        last_round_s: how long the last round took; None: none has ended since the start.
-        progress_age_s: since any site was a step further.
+        phase_s: seconds since this phase, or this round, began; or since the aggregator was started.
+        last_round_s: how long the last round took, seconds; None if none has ended since the start.
+        progress_age_s: seconds since any site was a step further.
         progress_at: the same as a time, seconds since 1970.
-        is_connected: to the broker.
-        bytes_in: received since the start.
-        bytes_out: sent since the start.
-        free_bytes: on the disk of the state folder.
-        certificate_expires: end of the validity of what we show the broker; None: not known.
+        is_connected: the broker is connected.
+        bytes_in: payload received since the start.
+        bytes_out: payload sent since the start.
+        free_bytes: free on the disk of the state folder.
+        certificate_expires: when the certificate expires that is shown to the broker; None if that is not known.
     """
 
     state: RunState
@@ -59,7 +60,7 @@ class RunStatus:
     def count_by_state(self) -> dict[SiteState, int]:
         """How many members are in which state; each in one."""
         counts = Counter(_site_state(self.state, site) for site in self.state.members)
-        return {name: counts[name] for name in SITE_STATES}
+        return {name: counts[name] for name in _SITE_STATES}
 
 
 def run_summary(state: RunState, *, num_online: int) -> str:
@@ -102,10 +103,16 @@ def status_tags(snapshot: RunStatus) -> dict[str, str]:
 def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
     """The same and more for Prometheus; ``docs/fleet.md`` lists them."""
     state, prefix = snapshot.state, "edgeflame_aggregator"
-    refusals: Counter[str] = Counter(event.reason for entry in state.rounds for event in entry.refused.values())
-    refusals.update(event.reason for event in state.refused_initial.values())
-    left_out = sum(len(entry.left_out) for entry in state.rounds)
+    current = 0 if state.latest_round is None else state.latest_round.number
+    gathered = [*state.rounds, *filter(None, [state.statistics])]
     accepted = sum(len(entry.accepted) for entry in state.rounds)
+    # With a zero for every reason, so that the first refusal is seen as an increase.
+    refused: Counter[str] = Counter(dict.fromkeys(_REFUSAL_REASONS, 0))
+    refused.update(event.reason for event in state.refused_initial.values())
+    for entry in gathered:
+        refused.update(entry.refusals_by_reason)
+    last_refusals = Counter(event.reason for event in state.refused_initial.values())
+    last_refusals.update(event.reason for entry in state.rounds for event in entry.refused.values())
 
     def gauge(name: str, meaning: str, value: float) -> Metric:
         return Metric(name=f"{prefix}_{name}", meaning=meaning, value=value)
@@ -113,47 +120,44 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
     def counter(name: str, meaning: str, value: float) -> Metric:
         return Metric(name=f"{prefix}_{name}", meaning=meaning, value=value, kind="counter")
 
-    def by(name: str, meaning: str, label: str, values: dict[str, float]) -> Metric:
-        return Metric(name=f"{prefix}_{name}", meaning=meaning, label=label, values=values)
+    def by(
+        label: str, name: str, meaning: str, values: Mapping[Any, int], kind: Literal["gauge", "counter"] = "gauge"
+    ) -> Metric:
+        return Metric(name=f"{prefix}_{name}", meaning=meaning, label=label, values=dict(values), kind=kind)
 
     return [
-        by("run_info", "The run; always 1.", "run", {state.run: 1}),
-        by("phase", "1 for the phase the run is in.", "phase", {name: float(name == state.phase) for name in PHASES}),
+        by("run", "run_info", "The run; always 1.", {state.run: 1}),
+        by("phase", "phase", "1 for the phase the run is in.", {name: name == state.phase for name in _PHASES}),
         gauge("phase_seconds", "Since this phase, or round, began.", snapshot.phase_s),
-        gauge(
-            "round",
-            "The round that is open, or was last.",
-            0 if state.latest_round is None else state.latest_round.number,
-        ),
+        gauge("round", "The round that is open, or was last.", current),
         gauge("rounds_planned", "Rounds this run is to have.", state.config.rounds),
         gauge("rounds_done", "Rounds whose model was made.", state.rounds_done),
         gauge("last_round_seconds", "How long the last round took; 0 if none ended yet.", snapshot.last_round_s or 0),
-        by(
-            "sites",
-            "Members by state.",
-            "state",
-            {name: float(count) for name, count in snapshot.count_by_state().items()},
-        ),
+        by("state", "sites", "Members by state.", snapshot.count_by_state()),
         gauge("sites_online", "Sites heard lately.", snapshot.num_online),
         gauge("quorum", "Sites whose answers the open round needs; 0 while none is open.", _open_quorum(state)),
-        gauge("accepted_updates", "Updates of this run that count.", accepted),
-        by(
-            "refusals",
-            "Models of this run that were refused, by reason.",
-            "reason",
-            {reason: float(count) for reason, count in refusals.items()},
+        counter("updates_accepted", "Updates of this run that count.", accepted),
+        by("reason", "uploads_refused", "Uploads of this run that were refused, by reason.", refused, "counter"),
+        counter(
+            "sites_left_out",
+            "Times that a site of this run made no progress until the deadline.",
+            sum(len(entry.left_out) for entry in gathered),
         ),
-        gauge("left_out", "Times that a site of this run made no progress until the deadline.", left_out),
         gauge("progress_age_seconds", "Since any site was a step further.", snapshot.progress_age_s),
         gauge("broker_connected", "1 while the broker is connected.", snapshot.is_connected),
         counter("received_bytes", "Payload received since the start.", snapshot.bytes_in),
         counter("sent_bytes", "Payload sent since the start.", snapshot.bytes_out),
-        gauge("free_bytes", "Free on the disk of the state folder.", snapshot.free_bytes),
+        gauge("state_free_bytes", "Free on the disk of the state folder.", snapshot.free_bytes),
         gauge(
             "certificate_expiry_timestamp_seconds",
             "When the kit's certificate expires; NaN if that is not known.",
             math.nan if snapshot.certificate_expires is None else snapshot.certificate_expires.timestamp(),
         ),
+        # The names before these, for one more version.
+        gauge("accepted_updates", "Use updates_accepted_total.", accepted),
+        by("reason", "refusals", "Use uploads_refused_total.", last_refusals),
+        gauge("left_out", "Use sites_left_out_total.", sum(len(entry.left_out) for entry in state.rounds)),
+        gauge("free_bytes", "Use state_free_bytes.", snapshot.free_bytes),
     ]
 
 
@@ -190,13 +194,13 @@ def _site_state(state: RunState, site: str) -> SiteState:
 
 
 class StatusReporter:
-    """Looks at the run and tells; decides nothing.
+    """Publishes how the run stands. It decides nothing.
 
     Args:
-        state_dir: whose disk matters.
+        state_dir: the folder whose disk must not fill up.
         publish: publishes a tag, retained; called only while the broker is connected.
-        server: Prometheus' side; None: nobody asks.
-        certificate_expires: end of the validity of what we show the broker, if that is known.
+        server: serves the metrics to Prometheus; None: they are not served.
+        certificate_expires: when the certificate expires that is shown to the broker, if that is known.
     """
 
     def __init__(
@@ -223,14 +227,14 @@ class StatusReporter:
     def report(
         self, state: RunState, *, num_online: int, progress_at: float, link: MqttClient | None, is_up: bool, now: float
     ) -> None:
-        """Tell what has changed.
+        """Publish what has changed.
 
         Args:
             state: the run.
             num_online: sites heard lately.
             progress_at: when any site was last a step further.
-            link: counts bytes.
-            is_up: whether it is connected.
+            link: the connection, which counts bytes.
+            is_up: whether the broker is connected.
             now: monotonic clock, seconds; as ``progress_at``.
         """
         phase = (state.phase, None if state.latest_round is None else state.latest_round.number)
@@ -264,5 +268,5 @@ def _free_bytes(folder: Path) -> int:
     try:
         return shutil.disk_usage(folder).free
     except OSError:
-        # A disk that cannot even say this will make itself felt where something is written.
+        # A disk that fails even here will be reported where something is written.
         return 0

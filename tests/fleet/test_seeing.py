@@ -92,7 +92,9 @@ def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
         assert shown["edgeflame_aggregator_sites_online"] == 2
         assert shown['edgeflame_aggregator_sites{state="working"}'] == 1
         assert shown["edgeflame_aggregator_received_bytes_total"] > 1000
-        assert shown["edgeflame_aggregator_free_bytes"] > 0
+        assert shown["edgeflame_aggregator_state_free_bytes"] > 0
+        assert shown["edgeflame_aggregator_updates_accepted_total"] == 1
+        assert shown['edgeflame_aggregator_uploads_refused_total{reason="norm"}'] == 0
         wait_for(lambda: scraped(pages[1]).get("edgeflame_site_steps") == 5, "a shows its training")
         shown = scraped(pages[1])
         assert shown['edgeflame_site_activity{activity="train"}'] == 1
@@ -229,12 +231,26 @@ def test_tags_and_metrics_say_what_the_facts_say() -> None:
     assert (said["sites_accepted"], said["sites_refused"], said["sites_working"]) == ("2", "1", "0")
     assert said["last_progress"] == "1234560"
     by_name = {metric.name: metric for metric in prometheus_metrics(shot)}
-    assert dict(by_name["edgeflame_aggregator_refusals"].values) == {"norm": 1}
+    refusals = by_name["edgeflame_aggregator_uploads_refused"]
+    assert (refusals.kind, {name: count for name, count in refusals.values.items() if count}) == (
+        "counter",
+        {"norm": 1},
+    )
+    assert by_name["edgeflame_aggregator_updates_accepted"].value == 2
+    assert dict(by_name["edgeflame_aggregator_refusals"].values) == {"norm": 1}, "the name before"
     assert by_name["edgeflame_aggregator_sites"].values["idle"] == 1
     assert sum(by_name["edgeflame_aggregator_sites"].values.values()) == 4
     assert sum(by_name["edgeflame_aggregator_phase"].values.values()) == 1
     failed = apply_event(run_state(), RunEnded(succeeded=False, reason="quorum missed"))
     assert status_tags(snapshot(failed))["error"] == "quorum missed"
+
+
+def test_a_count_of_refusals_does_not_fall_when_a_better_update_is_accepted() -> None:
+    state = run_state(is_closed=False)
+    better = UpdateAccepted(round=1, site="b", sha256=SHA, num_samples=30, metrics={}, relative_change=0.1)
+    by_name = {metric.name: metric for metric in prometheus_metrics(snapshot(apply_event(state, better)))}
+    assert by_name["edgeflame_aggregator_uploads_refused"].values["norm"] == 1
+    assert by_name["edgeflame_aggregator_updates_accepted"].value == 3
 
 
 def test_a_terminal_is_told_what_the_round_waits_for() -> None:
