@@ -18,10 +18,10 @@ from pathlib import Path
 import msgspec
 
 from aggregator.rounds import RoundMachine, RoundOutput
-from edgeflame.errors import EdgeFlameError, StorageError, UsageError
+from edgeflame.errors import EdgeFlameError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import Name, Text
-from edgeflame.state import storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_json
 
 log = EventLog("aggregator")
 
@@ -64,9 +64,6 @@ class RequestResult(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     text: str
-
-
-_RESULT_DECODER = msgspec.json.Decoder(RequestResult)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,29 +139,26 @@ class RequestQueue:
     def take_result(self, number: str) -> RequestResult | None:
         """The result of a request, if it was carried out; it can be taken once."""
         path = self._folder / f"{number}.answer"
-        try:
-            answer = _RESULT_DECODER.decode(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise StorageError(f"{path}: cannot read the answer ({exc})") from exc
-        path.unlink(missing_ok=True)
-        return answer
+        result = read_json(path, RequestResult, advice="see the aggregator's log for what came of the request")
+        if result is not None:
+            path.unlink(missing_ok=True)
+        return result
 
     def process_pending(self, carry_out: Callable[[OperatorRequest], str]) -> None:
         """Have every request carried out, oldest first.
 
         Args:
-            carry_out: does it, journalled, and says what came of it; a ``UsageError`` says that it cannot be. Being
-                killed in it is harmless: the request is still there, and doing it twice is the same as once.
+            carry_out: does it, with its events journalled, and returns the result in words; raises ``UsageError`` if it
+                cannot be done. Being killed in it is harmless: the request is still there, and doing it twice is the
+                same as once.
         """
         for path in sorted(self._folder.glob("*.json")):
             try:
-                answer = RequestResult(ok=True, text=carry_out(_read_request(path)))
+                result = RequestResult(ok=True, text=carry_out(_read_request(path)))
             except UsageError as exc:
-                answer = RequestResult(ok=False, text=str(exc))
-            log.info("request_answered", ok=answer.ok, answer=answer.text)
-            write_json(path.with_suffix(".answer"), answer)
+                result = RequestResult(ok=False, text=str(exc))
+            log.info("request_answered", ok=result.ok, answer=result.text)
+            write_json(path.with_suffix(".answer"), result)
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 

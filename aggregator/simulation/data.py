@@ -39,7 +39,7 @@ from edgeflame.dataset import GOOD, GROUPS_FILES, ImageRecord, open_dataset
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import ImageU8, read_image, read_mask, write_image
 from edgeflame.log import Progress
-from edgeflame.state import storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +196,10 @@ def partition_parts(
     """Which parts each site has.
 
     Args:
-        groups: the category of every part.
-        sites: who gets them.
-        partition: by which rule.
-        rng: of all that is drawn.
+        groups: the category of every part, by the part's name.
+        sites: names, in order.
+        partition: the rule.
+        rng: for everything that is drawn.
 
     Returns:
         For every site its parts, sorted.
@@ -212,10 +212,10 @@ def partition_parts(
     shuffled = [names[index] for index in rng.permutation(len(names))]
     if partition.category_beta is None:
         edges = np.cumsum([0, *quotas])
-        hands = [shuffled[start:stop] for start, stop in itertools.pairwise(edges)]
+        assignments = [shuffled[start:stop] for start, stop in itertools.pairwise(edges)]
     else:
-        hands = _partition_by_category(shuffled, groups, quotas, partition.category_beta, rng)
-    return {site: sorted(hand) for site, hand in zip(sites, hands, strict=True)}
+        assignments = _partition_by_category(shuffled, groups, quotas, partition.category_beta, rng)
+    return {site: sorted(assigned) for site, assigned in zip(sites, assignments, strict=True)}
 
 
 def _site_quotas(num_groups: int, num_sites: int, partition: Partition, rng: np.random.Generator) -> list[int]:
@@ -248,10 +248,10 @@ def _partition_by_category(
     categories = sorted(set(groups.values()))
     left = {category: [name for name in shuffled if groups[name] == category] for category in categories}
     prior = np.array([len(left[category]) for category in categories]) / len(shuffled)
-    hands = []
+    assignments = []
     for quota in quotas:
         mixture = rng.dirichlet(beta * prior)
-        hand = []
+        assigned = []
         for _ in range(quota):
             stock = np.array([len(left[category]) for category in categories])
             weights = np.where(stock > 0, mixture, 0.0)
@@ -259,9 +259,9 @@ def _partition_by_category(
                 chosen = int(rng.choice(len(categories), p=weights / weights.sum()))
             else:
                 chosen = int(np.argmax(stock))
-            hand.append(left[categories[chosen]].pop())
-        hands.append(hand)
-    return hands
+            assigned.append(left[categories[chosen]].pop())
+        assignments.append(assigned)
+    return assignments
 
 
 LAYOUT_FILE = "layout.json"
@@ -291,7 +291,7 @@ class SiteLayout(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prepare_site_data(config: SimulationConfig, out_dir: Path, report: Progress) -> SiteLayout:
-    """Deal the data and write the sites' folders, if that was not done already.
+    """Partition the parts and write the sites' folders, if that was not done already.
 
     Raises:
         ConfigError: too few parts for the sites.
@@ -304,20 +304,18 @@ def prepare_site_data(config: SimulationConfig, out_dir: Path, report: Progress)
         with storage_errors(staging, "prepare the sites' data"):
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        layout = _write_site_data(config, source, staging, report)
-        write_json(staging / LAYOUT_FILE, layout, indent=1)
+        write_json(staging / LAYOUT_FILE, _write_site_data(config, source, staging, report), indent=1)
         with storage_errors(target, "prepare the sites' data"):
             staging.rename(target)
-    path = target / LAYOUT_FILE
-    try:
-        with storage_errors(path, "read"):
-            return msgspec.json.decode(path.read_bytes(), type=SiteLayout)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise StorageError(f"{path}: damaged ({exc}); simulate into another folder") from exc
+    layout_path = target / LAYOUT_FILE
+    layout = read_json(layout_path, SiteLayout, advice="simulate into another folder")
+    if layout is None:
+        raise StorageError(f"{layout_path}: missing; simulate into another folder")
+    return layout
 
 
 def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, report: Progress) -> SiteLayout:
-    hands = partition_parts(
+    assignments = partition_parts(
         {name: part.category for name, part in source.train.items()},
         config.site_names,
         config.partition,
@@ -326,14 +324,14 @@ def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, rep
     own = config.cameras == "own"
     cameras = {site: Camera.for_site(site, config.seed) if own else None for site in config.site_names}
     names = sorted(source.test)
-    photographers = [cameras[config.site_names[i % config.sites]] for i in range(len(names))]
+    test_cameras = [cameras[config.site_names[i % config.sites]] for i in range(len(names))]
     order = generator(config.seed, "photographers").permutation(len(names))
     common = _DatasetWriter(root / "common", with_groups=source.groups_known)
-    common.write((source.test[name], photographers[index]) for name, index in zip(names, order, strict=True))
+    common.write((source.test[name], test_cameras[index]) for name, index in zip(names, order, strict=True))
     everywhere = {part.category for part in source.train.values()}
     places = []
-    for done, (site, hand) in enumerate(hands.items(), start=1):
-        parts = [source.train[name] for name in hand]
+    for done, (site, assigned) in enumerate(assignments.items(), start=1):
+        parts = [source.train[name] for name in assigned]
         folder = _DatasetWriter(root / "sites" / site, with_groups=source.groups_known)
         num_images = folder.write((part, cameras[site]) for part in parts)
         categories = _count_categories(part.category for part in parts)
@@ -347,7 +345,7 @@ def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, rep
                 data=f"data/sites/{site}",
                 test=f"data/sites/{site}" if apart else "data/common",
                 num_images=num_images,
-                groups=tuple(hand),
+                groups=tuple(assigned),
                 categories=categories,
                 camera=None if (camera := cameras[site]) is None else asdict(camera),
             )
@@ -370,16 +368,16 @@ class _DatasetWriter:
         for part, camera in parts:
             for photo in part.photographs(camera):
                 name = f"{part.split}/{part.label}/{photo.stem}{photo.suffix}"
-                self._put(name, photo.image)
+                self._write_file(name, photo.image)
                 if part.label != GOOD and photo.mask is not None:
-                    self._put(f"ground_truth/{part.label}/{photo.stem}_mask.png", photo.mask)
+                    self._write_file(f"ground_truth/{part.label}/{photo.stem}_mask.png", photo.mask)
                 self._rows.append(f"{name},{part.group}")
         if self._with_groups:
             with storage_errors(self._root, "write"):
                 (self._root / GROUPS_FILES[0]).write_text("\n".join(self._rows) + "\n", encoding="utf-8")
         return len(self._rows) - before
 
-    def _put(self, name: str, content: Path | ImageU8) -> None:
+    def _write_file(self, name: str, content: Path | ImageU8) -> None:
         path = self._root / name
         with storage_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,10 @@ the task alone and on files it names, so a result does not depend on the engine.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,13 +20,12 @@ import msgspec
 
 from aggregator.simulation.config import EngineConfig
 from edgeflame import errors
+from edgeflame.background import die_with_parent
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, MissingDependencyError
 from edgeflame.simulation import ANSWER_DECODER, MeasureAnswer, SimulationFailure, SimulationTask, SiteAnswer
 
 TaskHandler = Callable[[bytes], bytes]
-"""Importable by name in another process."""
-
-PR_SET_PDEATHSIG = 1
+"""Carries out a task. It can be imported by name in another process."""
 
 
 class SimulationEngine(Protocol):
@@ -109,7 +106,7 @@ class _RayEngine:
                 done, running = ray.wait(running, num_returns=1)
                 yield _decode_answer(ray.get(done[0]))
         except ray.exceptions.RayTaskError:
-            # Not the cluster's fault; what is expected comes as a Problem.
+            # Not the cluster's fault; an expected error comes as a SimulationFailure.
             raise
         except ray.exceptions.RayError as exc:
             raise FederationError(
@@ -146,8 +143,7 @@ def _ray_session(config: EngineConfig) -> Iterator[Any]:
 def _init_worker() -> None:
     # The parent decides what Ctrl-C means, and a worker must not outlive it, however it ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
 
 
 def _decode_answer(data: bytes) -> SiteAnswer | MeasureAnswer:

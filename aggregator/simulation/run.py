@@ -32,18 +32,18 @@ from aggregator.simulation.data import SiteLayout, prepare_site_data
 from aggregator.simulation.engines import SimulationEngine
 from aggregator.validation import validate_upload
 from boards.surface import derive_seed
-from edgeflame.errors import ConfigError, FederationError, StorageError
+from edgeflame.errors import ConfigError, FederationError
 from edgeflame.log import EventLog, Progress
 from edgeflame.mqtt.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode_message
 from edgeflame.simulation import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
-from edgeflame.state import link_or_copy, locked_state_dir, storage_errors, write_json
+from edgeflame.state import link_or_copy, locked_state_dir, read_json, storage_errors, write_json
 from edgeflame.transfer.store import BlobStore
 
 METRICS_FILE = "metrics.json"
 
 
 class MeasuredMetrics:
-    """A folder of figures.
+    """The measured metrics of a simulation, one file each.
 
     Raises:
         StorageError: here and in every method, when the disk fails or a file is damaged.
@@ -69,7 +69,7 @@ class MeasuredMetrics:
     def save_site(self, answer: MeasureAnswer) -> None:
         self._save(self._site(answer.name), answer)
 
-    def write_all(self, sites: Sequence[str]) -> dict[str, Any]:
+    def write_all(self, sites: Sequence[str]) -> None:
         """Write ``metrics.json``: the rounds in order, then the sites."""
         rounds = sorted(int(path.stem[6:]) for path in self._folder.glob("round-*.json"))
         every = {
@@ -77,7 +77,6 @@ class MeasuredMetrics:
             "sites": {site: self._read(self._site(site)) for site in sites if self.has_site(site)},
         }
         write_json(self._out_dir / METRICS_FILE, every, indent=1)
-        return every
 
     def _round(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}.json"
@@ -90,18 +89,16 @@ class MeasuredMetrics:
         write_json(path, record)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            with storage_errors(path, "read"):
-                return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-            raise StorageError(f"{path}: damaged ({exc}); delete it to have it measured again") from exc
+        figures = read_json(path, dict[str, Any], advice="delete it to have it measured again")
+        assert figures is not None, path
+        return figures
 
 
 log = EventLog("simulation")
 
 RECORD_FILE = "simulation.json"
 STOPPED_CLOCK_S = 0.0
-"""The clock stands still: nobody is slow in a simulation."""
+"""The clock is stopped: no deadline passes in a simulation."""
 
 
 def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, report: Progress) -> RunResult:
@@ -109,9 +106,9 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
 
     Args:
         config: must be the same, apart from the engine, when an interrupted run continues.
-        out_dir: see above; one process at a time.
-        engine: where the sites work.
-        report: counts the steps of a phase.
+        out_dir: the simulation's folder; used by one process at a time.
+        engine: carries out the sites' work.
+        report: is told the steps of a phase that are done.
 
     Raises:
         ConfigError: another configuration than before, or too few parts for the sites.
@@ -135,15 +132,15 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
             simulation.close()
 
 
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    config: dict[str, Any]
+
+
 def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
-    path = out_dir / RECORD_FILE
-    if not path.exists():
+    record = read_json(out_dir / RECORD_FILE, _Record, advice="simulate into another folder")
+    if record is None:
         return
-    try:
-        with storage_errors(path, "read"):
-            before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])["config"]
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as exc:
-        raise StorageError(f"{path}: damaged ({exc}); simulate into another folder") from exc
+    before = record.config
     now = msgspec.json.decode(msgspec.json.encode(config.without_engine()))
     if before != now:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -183,7 +180,7 @@ def _run_solo(
 
 
 def run_measurements(engine: SimulationEngine, tasks: Sequence[MeasureTask]) -> Iterator[MeasureAnswer]:
-    """The figures asked for, in the order in which they come."""
+    """The measurements, in the order in which they are done."""
     for answer in engine.run(tasks):
         assert isinstance(answer, MeasureAnswer)
         yield answer
