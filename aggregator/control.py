@@ -37,7 +37,7 @@ class StopRun(_OperatorRequest, frozen=True, kw_only=True, tag="stop"):
 
 
 class FinishEarly(_OperatorRequest, frozen=True, kw_only=True, tag="finish"):
-    """No round after the one at hand."""
+    """No further round after the open one."""
 
 
 class PauseSite(_OperatorRequest, frozen=True, kw_only=True, tag="pause"):
@@ -60,7 +60,7 @@ _REQUEST_DECODER: msgspec.json.Decoder[OperatorRequest] = msgspec.json.Decoder(O
 
 
 class RequestResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a request; ``text`` is for people."""
+    """The result of a request; ``text`` is for people."""
 
     ok: bool
     text: str

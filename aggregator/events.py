@@ -16,10 +16,10 @@ from aggregator.config import AggregateConfig
 from edgeflame.mqtt.messages import Phase, RefusalReason
 
 RoundPurpose = Literal["update", "statistics"]
-"""What sites are asked for: the updates of a round, or their statistics after the last. Facts about the latter have
-round 0."""
+"""What sites are asked for: the updates of a round, or their statistics after the last round. Events about the latter
+have round 0."""
 PausedBy = Literal["site", "operator"]
-"""Who decides about a site: its own operator, or the aggregator's."""
+"""Who paused a site: its own operator, or the aggregator's."""
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="fact"):
@@ -36,7 +36,7 @@ class RunStarted(_Event, frozen=True, kw_only=True, tag="run_started"):
 
 
 class SiteJoined(_Event, frozen=True, kw_only=True, tag="site_joined"):
-    """A site is ready to take part; ``install`` tells it from another of the same name."""
+    """A site is ready to take part; ``install`` distinguishes it from another one of the same name."""
 
     site: str
     install: str
@@ -99,7 +99,7 @@ class RoundClosed(_Event, frozen=True, kw_only=True, tag="round_closed"):
     left_out: tuple[str, ...]
     purpose: RoundPurpose = "update"
     paused: tuple[str, ...] = ()
-    """Those of them that were at rest: not asked for more than they could do, so not lost."""
+    """Those of ``left_out`` that were paused; they do not count as lost."""
 
 
 class ModelAggregated(_Event, frozen=True, kw_only=True, tag="model_made"):
@@ -109,7 +109,7 @@ class ModelAggregated(_Event, frozen=True, kw_only=True, tag="model_made"):
     sha256: str
     size_bytes: int
     relative_change: float | None = None
-    """The distance to the base model over the base model's norm; None if they have not the same tensors."""
+    """The distance to the base model over the base model's norm; None if that is not defined."""
 
 
 class StatisticsPooled(_Event, frozen=True, kw_only=True, tag="statistics_made"):
@@ -134,7 +134,7 @@ class SiteNotFinished(_Event, frozen=True, kw_only=True, tag="site_not_finished"
 
 
 class SitePaused(_Event, frozen=True, kw_only=True, tag="site_paused"):
-    """A site rests: it is not asked, and not missed."""
+    """A site is paused: it is not asked for anything."""
 
     site: str
     by: PausedBy
@@ -142,14 +142,14 @@ class SitePaused(_Event, frozen=True, kw_only=True, tag="site_paused"):
 
 
 class SiteResumed(_Event, frozen=True, kw_only=True, tag="site_resumed"):
-    """One of the two who may pause a site has it go on."""
+    """One of the two who may pause a site no longer does. It goes on when neither does."""
 
     site: str
     by: PausedBy
 
 
 class SiteLeft(_Event, frozen=True, kw_only=True, tag="site_left"):
-    """A site, as this install, is of the run no more. It may come back as another install, by joining anew."""
+    """A site, as this install, is no longer part of the run. It may come back as another install, by joining anew."""
 
     site: str
     install: str
@@ -158,8 +158,8 @@ class SiteLeft(_Event, frozen=True, kw_only=True, tag="site_left"):
 
 
 class RoundsEndedEarly(_Event, frozen=True, kw_only=True, tag="last_round"):
-    """The rounds are over before their planned number, with the newest model as the final one: when the round at
-    hand has its model, or at once if none is open.
+    """The rounds are over before their planned number, with the newest model as the final one: when the open round has
+    its model, or at once if none is open.
     """
 
     cause: Literal["converged", "operator"]
@@ -196,7 +196,7 @@ Event = (
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """A round as it stands; or, as round 0, the gathering of the sites' statistics."""
+    """A round as it stands; or, as round 0, the statistics phase."""
 
     number: int
     base: str
@@ -207,13 +207,13 @@ class Round:
     """The last refusal of each site that was not accepted afterwards."""
     left_out: tuple[str, ...] = ()
     paused: tuple[str, ...] = ()
-    """Of those left out: the ones at rest."""
+    """Those of ``left_out`` that were paused."""
     is_closed: bool = False
     model: str | None = None
     """SHA-256 of what was made of it: the next model, or the pooled statistics."""
     purpose: RoundPurpose = "update"
     relative_change: float | None = None
-    """Of the model to the base."""
+    """As in :class:`ModelAggregated`."""
     num_refused: dict[str, int] = field(default_factory=dict)
     """How many updates of each site were refused."""
     refusals_by_reason: dict[RefusalReason, int] = field(default_factory=dict)
@@ -234,7 +234,7 @@ class RunState:
     phase: Phase = "waiting"
     members: dict[str, SiteJoined] = field(default_factory=dict)
     initial_sites_asked: tuple[str, ...] = ()
-    """Who was asked for the initial model, the last of them now."""
+    """The sites that were asked for their initial model so far; the last of them is asked now."""
     refused_initial: dict[str, InitialModelRefused] = field(default_factory=dict)
     initial: InitialModelAccepted | None = None
     model: str | None = None
@@ -245,9 +245,9 @@ class RunState:
     finished: dict[str, SiteFinished] = field(default_factory=dict)
     not_finished: dict[str, str] = field(default_factory=dict)
     paused: dict[str, dict[PausedBy, str]] = field(default_factory=dict)
-    """Sites at rest: by whom, and why."""
+    """Paused sites: by whom, and why."""
     left: dict[str, SiteLeft] = field(default_factory=dict)
-    """Members that left for good and have not joined anew."""
+    """Members that left for good and have not joined again."""
     ended_early: RoundsEndedEarly | None = None
     ended: RunEnded | None = None
 
@@ -268,7 +268,7 @@ class RunState:
 
     @property
     def current_round(self) -> Round | None:
-        """What was last asked for: the statistics, or the newest round's updates."""
+        """What was last started: the statistics phase, as round 0, or the newest round of training."""
         return self.statistics or self.latest_round
 
     @property

@@ -162,7 +162,7 @@ class AggregateRound:
 
 @dataclass(frozen=True, kw_only=True)
 class DismissSite:
-    """A site is of the run no more: tell its process, forget what it was sending, and give its name free."""
+    """A site is no longer part of the run: tell its process, drop its unfinished upload, and release its name."""
 
     site: str
     detail: str
@@ -192,11 +192,11 @@ class RoundMachine:
 
     @property
     def last_progress_at(self) -> float:
-        """When any site was last a step further; the start, if none was."""
+        """When any site last made progress; the start, if none did."""
         return max((*self._last_progress.values(), self._restarted_at))
 
     def restart(self, now: float) -> list[RoundOutput]:
-        """Ask again for what the state waits for; call it once after construction."""
+        """Ask again for what the state waits for; called once, after construction."""
         outputs: list[RoundOutput] = [PublishState()]
         current = self._state.current_round
         is_open = self._state.phase in ("train", "statistics")
@@ -214,11 +214,11 @@ class RoundMachine:
         return [*joined, *self._advance(now)]
 
     def heartbeat_received(self, site: str, now: float) -> None:
-        """A site's process lives; whether it makes progress is another matter."""
+        """A site's process is alive; whether it makes progress is another matter."""
         self._last_heartbeat[site] = now
 
     def progress_made(self, site: str, now: float, *, is_ready: bool = True) -> None:
-        """A site is a step further: it trained, sent or fetched something new.
+        """A site has made progress: it trained, sent or fetched something new.
 
         ``is_ready`` is false while it prepares, or on its way out after a failure: that brings no lost site back.
         """
@@ -227,7 +227,7 @@ class RoundMachine:
             self._recovered.add(site)
 
     def offer_received(self, site: str, offer: Offer, now: float) -> list[RoundOutput]:
-        """A site has a model for us; maybe not for the first time."""
+        """A site offers a model or statistics, perhaps not for the first time."""
         if (known := answer_from_state(self._state, site, offer)) is not None:
             return [SendToSite(site=site, message=known)]
         if (result := validate_offer(self._state, offer)) is not None:
@@ -235,7 +235,7 @@ class RoundMachine:
         return [ReceiveUpload(site=site, offer=offer)]
 
     def upload_validated(self, site: str, offer: Offer, result: ValidationResult, now: float) -> list[RoundOutput]:
-        """An offered model has arrived, and this is what the checks say."""
+        """An offered blob has arrived, and this is the result of its validation."""
         # The state may have changed while it arrived.
         if (known := answer_from_state(self._state, site, offer)) is not None:
             return [SendToSite(site=site, message=known)]
@@ -338,7 +338,7 @@ class RoundMachine:
         return [*outputs, *self._end_if_finished(now)]
 
     def pause_site(self, site: str, *, by: PausedBy, reason: str, now: float) -> list[RoundOutput]:
-        """A site rests from now on."""
+        """A site is paused from now on."""
         state = self._state
         if state.ended or site not in state.active_members or by in state.paused.get(site, {}):
             return []
@@ -347,7 +347,7 @@ class RoundMachine:
         return [*outputs, PublishState()] if by == "operator" else outputs
 
     def resume_site(self, site: str, *, by: PausedBy, now: float) -> list[RoundOutput]:
-        """One of those who had a site rest wants it to no more; it goes on when all of them do."""
+        """One of those who paused a site no longer does; it goes on when all of them have resumed it."""
         if self._state.ended or by not in self._state.paused.get(site, {}):
             return []
         self._last_progress[site] = now
@@ -376,7 +376,7 @@ class RoundMachine:
         return [*outputs, *self._advance(now)]
 
     def finish_early(self, reason: str, now: float) -> list[RoundOutput]:
-        """The operator wants no round after the one at hand."""
+        """The operator wants no further round after the open one."""
         if self._state.phase != "train" or self._state.rounds_over:
             return []
         outputs = self._record(RoundsEndedEarly(cause="operator", reason=reason))
@@ -389,7 +389,7 @@ class RoundMachine:
         return [] if self._state.ended else self._end_run(succeeded=False, reason=f"stopped by the operator: {reason}")
 
     def tick(self, now: float) -> list[RoundOutput]:
-        """Time passes; call it at least every second."""
+        """Check deadlines; call it at least every second."""
         state, current = self._state, self._state.current_round
         match state.phase:
             case "initialise" if state.initial is None and self._is_silent(state.initial_sites_asked[-1], now):
@@ -410,7 +410,7 @@ class RoundMachine:
         return [RecordEvent(event=event)]
 
     def _advance(self, now: float) -> list[RoundOutput]:
-        """Begin what may begin now; when sites come, go, rest or return, and when something is done."""
+        """Begin what may begin now: called when sites come, go, pause or resume, and when a step is done."""
         state, current = self._state, self._state.latest_round
         match state.phase:
             case "waiting":
@@ -466,7 +466,7 @@ class RoundMachine:
             return self._end_run(succeeded=False, reason="every site has left the run")
         asked = self.available_sites()
         if not asked:
-            # Every site rests; the first that goes on makes the difference.
+            # Every site is paused; the first that is resumed starts the round.
             return []
         if self._state.is_trained:
             event = RoundStarted(round=0, asked=tuple(asked), purpose="statistics")
@@ -478,7 +478,7 @@ class RoundMachine:
         return [*self._record(event), PublishState()]
 
     def available_sites(self) -> list[str]:
-        """Members that may be asked, sorted: all but those that left, rest, or were lost and not heard of since."""
+        """Members that may be asked, sorted: not those that left, are paused, or are lost."""
         awake = self._state.active_members - self._state.paused.keys()
         # If all are lost they are asked all the same; the deadline will tell.
         return sorted(awake - self._lost_sites() or awake)
@@ -499,9 +499,9 @@ class RoundMachine:
     def _close(self, now: float) -> list[RoundOutput]:
         current = self._state.current_round
         assert current is not None
-        resting = tuple(site for site in current.open_sites if site in self._state.paused)
-        self._recovered -= set(current.open_sites) - set(resting)
-        closed = RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose, paused=resting)
+        paused = tuple(site for site in current.open_sites if site in self._state.paused)
+        self._recovered -= set(current.open_sites) - set(paused)
+        closed = RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose, paused=paused)
         outputs = self._record(closed)
         needed = self._state.config.replies_needed(len(current.asked))
         if len(current.accepted) < needed:
@@ -526,7 +526,7 @@ class RoundMachine:
         return [*self._record(RunEnded(succeeded=succeeded, reason=reason)), PublishState()]
 
     def _must_wait_for_paused(self, now: float) -> bool:
-        """Whether the open round lacks its quorum, and a site that rests, and lives, could still help it to one."""
+        """Whether the open round lacks its quorum, and a paused site whose heartbeats come could still contribute."""
         state, current = self._state, self._state.current_round
         assert current is not None
         if len(current.accepted) >= state.config.replies_needed(len(current.asked)):

@@ -15,8 +15,8 @@ from edgeflame.transfer.store import BlobStore, Incoming
 log = EventLog("aggregator")
 
 MAX_CHUNKS_IN_FLIGHT = 256
-"""On their way to us from all sites together: 64 MiB. They queue at the broker as our messages, of which Mosquitto
-keeps 1000 and drops the others silently."""
+"""On their way from all sites together: 64 MiB. They queue at the broker for the aggregator; Mosquitto keeps 1000
+messages of a queue and drops the others silently."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class _PendingUpload:
     offer: Offer
     incoming: Incoming
     window: int = 0
-    """What we last allowed its site."""
+    """Chunks in flight that the site was last allowed."""
 
 
 class UploadReceiver:
@@ -49,7 +49,7 @@ class UploadReceiver:
         self._pending: dict[str, _PendingUpload] = {}
 
     def start(self, site: str, offer: Offer, *, now: float) -> ReceivedUpload | None:
-        """Begin or continue to receive a blob; what :class:`ReceivedUpload` if it is there already."""
+        """Begin or continue to receive a blob; the finished upload if it is in the store already."""
         upload = self._pending.get(site)
         if upload is not None and upload.offer.manifest != offer.manifest:
             # The same blob in other chunks goes on where it was; another one supersedes it.
@@ -75,7 +75,7 @@ class UploadReceiver:
     def receive_chunk(
         self, site: str, sha256: str, index: int, data: bytes, *, now: float
     ) -> tuple[bool, ReceivedUpload | None]:
-        """Take a chunk: whether it is new, and what has :class:`ReceivedUpload` with it."""
+        """Take a chunk: whether it is new, and the finished upload if it was the last."""
         upload = self._pending.get(site)
         if upload is None or upload.offer.manifest.sha256 != sha256:
             return False, None
@@ -90,7 +90,7 @@ class UploadReceiver:
         return kind is ChunkKind.NEW, None
 
     def cancel(self, site: str) -> None:
-        """A site's blob is no longer wanted."""
+        """Stop receiving a site's blob, and delete what has come."""
         upload = self._pending.pop(site, None)
         if upload is not None:
             upload.incoming.discard()

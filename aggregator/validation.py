@@ -28,10 +28,10 @@ from edgeflame.transfer.compression import decode_update
 from edgeflame.transfer.store import BlobStore
 
 HEADER_SLACK_BYTES = 64 << 10
-"""An update may be so much larger than the initial model: safetensors headers differ by their metadata."""
+"""An update may be larger than expected by this much: safetensors headers differ by their metadata."""
 
 MAX_REFUSALS_PER_ROUND = 5
-"""So many updates of a site are looked at in a round, if each is bad: a site gone wrong must not fill the journal."""
+"""A site that sent so many bad updates in a round gets no further one checked: it must not fill the journal."""
 
 
 def answer_from_state(state: RunState, site: str, offer: Offer) -> DownMessage | None:
@@ -89,14 +89,14 @@ def _answer_contribution(state: RunState, site: str, offer: Offer) -> DownMessag
 
 
 def round_of_offer(state: RunState, offer: Offer) -> Round | None:
-    """The round an update was trained in, or the gathering of statistics; None if there is none such."""
+    """The round an update was trained in, or the statistics phase; None if there is no such round."""
     if offer.purpose == "statistics":
         return state.statistics if offer.round == 0 else None
     return next((r for r in state.rounds if r.number == offer.round), None)
 
 
 def validate_offer(state: RunState, offer: Offer) -> ValidationResult | None:
-    """The verdict on an offer that cannot count, whatever its bytes are; they need not come."""
+    """The refusal of an offer that cannot count, whatever its bytes are; they are not fetched. None if it may count."""
     size, config = offer.manifest.size_bytes, state.config
     if offer.purpose == "initial":
         if size > config.max_model_bytes:
@@ -133,12 +133,12 @@ def _implausible_step_count(offer: Offer, config: AggregateConfig) -> str | None
 
 
 def receipt_for(offer: Offer) -> Receipt:
-    """What a site gets for an offer that was accepted."""
+    """The answer to an offer that was accepted."""
     return Receipt(run=offer.run, purpose=offer.purpose, round=offer.round, sha256=offer.manifest.sha256)
 
 
 def refusal_for(offer: Offer, reason: RefusalReason, detail: str) -> Refusal:
-    """What a site gets for one that was not."""
+    """The answer to an offer that was refused."""
     return Refusal(
         run=offer.run,
         purpose=offer.purpose,
@@ -154,9 +154,9 @@ def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path 
 
     Args:
         path: the blob.
-        model: SHA-256 of the final model, whose embeddings they must be of.
+        model: SHA-256 of the final model; the statistics must be of its embeddings.
         num_samples: what the offer says.
-        like: statistics that were accepted before, of which these must have the shape; None for the first.
+        like: statistics that were accepted before, whose shape these must have; None for the first.
     """
     try:
         with StatisticsFile(path) as blob:

@@ -51,7 +51,7 @@ class Contribution:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundInputs:
-    """What a strategy may build on.
+    """What a strategy knows of its round when it is built.
 
     Attributes:
         config: the run's.
