@@ -199,8 +199,8 @@ class Round:
     """A round as it stands; or, as round 0, the statistics phase."""
 
     number: int
-    base: str
-    """SHA-256 of its base model."""
+    base_sha256: str
+    """Its base model."""
     asked: tuple[str, ...]
     accepted: dict[str, UpdateAccepted] = field(default_factory=dict)
     refused: dict[str, UpdateRefused] = field(default_factory=dict)
@@ -209,8 +209,8 @@ class Round:
     paused: tuple[str, ...] = ()
     """Those of ``left_out`` that were paused."""
     is_closed: bool = False
-    model: str | None = None
-    """SHA-256 of what was made of it: the next model, or the pooled statistics."""
+    result_sha256: str | None = None
+    """What was made of it: the next model, or the pooled statistics."""
     purpose: RoundPurpose = "update"
     relative_change: float | None = None
     """As in :class:`ModelAggregated`."""
@@ -274,18 +274,18 @@ class RunState:
     @property
     def servable_blobs(self) -> frozenset[str]:
         """SHA-256 of the blobs that sites may still ask for: the newest model and the pooled statistics."""
-        statistics = None if self.statistics is None else self.statistics.model
+        statistics = None if self.statistics is None else self.statistics.result_sha256
         return frozenset(sha256 for sha256 in (self.model, statistics) if sha256 is not None)
 
     @property
     def rounds_done(self) -> int:
         """Rounds whose model is made."""
-        return sum(1 for entry in self.rounds if entry.model is not None)
+        return sum(1 for entry in self.rounds if entry.result_sha256 is not None)
 
     @property
     def is_trained(self) -> bool:
         """The final model is made."""
-        return bool(self.rounds) and self.rounds[-1].model is not None and self.rounds_over
+        return bool(self.rounds) and self.rounds[-1].result_sha256 is not None and self.rounds_over
 
 
 def initial_state(event: RunStarted) -> RunState:
@@ -309,13 +309,13 @@ def apply_event(state: RunState, event: Event) -> RunState:
             return replace(state, refused_initial={**state.refused_initial, event.site: event})
         case RoundStarted():
             assert state.model is not None
-            new = Round(number=event.round, base=state.model, asked=event.asked, purpose=event.purpose)
+            new = Round(number=event.round, base_sha256=state.model, asked=event.asked, purpose=event.purpose)
             if event.purpose == "statistics":
                 return replace(state, phase="statistics", statistics=new)
             return replace(state, phase="train", rounds=(*state.rounds, new))
         case StatisticsPooled():
             assert state.statistics is not None
-            pooled = replace(state.statistics, model=event.sha256)
+            pooled = replace(state.statistics, result_sha256=event.sha256)
             return replace(state, phase="finish", statistics=pooled, truncation=event.truncation)
         case SiteFinished():
             return replace(state, finished={**state.finished, event.site: event})
@@ -344,7 +344,7 @@ def _apply_round_event(
     state: RunState, event: UpdateAccepted | UpdateRefused | RoundClosed | ModelAggregated
 ) -> RunState:
     if isinstance(event, ModelAggregated):
-        current = replace(state.rounds[-1], model=event.sha256, relative_change=event.relative_change)
+        current = replace(state.rounds[-1], result_sha256=event.sha256, relative_change=event.relative_change)
         state = replace(state, model=event.sha256, rounds=(*state.rounds[:-1], current))
         return replace(state, phase=_phase_after_round(state))
     gathered = state.statistics if event.purpose == "statistics" else state.latest_round

@@ -68,7 +68,7 @@ def _statistics_entry(entry: Round, state: RunState) -> dict[str, Any]:
             for site, part in sorted(entry.accepted.items())
         ],
         "left_out": _left_out_entries(entry),
-        "sha256": entry.model,
+        "sha256": entry.result_sha256,
         # Of the covariances, relative to their Frobenius norm; over the positions.
         "truncation_error": state.truncation or None,
     }
@@ -90,7 +90,7 @@ def _round_entry(entry: Round, state: RunState) -> dict[str, Any]:
     weights = update_weights(entry, equal=state.config.rule.equal_votes)
     return {
         "round": entry.number,
-        "base_sha256": entry.base,
+        "base_sha256": entry.base_sha256,
         "asked": list(entry.asked),
         "quorum": state.config.replies_needed(len(entry.asked)),
         "contributed": [
@@ -108,6 +108,6 @@ def _round_entry(entry: Round, state: RunState) -> dict[str, Any]:
             for site, update in sorted(entry.accepted.items())
         ],
         "left_out": _left_out_entries(entry),
-        "model_sha256": entry.model,
+        "model_sha256": entry.result_sha256,
         "model_relative_change": entry.relative_change,
     }

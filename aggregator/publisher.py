@@ -52,7 +52,7 @@ class StatePublisher:
             case "initialise":
                 asked = state.initial_sites_asked[-1:]
             case "train" if current is not None:
-                base, asked = self._manifest(current.base), current.asked
+                base, asked = self._manifest(current.base_sha256), current.asked
             case "statistics" if state.model is not None and state.statistics is not None:
                 base, asked = self._manifest(state.model), state.statistics.asked
                 form, rank = config.statistics_form, config.statistics_rank
@@ -66,8 +66,12 @@ class StatePublisher:
                 ledger_manifest = self._manifest(self._ledger_blob(state))
             case _:
                 pass
-        if state.phase in ("finish", "done") and state.statistics is not None and state.statistics.model is not None:
-            statistics = self._manifest(state.statistics.model)
+        if (
+            state.phase in ("finish", "done")
+            and state.statistics is not None
+            and state.statistics.result_sha256 is not None
+        ):
+            statistics = self._manifest(state.statistics.result_sha256)
         named = (base, ledger_manifest, statistics)
         self._stop_all_but({manifest.sha256 for manifest in named if manifest is not None})
         return RoundState(

@@ -200,7 +200,7 @@ class RoundMachine:
         outputs: list[RoundOutput] = [PublishState()]
         current = self._state.current_round
         is_open = self._state.phase in ("train", "statistics")
-        if is_open and current is not None and current.is_closed and current.model is None:
+        if is_open and current is not None and current.is_closed and current.result_sha256 is None:
             outputs.append(AggregateRound(round=current))
         return outputs + self._advance(now)
 
@@ -421,7 +421,7 @@ class RoundMachine:
                     if state.initial_sites_asked[-1] in state.refused_initial
                     else []
                 )
-            case "initialise" | "train" if current is None or current.model is not None:
+            case "initialise" | "train" if current is None or current.result_sha256 is not None:
                 return self._start_next_round(now)
             case "finish":
                 return self._end_if_finished(now)

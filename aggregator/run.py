@@ -165,7 +165,7 @@ class GlobalModel:
 
 def aggregate_round(state: RunState, entry: Round, store: BlobStore) -> GlobalModel:
     """Make a round's model of its accepted updates, into the store."""
-    base, draft = store.path(entry.base), store.draft("model")
+    base, draft = store.path(entry.base_sha256), store.draft("model")
     contributions = round_contributions(entry, state.config, store.path)
     aggregate_updates(state.config, base, contributions, draft, num_members=len(state.members))
     change = state.config.exchange.relative_change(base, draft)
@@ -179,7 +179,7 @@ def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult
     ledger_path = out_dir / LEDGER_FILE
     write_json(ledger_path, entries, indent=2)
     model_path: Path | None = None
-    if state.model is not None and state.rounds and state.rounds[-1].model is not None:
+    if state.model is not None and state.rounds and state.rounds[-1].result_sha256 is not None:
         model_path = out_dir / MODEL_FILE
         atomic_copy(store.path(state.model), model_path)
     assert state.ended is not None

@@ -187,12 +187,12 @@ def validate_upload(state: RunState, offer: Offer, store: BlobStore) -> Validati
     if offer.purpose == "initial":
         return exchange.validate_initial(path)
     entry = round_of_offer(state, offer)
-    if entry is None or entry.base not in store:
+    if entry is None or entry.base_sha256 not in store:
         return None
     if entry.purpose == "statistics":
         like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
-        return validate_statistics(path, model=entry.base, num_samples=offer.num_samples, like=like)
-    base, decoded = store.path(entry.base), None
+        return validate_statistics(path, model=entry.base_sha256, num_samples=offer.num_samples, like=like)
+    base, decoded = store.path(entry.base_sha256), None
     if codec != "raw":
         draft = store.draft("decoded")
         try:

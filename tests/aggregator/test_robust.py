@@ -112,7 +112,7 @@ def test_a_claimed_number_of_samples_gives_no_weight(rule: str) -> None:
         site: UpdateAccepted(round=1, site=site, sha256="a", num_samples=number, metrics={}, relative_change=0.1)
         for site, number in (("a", 10), ("b", 9_999_990))
     }
-    entry = Round(number=1, base="0", asked=("a", "b"), accepted=accepted)
+    entry = Round(number=1, base_sha256="0", asked=("a", "b"), accepted=accepted)
     weights = {
         name: [part.weight for part in round_contributions(entry, AggregateConfig(strategy=name), Path)]
         for name in (rule, "fedavg")

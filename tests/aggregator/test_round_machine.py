@@ -264,7 +264,7 @@ class Rounds(RuleBasedStateMachine):
     def quorum_is_honoured(self) -> None:
         for entry in (*self.state.rounds, *filter(None, [self.state.statistics])):
             assert set(entry.accepted) <= set(entry.asked)
-            if entry.model is not None:
+            if entry.result_sha256 is not None:
                 assert len(entry.accepted) >= self.state.config.replies_needed(len(entry.asked))
 
     @invariant()
@@ -272,9 +272,9 @@ class Rounds(RuleBasedStateMachine):
         state = self.state
         assert [entry.number for entry in state.rounds] == list(range(1, len(state.rounds) + 1))
         assert len(state.rounds) <= state.config.rounds
-        assert all(entry.model is not None for entry in state.rounds[:-1])
+        assert all(entry.result_sha256 is not None for entry in state.rounds[:-1])
         if state.phase in ("finish", "done"):
-            assert state.rounds[-1].model == state.model
+            assert state.rounds[-1].result_sha256 == state.model
 
     @invariant()
     def nobody_who_rests_or_left_is_asked_anew(self) -> None:

@@ -46,7 +46,7 @@ def test_statistics_are_gathered_after_the_last_round_and_then_handed_out() -> N
         assert isinstance(statistics(run, site), Receipt)
     assert run.state.phase == "finish"
     assert run.state.statistics is not None
-    assert run.state.servable_blobs == {model, run.state.statistics.model}
+    assert run.state.servable_blobs == {model, run.state.statistics.result_sha256}
     assert build_ledger(run.state)["statistics"]["truncation_error"] == {"measured_max": 0.25}
     run.finish("a", "b", "c")
     assert run.state.phase == "done"
