@@ -129,12 +129,12 @@ def ask_aggregator(state: Path, request: OperatorRequest) -> None:
         raise UsageError(f"{state}: not an aggregator's state folder (it holds no journal)")
     queue = RequestQueue(state)
     running = is_in_use(state)
-    number = queue.put(request)
+    number = queue.submit(request)
     if not running:
         click.echo("no aggregator runs with this state folder; it will be done when one does")
         return
     deadline = time.monotonic() + ANSWER_S
-    while (answer := queue.answer_to(number)) is None:
+    while (answer := queue.take_result(number)) is None:
         if time.monotonic() > deadline:
             raise StorageError(f"{state}: the aggregator has not answered within {ANSWER_S:g} s; the request stands")
         time.sleep(0.05)

@@ -89,5 +89,5 @@ def test_a_restart_within_a_step_is_progress_and_a_repeated_hello_is_none() -> N
 
 
 def test_only_the_expected_sites_are_let_in() -> None:
-    names = Names(a_run(expected_sites=("a", "b"), min_sites=2))
+    names = Names(a_run(expected_sites=("a", "b"), min_available_sites=2))
     assert [names.hello("a"), names.hello("c")] == [None, "unknown_site"]
