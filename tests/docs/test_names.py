@@ -17,7 +17,7 @@ PAGES = [
 FOLDERS = "|".join((*PACKAGES, "benchmarks", "deploy", "docs", "tests"))
 FILE = re.compile(rf"(?:{FOLDERS})/[\w./-]+\.(?:py|md|toml|sh|yml)\b")
 MODULE = re.compile(rf"(?:python -m |`)((?:{FOLDERS})(?:\.[a-z_]+)+)")
-SUFFIXES = ("toml", "edgeflame", "db", "json", "log")
+SUFFIXES = ("toml", "edgeflame", "db", "json", "log", "md", "yml", "py", "sh")
 
 
 def relative(page: Path) -> str:
