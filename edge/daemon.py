@@ -31,7 +31,7 @@ from edge.inspector import Inspector
 from edge.models.released import ReleasedModels
 from edge.result import Inspected, Result
 from edge.sources.arrivals import Disposal
-from edge.status import PartCounts, Summary, Tally, line_state
+from edge.status import LineState, PartCounts, Summary, Tally
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, require_extra
 from edgeflame.log import EventLog
@@ -280,7 +280,7 @@ def run_inspection(
                 open_pipeline(
                     state,
                     config,
-                    line_state(control.statuses(), boot=boot),
+                    LineState.of(control.statuses(), boot=boot),
                     make_room=pictures.discard_oldest if pictures is not None else lambda: False,
                     take=desk.take,
                 )
@@ -288,7 +288,7 @@ def run_inspection(
             _restore(pipeline, workers)
             stack.enter_context(desk)
             if (mqtt := pipeline.mqtt) is not None:
-                control.on_change(lambda: mqtt.announce(line_state(control.statuses(), boot=boot)))
+                control.on_change(lambda: mqtt.announce(LineState.of(control.statuses(), boot=boot)))
             stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control, plcs, models)
@@ -326,8 +326,7 @@ def _busy_s(part: CameraWorker | OutboxWriter) -> float:
 
 def _status(control: DaemonControl, tally: Tally) -> str:
     statuses = control.statuses()
-    troubles = [f"{status.camera}: {status.problem}" for status in statuses if status.problem is not None]
-    troubles += [f"{status.camera}: paused" for status in statuses if status.paused]
+    troubles = [f"{status.camera}: {status.trouble}" for status in statuses if status.trouble is not None]
     return "; ".join((f"{len(statuses)} cameras, {tally.parts} parts", *troubles))
 
 

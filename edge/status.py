@@ -21,7 +21,7 @@ from edgeflame.mqtt.messages import Disagreement, ProductModels
 
 
 class PartCounts(msgspec.Struct, kw_only=True):
-    """Each number is written by one thread, and read by any."""
+    """What became of a camera's parts. Each number is written by one thread at a time, and read by any."""
 
     triggers: int = 0
     """Parts that were announced."""
@@ -38,7 +38,7 @@ class PartCounts(msgspec.Struct, kw_only=True):
 
 
 class DriftCondition(str, enum.Enum):
-    """Of a stream, or of the worst of several."""
+    """How a stream drifts, or the worst of several."""
 
     LEARNING = "learning"
     OK = "ok"
@@ -47,7 +47,7 @@ class DriftCondition(str, enum.Enum):
 
 
 class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One stream."""
+    """How one stream of measurements drifts."""
 
     name: str
     condition: DriftCondition
@@ -66,7 +66,7 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DriftStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """All of one camera with one model."""
+    """How one camera drifts, with one model."""
 
     condition: DriftCondition
     parts: DriftCondition
@@ -81,7 +81,7 @@ Expected = Literal["good", "bad"]
 
 
 class GoldenCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """One golden part."""
+    """One golden part's verdict against what it should be."""
 
     part: str
     """The file, or the part's id."""
@@ -99,7 +99,7 @@ class GoldenCheck(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GoldenReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One self-test."""
+    """What came of one self-test."""
 
     camera: str
     product: str
@@ -115,7 +115,7 @@ class GoldenReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GoldenStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How a camera stands."""
+    """A camera's last self-test."""
 
     last: GoldenReport | None = None
     acknowledged: bool = False
@@ -145,7 +145,7 @@ class DestinationStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A product, and what is tried beside its present model."""
+    """A product's second model, if there is one, beside the present one."""
 
     product: str
     role: Literal["candidate", "before"]
@@ -156,7 +156,7 @@ class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a daemon."""
+    """The rollout of models on a daemon."""
 
     beside: tuple[ShadowStatus, ...] = ()
     fates: dict[tuple[str, str], int] = {}
@@ -168,7 +168,7 @@ DEFAULT_CAMERA = "camera"
 
 
 class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One camera of a daemon."""
+    """What one camera of a daemon is doing: the one fact of which the page, messages and metrics show views."""
 
     camera: str
     source: str
@@ -202,6 +202,26 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     trigger_up: bool | None = None
     """Whether its parts can be announced; None where every frame is one."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why its verdicts cannot be relied on now, for people; None where nothing speaks against them."""
+        return "paused" if self.paused else "; ".join(self.not_ready) or self.problem
+
+    def why_not_ready(self, *, last_part_s: float | None, stale_after_s: float) -> str | None:
+        """Why it is not ready, for people; None if it is.
+
+        Args:
+            last_part_s: how long ago the last part was judged; None: none was since the start.
+            stale_after_s: longer ago than this is too long.
+        """
+        if self.ended:
+            return None
+        if (trouble := self.trouble) is not None:
+            return trouble
+        if last_part_s is None:
+            return "no part has been judged since the start"
+        return f"no part for {last_part_s:.0f} s" if last_part_s > stale_after_s else None
+
 
 class CameraState(msgspec.Struct, frozen=True, kw_only=True):
     """What one camera of a line runs."""
@@ -222,6 +242,22 @@ class CameraState(msgspec.Struct, frozen=True, kw_only=True):
     threshold_set: bool = False
     """The threshold was set by command, and is not that of the configuration or the package."""
 
+    @classmethod
+    def of(cls, status: CameraStatus) -> CameraState:
+        """What is published of a camera's status."""
+        return cls(
+            name=status.camera,
+            product=status.product,
+            model=status.model,
+            threshold=status.threshold,
+            source=status.source,
+            paused=status.paused,
+            drift=None if status.drift is None else status.drift.condition.value,
+            drift_message=None if status.drift is None else status.drift.message,
+            golden=None if status.golden is None else status.golden.word,
+            threshold_set=status.threshold_set,
+        )
+
 
 class LineState(msgspec.Struct, frozen=True, kw_only=True):
     """What a line runs; retained. Of several cameras, the first stands outside of the list as well."""
@@ -235,34 +271,19 @@ class LineState(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     cameras: tuple[CameraState, ...] = ()
 
-
-def line_state(cameras: Sequence[CameraStatus], *, boot: str) -> LineState:
-    """What to announce of a daemon's cameras, of which there is at least one."""
-    states = tuple(
-        CameraState(
-            name=camera.camera,
-            product=camera.product,
-            model=camera.model,
-            threshold=camera.threshold,
-            source=camera.source,
-            paused=camera.paused,
-            drift=camera.drift.condition.value if camera.drift is not None else None,
-            drift_message=camera.drift.message if camera.drift is not None else None,
-            golden=camera.golden.word if camera.golden is not None else None,
-            threshold_set=camera.threshold_set,
+    @classmethod
+    def of(cls, statuses: Sequence[CameraStatus], *, boot: str) -> LineState:
+        """What is published of a daemon's cameras, of which there is at least one, while it runs."""
+        first = statuses[0]
+        return cls(
+            online=True,
+            boot=boot,
+            product=first.product,
+            model=first.model,
+            threshold=first.threshold,
+            source=first.source,
+            cameras=tuple(map(CameraState.of, statuses)),
         )
-        for camera in cameras
-    )
-    first = states[0]
-    return LineState(
-        online=True,
-        boot=boot,
-        product=first.product,
-        model=first.model,
-        threshold=first.threshold,
-        source=first.source,
-        cameras=states,
-    )
 
 
 LATENCY_WINDOW = 100_000
@@ -292,7 +313,7 @@ class Truth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run."""
+    """What came of one run."""
 
     parts: int
     passed: int

@@ -55,7 +55,8 @@ class PageAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OperatorActions:
-    """Runs orders on threads of their own: one may wait a minute for a part, and neither page nor stop may wait for it.
+    """Runs an operator's requests on threads of their own, for one may wait a minute for a part: neither the page nor a
+    stop waits for it.
 
     Args:
         control: of the cameras.
@@ -81,21 +82,21 @@ class OperatorActions:
 
         def work() -> None:
             try:
-                done = self._carry_out(camera, order)
+                done = self._execute(camera, order)
             except EdgeFlameError as exc:
-                _tell(loop, answer, exc)
+                _resolve(loop, answer, exc)
             except Exception as exc:  # noqa: BLE001 - a thread's outermost frame
                 log.error("order_failed", camera=camera, action=order.action, reason=repr(exc))
-                _tell(loop, answer, RuntimeUnavailableError(f"the order failed: {exc!r}"))
+                _resolve(loop, answer, RuntimeUnavailableError(f"the order failed: {exc!r}"))
             else:
-                _tell(loop, answer, done)
+                _resolve(loop, answer, done)
             finally:
                 self._slots.release()
 
         threading.Thread(target=work, name="edgeflame-order", daemon=True).start()
         return await answer
 
-    def _carry_out(self, camera: str, order: PageRequest) -> PageAnswer:
+    def _execute(self, camera: str, order: PageRequest) -> PageAnswer:
         simple: dict[str, tuple[Callable[[], object], str]] = {
             "pause": (lambda: self._control.pause(camera), "Paused."),
             "resume": (lambda: self._control.resume(camera), "Goes on."),
@@ -125,10 +126,10 @@ class OperatorActions:
         return PageAnswer(ok=report.passed, message=f"{verdict}: {report.message}.")
 
 
-def _tell(
+def _resolve(
     loop: asyncio.AbstractEventLoop, answer: asyncio.Future[PageAnswer], value: PageAnswer | EdgeFlameError
 ) -> None:
-    def tell() -> None:
+    def resolve() -> None:
         if answer.cancelled():
             return
         if isinstance(value, PageAnswer):
@@ -138,7 +139,7 @@ def _tell(
 
     # The server may have stopped meanwhile; then nobody waits.
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(tell)
+        loop.call_soon_threadsafe(resolve)
 
 
 def http_status_of(error: EdgeFlameError) -> int:
@@ -285,18 +286,5 @@ class OperatorPage:
 
     def _light(self, status: CameraStatus) -> CameraLight:
         latest, age_s = self.board.latest(status.camera)
-        problem = None if status.ended else self._problem_of(status, age_s)
+        problem = status.why_not_ready(last_part_s=age_s, stale_after_s=self._config.stale_after_s)
         return CameraLight(camera=status.camera, latest=latest, problem=problem)
-
-    def _problem_of(self, status: CameraStatus, last_part_s: float | None) -> str | None:
-        if status.paused:
-            return "paused"
-        if status.not_ready:
-            return "; ".join(status.not_ready)
-        if status.problem is not None:
-            return status.problem
-        if last_part_s is None:
-            return "no part has been judged since the start"
-        if last_part_s > self._config.stale_after_s:
-            return f"no part for {last_part_s:.0f} s"
-        return None
