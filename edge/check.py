@@ -115,7 +115,7 @@ def _product(name: str, file: Path, plan: Plan, loader: InspectorLoader) -> Iter
 def _models(plan: Plan, loader: InspectorLoader, state: Path | None) -> Iterator[Finding]:
     try:
         products, keys, folder = read_models_settings(plan, loader, state)
-        decided = ModelStateFile(folder / RECORD_FILE).record.products
+        decided = ModelStateFile(folder / RECORD_FILE).state.products
     except EdgeFlameError as exc:
         yield problem("models", str(exc), "correct what the message names; docs/models.md has the whole section")
         return

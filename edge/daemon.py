@@ -267,7 +267,7 @@ def run_inspection(
             cameras,
             overrides=overrides,
             snapshots=state / SNAPSHOTS_FOLDER if state is not None else None,
-            reread=reread if models is None else lambda: models.overlay(reread()),
+            reread=reread if models is None else lambda: models.with_decisions(reread()),
         )
         if state is None:
             stack.enter_context(open_monitoring(cameras.plan, workers, control, None))
@@ -386,7 +386,7 @@ def _page(
     expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None
     metrics.registry.register(HostMetrics(state, plcs, certificate_expires=expires))
     if models is not None:
-        metrics.registry.register(RolloutMetrics(models.figures))
+        metrics.registry.register(RolloutMetrics(models.metrics))
     station = OperatorPage(
         config,
         control,

@@ -1,7 +1,7 @@
-"""The line's own connection for models: hears of releases, fetches them, says what became of them.
+"""The line's own connection for models: receives releases, fetches them, publishes what became of them.
 
-One owned thread does all of it, and everything the keeper decides; what others ask of it they hand to that thread. Its
-connection is apart from the one that results go by: megabytes of a package never stand in a result's way.
+One owned thread does all of it, and everything the manager decides; others hand it calls (:meth:`ReleaseFetcher.call`).
+Its connection is apart from the one that results go by: megabytes of a package never stand in a result's way.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from edgeflame.transfer.store import Download
 log = EventLog("models")
 
 TICK_S = 0.5
-SAY_EVERY_S = 1.0
-"""How often progress is told at most; a change of anything but progress at once."""
-SAY_TROUBLE_EVERY_S = 60.0
+PUBLISH_EVERY_S = 1.0
+"""How often progress is published at most; a change of anything but progress at once."""
+LOG_TROUBLE_EVERY_S = 60.0
 """The same trouble is logged at most so often."""
 ANSWER_S = 60.0
 """How long a command waits for the thread: opening a large package takes seconds."""
@@ -47,7 +47,7 @@ class ReleaseFetcher:
     """A context manager: inside it the thread works.
 
     Args:
-        make_keeper: makes what decides, given a way to wake the thread.
+        make_manager: makes what decides, given a way to wake the thread.
         store: where packages go.
         broker: where, and who we are.
         fleet: which fleet.
@@ -57,7 +57,7 @@ class ReleaseFetcher:
 
     def __init__(
         self,
-        make_keeper: Callable[[Callable[[], None]], ModelManager],
+        make_manager: Callable[[Callable[[], None]], ModelManager],
         *,
         store: PackageStore,
         broker: BrokerUrl,
@@ -72,15 +72,15 @@ class ReleaseFetcher:
         self._on_change = on_change
         self._boot = uuid.uuid4().hex
         self._inbox: queue.SimpleQueue[ClientEvent | Callable[[], None] | str] = queue.SimpleQueue()
-        self.keeper = make_keeper(lambda: self._inbox.put(_WAKE))
+        self.manager = make_manager(lambda: self._inbox.put(_WAKE))
         self._downloads: dict[str, tuple[str, Download]] = {}
         """By product: the release's id, and its package's arrival."""
         self._link: MqttClient | None = None
         self._is_up = False
         self.models: tuple[ProductModels, ...] = ()
-        """As the fleet is told, whether or not it can be."""
-        self._said: LineModels | None = None
-        self._said_at = 0.0
+        """As published, whether or not the broker can be reached."""
+        self._published: LineModels | None = None
+        self._published_at = 0.0
         self._milestones: tuple[object, ...] = ()
         self._retry_at: float | None = None
         self._trouble = "", 0.0
@@ -99,7 +99,7 @@ class ReleaseFetcher:
         # It may be in the middle of opening a package; what it does then is harmless at any point.
         self._thread.join(2.0)
 
-    def ask(self, call: Callable[[], None]) -> None:
+    def call(self, action: Callable[[], None]) -> None:
         """Have something done on the thread, and wait for it.
 
         Raises:
@@ -109,7 +109,7 @@ class ReleaseFetcher:
 
         def answered() -> None:
             try:
-                call()
+                action()
             except EdgeFlameError as exc:
                 answer.put(exc)
             else:
@@ -129,7 +129,7 @@ class ReleaseFetcher:
 
     def _run(self) -> None:
         try:
-            self._attempt(self.keeper.resume)
+            self._guarded(self.manager.restore)
             while not self._closing.is_set():
                 try:
                     self._serve()
@@ -137,14 +137,14 @@ class ReleaseFetcher:
                     log.error("models_thread_failed", reason=repr(exc), retry_in_s=RETRY_S)
                     self._closing.wait(RETRY_S)
         finally:
-            self.keeper.close()
+            self.manager.close()
             for _, download in self._downloads.values():
                 download.close()
             if self._link is not None:
                 self._link.close(flush_s=0.5)
 
     def _serve(self) -> None:
-        next_look = 0.0
+        next_poll = 0.0
         while not self._closing.is_set():
             self._connect_if_due()
             try:
@@ -152,29 +152,29 @@ class ReleaseFetcher:
             except queue.Empty:
                 item = _WAKE
             if isinstance(item, str):
-                self._attempt(self.keeper.look)
+                self._guarded(self.manager.poll)
             elif callable(item):
                 item()
             else:
-                self._attempt(partial(self._on_event, item))
+                self._guarded(partial(self._on_event, item))
             now = time.monotonic()
-            is_due = now >= next_look
+            is_due = now >= next_poll
             if is_due:
-                next_look = now + TICK_S
-                self._attempt(self.keeper.look)
+                next_poll = now + TICK_S
+                self._guarded(self.manager.poll)
                 self._tick(now)
             # Not with every chunk.
             if is_due or not isinstance(item, ReceivedMessage):
-                self._say(now)
+                self._publish_status(now)
 
-    def _attempt(self, call: Callable[[], object]) -> None:
+    def _guarded(self, call: Callable[[], object]) -> None:
         """A disk that is full for a while must not end this; what was not done is tried again."""
         try:
             call()
         except EdgeFlameError as exc:
             # It may be tried twice a second for as long as the disk is full.
             said, now = str(exc), time.monotonic()
-            if said != self._trouble[0] or now > self._trouble[1] + SAY_TROUBLE_EVERY_S:
+            if said != self._trouble[0] or now > self._trouble[1] + LOG_TROUBLE_EVERY_S:
                 self._trouble = said, now
                 log.error("models_not_settled", reason=said)
 
@@ -189,9 +189,9 @@ class ReleaseFetcher:
                 sink=self._inbox.put,
             )
         except LinkError as exc:
-            self._given_up(exc)
+            self._on_refused(exc)
 
-    def _given_up(self, error: LinkError) -> None:
+    def _on_refused(self, error: LinkError) -> None:
         # The certificate may be renewed, the rights given: results wait for that as well.
         log.error("models_not_connected", reason=str(error), retry_in_s=RETRY_S)
         if self._link is not None:
@@ -201,13 +201,13 @@ class ReleaseFetcher:
     def _on_event(self, event: ClientEvent) -> None:
         match event:
             case Connected():
-                self._is_up, self._said = True, None
+                self._is_up, self._published = True, None
                 for _, download in self._downloads.values():
                     download.ask(now=time.monotonic())
             case Disconnected():
                 self._is_up = False
             case ConnectionFailed(error=error):
-                self._given_up(error)
+                self._on_refused(error)
             case ReceivedMessage():
                 try:
                     self._on_message(event)
@@ -229,7 +229,7 @@ class ReleaseFetcher:
 
     def _on_release(self, release: Release) -> None:
         product = release.product
-        if not self.keeper.offered(release):
+        if not self.manager.on_release(release):
             self._forget_unwanted(product)
             return
         under_way = self._downloads.get(product)
@@ -248,11 +248,11 @@ class ReleaseFetcher:
                 self._store.incoming,
                 release.manifest,
                 owner=PUBLISHER_OWNER,
-                send=self._say_need,
+                send=self._publish_need,
                 now=time.monotonic(),
             )
         except StorageError as exc:
-            self.keeper.refuse(product, "storage", str(exc))
+            self.manager.reject(product, "storage", str(exc))
             return
         self._downloads[product] = (release.release, download)
         if self._link is not None:
@@ -270,22 +270,22 @@ class ReleaseFetcher:
                     self._arrived(product)
             except FederationError as exc:
                 self._stop_download(product)
-                self.keeper.refuse(product, "hash", str(exc))
+                self.manager.reject(product, "hash", str(exc))
             except StorageError as exc:
                 self._stop_download(product)
-                self.keeper.refuse(product, "storage", str(exc))
+                self.manager.reject(product, "storage", str(exc))
 
     def _arrived(self, product: str) -> None:
         self._stop_download(product)
         self._fetched(product)
 
     def _fetched(self, product: str) -> None:
-        self._say(time.monotonic(), is_checking=product)
-        self.keeper.fetched(product)
+        self._publish_status(time.monotonic(), is_checking=product)
+        self.manager.on_package(product)
 
     def _forget_unwanted(self, product: str) -> None:
         """A release that was withdrawn or superseded is fetched no more."""
-        wanted = self.keeper.wanted(product)
+        wanted = self.manager.pending_release(product)
         under_way = self._downloads.get(product)
         if under_way is not None and (wanted is None or wanted.release != under_way[0]):
             self._stop_download(product)
@@ -305,25 +305,25 @@ class ReleaseFetcher:
             for _, download in self._downloads.values():
                 download.tick(now)
 
-    def _say_need(self, need: BlobNeed) -> None:
+    def _publish_need(self, need: BlobNeed) -> None:
         # While the link is down nothing is queued: it is asked again when it is up.
         if self._is_up and self._link is not None:
             self._link.publish(self._topics.line_up(self._line), encode_message(need))
 
-    def _say(self, now: float, *, is_checking: str | None = None) -> None:
+    def _publish_status(self, now: float, *, is_checking: str | None = None) -> None:
         progress = {product: download.progress for product, (_, download) in self._downloads.items()}
-        models = LineModels(boot=self._boot, products=self.keeper.models(progress, is_checking=is_checking))
+        models = LineModels(boot=self._boot, products=self.manager.statuses(progress, is_checking=is_checking))
         self.models = models.products
         milestones = _milestones(models)
         is_progress = milestones == self._milestones
         if not is_progress:
             self._milestones = milestones
             self._on_change()
-        if models == self._said or not self._is_up or self._link is None:
+        if models == self._published or not self._is_up or self._link is None:
             return
-        if is_progress and self._said is not None and now - self._said_at < SAY_EVERY_S:
+        if is_progress and self._published is not None and now - self._published_at < PUBLISH_EVERY_S:
             return
-        self._said, self._said_at = models, now
+        self._published, self._published_at = models, now
         with contextlib.suppress(LinkError):
             self._link.publish(self._topics.line_models(self._line), encode_message(models), retain=True)
 

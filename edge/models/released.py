@@ -98,13 +98,13 @@ class ReleasedModels:
         self._configured = products
         self._keys = keys
         self._store = PackageStore(folder)
-        self._record = ModelStateFile(folder / RECORD_FILE)
+        self._state_file = ModelStateFile(folder / RECORD_FILE)
         self._plan = plan
         self._fetcher: ReleaseFetcher | None = None
         self._is_running = False
-        """The record says what was decided; before, it is what was settled at the start."""
+        """The state file has what was decided; before, that is what was settled at the start."""
         self._settled: dict[str, ProductState] = settle_at_start(
-            self._record.record, products, store=self._store, keys=self._keys
+            self._state_file.state, products, store=self._store, keys=self._keys
         )
 
     def open_cameras(self, opener: Callable[[Plan], Cameras]) -> Cameras:
@@ -115,7 +115,7 @@ class ReleasedModels:
         """
         while True:
             try:
-                return opener(self._overlaid(self._plan))
+                return opener(self._apply_decisions(self._plan))
             except (NegativeAnswerError, PackageError, RuntimeUnavailableError) as exc:
                 released = {product: entry for product, entry in self._settled.items() if entry.present is not None}
                 if not released:
@@ -123,7 +123,7 @@ class ReleasedModels:
                 for product, entry in released.items():
                     self._settled[product] = fall_back(entry, product, "not_opened", str(exc))
 
-    def overlay(self, plan: Plan) -> Plan:
+    def with_decisions(self, plan: Plan) -> Plan:
         """A configuration that was read again, with what was decided in place of its files.
 
         Raises:
@@ -139,7 +139,7 @@ class ReleasedModels:
                     file=str(file),
                     reason="with [models], another file of a product is taken at the next start",
                 )
-        return self._overlaid(plan)
+        return self._apply_decisions(plan)
 
     @contextlib.contextmanager
     def running(self, cameras: Cameras, *, on_change: Callable[[], object]) -> Iterator[None]:
@@ -155,8 +155,8 @@ class ReleasedModels:
         mqtt = self._plan.config.mqtt
         assert mqtt is not None
         for product, entry in self._settled.items():
-            if self._record.record.products.get(product) != entry:
-                self._record.write(product, entry)
+            if self._state_file.state.products.get(product) != entry:
+                self._state_file.save(product, entry)
         self._is_running = True
         deadlines = [one.deadline_ms for one in (camera.settings.parts for camera in self._plan.cameras)]
         fetcher = ReleaseFetcher(
@@ -164,9 +164,9 @@ class ReleasedModels:
                 self._config,
                 line=mqtt.line,
                 products=self._configured,
-                seats=CameraDeployment(cameras),
+                deployment=CameraDeployment(cameras),
                 store=self._store,
-                record=self._record,
+                state_file=self._state_file,
                 keys=self._keys,
                 deadline_ms=min((one for one in deadlines if one is not None), default=None),
                 wake=wake,
@@ -179,7 +179,7 @@ class ReleasedModels:
         )
         with fetcher:
             for worker in cameras.workers:
-                worker.add_listener(fetcher.keeper)
+                worker.add_listener(fetcher.manager)
             self._fetcher = fetcher
             yield
 
@@ -198,7 +198,7 @@ class ReleasedModels:
         Raises:
             UsageError: there is no such product, or none waits.
         """
-        return self._decide(name, ModelManager.switch)
+        return self._decide(name, ModelManager.promote)
 
     def status_of(self, name: str) -> ProductModels | None:
         """The models of a product of the configuration, as the fleet is told; None where there are none for it."""
@@ -206,19 +206,19 @@ class ReleasedModels:
         names = {product: one.name for product, one in self._configured.items()}
         return next((one for one in models if names.get(one.product) == name), None)
 
-    def figures(self) -> RolloutStatus:
+    def metrics(self) -> RolloutStatus:
         """For metrics."""
-        return RolloutStatus() if self._fetcher is None else self._fetcher.keeper.figures()
+        return RolloutStatus() if self._fetcher is None else self._fetcher.manager.metrics()
 
     def _decide(self, name: str, decide: Callable[[ModelManager, str], None]) -> ProductModels:
         """Have something decided about a product, on the thread that decides."""
         assert self._fetcher is not None
-        fetcher, manager = self._fetcher, self._fetcher.keeper
+        fetcher, manager = self._fetcher, self._fetcher.manager
         product = manager.find(name)
-        fetcher.ask(lambda: decide(manager, product))
-        return manager.model_of(product)
+        fetcher.call(lambda: decide(manager, product))
+        return manager.status_of(product)
 
-    def _overlaid(self, plan: Plan) -> Plan:
-        record = {**self._settled, **self._record.record.products} if self._is_running else self._settled
-        decided = package_files(record, self._configured, self._store)
-        return replace(plan, products={name: decided.get(name, file) for name, file in plan.products.items()})
+    def _apply_decisions(self, plan: Plan) -> Plan:
+        decided = {**self._settled, **self._state_file.state.products} if self._is_running else self._settled
+        files = package_files(decided, self._configured, self._store)
+        return replace(plan, products={name: files.get(name, file) for name, file in plan.products.items()})

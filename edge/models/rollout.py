@@ -1,6 +1,6 @@
 """How a decision about a product's models is carried out on the cameras, and when a candidate is accepted.
 
-Order of every change: the new judges are opened and checked, then the record is written, then the line uses them. A
+Order of every change: the new inspectors are opened and checked, then the record is written, then the line uses them. A
 crash before the record leaves the old model, after it the new one; there is nothing between.
 """
 
@@ -17,9 +17,15 @@ import msgspec
 from edge.cameras import Cameras
 from edge.config.outputs import ModelsConfig
 from edge.inspector import Inspector, InspectorProtocol
-from edge.models import state as rollout_state
 from edge.models.shadow import Canary, Shadow, ShadowModel, slowdown_of
-from edge.models.state import ConfiguredProduct, ModelStateFile, ProductState
+from edge.models.state import (
+    ConfiguredProduct,
+    ModelStateFile,
+    ProductState,
+    drop_candidate,
+    promote_candidate,
+    roll_back_present,
+)
 from edge.models.store import PackageStore, RefusedError, as_refusal
 from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import open_runtime
@@ -30,7 +36,7 @@ from edgeflame.package import Package, read_package
 
 
 class AcceptanceResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What is said of a shadow run that is over."""
+    """The ruling on a shadow run that is over."""
 
     passed: bool
     reason: str = ""
@@ -55,7 +61,7 @@ def check_acceptance(
 
     Args:
         found: so far.
-        needed: parts that both have to judge.
+        needed: parts that both have to inspector.
         config: the limits.
         times: of the line.
     """
@@ -88,7 +94,7 @@ def _too_slow(slowdown: float, config: ModelsConfig, times: LatencyBudget) -> st
 
 
 class Deployment(Protocol):
-    """Where models are put; for tests of what decides about them."""
+    """Puts models on cameras; an interface, for tests of what decides about them."""
 
     def open(self, name: str, file: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
         """A warm judge for every camera that has the product now, or for one if none has, held to the package's
@@ -99,7 +105,9 @@ class Deployment(Protocol):
         """
         ...
 
-    def use(self, name: str, file: Path, judges: Mapping[str, InspectorProtocol]) -> Mapping[str, InspectorProtocol]:
+    def deploy(
+        self, name: str, file: Path, inspectors: Mapping[str, InspectorProtocol]
+    ) -> Mapping[str, InspectorProtocol]:
         """Have these judge from the next part on, wherever the product is judged now or later; those before them.
 
         Raises:
@@ -107,11 +115,11 @@ class Deployment(Protocol):
         """
         ...
 
-    def strays(self, name: str, sha256: str) -> bool:
-        """Whether a camera judges the product with another package."""
+    def has_strays(self, name: str, sha256: str) -> bool:
+        """Whether a camera inspectors the product with another package."""
         ...
 
-    def open_second(self, name: str, file: Path, present: Path) -> ShadowModel:
+    def open_shadow(self, name: str, file: Path, present: Path) -> ShadowModel:
         """A package for a shadow run beside another; on the thread that will run it.
 
         Raises:
@@ -122,7 +130,7 @@ class Deployment(Protocol):
 
 @final
 class CameraDeployment:
-    """The real ones.
+    """The cameras of a daemon.
 
     Args:
         cameras: of the daemon.
@@ -135,30 +143,34 @@ class CameraDeployment:
         workers = [
             worker for worker in self._cameras.workers if worker.inspector.product == name
         ] or self._cameras.workers[:1]
-        judges = {worker.name: self._cameras.open_package(worker.name, name, file) for worker in workers}
-        if any(not sha256.startswith(judge.model_id) for judge in judges.values()):
+        inspectors = {worker.name: self._cameras.open_package(worker.name, name, file) for worker in workers}
+        if any(not sha256.startswith(inspector.model_id) for inspector in inspectors.values()):
             raise PackageError(f"{file}: it is another package now than the one that was checked ({sha256[:12]})")
-        return judges
+        return inspectors
 
-    def use(self, name: str, file: Path, judges: Mapping[str, InspectorProtocol]) -> Mapping[str, InspectorProtocol]:
-        return self._cameras.use_package(name, file, judges)
+    def deploy(
+        self, name: str, file: Path, inspectors: Mapping[str, InspectorProtocol]
+    ) -> Mapping[str, InspectorProtocol]:
+        return self._cameras.use_package(name, file, inspectors)
 
-    def strays(self, name: str, sha256: str) -> bool:
+    def has_strays(self, name: str, sha256: str) -> bool:
         return any(
             worker.inspector.product == name and not sha256.startswith(worker.inspector.model_id)
             for worker in self._cameras.workers
         )
 
-    def open_second(self, name: str, file: Path, present: Path) -> ShadowModel:
+    def open_shadow(self, name: str, file: Path, present: Path) -> ShadowModel:
         package = read_package(file)
         runtime = _single_threaded(package)
-        judges = {
+        inspectors = {
             worker.name: Inspector(
                 package, runtime, self._cameras.settings(worker.name), camera=worker.name, product=name
             )
             for worker in self._cameras.workers
         }
-        return ShadowModel(judges=judges, slowdown=slowdown_of(runtime, _single_threaded(read_package(present))))
+        return ShadowModel(
+            inspectors=inspectors, slowdown=slowdown_of(runtime, _single_threaded(read_package(present)))
+        )
 
 
 def _single_threaded(package: Package) -> Runtime:
@@ -179,16 +191,16 @@ def utc_now() -> datetime:
 
 
 class RolloutSlot:
-    """What of a product is in memory."""
+    """In-memory state of one product's rollout."""
 
     def __init__(self, configured: ConfiguredProduct) -> None:
         self.configured = configured
         self.shadow: Shadow | None = None
-        self.trial: Canary | None = None
-        self.judges: Mapping[str, InspectorProtocol] | None = None
+        self.canary: Canary | None = None
+        self.inspectors: Mapping[str, InspectorProtocol] | None = None
         """Of the candidate, ready to be used."""
         self.before: tuple[str, Mapping[str, InspectorProtocol]] | None = None
-        """Hash and judges of the model before, while the present one is on trial."""
+        """Hash and inspectors of the model before, while the present one is on trial."""
         self.latencies: collections.deque[float] = collections.deque(maxlen=LATENCIES)
 
 
@@ -198,9 +210,9 @@ class Rollouts:
 
     Args:
         products: as the configuration has them.
-        seats: where models judge.
+        deployment: puts models on the cameras.
         store: packages on disk.
-        record: what was decided.
+        state_file: what was decided.
         keep: released models kept to roll back to.
         clock: wall time, UTC.
 
@@ -212,33 +224,33 @@ class Rollouts:
         self,
         products: Mapping[str, ConfiguredProduct],
         *,
-        seats: Deployment,
+        deployment: Deployment,
         store: PackageStore,
-        record: ModelStateFile,
+        state_file: ModelStateFile,
         keep: int,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.slots = {product: RolloutSlot(configured) for product, configured in products.items()}
         self.by_model: Mapping[str, RolloutSlot] = {}
         """Slots by the first 12 digits of what runs in them; replaced whole, for other threads to read."""
-        self.fates: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
         """What became of releases since the start, by the configuration's product and fate."""
-        self._seats = seats
+        self._deployment = deployment
         self._store = store
-        self._record = record
+        self._state_file = state_file
         self._keep = keep
         self._clock = clock
         self._index()
-        self.tidy()
+        self.prune()
 
-    def entry(self, product: str) -> ProductState:
+    def state_of(self, product: str) -> ProductState:
         """What was decided about a product."""
-        known = self._record.record.products.get(product)
+        known = self._state_file.state.products.get(product)
         return known or ProductState(configured=self.slots[product].configured.sha256)
 
     def known(self, product: str) -> ProductState:
-        """The same, by any name; raises as :meth:`find`."""
-        return self.entry(self.find(product))
+        """What was decided about a product of any of its names; raises as :meth:`find`."""
+        return self.state_of(self.find(product))
 
     def find(self, name: str) -> str:
         """The product of a name in the configuration or in the fleet.
@@ -251,23 +263,23 @@ class Rollouts:
                 return product
         raise UsageError(f"no product {name!r}; there are {', '.join(self.slots)}")
 
-    def write(self, product: str, entry: ProductState) -> None:
+    def save(self, product: str, entry: ProductState) -> None:
         """Decide something, durably."""
-        before = self.entry(product)
-        self._record.write(product, entry)
+        before = self.state_of(product)
+        self._state_file.save(product, entry)
         if entry.outcomes[:1] != before.outcomes[:1]:
-            self.fates[self.slots[product].configured.name, entry.outcomes[0].fate] += 1
+            self.outcomes[self.slots[product].configured.name, entry.outcomes[0].fate] += 1
         self._index()
 
     def _index(self) -> None:
-        self.by_model = {self.entry(product).present_sha256[:12]: slot for product, slot in self.slots.items()}
+        self.by_model = {self.state_of(product).present_sha256[:12]: slot for product, slot in self.slots.items()}
 
     def _path_of(self, slot: RolloutSlot, entry: ProductState) -> Path:
         return Path(slot.configured.file) if entry.present is None else self._store.path(entry.present.sha256)
 
     def file(self, slot: RolloutSlot) -> Path:
         """The present model's package."""
-        return self._path_of(slot, self.entry(slot.configured.product))
+        return self._path_of(slot, self.state_of(slot.configured.product))
 
     def open(self, slot: RolloutSlot, path: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
         """Judges of a package, checked and warm.
@@ -276,15 +288,15 @@ class Rollouts:
             RefusedError: it may not judge here.
         """
         try:
-            return self._seats.open(slot.configured.name, path, sha256)
+            return self._deployment.open(slot.configured.name, path, sha256)
         except EdgeFlameError as exc:
             raise as_refusal(exc) from exc
 
-    def _use(
-        self, slot: RolloutSlot, path: Path, judges: Mapping[str, InspectorProtocol]
+    def _deploy(
+        self, slot: RolloutSlot, path: Path, inspectors: Mapping[str, InspectorProtocol]
     ) -> Mapping[str, InspectorProtocol]:
         try:
-            return self._seats.use(slot.configured.name, path, judges)
+            return self._deployment.deploy(slot.configured.name, path, inspectors)
         except EdgeFlameError as exc:
             # A part in hand that does not come to an end; the next look tries again.
             log.error("model_not_in_use_yet", product=slot.configured.product, reason=str(exc))
@@ -295,21 +307,21 @@ class Rollouts:
         slot = self.slots[product]
         if slot.shadow is not None:
             slot.shadow.close()
-        slot.shadow = slot.trial = None
+        slot.shadow = slot.canary = None
 
     def drop(
         self, product: str, fate: ReleaseFate, reason: str | None, detail: str, found: Disagreement | None = None
     ) -> None:
         """The candidate will not run."""
-        entry = self.entry(product)
+        entry = self.state_of(product)
         assert entry.candidate is not None
         release = entry.candidate.release
         if entry.candidate.stage == "shadow":
             self.stop_shadow(product)
-        self.slots[product].judges = None
-        self.write(
+        self.slots[product].inspectors = None
+        self.save(
             product,
-            rollout_state.drop_candidate(entry, fate, self._clock(), reason=reason, detail=detail, disagreement=found),
+            drop_candidate(entry, fate, self._clock(), reason=reason, detail=detail, disagreement=found),
         )
         log.error(
             "release_dropped",
@@ -320,28 +332,28 @@ class Rollouts:
             detail=detail,
         )
         self._store.forget_partial(release.manifest.sha256)
-        self.tidy()
+        self.prune()
 
-    def switch(self, product: str, found: Disagreement | None) -> None:
+    def promote(self, product: str, found: Disagreement | None) -> None:
         """The candidate is the present model from the next part on."""
-        entry, slot = self.entry(product), self.slots[product]
+        entry, slot = self.state_of(product), self.slots[product]
         assert entry.candidate is not None
         sha256 = entry.candidate.release.manifest.sha256
         before = entry.present_sha256
         path = self._store.path(sha256)
         self.stop_shadow(product)
         try:
-            judges = slot.judges or self.open(slot, path, sha256)
+            inspectors = slot.inspectors or self.open(slot, path, sha256)
         except RefusedError as exc:
             self.drop(product, "refused", exc.reason, str(exc), found)
             return
-        slot.judges = None
-        entry = rollout_state.promote_candidate(entry, self._clock(), keep=self._keep, disagreement=found)
-        self.write(product, entry)
+        slot.inspectors = None
+        entry = promote_candidate(entry, self._clock(), keep=self._keep, disagreement=found)
+        self.save(product, entry)
         slot.latencies.clear()
-        slot.before = (before, self._use(slot, path, judges))
+        slot.before = (before, self._deploy(slot, path, inspectors))
         log.warning("model_released", product=product, before=before[:12], now=sha256[:12])
-        self.tidy()
+        self.prune()
 
     def roll_back(
         self,
@@ -358,19 +370,19 @@ class Rollouts:
         Raises:
             RefusedError: neither it nor any before it can be opened; the present one stays.
         """
-        entry, slot = self.entry(product), self.slots[product]
+        entry, slot = self.state_of(product), self.slots[product]
         bad, failure = entry.present_sha256, None
         while True:
-            entry = rollout_state.roll_back_present(
+            entry = roll_back_present(
                 entry, self._clock(), fate=fate, reason=reason, detail=detail, to_file=to_file, disagreement=found
             )
             path = self._path_of(slot, entry)
             if slot.before is not None and slot.before[0] == entry.present_sha256:
                 # Still warm: not a part more than need be is judged by a bad model.
-                judges = slot.before[1]
+                inspectors = slot.before[1]
                 break
             try:
-                judges = self.open(slot, path, entry.present_sha256)
+                inspectors = self.open(slot, path, entry.present_sha256)
                 break
             except RefusedError as exc:
                 failure = failure or exc
@@ -379,29 +391,29 @@ class Rollouts:
                     raise failure from exc
                 reason, detail, found = exc.reason, str(exc), None
         self.stop_shadow(product)
-        self.write(product, entry)
+        self.save(product, entry)
         slot.latencies.clear()
-        self._use(slot, path, judges)
+        self._deploy(slot, path, inspectors)
         slot.before = None
         log.warning("model_rolled_back", product=product, before=bad[:12], now=entry.present_sha256[:12], reason=reason)
-        self.tidy()
+        self.prune()
 
-    def call_back_strays(self, product: str, slot: RolloutSlot) -> None:
-        """A camera that was switched to the product just while its model changed has loaded the old one."""
-        name, sha256 = slot.configured.name, self.entry(product).present_sha256
-        if not self._seats.strays(name, sha256):
+    def fix_stray_cameras(self, product: str, slot: RolloutSlot) -> None:
+        """Mend a camera that was switched to the product just while its model changed, and has the old one."""
+        name, sha256 = slot.configured.name, self.state_of(product).present_sha256
+        if not self._deployment.has_strays(name, sha256):
             return
         try:
-            self._use(slot, self.file(slot), self.open(slot, self.file(slot), sha256))
+            self._deploy(slot, self.file(slot), self.open(slot, self.file(slot), sha256))
         except EdgeFlameError as exc:
             log.error("camera_has_another_model", product=product, expected=sha256[:12], reason=str(exc))
 
-    def tidy(self) -> None:
+    def prune(self) -> None:
         """Delete packages and reports that nothing refers to any more."""
         keep: set[str] = set()
         reports: set[str] = set()
         for product in self.slots:
-            entry = self.entry(product)
+            entry = self.state_of(product)
             keep |= entry.needed
             reports |= {outcome.sha256 for outcome in entry.outcomes}
             if entry.candidate is not None:

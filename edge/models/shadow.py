@@ -194,7 +194,7 @@ class RateTest:
 
 
 class Canary:
-    """One model on trial.
+    """One model on trial, after a switch.
 
     Args:
         parts: until it is over, judged by both models.
@@ -218,7 +218,7 @@ class Canary:
         """It has judged enough parts together with the model before."""
         return self._newly_failed.num >= self._parts
 
-    def judged(self, result: Result) -> CanaryAlarm | None:
+    def on_result(self, result: Result) -> CanaryAlarm | None:
         """Take every verdict of the model on trial."""
         if Reason.SCORE_NOT_FINITE.value in result.reasons:
             return self._raise("not_finite", f"the score of part {result.part_id} is no finite number")
@@ -229,7 +229,7 @@ class Canary:
         detail = f"{count} of the last {len(self._faults)} parts without a score: {result.detail or 'no details'}"
         return self._raise("faults", detail)
 
-    def compared(self, present: Result, before: Result) -> CanaryAlarm | None:
+    def on_pair(self, present: Result, before: Result) -> CanaryAlarm | None:
         """Take a part that the model before could judge as well."""
         if not (is_scored(before) and is_scored(present)):
             return None
@@ -274,11 +274,11 @@ class ShadowModel:
     """The second model.
 
     Attributes:
-        judges: one for each camera, all on runtimes of the shadow's own.
+        inspectors: one for each camera, all on runtimes of the shadow's own.
         slowdown: its computing time over the present one's; None: not measured.
     """
 
-    judges: Mapping[str, InspectorProtocol]
+    inspectors: Mapping[str, InspectorProtocol]
     slowdown: float | None = None
 
 
@@ -295,23 +295,23 @@ class Shadow:
     """One shadow run; begins at once, and is to be closed.
 
     Args:
-        open_second: makes the second model; called on the shadow's own thread.
+        open_shadow: makes the second model; called on the shadow's own thread.
         folder: for pictures and the report; None: none are kept.
-        trial: told of every part that both have judged.
+        canary: shown every part that both have judged.
         wake: called when there is something new worth acting upon.
     """
 
     def __init__(
         self,
-        open_second: Callable[[], ShadowModel],
+        open_shadow: Callable[[], ShadowModel],
         *,
         folder: Path | None = None,
-        trial: Canary | None = None,
+        canary: Canary | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._open_second = open_second
+        self._open_shadow = open_shadow
         self._folder = folder
-        self._trial = trial
+        self._canary = canary
         self._wake = wake
         self._queue: queue.Queue[tuple[Captured, Inspected] | None] = queue.Queue(QUEUE_PARTS)
         self._lock = threading.Lock()
@@ -357,7 +357,7 @@ class Shadow:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
-            second = self._open_second()
+            second = self._open_shadow()
             with self._lock:
                 self._comparison.slowdown = second.slowdown
             self._is_ready = True
@@ -382,15 +382,15 @@ class Shadow:
 
     def _judge(self, second: ShadowModel, captured: Captured, inspected: Inspected) -> None:
         present = inspected.result
-        judge = second.judges.get(present.camera)
-        if judge is None:
+        inspector = second.inspectors.get(present.camera)
+        if inspector is None:
             return
         # Parts are skipped, so what is known of the camera from one part to the next is the present model's alone.
-        other = judge.inspect_photograph(captured)
+        other = inspector.inspect_photograph(captured)
         with self._lock:
             distance = self._comparison.add(present, other.result)
             # On trial is the present model; the second is the one before.
-            alarm = None if self._trial is None else self._trial.compared(present, other.result)
+            alarm = None if self._canary is None else self._canary.on_pair(present, other.result)
         if distance is not None and distance > 0 and self._folder is not None:
             self._keep_picture(self._folder, distance, inspected, other)
         if alarm is not None or distance is None or self._comparison.parts % 10 == 0:

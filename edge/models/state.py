@@ -265,18 +265,18 @@ class _Head(msgspec.Struct):
 
 
 class ModelStateFile:
-    """The record on disk.
+    """What was decided, on the disk.
 
     Args:
         path: of the file.
 
     Raises:
-        StorageError: it cannot be read, is damaged, or of another version; here and, for the disk, in :meth:`write`.
+        StorageError: it cannot be read, is damaged, or of another version; here and, for the disk, in :meth:`save`.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.record = ModelState()
+        self.state = ModelState()
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -288,15 +288,15 @@ class ModelStateFile:
             found = msgspec.json.decode(data, type=_Head).format
             if found != FORMAT:
                 raise StorageError(f"{path}: format {found}, this version reads {FORMAT}; {advice}")
-            self.record = msgspec.json.decode(data, type=ModelState)
+            self.state = msgspec.json.decode(data, type=ModelState)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise StorageError(f"{path}: damaged ({exc}); {advice}") from exc
 
-    def write(self, product: str, entry: ProductState) -> None:
+    def save(self, product: str, entry: ProductState) -> None:
         """Change one product, durably."""
-        record = msgspec.structs.replace(self.record, products={**self.record.products, product: entry})
-        write_json(self._path, record, indent=1)
-        self.record = record
+        state = msgspec.structs.replace(self.state, products={**self.state.products, product: entry})
+        write_json(self._path, state, indent=1)
+        self.state = state
 
 
 class ConfiguredProduct(msgspec.Struct, frozen=True, kw_only=True):
@@ -314,19 +314,19 @@ log = EventLog("models")
 
 
 def settle_at_start(
-    record: ModelState, products: Mapping[str, ConfiguredProduct], *, store: PackageStore, keys: TrustedKeys
+    state: ModelState, products: Mapping[str, ConfiguredProduct], *, store: PackageStore, keys: TrustedKeys
 ) -> dict[str, ProductState]:
     """What each product is to run.
 
     Args:
-        record: as the last process left it.
+        state: as the last process left it.
         products: as the configuration has them.
         store: packages on disk.
         keys: whose packages are taken.
     """
     settled = {}
     for product, configured in products.items():
-        entry = record.products.get(product, ProductState(configured=configured.sha256))
+        entry = state.products.get(product, ProductState(configured=configured.sha256))
         if entry.configured != configured.sha256:
             if entry.present is not None:
                 log.warning(

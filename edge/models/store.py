@@ -141,7 +141,7 @@ _PACKAGE = re.compile(r"([0-9a-f]{64})\.edgeflame")
 
 
 class PackageStore:
-    """The folder, used by one process.
+    """The folder of packages, used by one process.
 
     Raises:
         StorageError: here and in every method, when the disk fails.
@@ -161,7 +161,7 @@ class PackageStore:
         """For what a shadow run leaves."""
         return self._root / "shadow" / sha256
 
-    def take(self, sha256: str) -> Path:
+    def adopt(self, sha256: str) -> Path:
         """Move a package that has arrived to its place, durably; or find that it is there already."""
         path, arrived = self.path(sha256), self.incoming.path(sha256)
         with storage_errors(path, "store a package"):

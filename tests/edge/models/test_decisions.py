@@ -13,10 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.config.outputs import ModelsConfig
-from edge.models import state as rollout_state
 from edge.models.rollout import LatencyBudget, check_acceptance
 from edge.models.shadow import ALPHA, Canary, Comparison, RateTest, rank_correlation, wilson_upper
-from edge.models.state import ModelStateFile, ProductState
+from edge.models.state import (
+    ModelStateFile,
+    ProductState,
+    advance_candidate,
+    begin_candidate,
+    confirm_present,
+    promote_candidate,
+    roll_back_present,
+)
 from edge.result import Result
 from edgeflame.errors import ConfigError, FederationError, StorageError
 from edgeflame.mqtt.messages import (
@@ -116,16 +123,16 @@ def test_a_model_that_would_miss_the_deadline_is_too_slow() -> None:
 
 def test_a_model_that_rejects_everything_is_found_out_at_once() -> None:
     trial = Canary(parts=2000, accepted=0.02, max_faults=3)
-    assert trial.compared(BAD, GOOD) is None
-    assert trial.compared(BAD, GOOD) is None
-    alarm = trial.compared(BAD, GOOD)
+    assert trial.on_pair(BAD, GOOD) is None
+    assert trial.on_pair(BAD, GOOD) is None
+    alarm = trial.on_pair(BAD, GOOD)
     assert alarm is not None
     assert alarm.reason == "rejects_too_much"
 
 
 def test_a_model_that_lets_defects_pass_is_found_out() -> None:
     trial = Canary(parts=2000, accepted=0.02, max_faults=3)
-    alarms = [trial.compared(GOOD, BAD if number % 4 == 0 else GOOD) for number in range(60)]
+    alarms = [trial.on_pair(GOOD, BAD if number % 4 == 0 else GOOD) for number in range(60)]
     alarm = next(one for one in alarms if one is not None)
     assert alarm.reason == "rejects_too_little"
 
@@ -134,22 +141,22 @@ def test_a_bad_batch_is_not_blamed_on_the_model() -> None:
     trial = Canary(parts=100, accepted=0.02, max_faults=3)
     for _ in range(100):
         assert not trial.is_over
-        assert trial.judged(BAD) is None
-        assert trial.compared(BAD, BAD) is None
+        assert trial.on_result(BAD) is None
+        assert trial.on_pair(BAD, BAD) is None
     assert trial.is_over
 
 
 def test_its_own_failures_end_a_trial() -> None:
     trial = Canary(parts=100, accepted=0.02, max_faults=3)
-    assert [trial.judged(one) for one in (FAILED, GOOD, FAILED, DARK, DARK, DARK)] == [None] * 6
+    assert [trial.on_result(one) for one in (FAILED, GOOD, FAILED, DARK, DARK, DARK)] == [None] * 6
     for _ in range(99):
-        assert trial.judged(GOOD) is None, "long ago does not count"
-    assert trial.judged(FAILED) is None
-    assert trial.judged(FAILED) is None
-    alarm = trial.judged(FAILED)
+        assert trial.on_result(GOOD) is None, "long ago does not count"
+    assert trial.on_result(FAILED) is None
+    assert trial.on_result(FAILED) is None
+    alarm = trial.on_result(FAILED)
     assert alarm is not None
     assert alarm.reason == "faults"
-    not_finite = Canary(parts=100, accepted=0.02, max_faults=3).judged(NAN)
+    not_finite = Canary(parts=100, accepted=0.02, max_faults=3).on_result(NAN)
     assert not_finite is not None
     assert not_finite.reason == "not_finite", "once is enough"
 
@@ -193,22 +200,22 @@ def release(**changes: object) -> Release:
 
 
 def taken(entry: ProductState, offered: Release, keep: int = 2) -> ProductState:
-    entry = rollout_state.advance_candidate(rollout_state.begin_candidate(entry, offered, NOW), "shadow")
-    return rollout_state.promote_candidate(entry, NOW, keep=keep, disagreement=None)
+    entry = advance_candidate(begin_candidate(entry, offered, NOW), "shadow")
+    return promote_candidate(entry, NOW, keep=keep, disagreement=None)
 
 
 def test_one_model_after_the_other_and_back_to_the_file() -> None:
     entry = ProductState(configured="f" * 64)
     first, second, third, fourth = (release() for _ in range(4))
     for one in (first, second, third, fourth):
-        entry = rollout_state.confirm_present(taken(entry, one), NOW, None)
+        entry = confirm_present(taken(entry, one), NOW, None)
     assert entry.present_sha256 == fourth.manifest.sha256
     assert [one.release for one in entry.previous] == [third.release, second.release], "keep = 2"
     assert entry.needed == {one.manifest.sha256 for one in (second, third, fourth)}
     shown = [one.sha256 for one in entry.earlier()]
     assert shown == [third.manifest.sha256, second.manifest.sha256, "f" * 64]
     for expected in shown:
-        entry = rollout_state.roll_back_present(entry, NOW, reason="command", detail="")
+        entry = roll_back_present(entry, NOW, reason="command", detail="")
         assert entry.present_sha256 == expected
     assert entry.present is None
     assert entry.needed == frozenset()
@@ -218,17 +225,12 @@ def test_one_model_after_the_other_and_back_to_the_file() -> None:
 
 def test_straight_to_the_file() -> None:
     entry = taken(taken(ProductState(configured="f" * 64), release()), release())
-    assert (
-        rollout_state.roll_back_present(entry, NOW, reason="command", detail="", to_file=True).present_sha256
-        == "f" * 64
-    )
+    assert roll_back_present(entry, NOW, reason="command", detail="", to_file=True).present_sha256 == "f" * 64
 
 
 def test_a_candidate_gives_way_to_the_next() -> None:
     first, second = release(), release()
-    entry = rollout_state.begin_candidate(
-        rollout_state.begin_candidate(ProductState(configured="f" * 64), first, NOW), second, NOW
-    )
+    entry = begin_candidate(begin_candidate(ProductState(configured="f" * 64), first, NOW), second, NOW)
     assert entry.candidate is not None
     assert entry.candidate.release == second
     assert (entry.outcomes[0].release, entry.outcomes[0].fate) == (first.release, "superseded")
@@ -236,9 +238,9 @@ def test_a_candidate_gives_way_to_the_next() -> None:
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    entry = rollout_state.begin_candidate(taken(ProductState(configured="f" * 64), release()), release(), NOW)
-    ModelStateFile(path).write("p", entry)
-    assert ModelStateFile(path).record.products == {"p": entry}
+    entry = begin_candidate(taken(ProductState(configured="f" * 64), release()), release(), NOW)
+    ModelStateFile(path).save("p", entry)
+    assert ModelStateFile(path).state.products == {"p": entry}
 
 
 @pytest.mark.parametrize(
