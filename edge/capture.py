@@ -31,6 +31,7 @@ from typing import final
 from edge.config.inspection import CaptureConfig
 from edge.frame import Captured, Prefetched, Source
 from edge.inspector import FrameObserver
+from edgeflame.background import BackgroundThread
 from edgeflame.log import EventLog
 
 log = EventLog("capture")
@@ -68,20 +69,15 @@ class Capture:
         self._queue: collections.deque[Captured] = collections.deque()
         self._ended = False
         self._failure: BaseException | None = None
-        self._closed = threading.Event()
         self.dropped: collections.Counter[str] = collections.Counter()
-        self._thread = threading.Thread(target=self._read, name="edgeflame-capture", daemon=True)
+        self._thread = BackgroundThread("capture", self._read, wake=self._notify, join_s=_STOP_TIMEOUT_S)
 
     def __enter__(self) -> Capture:
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._closed.set()
-        with self._changed:
-            self._changed.notify_all()
-        self._thread.join(_STOP_TIMEOUT_S)
-        if self._thread.is_alive():
+        if not self._thread.close():
             log.warning("source_does_not_stop", source=self._source.name, waited_s=_STOP_TIMEOUT_S)
 
     def __iter__(self) -> Iterator[Captured]:
@@ -104,7 +100,7 @@ class Capture:
     def _next(self) -> Captured | None:
         with self._changed:
             while not self._queue:
-                if self._stop.is_set() or self._closed.is_set():
+                if self._stop.is_set() or self._thread.stop.is_set():
                     return None
                 if self._ended:
                     if self._failure is not None:
@@ -117,10 +113,14 @@ class Capture:
             self._changed.notify_all()
             return captured
 
-    def _read(self) -> None:
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _read(self, closed: threading.Event) -> None:
         try:
             sequence = self._first
-            for frame in self._source.frames(self._closed):
+            for frame in self._source.frames(closed):
                 self.dropped.update(frame.missed)
                 sequence += sum(frame.missed.values())
                 named = frame if frame.part_id else dataclasses.replace(frame, part_id=f"frame-{sequence:06d}")
@@ -136,7 +136,7 @@ class Capture:
 
     def _put(self, captured: Captured) -> bool:
         with self._changed:
-            while len(self._queue) >= self._depth and not self._closed.is_set():
+            while len(self._queue) >= self._depth and not self._thread.stop.is_set():
                 if self._drop_oldest:
                     self._queue.popleft()
                     self.dropped[SUPERSEDED] += 1
@@ -144,7 +144,7 @@ class Capture:
                     self._changed.wait()
             self._queue.append(captured)
             self._changed.notify_all()
-            return not self._closed.is_set()
+            return not self._thread.stop.is_set()
 
 
 pool_log = EventLog("line")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import final
 
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import CrashLoopError
 from edgeflame.log import EventLog
 
@@ -85,8 +86,7 @@ class Watchdog:
         self._limit_s = None if watchdog_s is None else watchdog_s / 2
         self._beat_at = time.monotonic()
         self._hanging: tuple[str, ...] = ()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="edgeflame-watchdog", daemon=True)
+        self._thread = BackgroundThread("watchdog", self._run, join_s=1.0)
 
     def __enter__(self) -> Watchdog:
         self._notifier.notify(READY=1, STATUS=self._status())
@@ -98,8 +98,7 @@ class Watchdog:
     ) -> None:
         # The supervisor's own limit for stopping counts from here; the watchdog is its business no more.
         self._notifier.notify(STOPPING=1, STATUS="stopping")
-        self._closing.set()
-        self._thread.join(1.0)
+        self._thread.close()
 
     def heartbeat(self) -> None:
         """The main thread moves."""
@@ -117,8 +116,8 @@ class Watchdog:
     def _main_busy_s(self) -> float:
         return time.monotonic() - self._beat_at
 
-    def _run(self) -> None:
-        while not self._closing.wait(self._interval_s):
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.wait(self._interval_s):
             hanging = () if self._limit_s is None else self._hangs(self._limit_s)
             if hanging:
                 if hanging != self._hanging:

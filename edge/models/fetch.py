@@ -18,6 +18,7 @@ from typing import final
 
 from edge.models.manager import ModelManager
 from edge.models.store import PUBLISHER_OWNER, PackageStore
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, RuntimeUnavailableError, StorageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.client import MqttClient
@@ -84,8 +85,8 @@ class ReleaseFetcher:
         self._milestones: tuple[object, ...] = ()
         self._retry_at: float | None = None
         self._trouble = "", 0.0
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="edgeflame-models", daemon=True)
+        # It may be in the middle of opening a package; what it does then is harmless at any point.
+        self._thread = BackgroundThread("models", self._run, wake=lambda: self._inbox.put(_WAKE), join_s=2.0)
 
     def __enter__(self) -> ReleaseFetcher:
         self._thread.start()
@@ -94,10 +95,7 @@ class ReleaseFetcher:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._closing.set()
-        self._inbox.put(_WAKE)
-        # It may be in the middle of opening a package; what it does then is harmless at any point.
-        self._thread.join(2.0)
+        self._thread.close()
 
     def call(self, action: Callable[[], None]) -> None:
         """Have something done on the thread, and wait for it.
@@ -127,15 +125,15 @@ class ReleaseFetcher:
 
     # The rest runs on the thread.
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         try:
             self._guarded(self.manager.restore)
-            while not self._closing.is_set():
+            while not stop.is_set():
                 try:
-                    self._serve()
+                    self._serve(stop)
                 except Exception as exc:  # noqa: BLE001 - a thread's outermost frame; the line judges on without it
                     log.error("models_thread_failed", reason=repr(exc), retry_in_s=RETRY_S)
-                    self._closing.wait(RETRY_S)
+                    stop.wait(RETRY_S)
         finally:
             self.manager.close()
             for _, download in self._downloads.values():
@@ -143,9 +141,9 @@ class ReleaseFetcher:
             if self._link is not None:
                 self._link.close(flush_s=0.5)
 
-    def _serve(self) -> None:
+    def _serve(self, stop: threading.Event) -> None:
         next_poll = 0.0
-        while not self._closing.is_set():
+        while not stop.is_set():
             self._connect_if_due()
             try:
                 item = self._inbox.get(timeout=TICK_S)

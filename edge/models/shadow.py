@@ -47,6 +47,7 @@ from edge.inspector import InspectorProtocol
 from edge.overlay import draw_overlay
 from edge.result import Inspected, Reason, Result
 from edge.runtimes.interface import Runtime
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.images import ImageU8, shrink, write_image
 from edgeflame.log import EventLog
@@ -319,14 +320,13 @@ class Shadow:
         self._num_skipped = 0
         self._problem: str | None = None
         self._is_ready = False
-        self._closing = threading.Event()
         self._worst: list[tuple[float, int, str]] = []
-        self._thread = threading.Thread(target=self._run, name="edgeflame-shadow", daemon=True)
+        self._thread = BackgroundThread("shadow", self._run, wake=self._offer_end)
         self._thread.start()
 
     def offer(self, captured: Captured, inspected: Inspected) -> None:
         """A part that the present model has judged; takes microseconds."""
-        if self._closing.is_set() or captured.frame.image_bgr is None:
+        if self._thread.stop.is_set() or captured.frame.image_bgr is None:
             return
         try:
             if not self._is_ready:
@@ -345,14 +345,15 @@ class Shadow:
 
     def close(self, *, timeout_s: float = 1.0) -> None:
         """End it; a part in hand may still be computed, and counts no more."""
-        self._closing.set()
+        self._thread.close(timeout_s)
+
+    def _offer_end(self) -> None:
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)
-        self._thread.join(timeout_s)
 
     # The rest runs on the shadow's thread.
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         # Linux knows priorities by thread. A machine that forbids it is one that shares nothing worth sharing.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
@@ -361,12 +362,12 @@ class Shadow:
             with self._lock:
                 self._comparison.slowdown = second.slowdown
             self._is_ready = True
-            while not self._closing.is_set():
+            while not stop.is_set():
                 try:
                     item = self._queue.get(timeout=0.5)
                 except queue.Empty:
                     continue
-                if item is None or self._closing.is_set():
+                if item is None or stop.is_set():
                     break
                 self._judge(second, *item)
         except EdgeFlameError as exc:

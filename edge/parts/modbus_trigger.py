@@ -25,6 +25,7 @@ from edge.frame import AcceptTrigger, trigger_now
 from edge.modbus import ModbusLink
 from edge.parts.sequence import NumberRange
 from edge.result import Reason
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import LinkError
 from edgeflame.log import EventLog
 
@@ -104,7 +105,7 @@ RETRY_S = 1.0
 
 
 class ModbusTrigger:
-    """See the module's text.
+    """Parts that a PLC announces in a coil, an input or a counting register.
 
     Args:
         config: where to read what.
@@ -127,8 +128,7 @@ class ModbusTrigger:
         self._accept: AcceptTrigger | None = None
         self._problem: str | None = "the PLC was not asked yet"
         self._is_up: bool | None = None
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="edgeflame-trigger", daemon=True)
+        self._thread = BackgroundThread("trigger", self._run, join_s=config.timeout_s + 1)
 
     def open(self, accept: AcceptTrigger) -> None:
         """Begin to poll."""
@@ -141,28 +141,26 @@ class ModbusTrigger:
 
     def close(self) -> None:
         """End."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(self._config.timeout_s + 1)
+        self._thread.close()
         self._problem = "the camera is not open"
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         poll_s = self._config.poll_ms / 1000
         next_poll = time.monotonic()
-        while not self._closing.is_set():
+        while not stop.is_set():
             try:
                 value = self._read()
             except LinkError as exc:
                 self._report_state(str(exc))
-                self._closing.wait(RETRY_S)
+                stop.wait(RETRY_S)
                 next_poll = time.monotonic()
                 continue
             self._report_state(None)
             noticed = self._detect(value)
-            if noticed is not None and not self._closing.is_set():
+            if noticed is not None and not stop.is_set():
                 self._publish(noticed)
             next_poll = max(next_poll + poll_s, time.monotonic())
-            self._closing.wait(next_poll - time.monotonic())
+            stop.wait(next_poll - time.monotonic())
         self._link.close()
 
     def _detect(self, value: int) -> PolledPart | None:

@@ -21,6 +21,7 @@ import msgspec
 from edge.config.parts import MqttTriggerConfig
 from edge.frame import AcceptTrigger, Trigger, trigger_now
 from edge.result import Reason
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import DataError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.client import MqttClient
@@ -115,7 +116,7 @@ RETRY_S = 10.0
 
 
 class MqttTrigger:
-    """See the module's text.
+    """Announcements of parts on an MQTT topic.
 
     Args:
         url: of the broker.
@@ -136,10 +137,9 @@ class MqttTrigger:
         self._config = config
         self._accept: AcceptTrigger | None = None
         self._problem: str | None = "no connection to the broker yet"
-        self._wake = threading.Condition()
+        self._changed = threading.Condition()
         self._failed = False
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="edgeflame-trigger", daemon=True)
+        self._thread = BackgroundThread("trigger", self._run, wake=self._notify, join_s=3.0)
 
     def open(self, accept: AcceptTrigger) -> None:
         """Begin to listen; connects in the background, for ever."""
@@ -152,22 +152,18 @@ class MqttTrigger:
 
     def close(self) -> None:
         """End."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(3.0)
+        self._thread.close()
         self._problem = "the camera is not open"
 
-    def _run(self) -> None:
-        while not self._closing:
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.is_set():
             self._failed = False
             link = MqttClient(self._url, client_id=self._client_id, filters=[self._topic], sink=self._on_event)
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._failed)
+            with self._changed:
+                self._changed.wait_for(lambda: stop.is_set() or self._failed)
             link.close(flush_s=0.0)
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing, RETRY_S)
+            with self._changed:
+                self._changed.wait_for(stop.is_set, RETRY_S)
 
     def _on_event(self, event: ClientEvent) -> None:
         """On the link's thread."""
@@ -182,14 +178,17 @@ class MqttTrigger:
                 self._lost(f"the connection to the broker was lost: {event.reason}")
             case ConnectionFailed():
                 self._lost(str(event.error))
-                with self._wake:
-                    self._failed = True
-                    self._wake.notify_all()
+                self._failed = True
+                self._notify()
             case _:
                 pass
 
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _lost(self, reason: str) -> None:
-        if not self._closing:
+        if not self._thread.stop.is_set():
             log.error("trigger_lost", source=self.name, reason=reason, meaning="parts may pass unseen")
         self._problem = reason
 
@@ -199,7 +198,7 @@ class MqttTrigger:
         if event.retained:
             log.warning("trigger_ignored", source=self.name, reason="it was retained: of a part of an unknown time")
             return
-        if self._closing:
+        if self._thread.stop.is_set():
             return
         config = self._config
         try:

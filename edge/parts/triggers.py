@@ -23,7 +23,7 @@ from edge.parts.matching import Match, Matcher, MatchWindow
 from edge.parts.mqtt_trigger import MqttTrigger
 from edge.parts.sequence import number_range
 from edge.status import PartCounts
-from edgeflame.background import Backoff
+from edgeflame.background import BackgroundThread, Backoff
 from edgeflame.errors import ConfigError, DataError, LinkError, UsageError, require_extra
 from edgeflame.log import EventLog
 from edgeflame.mqtt.topics import Topics
@@ -93,11 +93,10 @@ class TriggeredSource:
         Raises:
             EdgeFlameError: the camera cannot be opened the first time.
         """
-        done = threading.Event()
-        reader = threading.Thread(target=self._read, args=(done,), name="edgeflame-triggered", daemon=True)
+        reader = BackgroundThread("triggered", self._read, join_s=_STOP_TIMEOUT_S)
         reader.start()
         with contextlib.ExitStack() as stack:
-            stack.callback(self._join, reader, done)
+            stack.callback(self._join, reader)
             stack.callback(self._trigger.close)
             self._trigger.open(self._accept)
             while not stop.is_set():
@@ -198,10 +197,8 @@ class TriggeredSource:
         if not taken:
             log.error("trigger_not_taken", part=trigger.part_id, number=trigger.number, lost=self._counts.triggers_lost)
 
-    def _join(self, reader: threading.Thread, done: threading.Event) -> None:
-        done.set()
-        reader.join(_STOP_TIMEOUT_S)
-        if reader.is_alive():
+    def _join(self, reader: BackgroundThread) -> None:
+        if not reader.close():
             log.warning("source_does_not_stop", source=self.name, waited_s=_STOP_TIMEOUT_S)
 
 
