@@ -238,7 +238,7 @@ def run_inspection(
         overrides: what is changed by command, and kept.
         reread: gives the plan anew from the configuration, for a reload.
         state: folder for the outbox; without it results go to the sinks alone.
-        pictures: pictures of rejected parts; also told every result, and asked for room when the disk is full.
+        pictures: keeps pictures of rejected parts; gets every result, and makes room when the disk is full.
         limit: of parts.
         signals: end the run, or have the configuration read again.
         models: released ones, where the line takes them; the cameras were opened by it then.
@@ -275,18 +275,18 @@ def run_inspection(
         else:
             boot = uuid.uuid4().hex
             # Answers nobody until the pipeline stands; whoever asks so early asks again.
-            desk = CommandServer(control, lambda data: pipeline.answer(data) if pipeline is not None else None)
+            commands = CommandServer(control, lambda data: pipeline.answer(data) if pipeline is not None else None)
             pipeline = stack.enter_context(
                 open_pipeline(
                     state,
                     config,
                     LineState.of(control.statuses(), boot=boot),
                     make_room=pictures.discard_oldest if pictures is not None else lambda: False,
-                    take=desk.take,
+                    take=commands.take,
                 )
             )
             _restore(pipeline, workers)
-            stack.enter_context(desk)
+            stack.enter_context(commands)
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.announce(LineState.of(control.statuses(), boot=boot)))
             stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
@@ -340,7 +340,7 @@ def _restore(pipeline: Pipeline, workers: Sequence[CameraWorker]) -> None:
 
 
 def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
-    """By the camera whose verdicts they are told."""
+    """By the camera whose verdicts they write."""
     plcs: dict[str, PlcSink] = {}
     for camera in plan.cameras:
         if camera.modbus is not None:
@@ -381,20 +381,20 @@ def _page(
         from edge.web.server import operator_token, serve_page
 
     past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
-    board = PartHistory(config, past)
+    history = PartHistory(config, past)
     metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
     expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None
     metrics.registry.register(HostMetrics(state, plcs, certificate_expires=expires))
     if models is not None:
         metrics.registry.register(RolloutMetrics(models.metrics))
-    station = OperatorPage(
+    page = OperatorPage(
         config,
         control,
-        board=board,
+        history=history,
         metrics=metrics,
-        marks=FeedbackStore(state / MARKS_FOLDER, max_marks=config.max_marks),
+        feedback=FeedbackStore(state / MARKS_FOLDER, max_marks=config.max_marks),
         deliverers=pipeline.deliverers,
         token=operator_token(state),
     )
-    stack.enter_context(serve_page(station, config))
-    return [of_production(board), of_production(metrics)]
+    stack.enter_context(serve_page(page, config))
+    return [of_production(history), of_production(metrics)]

@@ -265,7 +265,7 @@ MAX_PARALLEL = 4
 
 
 class InspectorLoader:
-    """Opens packages the way this daemon was told to.
+    """Opens packages by this daemon's settings.
 
     Args:
         device: what runs models.

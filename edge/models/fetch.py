@@ -171,10 +171,10 @@ class ReleaseFetcher:
             call()
         except EdgeFlameError as exc:
             # It may be tried twice a second for as long as the disk is full.
-            said, now = str(exc), time.monotonic()
-            if said != self._trouble[0] or now > self._trouble[1] + LOG_TROUBLE_EVERY_S:
-                self._trouble = said, now
-                log.error("models_not_settled", reason=said)
+            reason, now = str(exc), time.monotonic()
+            if reason != self._trouble[0] or now > self._trouble[1] + LOG_TROUBLE_EVERY_S:
+                self._trouble = reason, now
+                log.error("models_not_settled", reason=reason)
 
     def _connect_if_due(self) -> None:
         if self._link is not None or (self._retry_at is not None and time.monotonic() < self._retry_at):

@@ -201,7 +201,7 @@ class ReleasedModels:
         return self._decide(name, ModelManager.promote)
 
     def status_of(self, name: str) -> ProductModels | None:
-        """The models of a product of the configuration, as the fleet is told; None where there are none for it."""
+        """The models of a product of the configuration, as published to the fleet; None where there are none for it."""
         models = () if self._fetcher is None else self._fetcher.models
         names = {product: one.name for product, one in self._configured.items()}
         return next((one for one in models if names.get(one.product) == name), None)

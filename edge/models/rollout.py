@@ -282,7 +282,7 @@ class Rollouts:
         return self._path_of(slot, self.state_of(slot.configured.product))
 
     def open(self, slot: RolloutSlot, path: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
-        """Judges of a package, checked and warm.
+        """Inspectors of a package, checked and warm.
 
         Raises:
             RefusedError: it may not judge here.

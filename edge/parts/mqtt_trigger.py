@@ -202,16 +202,16 @@ class MqttTrigger:
             return
         config = self._config
         try:
-            said = read_announcement(
+            announced = read_announcement(
                 event.payload, part_id_key=config.part_id, number_key=config.number, time_key=config.time
             )
         except DataError as exc:
             log.warning("trigger_unclear", source=self.name, reason=str(exc))
             self._accept(dataclasses.replace(arrived, fault=Reason.TRIGGER_UNCLEAR, detail=f"the trigger: {exc}"))
             return
-        trigger = dataclasses.replace(arrived, part_id=said.part_id, number=said.number)
-        if config.use_time and said.time is not None:
-            trigger = at_time(trigger, said.time)
+        trigger = dataclasses.replace(arrived, part_id=announced.part_id, number=announced.number)
+        if config.use_time and announced.time is not None:
+            trigger = at_time(trigger, announced.time)
         self._accept(trigger)
 
 

@@ -204,13 +204,13 @@ class TriggeredSource:
 
 @final
 class TriggeredCamera:
-    """Opens a camera whose parts are announced, as often as the line asks for it.
+    """Opens a camera whose parts are announced, as often as its worker needs it.
 
     Args:
         camera: its name.
         open_source: gives the camera.
         trigger: how its parts are announced.
-        parts: what is asked of them.
+        parts: what is required of them: deadline, age, numbering.
         mqtt: the section ``[mqtt]``.
         counts: of parts.
 
@@ -259,7 +259,7 @@ class TriggeredCamera:
         return self._source
 
     def unfinished(self) -> list[Frame]:
-        """After the end: parts that were announced, and that the line has not seen."""
+        """After the end: parts that were announced and not given."""
         return [] if self._source is None else self._source.unfinished()
 
     def problem(self) -> str | None:

@@ -205,9 +205,9 @@ class OperatorPage:
     Args:
         config: of the page.
         control: of the cameras.
-        board: what is shown.
+        history: what is shown.
         metrics: what is counted.
-        marks: where opinions are kept.
+        feedback: where operators' labels are kept.
         deliverers: of the destinations.
         token: what a request that changes something must carry.
     """
@@ -217,15 +217,15 @@ class OperatorPage:
         config: WebConfig,
         control: DaemonControl,
         *,
-        board: PartHistory,
+        history: PartHistory,
         metrics: LineMetrics,
-        marks: FeedbackStore,
+        feedback: FeedbackStore,
         deliverers: Sequence[Deliverer],
         token: str,
     ) -> None:
-        self.board = board
+        self.history = history
         self.metrics = metrics
-        self.marks = marks
+        self.feedback = feedback
         self.closing = threading.Event()
         """Set before the server stops, so that open event streams end."""
         self._config = config
@@ -234,7 +234,7 @@ class OperatorPage:
         self.actions = OperatorActions(control)
         self._token = token
 
-    def running(self) -> LineInfo:
+    def line_info(self) -> LineInfo:
         """What runs."""
         statuses = self._control.statuses()
         first = statuses[0]
@@ -248,7 +248,7 @@ class OperatorPage:
             products=tuple(self._control.describe().products),
         )
 
-    def page(self, camera: str | None = None) -> PageView:
+    def view(self, camera: str | None = None) -> PageView:
         """What is to be seen now, of the first camera unless another is named (and there)."""
         deliveries = []
         for deliverer in self._deliverers:
@@ -277,7 +277,7 @@ class OperatorPage:
         names = [status.camera for status in statuses]
         chosen = camera if camera in names else names[0]
         assert chosen is not None
-        return PageView(camera=chosen, view=self.board.view(chosen), lights=lights, health=health)
+        return PageView(camera=chosen, view=self.history.view(chosen), lights=lights, health=health)
 
     def may_change(self, request: Request) -> bool:
         """Whether a request carries the token."""
@@ -285,6 +285,6 @@ class OperatorPage:
         return hmac.compare_digest(given.encode(), self._token.encode())
 
     def _light(self, status: CameraStatus) -> CameraLight:
-        latest, age_s = self.board.latest(status.camera)
+        latest, age_s = self.history.latest(status.camera)
         problem = status.why_not_ready(last_part_s=age_s, stale_after_s=self._config.stale_after_s)
         return CameraLight(camera=status.camera, latest=latest, problem=problem)

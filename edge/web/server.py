@@ -62,8 +62,8 @@ class _MarkBody(msgspec.Struct, forbid_unknown_fields=True):
     was: TrueLabel
 
 
-def build_app(station: OperatorPage) -> Starlette:
-    """The routes of a station."""
+def build_app(page: OperatorPage) -> Starlette:
+    """The routes of a page."""
 
     async def index(_request: Request) -> Response:
         return FileResponse(STATIC / "index.html", headers=_HEADERS)
@@ -73,21 +73,21 @@ def build_app(station: OperatorPage) -> Starlette:
         return FileResponse(STATIC / request.url.path.removeprefix("/"), headers=_HEADERS)
 
     async def line(_request: Request) -> Response:
-        return _json(await asyncio.to_thread(station.running))
+        return _json(await asyncio.to_thread(page.line_info))
 
     async def view(request: Request) -> Response:
-        return _json(await asyncio.to_thread(station.page, request.query_params.get("camera")))
+        return _json(await asyncio.to_thread(page.view, request.query_params.get("camera")))
 
     async def events(request: Request) -> Response:
         camera = request.query_params.get("camera")
-        return StreamingResponse(_events(station, camera), media_type="text/event-stream", headers=_HEADERS)
+        return StreamingResponse(_events(page, camera), media_type="text/event-stream", headers=_HEADERS)
 
     async def picture(request: Request) -> Response:
         kind, side = request.path_params["kind"], request.query_params.get("side", "960")
         if kind not in ("plain", "heat") or not re.fullmatch(r"[1-9][0-9]{1,3}", side, re.ASCII):
             return _problem(404, "plain.jpg or heat.jpg, with ?side=10..9999")
         data = await asyncio.to_thread(
-            station.board.picture, int(request.path_params["key"]), with_heat=kind == "heat", side=int(side)
+            page.history.picture, int(request.path_params["key"]), with_heat=kind == "heat", side=int(side)
         )
         if data is None:
             return _problem(404, "this part's picture is no longer kept")
@@ -95,7 +95,7 @@ def build_app(station: OperatorPage) -> Starlette:
         return Response(data, media_type="image/jpeg", headers=_HEADERS)
 
     async def mark(request: Request) -> Response:
-        if not station.may_change(request):
+        if not page.may_change(request):
             return _not_taken(request)
         if (body := await _body(request)) is None:
             return _problem(413, "too long")
@@ -103,11 +103,11 @@ def build_app(station: OperatorPage) -> Starlette:
             was = msgspec.json.decode(body, type=_MarkBody).was
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             return _problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
-        part = station.board.part(int(request.path_params["key"]))
+        part = page.history.part(int(request.path_params["key"]))
         if part is None:
             return _problem(404, "this part is no longer kept")
         try:
-            kept = await asyncio.to_thread(station.marks.add, part, was)
+            kept = await asyncio.to_thread(page.feedback.add, part, was)
         except DataError as exc:
             return _problem(409, str(exc))
         except EdgeFlameError as exc:
@@ -115,7 +115,7 @@ def build_app(station: OperatorPage) -> Starlette:
         return _json(kept)
 
     async def do(request: Request) -> Response:
-        if not station.may_change(request):
+        if not page.may_change(request):
             return _not_taken(request)
         if (body := await _body(request)) is None:
             return _problem(413, "too long")
@@ -124,19 +124,19 @@ def build_app(station: OperatorPage) -> Starlette:
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
             return _problem(400, f'expected {{"action": ...}} ({exc})')
         try:
-            return _json(await station.actions.run(request.path_params["camera"], order))
+            return _json(await page.actions.run(request.path_params["camera"], order))
         except EdgeFlameError as exc:
             return _problem(http_status_of(exc), str(exc))
 
     async def metrics(_request: Request) -> Response:
-        text = await asyncio.to_thread(station.metrics.text)
+        text = await asyncio.to_thread(page.metrics.text)
         return Response(text, headers={**_HEADERS, "Content-Type": CONTENT_TYPE})
 
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok\n", headers=_HEADERS)
 
     async def readiness(_request: Request) -> Response:
-        problem = (await asyncio.to_thread(station.page)).health.problem
+        problem = (await asyncio.to_thread(page.view)).health.problem
         return PlainTextResponse(f"{problem or 'ready'}\n", status_code=503 if problem else 200, headers=_HEADERS)
 
     return Starlette(
@@ -160,16 +160,16 @@ def build_app(station: OperatorPage) -> Starlette:
     )
 
 
-async def _events(station: OperatorPage, camera: str | None) -> AsyncIterator[bytes]:
+async def _events(page: OperatorPage, camera: str | None) -> AsyncIterator[bytes]:
     seen: int | None = None
     quiet = 0.0
-    while not station.closing.is_set():
-        version = station.board.version
+    while not page.closing.is_set():
+        version = page.history.version
         # Every few seconds without news as well: ages and queues change without parts.
         if version != seen or quiet >= 2.0:
             seen, quiet = version, 0.0
-            page = await asyncio.to_thread(station.page, camera)
-            yield b"data: " + msgspec.json.encode(page) + b"\n\n"
+            view = await asyncio.to_thread(page.view, camera)
+            yield b"data: " + msgspec.json.encode(view) + b"\n\n"
         await asyncio.sleep(_EVENT_INTERVAL_S)
         quiet += _EVENT_INTERVAL_S
 
@@ -224,8 +224,8 @@ def operator_token(state: Path) -> str:
 
 
 @contextlib.contextmanager
-def serve_page(station: OperatorPage, config: WebConfig) -> Iterator[str]:
-    """Serve a station's page; gives its address.
+def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
+    """Serve an operator's page; gives its address.
 
     Raises:
         LinkError: the address cannot be listened on.
@@ -233,7 +233,7 @@ def serve_page(station: OperatorPage, config: WebConfig) -> Iterator[str]:
     listener = listen(config)
     server = uvicorn.Server(
         uvicorn.Config(
-            build_app(station),
+            build_app(page),
             # Logs are ours; a request every quarter of a second is not worth a line.
             log_config=None,
             access_log=False,
@@ -250,7 +250,7 @@ def serve_page(station: OperatorPage, config: WebConfig) -> Iterator[str]:
     try:
         yield address
     finally:
-        station.closing.set()
+        page.closing.set()
         server.should_exit = True
         thread.join(_STOP_TIMEOUT_S)
         listener.close()

@@ -167,9 +167,9 @@ def station(
         opened = OperatorPage(
             config,
             control,
-            board=PartHistory(config),
+            history=PartHistory(config),
             metrics=metrics,
-            marks=FeedbackStore(folder / "marks"),
+            feedback=FeedbackStore(folder / "marks"),
             deliverers=[],
             token=TOKEN,
         )
@@ -178,7 +178,7 @@ def station(
 
 
 def judge(opened: OperatorPage, inspected: Inspected) -> None:
-    opened.board.accept(inspected)
+    opened.history.accept(inspected)
     opened.metrics.accept(inspected)
 
 
