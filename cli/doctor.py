@@ -7,9 +7,7 @@ in.
 
 from __future__ import annotations
 
-import datetime as dt
 import importlib.metadata
-import logging
 import os
 import platform
 import zipfile
@@ -23,16 +21,11 @@ import msgspec
 from cli.options import BrokerOptions, broker_options
 from cli.output import print_findings
 from edgeflame import __version__
-from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, PackageError, StorageError
-from edgeflame.findings import Finding, note, ok, problem
-from edgeflame.log import LOGGER_NAME
+from edgeflame.errors import ConfigError, EdgeFlameError, StorageError
+from edgeflame.findings import Finding, ok, problem
 
 if TYPE_CHECKING:
     from edge.config import InspectConfig
-    from edge.runtimes.interface import Device
-    from edgeflame.findings import Finding
-    from edgeflame.mqtt.url import BrokerUrl
-    from edgeflame.package import Package
 
 
 def write_bundle(path: Path, findings: Sequence[Finding]) -> None:
@@ -67,62 +60,6 @@ def write_bundle(path: Path, findings: Sequence[Finding]) -> None:
 
 def _pretty(value: object) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
-
-
-EXPIRY_WARNING_DAYS = 30
-
-
-def check_package(path: Path) -> Iterator[Finding]:
-    """Read a package, run it on whatever the installed runtime offers, and hold it to its reference images."""
-    from cli.doctor_machine import offers_cuda
-    from edgeflame.package import read_package
-
-    try:
-        package = read_package(path)
-    except PackageError as exc:
-        yield problem("package", str(exc), "fetch it again, or make it again with edgeflame fit")
-        return
-    manifest = package.manifest
-    yield ok("package", f"{manifest.product}, method {manifest.learning.method}, sha256 {package.sha256[:12]}")
-    if package.signature_json is None:
-        yield note("signature", "the package is not signed", "edgeflame model sign, and inspect with --public-key")
-    devices: list[Device] = ["cpu"]
-    if offers_cuda():
-        devices.append("cuda")
-    for device in devices:
-        yield from _run_package(package, device)
-
-
-def _run_package(package: Package, device: Device) -> Iterator[Finding]:
-    from edge.runtimes.interface import check_runtime_fits
-    from edge.runtimes.load import compare_with_references, open_runtime
-
-    suffix = "" if device == "cpu" else f" {device}"
-    try:
-        runtime = open_runtime(package.model_onnx, device=device)
-        check_runtime_fits(runtime, package.manifest)
-        if not package.references:
-            yield note(f"parity{suffix}", "the package holds no reference images, so its graph cannot be checked here")
-            return
-        report = compare_with_references(runtime, package)
-    except EdgeFlameError as exc:
-        do = (
-            "pip install 'edgeflame[cpu]', or export the package again"
-            if device == "cpu"
-            else "install the NVIDIA driver, CUDA and cuDNN that this onnxruntime-gpu is built for, or use --device cpu"
-        )
-        yield problem(f"runtime{suffix}", str(exc), do)
-        return
-    worst = "not finite" if report.worst is None else f"{report.worst:.2g}"
-    text = f"{report.num_images} reference images on {report.provider}: worst difference {worst}"
-    if report.passed:
-        yield ok(f"parity{suffix}", f"{text}, {report.tolerance:g} allowed")
-    else:
-        yield problem(
-            f"parity{suffix}",
-            f"{text}, {report.tolerance:g} allowed",
-            "export the package again; do not inspect with it",
-        )
 
 
 def check_config(path: Path) -> Iterator[Finding]:
@@ -186,57 +123,6 @@ def _config_kinds() -> Iterator[tuple[str, type]]:
     yield "fit", Learning
 
 
-def check_broker(url: BrokerUrl, timeout_s: float, *, readable: str) -> Iterator[Finding]:
-    """Connect as a member would, for ``timeout_s`` at most, and look at our certificate's dates.
-
-    Args:
-        url: the broker.
-        timeout_s: how long to try.
-        readable: a topic, or filter, that whoever we come as may read.
-    """
-    from edgeflame.mqtt.session import Session
-
-    if url.tls is not None and url.tls.cert is not None:
-        yield from _certificate(url.tls.cert)
-    # Every attempt's failure is a line of the log; here the last one is the finding.
-    logger = logging.getLogger(f"{LOGGER_NAME}.link")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with Session(url, name="doctor", filters=[readable], connect_timeout_s=timeout_s):
-            pass
-    except LinkError as exc:
-        advice = "check the address, the firewall and the credentials (--ca, --cert and --key, or the kit)"
-        yield problem("broker", str(exc), advice)
-    else:
-        yield ok("broker", f"{url.address} takes us")
-    finally:
-        logger.setLevel(before)
-
-
-def _certificate(cert: Path | str) -> Iterator[Finding]:
-    """Dates of a certificate, a PEM file or its text."""
-    try:
-        from cryptography import x509
-    except ImportError:
-        yield note("certificate", "its dates cannot be read", "pip install 'edgeflame[sign]'")
-        return
-    try:
-        pem = cert.read_bytes() if isinstance(cert, Path) else cert.encode()
-        until = x509.load_pem_x509_certificate(pem).not_valid_after_utc
-    except (OSError, ValueError) as exc:
-        yield problem("certificate", f"cannot be read: {exc}", "ask for a new kit: edgeflame fleet enrol")
-        return
-    days = (until - dt.datetime.now(dt.timezone.utc)).days
-    text = f"valid until {until:%Y-%m-%d}"
-    if days < 0:
-        yield problem("certificate", f"expired on {until:%Y-%m-%d}", "ask for a new one: edgeflame fleet renew")
-    elif days < EXPIRY_WARNING_DAYS:
-        yield note("certificate", f"{text}, {days} days left", "ask for a new one soon: edgeflame fleet renew")
-    else:
-        yield ok("certificate", text)
-
-
 CONNECT_TIMEOUT_S = 5.0
 
 _FILE = click.Path(path_type=Path)
@@ -273,6 +159,8 @@ def command(
 
     findings = [*check_machine(state), *check_services()]
     if model is not None:
+        from edge.check import check_package
+
         findings += check_package(model)
     if config is not None:
         findings += check_config(config)
@@ -285,6 +173,7 @@ def command(
 
 def _check_member(broker: BrokerOptions) -> Iterator[Finding]:
     """The broker, as whoever the options or the kit say we are: the doctor only looks, so a kit of any role does."""
+    from edgeflame.mqtt.check import check_broker
     from fleet.broker_control import readable_topic
     from fleet.registry import BrokerClient
 
@@ -298,4 +187,9 @@ def _check_member(broker: BrokerOptions) -> Iterator[Finding]:
     except EdgeFlameError as exc:
         yield problem("broker", str(exc), "correct what the message names")
         return
-    yield from check_broker(url, broker.connect_timeout or CONNECT_TIMEOUT_S, readable=readable)
+    yield from check_broker(
+        url,
+        filters=[readable],
+        timeout_s=broker.connect_timeout or CONNECT_TIMEOUT_S,
+        advice="check the address, the firewall and the credentials (--ca, --cert and --key, or the kit)",
+    )

@@ -92,14 +92,6 @@ def _onnxruntime() -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def offers_cuda() -> bool:
-    """Whether the installed ONNX Runtime is built for CUDA, be it able to run it here or not."""
-    try:
-        return "CUDAExecutionProvider" in importlib.import_module("onnxruntime").get_available_providers()
-    except (ImportError, AttributeError, OSError):
-        return False
-
-
 def _training() -> Finding:
     missing = [name for name in _TRAINING if importlib.util.find_spec(name) is None]
     # Others need scikit-learn or onnx as well; training begins with torch.

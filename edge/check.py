@@ -32,12 +32,25 @@ from edge.models.state import ModelStateFile
 from edge.models.store import RECORD_FILE
 from edge.parts.tracker import PartTracker
 from edge.parts.triggers import trigger_source
+from edge.runtimes.interface import Device, check_runtime_fits
+from edge.runtimes.load import compare_with_references, open_runtime
+from edge.runtimes.onnx_runtime import available_devices
 from edge.sources.locate import open_image_source
 from edge.status import LineState
-from edgeflame.errors import ConfigError, EdgeFlameError, LinkError, MissingDependencyError, StorageError, require_extra
+from edgeflame.errors import (
+    ConfigError,
+    EdgeFlameError,
+    LinkError,
+    MissingDependencyError,
+    PackageError,
+    StorageError,
+    require_extra,
+)
 from edgeflame.findings import Finding, note, ok, problem
+from edgeflame.mqtt.check import check_broker
 from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import Topics
+from edgeflame.package import Package, read_package
 from edgeflame.state import atomic_write, is_in_use, storage_errors
 
 FRAME_TIMEOUT_S = 15.0
@@ -92,6 +105,53 @@ def check_daemon(
             yield from _modbus(camera.name, camera.modbus)
     if config.web is not None:
         yield from _page(config.web, runs=runs)
+
+
+def check_package(path: Path) -> Iterator[Finding]:
+    """Read a package, run it on whatever the installed runtime offers, and hold it to its reference images."""
+    try:
+        package = read_package(path)
+    except PackageError as exc:
+        yield problem("package", str(exc), "fetch it again, or make it again with edgeflame fit")
+        return
+    manifest = package.manifest
+    yield ok("package", f"{manifest.product}, method {manifest.learning.method}, sha256 {package.sha256[:12]}")
+    if package.signature_json is None:
+        yield note("signature", "the package is not signed", "edgeflame model sign, and inspect with --public-key")
+    # Without a runtime the CPU is tried all the same: that says what to install.
+    yield from _run_package(package, "cpu")
+    with contextlib.suppress(MissingDependencyError):
+        if "cuda" in available_devices():
+            yield from _run_package(package, "cuda")
+
+
+def _run_package(package: Package, device: Device) -> Iterator[Finding]:
+    suffix = "" if device == "cpu" else f" {device}"
+    try:
+        runtime = open_runtime(package.model_onnx, device=device)
+        check_runtime_fits(runtime, package.manifest)
+        if not package.references:
+            yield note(f"parity{suffix}", "the package holds no reference images, so its graph cannot be checked here")
+            return
+        report = compare_with_references(runtime, package)
+    except EdgeFlameError as exc:
+        do = (
+            "pip install 'edgeflame[cpu]', or export the package again"
+            if device == "cpu"
+            else "install the NVIDIA driver, CUDA and cuDNN that this onnxruntime-gpu is built for, or use --device cpu"
+        )
+        yield problem(f"runtime{suffix}", str(exc), do)
+        return
+    worst = "not finite" if report.worst is None else f"{report.worst:.2g}"
+    text = f"{report.num_images} reference images on {report.provider}: worst difference {worst}"
+    if report.passed:
+        yield ok(f"parity{suffix}", f"{text}, {report.tolerance:g} allowed")
+    else:
+        yield problem(
+            f"parity{suffix}",
+            f"{text}, {report.tolerance:g} allowed",
+            "export the package again; do not inspect with it",
+        )
 
 
 def _count(number: int, what: str) -> str:
@@ -270,18 +330,23 @@ def _broker(config: MqttConfig, *, runs: bool) -> Iterator[Finding]:
     except EdgeFlameError as exc:
         yield problem(check, str(exc), "correct [mqtt]")
         return
-    filters = (state_topic, topics.line_command(config.line))
-    try:
-        with Session(url, name="check", filters=filters, connect_timeout_s=CONNECT_TIMEOUT_S) as session:
-            yield ok(check, f"{url.address}: lets us in and hears commands as line {config.line} of {config.fleet}")
-            state = next((message.payload for message in session.retained() if message.topic == state_topic), None)
-    except EdgeFlameError as exc:
-        yield problem(check, str(exc), "correct [mqtt], renew the kit, or see to the broker")
-        return
+    yield from check_broker(
+        url,
+        filters=(state_topic, topics.line_command(config.line)),
+        timeout_s=CONNECT_TIMEOUT_S,
+        member=f"line {config.line} of {config.fleet}",
+        advice="correct [mqtt], renew the kit, or see to the broker",
+        look=partial(_other_line, config, state_topic, runs=runs),
+    )
+
+
+def _other_line(config: MqttConfig, state_topic: str, session: Session, *, runs: bool) -> Iterator[Finding]:
+    """A problem if another line of this name is online."""
+    state = next((message.payload for message in session.retained() if message.topic == state_topic), None)
     line = None if state is None else _decode_state(state)
     if line is not None and line.online and not runs:
         yield problem(
-            check,
+            "broker",
             f"a line {config.line} is online already, with {line.source}: two of a name throw each other out",
             "give this one another name in [mqtt]",
         )
