@@ -29,9 +29,7 @@ import numpy.typing as npt
 
 from edgeflame.errors import DataError, PackageError
 from edgeflame.images import ImageU8
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
+from edgeflame.tensors import F32
 
 PART_STREAMS = ("score", "embedding")
 """What the model says of a part."""

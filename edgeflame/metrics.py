@@ -37,11 +37,6 @@ class Metric:
     label: str | None = None
     values: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def exposed_name(self) -> str:
-        """As Prometheus stores it."""
-        return f"{self.name}_total" if self.kind == "counter" else self.name
-
 
 class MetricsServer:
     """Serves ``http://HOST:PORT/metrics`` from construction to :meth:`close`; a context manager.

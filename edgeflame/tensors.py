@@ -41,6 +41,8 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 """Element types a model may have. BF16 is not among them: numpy has none, and no backbone here uses it."""
 
 Array = npt.NDArray[np.generic]
+F16 = npt.NDArray[np.float16]
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 

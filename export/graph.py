@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx.checker
 import onnx.helper
@@ -35,10 +34,9 @@ from edgeflame.errors import DataError
 from edgeflame.images import Preprocessing
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smoothing_matrix
+from edgeflame.tensors import F32
 from export.builder import INPUT, MAP, RGB, SCORE, GraphBuilder
 from export.distances import add_distances
-
-F32 = npt.NDArray[np.float32]
 
 BATCH_AXIS = "N"
 OPSET = 18

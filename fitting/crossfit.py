@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeflame.errors import DataError
 from edgeflame.methods import Scoring
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import LowRankGaussian, smooth_maps
 from edgeflame.statistics.moments import Moments
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
+from edgeflame.tensors import F32, F64
 
 MIN_IMAGES = 4
 """Fewer give no covariance worth the name once a fold is left out."""

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 import cv2
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from edgeflame.dataset import GOOD, Dataset, ImageRecord, LoadReport, UnreadablePolicy, load_images
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask
 from edgeflame.log import Progress, no_progress
 from edgeflame.package import ThresholdPromise
+from edgeflame.tensors import F32, F64
 from fitting import metrics
 from fitting.metrics import PixelCounts, auroc, best_f1, bin_edges, f1_max
 from fitting.threshold import confidence_interval
@@ -100,8 +100,6 @@ class EvaluationReport(msgspec.Struct, frozen=True, kw_only=True):
     promises: tuple[PromiseOutcome, ...]
     """What the package's other thresholds would have done; empty where it names none."""
 
-
-F32 = npt.NDArray[np.float32]
 
 ScoreFunction = Callable[[ImageU8], tuple[F32, F32]]
 """Images ``[N, H, W, 3]`` uint8 BGR to raw scores ``[N]`` and maps ``[N, h, w]``."""
@@ -213,8 +211,6 @@ def score_records(
         )
     return kept, all_scores, np.concatenate(maps)
 
-
-F64 = npt.NDArray[np.float64]
 
 METRIC_NAMES = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max")
 

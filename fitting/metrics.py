@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 
-F64 = npt.NDArray[np.float64]
+from edgeflame.tensors import F64
 
 NUM_BINS = 8192
 

@@ -31,9 +31,8 @@ from edgeflame.errors import DataError, NumericalError
 from edgeflame.log import EventLog
 from edgeflame.methods import Calibration, RejectUnit
 from edgeflame.package import Threshold, ThresholdPromise
+from edgeflame.tensors import F64
 from fitting.metrics import best_f1
-
-F64 = npt.NDArray[np.float64]
 
 _ACCURACY = 1e-9
 """Of the probabilities computed by numerical inversion."""

@@ -6,15 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from edgeflame.errors import ConfigError, NumericalError
+from edgeflame.tensors import F32
 from fitting.imageset import ImageSet
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import rgb_tensor, without_tf32
-
-F32 = npt.NDArray[np.float32]
 
 MAX_CACHE_BYTES = 1 << 30
 """Embeddings kept in memory: 1724 images at the default 1024 x 152. The rest is computed again when needed."""

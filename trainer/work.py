@@ -27,6 +27,7 @@ from edgeflame.statistics.codec import encode_statistics
 from edgeflame.statistics.memory import write_bank
 from edgeflame.statistics.merge import read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
+from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, image_scores, score_maps
 from fitting.evaluation import EvaluationReport, evaluate
 from fitting.imageset import ImageSet
@@ -34,7 +35,7 @@ from fitting.packaging import SiteStatistics, choose_references
 from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory, pick_device, rgb_tensor
-from trainer.embedding import F32, Embeddings, embed
+from trainer.embedding import Embeddings, embed
 from trainer.feddymem.learning import restore_memory
 from trainer.feddymem.site import MemoryLearner, initial_bank
 from trainer.fit import fit_statistics, read_training_images

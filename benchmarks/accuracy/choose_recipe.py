@@ -25,10 +25,11 @@ from edgeflame.images import ImageU8
 from edgeflame.methods import Learning
 from edgeflame.statistics.gaussian import fit_gaussian
 from edgeflame.statistics.moments import MomentAccumulator
+from edgeflame.tensors import F32
 from fitting.crossfit import image_scores, make_folds, score_maps
 from fitting.imageset import ImageSet
 from trainer.device import pick_device, rgb_tensor
-from trainer.embedding import F32, embed
+from trainer.embedding import embed
 from trainer.model import SiteModel, build_model
 from trainer.training import train
 

@@ -27,6 +27,7 @@ import torch
 from edgeflame.dataset import Dataset, ImageRecord, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.methods import Learning, Scoring
+from edgeflame.tensors import F32
 from fitting.crossfit import image_scores, score_maps
 from fitting.imageset import ImageSet
 from fitting.metrics import auroc
@@ -35,8 +36,6 @@ from fitting.threshold import set_threshold
 from trainer.crossfit import cross_fit
 from trainer.embedding import BATCH_SIZE, Embeddings
 from trainer.model import build_model
-
-F32 = npt.NDArray[np.float32]
 
 CONTAMINATIONS = (0.0, 0.01, 0.05, 0.1)
 LEFT_OUT = (0.0, 0.02, 0.05, 0.1)

@@ -41,6 +41,7 @@ from edgeflame.log import no_progress
 from edgeflame.methods import Learning, Memory
 from edgeflame.simulation import MeasureTask
 from edgeflame.statistics.memory import read_bank
+from edgeflame.tensors import F64
 from fitting.imageset import ImageSet
 from trainer.agent.step_runner import task_seed
 from trainer.agent.tasks import InitialTask, TrainTask
@@ -49,9 +50,6 @@ from trainer.device import rgb_tensor
 from trainer.embedding import embed
 from trainer.model import build_model
 from trainer.work import ModelEvaluator, TorchSiteTrainer
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 
 SITES = ("site-1", "site-2", "site-3")
 FLOORS = ((1.0, 1.0), (32.0, 4.0), (128.0, 8.0))

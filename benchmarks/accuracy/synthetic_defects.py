@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from edgeflame.images import ImageU8
-
-F32 = npt.NDArray[np.float32]
+from edgeflame.tensors import F32
 
 KINDS = ("line", "blob", "cut-paste", "shade", "edge", "texture")
 

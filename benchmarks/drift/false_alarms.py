@@ -25,8 +25,8 @@ from scipy.special import ndtr, ndtri
 
 from edge.config.inspection import DriftConfig
 from edge.drift.monitor import Detector
+from edgeflame.tensors import F64
 
-F64 = npt.NDArray[np.float64]
 CHUNK = 2000
 PARTS_PER_ALARM = 2_000_000
 WINDOW = 200

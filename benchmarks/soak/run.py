@@ -32,10 +32,11 @@ import msgspec
 import numpy as np
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 from world import Arrived, Disturbances, Onlooker, Service, Subscriber, broker, camera
 
-from edgeflame.mqtt.embedded_broker import free_port
+from tests.support.ports import free_port
 
 WARM_UP_SHARE = 0.25
 """Of the time, at the start, in which memory may grow: caches, the pages' histories, the runtime's arena."""

@@ -28,9 +28,10 @@ from boards.dataset import DatasetSpec, write_dataset
 from edgeflame.dataset import Dataset, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.methods import Backbone, Learning
+from edgeflame.tensors import F32
 from fitting.imageset import ImageSet
 from trainer.device import pick_device, rgb_tensor
-from trainer.embedding import F32, embed
+from trainer.embedding import embed
 from trainer.fit import fit
 from trainer.model import build_model
 from trainer.training import TrainingRun, train

@@ -25,10 +25,10 @@ from edge.status import PartCounts
 from edge.verdict import Observation
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import Connected
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import MOSQUITTO, BrokerProcess
 from tests.support.modbus_server import Plc
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 TOPIC = "plant/part"

@@ -30,10 +30,11 @@ def compare_methods(data: Path, config: Path) -> dict[str, object]:
     from edgeflame.dataset import open_dataset
     from edgeflame.images import ImageU8
     from edgeflame.methods import Learning
+    from edgeflame.tensors import F32
     from fitting.crossfit import image_scores, score_maps
     from fitting.evaluation import evaluate
     from trainer.device import rgb_tensor
-    from trainer.embedding import F32, embed
+    from trainer.embedding import embed
     from trainer.fit import FittedModel, fit
 
     def score_with(fitted: FittedModel, batch: ImageU8) -> tuple[F32, F32]:

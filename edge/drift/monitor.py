@@ -51,7 +51,6 @@ from collections.abc import Mapping
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from edge.config.inspection import DriftConfig
 from edge.status import DriftCondition, DriftStatus, StreamStatus
@@ -64,8 +63,7 @@ from edgeflame.drift_reference import (
     StreamReference,
     make_stream_reference,
 )
-
-F64 = npt.NDArray[np.float64]
+from edgeflame.tensors import F64
 
 NUM_SHARES = 4
 """Shares laid at once, each half the one before: small shifts call for small ones."""

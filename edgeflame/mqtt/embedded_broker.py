@@ -115,15 +115,6 @@ class EmbeddedBroker:
         self._folder.cleanup()
 
 
-def free_port(bind: str = "127.0.0.1") -> int:
-    """A TCP port that is free now.
-
-    Raises:
-        UsageError: ``bind`` is not an address of this machine.
-    """
-    return _claim_port(bind, 0)
-
-
 def _claim_port(bind: str, port: int) -> int:
     """The port, if it is free; a free one for 0."""
     if not 0 <= port <= 65535:

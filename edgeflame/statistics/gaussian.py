@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
-from edgeflame.statistics.moments import F32, F64, Moments, map_position_blocks, require_finite, require_same_shapes
+from edgeflame.statistics.moments import Moments, map_position_blocks, require_finite
+from edgeflame.tensors import F32, F64
 
 DEFAULT_RIDGE = 0.01
 """Ridge added to every eigenvalue, as a share of the mean variance over positions and channels."""
@@ -137,20 +138,9 @@ class LowRankGaussian:
             residual=(cut / (self.num_channels - rank)).astype(np.float32),
         )
 
-    def log_likelihood(self, embeddings: F32) -> float:
-        """Mean log-likelihood per image and position, up to the constant -C/2 log(2 pi); for choosing the rank.
-
-        Args:
-            embeddings: ``[N, P, C]`` float32 of images the statistics have not seen.
-        """
-        eigenvalues, residual = self.variances()
-        rest = self.num_channels - self.rank
-        log_det = np.log(eigenvalues.astype(np.float64)).sum(axis=1) + rest * np.log(residual.astype(np.float64))
-        squared = self.distances(embeddings).astype(np.float64) ** 2
-        return float(-0.5 * (log_det[None, :] + squared).mean())
-
     def log_likelihoods(self, embeddings: F32, ridges: Sequence[float] | None = None) -> F64:
-        """:meth:`log_likelihood` of this Gaussian truncated to each rank 0..K at once, and with each ridge.
+        """Mean log-likelihood per image and position, up to the constant -C/2 log(2 pi), of this Gaussian truncated to
+        each rank 0..K, and with each ridge; for choosing the two.
 
         Args:
             embeddings: ``[N, P, C]`` float32 of images the statistics have not seen.
@@ -270,50 +260,6 @@ def fit_gaussian_to_samples(
         basis=basis,
         eigenvalues=eigenvalues,
         residual=residual,
-    )
-
-
-def merge_gaussians(parts: Sequence[LowRankGaussian], *, rank: int) -> LowRankGaussian:
-    """Pool sites' low-rank Gaussians of the same embedding space without their images.
-
-    Exact where no site truncated (K >= n_i - 1 at each); otherwise an approximation, because each site's
-    residual variance is spread evenly over directions in which it was not even. Merge :class:`Moments` where
-    exactness matters.
-
-    Raises:
-        DataError: no parts, or their grids or channels differ.
-    """
-    if not parts:
-        raise DataError("no statistics to merge")
-    require_same_shapes([(*part.grid, part.num_channels) for part in parts])
-    first = parts[0]
-    total = sum(part.count for part in parts)
-    share = np.array([part.count / total for part in parts])
-    within = np.array([(part.count - 1) / (total - 1) for part in parts])
-    between = np.array([part.count / (total - 1) for part in parts])
-
-    means = np.stack([part.mean.astype(np.float64) for part in parts])  # [sites, P, C]
-    mean = np.einsum("s,spc->pc", share, means)
-    floor = np.einsum("s,sp->p", within, np.stack([part.residual.astype(np.float64) for part in parts]))
-    columns = [
-        np.sqrt(weight * np.clip(part.eigenvalues.astype(np.float64) - part.residual[:, None], 0.0, None))[:, None, :]
-        * part.basis
-        for weight, part in zip(within, parts, strict=True)
-    ]
-    columns.append(np.sqrt(between)[None, None, :] * (means - mean).transpose(1, 2, 0))
-    stack = np.concatenate(columns, axis=2)  # [P, C, sum of ranks + sites]
-    vectors, singular, _ = np.linalg.svd(stack, full_matrices=False)
-    values = singular**2
-    rank = min(rank, values.shape[1], first.num_channels - 1)
-    residual = floor + values[:, rank:].sum(axis=1) / (first.num_channels - rank)
-    return LowRankGaussian(
-        grid=first.grid,
-        count=total,
-        ridge=first.ridge,
-        mean=mean.astype(np.float32),
-        basis=np.ascontiguousarray(vectors[:, :, :rank], dtype=np.float32),
-        eigenvalues=(values[:, :rank] + floor[:, None]).astype(np.float32),
-        residual=residual.astype(np.float32),
     )
 
 

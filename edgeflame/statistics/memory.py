@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.state import atomic_writer
-from edgeflame.statistics.moments import F32, require_finite
-from edgeflame.tensors import TensorFile, TensorSpec, TensorWriter
+from edgeflame.statistics.moments import require_finite
+from edgeflame.tensors import F32, TensorFile, TensorSpec, TensorWriter
 
 METADATA_KEY = "edgeflame.memory"
 

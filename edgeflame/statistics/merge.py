@@ -29,14 +29,11 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.state import atomic_writer
-from edgeflame.statistics.moments import F64, POSITIONS_PER_BLOCK, Moments
-from edgeflame.tensors import Schema, TensorFile, TensorSpec, TensorWriter
-
-F16 = npt.NDArray[np.float16]
+from edgeflame.statistics.moments import POSITIONS_PER_BLOCK, Moments
+from edgeflame.tensors import F16, F64, Schema, TensorFile, TensorSpec, TensorWriter
 
 StatisticsForm = Literal["moments", "low_rank"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
+from edgeflame.tensors import F32, F64
 
 ALL_POSITIONS = slice(None)
 
@@ -163,25 +161,6 @@ class Moments:
         return Moments(count=self.count, shift=shift, total=self.total + self.count * step, outer=outer)
 
 
-def merge_moments(parts: Sequence[Moments]) -> Moments:
-    """Moments of the pooled images, exact up to float64 rounding.
-
-    Raises:
-        DataError: no parts, or their shapes differ.
-    """
-    if not parts:
-        raise DataError("no statistics to merge")
-    require_same_shapes([part.shift.shape for part in parts])
-    shift = parts[0].shift
-    moved = [part.about(shift) for part in parts]
-    return Moments(
-        count=sum(part.count for part in moved),
-        shift=shift,
-        total=np.sum([part.total for part in moved], axis=0),
-        outer=np.sum([part.outer for part in moved], axis=0),
-    )
-
-
 def map_position_blocks(num_positions: int, work: Callable[[slice], None]) -> None:
     """Call ``work`` on blocks of positions, on all cores.
 
@@ -207,12 +186,6 @@ def require_finite(embeddings: npt.NDArray[np.floating[Any]]) -> None:
     """Raise NumericalError if an embedding holds NaN or infinite values: a fault is never a pass."""
     if not np.isfinite(embeddings).all():
         raise NumericalError("an embedding holds NaN or infinite values")
-
-
-def require_same_shapes(shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise DataError unless all embeddings to be merged have one shape."""
-    if len(set(shapes)) > 1:
-        raise DataError(f"statistics of different embeddings cannot be merged: {sorted(set(shapes))}")
 
 
 def _one_blas_thread() -> AbstractContextManager[object]:

@@ -125,11 +125,6 @@ class BlobStore:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
 
-    def drop_partial(self) -> None:
-        """Delete all unfinished blobs; none may be open."""
-        for folder in self._partial.iterdir():
-            shutil.rmtree(folder, ignore_errors=True)
-
 
 class Incoming:
     """A blob on its way to the disk. Close it when it is whole, or when it is no longer wanted."""

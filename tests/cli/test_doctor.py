@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from cli import cli, doctor_machine
 from edgeflame.errors import NegativeAnswerError, StorageError
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.state import locked_state_dir
 from tests.support.brokers import BrokerProcess
+from tests.support.ports import free_port
 
 
 def doctor(*arguments: object) -> tuple[int, dict[str, dict[str, Any]]]:

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import yaml
 
-from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 RULES = REPOSITORY / "deploy" / "prometheus" / "edgeflame.rules.yml"

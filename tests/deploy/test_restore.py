@@ -17,10 +17,10 @@ import msgspec
 from edge.delivery.outbox import Delivery
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
+from tests.support.ports import free_port
 from tests.support.small_package import write_images
 from tests.support.waiting import wait_for
 

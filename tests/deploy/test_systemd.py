@@ -18,10 +18,10 @@ from click.testing import CliRunner
 
 from cli import cli
 from edgeflame.errors import EXIT_INTERRUPTED, ConfigError, MissingDependencyError, UsageError
-from edgeflame.mqtt.embedded_broker import free_port
 from fleet.folder import make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
 from tests.support.paths import REPOSITORY, TINY_TRAINER
+from tests.support.ports import free_port
 from tests.support.systemd_units import EXAMPLES, LAUNCHER, SERVICES, SYSTEMD, command_line, environment_file, settings
 from tests.support.waiting import wait_for
 

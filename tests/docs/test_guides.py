@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.brokers import MOSQUITTO
 from tests.support.paths import REPOSITORY
+from tests.support.ports import free_port
 
 DOCS = REPOSITORY / "docs"
 

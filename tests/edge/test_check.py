@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from cli import cli
 from edge.cameras import OVERRIDES_FILE
 from edgeflame.errors import NegativeAnswerError
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.state import locked_state_dir
 from tests.support.brokers import BrokerProcess
 from tests.support.modbus_server import Plc
+from tests.support.ports import free_port
 from tests.support.small_package import write_images
 
 

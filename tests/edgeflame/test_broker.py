@@ -14,9 +14,10 @@ import pytest
 from edgeflame.errors import LinkError, MissingDependencyError, UsageError
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
-from edgeflame.mqtt.embedded_broker import EmbeddedBroker, free_port
+from edgeflame.mqtt.embedded_broker import EmbeddedBroker
 from edgeflame.mqtt.messages import MAX_MESSAGE_BYTES
 from edgeflame.mqtt.url import parse_broker_url
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 

@@ -23,9 +23,9 @@ from edgeflame.mqtt.connection import (
     LastWill,
     ReceivedMessage,
 )
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 from tests.support.brokers import BrokerProcess
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 

@@ -17,11 +17,11 @@ from edgeflame.statistics.gaussian import (
     LowRankGaussian,
     fit_gaussian,
     fit_gaussian_to_samples,
-    merge_gaussians,
     smooth_maps,
     smoothing_matrix,
 )
-from edgeflame.statistics.moments import MomentAccumulator, Moments, merge_moments
+from edgeflame.statistics.moments import MomentAccumulator, Moments
+from tests.support.likelihood import log_likelihood
 
 F32 = npt.NDArray[np.float32]
 GRID = (3, 4)
@@ -100,17 +100,6 @@ def test_an_accumulator_may_start_about_any_point() -> None:
     np.testing.assert_allclose(accumulator.moments().covariance(), accumulate(pooled).covariance(), atol=1e-4)
 
 
-@given(split=st.lists(st.integers(1, 20), min_size=2, max_size=5), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
-def test_merged_moments_are_those_of_the_pooled_images(split: list[int], seed: int) -> None:
-    parts = [embeddings(count, seed + i, offset=float(3 * i)) for i, count in enumerate(split)]
-    merged = merge_moments([accumulate(part) for part in parts])
-    pooled = accumulate(np.concatenate(parts))
-    assert merged.count == sum(split)
-    np.testing.assert_allclose(merged.mean, pooled.mean, atol=1e-4)
-    np.testing.assert_allclose(merged.covariance(), pooled.covariance(), rtol=1e-4, atol=1e-3)
-
-
 def test_bad_moments_are_refused() -> None:
     accumulator = MomentAccumulator()
     with pytest.raises(DataError, match="no images"):
@@ -128,8 +117,6 @@ def test_bad_moments_are_refused() -> None:
     broken[1, 3, 2] = np.nan
     with pytest.raises(NumericalError, match="NaN"):
         accumulator.add(broken)
-    with pytest.raises(DataError, match="no statistics"):
-        merge_moments([])
 
 
 def test_without_truncation_distances_are_those_of_the_full_covariance() -> None:
@@ -221,7 +208,7 @@ def test_log_likelihoods_of_all_ranks_are_those_of_each() -> None:
     ridges = (NARROW.ridge, 0.3)
     by_rank = NARROW.log_likelihoods(held_out, ridges)
     for row, ridge in zip(by_rank, ridges, strict=True):
-        each = [replace(NARROW, ridge=ridge).truncated(rank).log_likelihood(held_out) for rank in range(C)]
+        each = [log_likelihood(replace(NARROW, ridge=ridge).truncated(rank), held_out) for rank in range(C)]
         np.testing.assert_allclose(row, each, rtol=1e-5)
     np.testing.assert_array_equal(NARROW.log_likelihoods(held_out), by_rank[:1])
 
@@ -261,55 +248,6 @@ def test_the_likelihood_finds_the_true_rank() -> None:
     data = data.astype(np.float32)
     gaussian = fit_gaussian(accumulate(data[:300]), grid=GRID, rank=12, ridge=1e-4)
     assert int(np.argmax(gaussian.log_likelihoods(data[300:]))) == 3
-
-
-@pytest.mark.parametrize("counts", [(5, 4), (3, 6, 8)])
-def test_merging_untruncated_gaussians_is_exact(counts: tuple[int, ...]) -> None:
-    parts = [embeddings(count, seed, offset=float(seed)) for seed, count in enumerate(counts)]
-    sites = [fit_gaussian(accumulate(part), grid=GRID, rank=C - 1) for part in parts]
-    merged = merge_gaussians(sites, rank=C - 1)
-    pooled = fit_gaussian(accumulate(np.concatenate(parts)), grid=GRID, rank=C - 1)
-    assert merged.count == sum(counts)
-    assert merged.mean_variance == pytest.approx(pooled.mean_variance, rel=1e-4)
-    query = embeddings(10, seed=77)
-    np.testing.assert_allclose(merged.distances(query), pooled.distances(query), rtol=5e-3)
-
-
-def test_merging_truncated_gaussians_errs_within_what_the_documentation_states() -> None:
-    """C = 40, K = 6: at most 25% in covariance, 4% in scores on average and 30% at worst."""
-    rng = np.random.default_rng(4)
-    mixing = rng.normal(size=(P, 40, 40)) * np.geomspace(3, 0.3, 40)
-    sites = [
-        (np.einsum("npk,pck->npc", rng.normal(size=(60, P, 40)), mixing) + 0.5 * site).astype(np.float32)
-        for site in range(3)
-    ]
-    merged = merge_gaussians([fit_gaussian(accumulate(site), grid=GRID, rank=6) for site in sites], rank=6)
-    pooled = fit_gaussian(accumulate(np.concatenate(sites)), grid=GRID, rank=6)
-    query = np.einsum("npk,pck->npc", rng.normal(size=(50, P, 40)), mixing).astype(np.float32)
-    errors = np.abs(merged.distances(query) / pooled.distances(query) - 1)
-    assert errors.mean() < 0.04
-    assert errors.max() < 0.30
-    assert _covariance_error(merged, pooled) < 0.25
-    # Sites that send more columns than are used make it better, as the documentation advises.
-    wide = merge_gaussians([fit_gaussian(accumulate(site), grid=GRID, rank=20) for site in sites], rank=6)
-    assert np.abs(wide.distances(query) / pooled.distances(query) - 1).mean() < errors.mean() / 2
-
-
-def _covariance_error(merged: LowRankGaussian, pooled: LowRankGaussian) -> float:
-    def dense(one: LowRankGaussian) -> npt.NDArray[np.floating]:
-        scaled = one.basis * (one.eigenvalues - one.residual[:, None])[:, None, :]
-        return scaled @ one.basis.transpose(0, 2, 1) + one.residual[:, None, None] * np.eye(one.num_channels)
-
-    difference = np.linalg.norm(dense(merged) - dense(pooled), axis=(1, 2))
-    return float((difference / np.linalg.norm(dense(pooled), axis=(1, 2))).max())
-
-
-def test_statistics_of_different_embeddings_are_not_merged() -> None:
-    other = replace(NARROW, grid=(4, 3))
-    with pytest.raises(DataError, match="different embeddings"):
-        merge_gaussians([NARROW, other], rank=3)
-    with pytest.raises(DataError, match="no statistics"):
-        merge_gaussians([], rank=3)
 
 
 def test_identical_images_are_refused() -> None:

@@ -15,7 +15,8 @@ from edgeflame.dataset import ImageRecord, open_dataset
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask, write_image
 from edgeflame.package import ThresholdPromise
-from fitting.evaluation import F32, METRIC_NAMES, ScoredImages, compute_metrics, evaluate, score_test_images
+from edgeflame.tensors import F32
+from fitting.evaluation import METRIC_NAMES, ScoredImages, compute_metrics, evaluate, score_test_images
 from fitting.metrics import Resamples
 
 INPUT = Preprocessing(height=64, width=64)

@@ -19,7 +19,6 @@ from click.testing import CliRunner
 from cli import cli
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, ReceivedMessage
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.mqtt.kit import read_kit
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, TlsPem, parse_broker_url
 from fleet import broker_control
@@ -29,6 +28,7 @@ from fleet.folder import FleetFolder, make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import REPOSITORY
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(90)

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import pytest
 
-from edgeflame.mqtt.embedded_broker import free_port
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 BROKERS = ("embedded", "mosquitto")

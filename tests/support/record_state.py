@@ -31,11 +31,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.package import read_package
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import RECORDED, REPOSITORY
+from tests.support.ports import free_port
 from tests.support.small_package import with_references, write_small_package
 from tests.support.waiting import wait_for
 

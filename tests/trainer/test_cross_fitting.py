@@ -20,6 +20,7 @@ from edgeflame.statistics.gaussian import fit_gaussian
 from edgeflame.statistics.moments import MomentAccumulator
 from fitting.crossfit import RIDGES, image_scores, make_folds, require_enough, score_maps
 from fitting.imageset import ImageSet
+from tests.support.likelihood import log_likelihood
 from trainer import embedding as embedding_module
 from trainer.backbone import EmbeddingNetwork, build_network
 from trainer.crossfit import cross_fit
@@ -108,7 +109,7 @@ def test_rank_and_ridge_are_the_likeliest_within_the_cap(
                 gaussian = fit_gaussian(accumulator.moments(), grid=network.grid, rank=one_rank, ridge=one_ridge)
                 key = (one_ridge, one_rank)
                 share = len(fold) / len(images)
-                likelihoods[key] = likelihoods.get(key, 0.0) + share * gaussian.log_likelihood(everything[fold])
+                likelihoods[key] = likelihoods.get(key, 0.0) + share * log_likelihood(gaussian, everything[fold])
     best_ridge, best_rank = max(likelihoods, key=lambda key: likelihoods[key])
     assert (result.statistics.ridge, result.statistics.rank) == (best_ridge, best_rank)
     assert result.likelihoods is not None

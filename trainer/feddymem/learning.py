@@ -25,7 +25,7 @@ from edgeflame.errors import DataError, NumericalError
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.statistics.memory import MemoryBank
-from edgeflame.statistics.moments import F32
+from edgeflame.tensors import F32
 from trainer.embedding import Embeddings
 
 DISTANCES_AT_ONCE = 1 << 24

@@ -18,7 +18,7 @@ import torch
 
 from edgeflame.errors import DataError
 from edgeflame.statistics.memory import MemoryBank
-from edgeflame.statistics.moments import F32, F64
+from edgeflame.tensors import F32, F64
 from trainer.feddymem.learning import (
     MemoryGenerator,
     Whitening,

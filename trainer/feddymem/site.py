@@ -18,7 +18,7 @@ from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.package import WeightsOrigin
 from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank
-from edgeflame.statistics.moments import F32, F64
+from edgeflame.tensors import F32, F64
 from fitting.crossfit import image_scores, make_folds, require_enough, score_maps
 from fitting.imageset import ImageSet
 from fitting.packaging import SiteStatistics

@@ -17,11 +17,11 @@ from edgeflame.images import ImageU8
 from edgeflame.log import no_progress
 from edgeflame.methods import Backbone
 from edgeflame.state import write_json
+from edgeflame.tensors import F32
 from fitting.evaluation import evaluate
 from fitting.imageset import ImageSet
 from trainer.backbone import build_network
 from trainer.device import pick_device, rgb_tensor
-from trainer.embedding import F32
 from trainer.work import measure_answer
 
 PEERS = ("padim", "patchcore", "csflow")

@@ -13,9 +13,9 @@ import pytest
 from edge.config.outputs import ModbusConfig
 from edge.delivery.plc import DUPLICATE, HAS_NUMBER, LATE, MISSING, NO_SCORE, PlcSink
 from edgeflame.errors import ConfigError
-from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.inspection_results import inspected
 from tests.support.modbus_server import Plc
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 BASE = 40

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 
 from cli import cli
 from edgeflame.errors import LinkError, UsageError
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.package import Package, read_package
 from fleet import broker_control
 from fleet.folder import make_fleet, open_fleet
 from tests.support.brokers import BrokerProcess
+from tests.support.ports import free_port
 from tests.support.rollout_daemon import Daemon, variant
 from tests.support.signing_keys import Keys
 from tests.support.waiting import wait_for

@@ -20,8 +20,8 @@ from edge.parts.tracker import PartTracker
 from edge.result import Result
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, CrashLoopError
-from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.modbus_server import Plc
+from tests.support.ports import free_port
 from tests.support.scripted_camera import FakeJudge
 from tests.support.small_package import write_images
 from tests.support.triggered_parts import Camera

@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 from edgeflame.mqtt.client import MqttClient
-from edgeflame.mqtt.embedded_broker import free_port
 from tests.support.brokers import BrokerProcess
 from tests.support.modbus_server import Plc
+from tests.support.ports import free_port
 from tests.support.rtsp_server import RtspServer
 from tests.support.triggered_parts import sender
 from tests.support.waiting import wait_for

@@ -24,10 +24,10 @@ from edge.parts.triggers import TriggeredSource
 from edge.result import Reason
 from edge.status import PartCounts
 from edgeflame.errors import DataError
-from edgeflame.mqtt.embedded_broker import free_port
 from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import BROKERS, BrokerProcess
 from tests.support.modbus_server import Plc
+from tests.support.ports import free_port
 from tests.support.triggered_parts import Camera, sender
 from tests.support.waiting import wait_for
 

@@ -15,7 +15,7 @@ from edge.sources.child import live_frames
 from edge.sources.locate import open_image_source
 from edge.sources.video import RtspSource
 from edgeflame.errors import DataError
-from edgeflame.mqtt.embedded_broker import free_port
+from tests.support.ports import free_port
 from tests.support.rtsp_server import RtspServer
 
 av = pytest.importorskip("av")
