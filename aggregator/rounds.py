@@ -107,17 +107,19 @@ def convergence_reason(state: RunState) -> str | None:
     return f"converged in round {len(state.rounds)}: {' and '.join(found)}, for {rule.patience} rounds"
 
 
-def mean_metric(entry: Round, name: str) -> float | None:
+def _mean_metric(entry: Round, name: str) -> float | None:
     """A figure of the accepted updates, averaged by samples over the sites that reported it; None if none did."""
-    told = [(update.num_samples, update.metrics[name]) for update in entry.accepted.values() if name in update.metrics]
-    return sum(samples * value for samples, value in told) / sum(samples for samples, _ in told) if told else None
+    reported = [(part.num_samples, part.metrics[name]) for part in entry.accepted.values() if name in part.metrics]
+    if not reported:
+        return None
+    return sum(samples * value for samples, value in reported) / sum(samples for samples, _ in reported)
 
 
 def _metric_change(state: RunState, index: int, name: str) -> float | None:
     """The change of a mean metric from one round to the next, relative to the earlier one."""
     if index == 0:
         return None
-    before, after = (mean_metric(state.rounds[number], name) for number in (index - 1, index))
+    before, after = (_mean_metric(state.rounds[number], name) for number in (index - 1, index))
     if before is None or after is None:
         return None
     return abs(after - before) / (abs(before) or 1.0)
@@ -284,16 +286,11 @@ class RoundMachine:
                 and not current.is_closed
                 and site in current.open_sites
             ):
-                event = UpdateRefused(
-                    round=current.number,
-                    site=site,
-                    sha256=None,
-                    reason="failed",
-                    detail=message.detail,
-                    purpose=current.purpose,
-                )
                 self._recovered.discard(site)
-                outputs = [*self._record(event), *self._close_if_complete(now)]
+                outputs = [
+                    *self._refuse_without_update(current, site, "failed", message.detail),
+                    *self._close_if_complete(now),
+                ]
             elif message.purpose == "finish" and state.phase == "finish" and site not in state.not_finished:
                 outputs = [
                     *self._record(SiteNotFinished(site=site, detail=message.detail)),
@@ -366,10 +363,7 @@ class RoundMachine:
         if state.phase == "initialise" and state.initial is None and state.initial_sites_asked[-1] == site:
             outputs += self._record(InitialModelRefused(site=site, reason="left", detail=detail))
         elif current is not None and not current.is_closed and site in current.open_sites:
-            refused = UpdateRefused(
-                round=current.number, site=site, sha256=None, reason="left", detail=detail, purpose=current.purpose
-            )
-            outputs += self._record(refused)
+            outputs += self._refuse_without_update(current, site, "left", detail)
             return [*outputs, *self._close_if_complete(now)]
         elif state.phase == "finish" and site not in state.finished:
             outputs += self._record(SiteNotFinished(site=site, detail=f"left: {detail}"))
@@ -408,6 +402,15 @@ class RoundMachine:
     def _record(self, event: Event) -> list[RoundOutput]:
         self._state = apply_event(self._state, event)
         return [RecordEvent(event=event)]
+
+    def _refuse_without_update(
+        self, current: Round, site: str, reason: RefusalReason, detail: str
+    ) -> list[RoundOutput]:
+        """An asked site contributes nothing to the open round."""
+        refused = UpdateRefused(
+            round=current.number, site=site, sha256=None, reason=reason, detail=detail, purpose=current.purpose
+        )
+        return self._record(refused)
 
     def _advance(self, now: float) -> list[RoundOutput]:
         """Begin what may begin now: called when sites come, go, pause or resume, and when a step is done."""

@@ -98,19 +98,12 @@ def round_of_offer(state: RunState, offer: Offer) -> Round | None:
 def validate_offer(state: RunState, offer: Offer) -> ValidationResult | None:
     """The refusal of an offer that cannot count, whatever its bytes are; they are not fetched. None if it may count."""
     size, config = offer.manifest.size_bytes, state.config
-    if offer.purpose == "initial":
-        if size > config.max_model_bytes:
-            return ValidationResult(
-                reason="too_large", detail=f"{size} bytes; at most {config.max_model_bytes} are taken"
-            )
-        return None
-    if not 1 <= offer.num_samples <= config.max_samples:
+    if offer.purpose != "initial" and not 1 <= offer.num_samples <= config.max_samples:
         return ValidationResult(reason="samples", detail=f"{offer.num_samples}; expected 1 to {config.max_samples}")
-    if offer.purpose == "statistics":
+    if offer.purpose != "update":
         if size > config.max_model_bytes:
-            return ValidationResult(
-                reason="too_large", detail=f"{size} bytes; at most {config.max_model_bytes} are taken"
-            )
+            detail = f"{size} bytes; at most {config.max_model_bytes} are taken"
+            return ValidationResult(reason="too_large", detail=detail)
         return None
     if (problem := _implausible_step_count(offer, config)) is not None:
         return ValidationResult(reason="samples", detail=problem)

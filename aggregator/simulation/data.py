@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -242,7 +243,7 @@ def _partition_by_category(
 ) -> list[list[str]]:
     """Each site draws its own mixture q ~ Dir(beta p), p the categories' shares, and its parts by q (Hsu et al. 2019).
 
-    A category that is used up is drawn no more: q is renormalised over the rest, in which a site's q may be zero to
+    A category that is used up is no longer drawn: q is renormalised over the rest, in which a site's q may be zero to
     rounding; then it takes what is most plentiful.
     """
     categories = sorted(set(groups.values()))
@@ -334,7 +335,7 @@ def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, rep
         parts = [source.train[name] for name in assigned]
         folder = _DatasetWriter(root / "sites" / site, with_groups=source.groups_known)
         num_images = folder.write((part, cameras[site]) for part in parts)
-        categories = _count_categories(part.category for part in parts)
+        categories = dict(sorted(Counter(part.category for part in parts).items()))
         apart = config.evaluation.sites and (own or set(categories) != everywhere)
         if apart:
             own_test = [part for name in names if (part := source.test[name]).category in categories]
@@ -385,10 +386,3 @@ class _DatasetWriter:
                 path.symlink_to(content.resolve())
                 return
         write_image(path, content)
-
-
-def _count_categories(categories: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for category in sorted(categories):
-        counts[category] = counts.get(category, 0) + 1
-    return counts

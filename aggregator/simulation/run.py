@@ -108,7 +108,7 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
         config: must be the same, apart from the engine, when an interrupted run continues.
         out_dir: the simulation's folder; used by one process at a time.
         engine: carries out the sites' work.
-        report: is told the steps of a phase that are done.
+        report: called with the steps of a phase that are done.
 
     Raises:
         ConfigError: another configuration than before, or too few parts for the sites.
