@@ -292,7 +292,7 @@ REFERENCE = (
 
 
 def test_the_reference_configuration_is_what_the_generator_writes() -> None:
-    """To renew it: ``python -m tests.fleet.test_fleet_folder``."""
+    """To renew it: ``python -m tests.fleet.test_folder``."""
     for name, text in reference_files().items():
         assert (REPOSITORY / "deploy" / "mosquitto" / name).read_text() == text, name
 
