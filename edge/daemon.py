@@ -275,20 +275,22 @@ def run_inspection(
         else:
             boot = uuid.uuid4().hex
             # Answers nobody until the pipeline stands; whoever asks so early asks again.
-            commands = CommandServer(control, lambda data: pipeline.answer(data) if pipeline is not None else None)
+            commands = CommandServer(
+                control, lambda data: pipeline.publish_reply(data) if pipeline is not None else None
+            )
             pipeline = stack.enter_context(
                 open_pipeline(
                     state,
                     config,
                     LineState.of(control.statuses(), boot=boot),
                     make_room=pictures.discard_oldest if pictures is not None else lambda: False,
-                    take=commands.take,
+                    on_command=commands.receive,
                 )
             )
             _restore(pipeline, workers)
             stack.enter_context(commands)
             if (mqtt := pipeline.mqtt) is not None:
-                control.on_change(lambda: mqtt.announce(LineState.of(control.statuses(), boot=boot)))
+                control.on_change(lambda: mqtt.set_state(LineState.of(control.statuses(), boot=boot)))
             stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
             if config.web is not None:
                 outlets += _page(stack, config.web, state, pipeline, control, plcs, models)
@@ -334,7 +336,7 @@ def _restore(pipeline: Pipeline, workers: Sequence[CameraWorker]) -> None:
     """Remind cameras whose parts have numbers of what came before this start."""
     numbered = [worker for worker in workers if worker.has_sequence]
     if numbered:
-        past = [msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(_RECALLED))]
+        past = [msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.latest(_RECALLED))]
         for worker in numbered:
             worker.restore(past)
 
@@ -352,9 +354,9 @@ def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
 
 def _start_flush(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
     """Every result is on the disk: all that wait for somebody outside do so at the same time."""
-    pipeline.begin_flush()
+    pipeline.start_flush()
     for plc in plcs.values():
-        plc.finish()
+        plc.start_flush()
 
 
 def _plc(config: ModbusConfig) -> PlcSink:
@@ -380,7 +382,7 @@ def _page(
         from edge.web.page import OperatorPage
         from edge.web.server import operator_token, serve_page
 
-    past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.newest(10_000)))
+    past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.latest(10_000)))
     history = PartHistory(config, past)
     metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
     expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None

@@ -2,7 +2,7 @@
 
 Theory of operation
 -------------------
-:meth:`CommandServer.take` runs on the connection's thread and only sorts: what is retained, too much at once, or no
+:meth:`CommandServer.receive` runs on the connection's thread and only sorts: what is retained, too much at once, or no
 command is
 counted and told at a bounded rate. What remains goes to one of two workers, each a thread with a short queue: the quick
 one pauses, resumes and sets thresholds; the slow one loads models, reads files and waits for parts. So a pause never
@@ -51,7 +51,7 @@ MAX_PER_S, MAX_BURST = 20.0, 40.0
 counted, not read and not answered."""
 
 MAX_WAITING = 16
-"""Commands that wait for a clerk."""
+"""Commands that wait for a worker."""
 
 REMEMBERED = 256
 """Ids whose answer is kept, for a command that comes again."""
@@ -68,15 +68,15 @@ class CommandServer:
 
     Args:
         control: does them.
-        answer: sends a reply's bytes; drops them where there is no connection.
+        publish: sends a reply's bytes; drops them where there is no connection.
         clock: monotonic, seconds.
     """
 
     def __init__(
-        self, control: DaemonControl, answer: Callable[[bytes], None], *, clock: Callable[[], float] = time.monotonic
+        self, control: DaemonControl, publish: Callable[[bytes], None], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._control = control
-        self._answer = answer
+        self._publish = publish
         self._clock = clock
         self._allowance, self._allowed_at = MAX_BURST, clock()
         self._answers: collections.OrderedDict[str, bytes | None] = collections.OrderedDict()
@@ -87,7 +87,7 @@ class CommandServer:
         self._quick: queue.Queue[Command | None] = queue.Queue(MAX_WAITING)
         self._slow: queue.Queue[Command | None] = queue.Queue(MAX_WAITING)
         self._threads = [
-            threading.Thread(target=self._work, args=(waiting,), name=f"edgeflame-commands-{name}", daemon=True)
+            threading.Thread(target=self._serve, args=(waiting,), name=f"edgeflame-commands-{name}", daemon=True)
             for name, waiting in (("quick", self._quick), ("slow", self._slow))
         ]
         for thread in self._threads:
@@ -104,11 +104,11 @@ class CommandServer:
                 while True:
                     waiting.get_nowait()
             waiting.put(None)
-        # A clerk may wait for a part or a model; nothing of ours waits for that.
+        # A worker may wait for a part or a model; nothing of ours waits for that.
         for thread in self._threads:
             thread.join(0.5)
 
-    def take(self, payload: bytes, retained: bool) -> None:
+    def receive(self, payload: bytes, retained: bool) -> None:
         """Take what came on the command topic, whatever it is; never waits."""
         if retained:
             # Said at an unknown time, and again at every connection.
@@ -128,7 +128,7 @@ class CommandServer:
             if command.id in self._answers:
                 before = self._answers[command.id]
                 if before is not None:
-                    self._answer(before)
+                    self._publish(before)
                 return
             self._answers[command.id] = None
             while len(self._answers) > REMEMBERED:
@@ -155,12 +155,12 @@ class CommandServer:
             self._silent_until[kind] = now + _LOG_EVERY_S
             log.warning("command_refused", kind=kind, count=self.refused[kind], reason=reason)
 
-    def _work(self, waiting: queue.Queue[Command | None]) -> None:
+    def _serve(self, waiting: queue.Queue[Command | None]) -> None:
         while (command := waiting.get()) is not None:
             fields = {name: getattr(command, name) for name in command.__struct_fields__ if name != "id"}
             log.info("command", command=str(command.__struct_config__.tag), id=command.id, **fields)
             try:
-                answer: msgspec.Struct | EdgeFlameError = self._do(command)
+                answer: msgspec.Struct | EdgeFlameError = self._execute(command)
             except EdgeFlameError as exc:
                 log.warning("command_failed", id=command.id, reason=str(exc))
                 answer = exc
@@ -169,7 +169,7 @@ class CommandServer:
                 answer = FederationError(f"an unexpected error: {exc!r}")
             self._reply(command.id, answer)
 
-    def _do(self, command: Command) -> msgspec.Struct:
+    def _execute(self, command: Command) -> msgspec.Struct:
         control = self._control
         match command:
             case PauseCamera():
@@ -206,4 +206,4 @@ class CommandServer:
         with self._lock:
             if which in self._answers:
                 self._answers[which] = data
-        self._answer(data)
+        self._publish(data)

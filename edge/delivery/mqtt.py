@@ -87,7 +87,7 @@ MAX_BATCH = 50
 """Results on their way at once; the link keeps to the broker's Receive Maximum by itself."""
 
 
-TakeCommand = Callable[[bytes, bool], None]
+CommandListener = Callable[[bytes, bool], None]
 """Takes a payload of the command topic, and whether the broker had kept it."""
 
 
@@ -127,8 +127,8 @@ class MqttDestination:
 
     Args:
         config: where and as whom.
-        state: what the line runs, while it is online; see :meth:`announce`.
-        take: gets what comes on the command topic, on the link's thread; must neither wait nor fail.
+        state: what the line runs, while it is online; see :meth:`set_state`.
+        on_command: gets what comes on the command topic, on the link's thread; must neither wait nor fail.
 
     Raises:
         ConfigError: the broker's URL or the TLS files make no sense.
@@ -137,7 +137,7 @@ class MqttDestination:
     name = "mqtt"
     max_batch = MAX_BATCH
 
-    def __init__(self, config: MqttConfig, state: LineState, *, take: TakeCommand = _ignore) -> None:
+    def __init__(self, config: MqttConfig, state: LineState, *, on_command: CommandListener = _ignore) -> None:
         self._config = config
         self._topics = Topics(fleet=config.fleet)
         try:
@@ -151,16 +151,16 @@ class MqttDestination:
         self._announced: LineState | None = None
         self._session: Session | None = None
         self._availability: _Availability | None = None
-        self._take = take
+        self._on_command = on_command
 
-    def answer(self, reply: bytes) -> None:
+    def publish_reply(self, reply: bytes) -> None:
         """Publish the reply to a command; nobody hears it where there is no connection."""
         session = self._session
         if session is not None:
             with contextlib.suppress(LinkError):
                 session.publish(self._topics.line_reply(self._config.line), reply)
 
-    def announce(self, state: LineState) -> None:
+    def set_state(self, state: LineState) -> None:
         """What the line runs from now on; told to the broker by the next :meth:`idle` or :meth:`deliver`."""
         self._state = state
 
@@ -231,7 +231,7 @@ class MqttDestination:
     def _on_message(self, message: ReceivedMessage) -> None:
         """On the client's thread: commands go to whoever takes them; the line's own state it knows."""
         if message.topic != self._state_topic:
-            self._take(message.payload, message.retained)
+            self._on_command(message.payload, message.retained)
 
     def _drop(self, *, flush_s: float) -> None:
         if self._availability is not None:

@@ -220,9 +220,9 @@ class Outbox:
                 "INSERT OR IGNORE INTO destinations (name, attempted, acknowledged) VALUES (?, ?, ?)",
                 (name, newest, newest),
             )
-        return self.standing(name)
+        return self.status(name)
 
-    def standing(self, name: str) -> DestinationStatus:
+    def status(self, name: str) -> DestinationStatus:
         """How far a registered destination has come."""
         with self._lock, self._translated("read"):
             attempted, acknowledged, lost = self._db.execute(
@@ -231,7 +231,7 @@ class Outbox:
             waiting = self._db.execute("SELECT COUNT(*) FROM results WHERE number > ?", (acknowledged,)).fetchone()[0]
         return DestinationStatus(attempted=attempted, acknowledged=acknowledged, lost=lost, waiting=waiting)
 
-    def forget(self, keep: Sequence[str]) -> list[str]:
+    def remove_destinations(self, keep: Sequence[str]) -> list[str]:
         """Drop destinations that are no longer configured, so that they hold nothing back. Returns their names."""
         with self._lock, self._translated("write"), self._transaction():
             known = [name for (name,) in self._db.execute("SELECT name FROM destinations").fetchall()]
@@ -239,7 +239,7 @@ class Outbox:
             self._db.executemany("DELETE FROM destinations WHERE name = ?", [(name,) for name in gone])
         return gone
 
-    def attempt(self, name: str, limit: int) -> list[Delivery]:
+    def next_batch(self, name: str, limit: int) -> list[Delivery]:
         """The next results for a destination, at most ``limit``, noted on the disk as attempted."""
         with self._lock, self._translated("read"), self._transaction():
             attempted, acknowledged = self._db.execute(
@@ -262,7 +262,7 @@ class Outbox:
                 "UPDATE destinations SET acknowledged = MAX(acknowledged, ?) WHERE name = ?", (number, name)
             )
 
-    def newest(self, limit: int) -> list[tuple[int, bytes]]:
+    def latest(self, limit: int) -> list[tuple[int, bytes]]:
         """The last results kept, newest first, with their numbers."""
         with self._lock, self._translated("read"):
             rows = self._db.execute("SELECT number, body FROM results ORDER BY number DESC LIMIT ?", (limit,))

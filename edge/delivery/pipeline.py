@@ -20,7 +20,7 @@ import msgspec
 
 from edge.config import InspectConfig
 from edge.config.outputs import DeliveryConfig
-from edge.delivery.mqtt import MqttDestination, TakeCommand
+from edge.delivery.mqtt import CommandListener, MqttDestination
 from edge.delivery.outbox import OUTBOX_FILE, Delivery, Outbox
 from edge.delivery.sinks import Sink
 from edge.delivery.webhook import WebhookDestination
@@ -91,15 +91,15 @@ class Deliverer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        flush_until = self.begin_flush()
+        flush_until = self.start_flush()
         # A destination has timeouts of its own; nothing of ours waits longer for it than this.
         self._thread.join(max(0.0, flush_until - time.monotonic()) + 0.3)
         self._destination.close()
-        waiting = self.standing().waiting
+        waiting = self.status().waiting
         if waiting:
             delivery_log.warning("results_kept_for_the_next_start", destination=self._destination.name, count=waiting)
 
-    def begin_flush(self) -> float:
+    def start_flush(self) -> float:
         """Deliver what waits for ``flush_s`` more, and no longer; until when that is, on the monotonic clock."""
         if self._flush_until is None:
             self._flush_until = time.monotonic() + self._config.flush_s
@@ -112,15 +112,15 @@ class Deliverer:
     def name(self) -> str:
         return self._destination.name
 
-    def standing(self) -> DestinationStatus:
+    def status(self) -> DestinationStatus:
         """How far it has come."""
-        return self._outbox.standing(self._destination.name)
+        return self._outbox.status(self._destination.name)
 
     def _run(self) -> None:
         backoff = Backoff(self._config.first_delay_s, self._config.max_delay_s)
         while not self._is_over():
             try:
-                deliveries = self._outbox.attempt(self._destination.name, self._destination.max_batch)
+                deliveries = self._outbox.next_batch(self._destination.name, self._destination.max_batch)
                 if not deliveries:
                     if self._closing.is_set():
                         return
@@ -318,15 +318,15 @@ class Pipeline:
     undelivered: dict[str, int]
     """After the end: results kept for the next start, by destination; none for one that has all."""
 
-    def begin_flush(self) -> None:
+    def start_flush(self) -> None:
         """All destinations get their last results at the same time, and not one after another."""
         for deliverer in self.deliverers:
-            deliverer.begin_flush()
+            deliverer.start_flush()
 
-    def answer(self, reply: bytes) -> None:
+    def publish_reply(self, reply: bytes) -> None:
         """Publish the reply to a command."""
         if self.mqtt is not None:
-            self.mqtt.answer(reply)
+            self.mqtt.publish_reply(reply)
 
 
 @contextlib.contextmanager
@@ -336,7 +336,7 @@ def open_pipeline(
     line: LineState,
     *,
     make_room: Callable[[], bool],
-    take: TakeCommand,
+    on_command: CommandListener,
 ) -> Iterator[Pipeline]:
     """Open the outbox in a state folder and start delivering what it holds.
 
@@ -346,7 +346,7 @@ def open_pipeline(
         state: the daemon's folder; one daemon at a time.
         config: outbox, delivery and destinations.
         line: what is announced of it at first.
-        take: gets what comes on the line's command topic.
+        on_command: gets what comes on the line's command topic.
         make_room: frees something of less worth than results when the disk is full.
 
     Raises:
@@ -357,19 +357,19 @@ def open_pipeline(
     undelivered: dict[str, int] = {}
 
     def count_undelivered() -> None:
-        waiting = {deliverer.name: deliverer.standing().waiting for deliverer in deliverers}
+        waiting = {deliverer.name: deliverer.status().waiting for deliverer in deliverers}
         undelivered.update({name: count for name, count in waiting.items() if count})
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(locked_state_dir(state, kind="line"))
         outbox = stack.enter_context(Outbox(folder / OUTBOX_FILE, config.outbox, make_room=make_room))
         destinations: list[Destination] = []
-        mqtt = MqttDestination(config.mqtt, line, take=take) if config.mqtt is not None else None
+        mqtt = MqttDestination(config.mqtt, line, on_command=on_command) if config.mqtt is not None else None
         if mqtt is not None:
             destinations.append(mqtt)
         if config.webhook is not None:
             destinations.append(WebhookDestination(config.webhook))
-        for name in outbox.forget([destination.name for destination in destinations]):
+        for name in outbox.remove_destinations([destination.name for destination in destinations]):
             delivery_log.warning("destination_forgotten", destination=name, reason="it is no longer configured")
         # Last in, first out: the deliverers finish before the count.
         stack.callback(count_undelivered)

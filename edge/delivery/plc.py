@@ -102,7 +102,7 @@ class PlcSink:
             self._waiting.append((result, inspected.due_monotonic_s))
             self._changed.notify_all()
 
-    def finish(self) -> None:
+    def start_flush(self) -> None:
         """Write what waits, once, and then let go; does not wait for that."""
         with self._changed:
             self._closing = True
@@ -110,7 +110,7 @@ class PlcSink:
 
     def close(self) -> None:
         """Finish, and wait for it."""
-        self.finish()
+        self.start_flush()
         self._thread.join(2 * self._config.timeout_s + 1)
         if self.num_missed or self.num_late:
             log.warning("plc_verdicts_missed", count=self.num_missed, late=self.num_late, host=self._config.host)
@@ -129,7 +129,7 @@ class PlcSink:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + self._config.heartbeat_s
             if not written:
-                self._miss(part is not None)
+                self._drop_waiting(part is not None)
         self._link.close()
 
     def _registers(self, part: tuple[Result, float | None] | None) -> list[int]:
@@ -165,7 +165,7 @@ class PlcSink:
             self._is_up = True
         return self._is_up
 
-    def _miss(self, in_hand: bool) -> None:
+    def _drop_waiting(self, in_hand: bool) -> None:
         """A moment's rest, unless we close; what came before and meanwhile is not for the PLC any more.
 
         The next heartbeat shows it the number without a verdict.

@@ -184,7 +184,7 @@ class _Picture:
     taken: dt.datetime
 
 
-class _Shelf:
+class _Folder:
     """What lies in the folder, in the order of writing, and what of it is too much."""
 
     def __init__(self, config: RejectsConfig) -> None:
@@ -199,7 +199,7 @@ class _Shelf:
         self._pictures.append(picture)
         self._bytes += picture.num_bytes
 
-    def take_oldest(self) -> _Picture:
+    def pop_oldest(self) -> _Picture:
         picture = self._pictures.popleft()
         self._bytes -= picture.num_bytes
         return picture
@@ -241,7 +241,7 @@ class RejectsSink:
         self._folder = folder
         self._now = now
         self._lock = threading.Lock()
-        self._shelf = _Shelf(config)
+        self._kept = _Folder(config)
         self.num_lost = 0
         """Pictures that could not be stored, or had to make room for results."""
         try:
@@ -267,13 +267,13 @@ class RejectsSink:
     def reconfigure(self, config: RejectsConfig) -> None:
         """Other bounds from now on."""
         with self._lock:
-            self._shelf.config = config
+            self._kept.config = config
             self._drop_surplus()
 
     def discard_oldest(self, count: int = 20) -> bool:
         """Make room on a full disk: pictures are worth less than results. Whether there was one to give."""
         with self._lock:
-            given = sum(self._delete(self._shelf.take_oldest()) for _ in range(min(count, len(self._shelf))))
+            given = sum(self._delete(self._kept.pop_oldest()) for _ in range(min(count, len(self._kept))))
             self.num_lost += given
         if given:
             log.error("rejects_discarded_for_room", count=given)
@@ -300,7 +300,7 @@ class RejectsSink:
                 continue
             found.append((int(match["number"] or 0), picture))
         for _, picture in sorted(found, key=lambda item: (item[0], item[1].name)):
-            self._shelf.add(picture)
+            self._kept.add(picture)
         return max((number for number, _ in found), default=0) + 1
 
     def _store(self, inspected: Inspected) -> None:
@@ -315,12 +315,12 @@ class RejectsSink:
         path = self._folder / name
         write_image(path, picture)
         self._next_number += 1
-        self._shelf.add(_Picture(name=name, num_bytes=path.stat().st_size, taken=taken))
+        self._kept.add(_Picture(name=name, num_bytes=path.stat().st_size, taken=taken))
 
     def _drop_surplus(self) -> None:
         now = self._now()
-        while self._shelf.has_surplus(now):
-            self._delete(self._shelf.take_oldest())
+        while self._kept.has_surplus(now):
+            self._delete(self._kept.pop_oldest())
 
     def _delete(self, picture: _Picture) -> bool:
         """Whether there was a file, and it is gone."""

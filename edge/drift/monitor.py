@@ -263,7 +263,7 @@ class DriftMonitor:
         self._detector.update(ranks)
         evidence = self._detector.evidence()
         for index, (name, stream) in enumerate(self._streams.items()):
-            self._judge(stream, self._counting(name, evidence[index]), now)
+            self._update_condition(stream, self._counting(name, evidence[index]), now)
         changes = []
         for name, old in before.items():
             new = self._condition(name)
@@ -347,7 +347,7 @@ class DriftMonitor:
         higher, lower = self._counting(name, np.array([rank - 0.5, 0.5 - rank]))
         return bool(max(higher, lower) > self._config.tolerance)
 
-    def _judge(self, stream: SavedStream, evidence: F64, now: dt.datetime) -> None:
+    def _update_condition(self, stream: SavedStream, evidence: F64, now: dt.datetime) -> None:
         strongest = int(np.argmax(evidence))
         share = float(evidence[strongest]) / self._alarm_at
         if stream.alarm_direction is None and share >= 1:

@@ -115,9 +115,9 @@ class DriftWatcher:
         self._lock = threading.Lock()
         self._running: DriftModel | None = None
         self._monitor: DriftMonitor | None = None
-        self._next_look = 0.0
+        self._next_part = 0.0
         self._last_save = clock()
-        self._follow(model)
+        self._switch_model(model)
         self._thread = threading.Thread(target=self._run, name=f"edgeflame-drift-{camera}", daemon=True)
 
     def __enter__(self) -> DriftWatcher:
@@ -135,13 +135,13 @@ class DriftWatcher:
         del captured
         now = self._clock()
         # Without a map the picture is none of what the model saw, or there is none.
-        if inspected.image is None or inspected.anomaly_map is None or inspected.result.golden or now < self._next_look:
+        if inspected.image is None or inspected.anomaly_map is None or inspected.result.golden or now < self._next_part:
             return
         try:
             self._queue.put_nowait(inspected)
         except queue.Full:
             return
-        self._next_look = max(self._next_look, now - 1.0) + 1.0 / self._config.max_per_s
+        self._next_part = max(self._next_part, now - 1.0) + 1.0 / self._config.max_per_s
 
     def status(self) -> DriftStatus | None:
         """What there is to be said; None where the model is not known here."""
@@ -167,15 +167,15 @@ class DriftWatcher:
     def _run(self) -> None:
         while (inspected := self._queue.get()) is not None:
             try:
-                self._look(inspected)
+                self._observe(inspected)
             except Exception as exc:  # noqa: BLE001 - the thread's outermost frame: a part is left out, watching goes on
                 log.error("drift_failed", camera=self._camera, part=inspected.result.part_id, reason=repr(exc))
 
-    def _look(self, inspected: Inspected) -> None:
+    def _observe(self, inspected: Inspected) -> None:
         result, image = inspected.result, inspected.image
         assert image is not None
         with self._lock:
-            self._follow(result.model)
+            self._switch_model(result.model)
             monitor, running = self._monitor, self._running
         if monitor is None or running is None:
             return
@@ -206,7 +206,7 @@ class DriftWatcher:
             log.warning("drift_condition", camera=self._camera, now=after.condition.value, reason=after.message)
             self._on_change()
 
-    def _follow(self, model: str) -> None:
+    def _switch_model(self, model: str) -> None:
         """Go over to the model that judges now, if it is another."""
         if self._running is not None and self._running.model == model:
             return

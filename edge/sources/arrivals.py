@@ -92,12 +92,12 @@ class Arrivals:
         """Names of the files that wait."""
         return list(self._pending)
 
-    def hint(self, name: str, now_s: float) -> None:
+    def moved_in(self, name: str, now_s: float) -> None:
         """The kernel says that a file was moved into place."""
         pending = self._get(name, now_s)
         pending.order, pending.is_hinted, pending.tried = self._next_order(), True, None
 
-    def rumour(self, name: str, now_s: float) -> None:
+    def changed(self, name: str, now_s: float) -> None:
         """The kernel says that there is a file, or that its writer has closed it."""
         # Files come in the order in which they were completed.
         self._get(name, now_s).order = self._next_order()
@@ -151,7 +151,7 @@ class Arrivals:
         if pending is not None:
             pending.tried, pending.failure, pending.is_hinted = identity, reason, False
 
-    def finish(self, name: str, identity: FileIdentity) -> None:
+    def mark_done(self, name: str, identity: FileIdentity) -> None:
         """A file was handed over."""
         self._drop(name)
         self.done[name] = identity
@@ -168,7 +168,7 @@ class Arrivals:
                 reason = f"still being written after {LONGEST_WRITE * self._deadline_s:g} s"
             else:
                 continue
-            self.finish(name, pending.seen.identity)
+            self.mark_done(name, pending.seen.identity)
             yield IncompleteFile(name, pending.seen.identity, reason)
 
     def lost(self, now_s: float) -> Iterator[str]:

@@ -265,9 +265,9 @@ class WatchedFolder:
             elif self._is_wanted(name := path.relative_to(self._folder).as_posix()):
                 now_s = time.monotonic()
                 if kind is FileEventKind.COMPLETE:
-                    arrivals.hint(name, now_s)
+                    arrivals.moved_in(name, now_s)
                 elif kind is FileEventKind.THERE:
-                    arrivals.rumour(name, now_s)
+                    arrivals.changed(name, now_s)
                 elif kind is FileEventKind.RENAMED:
                     arrivals.renamed(name)
                 else:
@@ -289,7 +289,7 @@ class WatchedFolder:
             if image is None:
                 arrivals.failed(name, identity, failure)
                 continue
-            arrivals.finish(name, identity)
+            arrivals.mark_done(name, identity)
             yield make_frame(
                 part_id=printable(name),
                 source=printable(str(path)),

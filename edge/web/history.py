@@ -129,7 +129,7 @@ class PartHistory:
         """Show a part."""
         result = inspected.result
         with self._lock:
-            self._turn_day()
+            self._roll_day()
             self.version += 1
             memory = self._memory(result.camera)
             # A part that is judged now is of today, whatever a clock said that was set meanwhile.
@@ -162,7 +162,7 @@ class PartHistory:
     def view(self, camera: str = DEFAULT_CAMERA) -> HistoryView:
         """What is to be seen of a camera now."""
         with self._lock:
-            self._turn_day()
+            self._roll_day()
             memory = self._cameras.get(camera) or _Memory(self._config)
             hours = sorted({hour for hour, _ in memory.hours})
             return HistoryView(
@@ -215,7 +215,7 @@ class PartHistory:
     def _age(self, memory: _Memory) -> float | None:
         return None if memory.last_part is None else round(self._clock() - memory.last_part, 1)
 
-    def _turn_day(self) -> None:
+    def _roll_day(self) -> None:
         today = _today()
         # A clock that is set back to yesterday makes no new day; the counts go on.
         if today > self._date:

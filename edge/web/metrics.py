@@ -162,9 +162,9 @@ class _Current(Collector):
         lost = CounterMetricFamily("edgeflame_results_lost", "Results given up undelivered.", labels=["destination"])
         failures = CounterMetricFamily("edgeflame_delivery_failures", "Failed attempts.", labels=["destination"])
         for deliverer in self._deliverers:
-            standing = deliverer.standing()
-            waiting.add_metric([deliverer.name], standing.waiting)
-            lost.add_metric([deliverer.name], standing.lost)
+            destination = deliverer.status()
+            waiting.add_metric([deliverer.name], destination.waiting)
+            lost.add_metric([deliverer.name], destination.lost)
             failures.add_metric([deliverer.name], deliverer.num_failures)
         yield from (waiting, lost, failures)
 

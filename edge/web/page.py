@@ -252,10 +252,10 @@ class OperatorPage:
         """What is to be seen now, of the first camera unless another is named (and there)."""
         deliveries = []
         for deliverer in self._deliverers:
-            standing = deliverer.standing()
+            destination = deliverer.status()
             deliveries.append(
                 DeliveryHealth(
-                    name=deliverer.name, waiting=standing.waiting, lost=standing.lost, error=deliverer.last_error
+                    name=deliverer.name, waiting=destination.waiting, lost=destination.lost, error=deliverer.last_error
                 )
             )
         statuses = self._control.statuses()

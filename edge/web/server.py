@@ -225,7 +225,7 @@ def operator_token(state: Path) -> str:
 
 @contextlib.contextmanager
 def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
-    """Serve an operator's page; gives its address.
+    """Serve the page; gives its address.
 
     Raises:
         LinkError: the address cannot be listened on.

@@ -58,7 +58,7 @@ def test_each_camera_judges_its_own_parts_by_its_own_rules(two_cameras: Path, tm
     for told in by_camera.values():
         assert [part["sequence"] for part in told] == [0, 1, 2, 3, 4]
     with Outbox(state / "outbox.sqlite", OutboxConfig()) as outbox:
-        assert [number for number, _ in outbox.newest(20)] == list(range(10, 0, -1))
+        assert [number for number, _ in outbox.latest(20)] == list(range(10, 0, -1))
 
 
 def test_people_are_told_which_camera_it_was(two_cameras: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands to a line: what the desk takes and refuses, and the whole way over a real broker."""
+"""Commands to a line: what the server takes and refuses, and the whole way over a real broker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.waiting import wait_for
 
 
 class Office:
-    """A daemon of fake cameras, its desk, and the replies."""
+    """A daemon of fake cameras, its server, and the replies."""
 
     def __init__(self, folder: Path | None = None, *names: str) -> None:
         self.belts = {name: Belt() for name in names or ("a",)}
@@ -51,7 +51,7 @@ class Office:
         self.control = DaemonControl(cameras, overrides=Overrides(folder), snapshots=folder)  # type: ignore[arg-type]
         self.now = 0.0
         self.replies: list[Reply] = []
-        self.desk = CommandServer(self.control, self._hear, clock=lambda: self.now)
+        self.server = CommandServer(self.control, self._hear, clock=lambda: self.now)
 
     def _hear(self, data: bytes) -> None:
         self.replies.append(msgspec.json.decode(data, type=Reply))
@@ -59,8 +59,8 @@ class Office:
     def ask(self, **command: Any) -> Reply:
         count = len(self.replies)
         self.now += 1.0
-        self.desk.take(msgspec.json.encode({"id": f"i{count}", **command}), False)
-        wait_for(lambda: len(self.replies) > count, "the desk answers")
+        self.server.receive(msgspec.json.encode({"id": f"i{count}", **command}), False)
+        wait_for(lambda: len(self.replies) > count, "the server answers")
         return self.replies[-1]
 
     def camera(self, reply: Reply, name: str = "a") -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Office:
 @contextlib.contextmanager
 def office(folder: Path | None = None, *names: str) -> Iterator[Office]:
     opened = Office(folder, *names)
-    with opened.desk:
+    with opened.server:
         yield opened
 
 
@@ -137,15 +137,15 @@ class TestDesk:
 
     def test_junk_retained_and_floods_are_counted_and_the_line_still_listens(self) -> None:
         with office() as opened:
-            opened.desk.take(b'{"command": "pause", "id": "old"}', True)
-            assert opened.desk.refused == {"retained": 1}
-            opened.desk.take(b"x" * 1_000_000, False)
-            opened.desk.take(b'{"id": "known", "command": 7}', False)
+            opened.server.receive(b'{"command": "pause", "id": "old"}', True)
+            assert opened.server.refused == {"retained": 1}
+            opened.server.receive(b"x" * 1_000_000, False)
+            opened.server.receive(b'{"id": "known", "command": 7}', False)
             wait_for(lambda: opened.replies, "what has an id is answered")
             assert (opened.replies[0].id, opened.replies[0].ok) == ("known", False)
             for _ in range(10_000):
-                opened.desk.take(b'{"command": "pause", "id": "x"', False)
-            assert opened.desk.refused["flood"] > 10_000 - MAX_BURST
+                opened.server.receive(b'{"command": "pause", "id": "x"', False)
+            assert opened.server.refused["flood"] > 10_000 - MAX_BURST
             assert not opened.lines[0].is_paused
             opened.now += 60.0
             assert opened.camera(opened.ask(command="describe"))["camera"] == "a"
@@ -161,15 +161,15 @@ class TestDesk:
     def test_a_pause_never_waits_behind_a_camera_without_parts(self) -> None:
         with office() as opened:
             for number in range(MAX_WAITING + 2):
-                opened.desk.take(msgspec.json.encode({"command": "snapshot", "id": f"s{number}"}), False)
-            wait_for(lambda: opened.desk.refused["busy"], "the slow clerk has too much to do")
-            opened.desk.take(b'{"command": "pause", "id": "p"}', False)
+                opened.server.receive(msgspec.json.encode({"command": "snapshot", "id": f"s{number}"}), False)
+            wait_for(lambda: opened.server.refused["busy"], "the slow clerk has too much to do")
+            opened.server.receive(b'{"command": "pause", "id": "p"}', False)
             wait_for(lambda: any(reply.id == "p" and reply.ok for reply in opened.replies), "it is paused")
 
     def test_a_snapshot_is_kept_with_its_result(self, tmp_path: Path) -> None:
         with office(tmp_path) as opened, opened.running():
             replies = opened.replies
-            opened.desk.take(b'{"command": "snapshot", "id": "s"}', False)
+            opened.server.receive(b'{"command": "snapshot", "id": "s"}', False)
             while not replies:
                 opened.belts["a"].put()
                 threading.Event().wait(0.01)
@@ -207,7 +207,7 @@ class TestOverrides:
     def test_a_threshold_that_cannot_be_kept_is_not_set(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         opened = Office(tmp_path / "file" / "state")
-        with opened.desk:
+        with opened.server:
             reply = opened.ask(command="threshold", threshold=2.0)
         assert reply.exit_code == StorageError.exit_code
         assert opened.lines[0].inspector.threshold == 1.0

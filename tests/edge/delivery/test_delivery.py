@@ -91,7 +91,7 @@ def test_results_arrive_in_order_and_the_state_is_there_for_those_who_come_later
         with Deliverer(outbox, mqtt(broker, home_assistant="homeassistant"), QUICK) as deliverer:
             for sequence in range(120):
                 outbox.append([body(sequence)])
-            wait_for(lambda: deliverer.standing().waiting == 0, "all are acknowledged")
+            wait_for(lambda: deliverer.status().waiting == 0, "all are acknowledged")
             with listening(broker.url, "edgeflame/v1/f/line/l1/state", "homeassistant/#") as late:
                 wait_for(lambda: len(late.messages) == 3, "state and discovery are retained")
                 told = dict(late.messages)
@@ -179,13 +179,13 @@ def test_an_outage_of_the_broker_loses_nothing_and_marks_what_may_come_twice(
                     broker.kill()
             broker.start()
             assert plant.is_up.wait(30)
-        wait_for(lambda: deliverer.standing().waiting == 0, "all are acknowledged")
+        wait_for(lambda: deliverer.status().waiting == 0, "all are acknowledged")
         assert deliverer.num_failures > 0
     # What a broker had acknowledged and not yet passed on when it was killed is gone with it: QoS 1 to a broker
     # without persistence promises no more. The outbox knows of every number, and the receiver sees the gap.
     firsts = [delivery.number for delivery in plant.deliveries() if not delivery.redelivered]
     assert len(firsts) == len(set(firsts))
-    assert outbox.standing("mqtt").acknowledged == 300
+    assert outbox.status("mqtt").acknowledged == 300
 
 
 class Service(http.server.BaseHTTPRequestHandler):
@@ -232,7 +232,7 @@ def test_a_web_service_gets_each_once_in_order_whatever_it_answers_at_first(outb
         with Deliverer(outbox, destination, QUICK) as deliverer:
             for sequence in range(10):
                 outbox.append([body(sequence, "fail" if sequence % 2 else "pass")])
-            wait_for(lambda: deliverer.standing().waiting == 0, "all are acknowledged")
+            wait_for(lambda: deliverer.status().waiting == 0, "all are acknowledged")
             assert deliverer.last_error is None
     keys = [key for key, _ in service.taken]
     once = list(dict.fromkeys(keys))
@@ -251,13 +251,13 @@ def test_a_service_that_is_away_gets_its_results_after_the_next_start(tmp_path: 
             outbox.append([body(0), body(1)])
             wait_for(lambda: deliverer.last_error, "the first attempt has failed")
             assert "http://127.0.0.1:9: " in str(deliverer.last_error)
-        assert outbox.standing("webhook").waiting == 2
+        assert outbox.status("webhook").waiting == 2
     with (
         web_service() as (url, service),
         Outbox(tmp_path / "o.sqlite", OutboxConfig()) as outbox,
         Deliverer(outbox, WebhookDestination(WebhookConfig(url=url)), QUICK) as deliverer,
     ):
-        wait_for(lambda: deliverer.standing().waiting == 0, "both are acknowledged")
+        wait_for(lambda: deliverer.status().waiting == 0, "both are acknowledged")
     assert [item["number"] for _, item in service.taken] == [1, 2]
 
 
@@ -278,7 +278,7 @@ def test_a_destination_that_raises_says_so_and_is_tried_again(outbox: Outbox) ->
     moody: Destination = Moody()  # type: ignore[assignment]
     with Deliverer(outbox, moody, QUICK) as deliverer:
         outbox.append([body(n) for n in range(5)])
-        wait_for(lambda: deliverer.standing().acknowledged == 5, "all five are through")
+        wait_for(lambda: deliverer.status().acknowledged == 5, "all five are through")
     assert deliverer.num_failures == 2
 
 
@@ -358,8 +358,8 @@ def test_killed_at_random_moments_what_arrived_and_what_waits_is_everything(
         last = subprocess.run([*command, "--limit", "3"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
         assert last.returncode == 0
         with Outbox(state / "outbox.sqlite", OutboxConfig()) as outbox:
-            newest = outbox.newest(1)[0][0]
-            assert outbox.standing("mqtt").waiting == 0
+            newest = outbox.latest(1)[0][0]
+            assert outbox.status("mqtt").waiting == 0
         wait_for(lambda: newest in plant.numbers(), "the last result has arrived")
         deliveries = plant.deliveries()
     assert {delivery.number for delivery in deliveries} == set(range(1, newest + 1))

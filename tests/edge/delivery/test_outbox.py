@@ -36,7 +36,7 @@ def outbox(path: Path) -> Iterator[Outbox]:
 
 
 def numbers(outbox: Outbox, name: str, limit: int = 1000) -> list[tuple[int, bool]]:
-    return [(item.number, item.redelivered) for item in outbox.attempt(name, limit)]
+    return [(item.number, item.redelivered) for item in outbox.next_batch(name, limit)]
 
 
 def test_each_destination_gets_everything_in_order_and_what_it_did_not_acknowledge_again(path: Path) -> None:
@@ -54,8 +54,8 @@ def test_each_destination_gets_everything_in_order_and_what_it_did_not_acknowled
         # 3 was attempted before the restart and may have arrived; 4 surely did not.
         assert numbers(outbox, "a") == [(3, True), (4, False)]
         assert numbers(outbox, "b", 2) == [(1, False), (2, False)]
-        assert outbox.standing("a").waiting == 2
-        assert outbox.attempt("a", 1)[0].read_result().sequence == 2
+        assert outbox.status("a").waiting == 2
+        assert outbox.next_batch("a", 1)[0].read_result().sequence == 2
 
 
 def test_a_new_destination_starts_with_the_next_result_and_a_removed_one_holds_nothing_back(outbox: Outbox) -> None:
@@ -63,28 +63,28 @@ def test_a_new_destination_starts_with_the_next_result_and_a_removed_one_holds_n
     assert outbox.register("late").waiting == 0
     outbox.append([body(1)])
     assert numbers(outbox, "late") == [(2, False)]
-    assert outbox.forget(["other"]) == ["late"]
-    assert outbox.forget(["other"]) == []
+    assert outbox.remove_destinations(["other"]) == ["late"]
+    assert outbox.remove_destinations(["other"]) == []
 
 
 def test_delivered_results_go_beyond_the_history_and_waiting_ones_only_at_the_bound(path: Path) -> None:
     with Outbox(path, OutboxConfig(history=100, max_results=1000)) as outbox:
         outbox.register("away")
         outbox.append([body(0)] * 900)
-        assert outbox.standing("away").waiting == 900
+        assert outbox.status("away").waiting == 900
         outbox.acknowledge("away", 600)
         outbox.append([body(0)] * 300)
-        assert len(outbox.newest(5000)) == 600  # 601..1200: all of the waiting ones, no more than the bound
+        assert len(outbox.latest(5000)) == 600  # 601..1200: all of the waiting ones, no more than the bound
         outbox.append([body(0)] * 600)
-        standing = outbox.standing("away")
-        assert (standing.lost, standing.waiting) == (200, 1000)
+        status = outbox.status("away")
+        assert (status.lost, status.waiting) == (200, 1000)
         assert numbers(outbox, "away", 1)[0][0] == 801  # the gap is seen by the receiver
         # Numbers are never used twice, even when all results are gone.
         outbox.acknowledge("away", 1800)
         assert outbox.append([body(0)] * 300)[0] == 1801
         outbox.acknowledge("away", 2100)
         outbox.append([body(0)] * 300)
-        assert len(outbox.newest(5000)) == 300  # 2101 and up wait
+        assert len(outbox.latest(5000)) == 300  # 2101 and up wait
 
 
 @settings(max_examples=50, deadline=None)
@@ -139,7 +139,7 @@ def test_what_was_reported_as_kept_survives_sigkill(path: Path) -> None:
     child.stdout.close()
     child.wait()
     with Outbox(path, OutboxConfig()) as outbox:
-        kept = {number for number, _ in outbox.newest(1_000_000)}
+        kept = {number for number, _ in outbox.latest(1_000_000)}
     assert set(reported) <= kept
     assert kept == set(range(1, len(kept) + 1))
 
@@ -165,7 +165,7 @@ def test_a_full_disk_takes_room_from_pictures_first_and_then_is_an_error_that_ke
                 kept = outbox.append([b"x" * 2000])[-1]
         assert len(given_away) == 3
         assert kept > 10
-        assert len(outbox.newest(1000)) == kept
+        assert len(outbox.latest(1000)) == kept
 
 
 def test_a_file_that_is_none_or_of_another_format_is_refused(path: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_writer_keeps_all_in_order_and_shows_them_only_then(outbox: Outbox) 
         for sequence in range(300):
             writer.accept(inspected(sequence))
     assert shown.sequences == list(range(300))
-    assert len(outbox.newest(1000)) == 300
+    assert len(outbox.latest(1000)) == 300
 
 
 def test_large_pictures_do_not_pile_up_before_the_disk(outbox: Outbox) -> None:
@@ -240,4 +240,4 @@ def test_an_error_behind_the_writer_reaches_the_inspection(outbox: Outbox) -> No
             writer.accept(inspected(sequence))
     with pytest.raises(StorageError, match="No space left"):
         writer.close()
-    assert len(outbox.newest(1000)) >= 4  # what was committed before it was shown stays
+    assert len(outbox.latest(1000)) >= 4  # what was committed before it was shown stays

@@ -22,13 +22,13 @@ def test_a_file_is_tried_once_it_has_not_changed_for_long_enough() -> None:
     files.observe("a.png", seen(100), 0.9)
     assert files.ready(1.8) == []
     assert files.ready(2.0) == ["a.png"]
-    files.finish("a.png", seen(100).identity)
+    files.mark_done("a.png", seen(100).identity)
     assert files.ready(9.0) == files.pending == []
 
 
 def test_the_kernels_word_needs_no_wait_but_a_look() -> None:
     files = arrivals()
-    files.hint("a.png", 0.0)
+    files.moved_in("a.png", 0.0)
     assert files.ready(0.0) == []
     files.observe("a.png", seen(), 0.0)
     assert files.ready(0.0) == ["a.png"]
@@ -44,7 +44,7 @@ def test_what_was_old_when_it_was_found_needs_no_wait_unless_it_changes() -> Non
 
 def test_a_file_that_cannot_be_decoded_is_tried_again_when_it_has_changed() -> None:
     files = arrivals()
-    files.hint("a.png", 0.0)
+    files.moved_in("a.png", 0.0)
     files.observe("a.png", seen(50), 0.0)
     files.failed("a.png", seen(50).identity, "cut short")
     assert files.ready(29.0) == []
@@ -83,7 +83,7 @@ def test_a_file_that_is_written_for_ever_is_given_up() -> None:
 def test_what_was_done_comes_again_only_if_it_is_written_anew() -> None:
     files = arrivals(**{"a.png": FileIdentity(100, 5)})
     files.observe("a.png", seen(), 0.0)
-    files.hint("a.png", 0.0)
+    files.moved_in("a.png", 0.0)
     files.observe("a.png", seen(), 0.0)
     assert files.pending == []
     files.observe("a.png", seen(mtime_ns=6), 1.0, is_old=True)
@@ -94,8 +94,8 @@ def test_files_come_in_the_order_in_which_they_were_completed() -> None:
     files = arrivals()
     for name in ("slow.png", "b.png", "c.png", "d.png"):
         files.observe(name, seen(), 0.0)
-    files.rumour("slow.png", 0.1)  # it was closed
-    files.hint("c.png", 0.2)
+    files.changed("slow.png", 0.1)  # it was closed
+    files.moved_in("c.png", 0.2)
     assert files.ready(0.2) == ["c.png"]
     assert files.ready(2.0) == ["b.png", "d.png", "slow.png", "c.png"]
 

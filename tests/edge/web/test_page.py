@@ -72,33 +72,35 @@ class TestBoard:
     """What is shown."""
 
     def test_memory_is_bounded_and_rejects_outlive_the_passes_after_them(self) -> None:
-        board = PartHistory(WebConfig(recent=3, rejects=2))
+        history = PartHistory(WebConfig(recent=3, rejects=2))
         for sequence, verdict in enumerate(["fail", "fail", "unknown", *["pass"] * 20]):
-            board.accept(part(sequence, verdict))
-        view = board.view()
+            history.accept(part(sequence, verdict))
+        view = history.view()
         assert [shown.part_id for shown in view.rejects] == ["part-0002", "part-0001"]
         assert [shown.part_id for shown in view.recent] == ["part-0022", "part-0021", "part-0020"]
         assert view.latest is not None
         assert view.latest.part_id == "part-0022"
-        kept = [key for key in range(30) if board.part(key) is not None]
+        kept = [key for key in range(30) if history.part(key) is not None]
         assert len(kept) == 5
-        assert board.picture(view.rejects[0].key, with_heat=True) is not None
-        assert board.picture(1, with_heat=True) is None  # the first reject, pushed out
+        assert history.picture(view.rejects[0].key, with_heat=True) is not None
+        assert history.picture(1, with_heat=True) is None  # the first reject, pushed out
 
     def test_counts_are_of_today_and_go_on_after_a_restart(self) -> None:
         yesterday = dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=1)
         past = [part(0, "fail", captured=yesterday).result, part(1, "fail").result, part(2).result]
-        board = PartHistory(WebConfig(), past)
-        board.accept(part(3, "unknown"))
-        today = board.view().today
+        history = PartHistory(WebConfig(), past)
+        history.accept(part(3, "unknown"))
+        today = history.view().today
         assert (today.passed, today.failed, today.unknown) == (1, 1, 1)
-        assert [verdict for _, verdict in board.view().scores] == ["fail", "fail", "pass", "unknown"]
-        assert board.view().scores[-1][0] is None
+        assert [verdict for _, verdict in history.view().scores] == ["fail", "fail", "pass", "unknown"]
+        assert history.view().scores[-1][0] is None
 
     def test_pictures_are_no_larger_than_asked_for(self) -> None:
-        board = PartHistory(WebConfig())
-        board.accept(part(0))
-        assert len(board.picture(1, with_heat=False, side=40) or b"") < len(board.picture(1, with_heat=False) or b"")
+        history = PartHistory(WebConfig())
+        history.accept(part(0))
+        assert len(history.picture(1, with_heat=False, side=40) or b"") < len(
+            history.picture(1, with_heat=False) or b""
+        )
 
 
 def drifting(condition: DriftCondition = DriftCondition.OK, **streams: DriftCondition) -> DriftStatus:
