@@ -225,7 +225,7 @@ def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bo
             check, f"{size}, judged unknown: {words}", "see to lamp, lens and view; docs/inspection.md has the reasons"
         )
     else:
-        ratio = "" if result.score is None else f", {result.score / result.threshold:.2f} x threshold"
+        ratio = "" if result.ratio is None else f", {result.ratio:.2f} x threshold"
         yield ok(check, f"{size}, judged {result.verdict}{ratio}, in {result.latency_ms:.0f} ms")
 
 

@@ -8,7 +8,6 @@ says so.
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -223,8 +222,7 @@ class DaemonControl:
         picture = inspected.image
         if inspected.anomaly_map is not None:
             picture = draw_overlay(picture, inspected.anomaly_map, result.threshold)
-        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
-        file = self._snapshots / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{worker.name}-{part}.png"
+        file = self._snapshots / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{worker.name}-{result.part_file_name}.png"
         with storage_errors(self._snapshots, "keep snapshots"):
             self._snapshots.mkdir(parents=True, exist_ok=True)
         write_image(file, picture)

@@ -23,7 +23,7 @@ from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, read_image
 from edgeflame.log import EventLog
-from edgeflame.state import storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_json
 
 VERDICT_OF = {"good": "pass", "bad": "fail"}
 
@@ -34,7 +34,7 @@ def check_golden_part(result: Result, part: str, expected: Expected) -> GoldenCh
         part=part,
         expected=VERDICT_OF[expected],
         verdict=result.verdict,
-        ratio=None if result.score is None else round(result.score / result.threshold, 4),
+        ratio=None if result.ratio is None else round(result.ratio, 4),
         reasons=result.reasons,
     )
 
@@ -245,11 +245,11 @@ class GoldenTester:
 
     def _read(self) -> GoldenStatus:
         file = self._file()
-        if file is None or not file.exists():
+        if file is None:
             return GoldenStatus()
         try:
-            return msgspec.json.decode(file.read_bytes(), type=GoldenStatus)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            return read_json(file, GoldenStatus, advice="it is not used") or GoldenStatus()
+        except StorageError as exc:
             log.warning("golden_state_unreadable", file=str(file), reason=str(exc), consequence="begins anew")
             return GoldenStatus()
 

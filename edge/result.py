@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,6 +131,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         if self.label is None or self.verdict == "unknown":
             return None
         return (self.verdict == "pass") == (self.label == "good")
+
+    @property
+    def ratio(self) -> float | None:
+        """Score over threshold: 1 is at the threshold; None without a score."""
+        return None if self.score is None else self.score / self.threshold
+
+    @property
+    def part_file_name(self) -> str:
+        """The part's id as a piece of a file's name, its last 60 characters at most."""
+        return re.sub(r"[^A-Za-z0-9_.]+", "_", self.part_id)[-60:]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -52,7 +52,7 @@ def encode_result(result: Result | None, *, layout: int) -> tuple[int, int, tupl
     """Verdict, ratio, and what layout 2 has at its end, of a part; None: of a part without a verdict."""
     if result is None:
         return 0, NO_SCORE, (0, 0, 0) if layout == 2 else ()
-    ratio = NO_SCORE if result.score is None else min(round(1000 * result.score / result.threshold), NO_SCORE - 1)
+    ratio = NO_SCORE if result.ratio is None else min(round(1000 * result.ratio), NO_SCORE - 1)
     flags = (
         (HAS_NUMBER if result.part_number is not None else 0)
         | (LATE if result.late else 0)

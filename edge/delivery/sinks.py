@@ -146,7 +146,7 @@ class ConsoleSink:
         result = inspected.result
         line = Text()
         line.append(f" {result.verdict:^7} ", style=f"reverse {_COLOURS[result.verdict]}")
-        ratio = "    –   " if result.score is None else f"{result.score / result.threshold:6.2f} ×"
+        ratio = "    –   " if result.ratio is None else f"{result.ratio:6.2f} ×"
         line.append(f" {ratio}  {result.latency_ms:6.1f} ms  {result.part_id}")
         if result.label is not None:
             wrong = result.is_right is False
@@ -309,9 +309,8 @@ class RejectsSink:
         picture = shrink(inspected.image, MAX_SIDE)
         if inspected.anomaly_map is not None:
             picture = draw_overlay(picture, inspected.anomaly_map, result.threshold, ignored=inspected.ignored)
-        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
         taken = result.captured.astimezone(dt.timezone.utc)
-        name = f"{self._next_number:010d}-{taken:%Y%m%dT%H%M%S%f}Z-{part}-{result.verdict}.png"
+        name = f"{self._next_number:010d}-{taken:%Y%m%dT%H%M%S%f}Z-{result.part_file_name}-{result.verdict}.png"
         path = self._folder / name
         write_image(path, picture)
         self._next_number += 1

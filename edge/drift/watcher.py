@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import final
 
 import cv2
-import msgspec
 import numpy as np
 
 from edge.config.inspection import DriftConfig
@@ -28,7 +27,7 @@ from edgeflame.drift_reference import PART_STREAMS, AlignmentTemplate, DriftRefe
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
 from edgeflame.package import Package
-from edgeflame.state import storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_json
 
 log = EventLog("drift")
 
@@ -221,14 +220,14 @@ class DriftWatcher:
 
     def _read(self, model: str) -> SavedMonitor | None:
         file = self._file(model)
-        if file is None or not file.exists():
+        if file is None:
             return None
         try:
-            saved = msgspec.json.decode(file.read_bytes(), type=SavedMonitor)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError, StorageError) as exc:
+            saved = read_json(file, SavedMonitor, advice="it is not used")
+        except StorageError as exc:
             log.warning("drift_state_unreadable", file=str(file), reason=str(exc), consequence="begins anew")
             return None
-        return saved if saved.format == SavedMonitor().format else None
+        return saved if saved is not None and saved.format == SavedMonitor().format else None
 
     def _save(self) -> None:
         """Under the lock."""

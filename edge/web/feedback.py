@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -58,8 +57,7 @@ class FeedbackStore:
         result, image = inspected.result, inspected.image
         if image is None:
             raise DataError(f"part {result.part_id} has no picture to keep")
-        part = re.sub(r"[^A-Za-z0-9_.]+", "_", result.part_id)[-60:]
-        name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{part}.png"
+        name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{result.part_file_name}.png"
         other = self._folder / ("bad" if was == "good" else "good") / name
         mark = FeedbackMark(
             was=was,

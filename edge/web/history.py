@@ -229,7 +229,7 @@ def _today() -> str:
 
 
 def _ratio(result: Result) -> float | None:
-    return None if result.score is None else round(result.score / result.threshold, 4)
+    return None if result.ratio is None else round(result.ratio, 4)
 
 
 def _jpeg(image: ImageU8) -> bytes:

@@ -97,8 +97,8 @@ class LineMetrics:
         for reason in result.reasons:
             self._reasons.labels(result.camera, reason).inc()
         self._latency.labels(result.camera).observe(result.latency_ms / 1000)
-        if result.score is not None:
-            self._ratio.labels(result.camera).observe(result.score / result.threshold)
+        if result.ratio is not None:
+            self._ratio.labels(result.camera).observe(result.ratio)
         self._last.labels(result.camera).set(result.captured.timestamp())
 
     def close(self) -> None:
