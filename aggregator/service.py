@@ -245,7 +245,7 @@ class _AggregatorService:
                     self._on_message(event, now)
                 except FederationError as exc:
                     log.warning("message_refused", topic=event.topic, reason=str(exc))
-                event.done()
+                event.acknowledge()
 
     def _on_message(self, event: ReceivedMessage, now: float) -> None:
         match self._topics.parse(event.topic):
@@ -384,11 +384,11 @@ class _AggregatorService:
     def _send_chunks(self) -> None:
         if self._is_up:
             self._run.publisher.send_pending(
-                lambda sha256, index, data: self._publish(self._topics.chunk(sha256, index), data)
+                lambda sha256, index, data: self._publish(self._topics.training_chunk(sha256, index), data)
             )
 
     def _send(self, site: str, message: DownMessage) -> None:
-        self._publish(self._topics.down(site), encode_message(message))
+        self._publish(self._topics.site_down(site), encode_message(message))
 
     def _publish_tag(self, name: str, value: bytes) -> None:
         self._publish(self._topics.status(name), value, retain=True)

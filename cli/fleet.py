@@ -280,7 +280,7 @@ def _sync_broker(
 
     url = fleet.admin_kit().broker_url(broker)
     with BrokerControl(url, fleet=fleet.registry.fleet, connect_timeout_s=connect_timeout) as control:
-        told = goodbye is not None and control.say_goodbye(*goodbye)
+        told = goodbye is not None and control.notify_revoked(*goodbye)
         control.sync(fleet.registry.clients())
     return told
 
@@ -476,7 +476,7 @@ def _table(view: FleetView) -> RenderableType:
             Text(site.name, style="bold"),
             Text(link, style="green" if link == "online" else "red" if link == "offline" else "yellow"),
             Text("yes" if site.name in asked else ""),
-            Text(site.doing if link != "offline" else "", style="" if site.activity != "wait" else "dim"),
+            Text(site.activity_text if link != "offline" else "", style="" if site.activity != "wait" else "dim"),
             Text(f"{site.step}/{site.num_steps}" if site.num_steps else ""),
             Text(rate),
             Text(site.error, style="red"),

@@ -81,7 +81,7 @@ def publish(
     terms = publisher.ReleaseTerms(
         lines=names,
         shadow_parts=shadow_parts,
-        again=again,
+        force=again,
         until=until,
         timeout_s=timeout,
         stay=stay,

@@ -98,7 +98,7 @@ def acl_rules(client: BrokerClient, fleet: str) -> tuple[AclRule, ...]:
 
 
 def readable_topic(client: BrokerClient, fleet: str) -> str:
-    """A topic, or filter, that an identity may subscribe to."""
+    """A topic or filter that an identity may subscribe to, for testing a connection."""
     return next(grant.topic for grant in acl_rules(client, fleet) if grant.acltype == "subscribePattern")
 
 
@@ -325,22 +325,24 @@ class BrokerControl:
         self._session.close()
 
     def sync(self, clients: Sequence[BrokerClient]) -> int:
-        """Make the broker know these clients; how many commands that took.
+        """Give the broker exactly these clients; returns how many commands that took.
 
         Raises:
             FederationError: the broker refused one.
         """
-        known = self._ask([{"command": "listClients", "verbose": True, "count": -1, "offset": 0}])[0]["data"]["clients"]
-        roles = self._ask([{"command": "listRoles", "verbose": True, "count": -1, "offset": 0}])[0]["data"]["roles"]
+        known = self._request([{"command": "listClients", "verbose": True, "count": -1, "offset": 0}])[0]["data"][
+            "clients"
+        ]
+        roles = self._request([{"command": "listRoles", "verbose": True, "count": -1, "offset": 0}])[0]["data"]["roles"]
         todo = sync_commands(clients, self._topics.fleet, clients=known, roles=roles)
         if todo:
-            self._ask(todo)
+            self._request(todo)
         return len(todo)
 
-    def say_goodbye(self, site: str, reason: str) -> bool:
-        """Tell a connected site that it is revoked, and why; whether there was one to tell.
+    def notify_revoked(self, site: str, reason: str) -> bool:
+        """Tell a connected site that it is revoked, and why; returns whether the site was online.
 
-        It also takes the site's place in saying that it is gone: its own last will has no rights any more.
+        It also publishes the site's presence as offline, because its own last will has no rights any more.
         """
         for message in self._session.retained():
             self._note_presence(message)
@@ -351,13 +353,14 @@ class BrokerControl:
             return False
         detail = f"this site was revoked by the fleet's administrator: {reason or 'no reason was given'}"[:500]
         self._session.publish(
-            self._topics.down(site), encode_message(TurnedAway(boot=presence.boot, reason="revoked", detail=detail))
+            self._topics.site_down(site),
+            encode_message(TurnedAway(boot=presence.boot, reason="revoked", detail=detail)),
         )
         gone = Presence(boot=presence.boot, online=False)
         self._session.publish(self._topics.site_presence(site), encode_message(gone), retain=True)
         return True
 
-    def _ask(self, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _request(self, commands: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Send commands in one message; the broker's responses, in the order of the commands."""
         mark = uuid.uuid4().hex
         marked = [{**command, "correlationData": f"{mark}-{number}"} for number, command in enumerate(commands)]

@@ -95,7 +95,7 @@ class FleetFolder:
             StorageError: something cannot be written.
         """
         check_new_name(self.registry, name, role=role, reinstate=reinstate)
-        return self._give(name, role=role, days=days, out=out)
+        return self._issue_kit(name, role=role, days=days, out=out)
 
     def renew(self, name: str, *, days: int, out: Path | None, revoke_old: bool) -> Path:
         """Give a member a new certificate and key; returns its kit, or the folder of the broker's files.
@@ -110,11 +110,11 @@ class FleetFolder:
         if entry.revoked_at is not None:
             raise UsageError(f"{name} was revoked; `edgeflame fleet enrol FOLDER {name} --reinstate` takes it in again")
         if entry.role == BROKER:
-            made = self._give_broker(days=days)
+            made = self._issue_broker_certificate(days=days)
         else:
-            made = self._give(name, role=entry.role, days=days, out=out)
+            made = self._issue_kit(name, role=entry.role, days=days, out=out)
         if revoke_old:
-            self._keep(with_older_revoked(self.registry, name=name, now=_now()))
+            self._save_registry(with_older_revoked(self.registry, name=name, now=_now()))
             self._write_revocations()
         return made
 
@@ -125,24 +125,24 @@ class FleetFolder:
             UsageError: nobody has the name.
             StorageError: something cannot be written.
         """
-        self._keep(with_revoked(self.registry, name=name, reason=reason, now=_now()))
+        self._save_registry(with_revoked(self.registry, name=name, reason=reason, now=_now()))
         self._write_revocations()
 
-    def give_its_own(self) -> None:
+    def issue_own_certificates(self) -> None:
         """Certificates for the broker, the aggregator and the administrator."""
-        self._give_broker(days=DEFAULT_DAYS)
-        self._give(AGGREGATOR, role="aggregator", days=DEFAULT_DAYS, out=None)
-        self._give(ADMIN, role="admin", days=DEFAULT_DAYS, out=None)
+        self._issue_broker_certificate(days=DEFAULT_DAYS)
+        self._issue_kit(AGGREGATOR, role="aggregator", days=DEFAULT_DAYS, out=None)
+        self._issue_kit(ADMIN, role="admin", days=DEFAULT_DAYS, out=None)
 
     def write_access(self) -> None:
         """Write the rights into the file a broker starts with; for one that is not running."""
         registry = self.registry
         data = broker_control.dynamic_security(registry.clients(), registry.fleet)
-        self._write_for_broker(broker_control.DYNAMIC_SECURITY, data, SECRET_MODE)
+        self._write_broker_file(broker_control.DYNAMIC_SECURITY, data, SECRET_MODE)
 
-    def _give(self, name: str, *, role: FleetRole, days: int, out: Path | None) -> Path:
+    def _issue_kit(self, name: str, *, role: FleetRole, days: int, out: Path | None) -> Path:
         registry = self.registry
-        issued = self._issue(name, role, days)
+        issued = self._issue_certificate(name, role, days)
         kit = Kit(
             fleet=registry.fleet,
             name=name,
@@ -156,18 +156,18 @@ class FleetFolder:
         path = out or self.kit_path(name)
         with storage_errors(path, "create the folder of"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._keep(with_enrolled(registry, name=name, role=role, issued=issued))
+        self._save_registry(with_enrolled(registry, name=name, role=role, issued=issued))
         atomic_write(path, encode_kit(kit), mode=SECRET_MODE)
         return path
 
-    def _give_broker(self, *, days: int) -> Path:
-        issued = self._issue(BROKER, BROKER, days, hosts=self.registry.hosts)
-        self._keep(with_enrolled(self.registry, name=BROKER, role=BROKER, issued=issued))
-        self._write_for_broker(broker_control.SERVER_KEY, issued.key, SECRET_MODE)
-        self._write_for_broker(broker_control.SERVER_CERT, issued.cert, PUBLIC_MODE)
+    def _issue_broker_certificate(self, *, days: int) -> Path:
+        issued = self._issue_certificate(BROKER, BROKER, days, hosts=self.registry.hosts)
+        self._save_registry(with_enrolled(self.registry, name=BROKER, role=BROKER, issued=issued))
+        self._write_broker_file(broker_control.SERVER_KEY, issued.key, SECRET_MODE)
+        self._write_broker_file(broker_control.SERVER_CERT, issued.cert, PUBLIC_MODE)
         return self.broker_files
 
-    def _issue(self, name: str, role: FleetRole, days: int, hosts: Sequence[str] = ()) -> IssuedCertificate:
+    def _issue_certificate(self, name: str, role: FleetRole, days: int, hosts: Sequence[str] = ()) -> IssuedCertificate:
         now = _now()
         until = now + timedelta(days=days)
         fleet = self.registry.fleet
@@ -180,15 +180,15 @@ class FleetFolder:
         with storage_errors(folder, "read the fleet's authority in"):
             return read_authority((folder / "ca.crt").read_bytes(), (folder / "ca.key").read_bytes())
 
-    def _keep(self, registry: Registry) -> None:
+    def _save_registry(self, registry: Registry) -> None:
         write_json(self.path / REGISTRY_FILE, registry, indent=2, mode=SECRET_MODE)
         self.registry = registry
 
     def _write_revocations(self) -> None:
         listed = make_revocation_list(self._authority(), self.registry.revocations(), now=_now())
-        self._write_for_broker(broker_control.REVOCATION_LIST, listed, PUBLIC_MODE)
+        self._write_broker_file(broker_control.REVOCATION_LIST, listed, PUBLIC_MODE)
 
-    def _write_for_broker(self, name: str, data: bytes, mode: int) -> None:
+    def _write_broker_file(self, name: str, data: bytes, mode: int) -> None:
         """A file of the broker's; it goes to whoever the folder was given to, or the broker could not read it."""
         path = self.broker_files / name
         atomic_write(path, data, mode=mode)
@@ -277,7 +277,7 @@ def make_fleet(
         atomic_write(
             files / broker_control.REVOCATION_LIST, make_revocation_list(authority, (), now=now), mode=PUBLIC_MODE
         )
-        made.give_its_own()
+        made.issue_own_certificates()
         made.write_access()
         return made
 

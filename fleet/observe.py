@@ -37,7 +37,7 @@ from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import MessageTopic, Topics
 
 SILENT_S = 5.0
-"""Sites speak every second; one that has not been heard for so long deserves a look."""
+"""Sites send a heartbeat every second; one without any for so long is shown as silent."""
 _SMOOTHING = 0.5
 """Weight of the newest interval in a rate."""
 _ACTIVITY_TEXTS = {
@@ -62,7 +62,7 @@ class SiteView:
 
     name: str
     is_online: bool = False
-    heard_at: float | None = None
+    last_seen_at: float | None = None
     activity: str = ""
     round: int = 0
     step: int = 0
@@ -71,28 +71,28 @@ class SiteView:
     bytes_per_s: float | None = None
     """While something is sent or fetched."""
     paused: str | None = None
-    """Why it is at rest; None: it is not."""
+    """Why it is paused; None if it is not."""
     error: str = ""
-    """The last; it stays until another."""
+    """The last error; it stays until another comes."""
     upload_chunk_bytes: int = field(default=0, repr=False)
 
     def link(self, now: float) -> str:
         """``online``, ``offline``, or how long it has been silent."""
         if not self.is_online:
             return "offline"
-        silent_s = 0.0 if self.heard_at is None else now - self.heard_at
+        silent_s = 0.0 if self.last_seen_at is None else now - self.last_seen_at
         return "online" if silent_s < SILENT_S else f"silent {silent_s:.0f} s"
 
     @property
-    def doing(self) -> str:
-        """In words."""
+    def activity_text(self) -> str:
+        """What the site does, for people."""
         if self.paused is not None:
             return f"is paused: {self.paused}" if self.paused else "is paused"
         return _ACTIVITY_TEXTS.get(self.activity, self.activity)
 
 
 class FleetView:
-    """What is known; give it messages with :meth:`take`.
+    """The state of a fleet's run and sites, as its messages tell it; give it those with :meth:`handle_message`.
 
     Args:
         topics: the fleet's.
@@ -102,7 +102,7 @@ class FleetView:
         self._topics = topics
         self.state: RoundState | None = None
         self.aggregator_online: bool | None = None
-        """None: never heard of one."""
+        """None until one has announced itself."""
         self.sites: dict[str, SiteView] = {}
         self.num_unreadable = 0
 
@@ -117,13 +117,13 @@ class FleetView:
             f"{base}/site/+/down/message",
         )
 
-    def take(self, topic: str, payload: bytes, now: float) -> None:
-        """A message came."""
+    def handle_message(self, topic: str, payload: bytes, now: float) -> None:
+        """Take a message into account; one that cannot be read is counted in ``num_unreadable``."""
         spoken = self._topics.parse(topic)
         if not isinstance(spoken, MessageTopic) or not payload:
             return
         try:
-            self._take(spoken, payload, now)
+            self._apply(spoken, payload, now)
         except FederationError:
             self.num_unreadable += 1
 
@@ -152,7 +152,7 @@ class FleetView:
                     "num_steps": site.num_steps,
                     "steps_per_s": round(site.steps_per_s, 3),
                     "bytes_per_s": None if site.bytes_per_s is None else round(site.bytes_per_s),
-                    "silent_s": None if site.heard_at is None else round(now - site.heard_at, 1),
+                    "silent_s": None if site.last_seen_at is None else round(now - site.last_seen_at, 1),
                     "error": site.error or None,
                 }
                 for _, site in sorted(self.sites.items())
@@ -171,7 +171,7 @@ class FleetView:
             return "the aggregator is offline in the middle of a run; start it again with the same --state"
         return None
 
-    def _take(self, spoken: MessageTopic, payload: bytes, now: float) -> None:
+    def _apply(self, spoken: MessageTopic, payload: bytes, now: float) -> None:
         match spoken:
             case MessageTopic(kind="round"):
                 self.state = decode_round(payload)
@@ -181,11 +181,11 @@ class FleetView:
                 self._site(name).is_online = decode_presence(payload).online
             case MessageTopic(kind="up", site=str(name)):
                 site = self._site(name)
-                site.is_online, before = True, site.heard_at
-                site.heard_at = now
+                site.is_online, before = True, site.last_seen_at
+                site.last_seen_at = now
                 match decode_up(payload):
                     case Heartbeat() as beat:
-                        self._beat(site, beat, 0.0 if before is None else now - before)
+                        self._apply_heartbeat(site, beat, 0.0 if before is None else now - before)
                     case Offer() as offer:
                         site.upload_chunk_bytes = offer.manifest.chunk_bytes
                     case TaskFailed() as failed:
@@ -209,7 +209,7 @@ class FleetView:
     def _site(self, name: str) -> SiteView:
         return self.sites.setdefault(name, SiteView(name=name))
 
-    def _beat(self, site: SiteView, beat: Heartbeat, elapsed_s: float) -> None:
+    def _apply_heartbeat(self, site: SiteView, beat: Heartbeat, elapsed_s: float) -> None:
         same = (site.activity, site.round, site.num_steps) == (beat.activity, beat.round, beat.num_steps)
         if not same or beat.step < site.step:
             site.steps_per_s = 0.0
@@ -234,7 +234,7 @@ def listen(session: Session, view: FleetView, seconds: float) -> None:
         LinkError: the broker refuses us.
     """
     for message in session.messages(seconds):
-        view.take(message.topic, message.payload, time.monotonic())
+        view.handle_message(message.topic, message.payload, time.monotonic())
 
 
 WaitUntil = Literal["checked", "running"]
@@ -269,7 +269,7 @@ class _LinePresence(msgspec.Struct):
 
 
 class FleetModels:
-    """Releases and lines; give it messages with :meth:`take`.
+    """Releases and lines of a fleet, as its messages tell it; give it those with :meth:`handle_message`.
 
     Args:
         topics: the fleet's.
@@ -291,8 +291,8 @@ class FleetModels:
             f"{self._topics.base}/line/+/state",
         )
 
-    def take(self, topic: str, payload: bytes) -> None:
-        """A message came."""
+    def handle_message(self, topic: str, payload: bytes) -> None:
+        """Take a message into account; one that cannot be read is counted in ``num_unreadable``."""
         if not payload:
             return
         match topic.removeprefix(f"{self._topics.base}/").split("/"):
@@ -314,11 +314,11 @@ class FleetModels:
             self.num_unreadable += 1
 
     def lines_of(self, product: str) -> tuple[str, ...]:
-        """Who runs a product."""
+        """The lines that run a product."""
         return tuple(sorted(line for line, models in self.lines.items() if models.of(product) is not None))
 
-    def standing(self, line: str, release: Release, until: WaitUntil) -> ReleaseProgress:
-        """How far a line is."""
+    def progress(self, line: str, release: Release, until: WaitUntil) -> ReleaseProgress:
+        """How far a line is with a release."""
         models = self.lines.get(line)
         if models is None:
             return ReleaseProgress(line=line, word="not_heard_of")
@@ -381,5 +381,5 @@ def _progress_of(line: str, entry: ProductModels, release: str, until: WaitUntil
 
 
 def unfinished_lines(standings: Sequence[ReleaseProgress]) -> tuple[str, ...]:
-    """Who is still waited for."""
+    """The lines that are still waited for."""
     return tuple(one.line for one in standings if not one.is_over)

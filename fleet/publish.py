@@ -34,7 +34,7 @@ ANSWER_S = 10.0
 
 
 def read_fleet_models(url: BrokerUrl, topics: Topics, *, connect_timeout_s: float | None) -> FleetModels:
-    """What is retained.
+    """What is retained about releases and lines.
 
     Raises:
         LinkError: the broker refuses us, or was not reached in time.
@@ -44,7 +44,7 @@ def read_fleet_models(url: BrokerUrl, topics: Topics, *, connect_timeout_s: floa
 
 
 def withdraw_release(url: BrokerUrl, topics: Topics, product: str, *, connect_timeout_s: float | None) -> Release:
-    """Take a product's release back; what it was.
+    """Withdraw a product's release; returns what was released.
 
     Raises:
         NegativeAnswerError: there is none, or it was withdrawn before.
@@ -70,7 +70,7 @@ def _models_session(
     models = FleetModels(topics)
     with Session(url, name="models", filters=models.filters(), connect_timeout_s=connect_timeout_s) as session:
         for message in session.retained():
-            models.take(message.topic, message.payload)
+            models.handle_message(message.topic, message.payload)
         yield session, models
 
 
@@ -80,20 +80,20 @@ TICK_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseTerms:
-    """How a package is to be taken.
+    """On what terms a package is published.
 
     Attributes:
-        lines: who is to take it; empty: every line that runs its product.
+        lines: the lines that are to take it; empty for every line that runs its product.
         shadow_parts: at least so many parts beside the present model.
-        again: a new release, also of a package that lines have refused or rolled back.
+        force: a new release, also of a package that lines have refused or rolled back.
         until: what is waited for.
-        timeout_s: without any line's progress for so long it is given up; None: never.
+        timeout_s: give up after so long without progress on any line; None for never.
         stay: serve lines that come later, until interrupted.
     """
 
     lines: tuple[str, ...] = ()
     shadow_parts: int = 0
-    again: bool = False
+    force: bool = False
     until: WaitUntil = "checked"
     timeout_s: float | None = None
     stay: bool = False
@@ -145,7 +145,7 @@ def publish_package(
     connect_timeout_s: float | None,
     report: Callable[[list[ReleaseProgress]], None],
 ) -> list[ReleaseProgress]:
-    """Publish a package; how every line stands at the end.
+    """Publish a package; returns the progress of every line at the end.
 
     Args:
         path: the package.
@@ -154,7 +154,7 @@ def publish_package(
         broker: where.
         topics: of which fleet.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
-        report: told how the lines stand, whenever that has changed.
+        report: called with the progress of all lines whenever it changes.
 
     Raises:
         NegativeAnswerError: no line to take it is known; or another release took its place.
@@ -238,7 +238,7 @@ class _Publisher:
                 "whoever comes with --stay"
             )
         before = self._view.releases.get(self._release.product)
-        if before is not None and not self._terms.again and _is_same(before, self._release):
+        if before is not None and not self._terms.force and _is_same(before, self._release):
             self._release = msgspec.structs.replace(
                 self._release, release=before.release, published=before.published, name=before.name
             )
@@ -276,7 +276,7 @@ class _Publisher:
         """How the lines stand; reports it when it has changed."""
         if self._terms.stay:
             self._expected = tuple(sorted({*self._expected, *self._view.lines_of(self._release.product)}))
-        progress = [self._view.standing(line, self._release, self._terms.until) for line in self._expected]
+        progress = [self._view.progress(line, self._release, self._terms.until) for line in self._expected]
         if progress != self._last_progress:
             self._last_progress = progress
             self._progress_at = time.monotonic()
@@ -293,7 +293,7 @@ class _Publisher:
                 ):
                     self._handle_release(decode_release(message.payload, self._release.product))
                 case _:
-                    self._view.take(message.topic, message.payload)
+                    self._view.handle_message(message.topic, message.payload)
         except FederationError as exc:
             log.warning("message_refused", topic=message.topic, reason=str(exc))
 

@@ -93,7 +93,7 @@ class LoadSite:
         self._link = MqttClient(
             url,
             client_id=f"load-{name}",
-            filters=[topics.round, topics.down(name)],
+            filters=[topics.round, topics.site_down(name)],
             sink=lambda event: inbox.put((self, event)),
         )
 
@@ -115,7 +115,7 @@ class LoadSite:
                         self._begin(now)
                     case MessageTopic(kind="down"):
                         self._on_down(decode_down(event.payload), now)
-                event.done()
+                event.acknowledge()
                 if self._upload is not None:
                     self._upload.pump()
 
@@ -164,7 +164,7 @@ class LoadSite:
         base = state.base
         if base is not None and base.sha256 not in self._models:
             if self._download is None or self._download.manifest.sha256 != base.sha256:
-                self._link.subscribe(self._topics.chunks(base.sha256))
+                self._link.subscribe(self._topics.training_chunks(base.sha256))
                 self._download = Receiver(base, have=np.zeros(base.num_chunks, dtype=np.bool_), now=now)
                 self._send(self._download.need(resend=True, now=now))
         elif state.phase == "initialise":
@@ -183,7 +183,7 @@ class LoadSite:
         if receiver.ack_due(now):
             self._send(receiver.need(resend=False, now=now))
         if receiver.is_complete:
-            self._link.unsubscribe(self._topics.chunks(receiver.manifest.sha256))
+            self._link.unsubscribe(self._topics.training_chunks(receiver.manifest.sha256))
             self._models.add(receiver.manifest.sha256)
             self._download = None
             self._begin(now)
@@ -210,7 +210,7 @@ class LoadSite:
             self._upload = None
 
     def _send(self, message: UpMessage) -> None:
-        self._link.publish(self._topics.up(self.name), encode_message(message))
+        self._link.publish(self._topics.site_up(self.name), encode_message(message))
 
 
 def run_sites(url: BrokerUrl, fleet: str, initial: Path, updates: list[Path], *, timeout_s: float) -> dict[str, float]:

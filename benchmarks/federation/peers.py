@@ -106,11 +106,13 @@ def uploader(control: Control, url: str, path: Path) -> None:
     inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
     manifest = describe_file(path)
     offer = Offer(run=RUN, purpose="update", round=1, manifest=manifest, num_samples=1)
-    with MqttClient(parse_broker_url(url), client_id="bench-site", filters=[TOPICS.down(SITE)], sink=inbox.put) as link:
+    with MqttClient(
+        parse_broker_url(url), client_id="bench-site", filters=[TOPICS.site_down(SITE)], sink=inbox.put
+    ) as link:
         upload = Upload(
             Outgoing(path, manifest),
             offer,
-            send=lambda message: link.publish(TOPICS.up(SITE), encode_message(message)),
+            send=lambda message: link.publish(TOPICS.site_up(SITE), encode_message(message)),
             publish=lambda index, data: link.publish(TOPICS.up_chunk(SITE, manifest.sha256, index), data),
         )
         cpu = _ready(control, inbox)
@@ -125,7 +127,7 @@ def uploader(control: Control, url: str, path: Path) -> None:
                 is_done = isinstance(message, Receipt)
                 if isinstance(message, BlobNeed):
                     upload.need(message, now=now)
-                event.done()
+                event.acknowledge()
             upload.tick(now)
             upload.pump()
         control.send(Times(started, time.monotonic(), time.process_time() - cpu))
@@ -142,7 +144,7 @@ def intake(control: Control, url: str, _size_bytes: int) -> None:
         ) as link,
     ):
         taking = UploadReceiver(
-            BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.down(site), encode_message(message))
+            BlobStore(Path(folder)), lambda site, message: link.publish(TOPICS.site_down(site), encode_message(message))
         )
         cpu = _ready(control, inbox)
         arrived = None
@@ -158,10 +160,10 @@ def intake(control: Control, url: str, _size_bytes: int) -> None:
                     message = decode_up(event.payload)
                     if isinstance(message, Offer):
                         arrived = taking.start(SITE, message, now=now)
-            event.done()
+            event.acknowledge()
         assert arrived.intact
         sha256 = arrived.offer.manifest.sha256
-        link.publish(TOPICS.down(SITE), encode_message(Receipt(run=RUN, purpose="update", round=1, sha256=sha256)))
+        link.publish(TOPICS.site_down(SITE), encode_message(Receipt(run=RUN, purpose="update", round=1, sha256=sha256)))
         control.send(Times(0.0, time.monotonic(), time.process_time() - cpu))
         control.recv()
 
@@ -183,8 +185,8 @@ def distributor(control: Control, url: str, path: Path) -> None:
                 if isinstance(need, BlobNeed):
                     missing = unpack_mask(need.missing, manifest.num_chunks)
                     outgoing.sender.need(site, missing, resend=need.resend, now=time.monotonic(), window=need.window)
-                event.done()
-            outgoing.pump(lambda index, data: link.publish(TOPICS.chunk(manifest.sha256, index), data))
+                event.acknowledge()
+            outgoing.pump(lambda index, data: link.publish(TOPICS.training_chunk(manifest.sha256, index), data))
         control.send(Times(0.0, time.monotonic(), time.process_time() - cpu))
 
 
@@ -194,13 +196,16 @@ def downloader(control: Control, url: str, manifest: BlobManifest, site: str) ->
     with (
         tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
         MqttClient(
-            parse_broker_url(url), client_id=f"bench-{site}", filters=[TOPICS.chunks(manifest.sha256)], sink=inbox.put
+            parse_broker_url(url),
+            client_id=f"bench-{site}",
+            filters=[TOPICS.training_chunks(manifest.sha256)],
+            sink=inbox.put,
         ) as link,
     ):
         store = BlobStore(Path(folder))
 
         def send(message: object) -> None:
-            link.publish(TOPICS.up(site), encode_message(message))
+            link.publish(TOPICS.site_up(site), encode_message(message))
 
         cpu = _ready(control, inbox)
         started = time.monotonic()
@@ -213,7 +218,7 @@ def downloader(control: Control, url: str, manifest: BlobManifest, site: str) ->
                 address = TOPICS.parse(event.topic)
                 assert isinstance(address, ChunkTopic)
                 download.chunk(address.index, event.payload, now=now)
-                event.done()
+                event.acknowledge()
             download.tick(now)
         control.send(Times(started, time.monotonic(), time.process_time() - cpu))
         control.recv()

@@ -271,6 +271,6 @@ class _Availability:
                 # By the time it is connected again, the broker has said "offline" for us.
                 self._link.publish(self._topic, b"online", retain=True)
             case ReceivedMessage():
-                event.done()
+                event.acknowledge()
             case _:
                 pass

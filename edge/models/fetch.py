@@ -212,7 +212,7 @@ class ReleaseFetcher:
                 except FederationError as exc:
                     log.warning("message_refused", topic=event.topic[:200], reason=str(exc))
                 finally:
-                    event.done()
+                    event.acknowledge()
             case _:
                 pass
 

@@ -170,7 +170,7 @@ class MqttTrigger:
         match event:
             case ReceivedMessage():
                 self._on_message(event)
-                event.done()
+                event.acknowledge()
             case Connected():
                 log.info("trigger_listening", source=self.name)
                 self._problem = None

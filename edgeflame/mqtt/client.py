@@ -6,8 +6,8 @@ user's to send again: a session holds nothing over (clean start), because broker
 an absent client. Messages handed to ``publish`` are sent at least once (QoS 1), in order, over reconnections too.
 
 Flow control, both ways: at most the broker's Receive Maximum of our messages are unacknowledged; and a received
-message is acknowledged only when its user has called ``ReceivedMessage.done``, so that a slow user holds the broker
-back instead of filling memory.
+message is acknowledged to the broker only when its user has called ``ReceivedMessage.acknowledge``, so that a slow
+user holds the broker back instead of filling memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MqttClient:
         url: the broker.
         client_id: unique among the broker's clients.
         filters: topics to subscribe to, before ``Connected`` is reported.
-        sink: gets every event, on the link's thread; must not block.
+        sink: gets every event, on the client's thread; must not block.
         will: see :class:`LastWill`.
         connect_timeout_s: give up (:class:`ConnectionFailed`) when no connection came about for so long after the
             start. None: never.
@@ -137,7 +137,7 @@ class MqttClient:
             self._shared.wake_read.close()
             self._shared.wake_write.close()
 
-    # The rest runs on the link's thread.
+    # The rest runs on the client's thread.
 
     def _run(self) -> None:
         started = time.monotonic()

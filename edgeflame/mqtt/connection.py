@@ -31,7 +31,7 @@ from edgeflame.mqtt.url import BrokerUrl, explain_tls_error
 
 @dataclass(frozen=True, kw_only=True)
 class LastWill:
-    """What the broker publishes, retained, when we vanish."""
+    """A message that the broker publishes for us, retained, when the connection breaks."""
 
     topic: str
     payload: bytes
@@ -46,27 +46,27 @@ class Connected:
 
 @dataclass(frozen=True, kw_only=True)
 class Disconnected:
-    """The connection broke; the link is already trying again."""
+    """The connection broke; the client is already trying again."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionFailed:
-    """The link gave up; no further event comes."""
+    """The client gave up; no further event comes."""
 
     error: LinkError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedMessage:
-    """A message. Call ``done`` when it is dealt with, in the order of arrival."""
+    """A message. Call ``acknowledge`` when it is dealt with, in the order of arrival."""
 
     topic: str
     payload: bytes
     retained: bool = False
-    """The broker had kept it; when it was said, is not known."""
-    done: Callable[[], None] = field(repr=False)
+    """Whether the broker had kept it; when it was published is then not known."""
+    acknowledge: Callable[[], None] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ HANDSHAKE_TIMEOUT_S = 10.0
 MAX_IN_FLIGHT = 64
 """Messages unacknowledged by us, or by the broker, at most: 16 MiB of chunks."""
 MAX_UNPROCESSED = 32
-"""Received messages that are acknowledged before our user is done with them. They are gone with this process either
-way (a session holds nothing over), so an acknowledgement says only that there is room: 8 MiB of chunks keep the
-broker sending while the user's thread is busy or waits for a processor."""
+"""Received messages that are acknowledged to the broker before the user has. A message that the user has not finished
+with is lost when the process ends, acknowledged or not (the session holds nothing over), so an acknowledgement says
+only that there is room: 8 MiB of chunks keep the broker sending while the user's thread is busy."""
 MAX_PACKET_BYTES = max(MAX_MESSAGE_BYTES, MAX_CHUNK_BYTES) + 4096
 """What we accept: the largest payload and room for its topic."""
 WILL_DELAY_S = 2
@@ -143,7 +143,7 @@ class SubscribeCommand:
 
 @dataclass(kw_only=True)
 class ClientState:
-    """What a link and its connections share; whatever is changed by both sides is safe to."""
+    """What a client and its connections share. Fields that both threads change are of types that allow it."""
 
     url: BrokerUrl
     client_id: str
@@ -153,9 +153,9 @@ class ClientState:
     filters: dict[str, None]
     """Subscriptions wanted, in order."""
     outbox: deque[PublishCommand | SubscribeCommand] = field(default_factory=deque)
-    finished: deque[Connection] = field(default_factory=deque)
-    """For each message its user is done with, the connection it came on."""
-    was_thrown_out: bool = False
+    processed: deque[Connection] = field(default_factory=deque)
+    """The connection on which each message came that the user has acknowledged."""
+    was_disconnected_by_admin: bool = False
     """The broker's administrator ended one of our connections: whoever is then refused was revoked."""
     bytes_in: int = 0
     bytes_out: int = 0
@@ -179,15 +179,15 @@ class Connection:
         self._shared = shared
         self._in_flight: dict[int, PublishCommand] = {}
         self._num_unprocessed = 0
-        self._received: deque[int] = deque()
-        """Numbers of messages to acknowledge at once, by us."""
-        self._held: deque[int] = deque()
-        """Of those to acknowledge one by one as our user gets done."""
+        self._acks: deque[int] = deque()
+        """Packet numbers to acknowledge to the broker now."""
+        self._unacked: deque[int] = deque()
+        """Packet numbers to acknowledge one by one, as the user acknowledges messages."""
         self._max_in_flight = MAX_IN_FLIGHT
         self._max_packet_bytes: int | None = None
         self._ready = False
         self._first_suback: int | None = None
-        self._over: str | None = None
+        self._end_reason: str | None = None
         self._refused = False
         self._is_final = False
         self._socket_error = ""
@@ -238,10 +238,10 @@ class Connection:
         with selectors.DefaultSelector() as selector:
             selector.register(self._shared.wake_read, selectors.EVENT_READ)
             registered: Any = None
-            while self._over is None:
+            while self._end_reason is None:
                 sock = self._client.socket()
                 if sock is None:
-                    self._over = _BROKE
+                    self._end_reason = _BROKE
                     break
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
                 if registered is None:
@@ -250,17 +250,20 @@ class Connection:
                     registered = selector.modify(sock, events)
                 self._poll(selector, sock)
                 if not self._ready and time.monotonic() > handshake_until:
-                    self._over = f"no answer within {HANDSHAKE_TIMEOUT_S:g} s"
+                    self._end_reason = f"no answer within {HANDSHAKE_TIMEOUT_S:g} s"
                 if self._shared.closing.is_set() and (
                     self._is_flushed() or time.monotonic() > self._shared.flush_until
                 ):
                     self._client.disconnect()
-                    self._over = "closed"
+                    self._end_reason = "closed"
         self._shut()
-        if self._over == _BROKE:
+        if self._end_reason == _BROKE:
             self._explain_break()
         return ConnectionEnd(
-            was_up=self._ready, reason=self._over, is_refusal=self._refused or self._is_final, is_final=self._is_final
+            was_up=self._ready,
+            reason=self._end_reason,
+            is_refusal=self._refused or self._is_final,
+            is_final=self._is_final,
         )
 
     def unsent(self) -> list[PublishCommand]:
@@ -289,15 +292,15 @@ class Connection:
             self._send()
 
     def _send_acks(self) -> None:
-        finished = self._shared.finished
-        while finished:
+        processed = self._shared.processed
+        while processed:
             # What an earlier connection brought has no number on this one.
-            if finished.popleft() is self:
+            if processed.popleft() is self:
                 self._num_unprocessed -= 1
-                if self._held:
-                    self._received.append(self._held.popleft())
-        while self._received:
-            self._client.ack(self._received.popleft(), 1)
+                if self._unacked:
+                    self._acks.append(self._unacked.popleft())
+        while self._acks:
+            self._client.ack(self._acks.popleft(), 1)
 
     def _send(self) -> None:
         outbox = self._shared.outbox
@@ -309,7 +312,7 @@ class Connection:
             size = len(item.payload) + len(item.topic.encode()) + 16
             if self._max_packet_bytes is not None and size > self._max_packet_bytes:
                 log.error("message_too_large_for_broker", topic=item.topic, bytes=size, limit=self._max_packet_bytes)
-                self._tell_sent(item, f"{size} bytes, the broker takes {self._max_packet_bytes}")
+                self._report_result(item, f"{size} bytes, the broker takes {self._max_packet_bytes}")
                 continue
             info = self._client.publish(item.topic, item.payload, qos=1, retain=item.retain)
             self._shared.bytes_out += len(item.payload)
@@ -338,8 +341,8 @@ class Connection:
         self, client: mqtt.Client, _userdata: Any, _flags: Any, reason: ReasonCode, properties: Properties | None
     ) -> None:
         if reason.is_failure:
-            self._over = reason.getName()
-            self._refused = self._over in _REFUSALS
+            self._end_reason = reason.getName()
+            self._refused = self._end_reason in _REFUSALS
             return
         self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
@@ -365,11 +368,11 @@ class Connection:
     def _refuse_for_rights(self, reason: str) -> None:
         """Nothing works without our subscriptions; whoever may not have them is not whom the broker expects."""
         self._refused = True
-        self._is_final = self._shared.was_thrown_out
+        self._is_final = self._shared.was_disconnected_by_admin
         if self._is_final:
-            self._over = f"we were thrown out and have no rights there any more ({reason}): we were revoked"
+            self._end_reason = f"we were thrown out and have no rights there any more ({reason}): we were revoked"
         else:
-            self._over = (
+            self._end_reason = (
                 f"we may not read what we have to ({reason}): the certificate is of another name or fleet than ours, "
                 "or was revoked"
             )
@@ -382,43 +385,45 @@ class Connection:
             return
         if reason.is_failure:
             log.error("message_refused", topic=item.topic, reason=reason.getName())
-        self._tell_sent(item, reason.getName() if reason.is_failure else None)
+        self._report_result(item, reason.getName() if reason.is_failure else None)
 
-    def _tell_sent(self, item: PublishCommand, error: str | None) -> None:
+    def _report_result(self, item: PublishCommand, error: str | None) -> None:
         if item.token is not None:
             self._shared.sink(PublishResult(token=item.token, error=error))
 
     def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
         self._shared.bytes_in += len(message.payload)
         if message.qos:
-            (self._received if self._num_unprocessed < MAX_UNPROCESSED else self._held).append(message.mid)
+            (self._acks if self._num_unprocessed < MAX_UNPROCESSED else self._unacked).append(message.mid)
         self._num_unprocessed += 1
 
-        def done() -> None:
-            self._shared.finished.append(self)
-            # Appended first, looked at second; the link's thread does it the other way round, so one of the two sees
-            # the other's. Otherwise it need not wake: it counts the next time it has something to do.
-            if self._held:
+        def acknowledge() -> None:
+            self._shared.processed.append(self)
+            # Appended first, looked at second; the client's thread does it the other way round, so one of the two sees
+            # the other's. Otherwise it need not wake: it looks here the next time it has something to do.
+            if self._unacked:
                 self._shared.wake()
 
         try:
             topic = message.topic
         except UnicodeDecodeError:
-            done()
+            acknowledge()
             return
         self._shared.sink(
-            ReceivedMessage(topic=topic, payload=bytes(message.payload), retained=bool(message.retain), done=done)
+            ReceivedMessage(
+                topic=topic, payload=bytes(message.payload), retained=bool(message.retain), acknowledge=acknowledge
+            )
         )
 
     def _on_disconnect(
         self, _client: mqtt.Client, _userdata: Any, flags: Any, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        if self._over is None:
+        if self._end_reason is None:
             said = getattr(flags, "is_disconnect_packet_from_server", False)
-            self._over = reason.getName() if said else _BROKE
-            if said and self._over == "Administrative action":
-                self._shared.was_thrown_out = True
-                self._over = "the broker's administrator ended the connection"
+            self._end_reason = reason.getName() if said else _BROKE
+            if said and self._end_reason == "Administrative action":
+                self._shared.was_disconnected_by_admin = True
+                self._end_reason = "the broker's administrator ended the connection"
 
     def _on_log(self, _client: mqtt.Client, _userdata: Any, _level: int, text: str) -> None:
         # paho tells nowhere else what a socket's error was.
@@ -429,7 +434,7 @@ class Connection:
         """With TLS 1.3 a broker judges our certificate after we think that we are connected."""
         refusal = explain_tls_error(self._socket_error)
         if refusal is not None:
-            self._over, self._refused, self._is_final = refusal.reason, True, refusal.is_final
+            self._end_reason, self._refused, self._is_final = refusal.reason, True, refusal.is_final
         elif not self._ready:
             hint = "does it take our certificate?" if self._shared.url.tls else "does its port want mqtts://, or --kit?"
-            self._over = f"it closed the connection without an answer; {hint}"
+            self._end_reason = f"it closed the connection without an answer; {hint}"

@@ -128,7 +128,7 @@ class Session:
             if self._next_event(max(0.0, until - time.monotonic())) is None:
                 return None
         message = self._unread.popleft()
-        message.done()
+        message.acknowledge()
         return message
 
     def messages(self, seconds: float) -> Iterator[ReceivedMessage]:
@@ -246,7 +246,7 @@ class Session:
     def _sink(self, event: ClientEvent) -> None:
         """On the client's thread."""
         if self._on_message is not None and isinstance(event, ReceivedMessage):
-            event.done()
+            event.acknowledge()
             self._on_message(event)
         else:
             self._events.put(event)

@@ -109,23 +109,23 @@ class Topics:
     def site_presence(self, site: str) -> str:
         return f"{self.base}/site/{site}/presence"
 
-    def up(self, site: str) -> str:
+    def site_up(self, site: str) -> str:
         return f"{self.base}/site/{site}/up/message"
 
     def up_chunk(self, site: str, sha256: str, index: int) -> str:
         return f"{self.base}/site/{site}/up/blob/{sha256}/{index}"
 
-    def down(self, site: str) -> str:
+    def site_down(self, site: str) -> str:
         return f"{self.base}/site/{site}/down/message"
 
-    def chunk(self, sha256: str, index: int) -> str:
+    def training_chunk(self, sha256: str, index: int) -> str:
         return f"{self.base}/blob/{sha256}/{index}"
 
     def status(self, name: str) -> str:
         """A tag; plain text."""
         return f"{self.base}/status/{name}"
 
-    def chunks(self, sha256: str) -> str:
+    def training_chunks(self, sha256: str) -> str:
         """Filter for all chunks of a blob for all sites."""
         return f"{self.base}/blob/{sha256}/+"
 

@@ -145,13 +145,13 @@ class _TlsSocket(ssl.SSLSocket):
         try:
             super().do_handshake(block)
             if self.version() == "TLSv1.3":
-                self._hear_verdict()
+                self._wait_for_alert()
         except OSError:
             # paho would leave it to the garbage collector.
             self.close()
             raise
 
-    def _hear_verdict(self) -> None:
+    def _wait_for_alert(self) -> None:
         timeout_s = self.gettimeout()
         if not select.select([self], [], [], CERTIFICATE_ALERT_WAIT_S)[0]:
             return

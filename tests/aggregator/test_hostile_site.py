@@ -45,7 +45,7 @@ class Evil:
         self.answers: list[Any] = []
         self._welcomed = threading.Event()
         client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="evil", protocol=mqtt.MQTTv5)
-        client.on_connect = lambda *_: client.subscribe([(TOPICS.round, 1), (TOPICS.down(NAME), 1)])
+        client.on_connect = lambda *_: client.subscribe([(TOPICS.round, 1), (TOPICS.site_down(NAME), 1)])
         client.on_message = self._on_message
         client.connect("127.0.0.1", port)
         client.loop_start()
@@ -60,7 +60,7 @@ class Evil:
         if type(answer).__name__ == "Welcome":
             self._welcomed.set()
 
-    def say(self, payload: bytes, topic: str = TOPICS.up(NAME)) -> None:
+    def say(self, payload: bytes, topic: str = TOPICS.site_up(NAME)) -> None:
         self._client.publish(topic, payload, qos=1)
 
     def join(self) -> None:

@@ -42,7 +42,7 @@ class Inbox:
             if self._hold:
                 self.held.append(event)
             else:
-                event.done()
+                event.acknowledge()
         self.events.append(event)
 
     @property
@@ -81,7 +81,7 @@ def test_publishing_never_blocks_and_an_unacknowledged_reader_holds_the_broker_b
         done = 0
         while done < 300:
             wait_for(lambda: len(inbox.held) > done, "the next message is there")  # noqa: B023
-            inbox.held[done].done()
+            inbox.held[done].acknowledge()
             done += 1
     assert inbox.payloads == [b"%d" % number for number in range(300)]
 

@@ -78,4 +78,4 @@ def test_carries_large_retained_messages() -> None:
             received = inbox.get(timeout=20)
             assert isinstance(received, ReceivedMessage)
             assert received.payload == payload
-            received.done()
+            received.acknowledge()

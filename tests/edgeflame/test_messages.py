@@ -153,12 +153,12 @@ def test_bad_names_are_refused(name: str) -> None:
 
 def test_topics_are_parsed_back() -> None:
     topics = Topics(fleet="f")
-    assert topics.parse(topics.up("s")) == MessageTopic(kind="up", site="s")
-    assert topics.parse(topics.down("s")) == MessageTopic(kind="down", site="s")
+    assert topics.parse(topics.site_up("s")) == MessageTopic(kind="up", site="s")
+    assert topics.parse(topics.site_down("s")) == MessageTopic(kind="down", site="s")
     assert topics.parse(topics.round) == MessageTopic(kind="round")
     assert topics.parse(topics.site_presence("s")) == MessageTopic(kind="site_presence", site="s")
     assert topics.parse(topics.aggregator_presence) == MessageTopic(kind="aggregator_presence")
-    assert topics.parse(topics.chunk(SHA, 7)) == ChunkTopic(site=None, sha256=SHA, index=7)
+    assert topics.parse(topics.training_chunk(SHA, 7)) == ChunkTopic(site=None, sha256=SHA, index=7)
     assert topics.parse(topics.up_chunk("s", SHA, 0)) == ChunkTopic(site="s", sha256=SHA, index=0)
 
 

@@ -29,7 +29,7 @@ UP = Connected(chunk_bytes=4096)
 
 
 def message(topic: str, payload: bytes = b"") -> ReceivedMessage:
-    return ReceivedMessage(topic=topic, payload=payload, done=lambda: None)
+    return ReceivedMessage(topic=topic, payload=payload, acknowledge=lambda: None)
 
 
 class ScriptedClient:

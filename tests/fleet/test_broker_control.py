@@ -131,7 +131,7 @@ class Client:
         while True:
             event = self.events.get(timeout=30)
             assert isinstance(event, ReceivedMessage), event
-            event.done()
+            event.acknowledge()
             if event.payload in (b"forged", b"rightly"):
                 return event.topic, event.payload
 
@@ -369,7 +369,7 @@ def test_a_connected_site_that_does_not_listen_is_thrown_out_for_good(tmp_path: 
         with open_fleet(folder) as fleet:
             fleet.revoke("a", reason="")
             with BrokerControl(fleet.admin_kit().broker_url(), fleet="test", connect_timeout_s=5) as control:
-                assert not control.say_goodbye("a", "")
+                assert not control.notify_revoked("a", "")
                 assert control.sync(fleet.registry.clients()) == 2
                 assert control.sync(fleet.registry.clients()) == 0, "nobody is disturbed twice"
         assert type(client.events.get(timeout=30)).__name__ == "Disconnected"

@@ -227,7 +227,7 @@ def test_members_are_listed_with_their_expiry(fleet: FleetFolder) -> None:
         fleet.registry.require("aggregator"), not_after=datetime(2020, 1, 1, tzinfo=timezone.utc)
     )
     others = tuple(other for other in fleet.registry.identities if other.name != "aggregator")
-    fleet._keep(msgspec.structs.replace(fleet.registry, identities=(*others, entry)))
+    fleet._save_registry(msgspec.structs.replace(fleet.registry, identities=(*others, entry)))
     output, error = run("members", fleet.path)
     assert isinstance(error, NegativeAnswerError)
     assert "expired: aggregator" in str(error)

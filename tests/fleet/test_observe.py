@@ -126,7 +126,7 @@ def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
         while not heard.empty():
             event = heard.get()
             if isinstance(event, ReceivedMessage):
-                event.done()
+                event.acknowledge()
                 told.setdefault(event.topic.rpartition("/")[2], []).append(event.payload.decode())
         assert told["phase"][-1] == "done"
         assert "train" in told["phase"]
@@ -151,7 +151,7 @@ def test_a_fleet_nobody_spoke_of_is_an_answer_and_not_silence(embedded: BrokerPr
 def view_of(*said: tuple[str, Message, float]) -> FleetView:
     view = FleetView(TOPICS)
     for topic, message, now in said:
-        view.take(topic, encode_message(message), now)
+        view.handle_message(topic, encode_message(message), now)
     return view
 
 
@@ -160,33 +160,33 @@ def beat(activity: str, step: int, num_steps: int = 10, **more: object) -> Heart
 
 
 def test_rates_come_from_heartbeats() -> None:
-    up = TOPICS.up("a")
+    up = TOPICS.site_up("a")
     view = view_of((up, beat("train", 0), 0.0), (up, beat("train", 4), 2.0))
     assert view.sites["a"].steps_per_s == 2.0
-    view.take(up, encode_message(beat("train", 8)), 3.0)
+    view.handle_message(up, encode_message(beat("train", 8)), 3.0)
     assert view.sites["a"].steps_per_s == 3.0
-    view.take(up, encode_message(beat("offerupdate", 0)), 4.0)
+    view.handle_message(up, encode_message(beat("offerupdate", 0)), 4.0)
     assert view.sites["a"].steps_per_s == 0.0
     offer = Offer(run=RUN, purpose="update", round=1, manifest=BASE)
-    view.take(up, encode_message(offer), 4.5)
-    view.take(up, encode_message(beat("offerupdate", 5)), 5.5)
+    view.handle_message(up, encode_message(offer), 4.5)
+    view.handle_message(up, encode_message(beat("offerupdate", 5)), 5.5)
     assert view.sites["a"].bytes_per_s == 5000.0
 
 
 def test_what_went_wrong_stays_visible() -> None:
     view = view_of(
         (TOPICS.site_presence("a"), Presence(boot=RUN, online=True), 0.0),
-        (TOPICS.up("a"), beat("train", 1, paused="shift"), 1.0),
-        (TOPICS.down("a"), Refusal(run=RUN, purpose="update", round=2, reason="norm", detail="far"), 1.0),
-        (TOPICS.up("b"), TaskFailed(run=RUN, purpose="update", round=2, detail="no images"), 1.0),
-        (TOPICS.down("d"), BlobNeed(sha256=SHA, missing=b"\0"), 1.0),
+        (TOPICS.site_up("a"), beat("train", 1, paused="shift"), 1.0),
+        (TOPICS.site_down("a"), Refusal(run=RUN, purpose="update", round=2, reason="norm", detail="far"), 1.0),
+        (TOPICS.site_up("b"), TaskFailed(run=RUN, purpose="update", round=2, detail="no images"), 1.0),
+        (TOPICS.site_down("d"), BlobNeed(sha256=SHA, missing=b"\0"), 1.0),
         (TOPICS.site_presence("c"), Presence(boot=RUN, online=False), 1.0),
         (TOPICS.round, RoundState(run=RUN, phase="failed", detail="quorum missed", base=BASE), 1.0),
     )
-    view.take(TOPICS.up("d"), b"{", 1.0)
-    view.take("edgeflame/v1/other/round", b"{", 1.0)
+    view.handle_message(TOPICS.site_up("d"), b"{", 1.0)
+    view.handle_message("edgeflame/v1/other/round", b"{", 1.0)
     assert view.sites["a"].error == "update 2 refused: norm (far)"
-    assert view.sites["a"].doing == "is paused: shift"
+    assert view.sites["a"].activity_text == "is paused: shift"
     assert view.sites["b"].error == "update 2: no images"
     assert [site.link(10.0) for site in (view.sites["a"], view.sites["c"])] == ["silent 9 s", "offline"]
     assert view.num_unreadable == 1

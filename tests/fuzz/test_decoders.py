@@ -224,8 +224,8 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "topic": Target(
             valid=[
-                Topics(fleet="f").up("site").encode(),
-                Topics(fleet="f").chunk("a" * 64, 7).encode(),
+                Topics(fleet="f").site_up("site").encode(),
+                Topics(fleet="f").training_chunk("a" * 64, 7).encode(),
                 Topics(fleet="f").up_chunk("s", "b" * 64, 3).encode(),
             ],
             mutate=mutations.raw,

@@ -130,7 +130,7 @@ class Server:
                         )
                 case _:
                     pass
-            event.done()
+            event.acknowledge()
             for sha256, outgoing in list(self._outgoing.items()):
 
                 def send(index: int, data: bytes, sha256: str = sha256) -> None:

@@ -82,7 +82,7 @@ class AggregatorClient:
 
     def send(self, message: UpMessage) -> None:
         """Send the aggregator a message."""
-        self._publish(self.topics.up(self.site), encode_message(message))
+        self._publish(self.topics.site_up(self.site), encode_message(message))
 
     def send_chunk(self, sha256: str, index: int, data: bytes) -> None:
         """Send the aggregator a chunk."""
@@ -100,12 +100,12 @@ class AggregatorClient:
     def subscribe_chunks(self, sha256: str) -> None:
         """Subscribe to a blob's chunks."""
         assert self.link is not None
-        self.link.subscribe(self.topics.chunks(sha256))
+        self.link.subscribe(self.topics.training_chunks(sha256))
 
     def unsubscribe_chunks(self, sha256: str) -> None:
         """End the subscription."""
         assert self.link is not None
-        self.link.unsubscribe(self.topics.chunks(sha256))
+        self.link.unsubscribe(self.topics.training_chunks(sha256))
 
     def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         if self.is_connected and self.link is not None:

@@ -148,7 +148,7 @@ class _SiteService:
         link = MqttClient(
             options.broker,
             client_id=f"edgeflame-site-{options.fleet}-{options.site}-{client.boot[:8]}",
-            filters=[topics.round, topics.aggregator_presence, topics.down(options.site), presence],
+            filters=[topics.round, topics.aggregator_presence, topics.site_down(options.site), presence],
             sink=self._inbox.put,
             will=LastWill(topic=presence, payload=client.offline_payload()),
             connect_timeout_s=options.connect_timeout_s,
@@ -253,7 +253,7 @@ class _SiteService:
                     self._on_message(event, now)
                 except FederationError as exc:
                     log.warning("message_refused", topic=event.topic, reason=str(exc))
-                event.done()
+                event.acknowledge()
             case WorkerMessage() | WorkerExited():
                 outcome = self._worker.on_event(event)
                 if isinstance(outcome, TaskResult):

@@ -55,7 +55,7 @@ class Listener:
             self.is_up.set()
         if isinstance(event, ReceivedMessage):
             self.messages.append((event.topic, event.payload))
-            event.done()
+            event.acknowledge()
 
     def deliveries(self) -> list[Delivery]:
         return [msgspec.json.decode(payload, type=Delivery) for topic, payload in self.messages if "/result" in topic]
