@@ -88,8 +88,8 @@ def _settings(
     from edgeflame.config import load_config
 
     learning = {"method": method, "preset": preset} if method or preset else None
-    given = {"rounds": rounds, "min_available_sites": sites, "learning": learning}
-    return load_config(path, AggregateConfig, given)
+    overrides = {"rounds": rounds, "min_available_sites": sites, "learning": learning}
+    return load_config(path, AggregateConfig, overrides)
 
 
 def _print_summary(result: RunResult) -> None:

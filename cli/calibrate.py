@@ -140,19 +140,19 @@ def command(
 
 
 def updated_calibration(calibration: Calibration, **options: Any) -> Calibration:
-    """What the command line says put over a configuration."""
+    """Put the options that were given over a configuration."""
     import msgspec
 
     from edgeflame.config import parse_config
     from edgeflame.methods import Calibration
 
     before = msgspec.structs.asdict(calibration)
-    given = {name: value for name, value in options.items() if value is not None}
-    return parse_config(b"", Calibration, "calibration", {**before, **given})
+    overrides = {name: value for name, value in options.items() if value is not None}
+    return parse_config(b"", Calibration, "calibration", {**before, **overrides})
 
 
 def _condition(package: Package, records: Sequence[ImageRecord], scores: F32, maps: F32) -> DriftReference:
-    """What drift is measured against from now on: these images, since the threshold is about them."""
+    """Make the drift reference of these images, since the threshold is set from them."""
     from edgeflame.dataset import load_images
     from edgeflame.drift_reference import MAX_REFERENCE_IMAGES, AlignmentTemplate, image_streams, make_drift_reference
     from edgeflame.package import evenly_spaced
@@ -170,7 +170,7 @@ def _condition(package: Package, records: Sequence[ImageRecord], scores: F32, ma
 
 
 def _records(dataset: Dataset, data: Path, *, max_f1: bool) -> tuple[ImageRecord, ...]:
-    """What to score: in a data set the training part is what the statistics were fitted on."""
+    """Choose the images to score: not the training part of a data set, which the statistics were fitted on."""
     from edgeflame.errors import DataError
 
     records = dataset.test or dataset.train

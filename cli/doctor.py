@@ -108,7 +108,7 @@ def _check_line(settings: InspectConfig) -> Iterator[Finding]:
         settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product
     )
     for finding in check_daemon(lambda: plan, loader, state=None, rejects=None):
-        # The file has been said to be right, and state folders are looked at by an option of their own.
+        # The file was found to be right already, and state folders are looked at by an option of their own.
         if finding.check not in ("configuration", "state folder"):
             yield finding
 

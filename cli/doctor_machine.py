@@ -28,7 +28,7 @@ _TRAINING = ("torch", "torchvision", "timm", "sklearn", "onnx", "onnxscript")
 
 
 def check_machine(state: Path | None) -> Iterator[Finding]:
-    """All of them.
+    """Run all checks of the machine.
 
     Args:
         state: the folder whose disk is looked at; the current one if None.
@@ -46,7 +46,7 @@ def check_machine(state: Path | None) -> Iterator[Finding]:
 
 
 def distribution_version(distribution: str) -> str | None:
-    """Of an installed distribution; None if it is not."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -161,7 +161,7 @@ def _clock() -> Finding:
 
 
 def _is_synchronised() -> bool | None:
-    """What systemd says; None where it says nothing."""
+    """Whether systemd says that the clock is synchronised; None where it does not say."""
     command = shutil.which("timedatectl")
     if command is None:
         return None

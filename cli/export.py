@@ -138,14 +138,14 @@ def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
     from edgeflame.package import evenly_spaced
     from export.int8 import MAX_CALIBRATION_IMAGES
 
-    given = package.manifest.learning.input
+    preprocessing = package.manifest.learning.input
     if folder is None:
         if not package.references:
             raise UsageError("int8 needs good images of the line, and the package holds none: give --calibration DIR")
-        return np.stack([reference.image(given) for reference in package.references])
+        return np.stack([reference.image(preprocessing) for reference in package.references])
     files = list_images(folder)
     chosen = [files[index] for index in evenly_spaced(len(files), MAX_CALIBRATION_IMAGES)]
-    return np.stack([given.apply(read_image(file)) for file in chosen])
+    return np.stack([preprocessing.apply(read_image(file)) for file in chosen])
 
 
 def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> None:
@@ -169,12 +169,11 @@ def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> Non
 
 def _describe_onnx(path: Path, package: Package, *, size_bytes: int, precision: str) -> None:
     manifest = package.manifest
-    given, (height, width) = manifest.learning.input, manifest.grid
-    crop = "" if given.roi is None else f"cropped to {given.roi.width}x{given.roi.height}+{given.roi.x}+{given.roi.y}, "
+    size, (height, width) = manifest.learning.input, manifest.grid
+    roi = size.roi
+    crop = "" if roi is None else f"cropped to {roi.width}x{roi.height}+{roi.x}+{roi.y}, "
     click.echo(f"{path}: {size_bytes / 1e6:.1f} MB, opset 18, {precision}, package {package.sha256[:12]}")
-    click.echo(
-        f"  image        uint8 [N, {given.height}, {given.width}, 3], BGR, {crop}resized with OpenCV's INTER_AREA"
-    )
+    click.echo(f"  image        uint8 [N, {size.height}, {size.width}, 3], BGR, {crop}resized with OpenCV's INTER_AREA")
     click.echo(f"  score        float32 [N]: a part is defective above {manifest.threshold.value:.6g}")
     click.echo(f"  anomaly_map  float32 [N, {height}, {width}]")
 

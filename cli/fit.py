@@ -95,7 +95,7 @@ def command(
 
     from edgeflame.dataset import open_dataset
 
-    # Before the heavy imports: a wrong path should not take seconds to be told.
+    # Before the heavy imports: a wrong path should not take seconds to be found.
     dataset = open_dataset(data, groups)
 
     if report_dir is not None:
@@ -137,22 +137,18 @@ def command(
 
 
 def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
-    """The configuration file, with what the command line says put over it."""
+    """Read the configuration file, and put the options that were given over it."""
     rank, size = settings["rank"], settings["size"]
     roi = None if settings["roi"] is None else msgspec.structs.asdict(Region.parse(settings["roi"]))
-    given = {
+    overrides = {
         "method": method,
         "preset": preset,
         "seed": settings["seed"],
         "scoring": {"rank": None if rank is None else _rank(rank), "drop_worst": settings["drop_worst"]},
-        "input": {
-            "height": size,
-            "width": size,
-            "roi": roi,
-        },
+        "input": {"height": size, "width": size, "roi": roi},
         "calibration": {name: settings[name] for name in ("false_reject_rate", "confidence", "unit")},
     }
-    return load_config(config, Learning, given)
+    return load_config(config, Learning, overrides)
 
 
 def _rank(text: str) -> int | Literal["auto"]:
@@ -165,7 +161,7 @@ def _rank(text: str) -> int | Literal["auto"]:
 
 
 NUM_NAMED = 5
-"""Of the images that look least normal, those that the command names; the package names more, the page shows them."""
+"""How many of the least normal images the command names; the package names more, and the page shows them."""
 
 
 def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:

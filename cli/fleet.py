@@ -186,12 +186,12 @@ def revoke(folder: Path, name: str, reason: str, broker: str | None, connect_tim
         fleet.revoke(name, reason=reason)
         fleet.write_access()
         try:
-            told = _sync_broker(fleet, broker, connect_timeout, goodbye=(name, reason))
+            was_notified = _sync_broker(fleet, broker, connect_timeout, goodbye=(name, reason))
         except EdgeFlameError as exc:
             raise LinkError(
                 f"{name} is revoked in {folder}, but NOT YET on the broker: {exc}; run `edgeflame fleet sync {folder}`"
             ) from exc
-        click.echo(f"{name}: revoked{', told and thrown out' if told else ''}; it has no rights on the broker")
+        click.echo(f"{name}: revoked{', told and thrown out' if was_notified else ''}; it has no rights on the broker")
         _echo_revocation_list(fleet)
 
 
@@ -257,7 +257,7 @@ def members(folder: Path, as_json: bool) -> None:
 
 
 def _sync_broker_if_running(fleet: FleetFolder, broker: str | None, connect_timeout: float) -> None:
-    """Tell the broker, or a broker that is started later."""
+    """Bring the broker up to date if it can be reached; if not, say how that is done later."""
     from edgeflame.errors import LinkError
 
     try:
@@ -275,14 +275,14 @@ def _sync_broker_if_running(fleet: FleetFolder, broker: str | None, connect_time
 def _sync_broker(
     fleet: FleetFolder, broker: str | None, connect_timeout: float, *, goodbye: tuple[str, str] | None = None
 ) -> bool:
-    """Bring the broker up to date; whether somebody was there to say goodbye to."""
+    """Bring the broker up to date; whether the member ``goodbye[0]`` was connected, and told why it has to go."""
     from fleet.broker_control import BrokerControl
 
     url = fleet.admin_kit().broker_url(broker)
     with BrokerControl(url, fleet=fleet.registry.fleet, connect_timeout_s=connect_timeout) as control:
-        told = goodbye is not None and control.notify_revoked(*goodbye)
+        was_notified = goodbye is not None and control.notify_revoked(*goodbye)
         control.sync(fleet.registry.clients())
-    return told
+    return was_notified
 
 
 def _echo_revocation_list(fleet: FleetFolder) -> None:
@@ -418,13 +418,13 @@ def _watch(wait: Callable[[float], None], view: FleetView) -> None:
                 wait(_REDRAW_S)
                 live.update(_table(view), refresh=True)
         return
-    said = ""
+    printed = ""
     wait(COLLECT_S)
     while True:
         line = _line(view)
-        if line != said:
+        if line != printed:
             click.echo(f"{time.strftime('%H:%M:%S')} {line}")
-            said = line
+            printed = line
         if _is_over(view):
             return
         wait(_REDRAW_S)
@@ -442,7 +442,7 @@ def _print(renderable: RenderableType) -> None:
 def _headline(view: FleetView) -> str:
     state = view.state
     if state is None:
-        return f"fleet {view.as_data(0.0)['fleet']}: nothing was said yet"
+        return f"fleet {view.as_data(0.0)['fleet']}: nothing is known yet"
     where = f"round {state.round} of {state.num_rounds}" if state.round else f"{state.num_rounds} rounds to come"
     aggregator = "online" if view.aggregator_online else "OFFLINE"
     return f"run {state.run[:8]}: {state.phase}, {where}; aggregator {aggregator}"

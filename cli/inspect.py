@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     "--state",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keep every result here before anybody is told, and deliver it to [mqtt] and [webhook] until they have it.",
+    help="Keep every result here before it goes anywhere, and deliver it to [mqtt] and [webhook] until they have it.",
 )
 @click.option(
     "--check",
@@ -198,10 +198,10 @@ def _with_options(config: InspectConfig, threshold: float | None, review_band: f
 
     from edgeflame.errors import ConfigError, UsageError
 
-    given = {"threshold": threshold, "review_band": review_band}
+    overrides = {"threshold": threshold, "review_band": review_band}
     try:
         verdict = msgspec.structs.replace(
-            config.verdict, **{name: value for name, value in given.items() if value is not None}
+            config.verdict, **{name: value for name, value in overrides.items() if value is not None}
         )
     except ConfigError as exc:
         raise UsageError(str(exc).replace("verdict.", "--").replace("_", "-")) from exc
@@ -253,15 +253,15 @@ def _show(summary: Summary, *, as_json: bool) -> None:
         if counts:
             click.echo(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     fates = summary.counts
-    told = (
+    handled = (
         (fates.triggers, "announced"),
         (fates.triggers_lost, "triggers not taken"),
         (fates.missing, "missing"),
         (fates.duplicates, "duplicate"),
         (fates.late, "late"),
     )
-    if any(count for count, _ in told):
-        click.echo("parts: " + ", ".join(f"{count} {what}" for count, what in told if count))
+    if any(count for count, _ in handled):
+        click.echo("parts: " + ", ".join(f"{count} {what}" for count, what in handled if count))
     if summary.latency_ms is not None:
         latency = summary.latency_ms
         click.echo(f"latency: p50 {latency.p50:.1f} ms, p95 {latency.p95:.1f} ms, p99 {latency.p99:.1f} ms")

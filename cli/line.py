@@ -263,8 +263,8 @@ def _show(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
                 click.echo(f"{name}:")
             _show_cameras(answer)
         case {"present": {"sha256": sha256, "name": model, "origin": origin}}:
-            said = "its configuration's file" if origin == "file" else model
-            click.echo(f"{name}: runs {sha256[:12]} ({said})")
+            text = "its configuration's file" if origin == "file" else model
+            click.echo(f"{name}: runs {sha256[:12]} ({text})")
         case _:
             click.echo(prefix + msgspec.json.format(bytes(reply.answer), indent=2).decode())
 

@@ -83,8 +83,8 @@ def verify(
         if verified is not None:
             click.echo(f"signature: good, key {verified}")
         else:
-            told = "none" if signature is None else f"key {signature.key_id!r}, not verified (--public-key)"
-            click.echo(f"signature: {told}")
+            text = "none" if signature is None else f"key {signature.key_id!r}, not verified (--public-key)"
+            click.echo(f"signature: {text}")
         if report is None:
             click.echo("parity: not checked, the package holds no reference images")
     if report is None:
@@ -192,12 +192,8 @@ def show(package_file: Path, as_json: bool) -> None:
 def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
     manifest = package.manifest
     learning, threshold = manifest.learning, manifest.threshold
-    given = learning.input
-    region = (
-        ""
-        if given.roi is None
-        else (f", of the region x {given.roi.x}, y {given.roi.y}, {given.roi.width}x{given.roi.height}")
-    )
+    size, roi = learning.input, learning.input.roi
+    region = "" if roi is None else f", of the region x {roi.x}, y {roi.y}, {roi.width}x{roi.height}"
     promise = "; ".join([threshold.promise(), *threshold.caveats()])
     grid = f"{manifest.grid[1]}x{manifest.grid[0]}"
     return [
@@ -208,7 +204,7 @@ def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
         ("method", learning.method),
         ("backbone", f"{learning.backbone.name}, {learning.backbone.taps}"),
         ("weights", f"{manifest.weights.source} (sha256 {manifest.weights.sha256[:12]})"),
-        ("input", f"{given.width}x{given.height} BGR{region}"),
+        ("input", f"{size.width}x{size.height} BGR{region}"),
         (
             "statistics",
             f"{manifest.num_images} images: grid {grid}, {manifest.num_channels} channels, {manifest.size_in_words}",
@@ -235,11 +231,11 @@ def _signature(package: Package) -> str:
 
 
 def _needs(package: Package) -> str:
-    given = package.manifest.learning.input
-    if given.roi is None:
+    roi = package.manifest.learning.input.roi
+    if roi is None:
         camera = "frames of any size, of the part alone"
     else:
-        camera = f"frames of at least {given.roi.x + given.roi.width}x{given.roi.y + given.roi.height}"
+        camera = f"frames of at least {roi.x + roi.width}x{roi.y + roi.height}"
     return f"ONNX Runtime 1.17 or later, or an engine built by edgeflame export --trt; {camera}, as in training"
 
 

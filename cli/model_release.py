@@ -86,14 +86,14 @@ def publish(
         timeout_s=timeout,
         stay=stay,
     )
-    said: dict[str, str] = {}
+    last: dict[str, str] = {}
     with progress_bar("publishing") as bar:
 
         def report(standings: list[ReleaseProgress]) -> None:
             bar(sum(one.is_over for one in standings), len(standings), "; ".join(_short(one) for one in standings[:4]))
             for one in standings:
-                if said.get(one.line) != one.word:
-                    said[one.line] = one.word
+                if last.get(one.line) != one.word:
+                    last[one.line] = one.word
                     publisher.log.info("line", line=one.line, does=one.in_words())
 
         standings = publisher.publish_package(
@@ -153,7 +153,7 @@ def status(
 ) -> None:
     """Show what is released, and for every line what it runs, tries, refused, and how far its models disagree.
 
-    It reads what is retained on the broker; an observer's kit is enough. Exit code 1 if no line ever said anything.
+    It reads what is retained on the broker; an observer's kit is enough. Exit code 1 if no line has said what it runs.
     """
     from cli.output import print_json
     from edgeflame.errors import NegativeAnswerError
@@ -179,7 +179,7 @@ def status(
 
 
 def _tables(view: FleetModels) -> RenderableType:
-    """What is released, and what the lines say. Names and reasons come from the network: text, never mark-up."""
+    """Two tables: the releases, and the lines' models. Names and reasons come from the network: never mark-up."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -225,8 +225,8 @@ def _cells(entry: ProductModels) -> tuple[str, str, str, str]:
     if last is None:
         return runs, tries, disagreement, ""
     why = ": ".join(text for text in ((last.reason or "").replace("_", " "), last.detail) if text)
-    told = f"{last.sha256[:12]} {last.fate.replace('_', ' ')}, {last.at:%Y-%m-%d %H:%M}"
-    return runs, tries, disagreement, told + (f" ({why})" if why else "")
+    outcome = f"{last.sha256[:12]} {last.fate.replace('_', ' ')}, {last.at:%Y-%m-%d %H:%M}"
+    return runs, tries, disagreement, outcome + (f" ({why})" if why else "")
 
 
 def _former(name: str, command: click.Command) -> click.Command:

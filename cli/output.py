@@ -94,7 +94,7 @@ THIS_PACKAGE = "this package"
 
 
 def print_threshold(threshold: Threshold) -> None:
-    """What it is and what it promises, in a line each."""
+    """Print the threshold, and what it promises."""
     how = "of the highest F1, " if threshold.chosen_by == "f1" else ""
     click.echo(f"threshold {threshold.value:.4g}: {how}{threshold.promise()}")
     for note in threshold.caveats():

@@ -66,7 +66,7 @@ def execute_task(data: bytes) -> bytes:
 
 @functools.cache
 def _handler() -> Callable[[bytes], bytes]:
-    """What this process needs to do sites' work, made once.
+    """What does the sites' work in this process; made once.
 
     Raises:
         MissingDependencyError: torch, or what else training needs, is not installed.

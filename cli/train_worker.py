@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 REFERENCES_OPTION = "--reference-images"
-"""How many good images the package gets; the rest of the set-up comes on standard input."""
+"""Number of good images in the package; the rest of the set-up comes on standard input."""
 
 
 DEVICE_OPTION = "--device"
-"""What to compute on."""
+"""The device to compute on."""
 
 
 def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> SiteTrainer:
@@ -57,9 +57,9 @@ def run_worker_process() -> None:
     configure_logging(log_format="json" if "json" in arguments else "text", verbosity=sum(a == "-v" for a in arguments))
     from trainer.agent.worker import run_worker
 
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    num_references = int(given.get(REFERENCES_OPTION, DEFAULT_REFERENCES))
-    run_worker(partial(build_trainer, num_references=num_references, device=given.get(DEVICE_OPTION, "auto")))
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    num_references = int(options.get(REFERENCES_OPTION, DEFAULT_REFERENCES))
+    run_worker(partial(build_trainer, num_references=num_references, device=options.get(DEVICE_OPTION, "auto")))
 
 
 if __name__ == "__main__":

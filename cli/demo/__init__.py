@@ -48,8 +48,8 @@ def run_demo(plan: Any) -> None:
     from cli.demo import stages
     from cli.demo.plan import results_table
     from cli.demo.report import ReportContents, write_demo_report
-    from cli.demo.stages import ChildProcesses
     from cli.output import progress_bar
+    from cli.programs import ChildProcesses
     from edgeflame.log import Progress
     from edgeflame.state import write_json
 

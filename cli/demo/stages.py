@@ -1,183 +1,28 @@
-"""The demo's steps, one function each. All but the boards and the pictures are the public commands, as processes.
-
-The child processes are started with a log file each, watched, and stopped whatever happens.
-"""
+"""The demo's steps, one function each. All but the boards and the pictures are the public commands, as processes."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from cli.demo.plan import DemoPlan, DemoSiteResult, read_inspected
 from cli.demo.report import Sample
-from cli.programs import program
-from edgeflame.background import die_with_parent
-from edgeflame.errors import EdgeFlameError
+from cli.programs import POLL_INTERVAL_S, ChildProcess, ChildProcesses, program
 from edgeflame.log import Progress
-
-EDGEFLAME = ("edgeflame", "--log-format", "json")
-STOP_TIMEOUT_S = 5.0
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-POLL_INTERVAL_S = 0.1
-
-
-class ChildFailedError(EdgeFlameError):
-    """A command the demo ran failed; the exit code is the command's own."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # this one error speaks for another process
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChildProcess:
-    """A running ``edgeflame`` command.
-
-    Attributes:
-        name: what messages call it.
-        process: its handle.
-        log: where its standard error goes (JSON lines).
-        output: where its standard output goes.
-    """
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    output: Path
-
-    def check(self) -> bool:
-        """Whether it has ended, well.
-
-        Raises:
-            ChildFailedError: it ended badly.
-        """
-        code = self.process.poll()
-        if code is None:
-            return False
-        if code:
-            raise ChildFailedError(self._failure(code), code if code > 0 else EdgeFlameError.exit_code)
-        return True
-
-    def _failure(self, code: int) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        last = lines[-1].removeprefix("edgeflame: ") if lines else f"exit code {code}"
-        return f"{self.name}: {last} (whole log: {self.log})"
-
-
-class ChildProcesses:
-    """Context manager of child processes; leaving it stops those that still run, also on Ctrl-C."""
-
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
-        self._children: list[ChildProcess] = []
-
-    def __enter__(self) -> ChildProcesses:
-        self._logs.mkdir(parents=True, exist_ok=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def start(self, name: str, *arguments: str, num_threads: int, program: Sequence[str] = EDGEFLAME) -> ChildProcess:
-        """Start ``edgeflame ARGUMENTS`` with JSON logs, or another program of ours.
-
-        Args:
-            name: names the log files and the messages about it.
-            arguments: the command and its arguments.
-            num_threads: threads its numerical libraries may use.
-            program: the Python module to run, and its first arguments.
-        """
-        log, output = self._logs / f"{name}.log", self._logs / f"{name}.out"
-        environment = dict(os.environ)
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            environment[variable] = str(num_threads)
-        with log.open("wb") as log_stream, output.open("wb") as output_stream:
-            process = _spawn((*program, *arguments), environment, log_stream, output_stream)
-        child = ChildProcess(name=name, process=process, log=log, output=output)
-        self._children.append(child)
-        return child
-
-    def check(self) -> None:
-        """Raise :class:`ChildFailedError` if any child ended badly."""
-        for child in self._children:
-            child.check()
-
-    def stop(self, children: Sequence[ChildProcess] | None = None) -> None:
-        """Ask the given children (default all) to end, then make them."""
-        stopping = [child for child in (children or self._children) if child.process.poll() is None]
-        for child in stopping:
-            child.process.terminate()
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        for child in stopping:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-        self._children = [child for child in self._children if child not in stopping]
-
-    def run_all(
-        self, jobs: Sequence[tuple[str, Sequence[str]]], *, parallel: int, program: Sequence[str] = EDGEFLAME
-    ) -> Iterator[ChildProcess]:
-        """Run jobs ``(name, arguments)`` to their end, so many at a time; yields each as it ends.
-
-        Raises:
-            ChildFailedError: one of them failed; the others are stopped on leaving the context.
-        """
-        num_threads = max(1, (os.cpu_count() or 1) // parallel)
-        waiting = list(reversed(jobs))
-        running: list[ChildProcess] = []
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                name, arguments = waiting.pop()
-                running.append(self.start(name, *arguments, num_threads=num_threads, program=program))
-            ended = [child for child in running if child.check()]
-            running = [child for child in running if child not in ended]
-            yield from ended
-            if not ended:
-                time.sleep(POLL_INTERVAL_S)
-
-
-def _spawn(
-    arguments: Sequence[str], environment: dict[str, str], log: IO[bytes], output: IO[bytes]
-) -> subprocess.Popen[bytes]:
-    # Python ignores what is raised in its hooks around a fork, a Ctrl-C that comes just then included.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    try:
-        return subprocess.Popen(
-            program(*arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=log,
-            env=environment,
-            # Not reached by the terminal's Ctrl-C: the demo stops its children itself, in order.
-            start_new_session=True,
-            preexec_fn=_begin,  # noqa: PLW1509 - two system calls, no locks
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-
-
-def _begin() -> None:
-    """In the child, before the program."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    die_with_parent(signal.SIGTERM)
-
 
 FLEET = "demo"
 SAMPLES_PER_DEFECT = 3
+
+
+def edgeflame(*arguments: object) -> list[str]:
+    """The command line of a command whose log the demo reads."""
+    return program("edgeflame", "--log-format", "json", *arguments)
 
 
 def write_boards(plan: DemoPlan, progress: Progress) -> None:
@@ -208,36 +53,29 @@ def train_together(plan: DemoPlan, children: ChildProcesses, progress: Progress)
     """A broker, an aggregator and the sites, each its own process, through all rounds; returns the ledger."""
     from edgeflame.mqtt.embedded_broker import EmbeddedBroker
 
-    config = plan.out / "fleet.toml"
+    config, models, state = plan.out / "fleet.toml", plan.out / "models", plan.out / "state"
     config.write_text(
-        f"rounds = {plan.rounds}\nmin_sites = {plan.num_sites}\nquorum = 1.0\n\n"
+        f"rounds = {plan.rounds}\nmin_available_sites = {plan.num_sites}\nquorum = 1.0\n\n"
         f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n\n'
         f"[learning.input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
     )
-    state = plan.out / "state"
+    num_threads = max(1, (os.cpu_count() or 1) // plan.num_sites)
     with EmbeddedBroker(port=0) as broker:
-        common = ("--broker", broker.url, "--fleet", FLEET)
-        aggregator = children.start(
-            "aggregator",
-            *("aggregate", *common, "--state", str(state / "aggregator"), "--config", str(config)),
-            *("--out", str(plan.out / "models")),
-            num_threads=1,
-        )
-        sites = [
-            children.start(
-                site,
-                *("train", *common, "--site", site, "--data", str(plan.data(site)), "--state", str(state / site)),
-                *("--out", str(plan.package(site))),
-                num_threads=max(1, (os.cpu_count() or 1) // plan.num_sites),
+        fleet = ("--broker", broker.url, "--fleet", FLEET)
+        aggregate = edgeflame("aggregate", *fleet, "--state", state / "aggregator", "--config", config, "--out", models)
+        aggregator = children.start("aggregator", aggregate, num_threads=1)
+        running = [aggregator]
+        for site in plan.sites:
+            train = edgeflame(
+                *("train", *fleet, "--site", site, "--data", plan.data(site)),
+                *("--state", state / site, "--out", plan.package(site)),
             )
-            for site in plan.sites
-        ]
-        ended = False
-        while not ended:
-            ended = sum(child.check() for child in (aggregator, *sites)) == 1 + len(sites)
+            running.append(children.start(site, train, num_threads=num_threads))
+        # Every one is asked each time: one that has failed is not waited for.
+        while sum(child.has_ended() for child in running) < len(running):
             _report_fleet(plan, aggregator, progress)
             time.sleep(POLL_INTERVAL_S)
-    ledger: dict[str, Any] = json.loads((plan.out / "models" / "ledger.json").read_bytes())
+    ledger: dict[str, Any] = json.loads((models / "ledger.json").read_bytes())
     return ledger
 
 
@@ -248,55 +86,60 @@ def compare_alone(plan: DemoPlan, children: ChildProcesses, progress: Progress) 
         f"seed = {plan.seed}\n\n[training]\nepochs = {plan.rounds * plan.epochs}\n\n"
         f"[input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
     )
-    jobs = [(f"compare-{site}", (str(plan.data(site)), str(config))) for site in plan.sites]
-    outputs = _run(children, jobs, progress, program=("cli.demo.compare",))
-    return {site: msgspec.json.decode(outputs[f"compare-{site}"].read_bytes()) for site in plan.sites}
+    outputs = _at_each_site(
+        plan, children, progress, "compare", lambda site: program("cli.demo.compare", plan.data(site), config)
+    )
+    return {site: msgspec.json.decode(output.read_bytes()) for site, output in outputs.items()}
 
 
 def export_models(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> None:
     """The scoring graph of every site's federated model as an ONNX file."""
-    jobs = [
-        (
-            f"export-{site}",
-            (
-                *("export", "--model", str(plan.package(site))),
-                *("--onnx", str(plan.out / "models" / f"{site}.onnx")),
-            ),
-        )
-        for site in plan.sites
-    ]
-    _run(children, jobs, progress)
+
+    def export(site: str) -> list[str]:
+        return edgeflame("export", "--model", plan.package(site), "--onnx", plan.out / "models" / f"{site}.onnx")
+
+    _at_each_site(plan, children, progress, "export", export)
 
 
 def evaluate_models(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, dict[str, Any]]:
     """Site to what `edgeflame evaluate --json` printed of its federated model."""
-    jobs = [
-        (
-            f"evaluate-{site}",
-            ("evaluate", "--model", str(plan.package(site)), "--data", str(plan.data(site)), "--json"),
-        )
-        for site in plan.sites
-    ]
-    outputs = _run(children, jobs, progress)
-    return {site: msgspec.json.decode(outputs[f"evaluate-{site}"].read_bytes()) for site in plan.sites}
+
+    def evaluate(site: str) -> list[str]:
+        return edgeflame("evaluate", "--model", plan.package(site), "--data", plan.data(site), "--json")
+
+    outputs = _at_each_site(plan, children, progress, "evaluate", evaluate)
+    return {site: msgspec.json.decode(output.read_bytes()) for site, output in outputs.items()}
 
 
 def inspect_streams(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, Path]:
     """Each site's line over a stream of boards it has never seen; site to the file of JSON lines."""
-    jobs = [
-        (
-            f"inspect-{site}",
-            (
-                *("inspect", "--model", str(plan.package(site)), "--json"),
-                *("--source", _stream_source(plan, site)),
-                *("--rejects", str(plan.out / "rejects" / site)),
-            ),
+
+    def inspect(site: str) -> list[str]:
+        source = (
+            f"boards:{plan.texture}?site={site}&seed={plan.seed}&parts={plan.stream_parts}"
+            f"&defect_rate={plan.defect_rate}&size={plan.image_size}"
         )
-        for site in plan.sites
-    ]
+        rejects = plan.out / "rejects" / site
+        return edgeflame("inspect", "--model", plan.package(site), "--json", "--source", source, "--rejects", rejects)
+
     # One line at a time, so that the latency is that of a machine with nothing else to do.
-    outputs = _run(children, jobs, progress, parallel=1)
-    return {site: outputs[f"inspect-{site}"] for site in plan.sites}
+    return _at_each_site(plan, children, progress, "inspect", inspect, parallel=1)
+
+
+def _at_each_site(
+    plan: DemoPlan,
+    children: ChildProcesses,
+    progress: Progress,
+    name: str,
+    command_line: Callable[[str], list[str]],
+    *,
+    parallel: int | None = None,
+) -> dict[str, Path]:
+    """Run a program for each site; site to the file of what it printed."""
+    outputs = children.run_all(
+        {f"{name}-{site}": command_line(site) for site in plan.sites}, progress, parallel=parallel
+    )
+    return {site: outputs[f"{name}-{site}"] for site in plan.sites}
 
 
 def collect_results(
@@ -379,30 +222,7 @@ def _report_fleet(plan: DemoPlan, aggregator: ChildProcess, progress: Progress) 
     progress(done, plan.num_sites * (plan.rounds + 2), note)
 
 
-def _stream_source(plan: DemoPlan, site: str) -> str:
-    return (
-        f"boards:{plan.texture}?site={site}&seed={plan.seed}&parts={plan.stream_parts}"
-        f"&defect_rate={plan.defect_rate}&size={plan.image_size}"
-    )
-
-
 def _severities(root: Path) -> dict[str, float]:
     """How glaring each generated image's defect is, by the image's name."""
     files = json.loads((root / "dataset.json").read_bytes())["files"]
     return {name: entry.get("severity", 0.0) for name, entry in files.items()}
-
-
-def _run(
-    children: ChildProcesses,
-    jobs: Sequence[tuple[str, Sequence[str]]],
-    progress: Progress,
-    *,
-    parallel: int | None = None,
-    program: Sequence[str] = EDGEFLAME,
-) -> dict[str, Path]:
-    outputs: dict[str, Path] = {}
-    at_a_time = parallel or max(1, min(len(jobs), os.cpu_count() or 1))
-    for child in children.run_all(jobs, parallel=at_a_time, program=program):
-        outputs[child.name] = child.output
-        progress(len(outputs), len(jobs), child.name)
-    return outputs
