@@ -90,7 +90,7 @@ def _handler() -> Callable[[bytes], bytes]:
         # A line for each epoch of each of a hundred sites tells nobody anything.
         for part in _CHATTY:
             logging.getLogger(f"{LOGGER_NAME}.{part}").setLevel(logging.WARNING)
-    return functools.partial(answer_task, sites=SimulatedSites(_build_trainer), measure=ModelEvaluator().measure)
+    return functools.partial(answer_task, sites=SimulatedSites(_build_trainer), measure=ModelEvaluator().evaluate)
 
 
 def _build_trainer(setup: WorkerSetup) -> SiteTrainer:

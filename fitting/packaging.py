@@ -1,4 +1,4 @@
-"""What a site adds to a backbone: its statistics, its threshold, its reference images and its drift reference.
+"""What a package holds beside the model: reference images and the drift reference.
 
 The drift reference describes the site's good parts and their pictures; a line's drift is measured against it. The
 reference images are good images in the package against whose scores every runtime is checked.
@@ -6,11 +6,7 @@ reference images are good images in the package against whose scores every runti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from edgeflame.drift_reference import (
     MAX_REFERENCE_IMAGES,
@@ -21,33 +17,9 @@ from edgeflame.drift_reference import (
 )
 from edgeflame.images import ImageU8
 from edgeflame.log import EventLog
-from edgeflame.package import Threshold, evenly_spaced
-from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.package import evenly_spaced
 from fitting.imageset import ImageSet
-from fitting.suspects import Suspect
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteStatistics:
-    """What a site adds to a backbone.
-
-    Attributes:
-        statistics: of all its good images, as a package stores them.
-        threshold: by cross-fitting over its parts.
-        images: those it rests on: all that could be read, but for those left out.
-        held_out_scores: ``[N]`` of these images, by statistics that did not see them.
-        held_out_means: ``[N]`` means of the maps whose maxima these scores are.
-        suspects: of all images those that look least normal, the worst first.
-        details: for the package's provenance: rank, likelihoods, counts, seconds.
-    """
-
-    statistics: PackageStatistics
-    threshold: Threshold
-    images: ImageSet
-    held_out_scores: npt.NDArray[np.float64]
-    held_out_means: npt.NDArray[np.float64]
-    suspects: tuple[Suspect, ...]
-    details: dict[str, Any] = field(default_factory=dict)
+from fitting.site_statistics import SiteStatistics
 
 
 def site_drift_reference(site: SiteStatistics, references: ImageU8 | None) -> DriftReference:

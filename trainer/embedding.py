@@ -1,115 +1,15 @@
-"""Embeddings of a site's images, each computed once and kept within a memory budget."""
+"""Embeddings of images by a network in torch."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-
-import numpy as np
 import torch
 
-from edgeflame.errors import ConfigError, NumericalError
+from edgeflame.images import ImageU8
 from edgeflame.tensors import F32
+from fitting.embeddings import MAX_CACHE_BYTES, Embeddings
 from fitting.imageset import ImageSet
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import rgb_tensor, without_tf32
-
-MAX_CACHE_BYTES = 1 << 30
-"""Embeddings kept in memory: 1724 images at the default 1024 x 152. The rest is computed again when needed."""
-
-MAX_MOMENT_BYTES = 4 << 30
-"""Second moments of all positions (P x C x C float64); beyond it the embedding is too wide for this form."""
-
-FORWARD_SIZE = 8
-"""Images embedded at a time; small batches stay in a CPU's cache, and are up to twice as fast as large ones."""
-
-BATCH_SIZE = 64
-"""Images handed on at a time; each batch costs one pass over the second moments, so these want to be large."""
-
-
-class Embeddings:
-    """Embeddings of an image set under a frozen network.
-
-    Attributes:
-        num_forward: images sent through the network so far.
-    """
-
-    def __init__(
-        self,
-        network: EmbeddingNetwork,
-        images: ImageSet,
-        *,
-        device: torch.device,
-        max_cache_bytes: int = MAX_CACHE_BYTES,
-    ) -> None:
-        """Compute nothing yet.
-
-        Raises:
-            ConfigError: the second moments of such embeddings would not fit ``MAX_MOMENT_BYTES``.
-        """
-        positions, channels = network.grid[0] * network.grid[1], network.num_channels
-        needed = positions * channels**2 * 8
-        if needed > MAX_MOMENT_BYTES:
-            raise ConfigError(
-                f"embeddings of {channels} channels on a {network.grid[0]}x{network.grid[1]} grid need "
-                f"{needed / 2**30:.1f} GiB of statistics, more than {MAX_MOMENT_BYTES / 2**30:.0f}; "
-                f"leave backbone.channels at auto, choose later or fewer stages, or a smaller input"
-            )
-        self.network = network
-        self.images = images
-        self.num_forward = 0
-        self._device = device
-        self._cache: dict[int, F32] = {}
-        self._room = max_cache_bytes // (positions * channels * 4)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def subset(self, indices: Sequence[int]) -> Embeddings:
-        """Of some of the images, in the given order, sharing what is in memory; counts its own forward passes."""
-        part = copy.copy(self)
-        part.images = self.images.subset(indices)
-        part.num_forward = 0
-        held = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
-        part._cache = held  # noqa: SLF001 - of this very class
-        return part
-
-    def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], F32]]:
-        """Embeddings of some images, in order.
-
-        Yields:
-            Indices and their embeddings ``[N, P, C]`` float32.
-
-        Raises:
-            NumericalError: the network gave NaN or infinite values.
-        """
-        for start in range(0, len(indices), BATCH_SIZE):
-            chosen = list(indices[start : start + BATCH_SIZE])
-            yield chosen, self._gather(chosen)
-
-    def _gather(self, chosen: list[int]) -> F32:
-        missing = [index for index in chosen if index not in self._cache]
-        computed: dict[int, F32] = {}
-        for start in range(0, len(missing), FORWARD_SIZE):
-            part = missing[start : start + FORWARD_SIZE]
-            computed.update(zip(part, self._compute(part), strict=True))
-        batch = np.stack([computed[index] if index in computed else self._cache[index] for index in chosen])
-        for index, embedding in computed.items():
-            if len(self._cache) < self._room:
-                self._cache[index] = embedding.copy()  # a view would keep its whole forward batch alive
-        return batch
-
-    def _compute(self, indices: list[int]) -> F32:
-        self.num_forward += len(indices)
-        embeddings = embed(self.network, rgb_tensor(self.images.batch(indices), self._device))
-        if not np.isfinite(embeddings).all():
-            names = ", ".join(
-                self.images.records[index].name
-                for index, one in zip(indices, embeddings, strict=True)
-                if not np.isfinite(one).all()
-            )
-            raise NumericalError(f"the network gave NaN or infinite embeddings for {names}")
-        return embeddings
 
 
 def embed(network: EmbeddingNetwork, rgb: torch.Tensor) -> F32:
@@ -118,3 +18,20 @@ def embed(network: EmbeddingNetwork, rgb: torch.Tensor) -> F32:
         maps = network(rgb)
     embeddings: F32 = maps.permute(0, 2, 3, 1).flatten(1, 2).float().cpu().numpy()
     return embeddings
+
+
+def network_embeddings(
+    network: EmbeddingNetwork, images: ImageSet, *, device: torch.device, max_cache_bytes: int = MAX_CACHE_BYTES
+) -> Embeddings:
+    """Embeddings of an image set by a network that is on ``device`` and in evaluation mode.
+
+    Raises:
+        ConfigError: they are too wide for their statistics.
+    """
+
+    def embed_images(batch: ImageU8) -> F32:
+        return embed(network, rgb_tensor(batch, device))
+
+    return Embeddings(
+        embed_images, images, grid=network.grid, num_channels=network.num_channels, max_cache_bytes=max_cache_bytes
+    )

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import ImageU8
-from edgeflame.log import EventLog, Progress, no_progress
-from edgeflame.methods import METHODS, SOLO_METHODS, Learning
+from edgeflame.log import Progress, no_progress
+from edgeflame.methods import SOLO_METHODS, Learning
 from edgeflame.package import DEFAULT_REFERENCES, WeightsOrigin
-from fitting.crossfit import PooledStatistics, require_enough
+from fitting.crossfit import require_enough
 from fitting.imageset import ImageSet
-from fitting.packaging import SiteStatistics, choose_references
-from fitting.suspects import Suspect, worst_indices
-from fitting.threshold import set_threshold
+from fitting.packaging import choose_references
+from fitting.site_statistics import SiteStatistics
 from trainer.backbone import EmbeddingNetwork
-from trainer.crossfit import cross_fit
 from trainer.device import keep_freed_memory
-from trainer.embedding import Embeddings
-from trainer.feddymem.site import MemoryLearner
-from trainer.model import SiteModel, build_model
-from trainer.training import train
-
-log = EventLog("fit")
+from trainer.exchange import open_learner
 
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Opens the progress of one stage of the work by its name."""
@@ -38,7 +30,7 @@ Stage = Callable[[str], AbstractContextManager[Progress]]
 
 @contextmanager
 def quiet_stage(name: str) -> Iterator[Progress]:
-    """A stage that reports to nobody."""
+    """A stage without a progress display."""
     del name
     yield no_progress
 
@@ -105,54 +97,24 @@ def fit(
     seconds: dict[str, float] = {}
     with _timed(seconds, "reading"), stage("Reading images") as progress:
         images = read_training_images(dataset, learning, on_unreadable=on_unreadable, progress=progress)
-    if METHODS[learning.method].exchange == "memory":
-        return _fit_memory(dataset, images, learning, device, num_references, seconds, stage)
-    model, weights = build_model(learning)
-    model.to(device)
-    training: dict[str, Any] = {}
-    if learning.method != "none":
-        with _timed(seconds, "training"), stage("Training") as progress:
-            training = train(model, images, learning, seed=learning.seed, progress=progress).details()
+    learner = open_learner(learning, device)
+    with ExitStack() as stack:
+        progress = no_progress
+        if learner.trains:
+            stack.enter_context(_timed(seconds, "training"))
+            progress = stack.enter_context(stage("Training"))
+        model, training = learner.train_alone(images, seed=learning.seed, progress=progress)
     with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
-        site = fit_statistics(
-            model, images, learning, groups_known=dataset.groups_known, device=device, progress=progress
-        )
+        site = model.fit_statistics(images, groups_known=dataset.groups_known, progress=progress)
     return FittedModel(
-        network=model.backbone.cpu(),
+        network=model.network.cpu(),
         site=site,
-        weights=weights,
+        weights=model.weights,
         learning=learning,
         report=images.report,
         training=training,
         seconds=seconds,
         references=choose_references(site.images, num_references),
-    )
-
-
-def _fit_memory(
-    dataset: Dataset,
-    images: ImageSet,
-    learning: Learning,
-    device: torch.device,
-    num_references: int,
-    seconds: dict[str, float],
-    stage: Stage,
-) -> FittedModel:
-    """FedDyMem at one site: there is no other memory than its own."""
-    learner = MemoryLearner(learning, images, device=device)
-    with _timed(seconds, "training"), stage("Training") as progress:
-        memory, metrics = learner.train(None, None, seed=learning.seed, progress=progress)
-    with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
-        site = learner.fit(memory, None, groups_known=dataset.groups_known, progress=progress)
-    return FittedModel(
-        network=learner.network.cpu(),
-        site=site,
-        weights=learner.weights,
-        learning=learning,
-        report=images.report,
-        training=metrics,
-        seconds=seconds,
-        references=choose_references(images, num_references),
     )
 
 
@@ -177,90 +139,6 @@ def read_training_images(
             f"{dataset.root}: {exc}" + (f" ({unreadable} could not be read)" if unreadable else "")
         ) from exc
     return images
-
-
-def fit_statistics(
-    model: SiteModel,
-    images: ImageSet,
-    learning: Learning,
-    *,
-    groups_known: bool,
-    device: torch.device,
-    pooled: PooledStatistics | None = None,
-    progress: Progress = no_progress,
-) -> SiteStatistics:
-    """Statistics and threshold of a finished backbone; with ``pooled`` statistics only the threshold is of the images.
-
-    Raises:
-        DataError: too few images or parts.
-        NumericalError: an embedding is not finite, or nothing varies between the images.
-    """
-    model.eval()
-    embeddings = Embeddings(model.backbone, images, device=device)
-    first = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
-    result, kept, left_out = first, images, worst_indices(first.held_out_scores, learning.scoring.drop_worst)
-    if left_out:
-        log.warning(
-            "images_left_out",
-            count=len(left_out),
-            share=learning.scoring.drop_worst,
-            worst=", ".join(images.records[index].name for index in left_out[:5]),
-        )
-        embeddings = embeddings.subset(sorted(set(range(len(images))) - set(left_out)))
-        kept = embeddings.images
-        result = cross_fit(embeddings, kept.groups, learning, pooled=pooled, progress=progress)
-    threshold = set_threshold(
-        result.held_out_scores,
-        kept.groups,
-        learning.calibration,
-        groups_known=groups_known,
-        num_left_out=len(left_out),
-    )
-    suspects = tuple(
-        Suspect(
-            record=images.records[index],
-            score=float(first.held_out_scores[index]),
-            anomaly_map=one,
-            left_out=index in set(left_out),
-        )
-        for index, one in first.highest_maps.items()
-    )
-    details: dict[str, Any] = {
-        "rank": result.statistics.rank,
-        "ridge": result.statistics.ridge,
-        "num_forward_passes": embeddings.num_forward,
-        "channels": model.backbone.num_channels,
-        "channels_before_projection": model.backbone.num_tapped_channels,
-        "held_out_score_median": float(np.median(result.held_out_scores)),
-        "held_out_score_max": float(result.held_out_scores.max()),
-    }
-    details["least_normal"] = [
-        {"file": one.record.name, "score": one.score, "left_out": one.left_out} for one in suspects[:10]
-    ]
-    if left_out:
-        details["left_out"] = [images.records[index].name for index in left_out]
-    if result.likelihoods is not None:
-        details["held_out_log_likelihood_by_ridge_and_rank"] = result.likelihoods
-    log.info(
-        "statistics",
-        images=len(kept),
-        rank=result.statistics.rank,
-        ridge=result.statistics.ridge,
-        threshold=threshold.value,
-        parts=threshold.num_groups,
-        promised_false_reject_rate=round(threshold.false_reject_rate, 4),
-        confidence=threshold.confidence,
-        expected_false_reject_rate=threshold.expected_false_reject_rate,
-    )
-    return SiteStatistics(
-        statistics=result.statistics,
-        threshold=threshold,
-        images=kept,
-        held_out_scores=result.held_out_scores,
-        held_out_means=result.held_out_means,
-        suspects=suspects,
-        details=details,
-    )
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def save_private(path: Path, tensors: Mapping[str, Tensor]) -> None:
     atomic_write(path, safetensors.torch.save(private), durable=False)
 
 
-def load_private(path: Path | None) -> dict[str, Tensor]:
+def load_private(path: Path | str | None) -> dict[str, Tensor]:
     """Read what a site kept to itself; nothing where there is no file.
 
     Raises:

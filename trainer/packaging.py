@@ -20,7 +20,8 @@ from edgeflame.methods import Learning
 from edgeflame.package import Manifest, ReferenceImage, WeightsOrigin, make_references, new_manifest, write_package
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smooth_maps
-from fitting.packaging import SiteStatistics, site_drift_reference
+from fitting.packaging import site_drift_reference
+from fitting.site_statistics import SiteStatistics
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import rgb_tensor
 from trainer.embedding import embed

@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -28,13 +27,13 @@ from edgeflame.dataset import Dataset, ImageRecord, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.methods import Learning, Scoring
 from edgeflame.tensors import F32
-from fitting.crossfit import image_scores, score_maps
+from fitting.crossfit import cross_fit, image_scores, score_maps
+from fitting.embeddings import BATCH_SIZE, Embeddings
 from fitting.imageset import ImageSet
 from fitting.metrics import auroc
 from fitting.suspects import worst_indices
 from fitting.threshold import set_threshold
-from trainer.crossfit import cross_fit
-from trainer.embedding import BATCH_SIZE, Embeddings
+from trainer.embedding import network_embeddings
 from trainer.model import build_model
 
 CONTAMINATIONS = (0.0, 0.01, 0.05, 0.1)
@@ -44,10 +43,10 @@ LEFT_OUT = (0.0, 0.02, 0.05, 0.1)
 class Held:
     """Embeddings in memory, looked up by a choice of images: what `cross_fit` needs of :class:`Embeddings`."""
 
-    def __init__(self, everything: F32, chosen: Sequence[int], network: object) -> None:
+    def __init__(self, everything: F32, chosen: Sequence[int], embeddings: Embeddings) -> None:
         self._everything = everything
         self._chosen = np.asarray(chosen)
-        self.network = network
+        self.grid, self.num_channels = embeddings.grid, embeddings.num_channels
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -78,9 +77,8 @@ def run(data: Path, seeds: Sequence[int], shares: Sequence[float], learning: Lea
     images = ImageSet([*dataset.train, *dataset.test], learning.input)
     model, _ = build_model(learning)
     model.eval()
-    embeddings = Embeddings(model.backbone, images, device=torch.device("cpu"), max_cache_bytes=0)
+    embeddings = network_embeddings(model.backbone, images, device=torch.device("cpu"), max_cache_bytes=0)
     everything = np.concatenate([batch for _, batch in embeddings.batches(range(len(images)))])
-    network = SimpleNamespace(grid=model.backbone.grid, num_channels=model.backbone.num_channels)
     index = {record.name: number for number, record in enumerate(images.records)}
     good = [record for record in images.records if record.name.startswith("train/")]
     for seed in seeds:
@@ -96,14 +94,14 @@ def run(data: Path, seeds: Sequence[int], shares: Sequence[float], learning: Lea
                 kept = [number for number in range(len(train)) if number not in set(out)]
                 records = [train[number] for number in kept]
                 groups = [record.group for record in records]
-                held = Held(everything, [index[record.name] for record in records], network)
+                held = Held(everything, [index[record.name] for record in records], embeddings)
                 fitted = cross_fit(held, groups, learning)  # type: ignore[arg-type]
                 threshold = set_threshold(
-                    fitted.held_out_scores, groups, learning.calibration, groups_known=True, num_left_out=len(out)
+                    fitted.held_out.scores, groups, learning.calibration, groups_known=True, num_left_out=len(out)
                 )
                 result: dict[str, object] = {}
                 if first is None:
-                    first = fitted.held_out_scores
+                    first = fitted.held_out.scores
                     order = np.argsort(-first, kind="stable")
                     for times in (1, 2):
                         among = int(is_bad[order[: times * len(bad)]].sum())

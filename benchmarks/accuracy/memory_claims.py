@@ -82,12 +82,12 @@ def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Tra
     works = {site: TorchSiteTrainer(learning=learning, data=data / site, site=site, device="cpu") for site in SITES}
     model = folder / "0"
     works[SITES[0]].write_initial_model(InitialTask(out=str(model)))
-    measurer = ModelEvaluator("cpu")
+    evaluator = ModelEvaluator("cpu")
     trace = Trace(num_bytes=[], changes=[], aurocs=[])
 
     def measure(path: Path) -> float:
         figures = [
-            measurer.measure(
+            evaluator.evaluate(
                 MeasureTask(
                     name=site, learning=learning, model=str(path), train=(str(data / site),), test=str(data / site)
                 )

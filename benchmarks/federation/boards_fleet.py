@@ -68,7 +68,7 @@ def run(
     if data.exists():
         out.mkdir()
         (out / "data").symlink_to(data)
-    handle = functools.partial(answer_task, sites=SimulatedSites(build), measure=ModelEvaluator().measure)
+    handle = functools.partial(answer_task, sites=SimulatedSites(build), measure=ModelEvaluator().evaluate)
     with open_simulation_engine(config.engine, handle) as engine:
         result = simulate(config, out, engine, no_progress)
     if not data.exists():

@@ -18,14 +18,13 @@ from edgeflame.images import Preprocessing
 from edgeflame.methods import Backbone, Learning
 from edgeflame.statistics.gaussian import fit_gaussian
 from edgeflame.statistics.moments import MomentAccumulator
-from fitting.crossfit import RIDGES, image_scores, make_folds, require_enough, score_maps
+from fitting.crossfit import RIDGES, cross_fit, image_scores, make_folds, require_enough, score_maps
 from fitting.imageset import ImageSet
 from tests.support.likelihood import log_likelihood
 from trainer import embedding as embedding_module
 from trainer.backbone import EmbeddingNetwork, build_network
-from trainer.crossfit import cross_fit
 from trainer.device import rgb_tensor
-from trainer.embedding import Embeddings, embed
+from trainer.embedding import embed, network_embeddings
 
 CPU = torch.device("cpu")
 
@@ -54,7 +53,7 @@ def test_held_out_scores_are_those_of_statistics_without_the_part(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning, max_cache_bytes: int
 ) -> None:
     """Against the long way: for each fold, statistics of the other images from nothing."""
-    embeddings = Embeddings(network, images, device=CPU, max_cache_bytes=max_cache_bytes)
+    embeddings = network_embeddings(network, images, device=CPU, max_cache_bytes=max_cache_bytes)
     result = cross_fit(embeddings, images.groups, small_learning)
     everything = embed(network, rgb_tensor(images.batch(range(len(images))), CPU))
     expected = np.zeros(len(images))
@@ -65,7 +64,7 @@ def test_held_out_scores_are_those_of_statistics_without_the_part(
             accumulator.moments(), grid=network.grid, rank=6, ridge=small_learning.scoring.ridge
         ).as_stored()
         expected[fold] = image_scores(score_maps(gaussian, everything[fold], small_learning.scoring))
-    np.testing.assert_allclose(result.held_out_scores, expected, rtol=5e-3)
+    np.testing.assert_allclose(result.held_out.scores, expected, rtol=5e-3)
     assert result.statistics.count == len(images)
     assert result.statistics.rank == 6
     assert result.likelihoods is None
@@ -76,17 +75,17 @@ def test_held_out_scores_are_those_of_statistics_without_the_part(
 def test_what_was_seen_scores_lower_than_what_was_not(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
 ) -> None:
-    embeddings = Embeddings(network, images, device=CPU)
+    embeddings = network_embeddings(network, images, device=CPU)
     result = cross_fit(embeddings, images.groups, small_learning)
     _, everything = next(embeddings.batches(range(len(images))))
     seen = image_scores(score_maps(result.statistics, everything, small_learning.scoring))
-    assert np.median(seen) < np.median(result.held_out_scores)
+    assert np.median(seen) < np.median(result.held_out.scores)
 
 
 def test_the_statistics_are_as_a_package_stores_them(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
 ) -> None:
-    statistics = cross_fit(Embeddings(network, images, device=CPU), images.groups, small_learning).statistics
+    statistics = cross_fit(network_embeddings(network, images, device=CPU), images.groups, small_learning).statistics
     np.testing.assert_array_equal(statistics.basis, statistics.basis.astype(np.float16).astype(np.float32))
 
 
@@ -97,7 +96,9 @@ def test_rank_and_ridge_are_the_likeliest_within_the_cap(
     """Against the long way: every pair by itself, on images its statistics have not seen."""
     scoring = msgspec.structs.replace(small_learning.scoring, rank=rank, ridge=ridge, max_rank=7)
     result = cross_fit(
-        Embeddings(network, images, device=CPU), images.groups, msgspec.structs.replace(small_learning, scoring=scoring)
+        network_embeddings(network, images, device=CPU),
+        images.groups,
+        msgspec.structs.replace(small_learning, scoring=scoring),
     )
     everything = embed(network, rgb_tensor(images.batch(range(len(images))), CPU))
     likelihoods: dict[tuple[float, int], float] = {}
@@ -128,14 +129,14 @@ def test_one_part_that_holds_nearly_all_images_is_refused(
 ) -> None:
     groups = ["one"] * (len(images) - 1) + ["other"]
     with pytest.raises(DataError, match="one part holds nearly all"):
-        cross_fit(Embeddings(network, images, device=CPU), groups, small_learning)
+        cross_fit(network_embeddings(network, images, device=CPU), groups, small_learning)
 
 
 def test_embeddings_too_wide_for_their_moments_are_refused_before_any_work(images: ImageSet) -> None:
     wide = Backbone(name="resnet18", channels="all", weights="random")
     network = build_network(wide, Preprocessing(height=1024, width=1024), seed=0)[0]
     with pytest.raises(ConfigError, match=r"backbone\.channels at auto.*a smaller input"):
-        Embeddings(network, images, device=CPU)
+        network_embeddings(network, images, device=CPU)
 
 
 def test_a_network_that_gives_no_numbers_is_named_with_the_image(
@@ -148,11 +149,11 @@ def test_a_network_that_gives_no_numbers_is_named_with_the_image(
 
     monkeypatch.setattr(embedding_module, "embed", broken)
     with pytest.raises(NumericalError, match=images.records[1].name):
-        list(Embeddings(network, images, device=CPU).batches(range(3)))
+        list(network_embeddings(network, images, device=CPU).batches(range(3)))
 
 
 def test_batches_keep_the_order_asked_for(network: EmbeddingNetwork, images: ImageSet) -> None:
-    embeddings = Embeddings(network, images, device=CPU)
+    embeddings = network_embeddings(network, images, device=CPU)
     straight = np.concatenate([batch for _, batch in embeddings.batches(range(10))])
     order = [7, 2, 2, 9]
     ((indices, mixed),) = embeddings.batches(order)

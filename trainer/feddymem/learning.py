@@ -26,7 +26,7 @@ from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.statistics.memory import MemoryBank
 from edgeflame.tensors import F32
-from trainer.embedding import Embeddings
+from fitting.embeddings import Embeddings
 
 DISTANCES_AT_ONCE = 1 << 24
 """Elements of a distance matrix held at once: 64 MiB."""
@@ -174,9 +174,9 @@ def sample_patches(
     """
     generator = np.random.default_rng(seed)
     num_images = len(embeddings)
-    positions = embeddings.network.grid[0] * embeddings.network.grid[1]
+    positions = embeddings.grid[0] * embeddings.grid[1]
     each = max(1, min(positions, max_patches // num_images))
-    values = np.empty((num_images, each, embeddings.network.num_channels), dtype=np.float32)
+    values = np.empty((num_images, each, embeddings.num_channels), dtype=np.float32)
     done = 0
     for indices, batch in embeddings.batches(range(num_images)):
         for index, image in zip(indices, batch, strict=True):

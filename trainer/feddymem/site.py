@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,14 +18,21 @@ from edgeflame.errors import FederationError
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.package import WeightsOrigin
-from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank
-from edgeflame.tensors import F32, F64
-from fitting.crossfit import image_scores, make_folds, require_enough, score_maps
+from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
+from fitting.crossfit import (
+    HeldOutScores,
+    PooledStatistics,
+    ProgressCounter,
+    make_folds,
+    require_enough,
+    score_held_out,
+)
+from fitting.embeddings import Embeddings
 from fitting.imageset import ImageSet
-from fitting.packaging import SiteStatistics
-from fitting.suspects import HighestMaps, Suspect
+from fitting.site_statistics import SiteStatistics, find_suspects
 from fitting.threshold import set_threshold
-from trainer.embedding import Embeddings
+from trainer.agent.tasks import TaskResult, TrainTask
+from trainer.embedding import network_embeddings
 from trainer.feddymem.learning import (
     PatchSample,
     SiteMemory,
@@ -33,11 +41,12 @@ from trainer.feddymem.learning import (
     combined_transform,
     fit_metric,
     initial_memory,
+    restore_memory,
     sample_patches,
     train_memory,
 )
 from trainer.feddymem.reduce import NO_FLOOR, PrivacyFloor, entry_contents, reduce_memory
-from trainer.model import build_model
+from trainer.model import build_model, load_private, save_private
 
 log = EventLog("feddymem")
 
@@ -85,10 +94,8 @@ def held_out_scores(
     embeddings: Embeddings,
     *,
     progress: Progress = no_progress,
-) -> tuple[F64, F64, dict[int, F32]]:
-    """Scores ``[N]`` of all images by memories from which their fold's patches are left out.
-
-    Beside them the means ``[N]`` of their maps, and the maps of the highest.
+) -> HeldOutScores:
+    """Scores of all images by memories from which their fold's patches are left out.
 
     The site's own averages are made again of the other folds' patches. Generator, entries' places and, in a
     federation, the fleet's prototypes did see all images; that makes the scores a little low.
@@ -99,17 +106,13 @@ def held_out_scores(
     """
     groups = embeddings.images.groups
     require_enough(len(groups), len(set(groups)))
-    scores, means, highest, done = np.zeros(len(groups)), np.zeros(len(groups)), HighestMaps(), 0
-    for fold in make_folds(groups, learning.calibration.folds, learning.seed):
-        others = patches.without(fold)
-        statistics = memory_statistics(memory, others, fleet, whitening, learning, grid=embeddings.network.grid)
-        for indices, batch in embeddings.batches(fold):
-            maps = score_maps(statistics, batch, learning.scoring)
-            scores[indices], means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
-            highest.add(indices, scores[indices], maps)
-            done += len(indices)
-            progress(done, len(groups), "scoring held-out parts")
-    return scores, means, highest.by_index()
+    folds = make_folds(groups, learning.calibration.folds, learning.seed)
+    without = (
+        memory_statistics(memory, patches.without(fold), fleet, whitening, learning, grid=embeddings.grid)
+        for fold in folds
+    )
+    counter = ProgressCounter(progress, total=len(groups))
+    return score_held_out(embeddings, zip(folds, without, strict=True), learning.scoring, counter=counter)
 
 
 def _reduce_site_memory(
@@ -135,16 +138,6 @@ def _reduce_site_memory(
     )
 
 
-def initial_bank(learning: Learning) -> MemoryBank:
-    """The empty memory every run starts from; the same at every site with the same backbone weights.
-
-    Raises:
-        MissingDependencyError: no weights can be had here.
-    """
-    model, weights = build_model(learning)
-    return empty_bank(model.backbone.num_channels, embedding_space_id(learning, weights))
-
-
 def embedding_space_id(learning: Learning, weights: WeightsOrigin) -> str:
     """SHA-256 of what decides on the embeddings: the weights, and how they are used."""
     # Where the weights were found is no matter, what they are is.
@@ -153,28 +146,78 @@ def embedding_space_id(learning: Learning, weights: WeightsOrigin) -> str:
 
 
 class MemoryLearner:
-    """Learns from one site's images; their embeddings are computed once, for all rounds.
+    """Learns a memory beside a frozen backbone and exchanges averages of it; implements
+    :class:`trainer.exchange.LocalLearner`.
+
+    The embeddings of the images it was last given are computed once, for all rounds.
 
     Args:
         learning: the configuration.
-        images: the site's good images.
         device: to learn on.
 
     Raises:
         MissingDependencyError: no weights can be had here.
     """
 
-    def __init__(self, learning: Learning, images: ImageSet, *, device: torch.device) -> None:
+    trains = True
+
+    def __init__(self, learning: Learning, device: torch.device) -> None:
         model, self.weights = build_model(learning)
         self.network = model.backbone.to(device)
         self.space = embedding_space_id(learning, self.weights)
-        self._learning = learning
-        self._images = images
+        self.learning = learning
         self._device = device
-        self._embeddings = Embeddings(self.network, images, device=device)
-        self._patches: PatchSample | None = None
+        self._of: tuple[ImageSet, Embeddings, PatchSample] | None = None
 
-    def read_fleet(self, path: Path) -> MemoryBank:
+    def write_initial(self, path: Path) -> None:
+        """Write the empty memory that every run starts from."""
+        write_bank(path, empty_bank(self.network.num_channels, self.space))
+
+    def train_round(self, task: TrainTask, images: ImageSet, *, progress: Progress) -> TaskResult:
+        """A memory comes, a memory goes; the generator and the entries stay at the site."""
+        fleet = self._load_fleet_memory(Path(task.base))
+        before = restore_memory(load_private(task.private), self.network.num_channels, self._device)
+        memory, metrics = self._train(before, fleet, images, seed=task.seed, progress=progress)
+        _, patches = self.embed(images)
+        whitening = fit_metric(patches, fleet, self.learning)
+        bank = shareable_memory(memory, patches, whitening, self.learning, space=self.space)
+        write_bank(Path(task.out), bank)
+        if task.private_out is not None:
+            save_private(Path(task.private_out), memory.tensors())
+        figures = {
+            "num_prototypes": float(len(bank)),
+            "min_effective_patches": float(bank.effective_patches.min()),
+            "min_effective_images": float(bank.effective_images.min()),
+        }
+        return TaskResult(num_samples=len(images), metrics={**metrics, **figures})
+
+    def train_alone(
+        self, images: ImageSet, *, seed: int, progress: Progress = no_progress
+    ) -> tuple[MemoryModel, dict[str, Any]]:
+        """A memory of these images alone, and the metrics of its training."""
+        memory, metrics = self._train(None, None, images, seed=seed, progress=progress)
+        return MemoryModel(self, memory, None), metrics
+
+    def load(self, path: Path, private: Path | None) -> MemoryModel:
+        """The fleet's memory, beside the site's own."""
+        memory = restore_memory(load_private(private), self.network.num_channels, self._device)
+        return MemoryModel(self, memory, self._load_fleet_memory(path))
+
+    def embed(self, images: ImageSet, progress: Progress = no_progress) -> tuple[Embeddings, PatchSample]:
+        """The embeddings of a site's images, and the sample of their patches."""
+        if self._of is None or self._of[0] is not images:
+            embeddings = network_embeddings(self.network, images, device=self._device)
+            patches = sample_patches(
+                embeddings,
+                max_patches=self.learning.memory.max_patches,
+                seed=self.learning.seed,
+                device=self._device,
+                progress=progress,
+            )
+            self._of = (images, embeddings, patches)
+        return self._of[1:]
+
+    def _load_fleet_memory(self, path: Path) -> MemoryBank:
         """The fleet's memory, if it is of this site's embeddings.
 
         Raises:
@@ -189,54 +232,62 @@ class MemoryLearner:
             )
         return fleet
 
-    def train(
+    def _train(
         self,
         memory: SiteMemory | None,
         fleet: MemoryBank | None,
+        images: ImageSet,
         *,
         seed: int,
-        progress: Progress = no_progress,
+        progress: Progress,
     ) -> tuple[SiteMemory, dict[str, float]]:
         """Train for some epochs from ``memory``, or from the beginning; errors as :func:`train_memory`."""
-        patches = self._sample(progress)
-        whitening = fit_metric(patches, fleet, self._learning)
+        _, patches = self.embed(images, progress)
+        whitening = fit_metric(patches, fleet, self.learning)
         if memory is None:
-            memory = initial_memory(patches, whitening, self._learning, seed=self._learning.seed)
-        return train_memory(memory, patches, fleet, whitening, self._learning, seed=seed, progress=progress)
+            memory = initial_memory(patches, whitening, self.learning, seed=self.learning.seed)
+        return train_memory(memory, patches, fleet, whitening, self.learning, seed=seed, progress=progress)
 
-    def reduced(self, memory: SiteMemory, fleet: MemoryBank | None) -> MemoryBank:
-        """What may be sent of a memory.
 
-        Raises:
-            DataError: nothing of it is above the privacy floor.
-        """
-        patches = self._sample()
-        whitening = fit_metric(patches, fleet, self._learning)
-        return shareable_memory(memory, patches, whitening, self._learning, space=self.space)
+class MemoryModel:
+    """A site's memory and its fleet's; implements :class:`trainer.exchange.TrainedModel`.
 
-    def fit(
+    Args:
+        learner: what it is of.
+        memory: the site's own; None makes one, untrained, when statistics are fitted.
+        fleet: the fleet's; None: there is none.
+    """
+
+    def __init__(self, learner: MemoryLearner, memory: SiteMemory | None, fleet: MemoryBank | None) -> None:
+        self.network = learner.network
+        self.weights = learner.weights
+        self._learner = learner
+        self._memory = memory
+        self._fleet = fleet
+
+    def fit_statistics(
         self,
-        memory: SiteMemory | None,
-        fleet: MemoryBank | None,
+        images: ImageSet,
         *,
         groups_known: bool,
+        pooled: PooledStatistics | None = None,
         progress: Progress = no_progress,
     ) -> SiteStatistics:
-        """Statistics and threshold; a site without a memory of its own makes one, untrained.
+        """Statistics and threshold.
 
         Raises:
             DataError: too few images or parts.
             NumericalError: an embedding is not finite, or nothing varies between the patches.
         """
-        patches, learning = self._sample(progress), self._learning
+        assert pooled is None, "sites that exchange memories share no Gaussian statistics"
+        learning, fleet = self._learner.learning, self._fleet
+        embeddings, patches = self._learner.embed(images, progress)
         whitening = fit_metric(patches, fleet, learning)
-        if memory is None:
-            memory = initial_memory(patches, whitening, learning, seed=learning.seed)
+        memory = self._memory or initial_memory(patches, whitening, learning, seed=learning.seed)
         statistics = memory_statistics(memory, patches, fleet, whitening, learning, grid=self.network.grid)
-        scores, means, maps = held_out_scores(
-            memory, patches, fleet, whitening, learning, self._embeddings, progress=progress
-        )
-        threshold = set_threshold(scores, self._images.groups, learning.calibration, groups_known=groups_known)
+        held_out = held_out_scores(memory, patches, fleet, whitening, learning, embeddings, progress=progress)
+        scores = held_out.scores
+        threshold = set_threshold(scores, images.groups, learning.calibration, groups_known=groups_known)
         log.info(
             "memory",
             prototypes=statistics.num_prototypes,
@@ -244,35 +295,19 @@ class MemoryLearner:
             threshold=threshold.value,
             promised_false_reject_rate=round(threshold.false_reject_rate, 4),
         )
-        details = {
-            "num_prototypes": statistics.num_prototypes,
-            "num_global_prototypes": statistics.num_global,
-            "num_patches": len(patches.values),
-            "num_forward_passes": self._embeddings.num_forward,
-            "held_out_score_median": float(sorted(scores)[len(scores) // 2]),
-            "held_out_score_max": float(scores.max()),
-        }
-        records = self._images.records
         return SiteStatistics(
             statistics=statistics,
             threshold=threshold,
-            images=self._images,
+            images=images,
             held_out_scores=scores,
-            held_out_means=means,
-            suspects=tuple(
-                Suspect(record=records[index], score=float(scores[index]), anomaly_map=one, left_out=False)
-                for index, one in maps.items()
-            ),
-            details=details,
+            held_out_means=held_out.means,
+            suspects=find_suspects(images, held_out),
+            details={
+                "num_prototypes": statistics.num_prototypes,
+                "num_global_prototypes": statistics.num_global,
+                "num_patches": len(patches.values),
+                "num_forward_passes": embeddings.num_forward,
+                "held_out_score_median": float(sorted(scores)[len(scores) // 2]),
+                "held_out_score_max": float(scores.max()),
+            },
         )
-
-    def _sample(self, progress: Progress = no_progress) -> PatchSample:
-        if self._patches is None:
-            self._patches = sample_patches(
-                self._embeddings,
-                max_patches=self._learning.memory.max_patches,
-                seed=self._learning.seed,
-                device=self._device,
-                progress=progress,
-            )
-        return self._patches

@@ -1,0 +1,140 @@
+"""A site's statistics, threshold and suspects, fitted to the embeddings of its good images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeflame.log import EventLog, Progress, no_progress
+from edgeflame.methods import Learning
+from edgeflame.package import Threshold
+from edgeflame.statistics.codec import PackageStatistics
+from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
+from fitting.embeddings import Embeddings
+from fitting.imageset import ImageSet
+from fitting.suspects import Suspect, worst_indices
+from fitting.threshold import set_threshold
+
+log = EventLog("fit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteStatistics:
+    """What a site adds to a backbone.
+
+    Attributes:
+        statistics: of all its good images, as a package stores them.
+        threshold: by cross-fitting over its parts.
+        images: those it rests on: all that could be read, but for those left out.
+        held_out_scores: ``[N]`` of these images, by statistics that did not see them.
+        held_out_means: ``[N]`` means of the maps whose maxima these scores are.
+        suspects: of all images those that look least normal, the worst first.
+        details: for the package's provenance: rank, likelihoods, counts, seconds.
+    """
+
+    statistics: PackageStatistics
+    threshold: Threshold
+    images: ImageSet
+    held_out_scores: npt.NDArray[np.float64]
+    held_out_means: npt.NDArray[np.float64]
+    suspects: tuple[Suspect, ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def fit_statistics(
+    embeddings: Embeddings,
+    learning: Learning,
+    *,
+    groups_known: bool,
+    num_tapped_channels: int,
+    pooled: PooledStatistics | None = None,
+    progress: Progress = no_progress,
+) -> SiteStatistics:
+    """Gaussian statistics and threshold of a site's good images under a finished backbone.
+
+    Args:
+        embeddings: of the images.
+        learning: the configuration.
+        groups_known: whether the images' parts are known, or each is taken for a part of its own.
+        num_tapped_channels: of the backbone's maps before their projection, for the package's provenance.
+        pooled: statistics of more images than these; then only the threshold is of these images.
+        progress: counts images, over all passes.
+
+    Raises:
+        DataError: too few images or parts.
+        NumericalError: an embedding is not finite, or nothing varies between the images.
+    """
+    images = embeddings.images
+    first = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
+    result, kept, left_out = first, images, worst_indices(first.held_out.scores, learning.scoring.drop_worst)
+    if left_out:
+        log.warning(
+            "images_left_out",
+            count=len(left_out),
+            share=learning.scoring.drop_worst,
+            worst=", ".join(images.records[index].name for index in left_out[:5]),
+        )
+        embeddings = embeddings.subset(sorted(set(range(len(images))) - set(left_out)))
+        kept = embeddings.images
+        result = cross_fit(embeddings, kept.groups, learning, pooled=pooled, progress=progress)
+    threshold = set_threshold(
+        result.held_out.scores,
+        kept.groups,
+        learning.calibration,
+        groups_known=groups_known,
+        num_left_out=len(left_out),
+    )
+    suspects = find_suspects(images, first.held_out, left_out)
+    details: dict[str, Any] = {
+        "rank": result.statistics.rank,
+        "ridge": result.statistics.ridge,
+        "num_forward_passes": embeddings.num_forward,
+        "channels": embeddings.num_channels,
+        "channels_before_projection": num_tapped_channels,
+        "held_out_score_median": float(np.median(result.held_out.scores)),
+        "held_out_score_max": float(result.held_out.scores.max()),
+    }
+    details["least_normal"] = [
+        {"file": one.record.name, "score": one.score, "left_out": one.left_out} for one in suspects[:10]
+    ]
+    if left_out:
+        details["left_out"] = [images.records[index].name for index in left_out]
+    if result.likelihoods is not None:
+        details["held_out_log_likelihood_by_ridge_and_rank"] = result.likelihoods
+    log.info(
+        "statistics",
+        images=len(kept),
+        rank=result.statistics.rank,
+        ridge=result.statistics.ridge,
+        threshold=threshold.value,
+        parts=threshold.num_groups,
+        promised_false_reject_rate=round(threshold.false_reject_rate, 4),
+        confidence=threshold.confidence,
+        expected_false_reject_rate=threshold.expected_false_reject_rate,
+    )
+    return SiteStatistics(
+        statistics=result.statistics,
+        threshold=threshold,
+        images=kept,
+        held_out_scores=result.held_out.scores,
+        held_out_means=result.held_out.means,
+        suspects=suspects,
+        details=details,
+    )
+
+
+def find_suspects(images: ImageSet, held_out: HeldOutScores, left_out: Sequence[int] = ()) -> tuple[Suspect, ...]:
+    """The images that look least normal, the worst first; ``left_out`` are indices of those not used."""
+    return tuple(
+        Suspect(
+            record=images.records[index],
+            score=float(held_out.scores[index]),
+            anomaly_map=one,
+            left_out=index in set(left_out),
+        )
+        for index, one in held_out.highest_maps.items()
+    )

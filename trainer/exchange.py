@@ -1,0 +1,236 @@
+"""How a site learns and what it exchanges with its fleet: one implementation for each kind of exchange.
+
+A :class:`LocalLearner` writes what a run starts from, trains a round from what the aggregator sends, and gives a
+:class:`TrainedModel`, whose statistics go into a package. :class:`WeightsLearner` exchanges the model's tensors
+(SCAFFOLD's control variates among them); :class:`trainer.feddymem.site.MemoryLearner` a memory of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from edgeflame.log import Progress, no_progress
+from edgeflame.methods import METHODS, Learning
+from edgeflame.package import WeightsOrigin
+from fitting.crossfit import PooledStatistics
+from fitting.imageset import ImageSet
+from fitting.site_statistics import SiteStatistics, fit_statistics
+from trainer.agent.tasks import TaskResult, TrainTask
+from trainer.backbone import EmbeddingNetwork
+from trainer.embedding import network_embeddings
+from trainer.feddymem.site import MemoryLearner
+from trainer.model import (
+    SiteModel,
+    batch_norm_tensors,
+    build_model,
+    load_batch_norms,
+    load_model,
+    load_private,
+    save_model,
+    save_private,
+)
+from trainer.objectives import WITH_TEACHERS
+from trainer.training import train
+from trainer.weights import tensors_sha256
+
+
+class TrainedModel(Protocol):
+    """A model as a site uses it: the global one with what the site keeps to itself, or one of its own."""
+
+    @property
+    def network(self) -> EmbeddingNetwork:
+        """The embedding network, on the learner's device."""
+        ...
+
+    @property
+    def weights(self) -> WeightsOrigin:
+        """Where the network's weights came from."""
+        ...
+
+    def fit_statistics(
+        self,
+        images: ImageSet,
+        *,
+        groups_known: bool,
+        pooled: PooledStatistics | None = None,
+        progress: Progress = no_progress,
+    ) -> SiteStatistics:
+        """Statistics and threshold of a site's good images; ``pooled`` are the fleet's, where it shares them.
+
+        Raises:
+            DataError: too few images or parts.
+            NumericalError: an embedding is not finite, or nothing varies between the images.
+        """
+        ...
+
+
+class LocalLearner(Protocol):
+    """The learning of one site, by the kind of exchange of its method."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains anything."""
+        ...
+
+    def write_initial(self, path: Path) -> None:
+        """Write what every run starts from; the same at every site with the same backbone weights.
+
+        Raises:
+            MissingDependencyError: no weights can be had here.
+            StorageError: the file cannot be written.
+        """
+        ...
+
+    def train_round(self, task: TrainTask, images: ImageSet, *, progress: Progress) -> TaskResult:
+        """Train one round; reads and writes the files that the task names.
+
+        Raises:
+            DataError: too few images.
+            FederationError: a file is not of this configuration.
+            NumericalError: the loss is not finite.
+            StorageError: a file cannot be read or written.
+        """
+        ...
+
+    def train_alone(
+        self, images: ImageSet, *, seed: int, progress: Progress = no_progress
+    ) -> tuple[TrainedModel, dict[str, Any]]:
+        """A model of these images alone, and the metrics of its training; untrained where the method trains nothing.
+
+        Raises:
+            MissingDependencyError: no weights can be had here.
+            NumericalError: the loss is not finite.
+        """
+        ...
+
+    def load(self, path: Path, private: Path | None) -> TrainedModel:
+        """The global model at ``path`` with what the site kept of its last round.
+
+        Raises:
+            FederationError: the file is not of this configuration.
+            StorageError: a file cannot be read.
+        """
+        ...
+
+
+def open_learner(learning: Learning, device: torch.device) -> LocalLearner:
+    """The learner of a method.
+
+    Raises:
+        ConfigError: unknown backbone.
+        MissingDependencyError: no weights can be had here, and the learner needs them from the beginning.
+    """
+    if METHODS[learning.method].exchange == "memory":
+        return MemoryLearner(learning, device)
+    return WeightsLearner(learning, device)
+
+
+class _WeightsModel:
+    """Implements :class:`TrainedModel` by Gaussian statistics."""
+
+    def __init__(
+        self, model: SiteModel, weights: WeightsOrigin | None, learning: Learning, device: torch.device
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._learning = learning
+        self._device = device
+
+    @property
+    def network(self) -> EmbeddingNetwork:
+        return self._model.backbone
+
+    @property
+    def weights(self) -> WeightsOrigin:
+        # The initial model says where its weights came from; averaging may have dropped that.
+        return self._weights or WeightsOrigin(
+            source="federated rounds", sha256=tensors_sha256(self.network.network.state_dict())
+        )
+
+    def fit_statistics(
+        self,
+        images: ImageSet,
+        *,
+        groups_known: bool,
+        pooled: PooledStatistics | None = None,
+        progress: Progress = no_progress,
+    ) -> SiteStatistics:
+        self._model.eval()
+        return fit_statistics(
+            network_embeddings(self.network, images, device=self._device),
+            self._learning,
+            groups_known=groups_known,
+            num_tapped_channels=self.network.num_tapped_channels,
+            pooled=pooled,
+            progress=progress,
+        )
+
+
+class WeightsLearner:
+    """Trains the model and exchanges its tensors; implements :class:`LocalLearner`.
+
+    Args:
+        learning: the configuration.
+        device: to train on.
+    """
+
+    def __init__(self, learning: Learning, device: torch.device) -> None:
+        self._learning = learning
+        self._device = device
+        self._keeps_norms = learning.training.batch_norm == "local"
+
+    @property
+    def trains(self) -> bool:
+        return METHODS[self._learning.method].objective is not None
+
+    def write_initial(self, path: Path) -> None:
+        model, origin = build_model(self._learning)
+        save_model(path, model, origin)
+
+    def train_round(self, task: TrainTask, images: ImageSet, *, progress: Progress) -> TaskResult:
+        base, private = Path(task.base), load_private(task.private)
+        model, origin = self._load(base, private)
+        shared_norms = batch_norm_tensors(load_model(base, self._learning)[0]) if self._keeps_norms else {}
+        teacher = history = None
+        if task.history is not None and METHODS[self._learning.method].objective in WITH_TEACHERS:
+            teacher = self._load(base, private)[0].backbone
+            history = self._load(Path(task.history), private)[0].backbone
+        run = train(
+            model,
+            images,
+            self._learning,
+            seed=task.seed,
+            global_network=teacher,
+            historical_network=history,
+            private=private,
+            progress=progress,
+        )
+        kept = {**run.ending.private, **(batch_norm_tensors(model) if self._keeps_norms else {})}
+        load_batch_norms(model, shared_norms)
+        if kept and task.private_out is not None:
+            save_private(Path(task.private_out), kept)
+        save_model(Path(task.out), model, origin)
+        return TaskResult(num_samples=len(images), num_steps=run.num_steps, metrics=run.metrics())
+
+    def train_alone(
+        self, images: ImageSet, *, seed: int, progress: Progress = no_progress
+    ) -> tuple[TrainedModel, dict[str, Any]]:
+        model, origin = build_model(self._learning)
+        model.to(self._device)
+        details = train(model, images, self._learning, seed=seed, progress=progress).details() if self.trains else {}
+        return _WeightsModel(model, origin, self._learning, self._device), details
+
+    def load(self, path: Path, private: Path | None) -> TrainedModel:
+        model, origin = self._load(path, load_private(private))
+        return _WeightsModel(model, origin, self._learning, self._device)
+
+    def _load(self, path: Path, private: Mapping[str, torch.Tensor]) -> tuple[SiteModel, WeightsOrigin | None]:
+        """A model on the device, as this site sees it: with its own batch norms, where those stay at home."""
+        model, origin = load_model(path, self._learning)
+        if self._keeps_norms:
+            load_batch_norms(model, private)
+        return model.to(self._device), origin
