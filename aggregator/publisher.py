@@ -14,7 +14,7 @@ from aggregator.ledger import build_ledger
 from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobManifest, BlobNeed, RoundState, StatisticsWanted
 from edgeflame.state import write_json
 from edgeflame.transfer.protocol import describe_file, unpack_mask
-from edgeflame.transfer.store import BlobStore, Outgoing
+from edgeflame.transfer.store import BlobStore, OutgoingBlob
 
 
 class StatePublisher:
@@ -28,7 +28,7 @@ class StatePublisher:
         self._store = store
         self._chunk_bytes = DEFAULT_CHUNK_BYTES
         self._manifests: dict[str, BlobManifest] = {}
-        self._outgoing: dict[str, Outgoing] = {}
+        self._outgoing: dict[str, OutgoingBlob] = {}
         self._ledger: str | None = None
 
     def set_chunk_size(self, chunk_bytes: int) -> None:
@@ -103,8 +103,8 @@ class StatePublisher:
         missing = unpack_mask(need.missing, manifest.num_chunks)
         outgoing = self._outgoing.get(need.sha256)
         if outgoing is None:
-            outgoing = self._outgoing[need.sha256] = Outgoing(self._store.path(need.sha256), manifest)
-        outgoing.sender.need(site, missing, resend=need.resend, now=now, window=need.window)
+            outgoing = self._outgoing[need.sha256] = OutgoingBlob(self._store.path(need.sha256), manifest)
+        outgoing.sender.handle_request(site, missing, resend=need.resend, now=now, window=need.window)
         return True
 
     def send_pending(self, publish: Callable[[str, int, bytes], None]) -> None:
@@ -114,7 +114,7 @@ class StatePublisher:
             def send(index: int, data: bytes, sha256: str = sha256) -> None:
                 publish(sha256, index, data)
 
-            outgoing.pump(send)
+            outgoing.send_window(send)
 
     def close(self) -> None:
         """Close all files."""
@@ -129,7 +129,7 @@ class StatePublisher:
         if self._ledger is None or self._ledger not in self._store:
             # As it was when training ended: a restarted aggregator must name the same blob.
             trained = replace(state, finished={}, not_finished={}, left={}, ended=None)
-            draft = self._store.draft("ledger")
+            draft = self._store.draft_path("ledger")
             write_json(draft, build_ledger(trained))
             self._ledger = self._store.add(draft).sha256
         return self._ledger

@@ -145,7 +145,7 @@ class Run:
                 relative_change=model.relative_change,
                 now=self._clock(),
             )
-        draft = self.store.draft("statistics")
+        draft = self.store.draft_path("statistics")
         parts = {site: self.store.path(part.sha256) for site, part in entry.accepted.items()}
         truncation = pool_statistics(parts, draft, rank=self.state.config.statistics_rank)
         pooled = self.store.add(draft)
@@ -165,7 +165,7 @@ class GlobalModel:
 
 def aggregate_round(state: RunState, entry: Round, store: BlobStore) -> GlobalModel:
     """Make a round's model of its accepted updates, into the store."""
-    base, draft = store.path(entry.base_sha256), store.draft("model")
+    base, draft = store.path(entry.base_sha256), store.draft_path("model")
     contributions = round_contributions(entry, state.config, store.path)
     aggregate_updates(state.config, base, contributions, draft, num_members=len(state.members))
     change = state.config.exchange.relative_change(base, draft)

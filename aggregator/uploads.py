@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import BlobNeed, Offer
 from edgeflame.transfer.protocol import ChunkKind
-from edgeflame.transfer.store import BlobStore, Incoming
+from edgeflame.transfer.store import BlobStore, IncomingBlob
 
 log = EventLog("aggregator")
 
@@ -30,7 +30,7 @@ class ReceivedUpload:
 @dataclass(kw_only=True)
 class _PendingUpload:
     offer: Offer
-    incoming: Incoming
+    incoming: IncomingBlob
     window: int = 0
     """Chunks in flight that the site was last allowed."""
 
@@ -79,7 +79,7 @@ class UploadReceiver:
         upload = self._pending.get(site)
         if upload is None or upload.offer.manifest.sha256 != sha256:
             return False, None
-        kind = upload.incoming.chunk(index, data, now=now)
+        kind = upload.incoming.add_chunk(index, data, now=now)
         if kind is ChunkKind.DAMAGED:
             log.warning("chunk_damaged", site=site, sha256=sha256[:12], chunk=index)
         receiver = upload.incoming.receiver
@@ -107,7 +107,7 @@ class UploadReceiver:
         promised = sum(other.window for name, other in self._pending.items() if name != site)
         window = upload.incoming.receiver.window
         window.limit = min(MAX_CHUNKS_IN_FLIGHT // len(self._pending), MAX_CHUNKS_IN_FLIGHT - promised)
-        need = upload.incoming.receiver.need(resend=resend, now=now)
+        need = upload.incoming.receiver.make_request(resend=resend, now=now)
         upload.window = need.window
         self._send(site, need)
 
@@ -117,7 +117,7 @@ class UploadReceiver:
             del self._pending[site]
             return ReceivedUpload(offer=upload.offer, intact=True)
         log.warning("blob_damaged", site=site, sha256=upload.offer.manifest.sha256[:12])
-        if receiver.start_over():
+        if receiver.restart():
             self._send_need(site, upload, resend=True, now=now)
             return None
         self.cancel(site)

@@ -187,7 +187,7 @@ def validate_upload(state: RunState, offer: Offer, store: BlobStore) -> Validati
         return validate_statistics(path, model=entry.base_sha256, num_samples=offer.num_samples, like=like)
     base, decoded = store.path(entry.base_sha256), None
     if codec != "raw":
-        draft = store.draft("decoded")
+        draft = store.draft_path("decoded")
         try:
             decode_update(codec, base, path, draft)
         except DataError as exc:

@@ -27,7 +27,7 @@ from edgeflame.mqtt.url import BrokerUrl
 from edgeflame.package import read_package
 from edgeflame.signing import read_signature, verify_signature
 from edgeflame.transfer.protocol import describe_file, unpack_mask
-from edgeflame.transfer.store import Outgoing
+from edgeflame.transfer.store import OutgoingBlob
 from fleet.observe import FleetModels, ReleaseProgress, WaitUntil, unfinished_lines
 
 ANSWER_S = 10.0
@@ -189,7 +189,7 @@ class _Publisher:
         self._topics = topics
         self._report = report
         self._expected: tuple[str, ...] = terms.lines
-        self._outgoing: Outgoing | None = None
+        self._outgoing: OutgoingBlob | None = None
         self._announced_at: int | None = None
         """The number of the connection on which the release was announced last."""
         self._is_heard = False
@@ -261,14 +261,14 @@ class _Publisher:
             if manifest.sha256 != self._release.manifest.sha256:
                 raise PackageError(f"{self._path}: it changed while it was being published; publish it again")
             self._release = msgspec.structs.replace(self._release, manifest=manifest)
-            self._outgoing = Outgoing(self._path, manifest)
+            self._outgoing = OutgoingBlob(self._path, manifest)
         self._session.publish(self._topics.release(self._release.product), encode_message(self._release), retain=True)
         self._announced_at = self._session.num_connects
 
     def _send_chunks(self) -> None:
         if self._outgoing is not None and self._session.is_up:
             sha256 = self._release.manifest.sha256
-            self._outgoing.pump(
+            self._outgoing.send_window(
                 lambda index, data: self._session.publish(self._topics.release_chunk(sha256, index), data)
             )
 
@@ -302,7 +302,9 @@ class _Publisher:
         need = decode_need(payload)
         if self._outgoing is not None and need.sha256 == self._release.manifest.sha256:
             missing = unpack_mask(need.missing, self._release.manifest.num_chunks)
-            self._outgoing.sender.need(line, missing, resend=need.resend, now=time.monotonic(), window=need.window)
+            self._outgoing.sender.handle_request(
+                line, missing, resend=need.resend, now=time.monotonic(), window=need.window
+            )
 
     def _handle_release(self, announced: Release) -> None:
         """What is announced for the product: ours, or what came after it.

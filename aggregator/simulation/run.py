@@ -311,7 +311,7 @@ class _Simulation:
     def _receive(self, output: ReceiveUpload) -> None:
         assert self._offered is not None
         if output.offer.manifest.sha256 not in self._store:
-            draft = self._store.draft("blob")
+            draft = self._store.draft_path("blob")
             link_or_copy(self._offered, draft)
             self._store.add(draft)
         result = validate_upload(self._run.state, output.offer, self._store)

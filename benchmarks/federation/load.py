@@ -34,7 +34,7 @@ from edgeflame.mqtt.messages import (
 from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
 from edgeflame.mqtt.url import BrokerUrl
 from edgeflame.transfer.protocol import ChunkKind, Receiver, describe_file
-from edgeflame.transfer.store import Outgoing
+from edgeflame.transfer.store import OutgoingBlob
 from trainer.agent.aggregator_client import Upload
 
 HEARTBEAT_S = 1.0
@@ -138,8 +138,8 @@ class LoadSite:
                 step=int(now),
             )
         )
-        if self._download is not None and self._download.stalled(now):
-            self._send(self._download.need(resend=True, now=now))
+        if self._download is not None and self._download.is_stalled(now):
+            self._send(self._download.make_request(resend=True, now=now))
         if self._upload is not None:
             self._upload.tick(now)
             self._upload.pump()
@@ -166,7 +166,7 @@ class LoadSite:
             if self._download is None or self._download.manifest.sha256 != base.sha256:
                 self._link.subscribe(self._topics.training_chunks(base.sha256))
                 self._download = Receiver(base, have=np.zeros(base.num_chunks, dtype=np.bool_), now=now)
-                self._send(self._download.need(resend=True, now=now))
+                self._send(self._download.make_request(resend=True, now=now))
         elif state.phase == "initialise":
             self._offer(*self._initial, "initial", 0, now)
         elif state.phase == "train":
@@ -178,10 +178,10 @@ class LoadSite:
         receiver = self._download
         if receiver is None:
             return
-        if receiver.chunk(index, data, now=now) is ChunkKind.DAMAGED:
+        if receiver.add_chunk(index, data, now=now) is ChunkKind.DAMAGED:
             raise RuntimeError("a damaged chunk")
         if receiver.ack_due(now):
-            self._send(receiver.need(resend=False, now=now))
+            self._send(receiver.make_request(resend=False, now=now))
         if receiver.is_complete:
             self._link.unsubscribe(self._topics.training_chunks(receiver.manifest.sha256))
             self._models.add(receiver.manifest.sha256)
@@ -195,7 +195,7 @@ class LoadSite:
         )
         self._offered = (purpose, number)
         self._upload = Upload(
-            Outgoing(path, manifest),
+            OutgoingBlob(path, manifest),
             offer,
             send=self._send,
             publish=lambda index, data: self._link.publish(

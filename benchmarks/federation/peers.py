@@ -33,7 +33,7 @@ from edgeflame.mqtt.messages import (
 from edgeflame.mqtt.topics import ChunkTopic, Topics
 from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.transfer.protocol import describe_file, unpack_mask
-from edgeflame.transfer.store import BlobStore, Download, Outgoing
+from edgeflame.transfer.store import BlobStore, Download, OutgoingBlob
 from trainer.agent.aggregator_client import Upload
 
 TOPICS = Topics(fleet="bench")
@@ -110,7 +110,7 @@ def uploader(control: Control, url: str, path: Path) -> None:
         parse_broker_url(url), client_id="bench-site", filters=[TOPICS.site_down(SITE)], sink=inbox.put
     ) as link:
         upload = Upload(
-            Outgoing(path, manifest),
+            OutgoingBlob(path, manifest),
             offer,
             send=lambda message: link.publish(TOPICS.site_up(SITE), encode_message(message)),
             publish=lambda index, data: link.publish(TOPICS.up_chunk(SITE, manifest.sha256, index), data),
@@ -175,7 +175,7 @@ def distributor(control: Control, url: str, path: Path) -> None:
     with MqttClient(
         parse_broker_url(url), client_id="bench-aggregator", filters=[TOPICS.all_up()], sink=inbox.put
     ) as link:
-        outgoing = Outgoing(path, manifest)
+        outgoing = OutgoingBlob(path, manifest)
         cpu = _ready(control, inbox, say=manifest)
         while not control.poll():
             event = _next(inbox)
@@ -184,9 +184,11 @@ def distributor(control: Control, url: str, path: Path) -> None:
                 site = event.topic.split("/")[4]
                 if isinstance(need, BlobNeed):
                     missing = unpack_mask(need.missing, manifest.num_chunks)
-                    outgoing.sender.need(site, missing, resend=need.resend, now=time.monotonic(), window=need.window)
+                    outgoing.sender.handle_request(
+                        site, missing, resend=need.resend, now=time.monotonic(), window=need.window
+                    )
                 event.acknowledge()
-            outgoing.pump(lambda index, data: link.publish(TOPICS.training_chunk(manifest.sha256, index), data))
+            outgoing.send_window(lambda index, data: link.publish(TOPICS.training_chunk(manifest.sha256, index), data))
         control.send(Times(0.0, time.monotonic(), time.process_time() - cpu))
 
 
@@ -210,14 +212,14 @@ def downloader(control: Control, url: str, manifest: BlobManifest, site: str) ->
         cpu = _ready(control, inbox)
         started = time.monotonic()
         download = Download(store, manifest, owner="aggregator", send=send, now=started)
-        download.ask(now=started)
+        download.request_missing(now=started)
         while manifest.sha256 not in store:
             event = _next(inbox)
             now = time.monotonic()
             if isinstance(event, ReceivedMessage):
                 address = TOPICS.parse(event.topic)
                 assert isinstance(address, ChunkTopic)
-                download.chunk(address.index, event.payload, now=now)
+                download.add_chunk(address.index, event.payload, now=now)
                 event.acknowledge()
             download.tick(now)
         control.send(Times(started, time.monotonic(), time.process_time() - cpu))

@@ -201,7 +201,7 @@ class ReleaseFetcher:
             case Connected():
                 self._is_up, self._published = True, None
                 for _, download in self._downloads.values():
-                    download.ask(now=time.monotonic())
+                    download.request_missing(now=time.monotonic())
             case Disconnected():
                 self._is_up = False
             case ConnectionFailed(error=error):
@@ -235,7 +235,7 @@ class ReleaseFetcher:
             download = under_way[1]
             if download.manifest == release.manifest:
                 # Who publishes is back.
-                download.ask(now=time.monotonic())
+                download.request_missing(now=time.monotonic())
                 return
         self._stop_download(product)
         if self._store.has(release.manifest.sha256):
@@ -256,7 +256,7 @@ class ReleaseFetcher:
         if self._link is not None:
             self._link.subscribe(self._topics.release_chunks(release.manifest.sha256))
         log.info("fetching", product=product, sha256=release.manifest.sha256[:12], chunks=release.manifest.num_chunks)
-        if download.ask(now=time.monotonic()):
+        if download.request_missing(now=time.monotonic()):
             self._arrived(product)
 
     def _on_chunk(self, sha256: str, index: int, data: bytes) -> None:
@@ -264,7 +264,7 @@ class ReleaseFetcher:
             if download.manifest.sha256 != sha256:
                 continue
             try:
-                if download.chunk(index, data, now=time.monotonic()):
+                if download.add_chunk(index, data, now=time.monotonic()):
                     self._arrived(product)
             except FederationError as exc:
                 self._stop_download(product)

@@ -1,4 +1,4 @@
-"""The transfer protocol, pure: which chunks a sender sends next, which a receiver lacks, and when it says so.
+"""The transfer protocol, pure: which chunks a sender sends next, which a receiver lacks, and when it reports them.
 
 No I/O and no clock, except that :func:`describe_file` reads a file to make its manifest.
 
@@ -109,16 +109,16 @@ class TransferWindow:
 
 
 RECEIVER_SILENCE_S = 5.0
-"""A receiver that acknowledges nothing for so long no longer holds up the others, seconds; nothing is sent for it
-until it is heard again."""
+"""A receiver that acknowledges nothing for so long, seconds, counts as silent: it no longer holds up the others, and no
+chunk is sent for its sake until its next acknowledgement."""
 FORGET_RECEIVER_S = 120.0
-"""After so long even what is on its way to it is forgotten, seconds."""
+"""A receiver that is silent for so long, seconds, is forgotten, with the chunks on their way to it."""
 
 
 @dataclass
 class _ReceiverProgress:
     waiting: Mask
-    """Missing there and not on its way."""
+    """``[num_chunks]``: missing at the receiver and not on their way to it."""
     in_flight: Mask
     num_in_flight: int
     window: int
@@ -143,13 +143,13 @@ class Sender:
 
     @property
     def receivers(self) -> frozenset[str]:
-        """Who is being served."""
+        """The receivers that are being served."""
         return frozenset(name for name, receiver in self._receivers.items() if not receiver.is_silent)
 
-    def need(
+    def handle_request(
         self, receiver: str, missing: Mask, *, resend: bool, now: float, window: int = DEFAULT_WINDOW_CHUNKS
     ) -> None:
-        """Take a receiver's bitmap.
+        """Take note of what a receiver lacks.
 
         Args:
             receiver: its name.
@@ -176,7 +176,7 @@ class Sender:
 
     def next_chunk(self, now: float) -> int | None:
         """The chunk to send now, which counts as sent; None when all is sent or a window is full."""
-        self._pass_over_the_silent(now)
+        self._skip_silent(now)
         heard = [receiver for receiver in self._receivers.values() if not receiver.is_silent]
         if any(receiver.num_in_flight >= receiver.window for receiver in heard):
             return None
@@ -193,7 +193,7 @@ class Sender:
         self._demand[index] = 0
         return index
 
-    def _pass_over_the_silent(self, now: float) -> None:
+    def _skip_silent(self, now: float) -> None:
         for name, receiver in list(self._receivers.items()):
             silent_s = now - receiver.heard_at
             if silent_s >= self._silence_s and not receiver.is_silent:
@@ -248,7 +248,7 @@ class Receiver:
 
     @property
     def is_complete(self) -> bool:
-        """All chunks are there; whether they are the blob, only its hash tells."""
+        """Whether all chunks are there; whether they are the announced blob, only its hash tells."""
         return self._num_missing == 0
 
     def has(self, index: int) -> bool:
@@ -256,15 +256,15 @@ class Receiver:
         return bool(self._have[index])
 
     def ack_due(self, now: float) -> bool:
-        """Whether it is time for ``need``; asked after every chunk."""
+        """Whether it is time to send :meth:`make_request`'s message; asked after every chunk."""
         return self._unacknowledged > 0 and (
             self._unacknowledged * ACKS_IN_WINDOW >= self.window.chunks
             or self.is_complete
             or now - self._acknowledged_at >= ACK_EVERY_S
         )
 
-    def chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
-        """Take a chunk. A ``NEW`` one must be on disk before ``need`` is called next."""
+    def add_chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
+        """Take a chunk. A ``NEW`` one must be on disk before :meth:`make_request` is called next."""
         if not 0 <= index < self.manifest.num_chunks or not self.manifest.matches(index, data):
             return ChunkKind.DAMAGED
         if self._have[index]:
@@ -275,7 +275,7 @@ class Receiver:
         self._retry.progressed(now)
         return ChunkKind.NEW
 
-    def need(self, *, resend: bool, now: float) -> BlobNeed:
+    def make_request(self, *, resend: bool, now: float) -> BlobNeed:
         """The message that says what is missing; see :class:`~edgeflame.mqtt.messages.BlobNeed` for ``resend``."""
         if resend:
             self.window.restart(now)
@@ -291,11 +291,11 @@ class Receiver:
             window=self.window.chunks,
         )
 
-    def stalled(self, now: float) -> bool:
+    def is_stalled(self, now: float) -> bool:
         """Whether nothing new came for so long that it is time to ask again; asking restarts the interval."""
         return not self.is_complete and self._retry.is_due(now)
 
-    def start_over(self) -> bool:
+    def restart(self) -> bool:
         """The whole hash was wrong: forget all chunks. False: it has happened too often, give up."""
         self._attempts += 1
         self._have[:] = False

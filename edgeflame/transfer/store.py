@@ -69,10 +69,10 @@ class BlobStore:
                     path.unlink()
 
     def path(self, sha256: str) -> Path:
-        """Where a blob is, if it is there."""
+        """The path of a blob, whether or not it is there."""
         return self._blobs / sha256
 
-    def draft(self, name: str) -> Path:
+    def draft_path(self, name: str) -> Path:
         """A path on the store's file system, to write to what :meth:`add` then takes."""
         return self._root / f".{name}.draft"
 
@@ -93,7 +93,7 @@ class BlobStore:
         with storage_errors(self._partial, "measure"):
             return shutil.disk_usage(self._partial).free >= size_bytes + SPARE_BYTES
 
-    def receive(self, manifest: BlobManifest, *, owner: str, now: float) -> Incoming:
+    def receive(self, manifest: BlobManifest, *, owner: str, now: float) -> IncomingBlob:
         """Begin to receive a blob, or continue: chunks already on disk are found by their checksums.
 
         Args:
@@ -115,7 +115,7 @@ class BlobStore:
             have = _chunks_on_disk(stream, manifest)
             # Sparse: nothing is allocated before it arrives.
             stream.truncate(manifest.size_bytes)
-        return Incoming(
+        return IncomingBlob(
             stream=stream, partial=path, final=self.path(manifest.sha256), manifest=manifest, have=have, now=now
         )
 
@@ -126,7 +126,7 @@ class BlobStore:
                 path.unlink(missing_ok=True)
 
 
-class Incoming:
+class IncomingBlob:
     """A blob on its way to the disk. Close it when it is whole, or when it is no longer wanted."""
 
     def __init__(
@@ -141,9 +141,9 @@ class Incoming:
         self._num_hashed = 0
         """Chunks from the first on that are in the digest."""
 
-    def chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
-        """Take a chunk, and write it if it is new."""
-        kind = self.receiver.chunk(index, data, now=now)
+    def add_chunk(self, index: int, data: bytes, *, now: float) -> ChunkKind:
+        """Check a chunk, and write it if it is new."""
+        kind = self.receiver.add_chunk(index, data, now=now)
         if kind is ChunkKind.NEW:
             with storage_errors(self._partial, "write"):
                 # Not kept in this process: what was acknowledged must survive it.
@@ -191,8 +191,8 @@ class Incoming:
         return os.pread(self._stream.fileno(), self.manifest.length(index), self.manifest.offset(index))
 
 
-class Outgoing:
-    """A file on its way to others: reads the chunks its sender asks for."""
+class OutgoingBlob:
+    """A file on its way to others: reads the chunks that its sender asks for, and publishes them."""
 
     def __init__(self, path: Path, manifest: BlobManifest, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.sender = Sender(manifest)
@@ -201,7 +201,7 @@ class Outgoing:
         with storage_errors(path, "open"):
             self._stream = path.open("rb")
 
-    def pump(self, publish: Callable[[int, bytes], None]) -> None:
+    def send_window(self, publish: Callable[[int, bytes], None]) -> None:
         """Publish chunks until the window is full."""
         manifest = self.sender.manifest
         while (index := self.sender.next_chunk(self._clock())) is not None:
@@ -246,7 +246,7 @@ class Download:
         store: where it goes.
         manifest: what it is.
         owner: who sends it: the unfinished blobs of different senders never mix.
-        send: tells the sender what is missing.
+        send: sends the sender a list of what is missing.
         now: monotonic clock, seconds.
 
     Raises:
@@ -266,35 +266,35 @@ class Download:
         total = self.manifest.num_chunks
         return total - self._incoming.receiver.num_missing, total
 
-    def ask(self, *, now: float) -> bool:
+    def request_missing(self, *, now: float) -> bool:
         """Ask for what is missing; True if nothing is, and the blob is in the store."""
         if self._incoming.receiver.is_complete and self._finish():
             return True
-        self._send(self._incoming.receiver.need(resend=True, now=now))
+        self._send(self._incoming.receiver.make_request(resend=True, now=now))
         return False
 
-    def chunk(self, index: int, data: bytes, *, now: float) -> bool:
+    def add_chunk(self, index: int, data: bytes, *, now: float) -> bool:
         """Take a chunk; True if the blob is now whole and in the store.
 
         Raises:
             FederationError: all chunks are right and the whole is not, again and again.
         """
         receiver = self._incoming.receiver
-        kind = self._incoming.chunk(index, data, now=now)
+        kind = self._incoming.add_chunk(index, data, now=now)
         if kind is ChunkKind.DAMAGED:
             transfer_log.warning("chunk_damaged", sha256=self.manifest.sha256[:12], chunk=index)
         if kind is ChunkKind.NEW and receiver.is_complete:
-            # The acknowledgement ends the sender's interest in us; after a wrong hash `ask` begins anew.
-            self._send(receiver.need(resend=False, now=now))
-            return self._finish() or self.ask(now=now)
+            # The acknowledgement ends the sender's interest in us; after a wrong hash `request_missing` begins anew.
+            self._send(receiver.make_request(resend=False, now=now))
+            return self._finish() or self.request_missing(now=now)
         if receiver.ack_due(now):
-            self._send(receiver.need(resend=False, now=now))
+            self._send(receiver.make_request(resend=False, now=now))
         return False
 
     def tick(self, now: float) -> None:
         """Ask again if nothing came for a while."""
-        if self._incoming.receiver.stalled(now):
-            self._send(self._incoming.receiver.need(resend=True, now=now))
+        if self._incoming.receiver.is_stalled(now):
+            self._send(self._incoming.receiver.make_request(resend=True, now=now))
 
     def close(self) -> None:
         """Stop; what has come stays on disk."""
@@ -303,6 +303,6 @@ class Download:
     def _finish(self) -> bool:
         if self._incoming.finish():
             return True
-        if not self._incoming.receiver.start_over():
+        if not self._incoming.receiver.restart():
             raise FederationError(f"blob {self.manifest.sha256[:12]} does not have its announced hash")
         return False

@@ -40,7 +40,7 @@ def test_what_is_on_its_way_from_all_sites_stays_below_what_a_broker_queues(tmp_
         while answers:
             site, need = answers.pop(0)
             missing = unpack_mask(need.missing, NUM_CHUNKS)
-            senders[site].need(site, missing, resend=need.resend, now=now, window=need.window)
+            senders[site].handle_request(site, missing, resend=need.resend, now=now, window=need.window)
             while (index := senders[site].next_chunk(now)) is not None:
                 on_the_way.append((site, index))
         most = max(most, len(on_the_way))

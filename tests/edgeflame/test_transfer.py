@@ -96,14 +96,14 @@ def run_transfer(blob: bytes, manifest: BlobManifest, sides: dict[str, Side], li
     sender = Sender(manifest)
     now, sent = 0.0, 0
     for name, side in sides.items():
-        link.need(name, side.receiver.need(resend=True, now=now))
+        link.need(name, side.receiver.make_request(resend=True, now=now))
     while not all(side.done or side.given_up for side in sides.values()):
         link.advance()
         assert link.step < 20_000, "the transfer never ends"
         progress = False
         if link.to_sender:
             name, need = link.to_sender.pop(0)
-            sender.need(
+            sender.handle_request(
                 name, unpack_mask(need.missing, manifest.num_chunks), resend=need.resend, now=now, window=need.window
             )
             progress = True
@@ -116,23 +116,23 @@ def run_transfer(blob: bytes, manifest: BlobManifest, sides: dict[str, Side], li
             for name, side in sides.items():
                 take(side, manifest, index, data, now)
                 if side.receiver.ack_due(now):
-                    link.need(name, side.receiver.need(resend=False, now=now))
+                    link.need(name, side.receiver.make_request(resend=False, now=now))
             progress = True
         if not progress:
             now += 1.0
             for name, side in sides.items():
-                if not side.done and side.receiver.stalled(now):
-                    link.need(name, side.receiver.need(resend=True, now=now))
+                if not side.done and side.receiver.is_stalled(now):
+                    link.need(name, side.receiver.make_request(resend=True, now=now))
     return sent
 
 
 def take(side: Side, manifest: BlobManifest, index: int, data: bytes, now: float) -> None:
-    if side.receiver.chunk(index, data, now=now) is ChunkKind.NEW:
+    if side.receiver.add_chunk(index, data, now=now) is ChunkKind.NEW:
         side.data[manifest.offset(index) : manifest.offset(index) + len(data)] = data
         if side.receiver.is_complete and not side.done:
             side.done = hashlib.sha256(side.data).hexdigest() == manifest.sha256
             if not side.done:
-                side.given_up = not side.receiver.start_over()
+                side.given_up = not side.receiver.restart()
 
 
 def new_side(manifest: BlobManifest, now: float = 0.0) -> Side:
@@ -185,7 +185,7 @@ def test_a_perfect_link_sends_each_chunk_once_for_all(tmp_path: Path) -> None:
 def test_a_receiver_that_has_it_moves_nothing(tmp_path: Path) -> None:
     manifest = describe(b"x" * 1000, 100, tmp_path)
     sender = Sender(manifest)
-    sender.need("a", np.zeros(10, dtype=np.bool_), resend=True, now=0.0)
+    sender.handle_request("a", np.zeros(10, dtype=np.bool_), resend=True, now=0.0)
     assert sender.next_chunk(0.0) is None
     assert not sender.receivers
 
@@ -194,11 +194,11 @@ def test_the_window_bounds_what_is_on_its_way(tmp_path: Path) -> None:
     manifest = describe(b"x" * 1000, 10, tmp_path)
     sender = Sender(manifest)
     missing = np.ones(100, dtype=np.bool_)
-    sender.need("a", missing, resend=True, now=0.0, window=7)
+    sender.handle_request("a", missing, resend=True, now=0.0, window=7)
     sent = [sender.next_chunk(0.0) for _ in range(20)]
     assert sent == [0, 1, 2, 3, 4, 5, 6] + [None] * 13
     missing[:4] = False
-    sender.need("a", missing, resend=False, now=0.0, window=7)
+    sender.handle_request("a", missing, resend=False, now=0.0, window=7)
     assert [sender.next_chunk(0.0) for _ in range(5)] == [7, 8, 9, 10, None]
 
 
@@ -206,11 +206,11 @@ def test_one_silent_receiver_does_not_stop_the_others(tmp_path: Path) -> None:
     manifest = describe(b"x" * 100, 10, tmp_path)
     sender = Sender(manifest, silence_s=5.0)
     missing = np.ones(10, dtype=np.bool_)
-    sender.need("dead", missing, resend=True, now=0.0, window=2)
-    sender.need("alive", missing, resend=True, now=0.0, window=2)
+    sender.handle_request("dead", missing, resend=True, now=0.0, window=2)
+    sender.handle_request("alive", missing, resend=True, now=0.0, window=2)
     assert [sender.next_chunk(0.0) for _ in range(3)] == [0, 1, None]
     missing[:2] = False
-    sender.need("alive", missing, resend=False, now=4.0, window=2)
+    sender.handle_request("alive", missing, resend=False, now=4.0, window=2)
     assert sender.next_chunk(4.0) is None
     assert sender.next_chunk(6.0) == 2
     assert sender.receivers == {"alive"}
@@ -220,18 +220,18 @@ def test_a_silent_receiver_that_speaks_again_is_not_sent_what_is_on_its_way_alre
     manifest = describe(b"x" * 100, 10, tmp_path)
     sender = Sender(manifest, silence_s=5.0)
     missing = np.ones(10, dtype=np.bool_)
-    sender.need("slow", missing, resend=True, now=0.0, window=3)
+    sender.handle_request("slow", missing, resend=True, now=0.0, window=3)
     assert [sender.next_chunk(0.0) for _ in range(4)] == [0, 1, 2, None]
     assert sender.next_chunk(6.0) is None
     assert not sender.receivers
     missing[0] = False
-    sender.need("slow", missing, resend=False, now=8.0, window=3)
+    sender.handle_request("slow", missing, resend=False, now=8.0, window=3)
     assert [sender.next_chunk(8.0) for _ in range(2)] == [3, None]
 
 
 def arrive(receiver: Receiver, blob: bytes, index: int, now: float) -> bool:
     offset, length = receiver.manifest.offset(index), receiver.manifest.length(index)
-    assert receiver.chunk(index, blob[offset : offset + length], now=now) is ChunkKind.NEW
+    assert receiver.add_chunk(index, blob[offset : offset + length], now=now) is ChunkKind.NEW
     return receiver.ack_due(now)
 
 
@@ -242,11 +242,11 @@ def test_the_window_grows_on_a_fast_link_and_stays_small_on_a_slow_one(tmp_path:
     windows: dict[float, list[int]] = {}
     for seconds_a_chunk in (0.001, 0.1, 2.0, 20.0):
         receiver = Receiver(manifest, have=none, now=0.0)
-        windows[seconds_a_chunk] = [receiver.need(resend=True, now=0.0).window]
+        windows[seconds_a_chunk] = [receiver.make_request(resend=True, now=0.0).window]
         for index in range(100):
             now = seconds_a_chunk * (index + 1)
             if arrive(receiver, blob, index, now):
-                windows[seconds_a_chunk].append(receiver.need(resend=False, now=now).window)
+                windows[seconds_a_chunk].append(receiver.make_request(resend=False, now=now).window)
     assert windows[0.001][:4] == [16, 32, 64, 64]
     # 2 s of chunks, whatever their pace; and each acknowledged at once where they are rarer than one a second.
     assert all(18 <= window <= 22 for window in windows[0.1][1:])
@@ -257,19 +257,19 @@ def test_the_window_grows_on_a_fast_link_and_stays_small_on_a_slow_one(tmp_path:
 def test_a_slow_link_is_given_the_time_that_its_chunks_take(tmp_path: Path) -> None:
     blob = random.Random(6).randbytes(100)
     receiver = Receiver(describe(blob, 10, tmp_path), have=np.zeros(10, dtype=np.bool_), now=0.0)
-    assert receiver.stalled(5.0)
-    assert not receiver.stalled(14.9)
-    assert receiver.stalled(15.0)
+    assert receiver.is_stalled(5.0)
+    assert not receiver.is_stalled(14.9)
+    assert receiver.is_stalled(15.0)
     arrive(receiver, blob, 0, now=16.0)
     arrive(receiver, blob, 1, now=24.0)
     # The last pause was 8 s: nothing is lost before twice that.
-    assert not receiver.stalled(39.9)
-    assert receiver.stalled(40.0)
+    assert not receiver.is_stalled(39.9)
+    assert receiver.is_stalled(40.0)
     arrive(receiver, blob, 2, now=41.0)
     for index in range(3, 5):
         arrive(receiver, blob, index, now=41.0)
-    assert not receiver.stalled(45.9)
-    assert receiver.stalled(46.0)
+    assert not receiver.is_stalled(45.9)
+    assert receiver.is_stalled(46.0)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -285,7 +285,7 @@ def test_chunks_in_any_order_over_a_restart_are_hashed_right(
         if position == killed_after:
             incoming.close()
             incoming = BlobStore(folder / "store").receive(manifest, owner="a", now=0.0)
-        incoming.chunk(index, blob[manifest.offset(index) :][: manifest.length(index)], now=0.0)
+        incoming.add_chunk(index, blob[manifest.offset(index) :][: manifest.length(index)], now=0.0)
     assert incoming.finish()
     assert BlobStore(folder / "store").path(manifest.sha256).read_bytes() == blob
 
@@ -297,9 +297,9 @@ def test_a_false_hash_is_found_again_after_starting_over(tmp_path: Path) -> None
     incoming = BlobStore(tmp_path / "store").receive(false, owner="a", now=0.0)
     for attempt in range(MAX_ATTEMPTS):
         for index in range(5):
-            assert incoming.chunk(index, blob[:100], now=0.0) is ChunkKind.NEW
+            assert incoming.add_chunk(index, blob[:100], now=0.0) is ChunkKind.NEW
         assert not incoming.finish()
-        assert incoming.receiver.start_over() is (attempt + 1 < MAX_ATTEMPTS)
+        assert incoming.receiver.restart() is (attempt + 1 < MAX_ATTEMPTS)
     incoming.discard()
 
 
@@ -307,12 +307,12 @@ def test_a_repair_request_counts_what_is_on_its_way_as_lost(tmp_path: Path) -> N
     manifest = describe(b"x" * 50, 10, tmp_path)
     sender = Sender(manifest)
     missing = np.ones(5, dtype=np.bool_)
-    sender.need("a", missing, resend=True, now=0.0)
+    sender.handle_request("a", missing, resend=True, now=0.0)
     assert [sender.next_chunk(0.0) for _ in range(6)] == [0, 1, 2, 3, 4, None]
     missing[[0, 2]] = False
-    sender.need("a", missing, resend=False, now=0.0)
+    sender.handle_request("a", missing, resend=False, now=0.0)
     assert sender.next_chunk(0.0) is None
-    sender.need("a", missing, resend=True, now=0.0)
+    sender.handle_request("a", missing, resend=True, now=0.0)
     assert [sender.next_chunk(0.0) for _ in range(4)] == [1, 3, 4, None]
 
 
@@ -322,7 +322,7 @@ def test_a_blob_with_another_hash_never_gets_into_the_store(tmp_path: Path) -> N
     store = BlobStore(tmp_path / "store")
     incoming = store.receive(false, owner="a", now=0.0)
     for index in range(5):
-        incoming.chunk(index, b"z" * 100, now=0.0)
+        incoming.add_chunk(index, b"z" * 100, now=0.0)
     assert incoming.receiver.is_complete
     assert not incoming.finish()
     assert false.sha256 not in store
@@ -347,12 +347,12 @@ def test_an_unfinished_blob_continues_after_a_restart(tmp_path: Path) -> None:
     incoming = store.receive(manifest, owner="a", now=0.0)
     for index in (0, 3, 9):
         data = blob[manifest.offset(index) :][: manifest.length(index)]
-        assert incoming.chunk(index, data, now=0.0) is ChunkKind.NEW
+        assert incoming.add_chunk(index, data, now=0.0) is ChunkKind.NEW
     # No close: the process was killed.
     again = BlobStore(tmp_path / "store").receive(manifest, owner="a", now=0.0)
     assert again.receiver.num_missing == 7
     for index in range(10):
-        again.chunk(index, blob[manifest.offset(index) :][: manifest.length(index)], now=0.0)
+        again.add_chunk(index, blob[manifest.offset(index) :][: manifest.length(index)], now=0.0)
     assert again.finish()
     assert manifest.sha256 in store
     assert store.path(manifest.sha256).read_bytes() == blob
@@ -365,14 +365,14 @@ def test_chunks_whose_bytes_were_lost_in_a_power_cut_are_asked_for_again(tmp_pat
     store = BlobStore(tmp_path / "store")
     incoming = store.receive(manifest, owner="a", now=0.0)
     for index in range(3):
-        incoming.chunk(index, blob[index * 1000 : index * 1000 + 1000], now=0.0)
+        incoming.add_chunk(index, blob[index * 1000 : index * 1000 + 1000], now=0.0)
     incoming.close()
     partial = tmp_path / "store" / "partial" / "a" / manifest.sha256
     with partial.open("r+b") as stream:
         stream.seek(1000)
         stream.write(bytes(1000))
     again = store.receive(manifest, owner="a", now=0.0)
-    assert unpack_mask(again.receiver.need(resend=True, now=0.0).missing, 3).tolist() == [False, True, False]
+    assert unpack_mask(again.receiver.make_request(resend=True, now=0.0).missing, 3).tolist() == [False, True, False]
     again.close()
 
 
@@ -381,12 +381,12 @@ def test_the_same_blob_in_other_chunks_continues_too(tmp_path: Path) -> None:
     manifest = describe(blob, 1000, tmp_path)
     store = BlobStore(tmp_path / "store")
     incoming = store.receive(manifest, owner="a", now=0.0)
-    incoming.chunk(1, blob[1000:2000], now=0.0)
+    incoming.add_chunk(1, blob[1000:2000], now=0.0)
     incoming.close()
     finer = describe(blob, 500, tmp_path)
     again = store.receive(finer, owner="a", now=0.0)
     assert (
-        unpack_mask(again.receiver.need(resend=True, now=0.0).missing, 8).tolist()
+        unpack_mask(again.receiver.make_request(resend=True, now=0.0).missing, 8).tolist()
         == [True, True, False, False] + [True] * 4
     )
     again.close()

@@ -72,8 +72,8 @@ def wrap_store() -> None:
     """What both roles do with blobs."""
     from edgeflame.transfer import store
 
-    wrap(store.Incoming, "chunk", lambda *_, **__: "storing a chunk")
-    wrap(store.Incoming, "finish", lambda *_, **__: "completing a blob")
+    wrap(store.IncomingBlob, "add_chunk", lambda *_, **__: "storing a chunk")
+    wrap(store.IncomingBlob, "finish", lambda *_, **__: "completing a blob")
     wrap(store.BlobStore, "add", lambda *_, **__: "adding a blob")
     wrap(store.BlobStore, "prune", lambda *_, **__: "pruning blobs")
 

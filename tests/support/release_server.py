@@ -25,7 +25,7 @@ from edgeflame.mqtt.messages import (
 from edgeflame.mqtt.topics import MessageTopic, Topics
 from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.transfer.protocol import describe_file, unpack_mask
-from edgeflame.transfer.store import Outgoing
+from edgeflame.transfer.store import OutgoingBlob
 from tests.support.brokers import BrokerProcess
 from tests.support.rollout_daemon import PRODUCT
 from tests.support.waiting import wait_for
@@ -43,7 +43,7 @@ class Server:
         self._topics = Topics(fleet=fleet)
         self._line = line
         self._events: queue.SimpleQueue[ClientEvent | None] = queue.SimpleQueue()
-        self._outgoing: dict[str, Outgoing] = {}
+        self._outgoing: dict[str, OutgoingBlob] = {}
         self.models: ProductModels | None = None
         self.max_chunks: int | None = None
         """After so many no more is served: the publisher is gone."""
@@ -87,7 +87,7 @@ class Server:
         release = Release(**values)
         if (before := self._outgoing.get(described.sha256)) is not None:
             before.close()
-        self._outgoing[described.sha256] = Outgoing(path, described)
+        self._outgoing[described.sha256] = OutgoingBlob(path, described)
         self.say(release)
         return release
 
@@ -125,7 +125,7 @@ class Server:
                     outgoing = self._outgoing.get(need.sha256)
                     if outgoing is not None:
                         missing = unpack_mask(need.missing, outgoing.sender.manifest.num_chunks)
-                        outgoing.sender.need(
+                        outgoing.sender.handle_request(
                             line, missing, resend=need.resend, now=time.monotonic(), window=need.window
                         )
                 case _:
@@ -138,4 +138,4 @@ class Server:
                         self.num_chunks += 1
                         self._link.publish(self._topics.release_chunk(sha256, index), data)
 
-                outgoing.pump(send)
+                outgoing.send_window(send)

@@ -16,7 +16,7 @@ from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.messages import BlobNeed, Heartbeat, Hello, Leaving, Offer, Presence, UpMessage, encode_message
 from edgeflame.mqtt.topics import Topics
 from edgeflame.transfer.protocol import unpack_mask
-from edgeflame.transfer.store import Outgoing
+from edgeflame.transfer.store import OutgoingBlob
 
 HELLO_INTERVAL_S = 2.0
 """How often Hello is sent until it is answered, seconds."""
@@ -131,7 +131,7 @@ class Upload:
 
     def __init__(
         self,
-        outgoing: Outgoing,
+        outgoing: OutgoingBlob,
         offer: Offer,
         *,
         send: Callable[[UpMessage], None],
@@ -166,11 +166,11 @@ class Upload:
         missing = unpack_mask(need.missing, self._offer.manifest.num_chunks)
         self._num_missing = int(missing.sum())
         self._retry.progressed(now)
-        self._outgoing.sender.need(BLOB_OWNER, missing, resend=need.resend, now=now, window=need.window)
+        self._outgoing.sender.handle_request(BLOB_OWNER, missing, resend=need.resend, now=now, window=need.window)
 
     def pump(self) -> None:
         """Send chunks until the window is full."""
-        self._outgoing.pump(self._publish)
+        self._outgoing.send_window(self._publish)
 
     def tick(self, now: float) -> None:
         """Offer it again if nothing was heard for a while."""

@@ -17,7 +17,7 @@ from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobNeed, FinishReport, Offer, TaskFailed, UpMessage
 from edgeflame.transfer.compression import usable_codec
 from edgeflame.transfer.protocol import describe_file
-from edgeflame.transfer.store import Download, Outgoing
+from edgeflame.transfer.store import Download, OutgoingBlob
 from trainer.agent.aggregator_client import BLOB_OWNER, REPEAT_INTERVAL_S, AggregatorClient, Upload
 from trainer.agent.plan import (
     Fetch,
@@ -302,7 +302,7 @@ class StepRunner:
         if self._client.accepted_by is None:
             return
         if self._download is not None:
-            self._download.ask(now=now)
+            self._download.request_missing(now=now)
         if self._upload is not None:
             self._upload.offer(now=now)
         if (message := self.tasks.message_for(self.step)) is not None:
@@ -321,7 +321,7 @@ class StepRunner:
     def on_chunk(self, sha256: str, index: int, data: bytes, *, now: float) -> None:
         """A chunk arrived."""
         if self._download is not None and self._download.manifest.sha256 == sha256:
-            self._download.chunk(index, data, now=now)
+            self._download.add_chunk(index, data, now=now)
 
     def on_need(self, need: BlobNeed, *, now: float) -> None:
         """The aggregator said which chunks it lacks."""
@@ -348,7 +348,7 @@ class StepRunner:
         def publish(index: int, data: bytes) -> None:
             self._client.send_chunk(offer.manifest.sha256, index, data)
 
-        return Upload(Outgoing(path, offer.manifest), offer, send=self._client.send, publish=publish)
+        return Upload(OutgoingBlob(path, offer.manifest), offer, send=self._client.send, publish=publish)
 
     def _setup(self) -> WorkerSetup:
         return WorkerSetup(
