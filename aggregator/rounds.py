@@ -419,11 +419,8 @@ class RoundMachine:
             case "waiting":
                 return self._start_if_enough(now)
             case "initialise" if state.initial is None:
-                return (
-                    self._choose_next_initial_site(now)
-                    if state.initial_sites_asked[-1] in state.refused_initial
-                    else []
-                )
+                is_refused = state.initial_sites_asked[-1] in state.refused_initial
+                return self._choose_next_initial_site(now) if is_refused else []
             case "initialise" | "train" if current is None or current.result_sha256 is not None:
                 return self._start_next_round(now)
             case "finish":

@@ -39,7 +39,12 @@ from edgeflame.simulation import MeasureAnswer, MeasureTask, SiteAnswer, SiteTas
 from edgeflame.state import link_or_copy, locked_state_dir, read_json, storage_errors, write_json
 from edgeflame.transfer.store import BlobStore
 
+log = EventLog("simulation")
+
 METRICS_FILE = "metrics.json"
+RECORD_FILE = "simulation.json"
+STOPPED_CLOCK_S = 0.0
+"""The clock is stopped: no deadline passes in a simulation."""
 
 
 class MeasuredMetrics:
@@ -85,20 +90,12 @@ class MeasuredMetrics:
         return self._folder / f"site-{site}.json"
 
     def _save(self, path: Path, answer: MeasureAnswer) -> None:
-        record = {"figures": answer.figures, "classes": answer.classes}
-        write_json(path, record)
+        write_json(path, {"figures": answer.figures, "classes": answer.classes})
 
     def _read(self, path: Path) -> dict[str, Any]:
         figures = read_json(path, dict[str, Any], advice="delete it to have it measured again")
         assert figures is not None, path
         return figures
-
-
-log = EventLog("simulation")
-
-RECORD_FILE = "simulation.json"
-STOPPED_CLOCK_S = 0.0
-"""The clock is stopped: no deadline passes in a simulation."""
 
 
 def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, report: Progress) -> RunResult:
