@@ -77,7 +77,8 @@ def _answer_contribution(state: RunState, site: str, offer: Offer) -> DownMessag
         return refusal_for(offer, "duplicate", f"{accepted.sha256} was accepted")
     if site not in asked.asked:
         return refusal_for(offer, "not_asked", f"{what} was given to {len(asked.asked)} other sites")
-    if asked.is_closed:
+    # A run that was stopped leaves its round open.
+    if asked.is_closed or state.ended is not None:
         reason: RefusalReason = "late" if asked is state.current_round else "stale_round"
         return refusal_for(offer, reason, f"{what} is closed")
     refused = asked.refused.get(site)

@@ -68,12 +68,14 @@ class Rounds(RuleBasedStateMachine):
         begun=st.sampled_from([True, True, True, False]),
         statistics=st.sampled_from(["site", "federated"]),
     )
-    def start(self, quorum: float, sampling: float, rounds: int, converges: bool, begun: bool, statistics: Any) -> None:
+    def start(
+        self, quorum: float, fraction_train: float, rounds: int, converges: bool, begun: bool, statistics: Any
+    ) -> None:
         config = AggregateConfig(
             rounds=rounds,
             min_available_sites=2,
             quorum=quorum,
-            fraction_train=sampling,
+            fraction_train=fraction_train,
             deadline_s=DEADLINE_S,
             convergence=Convergence(model_change=0.1, patience=1) if converges else Convergence(),
             statistics=statistics,

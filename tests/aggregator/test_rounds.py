@@ -354,3 +354,14 @@ def test_convergence_is_a_rule_on_journalled_figures() -> None:
     assert rounds(still, losses, metric_change=0.02, metric="accuracy")[0] == 9, "nobody reports it"
     assert rounds(still, [1.0] * 9, model_change=0.9, patience=1, min_rounds=4)[0] == 4
     assert rounds(still, [1.0] * 9)[0] == 9
+
+
+def test_an_update_that_comes_after_a_stop_does_not_count() -> None:
+    run = Driver(sites=2)
+    run.start("a", "b")
+    run.take(run.machine.stop_run("enough"))
+    state = run.state
+    answer = run.update("a", 1)
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "late"
+    assert run.state is state, "an ended run stays ended"
