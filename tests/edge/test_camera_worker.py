@@ -16,20 +16,20 @@ from edge.config.inspection import CaptureConfig
 from edge.frame import Captured
 from edge.result import Inspected
 from edgeflame.errors import CrashLoopError, DataError, RuntimeUnavailableError, StorageError
-from tests.support.scripted_camera import Belt, FakeJudge
+from tests.support.scripted_camera import Belt, FakeInspector
 from tests.support.waiting import wait_for
 
 
 class Running:
     """A line on its thread, and what came of it."""
 
-    def __init__(self, belt: Belt, judge: FakeJudge, **keys: Any) -> None:
-        self.belt, self.judge = belt, judge
+    def __init__(self, belt: Belt, inspector: FakeInspector, **keys: Any) -> None:
+        self.belt, self.inspector = belt, inspector
         self.told: list[Any] = []
         self.halt = threading.Event()
         self.error: BaseException | None = None
         self.refuse: Exception | None = None
-        self.line = CameraWorker("a", lambda: belt, judge, CaptureConfig(depth=16), **keys)
+        self.line = CameraWorker("a", lambda: belt, inspector, CaptureConfig(depth=16), **keys)
         self.is_alone = True
         self.thread = threading.Thread(target=self._run)
 
@@ -58,9 +58,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def begin(
-            belt: Belt | None = None, judge: FakeJudge | None = None, *, alone: bool = True, **keys: Any
+            belt: Belt | None = None, inspector: FakeInspector | None = None, *, alone: bool = True, **keys: Any
         ) -> Running:
-            running = Running(belt or Belt(), judge or FakeJudge(), **keys)
+            running = Running(belt or Belt(), inspector or FakeInspector(), **keys)
             running.is_alone = alone
             running.thread.start()
             stack.callback(running.thread.join, 20)
@@ -120,8 +120,8 @@ def test_another_threshold_and_another_judge_from_one_part_to_the_next(start: St
     running.belt.put()
     running.wait(2)
     running.line.set_threshold(None)
-    other = FakeJudge("board")
-    assert running.line.replace_inspector(other) is running.judge
+    other = FakeInspector("board")
+    assert running.line.replace_inspector(other) is running.inspector
     running.belt.put()
     running.wait(3)
     assert [(told.threshold, told.model) for told in running.told] == [
@@ -133,7 +133,7 @@ def test_another_threshold_and_another_judge_from_one_part_to_the_next(start: St
 def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: Start) -> None:
     running = start(Belt(is_live=False))
     running.belt.put(3000)
-    judges = [FakeJudge(name) for name in ("x", "y")]
+    judges = [FakeInspector(name) for name in ("x", "y")]
     for judge in itertools.islice(itertools.cycle(judges), 20):
         running.line.replace_inspector(judge)
     running.wait(3000)
@@ -143,12 +143,12 @@ def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: St
 def test_a_judge_that_hangs_is_said_to_and_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(camera_worker, "PATIENCE_S", 0.05)
     running = start()
-    running.judge.gate = threading.Event()
+    running.inspector.gate = threading.Event()
     running.belt.put()
     wait_for(lambda: running.line.busy_s > 0, "a part is in hand")
     with pytest.raises(RuntimeUnavailableError, match="camera a: the part in hand"):
         running.line.set_threshold(2.0)
-    running.judge.gate.set()
+    running.inspector.gate.set()
     running.wait(1)
     wait_for(lambda: running.line.busy_s == 0, "it is done")
 
@@ -241,21 +241,21 @@ class TestFailures:
         assert running.line.status().problem == "cut short"
 
     def test_a_judge_that_fails_unexpectedly_costs_a_verdict_and_too_often_the_daemon(self, start: Start) -> None:
-        running = start(judge=FakeJudge(failures=MAX_CRASHES))
+        running = start(inspector=FakeInspector(failures=MAX_CRASHES))
         for count in range(1, MAX_CRASHES + 2):
             running.belt.put()
             running.wait(count)
         assert [told.verdict for told in running.told] == ["unknown"] * MAX_CRASHES + ["pass"]
         assert running.told[0].reasons == ("runtime_failed",)
         assert "a defect of ours" in str(running.told[0].detail)
-        running.judge.failures = 1
+        running.inspector.failures = 1
         running.belt.put()
         running.thread.join(20)
         assert isinstance(running.error, CrashLoopError)
 
     def test_errors_long_ago_are_forgotten(self, start: Start) -> None:
         now = itertools.count(0, 10_000)
-        running = start(judge=FakeJudge(failures=3 * MAX_CRASHES), clock=lambda: float(next(now)))
+        running = start(inspector=FakeInspector(failures=3 * MAX_CRASHES), clock=lambda: float(next(now)))
         for count in range(1, 3 * MAX_CRASHES + 1):
             running.belt.put()
             running.wait(count)

@@ -61,7 +61,7 @@ class Eyes:
         return 10 * captured.sequence
 
 
-def lanes(
+def prefetching(
     belt: Belt,
     observer: Callable[[], FrameObserver | None],
     *,
@@ -76,7 +76,7 @@ def lanes(
 def test_frames_come_in_order_with_what_was_found_however_long_each_took() -> None:
     eyes = Eyes()
     eyes.gates[0] = threading.Event()
-    with lanes(Belt(20), lambda: eyes) as frames:
+    with prefetching(Belt(20), lambda: eyes) as frames:
         coming = iter(frames)
         first = next(coming)
         # The second is looked at while the first still is.
@@ -90,22 +90,22 @@ def test_frames_come_in_order_with_what_was_found_however_long_each_took() -> No
     assert {captured.prefetched.observer for captured in all_of_them if captured.prefetched} == {eyes}
 
 
-def test_no_more_frames_are_taken_than_lanes_can_hold() -> None:
+def test_no_more_frames_are_taken_than_threads_can_hold() -> None:
     eyes = Eyes()
     eyes.gates = {number: threading.Event() for number in (0, 1)}
 
     class Held(Belt):
         def frames(self, stop: threading.Event) -> Iterator[Frame]:
             for number, frame in enumerate(super().frames(stop)):
-                # The next only when a lane has the one before, as long as lanes are free.
+                # The next only when a thread has the one before, as long as threads are free.
                 assert not 1 <= number <= 2 or eyes.begun[number - 1].wait(20)
                 yield frame
 
     belt = Held(30, is_live=True)
-    with lanes(belt, lambda: eyes, depth=1) as frames:
+    with prefetching(belt, lambda: eyes, depth=1) as frames:
         coming = iter(frames)
         assert next(coming).sequence == 0
-        # Both lanes are busy: what nobody has taken gives way to what is newer.
+        # Both threads are busy: what nobody has taken gives way to what is newer.
         assert belt.through.wait(20)
         for gate in eyes.gates.values():
             gate.set()
@@ -118,7 +118,7 @@ def test_no_more_frames_are_taken_than_lanes_can_hold() -> None:
 
 def test_what_looking_raised_is_raised_where_the_frames_turn_comes() -> None:
     eyes = Eyes(failing=1)
-    with lanes(Belt(3), lambda: eyes) as frames:
+    with prefetching(Belt(3), lambda: eyes) as frames:
         taken = list(frames)
     assert [captured.prefetched.found.exception() is None for captured in taken if captured.prefetched] == [
         True,
@@ -132,19 +132,19 @@ def test_what_looking_raised_is_raised_where_the_frames_turn_comes() -> None:
 
 def test_a_source_that_breaks_is_told_after_its_frames() -> None:
     taken: list[int] = []
-    with lanes(Belt(5, failure=DataError("cable")), Eyes) as frames, pytest.raises(DataError, match="cable"):
+    with prefetching(Belt(5, failure=DataError("cable")), Eyes) as frames, pytest.raises(DataError, match="cable"):
         taken.extend(captured.sequence for captured in frames)
     assert taken == [0, 1, 2, 3, 4]
 
 
 def test_nobody_looks_where_nobody_should() -> None:
-    with lanes(Belt(3), lambda: None) as frames:
+    with prefetching(Belt(3), lambda: None) as frames:
         assert [captured.prefetched for captured in frames] == [None, None, None]
 
 
-def test_leaving_early_ends_the_lanes() -> None:
+def test_leaving_early_ends_the_threads() -> None:
     eyes = Eyes()
-    with lanes(Belt(50), lambda: eyes, count=3) as frames:
+    with prefetching(Belt(50), lambda: eyes, count=3) as frames:
         assert next(iter(frames)).sequence == 0
         threads = frames._threads
     assert not any(thread.is_alive() for thread in threads)
@@ -152,7 +152,7 @@ def test_leaving_early_ends_the_lanes() -> None:
 
 def test_what_was_taken_and_not_given_out_is_known_after_a_stop() -> None:
     eyes, stop = Eyes(), threading.Event()
-    with lanes(Belt(50), lambda: eyes, stop=stop) as frames:
+    with prefetching(Belt(50), lambda: eyes, stop=stop) as frames:
         coming = iter(frames)
         assert next(coming).sequence == 0
         assert eyes.begun[1].wait(20)
@@ -160,7 +160,7 @@ def test_what_was_taken_and_not_given_out_is_known_after_a_stop() -> None:
         assert list(coming) == []
     unread = [captured.sequence for captured in frames.unread()]
     assert unread == list(range(1, len(unread) + 1))
-    assert 1 <= len(unread) <= 7  # three that lanes may hold, two that are queued, one in the reader's hand
+    assert 1 <= len(unread) <= 7  # three that the threads may hold, two that are queued, one in the reader's hand
 
 
 def _inspector(package: Package, *, num_parallel: int) -> Inspector:
@@ -179,7 +179,7 @@ def test_an_inspector_judges_the_same_ahead_of_its_turn_and_in_it(package: Packa
             for number, image in enumerate(images):
                 yield make_frame(part_id=str(number), source=self.name, image_bgr=image)
 
-    with lanes(Images(0), lambda: inspector) as frames:
+    with prefetching(Images(0), lambda: inspector) as frames:
         ahead = [judge(inspector, captured).result for captured in frames]
     with Capture(Images(0), CaptureConfig(), threading.Event()) as frames_alone:
         in_turn = [judge(alone, captured).result for captured in frames_alone]
@@ -198,7 +198,7 @@ def test_another_judge_takes_nobody_elses_word(package: Package) -> None:
         return observe(captured)
 
     after.observe = note  # type: ignore[method-assign]
-    with lanes(Belt(4), lambda: before) as frames:
+    with prefetching(Belt(4), lambda: before) as frames:
         for captured in frames:
             after.inspect(captured)
     assert looked == [0, 1, 2, 3]

@@ -51,7 +51,7 @@ class Belt:
             yield make_frame(part_id=f"p{self.given}", source=self.name, image_bgr=IMAGE)
 
 
-class FakeJudge:
+class FakeInspector:
     provider = "CPU"
     review_band = 0.0
     observer = None
@@ -67,8 +67,8 @@ class FakeJudge:
     def inspect_photograph(self, captured: Captured) -> Inspected:
         return judge(self, captured)
 
-    def reconfigured(self, config: InspectConfig) -> FakeJudge:
-        return FakeJudge(self.product)
+    def reconfigured(self, config: InspectConfig) -> FakeInspector:
+        return FakeInspector(self.product)
 
     def inspect(self, captured: Captured) -> Observation:
         if self.gate is not None:

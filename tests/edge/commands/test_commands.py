@@ -29,7 +29,7 @@ from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected
 from edgeflame.mqtt.url import parse_broker_url
 from tests.support.brokers import BrokerProcess
-from tests.support.scripted_camera import Belt, FakeJudge
+from tests.support.scripted_camera import Belt, FakeInspector
 from tests.support.waiting import wait_for
 
 
@@ -38,15 +38,15 @@ class Office:
 
     def __init__(self, folder: Path | None = None, *names: str) -> None:
         self.belts = {name: Belt() for name in names or ("a",)}
-        self.judges: dict[str, FakeJudge] = {}
+        self.judges: dict[str, FakeInspector] = {}
         self.lines = [
-            CameraWorker(name, lambda belt=belt: belt, FakeJudge(), CaptureConfig())  # type: ignore[misc]
+            CameraWorker(name, lambda belt=belt: belt, FakeInspector(), CaptureConfig())  # type: ignore[misc]
             for name, belt in self.belts.items()
         ]
         cameras = SimpleNamespace(
             workers=self.lines,
             products={"tile": Path("t"), "board": Path("b")},
-            open_inspector=lambda _camera, product: FakeJudge(product),
+            open_inspector=lambda _camera, product: FakeInspector(product),
         )
         self.control = DaemonControl(cameras, overrides=Overrides(folder), snapshots=folder)  # type: ignore[arg-type]
         self.now = 0.0

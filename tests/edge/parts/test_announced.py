@@ -22,7 +22,7 @@ from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, CrashLoopError
 from tests.support.modbus_server import Plc
 from tests.support.ports import free_port
-from tests.support.scripted_camera import FakeJudge
+from tests.support.scripted_camera import FakeInspector
 from tests.support.small_package import write_images
 from tests.support.triggered_parts import Camera
 from tests.support.waiting import wait_for
@@ -31,8 +31,8 @@ from tests.support.waiting import wait_for
 class Station:
     """A camera, a PLC that counts parts, and a line between them."""
 
-    def __init__(self, plc: Plc, judge: FakeJudge | None = None, **parts: Any) -> None:
-        self.plc, self.camera, self.judge = plc, Camera(), judge or FakeJudge()
+    def __init__(self, plc: Plc, inspector: FakeInspector | None = None, **parts: Any) -> None:
+        self.plc, self.camera, self.inspector = plc, Camera(), inspector or FakeInspector()
         trigger = TriggerConfig(
             window_ms=60_000, modbus=ModbusTriggerConfig(host="127.0.0.1", port=plc.port, register=0, poll_ms=2)
         )
@@ -40,7 +40,7 @@ class Station:
         self.line = CameraWorker(
             "a",
             tracker.source_opener(lambda: self.camera, None),
-            self.judge,
+            self.inspector,
             tracker.capture_config(CaptureConfig(depth=1), is_live=True),
             tracker=tracker,
         )
@@ -65,8 +65,8 @@ class Station:
 
     def end(self) -> None:
         self.halt.set()
-        if self.judge.gate is not None:
-            self.judge.gate.set()
+        if self.inspector.gate is not None:
+            self.inspector.gate.set()
         self._thread.join(20)
         assert not self._thread.is_alive()
 
@@ -81,7 +81,7 @@ class Station:
             self.error = exc
 
 
-class LookingJudge(FakeJudge):
+class PrefetchingInspector(FakeInspector):
     """Would look at two images side by side, and hangs."""
 
     num_parallel = 2
@@ -108,7 +108,7 @@ def numbers(station: Station) -> list[int | None]:
 
 def test_a_stop_gives_every_announced_part_its_verdict(plc: Plc) -> None:
     station = Station(plc)
-    station.judge.gate = threading.Event()
+    station.inspector.gate = threading.Event()
     for _ in range(5):
         station.announce()
     wait_for(lambda: station.camera.num_taken == 5, "all images are taken")
@@ -124,7 +124,7 @@ def test_a_stop_gives_every_announced_part_its_verdict(plc: Plc) -> None:
 
 def test_a_model_that_hangs_costs_no_part_its_verdict_and_ends_the_line(plc: Plc) -> None:
     station = Station(plc, deadline_ms=1000, hang_s=0.1)
-    station.judge.gate = threading.Event()
+    station.inspector.gate = threading.Event()
     for _ in range(3):
         station.announce()
     wait_for(lambda: station.error is not None, "the line gives up")
@@ -138,7 +138,7 @@ def test_a_model_that_hangs_costs_no_part_its_verdict_and_ends_the_line(plc: Plc
 
 
 def test_a_model_that_looks_ahead_and_hangs_costs_no_part_its_verdict(plc: Plc) -> None:
-    judge = LookingJudge()
+    judge = PrefetchingInspector()
     station = Station(plc, judge, deadline_ms=300)
     for number in range(1, 8):
         station.announce()

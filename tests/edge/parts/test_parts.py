@@ -32,7 +32,7 @@ BY_COUNTER = TriggerConfig(modbus=ModbusTriggerConfig(host="plc", register=0))
 AGES = 3600.0
 
 
-class SlowJudge:
+class SlowInspector:
     """A real inspector that waits for leave before each image."""
 
     product, provider, observer, review_band = "p", "cpu", None, 0.0
@@ -61,15 +61,15 @@ def inspector(package: Package) -> Inspector:
 
 
 @pytest.fixture
-def slow(inspector: Inspector) -> Iterator[SlowJudge]:
-    judge = SlowJudge(inspector)
+def slow(inspector: Inspector) -> Iterator[SlowInspector]:
+    judge = SlowInspector(inspector)
     yield judge
     judge.may_go.release(1000)
 
 
 @contextlib.contextmanager
 def keeping(
-    trigger: TriggerConfig | None = None, *, judge: SlowJudge | None = None, **keys: Any
+    trigger: TriggerConfig | None = None, *, judge: SlowInspector | None = None, **keys: Any
 ) -> Iterator[PartTracker]:
     """A tracker; in the end ``judge`` may go, so that closing need not wait for it."""
     tracker = PartTracker("cam", trigger or TriggerConfig(), PartsConfig(**keys))
@@ -113,7 +113,7 @@ def test_in_time_the_models_verdict_is_the_parts(inspector: Inspector, deadline_
     ]  # fmt: skip
 
 
-def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow: SlowJudge) -> None:
+def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow: SlowInspector) -> None:
     with keeping(deadline_ms=500) as tracker:
         late = verdict(tracker, slow, part("late"))
         wait_for(lambda: slow.begun == ["late"], "the model has it")  # and does not answer: it has no leave
@@ -130,7 +130,7 @@ def test_at_the_deadline_the_verdict_is_unknown_while_the_model_still_runs(slow:
     assert slow.begun == ["late", "following"]
 
 
-def test_while_the_model_hangs_every_part_is_unknown_in_time_and_the_line_says_so(slow: SlowJudge) -> None:
+def test_while_the_model_hangs_every_part_is_unknown_in_time_and_the_line_says_so(slow: SlowInspector) -> None:
     with keeping(judge=slow, deadline_ms=500, hang_s=0.1) as tracker:
         first, second = verdict(tracker, slow, part("first")), verdict(tracker, slow, part("second"))
         assert (first.reasons, first.late) == (("late",), True)
@@ -143,7 +143,7 @@ def test_while_the_model_hangs_every_part_is_unknown_in_time_and_the_line_says_s
             tracker.raise_if_hung()
 
 
-def test_a_part_whose_turn_comes_too_late_is_not_given_to_the_model(slow: SlowJudge) -> None:
+def test_a_part_whose_turn_comes_too_late_is_not_given_to_the_model(slow: SlowInspector) -> None:
     with keeping(deadline_ms=50) as tracker:
         late = verdict(tracker, slow, part(age_s=1.0))
     assert (late.reasons, late.late, slow.begun) == (("late",), True, [])
@@ -161,14 +161,14 @@ def test_what_comes_after_its_deadline_keeps_its_score_and_is_no_pass(inspector:
     assert late.due_monotonic_s == captured.frame.captured_monotonic_s + 0.05
 
 
-def test_the_deadline_counts_from_the_trigger(slow: SlowJudge) -> None:
+def test_the_deadline_counts_from_the_trigger(slow: SlowInspector) -> None:
     with keeping(BY_COUNTER, deadline_ms=500) as tracker:
         captured = part(number=4)
         assert captured.frame.trigger is not None
         assert tracker.due_s(captured) == captured.frame.trigger.at_s + 0.5
 
 
-def test_what_a_judge_raises_in_time_is_raised(slow: SlowJudge) -> None:
+def test_what_a_judge_raises_in_time_is_raised(slow: SlowInspector) -> None:
     slow.failure = RuntimeUnavailableError("out of memory")
     slow.may_go.release(2)
     with keeping(deadline_ms=1000 * AGES) as tracker:
@@ -181,7 +181,7 @@ def test_what_a_judge_raises_in_time_is_raised(slow: SlowJudge) -> None:
 # Faults that need no model.
 
 
-def test_an_image_captured_too_long_ago_is_not_judged(slow: SlowJudge) -> None:
+def test_an_image_captured_too_long_ago_is_not_judged(slow: SlowInspector) -> None:
     with keeping(max_age_ms=500) as tracker:
         stale = verdict(tracker, slow, part(age_s=2.0))
     assert (stale.verdict, stale.reasons, stale.late, slow.begun) == ("unknown", ("stale",), False, [])
@@ -189,7 +189,9 @@ def test_an_image_captured_too_long_ago_is_not_judged(slow: SlowJudge) -> None:
 
 
 @pytest.mark.parametrize("fault", [None, Reason.NO_IMAGE, Reason.OVERRUN, Reason.TRIGGER_UNCLEAR])
-def test_a_part_without_an_image_is_unknown_even_while_the_model_hangs(slow: SlowJudge, fault: Reason | None) -> None:
+def test_a_part_without_an_image_is_unknown_even_while_the_model_hangs(
+    slow: SlowInspector, fault: Reason | None
+) -> None:
     with keeping(judge=slow, deadline_ms=30) as tracker:
         verdict(tracker, slow, part("hangs"))
         captured = part(age_s=-AGES, fault=fault, error="why")
