@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from aggregator.simulation.config import SimulationConfig
-from edgeflame.methods import start_from_presets
+from edgeflame.config import load_config
 from tests.support.paths import REPOSITORY
 
 ACCURACY = REPOSITORY / "benchmarks" / "accuracy"
@@ -38,8 +38,7 @@ def test_every_run_is_a_simulation_that_can_be_configured(paper: Any, scale: str
     configs = {}
     for experiment in found.values():
         for run in experiment.runs():
-            plain = start_from_presets(run.simulation, SimulationConfig)
-            configs[run.key] = msgspec.convert(plain, SimulationConfig)
+            configs[run.key] = load_config(None, SimulationConfig, run.simulation)
         assert len({(cell.row, cell.column) for cell in experiment.cells}) == len(experiment.cells)
     epochs = {config.fleet.learning.training.epochs for config in configs.values() if config.alone is None}
     # The paper's preset reaches through [fleet] to the learning inside it.

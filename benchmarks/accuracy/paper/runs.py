@@ -14,8 +14,8 @@ from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from cli.simulate import execute_task
+from edgeflame.config import load_config
 from edgeflame.log import no_progress
-from edgeflame.methods import start_from_presets
 
 Figures = dict[str, float]
 
@@ -78,8 +78,7 @@ def carry_out(run: Run, root: Path) -> None:
     """Run it, or go on with it."""
     logging.getLogger("edgeflame").setLevel(logging.ERROR)
     out = root / run.key
-    plain = start_from_presets(run.simulation, SimulationConfig)
-    config = msgspec.convert(plain, SimulationConfig)
+    config = load_config(None, SimulationConfig, run.simulation)
     if run.peer is not None:
         from paper.peers import measure_peer
 
