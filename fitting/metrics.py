@@ -11,6 +11,8 @@ score, its pixels by bin), times those numbers gives every resample's counts, by
 all resamples follow from their cumulative sums. scikit-learn computes the metrics themselves; a thousand resamples of
 ten metrics would take it minutes, so here they are written out, and held against it in the tests.
 
+scikit-learn is imported when the first metric is computed: to import this module costs nothing.
+
 Axes: ``R`` resamples, ``G`` parts, ``K`` values or bins in rising order of the score.
 """
 
@@ -21,7 +23,6 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import auc, precision_recall_curve, roc_auc_score
 
 from edgeflame.tensors import F64
 
@@ -38,6 +39,8 @@ def auroc(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]) -
     """Area under the ROC curve of image scores; None if either kind is missing."""
     if len(good) == 0 or len(defective) == 0:
         return None
+    from sklearn.metrics import roc_auc_score
+
     labels = np.concatenate([np.zeros(len(good)), np.ones(len(defective))])
     return float(roc_auc_score(labels, np.concatenate([good, defective])))
 
@@ -106,6 +109,8 @@ class PixelCounts:
         """Area under the ROC curve over pixels; None if either kind is missing."""
         if not self._good.any() or not self._defective.any():
             return None
+        from sklearn.metrics import roc_auc_score
+
         labels, bins, weights = self._labelled_bins()
         return float(roc_auc_score(labels, bins, sample_weight=weights))
 
@@ -151,6 +156,8 @@ class PixelCounts:
 
 def overlap_area(good: F64, regions: F64, num_regions: float, max_fpr: float) -> float:
     """Area under the per-region-overlap curve of counts ``[K]`` by rising bin, as a share of ``max_fpr``."""
+    from sklearn.metrics import auc
+
     fpr = np.concatenate([[0.0], np.cumsum(good[::-1]) / good.sum()])
     pro = np.concatenate([[0.0], np.cumsum(regions[::-1]) / num_regions])
     inside = fpr <= max_fpr
@@ -168,6 +175,8 @@ def bin_edges(maps: npt.NDArray[np.float32], num_bins: int = NUM_BINS) -> npt.ND
 
 def _best_f1(labels: F64, scores: npt.NDArray[np.floating], weights: F64 | None) -> tuple[float, float]:
     """The highest F1, and the lowest score that it calls positive."""
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, values = precision_recall_curve(labels, scores, sample_weight=weights)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     # The last entry belongs to no score: there nothing is positive.

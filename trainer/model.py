@@ -60,16 +60,16 @@ class SiteModel(nn.Module):
     """Embedding network and FADE's discriminator; the discriminator is thrown away after training.
 
     Attributes:
-        travelling: what is exchanged with the model without being part of it, on the CPU.
+        extra_tensors: what is exchanged with the model without being part of it, on the CPU.
     """
 
     def __init__(self, backbone: EmbeddingNetwork, discriminator: Discriminator, exchange: ExchangeKind) -> None:
         super().__init__()
         self.backbone = backbone
         self.discriminator = discriminator
-        self.travelling: dict[str, Tensor] = {}
+        self.extra_tensors: dict[str, Tensor] = {}
         if exchange == "controls":
-            self.travelling = {
+            self.extra_tensors = {
                 CONTROL_PREFIX + name: torch.zeros(parameter.shape) for name, parameter in self.named_parameters()
             }
 
@@ -78,7 +78,7 @@ class SiteModel(nn.Module):
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.endswith("num_batches_tracked")}
         return {
             name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in {**own, **self.travelling}.items()
+            for name, tensor in {**own, **self.extra_tensors}.items()
         }
 
 
@@ -97,7 +97,7 @@ def build_model(learning: Learning) -> tuple[SiteModel, WeightsOrigin]:
     return SiteModel(backbone, discriminator, METHODS[learning.method].exchange), origin
 
 
-def empty_model(learning: Learning) -> SiteModel:
+def _empty_model(learning: Learning) -> SiteModel:
     """A model to load exchanged tensors into; looks for no weights.
 
     Raises:
@@ -151,7 +151,7 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
         StorageError: the file cannot be read.
         FederationError: it is not such a model: other names, shapes or types, or values that are not finite.
     """
-    model = empty_model(learning)
+    model = _empty_model(learning)
     try:
         with safetensors.safe_open(str(path), framework="pt") as stream:
             origin = (stream.metadata() or {}).get(WEIGHTS_KEY)
@@ -175,7 +175,7 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
             )
         if not torch.isfinite(tensor).all():
             raise FederationError(f"{path}: {name} holds NaN or infinite values")
-    model.travelling = {name: tensors.pop(name) for name in model.travelling}
+    model.extra_tensors = {name: tensors.pop(name) for name in model.extra_tensors}
     model.load_state_dict(tensors, strict=False)  # only the counters are missing, as just checked
     return model, weights
 

@@ -140,7 +140,7 @@ def train(
     model.eval()
     model.requires_grad_(False)
     ending = objective.finish(num_steps)
-    model.travelling = {name: tensor.detach().cpu() for name, tensor in ending.travelling.items()}
+    model.extra_tensors = {name: tensor.detach().cpu() for name, tensor in ending.extra_tensors.items()}
     return TrainingRun(
         epochs=tuple(epochs),
         num_forward=num_forward,

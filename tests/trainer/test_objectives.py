@@ -241,7 +241,7 @@ class Quadratics:
                 if method == "scaffold":
                     ending = variates.finish(self.num_steps)
                     private[site] = dict(ending.private)
-                    update |= {key: value.numpy() for key, value in ending.travelling.items()}
+                    update |= {key: value.numpy() for key, value in ending.extra_tensors.items()}
                 safetensors.numpy.save_file(update, folder / site)
             contributions = [
                 Contribution(site=s, path=folder / s, weight=w, num_steps=self.num_steps)
@@ -292,14 +292,14 @@ def test_scaffold_in_training_learns_the_mean_gradient(small_learning: Learning,
     for name, parameter in model.named_parameters():
         gradient = (before[name] - parameter.detach()) / learning.training.learning_rate
         torch.testing.assert_close(run.ending.private[CONTROL_PREFIX + name], gradient, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model.travelling[CONTROL_PREFIX + name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.extra_tensors[CONTROL_PREFIX + name], gradient, rtol=1e-4, atol=1e-5)
     # A second round with c = c_i corrects nothing: it is FADE.
     again = {}
     for method, private in (("scaffold", run.ending.private), ("fedavg", {})):
         one = msgspec.structs.replace(learning, method=method)
         other, _ = build_model(one)
         if method == "scaffold":
-            other.travelling = dict(run.ending.private)
+            other.extra_tensors = dict(run.ending.private)
         train(other, images, one, seed=2, private=private)
         again[method] = dict(other.named_parameters())
     for name, parameter in again["fedavg"].items():

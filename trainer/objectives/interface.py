@@ -116,14 +116,14 @@ class ObjectiveContext:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveResult:
-    """What an objective leaves behind when a training ends, tensors by name.
+    """The tensors, by name, that an objective hands on when a training ends.
 
     Attributes:
-        travelling: sent along with the model; the same names and shapes as ``SiteModel.travelling``.
+        extra_tensors: sent along with the model; the same names and shapes as ``SiteModel.extra_tensors``.
         private: kept at the site for its next round, never sent.
     """
 
-    travelling: Mapping[str, Tensor] = field(default_factory=dict)
+    extra_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     private: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -35,7 +35,7 @@ def scaffold(setting: ObjectiveContext) -> LocalObjective:
 
     variates = ControlVariates(
         dict(setting.model.named_parameters()),
-        shared=setting.model.travelling,
+        shared=setting.model.extra_tensors,
         own=setting.private,
         learning_rate=learning_rate,
         momentum=training.momentum,
@@ -88,12 +88,12 @@ class ControlVariates:
     def finish(self, num_steps: int) -> ObjectiveResult:
         """What is sent, and the new ``c_i``. Without a step nothing was learnt of the gradients, and both stay."""
         if num_steps == 0:
-            return ObjectiveResult(travelling=self._shared, private=self._own)
+            return ObjectiveResult(extra_tensors=self._shared, private=self._own)
         steps = accumulated_steps(num_steps, self._momentum)
-        travelling: dict[str, Tensor] = {}
+        extra_tensors: dict[str, Tensor] = {}
         private: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             moved = (self._start[name] - parameter.detach()) / (self._learning_rate(name) * steps)
-            travelling[CONTROL_PREFIX + name] = moved
+            extra_tensors[CONTROL_PREFIX + name] = moved
             private[CONTROL_PREFIX + name] = moved - self._corrections[name]
-        return ObjectiveResult(travelling=travelling, private=private)
+        return ObjectiveResult(extra_tensors=extra_tensors, private=private)
