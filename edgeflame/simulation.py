@@ -28,11 +28,11 @@ class SiteTask(_Message, frozen=True, kw_only=True, tag="site"):
     blobs: str
     """Where the blobs lie that the announcement names, by their SHA-256."""
     shared: str
-    """For what is the same at every site, and need be made only once."""
+    """A folder for what is the same at every site, and made only once."""
     announced: msgspec.Raw
     """``edgeflame.mqtt.messages.RoundState``."""
     refused: dict[int, RefusalReason] = {}
-    """Its updates that were refused, by round."""
+    """Why its updates were refused, by round."""
 
 
 class MeasureTask(_Message, frozen=True, kw_only=True, tag="measure"):
@@ -43,7 +43,7 @@ class MeasureTask(_Message, frozen=True, kw_only=True, tag="measure"):
     model: str | None = None
     """The exchanged tensors, safetensors; None: learn first, alone, by a method that needs no fleet."""
     seed: int = 0
-    """Of that learning."""
+    """The seed of that learning."""
     train: tuple[str, ...]
     """Data sets whose good images, pooled, give the statistics."""
     test: str
@@ -61,7 +61,7 @@ class SiteAnswer(_Message, frozen=True, kw_only=True, tag="site"):
     initial: str | None = None
     """SHA-256 of its initial model, once it has one."""
     said: str | None = None
-    """``edgeflame.mqtt.messages.UpMessage``, encoded; None: nothing to say."""
+    """``edgeflame.mqtt.messages.UpMessage``, encoded; None if it sends nothing."""
     blob: str | None = None
     """The file that was offered."""
 
@@ -72,7 +72,7 @@ class MeasureAnswer(_Message, frozen=True, kw_only=True, tag="measure"):
     name: str
     figures: dict[str, float]
     classes: dict[str, dict[str, float]]
-    """By defect class."""
+    """Figures by defect class."""
 
 
 class SimulationFailure(_Message, frozen=True, kw_only=True, tag="problem"):

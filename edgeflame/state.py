@@ -78,7 +78,7 @@ def locked_state_dir(path: Path, *, kind: StateKind | None = None) -> Iterator[P
         kind: whose state it is; None for folders with a format of their own, which are given no marker.
 
     Raises:
-        StorageError: it cannot be written, another process uses it, it is somebody else's, or of a later format.
+        StorageError: it cannot be written, another process uses it, it is of another kind, or of a later format.
     """
     with storage_errors(path, "use as a state directory"):
         path.mkdir(parents=True, exist_ok=True)

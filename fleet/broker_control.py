@@ -68,7 +68,7 @@ def acl_rules(client: BrokerClient, fleet: str) -> tuple[AclRule, ...]:
             own = f"{base}/line/{name}"
             return (*_may_write(f"{own}/#"), *_may_read(*shared, f"{base}/release/#", f"{own}/#"))
         case "operator":
-            # Commands lines, and hears what they say; brings them nothing new.
+            # Sends commands to lines and reads what they publish; no packages.
             return (*_may_write(f"{base}/line/+/command"), *_may_read(f"{base}/model/#", f"{base}/line/#"))
         case "publisher":
             # Brings packages to the lines, and none of it touches the training.
@@ -128,7 +128,7 @@ def sync_commands(
     """What to tell a running broker so that it knows ``wanted``; as little as possible.
 
     Every change of a client throws it out for a moment, so what is right already is left alone. Clients that the
-    broker knows and the fleet does not are left alone as well: somebody put them there.
+    broker knows and the fleet does not are left alone as well: a person put them there.
 
     Args:
         wanted: the fleet's identities, revoked ones too.

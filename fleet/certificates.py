@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CA_DAYS = 3650
 DEFAULT_DAYS = 825
-"""Of servers and clients: long enough that nobody renews in a hurry, short enough that it is practised."""
+"""For servers and clients: long enough that renewing is never urgent, short enough that it is practised."""
 CLOCK_SKEW = timedelta(hours=1)
 """Certificates are valid from so long ago: clocks in a plant differ."""
 MAX_HOST_CHARS = 253

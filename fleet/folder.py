@@ -84,7 +84,7 @@ class FleetFolder:
         return read_kit(self.kit_path(ADMIN))
 
     def kit_path(self, name: str) -> Path:
-        """Where a member's kit is put unless told otherwise."""
+        """Where a member's kit is put by default."""
         return self.path / "kits" / f"{name}.kit"
 
     def enrol(self, name: str, *, role: FleetRole, days: int, out: Path | None, reinstate: bool) -> Path:
@@ -103,7 +103,7 @@ class FleetFolder:
         The old certificate goes on until it expires, unless ``revoke_old`` puts it on the revocation list.
 
         Raises:
-            UsageError: nobody has the name, or it was revoked.
+            UsageError: no member has the name, or it was revoked.
             StorageError: something cannot be written.
         """
         entry = self.registry.require(name)
@@ -122,7 +122,7 @@ class FleetFolder:
         """Take a member's certificates back: in the registry, on the revocation list, in the broker's files.
 
         Raises:
-            UsageError: nobody has the name.
+            UsageError: no member has the name.
             StorageError: something cannot be written.
         """
         self._save_registry(with_revoked(self.registry, name=name, reason=reason, now=_now()))

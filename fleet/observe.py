@@ -259,7 +259,7 @@ class ReleaseProgress(msgspec.Struct, frozen=True, kw_only=True):
     """What was waited for has come."""
 
     def in_words(self) -> str:
-        """For people."""
+        """The progress as text, for people."""
         how_far = f" {self.done}/{self.total}" if self.total else ""
         return f"{self.word.replace('_', ' ')}{how_far}" + (f": {self.detail}" if self.detail else "")
 
@@ -278,7 +278,7 @@ class FleetModels:
     def __init__(self, topics: Topics) -> None:
         self._topics = topics
         self.releases: dict[str, Release] = {}
-        """By product."""
+        """The release of each product."""
         self.lines: dict[str, LineModels] = {}
         self.online: dict[str, bool] = {}
         self.num_unreadable = 0

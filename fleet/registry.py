@@ -15,7 +15,7 @@ from fleet.certificates import IssuedCertificate
 
 
 class BrokerClient(msgspec.Struct, frozen=True, kw_only=True):
-    """An identity as the broker knows it. Without rights it is nobody: revoked."""
+    """An identity as the broker knows it; a revoked one has no rights."""
 
     name: str
     """The common name of its certificate."""
@@ -66,7 +66,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def url(self) -> str:
-        """Of the broker."""
+        """The broker's."""
         host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
         return f"mqtts://{host}:{self.port}"
 

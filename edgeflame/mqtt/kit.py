@@ -1,11 +1,7 @@
-"""Who may say and read what on the broker, as rules of Mosquitto's ``dynamic-security`` plugin. Pure.
+"""A kit: the one small file that makes a machine a member of a fleet.
 
-Nothing is allowed but what is listed here. Each identity has a role of its own on the broker, which holds its rights
-by name: a site speaks only below its own name, and reads what is for it or for all.
-
-Why rights and not the plugin's ``disabled`` flag keep a revoked client out: with ``use_identity_as_username``
-Mosquitto (2.0 and 2.1) takes a client's certificate for its authentication and never asks the plugin whether the
-client is disabled. Disabling throws a connected client out; taking its rights away is what keeps it from coming back.
+It is TOML, so that whoever receives it can read what it is: the fleet, the name, the role, the broker's address, and
+in PEM the authority's certificate, its own certificate and its private key. Whoever holds the file *is* that member.
 """
 
 from __future__ import annotations

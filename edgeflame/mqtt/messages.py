@@ -116,7 +116,7 @@ RefusalReason = Literal[
     "not_finite",  # NaN or infinite values
     "norm",  # further from the base model than allowed
     "samples",  # an impossible number of samples
-    "failed",  # the site said that it cannot
+    "failed",  # the site reported that it cannot
     "left",  # the site has left the run for good
 ]
 
@@ -131,9 +131,9 @@ class Hello(WireMessage, frozen=True, kw_only=True, tag="hello"):
     """A site asks to take part; sent on every connection until it is welcomed or refused."""
 
     boot: Id
-    """Of this process; another after every start."""
+    """The id of the site's process; another after every start."""
     install: Id
-    """Of this state directory; the same after every start. It tells a restarted site from a second one."""
+    """The id of the state directory; the same after every start. It tells a restarted site from a second one."""
     software: Text = ""
 
 
@@ -166,7 +166,7 @@ class Offer(WireMessage, frozen=True, kw_only=True, tag="offer"):
     num_samples: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLES)] = 0
     metrics: Metrics = {}
     num_steps: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEPS)] = 0
-    """Optimiser steps of the update; 0: not said. Since 1.1."""
+    """Optimiser steps of the update; 0 if the sender is older. Since 1.1."""
 
 
 class BlobNeed(WireMessage, frozen=True, kw_only=True, tag="need"):
@@ -253,7 +253,7 @@ class StatisticsWanted(msgspec.Struct, frozen=True, kw_only=True):
 
     form: Literal["moments", "low_rank"]
     rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 14)] = 0
-    """Of ``low_rank``: eigenpairs per position."""
+    """Eigenpairs per position, for ``low_rank``."""
 
 
 class RoundState(WireMessage, frozen=True, kw_only=True, tag="round"):
@@ -265,7 +265,7 @@ class RoundState(WireMessage, frozen=True, kw_only=True, tag="round"):
     round: RoundNumber = 0
     num_rounds: RoundNumber = 0
     asked: tuple[Name, ...] = ()
-    """Who is to act in this phase."""
+    """The sites that are to act in this phase."""
     learning: msgspec.Raw = msgspec.Raw(b"{}")
     """``edgeflame.methods.Learning``; decoded by the site, which refuses what it does not know."""
     base: BlobManifest | None = None
@@ -281,10 +281,10 @@ class RoundState(WireMessage, frozen=True, kw_only=True, tag="round"):
     detail: Text = ""
     """``failed``: why; otherwise what is being waited for, if it is anything out of the ordinary."""
     codec: Key = "raw"
-    """In which form updates are wanted (:data:`~edgeflame.mqtt.messages.Codec`); raw ones are always taken. Since
-    1.1."""
+    """The form in which updates are wanted (:data:`~edgeflame.mqtt.messages.Codec`); raw ones are always accepted.
+    Since 1.1."""
     paused: tuple[Name, ...] = ()
-    """Sites the aggregator's operator wants at rest. Since 1.1."""
+    """Sites that the aggregator's operator has paused. Since 1.1."""
 
 
 class Presence(WireMessage, frozen=True, kw_only=True, tag="presence"):
@@ -378,7 +378,7 @@ MAX_SHADOW_PARTS = 100_000
 MAX_LINES = 1000
 MAX_PRODUCTS = 64
 MAX_OUTCOMES = 20
-"""Of a product on a line: what became of the last releases."""
+"""How many of the last releases a line reports the outcome of, for a product."""
 
 Product = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 KeyId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
@@ -396,20 +396,20 @@ class Release(WireMessage, frozen=True, kw_only=True, tag="release"):
     """A package for all lines that run its product, or for some; retained."""
 
     release: Id
-    """Of this act of publishing: the same package published again on purpose has another."""
+    """The id of this act of publishing: the same package published again on purpose has another."""
     product: Product
     manifest: BlobManifest
-    """Of the package file; its SHA-256 is the package's name."""
+    """The package file; its SHA-256 is the package's name."""
     key: KeyId
-    """Who signed it, unverified: a line verifies with the keys it trusts."""
+    """The key that signed it, unverified: a line verifies with the keys it trusts."""
     name: Text = ""
     """What people call it: the file's name."""
     published: datetime
-    """By the publisher's clock, UTC; for people."""
+    """When it was published by the publisher's clock, UTC; for people."""
     lines: Annotated[tuple[Name, ...], msgspec.Meta(max_length=MAX_LINES)] = ()
-    """Who is to take it; nobody named: every line that runs the product."""
+    """The lines that are to take it; empty for every line that runs the product."""
     shadow_parts: Annotated[int, msgspec.Meta(ge=0, le=MAX_SHADOW_PARTS)] = 0
-    """For so many parts it is to run beside the present one, at least; a line may ask for more, never for less."""
+    """The least number of parts for which it runs in shadow; a line may ask for more, never for less."""
     withdrawn: bool = False
     """Take it back: drop it, and roll back where it runs."""
 
@@ -419,7 +419,7 @@ class RunningModel(msgspec.Struct, frozen=True, kw_only=True):
 
     sha256: Sha256
     origin: Literal["file", "release"]
-    """``file``: of the line's own configuration."""
+    """``file``: one that the line's own configuration names."""
     name: Text = ""
     release: Id | None = None
     since: datetime | None = None
@@ -431,9 +431,9 @@ class Disagreement(msgspec.Struct, frozen=True, kw_only=True):
     """Two models on the same parts."""
 
     parts: Count = 0
-    """Judged by both."""
+    """Parts that both models judged."""
     differing: Count = 0
-    """Of these, parts with two verdicts."""
+    """Parts of these on which the verdicts differ."""
     newly_failed: Count = 0
     """Passed by the present model, failed by the other."""
     newly_passed: Count = 0
@@ -447,7 +447,7 @@ class Disagreement(msgspec.Struct, frozen=True, kw_only=True):
     skipped: Count = 0
     """Parts that only the present model judged, because the other was still busy."""
     faults: Count = 0
-    """Of the other model: exceptions, scores that are no finite numbers."""
+    """Parts on which the other model failed: exceptions, scores that are no finite numbers."""
     slowdown: Finite | None = None
     """Its computing time for a part over the present one's, both measured alternately."""
 

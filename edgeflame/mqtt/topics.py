@@ -19,7 +19,7 @@
     edgeflame/v1/<fleet>/model/<product>            retained: the package released for a product
     edgeflame/v1/<fleet>/release/<sha256>/<chunk>   from the publisher of a package to all lines
 
-Who sent a message is told by its topic, never by a field of it: the broker's access control can tie a topic to
+The sender of a message is in its topic, never in a field of it: the broker's access control can tie a topic to
 a certificate.
 """
 
@@ -72,7 +72,7 @@ class ChunkTopic:
     sha256: str
     index: int
     is_release: bool = False
-    """Of a package for the lines, and not of a model in training."""
+    """Whether it is a chunk of a package for the lines, not of a model in training."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ MAX_PROTOTYPES = 1 << 16
 MAX_CHANNELS = 1 << 14
 
 SUM_TOLERANCE = 1e-3
-"""Of the weights' sum: they are float32."""
+"""How far the weights' sum may be from 1: they are float32."""
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

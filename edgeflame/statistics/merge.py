@@ -47,7 +47,7 @@ MAX_COUNT = 1_000_000_000
 MAX_CELLS = 1 << 20
 MAX_CHANNELS = 1 << 14
 TOLERANCE = 1e-3
-"""Of comparisons with values that went through float32 and a basis in float16, relative."""
+"""Relative tolerance for values that went through float32 and a basis in float16."""
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,7 +131,7 @@ class Truncation:
     bound_max: float
 
     def figures(self) -> dict[str, float]:
-        """For the ledger."""
+        """The four figures by name, for the ledger."""
         return {
             "measured_mean": self.measured_mean,
             "measured_max": self.measured_max,

@@ -49,7 +49,7 @@ FALLBACKS: dict[Codec, Codec] = {"zstd": "raw", "float16_zstd": "float16"}
 ZSTD_LEVEL = 3
 """Higher levels gain a few percent on weights, and take several times as long."""
 MAX_WINDOW_BYTES = 8 << 20
-"""Of a Zstandard frame: what decoding it may allocate."""
+"""The largest window of a Zstandard frame: what decoding it may allocate."""
 _PIECE_BYTES = 1 << 20
 _SCALES = "scales"
 

@@ -206,7 +206,7 @@ class Sender:
 ACKS_IN_WINDOW = 4
 """A quarter of the window is acknowledged at once, so that the acknowledgement arrives before the rest has."""
 ACK_EVERY_S = 1.0
-"""On a slow link a quarter of the window takes long; the sender is not to think that nobody is there."""
+"""On a slow link a quarter of the window takes long; the receiver must not seem gone to the sender."""
 
 MAX_ATTEMPTS = 3
 """Whole-hash mismatches after which a blob is given up: every chunk had its announced checksum, so the manifest
