@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import threading
@@ -51,6 +52,12 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
         yield
     except OSError as exc:
         raise StorageError(f"{path}: cannot {action} ({exc.strerror or exc})") from exc
+
+
+class FormatHead(msgspec.Struct, frozen=True):
+    """What every format of a file says of itself; decode this before the file's own format."""
+
+    format: int = 1
 
 
 def check_format_version(what: str, *, found: int, known: int, written_by: str | None = None) -> None:
@@ -249,6 +256,23 @@ def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise StorageError(f"{path}: damaged ({exc}); {advice}") from exc
+
+
+def file_sha256(path: Path) -> str | None:
+    """The SHA-256 of a file; None if there is none.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage_errors(path, "read"):
+        try:
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except FileNotFoundError:
+            return None
+    return digest.hexdigest()
 
 
 def fsync_folder(folder: Path) -> None:

@@ -24,7 +24,7 @@ from edgeflame.errors import StorageError, UsageError
 from edgeflame.mqtt.kit import FleetRole, Kit, encode_kit, read_kit
 from edgeflame.mqtt.topics import check_name
 from edgeflame.signing import write_keys
-from edgeflame.state import atomic_write, check_format_version, locked_state_dir, storage_errors, write_json
+from edgeflame.state import FormatHead, atomic_write, check_format_version, locked_state_dir, storage_errors, write_json
 from fleet import broker_control
 from fleet.certificates import (
     DEFAULT_DAYS,
@@ -50,12 +50,6 @@ REGISTRY_FILE = "fleet.json"
 SECRET_MODE, PUBLIC_MODE = 0o600, 0o644
 
 
-class _Head(msgspec.Struct, frozen=True):
-    """What every format of the registry says."""
-
-    format: int = 1
-
-
 class FleetFolder:
     """A fleet's folder; open it with :func:`open_fleet`, which keeps other processes out."""
 
@@ -68,7 +62,7 @@ class FleetFolder:
                 f"{path}: no fleet here ({exc.strerror}: {REGISTRY_FILE}); `edgeflame fleet init {path}` makes one"
             ) from exc
         try:
-            head = msgspec.json.decode(data, type=_Head)
+            head = msgspec.json.decode(data, type=FormatHead)
             check_format_version(f"{path}: the fleet's registry", found=head.format, known=REGISTRY_FORMAT)
             self.registry = msgspec.json.decode(data, type=Registry)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:

@@ -20,7 +20,7 @@ from edge.status import RolloutStatus
 from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import ProductModels
-from edgeflame.transfer.store import sha256_of
+from edgeflame.state import file_sha256
 
 log = EventLog("models")
 
@@ -132,7 +132,7 @@ class ReleasedModels:
         check_thresholds(plan)
         for configured in self._configured.values():
             file = plan.products.get(configured.name)
-            if file is not None and sha256_of(file) != configured.sha256:
+            if file is not None and file_sha256(file) != configured.sha256:
                 log.warning(
                     "product_file_needs_restart",
                     product=configured.name,

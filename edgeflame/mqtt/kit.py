@@ -18,6 +18,7 @@ from edgeflame.errors import ConfigError, LinkError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.topics import check_name
 from edgeflame.mqtt.url import BrokerUrl, TlsPem, parse_broker_url
+from edgeflame.state import FormatHead
 
 FleetRole = Literal["site", "line", "observer", "operator", "publisher", "aggregator", "admin", "broker"]
 
@@ -36,12 +37,6 @@ _USAGE_BY_ROLE: dict[str, str] = {
     "aggregator": "edgeflame aggregate --kit {name}.kit --state DIR",
     "admin": "edgeflame fleet enrol, revoke and sync use it; it stays in the fleet's folder",
 }
-
-
-class _Head(msgspec.Struct, frozen=True):
-    """What every format of a kit says."""
-
-    format: int = 1
 
 
 class Kit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,7 +111,7 @@ def read_kit(path: Path, *, now: datetime | None = None, must_be_valid: bool = T
         raise ConfigError(
             f"{path}: the kit cannot be read ({exc.strerror}); `edgeflame fleet enrol` makes one"
         ) from exc
-    head = parse_config(data, _Head, f"{path}: not a kit of `edgeflame fleet enrol`")
+    head = parse_config(data, FormatHead, f"{path}: not a kit of `edgeflame fleet enrol`")
     if head.format > KIT_FORMAT:
         raise ConfigError(
             f"{path}: not a kit this EdgeFlame {__version__} can use: it is of format {head.format}, "

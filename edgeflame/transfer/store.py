@@ -21,7 +21,7 @@ import numpy as np
 from edgeflame.errors import FederationError, StorageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import DEFAULT_CHUNK_BYTES, BlobManifest, BlobNeed
-from edgeflame.state import fsync_folder, storage_errors
+from edgeflame.state import file_sha256, fsync_folder, storage_errors
 from edgeflame.transfer.protocol import ChunkKind, Mask, Receiver, Sender, describe_file
 
 log = EventLog("store")
@@ -32,20 +32,6 @@ SPARE_BYTES = 64 << 20
 
 CATCH_UP_CHUNKS = 4
 """Chunks read again for the hash with each that arrives, at most."""
-
-
-def sha256_of(path: Path) -> str | None:
-    """The hash of a file; None if there is none."""
-    try:
-        with path.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        raise StorageError(f"{path}: cannot read ({exc.strerror})") from exc
-    return digest.hexdigest()
 
 
 class BlobStore:
@@ -64,7 +50,7 @@ class BlobStore:
             self._partial.mkdir(parents=True, exist_ok=True)
             for path in self._blobs.iterdir():
                 # A power cut may damage what was synced, on disks that only say so. Whoever needs it gets it again.
-                if sha256_of(path) != path.name:
+                if file_sha256(path) != path.name:
                     log.warning("damaged_blob_dropped", sha256=path.name[:12])
                     path.unlink()
 

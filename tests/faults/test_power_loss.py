@@ -29,7 +29,8 @@ from aggregator.events import (
     initial_state,
 )
 from aggregator.journal import Journal
-from edgeflame.transfer.store import BlobStore, sha256_of
+from edgeflame.state import file_sha256
+from edgeflame.transfer.store import BlobStore
 from tests.support.brokers import BrokerProcess
 from tests.support.faulty_run import FAULT_INJECTOR, NAMES, Outcome, faulty_fleet, outcome, start_all
 from trainer.agent.state import FinishRecord, SiteState, UpdateRecord
@@ -121,7 +122,7 @@ def remembered(folder: Path) -> Path:
     memory.store_statistics(RUN, draft(9.0), UpdateRecord(num_samples=3, metrics={}, base="3" * 64))
     package = memory.package_dir(RUN) / "site.edgeflame"
     package.write_bytes(b"package" * 100)
-    sha256 = sha256_of(package)
+    sha256 = file_sha256(package)
     memory.store_finished(RUN, FinishRecord(model="a" * 64, package=package.name, package_sha256=sha256, summary={}))
     return folder
 

@@ -28,10 +28,10 @@ from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageErro
 from edgeflame.log import EventLog
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import Codec, Purpose, RefusalReason, RoundState, Sha256
-from edgeflame.state import atomic_write, fsync_folder, read_json, storage_errors, write_json
+from edgeflame.state import atomic_write, file_sha256, fsync_folder, read_json, storage_errors, write_json
 from edgeflame.tensors import canonicalise
 from edgeflame.transfer.compression import encode_update
-from edgeflame.transfer.store import BlobStore, sha256_of
+from edgeflame.transfer.store import BlobStore
 from trainer.agent.plan import Finish, Gather, PlanInput, PlanStep, Prepare, Train
 from trainer.agent.tasks import TaskResult
 
@@ -252,11 +252,11 @@ class SiteState:
             match loaded:
                 case UpdateRecord(sha256=str(sha256)):
                     models = record.parent.glob("*.safetensors")
-                    is_sound = any(sha256_of(path) == sha256 for path in models) and (
-                        loaded.codec == "raw" or sha256_of(record.parent / ENCODED_UPDATE_FILE) == loaded.sent_sha256
+                    is_sound = any(file_sha256(path) == sha256 for path in models) and (
+                        loaded.codec == "raw" or file_sha256(record.parent / ENCODED_UPDATE_FILE) == loaded.sent_sha256
                     )
                 case FinishRecord(package=str(name), package_sha256=sha256):
-                    is_sound = sha256_of(record.parent / "finish" / name) == sha256
+                    is_sound = file_sha256(record.parent / "finish" / name) == sha256
                 case _:
                     is_sound = loaded is not None
             if not is_sound:
@@ -270,7 +270,7 @@ class SiteState:
             assert record.base is not None
             record = _encode_update(record, self.store.path(record.base), path)
         # Last: it vouches for the file beside it.
-        self._save(path.parent / "outcome.json", msgspec.structs.replace(record, sha256=sha256_of(path)))
+        self._save(path.parent / "outcome.json", msgspec.structs.replace(record, sha256=file_sha256(path)))
 
     def _run(self, run: str) -> Path:
         return self._root / "runs" / run
@@ -309,7 +309,7 @@ def _encode_update(record: UpdateRecord, base: Path, update: Path) -> UpdateReco
         sent.unlink()
         return msgspec.structs.replace(record, codec="raw")
     metrics = {**record.metrics, CODEC_ERROR: error}
-    return msgspec.structs.replace(record, metrics=metrics, sent_sha256=sha256_of(sent))
+    return msgspec.structs.replace(record, metrics=metrics, sent_sha256=file_sha256(sent))
 
 
 BAD_UPDATE_REASONS: tuple[RefusalReason, ...] = ("corrupt", "not_tensors", "schema", "not_finite", "norm")
