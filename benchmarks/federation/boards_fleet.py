@@ -28,9 +28,7 @@ SIDE = 96
 
 def work(setup: WorkerSetup) -> SiteTrainer:
     """A site's honest work."""
-    return TorchSiteTrainer(
-        learning=setup.learning, data=Path(setup.data), site=setup.site, state=Path(setup.state), num_references=0
-    )
+    return TorchSiteTrainer(learning=setup.learning, data=Path(setup.data), site=setup.site, num_references=0)
 
 
 def run(

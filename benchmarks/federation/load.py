@@ -150,7 +150,7 @@ class LoadSite:
                 self._welcome = True
                 self._begin(now)
             case BlobNeed() if self._upload is not None:
-                self._upload.need(message, now=now)
+                self._upload.on_need(message, now=now)
             case Receipt() if (message.purpose, message.round) == self._offered:
                 self._stop_upload()
             case Refusal():
@@ -202,7 +202,7 @@ class LoadSite:
                 self._topics.up_chunk(self.name, manifest.sha256, index), data
             ),
         )
-        self._upload.ask(now=now)
+        self._upload.offer(now=now)
 
     def _stop_upload(self) -> None:
         if self._upload is not None:

@@ -117,7 +117,7 @@ def uploader(control: Control, url: str, path: Path) -> None:
         )
         cpu = _ready(control, inbox)
         started = time.monotonic()
-        upload.ask(now=started)
+        upload.offer(now=started)
         is_done = False
         while not is_done:
             event = _next(inbox)
@@ -126,7 +126,7 @@ def uploader(control: Control, url: str, path: Path) -> None:
                 message = decode_down(event.payload)
                 is_done = isinstance(message, Receipt)
                 if isinstance(message, BlobNeed):
-                    upload.need(message, now=now)
+                    upload.on_need(message, now=now)
                 event.acknowledge()
             upload.tick(now)
             upload.pump()
