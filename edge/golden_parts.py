@@ -20,6 +20,7 @@ from edge.config.inspection import GoldenConfig
 from edge.frame import Captured, make_frame
 from edge.result import Result
 from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, read_image
 from edgeflame.log import EventLog
@@ -136,10 +137,9 @@ class GoldenTester:
         self._on_change = on_change
         self._now = now
         self._testing = threading.Lock()
-        self._closing = threading.Event()
         self._status = self._read()
         self._last_scheduled = self._status.last.at if self._status.last is not None else None
-        self._thread = threading.Thread(target=self._run, name=f"edgeflame-golden-{line.name}", daemon=True)
+        self._thread = BackgroundThread(f"golden-{line.name}", self._run, join_s=_POLL_S)
         if config.folder is not None:
             golden_photographs(Path(config.folder), line.inspector.product)
 
@@ -149,9 +149,7 @@ class GoldenTester:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(_POLL_S)
+        self._thread.close()
 
     def status(self) -> GoldenStatus:
         """How the camera stands."""
@@ -230,8 +228,8 @@ class GoldenTester:
             raise DataError(f"camera {self._line.name}: no part came within {self._config.wait_s:g} s")
         return (check_golden_part(inspected.result, inspected.result.part_id, expected),)
 
-    def _run(self) -> None:
-        while not self._closing.wait(_POLL_S):
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.wait(_POLL_S):
             now = self._now()
             if not is_due(self._config.day_times, self._last_scheduled, now):
                 continue

@@ -2,11 +2,10 @@
 
 Theory of operation
 -------------------
-:meth:`CommandServer.receive` runs on the connection's thread and only sorts: what is retained, too much at once, or no
-command is
-counted and told at a bounded rate. What remains goes to one of two workers, each a thread with a short queue: the quick
-one pauses, resumes and sets thresholds; the slow one loads models, reads files and waits for parts. So a pause never
-stands in line behind a camera that gives no picture.
+:meth:`CommandServer.receive` runs on the connection's thread and only sorts: what is retained, too much at once,
+or no command is counted and logged at a bounded rate. What remains goes to one of two workers, each a thread with a
+short queue: the quick one pauses, resumes and sets thresholds; the slow one loads models, reads files and waits for
+parts. So a pause never waits behind a camera that gives no picture.
 """
 
 from __future__ import annotations

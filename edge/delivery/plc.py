@@ -34,6 +34,7 @@ from edge.config.outputs import ModbusConfig
 from edge.modbus import ModbusLink
 from edge.result import Inspected, Result
 from edge.verdict import mark_late
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import LinkError
 from edgeflame.log import EventLog
 
@@ -81,12 +82,11 @@ class PlcSink:
         self._shown: Result | None = None
         self._heartbeat = 0
         self._is_up: bool | None = None
-        self._closing = False
         self.num_missed = 0
         """Verdicts that could not be written."""
         self.num_late = 0
         """Verdicts that were in time, and written as unknown since the deadline had passed by then."""
-        self._thread = threading.Thread(target=self._run, name="edgeflame-plc", daemon=True)
+        self._thread = BackgroundThread("plc", self._run, wake=self._notify, join_s=2 * config.timeout_s + 1)
         self._thread.start()
 
     @property
@@ -104,25 +104,26 @@ class PlcSink:
 
     def start_flush(self) -> None:
         """Write what waits, once, and then let go; does not wait for that."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._thread.request_stop()
 
     def close(self) -> None:
         """Finish, and wait for it."""
-        self.start_flush()
-        self._thread.join(2 * self._config.timeout_s + 1)
+        self._thread.close()
         if self.num_missed or self.num_late:
             log.warning("plc_verdicts_missed", count=self.num_missed, late=self.num_late, host=self._config.host)
 
-    def _run(self) -> None:
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self, stop: threading.Event) -> None:
         next_beat = time.monotonic()
         while True:
             with self._changed:
-                while not self._waiting and not self._closing and time.monotonic() < next_beat:
+                while not self._waiting and not stop.is_set() and time.monotonic() < next_beat:
                     self._changed.wait(max(0.0, next_beat - time.monotonic()))
                 part = self._waiting.popleft() if self._waiting else None
-                if part is None and self._closing:
+                if part is None and stop.is_set():
                     break
                 registers = self._registers(part)
             written = self._write(registers)
@@ -171,7 +172,7 @@ class PlcSink:
         The next heartbeat shows it the number without a verdict.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, _RETRY_S)
+            self._changed.wait_for(self._thread.stop.is_set, _RETRY_S)
             missed = len(self._waiting) + in_hand
             self._number = (self._number + len(self._waiting) - 1) % 0xFFFF + 1 if self._waiting else self._number
             self._waiting.clear()
