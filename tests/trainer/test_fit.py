@@ -201,7 +201,7 @@ def test_calibrate_refuses_what_it_cannot_do(fitted_package: Path, parts_folder:
     shutil.copy(parts_folder / "test/hole/0.png", tmp_path / "data/test/hole")
     for more, exit_code, message in (
         (("--data", tmp_path / "data"), 3, "no good images to calibrate with"),
-        (("--data", parts_folder, "--confidence", "1"), 5, "calibration.confidence"),
+        (("--data", parts_folder, "--confidence", "1"), 5, "confidence must be in (0, 1)"),
         (("--data", parts_folder, "--out", tmp_path / "no/x.edgeflame"), 2, "no such folder"),
     ):
         error = error_of(edgeflame("calibrate", "--model", fitted_package, *more))
