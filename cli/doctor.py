@@ -65,7 +65,7 @@ def _pretty(value: object) -> str:
 def check_config(path: Path) -> Iterator[Finding]:
     """A configuration of whichever command it is for; of a line with cameras also everything that it names."""
     from edge.config import InspectConfig
-    from edgeflame.config import load_config
+    from edgeflame.config import check_keys, load_config
 
     try:
         text = path.read_bytes()
@@ -80,6 +80,7 @@ def check_config(path: Path) -> Iterator[Finding]:
             failures.append((_num_known(text, kind), f"{command}: {str(exc).removeprefix(f'{path}: ')}"))
         else:
             yield ok("configuration", f"{path} is one for edgeflame {command}")
+            yield from check_keys(path, kind)
             if isinstance(settings, InspectConfig) and settings.cameras and settings.products:
                 yield from _check_line(settings)
             return
@@ -89,13 +90,13 @@ def check_config(path: Path) -> Iterator[Finding]:
     yield problem("configuration", f"{path} fits no command: {words}", "correct the key that is named")
 
 
-def _num_known(text: bytes, kind: type) -> int:
+def _num_known(text: bytes, kind: type[msgspec.Struct]) -> int:
     """How many of a file's sections and keys a command has."""
     try:
         keys: set[str] = set(msgspec.toml.decode(text))
     except (msgspec.DecodeError, ValueError, RecursionError):
         return 0
-    return len(keys & {field.encode_name for field in msgspec.structs.fields(kind)})
+    return len(keys & {*kind.__struct_fields__, *getattr(kind, "OLD_KEYS", {})})
 
 
 def _check_line(settings: InspectConfig) -> Iterator[Finding]:
@@ -107,13 +108,13 @@ def _check_line(settings: InspectConfig) -> Iterator[Finding]:
     plan = plan_cameras(
         settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product
     )
-    for finding in check_daemon(lambda: plan, loader, state=None, rejects=None):
+    for finding in check_daemon(lambda: plan, loader, state=None, images=None):
         # The file was found to be right already, and state folders are looked at by an option of their own.
         if finding.check not in ("configuration", "state folder"):
             yield finding
 
 
-def _config_kinds() -> Iterator[tuple[str, type]]:
+def _config_kinds() -> Iterator[tuple[str, type[msgspec.Struct]]]:
     from aggregator.config import AggregateConfig
     from edge.config import InspectConfig
     from edgeflame.methods import Learning

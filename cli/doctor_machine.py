@@ -179,7 +179,7 @@ def _disk(folder: Path) -> Finding:
     usage = shutil.disk_usage(folder)
     text = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free at {folder}"
     if usage.free < MIN_FREE_BYTES:
-        return problem("disk", text, "free some space, or set rejects.max_mib and outbox.max_results lower")
+        return problem("disk", text, "free some space, or set images.max_mib and outbox.max_results lower")
     return ok("disk", text)
 
 

@@ -9,7 +9,6 @@ import click
 
 if TYPE_CHECKING:
     from edge.cameras import Plan
-    from edge.config import InspectConfig
     from edge.delivery.sinks import Sink
     from edge.status import Summary
 
@@ -39,8 +38,8 @@ if TYPE_CHECKING:
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML with the sections [products], [cameras.NAME], [verdict], [health], [capture], [view], [trigger], "
-    "[parts], [drift], [golden], [rejects], [outbox], [delivery], [mqtt], [models], [webhook], [web], [modbus]; "
+    help="TOML with the sections [products], [cameras.NAME], [verdict], [image_quality], [capture], [roi], [trigger], "
+    "[parts], [drift], [self_test], [images], [outbox], [retry], [mqtt], [models], [webhook], [web], [modbus]; "
     "options given here win.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a part on standard output.")
@@ -57,11 +56,12 @@ if TYPE_CHECKING:
     "--results", type=click.Path(path_type=Path), metavar="FILE", help="Append the JSON lines to this file as well."
 )
 @click.option(
-    "--rejects",
+    "--images",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Keep pictures of failed and unknown parts here, with heat maps.",
 )
+@click.option("--rejects", type=click.Path(path_type=Path), hidden=True, help="The old name of --images.")
 @click.option(
     "--summary",
     "summary_file",
@@ -110,6 +110,7 @@ def command(
     threshold: float | None,
     review_band: float | None,
     results: Path | None,
+    images: Path | None,
     rejects: Path | None,
     summary_file: Path | None,
     state: Path | None,
@@ -143,10 +144,15 @@ def command(
     from edge.systemd import handle_signals
     from edgeflame.config import load_config
 
+    images = _images_folder(images, rejects)
+    verdict = _verdict_options(threshold=threshold, review_band=review_band)
+
     def read_plan() -> Plan:
-        settings = _with_options(load_config(config, InspectConfig), threshold, review_band)
         return plan_cameras(
-            settings, model=model, source=address, product_of=lambda file: loader.package(file).manifest.product
+            load_config(config, InspectConfig, {"verdict": verdict}),
+            model=model,
+            source=address,
+            product_of=lambda file: loader.package(file).manifest.product,
         )
 
     loader = InspectorLoader(
@@ -156,7 +162,7 @@ def command(
         from cli.output import print_findings
         from edge.check import check_daemon
 
-        findings = list(check_daemon(read_plan, loader, state=state, rejects=rejects))
+        findings = list(check_daemon(read_plan, loader, state=state, images=images, file=config))
         print_findings(findings, as_json=as_json)
         return
     plan = read_plan()
@@ -167,7 +173,7 @@ def command(
         cameras = Cameras(plan, loader, overrides, state)
     else:
         cameras = models.open_cameras(lambda decided: Cameras(decided, loader, overrides, state))
-    pictures = RejectsSink(rejects, plan.config.rejects) if rejects is not None else None
+    pictures = RejectsSink(images, plan.config.images) if images is not None else None
     sinks = _sinks(as_json=as_json, results=results)
     try:
         with handle_signals() as signals:
@@ -193,19 +199,38 @@ def command(
         raise KeyboardInterrupt
 
 
-def _with_options(config: InspectConfig, threshold: float | None, review_band: float | None) -> InspectConfig:
-    import msgspec
+def _verdict_options(**given: float | None) -> dict[str, float | None]:
+    """Options that win over a file's section ``[verdict]``, checked.
 
+    Raises:
+        UsageError: one of them is out of bounds.
+    """
+    from edge.config import VerdictConfig
+    from edgeflame.config import parse_config
     from edgeflame.errors import ConfigError, UsageError
 
-    overrides = {"threshold": threshold, "review_band": review_band}
     try:
-        verdict = msgspec.structs.replace(
-            config.verdict, **{name: value for name, value in overrides.items() if value is not None}
-        )
+        parse_config(b"", VerdictConfig, "", given)
     except ConfigError as exc:
-        raise UsageError(str(exc).replace("verdict.", "--").replace("_", "-")) from exc
-    return msgspec.structs.replace(config, verdict=verdict)
+        raise UsageError(str(exc).replace(": ", "--", 1).replace("_", "-", 1)) from exc
+    return given
+
+
+def _images_folder(images: Path | None, rejects: Path | None) -> Path | None:
+    """The folder for pictures; ``--rejects`` is the old name of the option.
+
+    Raises:
+        UsageError: both are given.
+    """
+    from edgeflame.errors import UsageError
+    from edgeflame.log import EventLog
+
+    if rejects is None:
+        return images
+    if images is not None:
+        raise UsageError("--images and --rejects, its old name, are both given; leave --rejects out")
+    EventLog("inspect").warning("old_option", option="--rejects", use="--images")
+    return rejects
 
 
 def _sinks(*, as_json: bool, results: Path | None) -> list[Sink]:

@@ -169,7 +169,7 @@ def rollback(lines: str, product: str, to_file: bool, **options: Any) -> None:
 def switch_model(lines: str, product: str, **options: Any) -> None:
     """Have LINE switch to the released model of PRODUCT that passed its shadow run and waits for this word.
 
-    Lines wait for it where their configuration says models.auto = false.
+    Lines wait for it where their configuration says models.auto_promote = false.
     """
     from edge.commands.messages import SwitchModel
 

@@ -12,6 +12,7 @@ import msgspec
 from cli.options import BrokerOptions, broker_options, metrics_option, option_or_kit
 from cli.programs import program
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
+from edgeflame.bounds import BASIC
 from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -19,30 +20,30 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ``--config`` may say instead of the options. What is learnt is the aggregator's to say."""
+    """The keys of ``edgeflame train --config F``, in place of its options. The aggregator decides what is learnt."""
 
-    broker: str | None = None
+    broker: Annotated[str | None, BASIC] = None
     """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``."""
-    kit: str | None = None
-    """A kit of `edgeflame fleet enrol`: the broker, the fleet, our name and certificate."""
+    kit: Annotated[str | None, BASIC] = None
+    """A kit of `edgeflame fleet enrol`: the broker, the fleet, the site's name and certificate."""
     ca: str | None = None
     """``mqtts``: certificate authority of the broker (PEM)."""
     cert: str | None = None
     """``mqtts``: our certificate (PEM)."""
     key: str | None = None
     """``mqtts``: our private key (PEM)."""
-    fleet: str | None = None
-    """Which fleet."""
-    site: str | None = None
-    """This site's name in it."""
-    data: str | None = None
+    fleet: Annotated[str | None, BASIC] = None
+    """Name of the fleet; a kit has it."""
+    site: Annotated[str | None, BASIC] = None
+    """This site's name in the fleet; a kit has it."""
+    data: Annotated[str | None, BASIC] = None
     """Folder of this site's images; they stay here."""
-    state: str | None = None
-    """Folder of what the site remembers; ``runs/FLEET/SITE`` when left out."""
+    state: Annotated[str | None, BASIC] = None
+    """Folder of the site's state; ``runs/FLEET/SITE`` if left out."""
     groups: str | None = None
     """CSV file that says which photographs show the same part."""
     out: str | None = None
-    """Where to write the package; left in the state folder when left out."""
+    """Where to write the package; if left out, it stays in the state folder."""
     schedule: str | None = None
     """When to train, as after ``--schedule``."""
     device: str | None = None

@@ -25,7 +25,7 @@ import msgspec
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from edgeflame.bounds import bounds, is_basic
+from edgeflame.bounds import BASIC, bounds, is_marked
 
 DOCS = Path(__file__).resolve().parent
 PAGES = DOCS / "reference"
@@ -73,7 +73,7 @@ def sections(kind: type[msgspec.Struct], name: str = "", meaning: str = "") -> I
         below += [(struct, inner, told) for struct in structs]
         if not structs:
             hint, default = hints[field.name], "required" if field.required else _literal(field)
-            keys.append(Key(field.name, _type(hint), default, _markdown(told), is_basic(hint)))
+            keys.append(Key(field.name, _type(hint), default, _markdown(told), is_marked(hint, BASIC)))
     tag = kind.__struct_config__.tag
     if tag is not None:
         keys.insert(
@@ -152,7 +152,7 @@ def _basic_keys() -> list[str]:
             f"| `{f'[{section.name}] ' if section.name else ''}{key.name}` | {key.default} | {key.meaning} |"
             for section in sections(kind)
             for key in section.keys
-            if key.is_basic and not section.name.startswith(("fleet", "cameras"))
+            if key.is_basic and not section.name.startswith(("fleet", "cameras.NAME."))
         ]
         if rows:
             lines += [f"| key of `edgeflame {command}` | default | meaning |", "|---|---|---|", *rows, ""]

@@ -29,8 +29,7 @@ from typing import Protocol, final
 import msgspec
 
 from edge.capture import Capture, PrefetchPool
-from edge.config.inspection import CaptureConfig
-from edge.config.parts import PartsConfig, TriggerConfig
+from edge.config.inspection import CaptureConfig, PartsConfig, TriggerConfig
 from edge.frame import Captured, Source, make_frame
 from edge.inspector import InspectorProtocol
 from edge.parts.tracker import PartTracker

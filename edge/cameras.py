@@ -288,7 +288,7 @@ class Cameras:
         return replaced
 
     def on_section_change(self, name: str, taker: Callable[[Any], None]) -> None:
-        """Call ``taker`` with a section, say ``rejects``, when a reload changes it."""
+        """Call ``taker`` with a section, say ``images``, when a reload changes it."""
         self._takers[name] = taker
 
     def reload(self, plan: Plan) -> ReloadReport:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from edge.cameras import CameraPlan, Overrides, Plan
+from edge.config import InspectConfig
 from edge.config.outputs import ModbusConfig, MqttConfig, WebConfig, WebhookConfig
 from edge.delivery.mqtt import broker_url
 from edge.delivery.webhook import WebhookDestination
@@ -37,6 +38,7 @@ from edge.runtimes.load import compare_with_references, open_runtime
 from edge.runtimes.onnx_runtime import available_devices
 from edge.sources.locate import open_image_source
 from edge.status import LineState
+from edgeflame.config import check_keys
 from edgeflame.errors import (
     ConfigError,
     EdgeFlameError,
@@ -63,7 +65,12 @@ LITTLE_ROOM_BYTES = 500_000_000
 
 
 def check_daemon(
-    read_plan: Callable[[], Plan], loader: InspectorLoader, *, state: Path | None, rejects: Path | None
+    read_plan: Callable[[], Plan],
+    loader: InspectorLoader,
+    *,
+    state: Path | None,
+    images: Path | None,
+    file: Path | None = None,
 ) -> Iterator[Finding]:
     """Touch everything; each finding as soon as it is there.
 
@@ -71,7 +78,8 @@ def check_daemon(
         read_plan: reads the configuration.
         loader: of packages.
         state: the state folder.
-        rejects: the folder of rejected pictures.
+        images: the folder for pictures of failed and unknown parts.
+        file: the configuration's.
     """
     try:
         plan = read_plan()
@@ -80,6 +88,8 @@ def check_daemon(
         return
     config = plan.config
     yield ok("configuration", f"{_count(len(plan.cameras), 'camera')}, {_count(len(plan.products), 'product')}")
+    if file is not None:
+        yield from check_keys(file, InspectConfig)
     loader.share_cores(len(plan.cameras))
     runs = state is not None and is_in_use(state)
     for name, file in plan.products.items():
@@ -92,8 +102,8 @@ def check_daemon(
         yield from _state(state, runs=runs)
     elif needy:
         yield problem("state folder", f"[{'], ['.join(needy)}] need one", "give --state DIR")
-    if rejects is not None:
-        yield from _folder("rejects folder", rejects)
+    if images is not None:
+        yield from _folder("images folder", images)
     if config.mqtt is not None:
         yield from _broker(config.mqtt, runs=runs)
     if config.models is not None:

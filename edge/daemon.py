@@ -21,7 +21,7 @@ import msgspec
 from edge.camera_worker import CameraWorker
 from edge.cameras import Cameras, Overrides, Plan
 from edge.commands.server import CommandServer
-from edge.config.inspection import ViewConfig
+from edge.config.inspection import RoiConfig
 from edge.control import SNAPSHOTS_FOLDER, DaemonControl
 from edge.delivery.pipeline import OutboxWriter, Pipeline, open_pipeline
 from edge.delivery.sinks import LockedSinks, RejectsSink, Sink, of_camera, of_production
@@ -68,7 +68,7 @@ def open_monitoring(
             config = settings[worker.name]
             tester = GoldenTester(
                 worker,
-                config.golden,
+                config.self_test,
                 folder=state / GOLDEN_FOLDER if state is not None else None,
                 on_change=control.changed,
             )
@@ -79,7 +79,7 @@ def open_monitoring(
                 worker.name,
                 config.drift,
                 worker.inspector.model_id,
-                partial(_model_of, worker, config.view),
+                partial(_model_of, worker, config.roi),
                 folder=state / DRIFT_FOLDER,
                 on_change=control.changed,
             )
@@ -91,7 +91,7 @@ def open_monitoring(
         yield
 
 
-def _model_of(worker: CameraWorker, view: ViewConfig, model: str) -> DriftModel | None:
+def _model_of(worker: CameraWorker, view: RoiConfig, model: str) -> DriftModel | None:
     """Of the model that a part was judged by; None if another judges by now."""
     inspector = worker.inspector
     if not isinstance(inspector, Inspector) or inspector.model_id != model:
@@ -213,7 +213,7 @@ _RECALLED = 10_000
 """Results looked at when the daemon starts; more than it remembers parts of each camera by."""
 
 STOP_GRACE_S = 2.0
-"""A stop takes at most so much longer than results may still be delivered (``delivery.flush_s``), whatever hangs."""
+"""A stop takes at most so much longer than results may still be delivered (``retry.flush_s``), whatever hangs."""
 
 
 def run_inspection(
@@ -262,7 +262,7 @@ def run_inspection(
         outlets: list[Sink] = [*(of_camera(plc, camera) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
             outlets.append(of_production(pictures))
-            cameras.on_section_change("rejects", pictures.reconfigure)
+            cameras.on_section_change("images", pictures.reconfigure)
         control = DaemonControl(
             cameras,
             overrides=overrides,
@@ -308,7 +308,7 @@ def run_inspection(
                 signals,
                 watchdog,
                 reload=control.reload,
-                on_stop=lambda: forced_exit.arm(config.delivery.flush_s + STOP_GRACE_S),
+                on_stop=lambda: forced_exit.arm(config.retry.flush_s + STOP_GRACE_S),
             )
     if signals.stop.is_set():
         log.info("stopped_by_signal", parts=tally.parts)

@@ -16,7 +16,7 @@ from typing import final
 import msgspec
 
 from edge.camera_worker import CameraWorker
-from edge.config.inspection import GoldenConfig
+from edge.config.inspection import SelfTestConfig
 from edge.frame import Captured, make_frame
 from edge.result import Result
 from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
@@ -95,10 +95,10 @@ def golden_photographs(folder: Path, product: str) -> list[tuple[Path, Expected]
             if (root / kind).is_dir():
                 found += [(file, kind) for file in sorted((root / kind).iterdir()) if _is_image(file)]
     except OSError as exc:
-        raise ConfigError(f"golden.folder: {root} cannot be read ({exc.strerror})") from exc
+        raise ConfigError(f"self_test.folder: {root} cannot be read ({exc.strerror})") from exc
     if not found:
         raise ConfigError(
-            f"golden.folder: no photographs in {root / 'good'} or {root / 'bad'} of the product {product!r}"
+            f"self_test.folder: no photographs in {root / 'good'} or {root / 'bad'} of the product {product!r}"
         )
     return found
 
@@ -125,7 +125,7 @@ class GoldenTester:
     def __init__(
         self,
         line: CameraWorker,
-        config: GoldenConfig,
+        config: SelfTestConfig,
         *,
         folder: Path | None,
         on_change: Callable[[], None] = lambda: None,
@@ -205,7 +205,7 @@ class GoldenTester:
     def _photographs(self) -> tuple[GoldenCheck, ...]:
         if self._config.folder is None:
             raise UsageError(
-                "golden.folder is not configured; a golden part before the camera can be tested as good or bad"
+                "self_test.folder is not configured; a golden part before the camera can be tested as good or bad"
             )
         checks = []
         for number, (file, expected) in enumerate(

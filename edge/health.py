@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edge.config.inspection import HealthLimits
+from edge.config.inspection import ImageQualityConfig
 from edge.result import Reason
 from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
@@ -47,7 +47,7 @@ def sharpness(image: ImageU8) -> float:
 
 
 def image_faults(
-    image: ImageU8, limits: HealthLimits, *, reference_sharpness: float | None = None
+    image: ImageU8, limits: ImageQualityConfig, *, reference_sharpness: float | None = None
 ) -> tuple[Reason, ...]:
     """What is wrong with an image as an image; empty if nothing is.
 
@@ -87,7 +87,7 @@ class ImageHealth:
 
     def __init__(
         self,
-        limits: HealthLimits,
+        limits: ImageQualityConfig,
         references: Sequence[ImageU8],
         *,
         is_live: bool,
@@ -237,8 +237,8 @@ class ShiftCheck:
     def __init__(self, references: Sequence[ImageU8], max_shift: float) -> None:
         if len(references) < MIN_REFERENCES:
             raise ConfigError(
-                f"health.max_shift compares with the package's reference images and needs {MIN_REFERENCES} of them, "
-                f"not {len(references)}; leave it out"
+                "image_quality.max_shift compares with the package's reference images and "
+                f"needs {MIN_REFERENCES} of them, not {len(references)}; leave it out"
             )
         self._max_shift = max_shift
         spectra = [_spectrum(image) for image in references]
@@ -246,8 +246,9 @@ class ShiftCheck:
             distance, agreement = _Common(spectra[:index] + spectra[index + 1 :]).find(own)
             if distance > max_shift or agreement < MIN_AGREEMENT:
                 raise ConfigError(
-                    "health.max_shift: the package's reference images show nothing that stays in its place within "
-                    f"{max_shift:g} of the side, so a moved camera cannot be told from another part; leave it out"
+                    "image_quality.max_shift: the package's reference images show nothing that stays in its place "
+                    f"within {max_shift:g} of the side, so a moved camera cannot be told from another part; leave it "
+                    "out"
                 )
         self._common = _Common(spectra)
 

@@ -133,7 +133,7 @@ class Inspector:
         self._camera = camera
         self._is_live = is_live
         self.provider = runtime.provider
-        self._view = View(config.view, package.manifest.learning.input, package.manifest.grid)
+        self._view = View(config.roi, package.manifest.learning.input, package.manifest.grid)
         self.num_parallel = num_parallel
         self._runtime = runtime
         self._shared = shared
@@ -143,8 +143,8 @@ class Inspector:
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
         self.package = package
         self.precision = runtime.precision
-        self._health = ImageHealth(config.health, references, is_live=is_live, frame=config.view.frame)
-        self._photograph_health = ImageHealth(config.health, references, is_live=False, frame=config.view.frame)
+        self._health = ImageHealth(config.image_quality, references, is_live=is_live, frame=config.roi.frame)
+        self._photograph_health = ImageHealth(config.image_quality, references, is_live=False, frame=config.roi.frame)
 
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge.config.inspection import Shape, ViewConfig, is_rectangle, shape_words
+from edge.config.inspection import RoiConfig, Shape, is_rectangle, shape_words
 from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_mask
 
@@ -52,7 +52,7 @@ class View:
         ConfigError: the picture cannot be read, or nothing would be judged in frames of the size given.
     """
 
-    def __init__(self, config: ViewConfig, preprocessing: Preprocessing, grid: tuple[int, int]) -> None:
+    def __init__(self, config: RoiConfig, preprocessing: Preprocessing, grid: tuple[int, int]) -> None:
         self._config = config
         self._grid = grid
         if config.crop is not None:
@@ -67,7 +67,7 @@ class View:
             size = (self._picture.shape[1], self._picture.shape[0])
             if config.frame not in (None, size):
                 raise ConfigError(
-                    f"{config.ignore_image} has {size[0]}x{size[1]} pixels, view.frame says {list(config.frame or ())}"
+                    f"{config.ignore_image} has {size[0]}x{size[1]} pixels, roi.frame says {list(config.frame or ())}"
                 )
         if size is not None:
             try:
@@ -122,7 +122,7 @@ def _paint(frame: ImageU8, name: str, shape: Shape) -> None:
     else:
         points = np.asarray(shape, np.int32)
     if (points.max(axis=0) >= (width, height)).any():
-        raise DataError(f"view.{name} {shape_words(shape)} reaches outside the {width}x{height} frame")
+        raise DataError(f"roi.{name} {shape_words(shape)} reaches outside the {width}x{height} frame")
     cv2.fillPoly(frame, [points.astype(np.int32)], 255)
 
 
@@ -130,4 +130,4 @@ def _read_picture(path: str) -> ImageU8:
     try:
         return read_mask(Path(path))
     except DataError as exc:
-        raise ConfigError(f"view.ignore_image: {exc}") from exc
+        raise ConfigError(f"roi.ignore_image: {exc}") from exc

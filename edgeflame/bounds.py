@@ -7,6 +7,7 @@ msgspec checks the bounds when a file, a message or a record is decoded. A struc
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import sys
@@ -39,16 +40,22 @@ Register = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 """An address of Modbus, from 0."""
 
 
-class BasicKey:
-    """Marks a key, ``Annotated[T, BASIC]``, that somebody who begins needs: the reference lists these first."""
+class KeyMark(enum.Enum):
+    """What a key is marked as, ``Annotated[T, BASIC]``."""
+
+    BASIC = enum.auto()
+    """A key that beginners need: the reference lists these first."""
+    SECRET = enum.auto()
+    """Errors do not show its value."""
 
 
-BASIC = BasicKey()
+BASIC = KeyMark.BASIC
+SECRET = KeyMark.SECRET
 
 
-def is_basic(hint: Any) -> bool:
-    """Whether a key's annotation has the mark."""
-    return any(isinstance(extra, BasicKey) for extra in getattr(hint, "__metadata__", ()))
+def is_marked(hint: Any, mark: KeyMark) -> bool:
+    """Whether a key's annotation has a mark."""
+    return mark in getattr(hint, "__metadata__", ())
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:

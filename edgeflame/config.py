@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from edgeflame.bounds import expected, options_of, shown
+from edgeflame.bounds import KeyMark, expected, is_marked, options_of, shown
 from edgeflame.errors import ConfigError
+from edgeflame.findings import Finding, note
 from edgeflame.log import EventLog
 from edgeflame.methods import merge_settings, start_from_presets
 
@@ -69,16 +70,14 @@ def parse_config(data: bytes, kind: type[T], name: str, overrides: Mapping[str, 
         raise ConfigError(f"{name}: {exc}") from exc
 
 
-def find_old_keys(path: Path, kind: type[msgspec.Struct]) -> dict[str, str]:
-    """The keys of a file that were renamed since, with their new names, both dotted: ``golden.folder`` is one's own.
+def check_keys(path: Path, kind: type[msgspec.Struct]) -> Iterator[Finding]:
+    """A note on each key that was renamed, of a file that :func:`load_config` reads.
 
     Raises:
-        ConfigError: as by :func:`load_config`; what the keys hold is not looked at.
+        ConfigError: it cannot be read, or is not TOML.
     """
-    try:
-        return _with_new_keys(_decode_toml(_read(path)), kind)[1]
-    except ConfigError as exc:
-        raise ConfigError(f"{path}: {exc}") from exc
+    for old, new in _with_new_keys(_decode_toml(_read(path)), kind)[1].items():
+        yield note("configuration", f"{old} is the old name of {new}", f"call it {new}: the next version refuses {old}")
 
 
 def _read(path: Path) -> bytes:
@@ -247,7 +246,8 @@ def _what_is_wrong(raw: object, hint: Any, text: str, section: str = "") -> str:
         said = _AT.fullmatch(text)
         assert said is not None
         return f"{_dotted(section, said['key']) if said['key'] else section or 'the file'}: {said['what']}"
-    return f"{section} must be {expected(hint, raw)}, not {shown(raw)}"
+    came = "what is there" if is_marked(hint, KeyMark.SECRET) else shown(raw)
+    return f"{section} must be {expected(hint, raw)}, not {came}"
 
 
 def _holds_tables(hint: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from edgeflame.bounds import Count, NotNegative, Positive, Share
+from edgeflame.bounds import BASIC, Count, NotNegative, Positive, Share
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 
@@ -281,7 +281,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of learning: the keys of ``edgeflame fit --config F``, with a section for each subject."""
 
-    method: str = "none"
+    method: Annotated[str, BASIC] = "none"
     """How the backbone is adapted and what sites exchange: a name in ``METHODS``."""
     preset: Preset = "default"
     """The set of defaults that a file's settings replace, see ``edgeflame.methods``; without effect afterwards."""

@@ -55,7 +55,8 @@ def measure(broker: str, rule: str, num_sites: int, megabytes: int, rounds: int,
         initial, updates = load.write_models(folder, num_bytes=megabytes * 1_000_000, num_sites=num_sites)
         config = folder / "fleet.toml"
         config.write_text(
-            f'rounds = {rounds}\nmin_sites = {num_sites}\nquorum = 1.0\nstrategy = "{rule}"\ndeadline_s = {timeout_s}\n'
+            f"rounds = {rounds}\nmin_available_sites = {num_sites}\nquorum = 1.0\n"
+            f'strategy = "{rule}"\ndeadline_s = {timeout_s}\n'
         )
         command = [sys.executable, "-m", "edgeflame", "aggregate", "--broker", url, "--fleet", FLEET]
         with (folder / "aggregator.log").open("wb") as log:

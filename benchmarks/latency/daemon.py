@@ -112,7 +112,7 @@ class Bench:
         self._config = folder / "line.toml"
         # The camera of a benchmark shows few pictures again and again.
         self._config.write_text(
-            f'[health]\nmax_repeats = 0\n[mqtt]\nbroker = "{url}"\nfleet = "bench"\nline = "bench"\n'
+            f'[image_quality]\nmax_repeats = 0\n[mqtt]\nbroker = "{url}"\nfleet = "bench"\nline = "bench"\n'
         )
         package = read_package(model)
         self._preprocessing = package.manifest.learning.input

@@ -105,7 +105,7 @@ def _soak(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
         daemon = subprocess.Popen(
             [sys.executable, "-m", "edgeflame", "inspect", "--model", str(model), "--json",
              "--source", f"rtsp://127.0.0.1:{ports[0]}/live", "--config", str(folder / "line.toml"),
-             "--state", str(state), "--rejects", str(rejects), "--summary", str(summary)],
+             "--state", str(state), "--images", str(rejects), "--summary", str(summary)],
             stdout=subprocess.DEVNULL, stderr=log,
         )  # fmt: skip
     samples, onlooker = Samples(), Onlooker(ports[2])
@@ -284,13 +284,13 @@ def _config(broker_port: int, page_port: int, service_port: int) -> str:
     return f"""
 [verdict]
 threshold = 0.001
-[health]
+[image_quality]
 min_colour = 0
-[rejects]
+[images]
 max_count = {MAX_REJECTS}
 [outbox]
 history = {HISTORY}
-[delivery]
+[retry]
 max_delay_s = 3
 [mqtt]
 broker = "mqtt://127.0.0.1:{broker_port}"

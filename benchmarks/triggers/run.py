@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig
+from edge.config.inspection import ModbusTriggerConfig, MqttTriggerConfig
 from edge.frame import Captured, Trigger, TriggerSource, make_frame
 from edge.parts.deadline import BoundedCall
 from edge.parts.modbus_trigger import ModbusTrigger

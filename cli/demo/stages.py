@@ -120,7 +120,7 @@ def inspect_streams(plan: DemoPlan, children: ChildProcesses, progress: Progress
             f"&defect_rate={plan.defect_rate}&size={plan.image_size}"
         )
         rejects = plan.out / "rejects" / site
-        return edgeflame("inspect", "--model", plan.package(site), "--json", "--source", source, "--rejects", rejects)
+        return edgeflame("inspect", "--model", plan.package(site), "--json", "--source", source, "--images", rejects)
 
     # One line at a time, so that the latency is that of a machine with nothing else to do.
     return _at_each_site(plan, children, progress, "inspect", inspect, parallel=1)

@@ -44,7 +44,7 @@ source = "boards:warm_wood?site=1&defect_rate=0.05"
 listen = "{address}"
 stale_after_s = 600
 
-[golden]
+[self_test]
 folder = "{golden}"
 """
 

@@ -1,28 +1,37 @@
 """The configuration of ``edgeflame inspect``: one TOML file, decoded into frozen structs. Values only.
 
-inspection  how frames are captured and judged, and what watches over a camera
-parts       how parts are announced and numbered, and their deadlines
+inspection  how frames are captured and inspected, how parts are announced, and what watches over a camera
 outputs     where results go, what the page remembers, and which released models are taken
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import msgspec
+from msgspec import Meta
 
-from edge.config.inspection import CaptureConfig, DriftConfig, GoldenConfig, HealthLimits, ViewConfig
+from edge.config.inspection import (
+    CaptureConfig,
+    DriftConfig,
+    ImageQualityConfig,
+    PartsConfig,
+    RoiConfig,
+    SelfTestConfig,
+    TriggerConfig,
+)
 from edge.config.outputs import (
-    DeliveryConfig,
+    ImagesConfig,
     ModbusConfig,
     ModelsConfig,
     MqttConfig,
     OutboxConfig,
-    RejectsConfig,
+    RetryConfig,
     WebConfig,
     WebhookConfig,
 )
-from edge.config.parts import PartsConfig, TriggerConfig
+from edgeflame.bounds import BASIC, Positive
 from edgeflame.errors import ConfigError
 from edgeflame.mqtt.topics import MAX_NAME_CHARS, is_name
 
@@ -30,19 +39,16 @@ from edgeflame.mqtt.topics import MAX_NAME_CHARS, is_name
 class VerdictConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[verdict]``."""
 
-    threshold: float | None = None
-    """Raw distance above which a part fails; the package's own when left out."""
-    review_band: float = 0.0
+    threshold: Annotated[Positive | None, BASIC] = None
+    """Score above which a part fails; the package's own if left out."""
+    review_band: Annotated[float, Meta(ge=0, lt=1), BASIC] = 0.0
     """Share of the threshold to either side of it in which a person decides."""
 
-    def __post_init__(self) -> None:
-        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold > 0):
-            raise ConfigError(f"verdict.threshold must be a positive number, not {self.threshold}")
-        if not 0 <= self.review_band < 1:
-            raise ConfigError(f"verdict.review_band must be in [0, 1), not {self.review_band}")
 
+_OLD_SECTIONS = {"health": "image_quality", "view": "roi", "golden": "self_test"}
+"""Sections that were renamed, for all cameras and for one."""
 
-INSPECTION_SECTIONS = ("verdict", "health", "view")
+INSPECTION_SECTIONS = ("verdict", "image_quality", "roi")
 """Sections that only a camera's inspector uses: they can change between two frames."""
 
 
@@ -52,40 +58,44 @@ class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     A section given here takes the place of the one of the same name that is for all cameras, whole.
     """
 
-    source: str
-    """As after ``--source``."""
-    product: str | None = None
-    """What it sees at the start, a name of ``[products]``; may be left out where there is one product alone."""
+    OLD_KEYS: ClassVar[Mapping[str, str]] = _OLD_SECTIONS
+
+    source: Annotated[str, BASIC]
+    """Where the images come from, as after ``--source``."""
+    product: Annotated[str | None, BASIC] = None
+    """The product that it sees at the start, a name of ``[products]``; may be left out where there is only one."""
     verdict: VerdictConfig | None = None
-    health: HealthLimits | None = None
+    image_quality: ImageQualityConfig | None = None
     capture: CaptureConfig | None = None
     drift: DriftConfig | None = None
-    golden: GoldenConfig | None = None
-    view: ViewConfig | None = None
+    self_test: SelfTestConfig | None = None
+    roi: RoiConfig | None = None
     trigger: TriggerConfig | None = None
     parts: PartsConfig | None = None
     modbus: ModbusConfig | None = None
-    """Registers of its own; else its block lies in those of ``[modbus]``, by its place among the cameras."""
+    """Registers of its own; if left out, its block lies in those of ``[modbus]``, by its place among the cameras."""
 
 
 class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it."""
+    """The keys of ``edgeflame inspect --config F``."""
 
-    products: dict[str, str] = {}
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {**_OLD_SECTIONS, "rejects": "images", "delivery": "retry"}
+
+    products: Annotated[dict[str, str], BASIC] = {}
     """Package files by the name of their product."""
     cameras: dict[str, CameraConfig] = {}
-    """By name; in results, metrics and commands a camera goes by it."""
+    """The cameras by name; results, metrics and commands call them by it."""
     verdict: VerdictConfig = VerdictConfig()
-    health: HealthLimits = HealthLimits()
+    image_quality: ImageQualityConfig = ImageQualityConfig()
     capture: CaptureConfig = CaptureConfig()
-    view: ViewConfig = ViewConfig()
+    roi: RoiConfig = RoiConfig()
     drift: DriftConfig = DriftConfig()
-    golden: GoldenConfig = GoldenConfig()
+    self_test: SelfTestConfig = SelfTestConfig()
     trigger: TriggerConfig = TriggerConfig()
     parts: PartsConfig = PartsConfig()
-    rejects: RejectsConfig = RejectsConfig()
+    images: ImagesConfig = ImagesConfig()
     outbox: OutboxConfig = OutboxConfig()
-    delivery: DeliveryConfig = DeliveryConfig()
+    retry: RetryConfig = RetryConfig()
     mqtt: MqttConfig | None = None
     webhook: WebhookConfig | None = None
     web: WebConfig | None = None

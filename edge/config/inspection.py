@@ -1,15 +1,24 @@
-"""Sections of a camera: ``[capture]``, ``[health]``, ``[view]``, ``[drift]`` and ``[golden]``."""
+"""Sections of a camera: how it is captured and inspected, how its parts are announced, and what watches over it."""
 
 from __future__ import annotations
 
 import datetime as dt
-from typing import Literal, TypeGuard
+import re
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, TypeGuard
 
 import cv2
 import msgspec
 import numpy as np
+from msgspec import Meta
 
+from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register
 from edgeflame.errors import ConfigError
+
+DeviceId = Annotated[int, Meta(ge=0, le=255)]
+"""A Modbus device's id, also called unit or slave id."""
+RequestTimeout = Annotated[float, Meta(ge=0.05, le=60)]
+"""How long an answer to a Modbus request may take, seconds."""
 
 
 class CaptureConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,51 +27,42 @@ class CaptureConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     policy: Literal["auto", "wait", "latest"] = "auto"
     """When scoring is slower than the source: ``wait`` holds the source back, ``latest`` drops the oldest frame
     and counts it. ``auto``: ``latest`` for cameras and streams, ``wait`` for files."""
-    depth: int = 2
-    """Frames held ready."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.depth <= 64:
-            raise ConfigError(f"capture.depth must be 1..64, not {self.depth}")
+    depth: Annotated[int, Meta(ge=1, le=64)] = 2
+    """Frames that wait to be scored."""
 
 
-class HealthLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[health]``. The defaults refuse only what no working camera and lamp would give."""
+class ImageQualityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[image_quality]``: what a usable image is. The defaults refuse only what no working camera and lamp
+    would give.
+    """
 
-    min_mean: float = 3.0
+    min_mean: Annotated[float, Meta(ge=0, le=255)] = 3.0
     """Darkest mean grey level, 0..255, of the model's input; 0 allows any."""
-    max_mean: float = 252.0
+    max_mean: Annotated[float, Meta(ge=0, le=255)] = 252.0
     """Brightest mean grey level; 255 allows any."""
-    min_spread: float = 0.5
-    """Smallest standard deviation, in grey levels, of the liveliest channel; a real sensor's noise alone is
+    min_spread: Annotated[float, Meta(ge=0, le=128)] = 0.5
+    """Smallest standard deviation, in grey levels, of the channel that varies most; a real sensor's noise alone is
     more than this, a dropped signal's even grey is less. 0 allows any."""
 
-    min_sharpness: float = 0.0
+    min_sharpness: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Least sharpness, as a share of that of the package's reference images; a lens out of focus has a fifth of it or
     less. 0, the default, allows any: parts may differ in this more than lenses do."""
-    max_repeats: int = 5
-    """A live camera may give the same picture, to the last bit, so many times running: a sensor's noise forbids it, a
-    frozen driver does nothing else. 0 allows any number; so does a synthetic stream need it."""
+    max_repeats: Annotated[int, Meta(ge=0)] = 5
+    """How many times in a row a live camera may give the same picture, to the last bit: a sensor's noise prevents it, a
+    frozen driver does nothing else. 0 allows any number, which a synthetic stream needs."""
 
-    min_colour: float = 0.25
+    min_colour: Annotated[float, Meta(ge=0, le=0.9)] = 0.25
     """Least chroma, as a share of that of the package's least colourful reference image: less is a camera that fell
-    back to grey. Also has exchanged red and blue noticed. Says nothing about grey products. 0 switches it off."""
-    max_shift: float = 0.0
+    back to grey. This check also notices exchanged red and blue. It cannot judge grey products. 0 switches it off."""
+    max_shift: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """Largest shift against the package's reference images, as a share of the picture's side; 0, the default, allows
-    any. It takes something that stays in its place from part to part; where there is nothing it is refused."""
+    any. The check needs something that stays in its place from part to part; where there is nothing it is refused."""
 
     def __post_init__(self) -> None:
-        for name, value, most in (("min_colour", self.min_colour, 0.9), ("max_shift", self.max_shift, 0.5)):
-            if not 0 <= value <= most:
-                raise ConfigError(f"health.{name} must be 0..{most:g}, not {value}")
-        if not 0 <= self.min_sharpness <= 1:
-            raise ConfigError(f"health.min_sharpness must be 0..1, not {self.min_sharpness}")
-        if self.max_repeats < 0:
-            raise ConfigError(f"health.max_repeats must be 0 or more, not {self.max_repeats}")
-        if not 0 <= self.min_mean <= self.max_mean <= 255:
-            raise ConfigError(f"health: 0 <= min_mean <= max_mean <= 255, not {self.min_mean} and {self.max_mean}")
-        if not 0 <= self.min_spread <= 128:
-            raise ConfigError(f"health.min_spread must be 0..128, not {self.min_spread}")
+        if self.min_mean > self.max_mean:
+            raise ConfigError(
+                f"image_quality.min_mean must be <= max_mean, not {self.min_mean:g} with {self.max_mean:g}"
+            )
 
 
 Rectangle = tuple[int, int, int, int]
@@ -72,25 +72,24 @@ Shape = tuple[int | Point, ...]
 """A rectangle, or a polygon of points."""
 
 
-class ViewConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section ``[view]``: pixels of the camera's frame, from its upper left corner."""
+class RoiConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[roi]``, the region of interest: pixels of the camera's frame, from its upper left corner."""
 
-    frame: tuple[int, int] | None = None
-    """Width and height that every frame must have, or the part is ``unknown`` (``wrong_size``). Left out, a live
+    frame: tuple[Count, Count] | None = None
+    """Width and height that every frame must have, or the part is ``unknown`` (``wrong_size``). If left out, a live
     camera must keep to the size of its first frame."""
     crop: Rectangle | None = None
     """``[x, y, width, height]`` that the model gets in place of the package's own region of interest, after the camera
     was mounted anew: it must show there what it showed in training."""
     roi: Rectangle | None = None
-    """``[x, y, width, height]``: nothing outside it is judged."""
+    """``[x, y, width, height]``: nothing outside it is inspected."""
     ignore: tuple[Shape, ...] = ()
-    """What is not judged: rectangles ``[x, y, width, height]`` and polygons ``[[x, y], [x, y], [x, y], ...]``."""
+    """What is not inspected: rectangles ``[x, y, width, height]`` and polygons ``[[x, y], [x, y], [x, y], ...]``."""
     ignore_image: str | None = None
-    """A PNG of the frame's size: what is not black in it is not judged. Relative to the working folder."""
+    """A PNG of the frame's size: what is not black in it is not inspected. Its path is relative to the working
+    folder."""
 
     def __post_init__(self) -> None:
-        if self.frame is not None and min(self.frame) < 1:
-            raise ConfigError(f"view.frame is [width, height] in pixels, not {list(self.frame)}")
         for name, shape in (("crop", self.crop), ("roi", self.roi), *(("ignore", shape) for shape in self.ignore)):
             if shape is not None:
                 _check_shape(name, shape)
@@ -107,7 +106,7 @@ def _check_shape(name: str, shape: Shape) -> None:
         fits = False
     if not fits:
         shapes = "[x, y, width, height]" + (" or a polygon of three points or more" if name == "ignore" else "")
-        raise ConfigError(f"view.{name} is {shapes} with an area, in pixels from 0, not {shape_words(shape)}")
+        raise ConfigError(f"roi.{name} is {shapes} with an area, in pixels from 0, not {shape_words(shape)}")
 
 
 def is_rectangle(shape: Shape) -> TypeGuard[Rectangle]:
@@ -123,40 +122,31 @@ def shape_words(shape: Shape) -> str:
 
 
 class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How soon a line that changes is spoken of, and how seldom one that does not."""
+    """How soon a change of the line raises an alarm, and how rarely there is one where nothing changes."""
 
     enabled: bool = True
-    """Watched wherever there is a state folder."""
-    false_alarms_per_year: float = 1.0
-    """Of one camera with one model, all its streams together, on a line where nothing changes. An upper bound."""
-    parts_per_year: float = 2_000_000.0
-    """What a year is: a part every four seconds in one shift has 1.8 million. Ten times as many delay an alarm by a
+    """Whether drift is watched; this needs a state folder."""
+    false_alarms_per_year: Positive = 1.0
+    """Upper bound of the alarms in a year for one camera with one model, all its streams together, on a line where
+    nothing changes."""
+    parts_per_year: Annotated[float, Meta(ge=1000)] = 2_000_000.0
+    """Parts in a year: a part every four seconds in one shift makes 1.8 million. Ten times as many delay an alarm by a
     sixth."""
-    tolerance: float = 0.1
-    """How far the typical part may move among the reference's parts without being spoken of, in ranks: 0.1 is from the
+    tolerance: Annotated[float, Meta(ge=0.01, le=0.4)] = 0.1
+    """How far the typical part may move among the reference's parts without an alarm, in ranks: 0.1 is from the
     middle to where 60% lie below, about 0.35 of their standard deviation."""
-    alike: float = 20.0
+    alike: Annotated[float, Meta(ge=1, le=10_000)] = 20.0
     """Parts in a row that are alike, because neighbours on a line are: 1 where each is independent. Alarms come later
     in the same measure."""
-    learn: int = 2000
+    learn: Annotated[int, Meta(ge=50, le=20_000)] = 2000
     """Parts that a reference is learnt from where the package has none, and after `relearn`."""
     reference: Literal["auto", "line"] = "auto"
     """``auto``: the package's where it has one; ``line``: always learnt from the first parts."""
-    max_per_s: float = 10.0
-    """Parts looked at per second; of a faster line, some. Bounds the time it takes."""
+    max_per_s: Annotated[float, Meta(gt=0)] = 10.0
+    """The most parts that are looked at in a second, which bounds the computing time; of a faster line, some are left
+    out."""
 
     def __post_init__(self) -> None:
-        rules = (
-            (self.false_alarms_per_year > 0, "drift.false_alarms_per_year must be > 0", self.false_alarms_per_year),
-            (self.parts_per_year >= 1000, "drift.parts_per_year must be at least 1000", self.parts_per_year),
-            (0.01 <= self.tolerance <= 0.4, "drift.tolerance must be 0.01..0.4", self.tolerance),
-            (1 <= self.alike <= 10_000, "drift.alike must be 1..10000", self.alike),
-            (50 <= self.learn <= 20_000, "drift.learn must be 50..20000", self.learn),
-            (self.max_per_s > 0, "drift.max_per_s must be > 0", self.max_per_s),
-        )
-        for holds, rule, value in rules:
-            if not holds:
-                raise ConfigError(f"{rule}, not {value}")
         if self.parts_per_alarm < 100:
             raise ConfigError("drift: false_alarms_per_year is more than one in a hundred of parts_per_year")
 
@@ -166,33 +156,172 @@ class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return self.parts_per_year / self.false_alarms_per_year
 
 
-class GoldenConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is tested, and when."""
+class SelfTestConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which known (golden) parts the line is tested with, and when."""
 
     folder: str | None = None
     """Photographs of known parts, ``good/`` that must pass and ``bad/`` that must fail; for several products in
-    folders of their names. Left out: only a golden part before the camera can be tested."""
+    folders of their names. If left out, only a golden part before the camera can be tested."""
     times: tuple[str, ...] = ()
-    """When the photographs are tested by themselves, local time: ``["06:00", "14:00", "22:00"]`` for each shift."""
+    """When the photographs are tested automatically, local time: ``["06:00", "14:00", "22:00"]`` for each shift."""
     blocks_readiness: bool = True
     """A failed test makes the line not ready until one passes or a person acknowledges it."""
-    wait_s: float = 60.0
-    """How long a test before the camera waits for the golden part."""
+    wait_s: Annotated[float, Meta(gt=0, le=3600)] = 60.0
+    """How long a test before the camera waits for the golden part, seconds."""
 
     def __post_init__(self) -> None:
         for text in self.times:
             try:
                 dt.time.fromisoformat(text)
             except ValueError as exc:
-                raise ConfigError(f"golden.times: {text[:40]!r} is no time of the day (such as 06:00)") from exc
+                raise ConfigError(f"self_test.times: {text[:40]!r} is no time of the day (such as 06:00)") from exc
         if self.times and self.folder is None:
             raise ConfigError(
-                "golden.times needs golden.folder: a part before the camera cannot be tested by the clock"
+                "self_test.times needs self_test.folder: a part before the camera cannot be tested by the clock"
             )
-        if not 0 < self.wait_s <= 3600:
-            raise ConfigError(f"golden.wait_s must be in (0, 3600], not {self.wait_s}")
 
     @property
     def day_times(self) -> tuple[dt.time, ...]:
-        """In their order."""
+        """The times in their order."""
         return tuple(sorted(dt.time.fromisoformat(text) for text in self.times))
+
+
+class MqttTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[trigger.mqtt]``: one message is one part."""
+
+    topic: Annotated[str, Meta(pattern=r"^[^+#\x00]+$", description="one topic without wildcards")] | None = None
+    """Topic of the messages, without wildcards; if left out, ``edgeflame/v1/<fleet>/line/<line>/trigger`` of the
+    section ``[mqtt]``."""
+    broker: str | None = None
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``, the password from ``EDGEFLAME_MQTT_PASSWORD``; if left out, that
+    of ``[mqtt]``, with its certificates or kit."""
+    ca: str | None = None
+    """PEM file of the certificate authority, for a broker of its own."""
+    cert: str | None = None
+    """PEM file of our certificate there."""
+    key: str | None = None
+    """PEM file of its private key."""
+    part_id: str = "part_id"
+    """Key of the part's name in a message that is a JSON object; any other message is the name itself."""
+    number: str = "number"
+    """Key of the part's number; a message may lack it."""
+    time: str = "time"
+    """Key of the time at which the part was there, with its offset from UTC; a message may lack it."""
+    use_time: bool = False
+    """Whether that time counts rather than that of the message's arrival: only where both clocks are kept together, and
+    ``trigger.lookback_ms`` covers the transport."""
+
+    def __post_init__(self) -> None:
+        if self.broker is None and (self.ca or self.cert or self.key):
+            raise ConfigError(
+                "trigger.mqtt: ca, cert and key are for a broker of its own; [mqtt] has those of its broker"
+            )
+
+
+class ModbusTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[trigger.modbus]``: exactly one of the four places is polled."""
+
+    host: NotEmpty
+    """Name or address of the PLC."""
+    port: Port = 502
+    """TCP port of its Modbus server."""
+    unit: DeviceId = 1
+    """Device id of the PLC."""
+    register: Register | None = None
+    """Address, from 0, of a holding register that counts parts: a change is one part, and a jump shows what was
+    missed. This form is to be preferred."""
+    input_register: Register | None = None
+    """Address of an input register that counts parts."""
+    coil: Register | None = None
+    """Address, from 0, of a coil whose rising edge is one part. A pulse shorter than ``poll_ms`` may go unseen."""
+    discrete_input: Register | None = None
+    """Address of a discrete input whose rising edge is one part."""
+    words: Literal[1, 2] = 1
+    """Registers of the counter: 1, or 2 with the high word first."""
+    poll_ms: Annotated[float, Meta(ge=1, le=60_000)] = 20.0
+    """Time from one request to the next; a trigger is noticed this and the time of an answer later at most."""
+    timeout_s: RequestTimeout = 1.0
+    """How long an answer to a request may take."""
+
+    def __post_init__(self) -> None:
+        places = [
+            place for place in (self.register, self.input_register, self.coil, self.discrete_input) if place is not None
+        ]
+        if len(places) != 1:
+            raise ConfigError(
+                "trigger.modbus needs one of register, input_register, coil and discrete_input, and only one"
+            )
+        if places[0] > 65536 - self.words:
+            raise ConfigError(f"trigger.modbus: a counter of {self.words} words must be at 0..65534, not {places[0]}")
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether it counts parts; else it is a contact."""
+        return self.register is not None or self.input_register is not None
+
+
+class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[trigger]``; without ``mqtt`` or ``modbus`` every frame is a part."""
+
+    delay_ms: Annotated[float, Meta(ge=-5000, le=600_000)] = 0.0
+    """Time from the trigger to the moment the part is in front of the camera."""
+    window_ms: Annotated[float, Meta(ge=1, le=600_000)] = 500.0
+    """How long it stays there: the first image in this time is the part's."""
+    lookback_ms: Annotated[float, Meta(ge=0, le=10_000)] = 250.0
+    """How long after an image's capture its trigger may reach us; images are held for this time."""
+    mqtt: MqttTriggerConfig | None = None
+    """Messages that announce parts."""
+    modbus: ModbusTriggerConfig | None = None
+    """A PLC's register or contact that announces parts."""
+
+    def __post_init__(self) -> None:
+        if self.mqtt is not None and self.modbus is not None:
+            raise ConfigError("trigger: mqtt or modbus, not both")
+        if self.lookback_ms < -self.delay_ms:
+            raise ConfigError(
+                f"trigger.lookback_ms must cover a negative delay_ms, {self.delay_ms:g}, not {self.lookback_ms:g}"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether parts are announced; else every frame is one."""
+        return self.mqtt is not None or self.modbus is not None
+
+
+Milliseconds = Annotated[float, Meta(ge=1, le=3_600_000)]
+"""A time of up to an hour."""
+
+
+class PartsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[parts]``."""
+
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"remembered": "dedup_window"}
+
+    deadline_ms: Annotated[Milliseconds | None, BASIC] = None
+    """The verdict is out this long after the trigger, or after the capture where there is none: ``unknown``, if the
+    model has not answered by then. If left out, there is no deadline."""
+    max_age_ms: Milliseconds | None = None
+    """An image captured longer ago than this when its turn comes is not inspected."""
+    hang_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 60.0
+    """With a deadline: a model that is busy with one image for this many seconds ends the inspection with exit code 12,
+    to be started again by its supervisor."""
+    number: str | None = None
+    """Regular expression whose one group is the part's number in its name, for instance ``(\\d+)$``; for parts
+    whose trigger gives no number, and for files."""
+    wrap: tuple[int, int] | None = None
+    """First and last number, where the numbers begin anew after the last; a counter in registers wraps by itself."""
+    max_gap: Count = 1000
+    """A jump by more than this means that the numbers began anew, not that as many parts are missing."""
+    dedup_window: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    """Number of past parts among which a repeated number or name is noticed."""
+
+    def __post_init__(self) -> None:
+        if self.wrap is not None and not 0 <= self.wrap[0] < self.wrap[1] - 1:
+            raise ConfigError(f"parts.wrap must be [first, last], three numbers or more, not {list(self.wrap)}")
+        if self.number is not None:
+            try:
+                groups = re.compile(self.number).groups
+            except re.error as exc:
+                raise ConfigError(f"parts.number is no regular expression ({exc}): {self.number!r}") from exc
+            if groups != 1:
+                raise ConfigError(f"parts.number must have one group, for the number, not {groups}: {self.number!r}")

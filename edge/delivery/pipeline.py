@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from edge.config import InspectConfig
-from edge.config.outputs import DeliveryConfig
+from edge.config.outputs import RetryConfig
 from edge.delivery.mqtt import CommandListener, MqttDestination
 from edge.delivery.outbox import OUTBOX_FILE, Delivery, Outbox
 from edge.delivery.sinks import Sink
@@ -69,7 +69,7 @@ class Destination(Protocol):
 class Deliverer:
     """One destination's thread; a context manager. Leaving it tries to deliver what waits, for ``flush_s``."""
 
-    def __init__(self, outbox: Outbox, destination: Destination, config: DeliveryConfig) -> None:
+    def __init__(self, outbox: Outbox, destination: Destination, config: RetryConfig) -> None:
         self._outbox = outbox
         self._destination = destination
         self._config = config
@@ -340,7 +340,7 @@ def open_pipeline(
 ) -> Iterator[Pipeline]:
     """Open the outbox in a state folder and start delivering what it holds.
 
-    Leaving it tries for ``delivery.flush_s`` to deliver what waits, and keeps the rest.
+    Leaving it tries for ``retry.flush_s`` to deliver what waits, and keeps the rest.
 
     Args:
         state: the daemon's folder; one daemon at a time.
@@ -374,6 +374,6 @@ def open_pipeline(
         # Last in, first out: the deliverers finish before the count.
         stack.callback(count_undelivered)
         deliverers += [
-            stack.enter_context(Deliverer(outbox, destination, config.delivery)) for destination in destinations
+            stack.enter_context(Deliverer(outbox, destination, config.retry)) for destination in destinations
         ]
         yield Pipeline(outbox=outbox, deliverers=deliverers, mqtt=mqtt, undelivered=undelivered)

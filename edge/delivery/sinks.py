@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from edge.config.outputs import RejectsConfig
+from edge.config.outputs import ImagesConfig
 from edge.overlay import draw_overlay
 from edge.result import Inspected, Result, json_line
 from edge.status import DEFAULT_CAMERA
@@ -187,7 +187,7 @@ class _Picture:
 class _Folder:
     """What lies in the folder, in the order of writing, and what of it is too much."""
 
-    def __init__(self, config: RejectsConfig) -> None:
+    def __init__(self, config: ImagesConfig) -> None:
         self.config = config
         self._pictures: collections.deque[_Picture] = collections.deque()
         self._bytes = 0
@@ -234,7 +234,7 @@ class RejectsSink:
     def __init__(
         self,
         folder: Path,
-        config: RejectsConfig,
+        config: ImagesConfig,
         *,
         now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.timezone.utc),
     ) -> None:
@@ -264,7 +264,7 @@ class RejectsSink:
                     log.error("reject_not_stored", part=result.part_id, reason=str(exc))
             self._drop_surplus()
 
-    def reconfigure(self, config: RejectsConfig) -> None:
+    def reconfigure(self, config: ImagesConfig) -> None:
         """Other bounds from now on."""
         with self._lock:
             self._kept.config = config

@@ -280,7 +280,7 @@ class ModelManager:
 
     def _accept(self, product: str, found: Disagreement | None) -> None:
         log.info("shadow_passed", product=product, share=None if found is None else found.share)
-        if self._config.auto:
+        if self._config.auto_promote:
             self._rollouts.promote(product, found)
         else:
             self._rollouts.save(product, advance_candidate(self._rollouts.state_of(product), "waiting", found))

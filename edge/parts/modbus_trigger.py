@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pymodbus.client import ModbusTcpClient
 from pymodbus.pdu import ModbusPDU
 
-from edge.config.parts import ModbusTriggerConfig
+from edge.config.inspection import ModbusTriggerConfig
 from edge.frame import AcceptTrigger, trigger_now
 from edge.modbus import ModbusLink
 from edge.parts.sequence import NumberRange

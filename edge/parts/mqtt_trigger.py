@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from edge.config.parts import MqttTriggerConfig
+from edge.config.inspection import MqttTriggerConfig
 from edge.frame import AcceptTrigger, Trigger, trigger_now
 from edge.result import Reason
 from edgeflame.background import BackgroundThread

@@ -23,7 +23,7 @@ import collections
 import enum
 from dataclasses import dataclass
 
-from edge.config.parts import PartsConfig, TriggerConfig
+from edge.config.inspection import PartsConfig, TriggerConfig
 from edgeflame.errors import ConfigError
 
 

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import final
 
-from edge.config.inspection import CaptureConfig
+from edge.config.inspection import CaptureConfig, PartsConfig, TriggerConfig
 from edge.config.outputs import MqttConfig
-from edge.config.parts import PartsConfig, TriggerConfig
 from edge.frame import Captured, Frame, Source
 from edge.inspector import InspectorProtocol
 from edge.parts.deadline import BoundedCall
@@ -52,7 +51,7 @@ class PartTracker:
         self._announced: TriggeredCamera | None = None
         self._has_sequence = trigger.is_on or parts.number is not None
         self._sequence = SequenceCheck(
-            wrap=number_range(trigger, parts), max_gap=parts.max_gap, remembered=parts.remembered
+            wrap=number_range(trigger, parts), max_gap=parts.max_gap, remembered=parts.dedup_window
         )
         self._number = None if parts.number is None else re.compile(parts.number)
         self._model = (

@@ -14,9 +14,8 @@ from typing import final
 
 import msgspec
 
-from edge.config.inspection import CaptureConfig
+from edge.config.inspection import CaptureConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
 from edge.config.outputs import MqttConfig
-from edge.config.parts import MqttTriggerConfig, PartsConfig, TriggerConfig
 from edge.delivery.mqtt import broker_url
 from edge.frame import Frame, Source, Trigger, TriggerSource
 from edge.parts.matching import Match, Matcher, MatchWindow

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from edgeflame import __version__
+from edgeflame.bounds import SECRET
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, LinkError
 from edgeflame.log import EventLog
@@ -53,7 +54,7 @@ class Kit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """End of the certificate's validity."""
     ca: str
     cert: str
-    key: str
+    key: Annotated[str, SECRET]
 
     def __repr__(self) -> str:
         return f"Kit(fleet={self.fleet!r}, name={self.name!r}, role={self.role!r}, broker={self.broker!r})"

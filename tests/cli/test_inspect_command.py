@@ -30,7 +30,7 @@ def test_one_json_line_an_image_and_the_same_in_the_file(package_file: Path, pac
     summary_file = tmp_path / "summary.json"
     result = inspect(
         "--model", package_file, "--source", folder, "--json", "--results", results, "--summary", summary_file,
-        "--rejects", tmp_path / "rejects",
+        "--images", tmp_path / "rejects",
     )  # fmt: skip
     assert result.exit_code == 0
     assert results.read_text() == result.stdout

@@ -52,7 +52,7 @@ def test_results_that_waited_are_delivered_from_a_restored_folder(tmp_path: Path
     images, port = write_images(tmp_path / "images"), free_port()
     config = tmp_path / "line.toml"
     config.write_text(
-        f'[mqtt]\nbroker = "mqtt://127.0.0.1:{port}"\nfleet = "test"\nline = "line-1"\n[delivery]\nflush_s = 0.1\n'
+        f'[mqtt]\nbroker = "mqtt://127.0.0.1:{port}"\nfleet = "test"\nline = "line-1"\n[retry]\nflush_s = 0.1\n'
     )
 
     def inspect(state: Path) -> None:

@@ -92,7 +92,7 @@ def test_it_inspects_on_a_box_without_torch(box: Path, package_file: Path, tmp_p
     assert [part["verdict"] for part in parts] == ["pass"] * 3 + ["fail"] * 2
     boards = on_box(
         box, tmp_path, "edgeflame", "inspect", "--model", package_file, "--json",
-        "--source", "boards:warm_wood?parts=4&size=64", "--rejects", "rejects", "--results", "results.jsonl",
+        "--source", "boards:warm_wood?parts=4&size=64", "--images", "rejects", "--results", "results.jsonl",
     )  # fmt: skip
     assert len(boards.splitlines()) == 4
     assert "test piece" in on_box(box, tmp_path, "edgeflame", "model", "show", package_file)

@@ -62,7 +62,7 @@ def test_a_second_daemon_on_a_state_folder_is_refused_and_the_first_goes_on(pack
     assert len(kept(tmp_path / "state")) == judged(tmp_path)
 
 
-@pytest.mark.parametrize("option", ["--state", "--rejects"])
+@pytest.mark.parametrize("option", ["--state", "--images"])
 def test_a_folder_that_cannot_be_made_is_one_clear_error(option: str, package_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     arguments = [
@@ -104,7 +104,7 @@ def test_on_a_full_disk_pictures_go_first_and_then_it_ends_with_every_shown_resu
 ) -> None:
     state, rejects = small_disk / "state", small_disk / "rejects"
     everything_fails = "[verdict]\nthreshold = 1e-6\n"
-    with daemon(package_file, tmp_path, everything_fails, "--rejects", str(rejects), state=state) as process:
+    with daemon(package_file, tmp_path, everything_fails, "--images", str(rejects), state=state) as process:
         wait_for(lambda: rejects.is_dir() and len(list(rejects.glob("*.png"))) > 30, "pictures are kept")
         fill(small_disk)
         wait_for(lambda: "rejects_discarded_for_room" in logged(tmp_path), "pictures make room")
@@ -154,7 +154,7 @@ def test_a_wrong_password_holds_up_nothing_but_the_delivery(package_file: Path, 
     with BrokerProcess("mosquitto", tmp_path, mosquitto_lines=lines) as broker:
         config = (
             f'[mqtt]\nbroker = "mqtt://line@127.0.0.1:{broker.port}"\nfleet = "f"\nline = "l1"\n'
-            '[delivery]\nfirst_delay_s = 0.05\nmax_delay_s = 0.2\n[web]\nlisten = "127.0.0.1:0"\n'
+            '[retry]\nfirst_delay_s = 0.05\nmax_delay_s = 0.2\n[web]\nlisten = "127.0.0.1:0"\n'
         )
         with daemon(package_file, tmp_path, config, EDGEFLAME_MQTT_PASSWORD="secret") as process:
             wait_for(lambda: "page_served" in logged(tmp_path), "the page is served")
@@ -189,9 +189,9 @@ def test_a_clock_set_back_disturbs_neither_order_nor_latency_nor_numbers(
 ) -> None:
     monkeypatch.setattr(frame_module, "dt", SimpleNamespace(datetime=BackwardsClock, timezone=dt.timezone))
     config = tmp_path / "line.toml"
-    config.write_text("[verdict]\nthreshold = 1e-6\n[rejects]\nmax_count = 2\nmax_age_days = 1.0\n")
+    config.write_text("[verdict]\nthreshold = 1e-6\n[images]\nmax_count = 2\nmax_age_days = 1.0\n")
     arguments = ["inspect", "--model", package_file, "--source", write_images(tmp_path / "photos"), "--config", config]
-    arguments += ["--state", tmp_path / "state", "--rejects", tmp_path / "rejects"]
+    arguments += ["--state", tmp_path / "state", "--images", tmp_path / "rejects"]
     done = CliRunner().invoke(cli, [str(word) for word in arguments], catch_exceptions=False)
     assert done.exit_code == 0
     results = kept(tmp_path / "state")

@@ -10,6 +10,7 @@ import pytest
 from edge.capture import SUPERSEDED, Capture
 from edge.config.inspection import CaptureConfig
 from edge.frame import Frame, make_frame
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError
 from tests.support.small_package import good_image
 
@@ -131,4 +132,4 @@ def test_a_file_waits_for_us_but_a_camera_does_not() -> None:
 
 def test_an_impossible_depth_is_refused() -> None:
     with pytest.raises(ConfigError, match="depth"):
-        CaptureConfig(depth=0)
+        parse_config(b"", CaptureConfig, "capture", {"depth": 0})

@@ -30,7 +30,7 @@ class Check:
         self.folder = folder
         self.config = folder / "line.toml"
         self.package = package_file
-        self.arguments = ["--state", str(folder / "state"), "--rejects", str(folder / "rejects")]
+        self.arguments = ["--state", str(folder / "state"), "--images", str(folder / "rejects")]
         self.exit_code = 0
 
     def run(self, text: str, *more: str) -> dict[str, list[dict[str, Any]]]:
@@ -99,7 +99,7 @@ def test_all_is_well_and_nothing_is_left_behind(check: Check, plc: Plc) -> None:
         "camera left": ["ok"],
         "camera right": ["ok"],
         "state folder": ["ok"],
-        "rejects folder": ["ok"],
+        "images folder": ["ok"],
         "broker": ["ok"],
         "webhook": ["ok"],
         "PLC of left": ["ok"],
@@ -151,7 +151,7 @@ def test_each_thing_that_is_wrong_is_named_and_the_rest_is_checked_all_the_same(
         "camera gone": ["problem"],
         "camera dark": ["problem"],
         "state folder": ["ok"],
-        "rejects folder": ["ok"],
+        "images folder": ["ok"],
         "broker": ["problem"],
         "webhook": ["problem"],
         "PLC of gone": ["problem"],
@@ -185,7 +185,7 @@ def test_folders_that_cannot_be_used(check: Check) -> None:
     (check.folder / "state").mkdir()
     (check.folder / "state" / OVERRIDES_FILE).write_bytes(b"{")
     found = check.run("", *short)
-    assert levels(found)["rejects folder"] == ["problem"]
+    assert levels(found)["images folder"] == ["problem"]
     assert levels(found)["state folder"] == ["ok", "problem"]
     check.arguments = []
     assert levels(check.run('[web]\nlisten = "127.0.0.1:0"\n', *short))["state folder"] == ["problem"]

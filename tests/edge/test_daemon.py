@@ -19,7 +19,7 @@ from cli import cli
 from edge.camera_worker import CameraWorker, GoldenRequests
 from edge.cameras import Cameras, Overrides, Plan, plan_cameras
 from edge.config import InspectConfig
-from edge.config.inspection import DriftConfig, GoldenConfig
+from edge.config.inspection import DriftConfig, SelfTestConfig
 from edge.control import DaemonControl
 from edge.daemon import open_monitoring
 from edge.drift.monitor import SavedMonitor
@@ -28,6 +28,7 @@ from edge.golden_parts import GoldenTester, is_due
 from edge.inspector import InspectorLoader
 from edge.result import Inspected, Result
 from edge.status import GoldenReport, GoldenStatus
+from edgeflame.config import parse_config
 from edgeflame.drift_reference import image_streams, make_drift_reference, part_streams
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
@@ -193,9 +194,9 @@ class TestGolden:
     """The self-test."""
 
     def test_photographs_that_are_judged_rightly_pass(self, tmp_path: Path, package_with_reference: Path) -> None:
-        golden = GoldenConfig(folder=str(photographs(tmp_path / "golden")))
+        golden = SelfTestConfig(folder=str(photographs(tmp_path / "golden")))
         source = "boards:warm_wood?parts=100000"
-        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+        with daemon(tmp_path, package_with_reference, source=source, self_test=golden) as running:
             report = running.control.test_golden_parts()
             assert isinstance(report, GoldenReport)
             assert (report.passed, report.message) == (True, "4 golden parts judged rightly")
@@ -212,14 +213,14 @@ class TestGolden:
     def test_a_failed_test_is_a_reason_not_to_be_ready_until_it_is_acknowledged(
         self, tmp_path: Path, package_with_reference: Path
     ) -> None:
-        golden = GoldenConfig(folder=str(photographs(tmp_path / "golden", wrong=True)))
+        golden = SelfTestConfig(folder=str(photographs(tmp_path / "golden", wrong=True)))
         source = str(write_images(tmp_path / "photos"))
-        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+        with daemon(tmp_path, package_with_reference, source=source, self_test=golden) as running:
             running.control.test_golden_parts()
             (reason,) = running.control.statuses()[0].not_ready
             assert "2 of 4 golden parts judged wrongly: bad/0.png should fail and came out pass at 0." in reason
         # Also after a restart.
-        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+        with daemon(tmp_path, package_with_reference, source=source, self_test=golden) as running:
             assert running.control.statuses()[0].not_ready == (reason,)
             running.control.acknowledge()
             status = running.control.statuses()[0]
@@ -229,16 +230,16 @@ class TestGolden:
         lines = (tmp_path / "state" / "golden" / "history.jsonl").read_bytes().splitlines()
         assert [msgspec.json.decode(line, type=GoldenStatus).acknowledged for line in lines] == [False, True]
         lax = msgspec.structs.replace(golden, blocks_readiness=False)
-        with daemon(tmp_path, package_with_reference, source=source, golden=lax) as running:
+        with daemon(tmp_path, package_with_reference, source=source, self_test=lax) as running:
             running.control.test_golden_parts()
             assert running.control.statuses()[0].not_ready == ()
 
     def test_an_unreadable_photograph_fails_the_test(self, tmp_path: Path, package_with_reference: Path) -> None:
         folder = photographs(tmp_path / "golden")
         (folder / "bad" / "0.png").write_bytes(b"no picture")
-        golden = GoldenConfig(folder=str(folder))
+        golden = SelfTestConfig(folder=str(folder))
         source = str(write_images(tmp_path / "photos"))
-        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+        with daemon(tmp_path, package_with_reference, source=source, self_test=golden) as running:
             report = running.control.test_golden_parts()
             assert isinstance(report, GoldenReport)
             assert not report.passed
@@ -251,8 +252,8 @@ class TestGolden:
         photos.mkdir()
         for seed in range(400):
             write_image(photos / f"{seed:03d}.png", good_image(seed, 96))
-        golden = GoldenConfig(wait_s=20)
-        with daemon(tmp_path, package_with_reference, source=str(photos), golden=golden) as running:
+        golden = SelfTestConfig(wait_s=20)
+        with daemon(tmp_path, package_with_reference, source=str(photos), self_test=golden) as running:
             with pytest.raises(UsageError, match="folder is not configured"):
                 running.control.test_golden_parts()
             running.control.pause()
@@ -290,8 +291,8 @@ class TestGolden:
 
     def test_a_request_that_was_given_up_marks_nothing(self, tmp_path: Path, package_with_reference: Path) -> None:
         source = str(write_images(tmp_path / "photos"))
-        golden = GoldenConfig(wait_s=0.05)
-        with daemon(tmp_path, package_with_reference, source=source, golden=golden) as running:
+        golden = SelfTestConfig(wait_s=0.05)
+        with daemon(tmp_path, package_with_reference, source=source, self_test=golden) as running:
             wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
             with pytest.raises(DataError, match=r"no part came within 0\.05 s"):
                 running.control.test_golden_parts(None, "good")
@@ -301,7 +302,7 @@ class TestGolden:
     def test_by_the_clock(self, tmp_path: Path, package_with_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("edge.golden_parts._POLL_S", 0.01)
         now = dt.datetime(2026, 3, 4, 5, 59, tzinfo=TZ)
-        golden = GoldenConfig(folder=str(photographs(tmp_path / "golden")), times=("06:00", "14:00"))
+        golden = SelfTestConfig(folder=str(photographs(tmp_path / "golden")), times=("06:00", "14:00"))
         source = str(write_images(tmp_path / "photos"))
         with daemon(tmp_path, package_with_reference, source=source) as running:
             line = running.lines[0]
@@ -319,7 +320,7 @@ class TestGolden:
 
     def test_no_photographs_are_an_error_at_the_start(self, tmp_path: Path, package_with_reference: Path) -> None:
         config = tmp_path / "line.toml"
-        config.write_text(f'[golden]\nfolder = "{tmp_path / "nowhere"}"\n')
+        config.write_text(f'[self_test]\nfolder = "{tmp_path / "nowhere"}"\n')
         arguments = ["inspect", "--model", str(package_with_reference), "--config", str(config), "--source"]
         with pytest.raises(EdgeFlameError, match="no photographs in"):
             CliRunner().invoke(cli, [*arguments, str(write_images(tmp_path / "photos"))], catch_exceptions=False)
@@ -345,5 +346,5 @@ class TestGolden:
         "keys", [{"times": ["25:00"], "folder": "x"}, {"times": ["06:00"]}, {"wait_s": 0}, {"times": ["now"]}]
     )
     def test_settings_that_make_no_sense_are_refused(self, keys: dict[str, Any]) -> None:
-        with pytest.raises(ConfigError, match="golden"):
-            GoldenConfig(**keys)
+        with pytest.raises(ConfigError, match="self_test"):
+            parse_config(b"", SelfTestConfig, "self_test", keys)

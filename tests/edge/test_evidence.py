@@ -9,10 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from edge.config.outputs import RejectsConfig
+from edge.config.outputs import ImagesConfig
 from edge.delivery.sinks import RejectsSink
 from edge.overlay import MIN_SIDE, draw_overlay
 from edge.result import Inspected
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.images import read_image, write_image
 from tests.support.inspection_results import result
@@ -87,7 +88,7 @@ class TestRejects:
     """The folder."""
 
     def test_failed_and_unknown_parts_are_kept_and_passed_ones_not(self, tmp_path: Path) -> None:
-        sink = RejectsSink(tmp_path / "a" / "b", RejectsConfig())
+        sink = RejectsSink(tmp_path / "a" / "b", ImagesConfig())
         for sequence, verdict in enumerate(("fail", "pass", "unknown")):
             sink.accept(inspected(sequence, verdict))
         assert [path.name.rsplit("-", 1)[1] for path in sorted((tmp_path / "a" / "b").iterdir())] == [
@@ -100,7 +101,7 @@ class TestRejects:
         for name in strangers:
             (tmp_path / name).write_bytes(b"not ours")
         for first in (0, 4):
-            sink = RejectsSink(tmp_path, RejectsConfig(max_count=3))
+            sink = RejectsSink(tmp_path, ImagesConfig(max_count=3))
             for sequence in range(first, first + 4):
                 sink.accept(inspected(sequence))
         assert {path.name for path in tmp_path.iterdir()} - set(kept(tmp_path)) == strangers
@@ -109,7 +110,7 @@ class TestRejects:
     def test_pictures_of_an_earlier_version_are_the_oldest(self, tmp_path: Path) -> None:
         old = tmp_path / "20991231T235959000000Z-00000009-part-fail.png"
         write_image(old, IMAGE)
-        sink = RejectsSink(tmp_path, RejectsConfig(max_count=2))
+        sink = RejectsSink(tmp_path, ImagesConfig(max_count=2))
         sink.accept(inspected(1))
         assert old.exists()
         sink.accept(inspected(2))
@@ -118,32 +119,32 @@ class TestRejects:
 
     def test_a_clock_set_back_does_not_make_the_newest_the_oldest(self, tmp_path: Path) -> None:
         for first in (500, 100, 50):  # the clock of each run is behind
-            sink = RejectsSink(tmp_path, RejectsConfig(max_count=3, max_age_days=30), now=lambda: TAKEN)
+            sink = RejectsSink(tmp_path, ImagesConfig(max_count=3, max_age_days=30), now=lambda: TAKEN)
             for step in range(2):
                 sink.accept(inspected(first + step))
         assert microseconds(tmp_path) == [101, 50, 51]
         # Pictures of the future have no age, and stay.
-        RejectsSink(tmp_path, RejectsConfig(max_age_days=1), now=lambda: TAKEN - dt.timedelta(days=400))
+        RejectsSink(tmp_path, ImagesConfig(max_age_days=1), now=lambda: TAKEN - dt.timedelta(days=400))
         assert len(kept(tmp_path)) == 3
 
     def test_the_size_of_all_is_bounded_and_one_always_stays(self, tmp_path: Path) -> None:
-        sink = RejectsSink(tmp_path, RejectsConfig())
+        sink = RejectsSink(tmp_path, ImagesConfig())
         for sequence in range(6):
             sink.accept(inspected(sequence))
         sizes = [(tmp_path / name).stat().st_size for name in kept(tmp_path)]
         room = sum(sizes[-3:]) / (1 << 20)
         # After a restart with less room, and while it runs.
-        smaller = RejectsSink(tmp_path, RejectsConfig(max_mib=room))
+        smaller = RejectsSink(tmp_path, ImagesConfig(max_mib=room))
         assert microseconds(tmp_path) == [3, 4, 5]
         smaller.accept(inspected(6))
         assert microseconds(tmp_path)[-1] == 6
         assert sum((tmp_path / name).stat().st_size for name in kept(tmp_path)) <= room * (1 << 20)
-        RejectsSink(tmp_path, RejectsConfig(max_mib=0.0001))
+        RejectsSink(tmp_path, ImagesConfig(max_mib=0.0001))
         assert microseconds(tmp_path) == [6]
 
     def test_the_old_go_even_if_only_good_parts_come(self, tmp_path: Path) -> None:
         now = TAKEN
-        sink = RejectsSink(tmp_path, RejectsConfig(max_age_days=2), now=lambda: now)
+        sink = RejectsSink(tmp_path, ImagesConfig(max_age_days=2), now=lambda: now)
         sink.accept(inspected(0))
         now += dt.timedelta(days=1, hours=23)
         sink.accept(inspected(1, "pass"))
@@ -153,16 +154,16 @@ class TestRejects:
         assert kept(tmp_path) == []
 
     def test_what_a_kill_left_half_written_is_swept_away(self, tmp_path: Path) -> None:
-        RejectsSink(tmp_path, RejectsConfig()).accept(inspected(0))
+        RejectsSink(tmp_path, ImagesConfig()).accept(inspected(0))
         (name,) = kept(tmp_path)
         for partial in (f"{name}.partial", f".{name}.4711.partial"):
             (tmp_path / partial).write_bytes(b"half")
         (tmp_path / "mine.png.partial").write_bytes(b"not ours")
-        RejectsSink(tmp_path, RejectsConfig())
+        RejectsSink(tmp_path, ImagesConfig())
         assert {path.name for path in tmp_path.iterdir()} == {name, "mine.png.partial"}
 
     def test_room_is_made_by_the_oldest_and_said_to_be_lost(self, tmp_path: Path) -> None:
-        sink = RejectsSink(tmp_path, RejectsConfig())
+        sink = RejectsSink(tmp_path, ImagesConfig())
         for sequence in range(5):
             sink.accept(inspected(sequence))
         (tmp_path / kept(tmp_path)[1]).unlink()  # a person tidied up
@@ -175,28 +176,28 @@ class TestRejects:
     @pytest.mark.parametrize("keys", [{"max_count": 0}, {"max_mib": 0}, {"max_age_days": 0}, {"max_age_days": -1.0}])
     def test_bounds_that_make_no_sense_are_refused(self, keys: dict[str, float]) -> None:
         with pytest.raises(ConfigError, match=next(iter(keys))):
-            RejectsConfig(**keys)  # type: ignore[arg-type]
+            parse_config(b"", ImagesConfig, "images", keys)
 
     def test_a_part_id_cannot_lead_out_of_the_folder(self, tmp_path: Path) -> None:
         folder = tmp_path / "rejects"
-        RejectsSink(folder, RejectsConfig()).accept(inspected(0, part_id="../../etc/pass wd"))
+        RejectsSink(folder, ImagesConfig()).accept(inspected(0, part_id="../../etc/pass wd"))
         assert len(list(folder.iterdir())) == 1
         assert list(tmp_path.iterdir()) == [folder]
 
     def test_a_part_without_an_image_leaves_no_picture(self, tmp_path: Path) -> None:
-        sink = RejectsSink(tmp_path, RejectsConfig())
+        sink = RejectsSink(tmp_path, ImagesConfig())
         sink.accept(Inspected(result=result(0, "unknown"), image=None, anomaly_map=None))
         assert not list(tmp_path.iterdir())
 
     def test_large_pictures_are_shrunk(self, tmp_path: Path) -> None:
         large = np.zeros((300, 3000, 3), np.uint8)
-        RejectsSink(tmp_path, RejectsConfig()).accept(Inspected(result=result(0), image=large, anomaly_map=None))
+        RejectsSink(tmp_path, ImagesConfig()).accept(Inspected(result=result(0), image=large, anomaly_map=None))
         (picture,) = tmp_path.iterdir()
         assert read_image(picture).shape == (102, 1024, 3)
 
     def test_a_lost_picture_is_counted_and_the_line_goes_on(self, tmp_path: Path) -> None:
         folder = tmp_path / "rejects"
-        sink = RejectsSink(folder, RejectsConfig())
+        sink = RejectsSink(folder, ImagesConfig())
         folder.rmdir()
         sink.accept(inspected(0))
         assert sink.num_lost == 1
@@ -204,4 +205,4 @@ class TestRejects:
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(StorageError, match="rejected images"):
-            RejectsSink(tmp_path / "file", RejectsConfig())
+            RejectsSink(tmp_path / "file", ImagesConfig())

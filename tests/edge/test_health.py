@@ -11,9 +11,10 @@ import pytest
 from boards.camera import Camera
 from boards.dataset import BoardStream
 from boards.textures import TEXTURES
-from edge.config.inspection import HealthLimits
+from edge.config.inspection import ImageQualityConfig
 from edge.health import ColourCheck, FreezeDetector, ImageHealth, ShiftCheck, image_faults, sharpness
 from edge.result import Reason
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError
 from edgeflame.images import read_image
 
@@ -27,7 +28,7 @@ def flat(value: int) -> np.ndarray:
 def test_good_pictures_have_no_faults() -> None:
     for texture in TEXTURES:
         for part in BoardStream(texture=texture, num_parts=2, image_size=64, defect_rate=0.5):
-            assert image_faults(part.image_bgr, HealthLimits()) == ()
+            assert image_faults(part.image_bgr, ImageQualityConfig()) == ()
 
 
 @pytest.mark.parametrize(
@@ -41,28 +42,28 @@ def test_good_pictures_have_no_faults() -> None:
     ],
 )
 def test_faults_are_named(image: np.ndarray, faults: tuple[Reason, ...]) -> None:
-    assert image_faults(image, HealthLimits()) == faults
+    assert image_faults(image, ImageQualityConfig()) == faults
 
 
 def test_checks_can_be_switched_off() -> None:
-    anything = HealthLimits(min_mean=0, max_mean=255, min_spread=0)
+    anything = ImageQualityConfig(min_mean=0, max_mean=255, min_spread=0)
     assert image_faults(flat(0), anything) == image_faults(flat(255), anything) == ()
 
 
 @pytest.mark.parametrize("limits", [{"min_mean": 200, "max_mean": 100}, {"min_mean": -1}, {"min_spread": 200}])
 def test_impossible_limits_are_refused(limits: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        HealthLimits(**limits)
+        parse_config(b"", ImageQualityConfig, "image_quality", limits)
 
 
 def test_a_picture_out_of_focus_is_told_from_the_references() -> None:
     part = next(iter(BoardStream(texture="warm_wood", num_parts=1, image_size=128, defect_rate=0.0)))
-    limits = HealthLimits(min_sharpness=0.3)
+    limits = ImageQualityConfig(min_sharpness=0.3)
     sharp = sharpness(part.image_bgr)
     blurred = np.asarray(cv2.GaussianBlur(part.image_bgr, (0, 0), 3), np.uint8)
     assert image_faults(part.image_bgr, limits, reference_sharpness=sharp) == ()
     assert image_faults(blurred, limits, reference_sharpness=sharp) == (Reason.OUT_OF_FOCUS,)
-    assert image_faults(blurred, HealthLimits(), reference_sharpness=sharp) == ()  # off unless asked for
+    assert image_faults(blurred, ImageQualityConfig(), reference_sharpness=sharp) == ()  # off unless asked for
     assert image_faults(blurred, limits) == ()  # nothing to compare with
 
 
@@ -80,8 +81,8 @@ def test_a_frozen_camera_repeats_itself_to_the_last_bit() -> None:
     [{"min_sharpness": 1.5}, {"min_sharpness": -0.1}, {"max_repeats": -1}, {"min_colour": 1.0}, {"max_shift": -0.1}],
 )
 def test_limits_that_make_no_sense_are_refused(keys: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="health"):
-        HealthLimits(**keys)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="image_quality"):
+        parse_config(b"", ImageQualityConfig, "image_quality", keys)
 
 
 BOARD_LINES = [(texture, site) for texture in TEXTURES for site in (1, 2, 3)]
@@ -103,7 +104,7 @@ def grey(image: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("texture", "site"), BOARD_LINES)
 def test_colours_that_are_lost_or_exchanged_are_seen_and_others_left_alone(texture: str, site: int) -> None:
     references, parts = boards(texture, site, 4, 0.0), boards(texture, site, 12)
-    check = ColourCheck(references, HealthLimits().min_colour)
+    check = ColourCheck(references, ImageQualityConfig().min_colour)
     for part in parts:
         assert check.faults(part) == ()
         assert check.faults(cv2.convertScaleAbs(part, alpha=0.7)) == ()  # a lamp that ages
@@ -163,22 +164,22 @@ def test_photographs_without_anything_in_common_are_refused_and_without_colours_
     tiles = [cv2.resize(read_image(file), (256, 256), interpolation=cv2.INTER_AREA) for file in files]
     with pytest.raises(ConfigError, match="nothing that stays in its place"):
         ShiftCheck(tiles[:4], max_shift=0.1)
-    health = ImageHealth(HealthLimits(), tiles[:4], is_live=False)
+    health = ImageHealth(ImageQualityConfig(), tiles[:4], is_live=False)
     assert {health.faults(tile) for tile in tiles} == {()}
 
 
 def test_a_live_camera_keeps_to_the_size_of_its_first_frame() -> None:
     small, large = np.zeros((48, 64, 3), np.uint8), np.zeros((96, 128, 3), np.uint8)
-    live = ImageHealth(HealthLimits(), [], is_live=True)
+    live = ImageHealth(ImageQualityConfig(), [], is_live=True)
     assert [live.is_wrong_size(frame) for frame in (small, small, large, small)] == [False, False, True, False]
-    files = ImageHealth(HealthLimits(), [], is_live=False)
+    files = ImageHealth(ImageQualityConfig(), [], is_live=False)
     assert not any(files.is_wrong_size(frame) for frame in (small, large))
-    stated = ImageHealth(HealthLimits(), [], is_live=True, frame=(128, 96))
+    stated = ImageHealth(ImageQualityConfig(), [], is_live=True, frame=(128, 96))
     assert [stated.is_wrong_size(frame) for frame in (small, large)] == [True, False]
 
 
 def test_one_reason_is_enough_for_a_dark_picture_but_a_frozen_one_is_still_counted() -> None:
-    health = ImageHealth(HealthLimits(max_repeats=1), boards("warm_wood", 1, 2, 0.0), is_live=True)
+    health = ImageHealth(ImageQualityConfig(max_repeats=1), boards("warm_wood", 1, 2, 0.0), is_live=True)
     dark = np.zeros((128, 128, 3), np.uint8)
     assert health.faults(dark) == (Reason.TOO_DARK, Reason.BLANK)
     assert [health.is_frozen(dark) for _ in range(3)] == [False, False, True]

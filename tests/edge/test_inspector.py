@@ -14,6 +14,7 @@ from edge.inspector import Inspector
 from edge.result import Inspected, Result, json_line
 from edge.runtimes.interface import Scores
 from edge.runtimes.load import open_runtime
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, RuntimeUnavailableError
 from edgeflame.images import ImageU8, Preprocessing, Region
 from edgeflame.package import Package
@@ -109,7 +110,7 @@ def test_the_configured_threshold_wins(package: Package) -> None:
 @pytest.mark.parametrize("verdict", [{"threshold": 0.0}, {"threshold": float("nan")}, {"review_band": 1.0}])
 def test_impossible_rules_are_refused(verdict: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        VerdictConfig(**verdict)
+        parse_config(b"", VerdictConfig, "verdict", verdict)
 
 
 def test_a_result_reads_back(package: Package) -> None:

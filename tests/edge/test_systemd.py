@@ -219,7 +219,7 @@ Outbox.append = hang
 def test_a_disk_that_never_answers_is_said_and_the_process_ends_all_the_same(
     package_file: Path, tmp_path: Path, supervisor: Supervisor
 ) -> None:
-    config = "[delivery]\nflush_s = 0.1\n"
+    config = "[retry]\nflush_s = 0.1\n"
     with daemon(
         package_file, tmp_path, config, code=BLOCKED_DISK, NOTIFY_SOCKET=str(supervisor.path), WATCHDOG_USEC="600000"
     ) as process:

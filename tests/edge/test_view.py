@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from cli import cli
 from edge.config import InspectConfig
-from edge.config.inspection import ViewConfig
+from edge.config.inspection import RoiConfig
 from edge.frame import Captured, make_frame
 from edge.inspector import Inspector
 from edge.overlay import LIGHT_LEFT, draw_overlay
@@ -30,12 +30,12 @@ CELL = SIZE // GRID
 
 
 def view(preprocessing: Preprocessing = PREPROCESSING, **keys: object) -> View:
-    return View(ViewConfig(**keys), preprocessing, (GRID, GRID))  # type: ignore[arg-type]
+    return View(RoiConfig(**keys), preprocessing, (GRID, GRID))  # type: ignore[arg-type]
 
 
 def inspect(package: Package, image: ImageU8, runtime: Runtime | None = None, **keys: object) -> Inspected:
     runtime = runtime or open_runtime(package.model_onnx, device="cpu")
-    inspector = Inspector(package, runtime, InspectConfig(view=ViewConfig(**keys)))  # type: ignore[arg-type]
+    inspector = Inspector(package, runtime, InspectConfig(roi=RoiConfig(**keys)))  # type: ignore[arg-type]
     frame = make_frame(part_id="p", source="s", image_bgr=image)
     return judge(inspector, Captured(sequence=0, frame=frame))
 
@@ -154,30 +154,30 @@ def test_what_is_not_finite_is_a_fault_also_where_nothing_is_judged(package: Pac
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("frame = [0, 480]", r"view\.frame is \[width, height\]"),
+        ("frame = [0, 480]", r"roi\.frame must be a list of 2 values, each >= 1, not \[0, 480\]"),
         (
             "roi = [0, 0, 0, 5]",
-            r"view\.roi is \[x, y, width, height\] with an area, in pixels from 0, not \[0, 0, 0, 5\]",
+            r"roi\.roi is \[x, y, width, height\] with an area, in pixels from 0, not \[0, 0, 0, 5\]",
         ),
-        ("roi = [0, 0, 5]", r"length 4"),
-        ("crop = [-1, 0, 5, 5]", r"view\.crop is"),
-        ("ignore = [[1, 2, 3]]", r"view\.ignore is .* or a polygon of three points or more"),
-        ("ignore = [[[1, 2], [3, 4]]]", r"view\.ignore .*not \[\[1, 2\], \[3, 4\]\]"),
+        ("roi = [0, 0, 5]", r"roi\.roi must be a list of 4 values"),
+        ("crop = [-1, 0, 5, 5]", r"roi\.crop is"),
+        ("ignore = [[1, 2, 3]]", r"roi\.ignore is .* or a polygon of three points or more"),
+        ("ignore = [[[1, 2], [3, 4]]]", r"roi\.ignore .*not \[\[1, 2\], \[3, 4\]\]"),
         ("ignore = [[[1, 2], [3, 4], [5, 6]]]", "with an area"),
-        ("ignore = [[[1, 2], 3, [5, 6]]]", r"view\.ignore"),
-        ("ignore = [[0.5, 0, 3, 3]]", "Expected `int"),
+        ("ignore = [[[1, 2], 3, [5, 6]]]", r"roi\.ignore"),
+        ("ignore = [[0.5, 0, 3, 3]]", r"roi\.ignore must be a list"),
         ("ignored = []", "unknown key `ignored`"),
     ],
 )
 def test_shapes_that_make_no_sense_are_refused(toml: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_config(f"[view]\n{toml}\n".encode(), InspectConfig, "line.toml")
+        parse_config(f"[roi]\n{toml}\n".encode(), InspectConfig, "line.toml")
 
 
 def test_masks_that_leave_nothing_or_reach_outside_are_refused_as_soon_as_the_frames_size_is_known(
     tmp_path: Path,
 ) -> None:
-    outside = r"view\.ignore \[60, 0, 10, 10\] reaches outside the 64x64 frame"
+    outside = r"roi\.ignore \[60, 0, 10, 10\] reaches outside the 64x64 frame"
     nothing = "leave nothing to judge of the 64x64 frame"
     for shapes, message in (((60, 0, 10, 10), outside), ((0, 0, 64, 64), nothing)):
         with pytest.raises(DataError, match=message):
@@ -187,9 +187,9 @@ def test_masks_that_leave_nothing_or_reach_outside_are_refused_as_soon_as_the_fr
     write_image(tmp_path / "white.png", np.full((64, 64, 3), 255, np.uint8))
     with pytest.raises(ConfigError, match=nothing):
         view(ignore_image=str(tmp_path / "white.png"))
-    with pytest.raises(ConfigError, match=r"white\.png has 64x64 pixels, view\.frame says \[640, 480\]"):
+    with pytest.raises(ConfigError, match=r"white\.png has 64x64 pixels, roi\.frame says \[640, 480\]"):
         view(ignore_image=str(tmp_path / "white.png"), frame=(640, 480))
-    with pytest.raises(ConfigError, match=r"view\.ignore_image: .*none\.png: cannot be read"):
+    with pytest.raises(ConfigError, match=r"roi\.ignore_image: .*none\.png: cannot be read"):
         view(ignore_image=str(tmp_path / "none.png"))
     region = Preprocessing(height=SIZE, width=SIZE, roi=Region(x=100, y=0, width=64, height=64))
     with pytest.raises(ConfigError, match="reaches outside"):
@@ -231,7 +231,7 @@ def test_the_whole_command_with_a_view(package_file: Path, tmp_path: Path) -> No
     write_image(tmp_path / "parts" / "bad.png", bad_image(3))
     config = tmp_path / "line.toml"
     arguments = ["inspect", "--model", str(package_file), "--source", str(tmp_path / "parts"), "--json"]
-    arguments += ["--config", str(config), "--rejects", str(tmp_path / "rejects")]
+    arguments += ["--config", str(config), "--images", str(tmp_path / "rejects")]
 
     def verdict(toml: str) -> str:
         config.write_text(toml)
@@ -239,9 +239,9 @@ def test_the_whole_command_with_a_view(package_file: Path, tmp_path: Path) -> No
         return str(msgspec.json.decode(result.stdout)["verdict"])
 
     assert verdict("") == "fail"
-    assert verdict("[view]\nignore = [[0, 0, 64, 56]]\n") == "pass"
-    assert verdict("[view]\nignore = [[0, 48, 64, 16]]\n") == "fail"
+    assert verdict("[roi]\nignore = [[0, 0, 64, 56]]\n") == "pass"
+    assert verdict("[roi]\nignore = [[0, 48, 64, 16]]\n") == "fail"
     dimmed, plain = (read_image(path) for path in sorted((tmp_path / "rejects").glob("*.png"))[::-1])
     assert dimmed[-10:].mean() < 0.5 * plain[-10:].mean()
     with pytest.raises(ConfigError, match="leave nothing to judge"):
-        verdict("[view]\nframe = [64, 64]\nignore = [[0, 0, 64, 64]]\n")
+        verdict("[roi]\nframe = [64, 64]\nignore = [[0, 0, 64, 64]]\n")

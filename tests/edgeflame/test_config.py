@@ -11,7 +11,7 @@ import pytest
 
 from aggregator.config import AggregateConfig
 from edgeflame.bounds import Count
-from edgeflame.config import find_old_keys, load_config, parse_config
+from edgeflame.config import check_keys, load_config, parse_config
 from edgeflame.errors import ConfigError
 from edgeflame.methods import METHODS, PRESETS, Learning, Training
 
@@ -146,7 +146,8 @@ def test_old_keys_work_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureF
         "parts.remembered": "parts.dedup_window",
         "lines.a.remembered": "lines.a.dedup_window",
     }
-    assert find_old_keys(path, File) == renamed
+    notes = [f"{old} is the old name of {new}" for old, new in renamed.items()]
+    assert [finding.what for finding in check_keys(path, File)] == notes
     told = {record.fields["key"]: record.fields["use"] for record in caplog.records}  # type: ignore[attr-defined]
     assert told == renamed
 

@@ -12,7 +12,7 @@ from tests.support.fleet_processes import Fleet, Process
 FAULT_INJECTOR = str(Path(__file__).with_name("fault_injector.py"))
 ENV = {"TINY_ELEMENTS": "180000"}
 """720 kB: an update of three chunks."""
-CONFIG = 'statistics = "federated"\nmin_sites = 2\nrounds = 2'
+CONFIG = 'statistics = "federated"\nmin_available_sites = 2\nrounds = 2'
 NAMES = {"aggregator": "aggregator", "site": "a"}
 """What the process is called that plays a role's victim."""
 

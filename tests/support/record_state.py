@@ -69,7 +69,7 @@ def record_line(package: Path, scratch: Path) -> dict[str, Any]:
         config.write_text(
             f'[mqtt]\nbroker = "{broker.url}"\nfleet = "recorded"\nline = "line1"\n'
             f'[webhook]\nurl = "http://127.0.0.1:{server.server_port}/"\n[web]\nlisten = "{page}"\n'
-            "[delivery]\nfirst_delay_s = 0.05\nflush_s = 10.0\n"
+            "[retry]\nfirst_delay_s = 0.05\nflush_s = 10.0\n"
         )
         command = [
             *(sys.executable, "-m", "edgeflame", "inspect", "--model", str(package), "--source", SOURCE),

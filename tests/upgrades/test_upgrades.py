@@ -73,7 +73,7 @@ def test_a_line_delivers_what_waited_and_keeps_its_numbers_and_marks(
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         config.write_text(
             f'[webhook]\nurl = "http://127.0.0.1:{server.server_port}/"\n[web]\nlisten = "127.0.0.1:0"\n'
-            f'[mqtt]\nbroker = "{broker.url}"\nfleet = "recorded"\nline = "line1"\n[delivery]\nflush_s = 30.0\n'
+            f'[mqtt]\nbroker = "{broker.url}"\nfleet = "recorded"\nline = "line1"\n[retry]\nflush_s = 30.0\n'
         )
         done = inspect(
             *("--model", RECORDED / version / "package.edgeflame", "--source", folder),

@@ -231,7 +231,7 @@ class Daemon:
 
     def write(self, more: str) -> None:
         self.config.write_text(
-            f'[mqtt]\nbroker = "{self.url}"\nfleet = "f"\nline = "l1"\n[delivery]\nfirst_delay_s = 0.05\n{more}'
+            f'[mqtt]\nbroker = "{self.url}"\nfleet = "f"\nline = "l1"\n[retry]\nfirst_delay_s = 0.05\n{more}'
         )
 
     def start(self) -> None:
@@ -335,7 +335,7 @@ def test_a_reload_changes_what_it_can_and_names_the_rest(daemon: Daemon) -> None
     daemon.write("[verdict]\nthreshold = -1.0\n")
     refused = daemon.line("reload")
     assert refused.exit_code == 5
-    assert "verdict.threshold must be a positive number" in refused.stderr
+    assert "verdict.threshold must be > 0, not -1.0" in refused.stderr
     assert daemon.camera("status")["threshold"] == 123.0
     daemon.write("")
     assert daemon.line("reload").exit_code == 0

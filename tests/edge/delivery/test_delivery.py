@@ -20,12 +20,13 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
-from edge.config.outputs import DeliveryConfig, MqttConfig, OutboxConfig, WebhookConfig
+from edge.config.outputs import MqttConfig, OutboxConfig, RetryConfig, WebhookConfig
 from edge.delivery.mqtt import MqttDestination
 from edge.delivery.outbox import Delivery, Outbox
 from edge.delivery.pipeline import Deliverer, Destination
 from edge.delivery.webhook import WebhookDestination
 from edge.status import LineState
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
@@ -36,7 +37,7 @@ from tests.support.inspection_results import body
 from tests.support.small_package import write_images
 from tests.support.waiting import wait_for
 
-QUICK = DeliveryConfig(first_delay_s=0.05, max_delay_s=0.2, flush_s=5.0)
+QUICK = RetryConfig(first_delay_s=0.05, max_delay_s=0.2, flush_s=5.0)
 STATE = LineState(online=True, boot="b", product="tile", model="0" * 12, threshold=1.0, source="camera:0")
 
 
@@ -245,7 +246,7 @@ def test_a_web_service_gets_each_once_in_order_whatever_it_answers_at_first(outb
 
 def test_a_service_that_is_away_gets_its_results_after_the_next_start(tmp_path: Path) -> None:
     gone = WebhookConfig(url="http://127.0.0.1:9/", timeout_s=1.0)
-    hasty = DeliveryConfig(first_delay_s=0.05, max_delay_s=0.1, flush_s=0.2)
+    hasty = RetryConfig(first_delay_s=0.05, max_delay_s=0.1, flush_s=0.2)
     with Outbox(tmp_path / "o.sqlite", OutboxConfig()) as outbox:
         with Deliverer(outbox, WebhookDestination(gone), hasty) as deliverer:
             outbox.append([body(0), body(1)])
@@ -286,7 +287,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="mqtt: fleet name 'a/b'"):
         MqttConfig(broker="h", fleet="a/b", line="l")
     with pytest.raises(ConfigError, match="wildcards"):
-        MqttConfig(broker="h", fleet="f", line="l", home_assistant="x/#")
+        parse_config(b"", MqttConfig, "mqtt", {"broker": "h", "fleet": "f", "line": "l", "home_assistant": "x/#"})
     with pytest.raises(ConfigError, match="mqtt: broker 'ftp://h'"):
         MqttDestination(MqttConfig(broker="ftp://h", fleet="f", line="l"), STATE)
     with pytest.raises(ConfigError, match=r"mqtt: cannot use the TLS files /nowhere\.pem"):
@@ -296,7 +297,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"webhook\.ca"):
         WebhookDestination(WebhookConfig(url="https://h/", ca="/nowhere.pem"))
     with pytest.raises(ConfigError, match="first_delay_s"):
-        DeliveryConfig(first_delay_s=0)
+        parse_config(b"", RetryConfig, "retry", {"first_delay_s": 0})
 
 
 def inspect(*arguments: object) -> Any:
@@ -306,7 +307,7 @@ def inspect(*arguments: object) -> Any:
 def test_inspect_delivers_and_says_what_waits(package_file: Path, tmp_path: Path) -> None:
     folder, config, state = write_images(tmp_path / "photos"), tmp_path / "line.toml", tmp_path / "state"
     common = ("--model", package_file, "--source", folder, "--config", config)
-    config.write_text('[webhook]\nurl = "http://127.0.0.1:9/"\n[delivery]\nflush_s = 0.1\n')
+    config.write_text('[webhook]\nurl = "http://127.0.0.1:9/"\n[retry]\nflush_s = 0.1\n')
     with pytest.raises(ConfigError, match="need --state DIR"):
         inspect(*common)
     away = inspect(*common, "--state", state)
@@ -334,9 +335,7 @@ def test_killed_at_random_moments_what_arrived_and_what_waits_is_everything(
     config, state = tmp_path / "line.toml", tmp_path / "state"
     shown: list[tuple[str, int]] = []  # when it was captured, and its sequence number: unique
     with BrokerProcess(kind, tmp_path) as broker, listening(broker.url, "edgeflame/v1/f/line/l1/result") as plant:
-        config.write_text(
-            f'[mqtt]\nbroker = "{broker.url}"\nfleet = "f"\nline = "l1"\n[delivery]\nfirst_delay_s = 0.05\n'
-        )
+        config.write_text(f'[mqtt]\nbroker = "{broker.url}"\nfleet = "f"\nline = "l1"\n[retry]\nfirst_delay_s = 0.05\n')
         command = [
             sys.executable, "-m", "edgeflame", "inspect", "--model", str(package_file), "--state", str(state),
             "--source", "boards:warm_white_grid?size=128&parts=100000", "--config", str(config), "--json",

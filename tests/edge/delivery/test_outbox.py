@@ -20,6 +20,7 @@ from edge.config.outputs import OutboxConfig
 from edge.delivery.outbox import Outbox
 from edge.delivery.pipeline import MAX_WAITING_BYTES, OutboxWriter
 from edge.result import Inspected
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, StorageError
 from tests.support.inspection_results import body, inspected
 
@@ -186,7 +187,7 @@ def test_a_file_that_is_none_or_of_another_format_is_refused(path: Path) -> None
 @pytest.mark.parametrize("keys", [{"history": -1}, {"history": 10, "max_results": 9}, {"max_results": 0, "history": 0}])
 def test_bounds_that_make_no_sense_are_refused(keys: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="outbox"):
-        OutboxConfig(**keys)
+        parse_config(b"", OutboxConfig, "outbox", keys)
 
 
 class Shown:

@@ -12,6 +12,7 @@ import pytest
 
 from edge.config.outputs import ModbusConfig
 from edge.delivery.plc import DUPLICATE, HAS_NUMBER, LATE, MISSING, NO_SCORE, PlcSink
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError
 from tests.support.inspection_results import inspected
 from tests.support.modbus_server import Plc
@@ -109,4 +110,4 @@ def test_a_plc_that_refuses_is_no_end_of_the_line(plc: Plc) -> None:
 )
 def test_settings_that_make_no_sense_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="modbus"):
-        ModbusConfig(**keys)
+        parse_config(b"", ModbusConfig, "modbus", keys)

@@ -14,6 +14,7 @@ from scipy.special import ndtr
 from edge.config.inspection import DriftConfig
 from edge.drift.monitor import HIGHER, LOWER, Detector, DriftMonitor, Ranks, SavedMonitor
 from edge.status import DriftCondition
+from edgeflame.config import parse_config
 from edgeflame.drift_reference import (
     CAMERA_STREAMS,
     NUM_QUANTILES,
@@ -260,7 +261,7 @@ class TestMonitor:
 )
 def test_settings_that_make_no_sense_are_refused(keys: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="drift"):
-        DriftConfig(**keys)  # type: ignore[arg-type]
+        parse_config(b"", DriftConfig, "drift", keys)
 
 
 class TestCondition:

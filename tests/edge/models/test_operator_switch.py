@@ -68,7 +68,7 @@ def test_a_person_says_when(
         model=signed,
         key=keys.public,
         source=parts,
-        models=f'shadow_parts = 40\nmax_slowdown = 10\nauto = false\n[web]\nlisten = "127.0.0.1:{web}"',
+        models=f'shadow_parts = 40\nmax_slowdown = 10\nauto_promote = false\n[web]\nlisten = "127.0.0.1:{web}"',
         mqtt=f'kit = "{folder / "line-1.kit"}"',
     ) as daemon:
         observer, publisher = ("--kit", folder / "office.kit"), ("--kit", folder / "engineer.kit")

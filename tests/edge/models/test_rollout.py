@@ -25,6 +25,7 @@ from edge.models.state import (
     roll_back_present,
 )
 from edge.result import Result
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, FederationError, StorageError
 from edgeflame.mqtt.messages import (
     BlobManifest,
@@ -275,8 +276,8 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_guess(tmp_path: Path, data
     ],
 )
 def test_a_configuration_that_makes_no_sense(change: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"models\."):
-        msgspec.structs.replace(CONFIG, **change)
+    with pytest.raises(ConfigError, match=r"models: [a-z_]+ must be "):
+        parse_config(b"", ModelsConfig, "models", {**msgspec.structs.asdict(CONFIG), **change})
 
 
 def test_an_announcement_is_for_the_product_of_its_topic() -> None:

@@ -13,8 +13,7 @@ from click.testing import CliRunner
 from cli import cli
 from edge.camera_worker import CameraWorker
 from edge.config import InspectConfig
-from edge.config.inspection import CaptureConfig
-from edge.config.parts import ModbusTriggerConfig, PartsConfig, TriggerConfig
+from edge.config.inspection import CaptureConfig, ModbusTriggerConfig, PartsConfig, TriggerConfig
 from edge.frame import Captured
 from edge.parts.tracker import PartTracker
 from edge.result import Result

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from edge.config import InspectConfig
-from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
+from edge.config.inspection import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
 from edge.frame import Captured, make_frame, trigger_now
 from edge.inspector import Inspector
 from edge.parts.tracker import PartTracker

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
+from edge.config.inspection import ModbusTriggerConfig, MqttTriggerConfig, PartsConfig, TriggerConfig
 from edge.frame import Captured, Trigger, make_frame
 from edge.parts.deadline import BoundedCall
 from edge.parts.matching import ARRIVAL_S, MAX_HELD, MAX_IMAGES, MAX_WAITING, UNTRIGGERED, Match, Matcher, MatchWindow
@@ -21,6 +21,7 @@ from edge.parts.sequence import NumberRange, SequenceCheck, SequenceFinding, Seq
 from edge.result import Reason
 from edge.status import PartCounts
 from edge.verdict import Observation
+from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError
 
 UTC = dt.timezone.utc
@@ -456,7 +457,7 @@ def test_a_counter_that_went_back_may_announce_no_part() -> None:
         (MqttTriggerConfig, {"ca": "ca.pem"}, "broker of its own"),
         (ModbusTriggerConfig, {"host": "h"}, "only one"),
         (ModbusTriggerConfig, {"host": "h", "coil": 1, "register": 1}, "only one"),
-        (ModbusTriggerConfig, {"host": "h", "register": 65535, "words": 2}, "address"),
+        (ModbusTriggerConfig, {"host": "h", "register": 65535, "words": 2}, "must be at 0..65534, not 65535"),
         (ModbusTriggerConfig, {"host": "", "coil": 1}, "host"),
         (TriggerConfig, {"delay_ms": -500}, "lookback_ms"),
         (TriggerConfig, {"window_ms": 0}, "window_ms"),
@@ -468,7 +469,7 @@ def test_a_counter_that_went_back_may_announce_no_part() -> None:
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(kind: Any, keys: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        kind(**keys)
+        parse_config(b"", kind, "line.toml", keys)
 
 
 def test_a_deadline_before_the_first_image_is_refused() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edge.config.parts import ModbusTriggerConfig, MqttTriggerConfig
+from edge.config.inspection import ModbusTriggerConfig, MqttTriggerConfig
 from edge.frame import AcceptTrigger, Frame, Trigger, trigger_now
 from edge.parts.matching import MatchWindow
 from edge.parts.modbus_trigger import ModbusTrigger

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from cli import cli
 from edge.cameras import Cameras, Overrides, plan_cameras
 from edge.config import CameraConfig, InspectConfig
-from edge.config.inspection import GoldenConfig
+from edge.config.inspection import SelfTestConfig
 from edge.config.outputs import WebConfig
 from edge.control import DaemonControl
 from edge.daemon import open_monitoring
@@ -33,6 +33,7 @@ from edge.web.history import PartHistory
 from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
 from edge.web.page import OperatorPage
 from edge.web.server import operator_token, serve_page
+from edgeflame.config import parse_config
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.images import read_image, write_image
@@ -141,7 +142,7 @@ def station(
     package: Path,
     *,
     cameras: Sequence[str] = ("camera",),
-    golden: GoldenConfig | None = None,
+    golden: SelfTestConfig | None = None,
     **keys: Any,
 ) -> Iterator[tuple[OperatorPage, str]]:
     """A page over real cameras, whose parts are shown by hand; with drift and golden parts as in a daemon."""
@@ -149,7 +150,7 @@ def station(
     settings = InspectConfig(
         products={"tile": str(package), "other": str(package)},
         cameras={name: CameraConfig(source="boards:warm_wood", product="tile") for name in cameras},
-        golden=golden or GoldenConfig(),
+        self_test=golden or SelfTestConfig(),
     )
     plan = plan_cameras(settings, model=None, source=None, product_of=str)
     overrides = Overrides(None)
@@ -200,11 +201,11 @@ def order(address: str, camera: str = "camera", **what: Any) -> tuple[int, dict[
     return status, msgspec.json.decode(answer)
 
 
-def photographs(folder: Path, *, wrong: bool = False) -> GoldenConfig:
+def photographs(folder: Path, *, wrong: bool = False) -> SelfTestConfig:
     for kind, make in (("good", good_image), ("bad", good_image if wrong else bad_image)):
         (folder / kind).mkdir(parents=True)
         write_image(folder / kind / "0.png", make(0, 96))
-    return GoldenConfig(folder=str(folder), wait_s=0.05)
+    return SelfTestConfig(folder=str(folder), wait_s=0.05)
 
 
 class TestOrders:
@@ -388,7 +389,7 @@ def test_an_address_in_use_is_an_error(tmp_path: Path, package_file: Path) -> No
 )
 def test_settings_that_make_no_sense_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="web"):
-        WebConfig(**keys)
+        parse_config(b"", WebConfig, "web", keys)
 
 
 def test_the_token_is_made_once_and_kept_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
