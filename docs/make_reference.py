@@ -65,15 +65,15 @@ def sections(kind: type[msgspec.Struct], name: str = "", meaning: str = "") -> I
     below: list[tuple[type[msgspec.Struct], str, str]] = []
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in msgspec.structs.fields(kind):
-        told = docs.get(field.name, "")
+        meaning_here = docs.get(field.name, "")
         structs, many = _structs(hints[field.name])
         inner = f"{name}.{field.name}" if name else field.name
         if many:
             inner += ".NAME"
-        below += [(struct, inner, told) for struct in structs]
+        below += [(struct, inner, meaning_here) for struct in structs]
         if not structs:
             hint, default = hints[field.name], "required" if field.required else _literal(field)
-            keys.append(Key(field.name, _type(hint), default, _markdown(told), is_marked(hint, BASIC)))
+            keys.append(Key(field.name, _type(hint), default, _markdown(meaning_here), is_marked(hint, BASIC)))
     tag = kind.__struct_config__.tag
     if tag is not None:
         keys.insert(
@@ -81,8 +81,8 @@ def sections(kind: type[msgspec.Struct], name: str = "", meaning: str = "") -> I
         )
     yield Section(name, _markdown(meaning), tuple(keys), kind)
     # What is there once comes before what may be there many times.
-    for struct, inner, told in sorted(below, key=lambda entry: entry[1].endswith(".NAME")):
-        yield from sections(struct, inner, " ".join(filter(None, (told, _about(struct)))))
+    for struct, inner, meaning_here in sorted(below, key=lambda entry: entry[1].endswith(".NAME")):
+        yield from sections(struct, inner, " ".join(filter(None, (meaning_here, _about(struct)))))
 
 
 def attribute_docstrings(kind: type) -> dict[str, str]:
@@ -264,7 +264,7 @@ def _literal(field: Any) -> str:
 
 def _about(kind: type) -> str:
     """A struct's docstring without what only repeats its name."""
-    text = re.sub(r"^Section ``[^`]+``[.:]?\s*", "", inspect.cleandoc(kind.__doc__ or ""))
+    text = re.sub(r"^Section ``[^`]+``[.:;,]?\s*", "", inspect.cleandoc(kind.__doc__ or ""))
     return text[:1].upper() + text[1:]
 
 

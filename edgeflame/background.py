@@ -38,8 +38,8 @@ class BackgroundThread:
     Args:
         name: of the thread, after ``edgeflame-``.
         target: the work. It gets ``stop``, and returns soon after that is set.
-        wake: called once ``stop`` is set, from the thread that sets it, to end a wait of the target's for something
-            else: notifies a condition, say, or puts a sentinel into a queue.
+        wake: called after ``stop`` is set, on the thread that sets it, to end a wait of the target for something else:
+            it notifies a condition, say, or puts a sentinel into a queue.
         join_s: how long :meth:`close` waits for the end, seconds. The thread is a daemon: one that takes longer does
             not keep the process alive.
     """
@@ -69,13 +69,13 @@ class BackgroundThread:
         self._thread.start()
 
     def request_stop(self) -> None:
-        """Have it end, and do not wait for that."""
+        """Ask the thread to end, without waiting for it."""
         self.stop.set()
         if self._wake is not None:
             self._wake()
 
     def close(self, join_s: float | None = None) -> bool:
-        """Have it end, and wait for ``join_s``; whether it has ended. One that was never started has."""
+        """Ask the thread to end, and wait ``join_s`` seconds at most; returns whether it has ended, or never began."""
         self.request_stop()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(self._join_s if join_s is None else max(0.0, join_s))
@@ -114,8 +114,8 @@ class Backoff:
     Args:
         first_s: after the first failure, seconds.
         max_s: at most.
-        jitter: the share of a delay, 0 to 1, of which chance takes off up to all: peers that failed together do not
-            come back together.
+        jitter: a delay is shortened at random by up to this share of it, 0 to 1, so that peers that failed together do
+            not come back together.
     """
 
     def __init__(self, first_s: float, max_s: float, *, jitter: float = 0.5) -> None:

@@ -31,7 +31,7 @@ T = TypeVar("T")
 log = EventLog("config")
 
 _TOML_TYPES = (dt.datetime, dt.date, dt.time)
-"""What TOML has of its own, and messages should call by its name."""
+"""Types that TOML has and JSON has not; msgspec is to pass them on as they are."""
 
 _AT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
 """How msgspec says where something is wrong."""
@@ -198,7 +198,7 @@ def _dotted(section: str, key: object) -> str:
 
 
 def unknown_key(raw: object, hint: Any, section: str = "") -> str | None:
-    """Words about the first key that a type does not have: where it stands, what it is near to, what there is.
+    """A message about the first key that a type does not have: its section, a similar key, and the keys there are.
 
     Args:
         raw: as read from a file; not checked yet, so it may hold anything.

@@ -32,11 +32,11 @@ from edgeflame.images import ImageU8
 from edgeflame.tensors import F32
 
 PART_STREAMS = ("score", "embedding")
-"""What the model says of a part."""
+"""Values from the model's anomaly map of a part."""
 IMAGE_STREAMS = ("brightness", "contrast", "colour", "sharpness", "noise")
-"""What camera and light make of it."""
+"""Values of the picture, which camera and light decide."""
 SHIFT_STREAMS = ("shift_x", "shift_y")
-"""Where it lies; only known beside a template."""
+"""Where the part lies in the picture; known only where there is a template to compare it with."""
 CAMERA_STREAMS = (*IMAGE_STREAMS, *SHIFT_STREAMS)
 STREAMS = (*PART_STREAMS, *CAMERA_STREAMS)
 
@@ -117,7 +117,7 @@ def image_streams(image: ImageU8, template: AlignmentTemplate | None) -> dict[st
         "brightness": float(grey.mean()),
         "contrast": float(grey.std()),
         "colour": blue - red,
-        # Below these there is neither structure nor noise, and no use in telling nothing from less.
+        # Below these there is neither structure nor noise, and no use in telling smaller values apart.
         "sharpness": math.log(max(float(cv2.Laplacian(grey, cv2.CV_32F).var()), 1e-2)),
         "noise": math.log(max(float(noise), 1e-2)),
     }
@@ -147,8 +147,8 @@ def make_drift_reference(
 
     Args:
         parts: ``[N]`` values of streams of ``PART_STREAMS``.
-        images: what :func:`image_streams` says of some or all of the pictures.
-        num_parts: different parts among the pictures: photographs of one part are no independent witnesses.
+        images: what :func:`image_streams` gives for some or all of the pictures.
+        num_parts: different parts among the pictures; photographs of one part are not independent.
         num_images: pictures.
     """
     columns = {name: np.asarray([one[name] for one in images]) for name in (images[0] if images else ())}

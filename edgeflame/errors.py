@@ -109,10 +109,10 @@ class CrashLoopError(EdgeFlameError):
 
 @contextlib.contextmanager
 def require_extra(extra: str, purpose: str) -> Iterator[None]:
-    """To import an optional library in: where it is missing, the error says how to install it.
+    """Import an optional library inside this block: if it is missing, the error says how to install it.
 
     Args:
-        extra: of EdgeFlame, which brings the library.
+        extra: the extra of EdgeFlame that installs the library.
         purpose: what needs which library, as in ``reading video needs PyAV``.
 
     Raises:

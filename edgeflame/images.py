@@ -70,7 +70,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Of the model's input, pixels."""
     roi: Region | None = None
     resize: Literal["area", "halving"] | msgspec.UnsetType = msgspec.UNSET
-    """``area``, as where nothing is said: OpenCV's ``INTER_AREA``. ``halving``: nearly the same values in a third to a
+    """``area``, also when unset: OpenCV's ``INTER_AREA``. ``halving``: nearly the same values in a third to a
     sixth of the time; see :func:`halved`. Left out of what is written where it is not set, so that versions without it
     read it."""
 

@@ -366,7 +366,7 @@ def start_from_presets(raw: dict[str, Any], kind: type) -> dict[str, Any]:
 
 
 def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; where both say something, the upper counts."""
+    """Two nested mappings as one; where both have a key, the value of ``above`` counts."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -376,7 +376,7 @@ def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[s
 
 def _apply_preset(raw: dict[str, Any], default: Learning) -> dict[str, Any]:
     named = {"method": default.method, "preset": default.preset, **raw}
-    # A name that is none is told when this is decoded.
+    # An unknown name is reported when this is decoded.
     by_method = PRESETS.get(str(named["preset"]), {})
     settings = merge_settings(by_method.get(ANY_METHOD, {}), by_method.get(str(named["method"]), {}))
     return merge_settings(settings, named)

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: what a process shows of itself, and the small web server that shows it.
+"""Figures for Prometheus: the metrics of a process, and the small web server that serves them.
 
 A role describes itself as :class:`Metric` values, which need no library; the server keeps the last description and
 hands it to whoever asks. It answers on a thread of its own and never touches the process's state.
@@ -45,7 +45,7 @@ class MetricsServer:
         address: ``HOST:PORT``, or ``:PORT`` for the loopback interface.
 
     Raises:
-        UsageError: the address is none.
+        UsageError: not such an address.
         LinkError: nothing can listen there.
         MissingDependencyError: prometheus-client is not installed.
     """

@@ -13,7 +13,7 @@ Nothing in it is executed on loading, nothing is read before its size is known t
 whole or not at all.
 
 Reference images are a few good images, and the trained model's scores of them. A runtime that scores them
-otherwise is not running the model that was trained, and does not get to judge. The images leave the site with the
+otherwise is not running the model that was trained, and is refused. The images leave the site with the
 package; a package may hold none.
 
 The threshold says where good ends, and what false-reject rate that promises with which confidence.

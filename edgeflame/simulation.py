@@ -1,8 +1,8 @@
 """Tasks for simulated sites and their results: JSON, so that an engine may carry them anywhere.
 
-A site is told what a fleet's aggregator publishes, and answers with what it would send over MQTT; instead of
-travelling in chunks, blobs are taken from where they lie. Paths are absolute, on a file system that all of the
-engine's processes see.
+A site's task holds the round state that a fleet's aggregator would publish, and its answer the message that the site
+would send over MQTT. Blobs do not travel in chunks; they are read from where they lie. Paths are absolute, on a
+file system that all of the engine's processes see.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class SiteTask(_Message, frozen=True, kw_only=True, tag="site"):
     state: str
     """Its state directory."""
     blobs: str
-    """Where the blobs lie that the announcement names, by their SHA-256."""
+    """The folder of the blobs that ``announced`` names; each file is called by its SHA-256."""
     shared: str
     """A folder for what is the same at every site, and made only once."""
     announced: msgspec.Raw
     """``edgeflame.mqtt.messages.RoundState``."""
     refused: dict[int, RefusalReason] = {}
-    """Why its updates were refused, by round."""
+    """Why its updates were refused, by the number of the round."""
 
 
 class MeasureTask(_Message, frozen=True, kw_only=True, tag="measure"):

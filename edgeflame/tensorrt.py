@@ -1,8 +1,8 @@
 """TensorRT as it is installed here, and the engines on disk that it built.
 
 The library is one for RTX (``tensorrt_rtx``) or one for Jetson and data-centre GPUs (``tensorrt``). Beside the
-engines lies a report that says what each was built from and for: `edgeflame export --trt` writes them, the line
-reads them.
+engines lies a report that says what each was built from and for: `edgeflame export --trt` writes them,
+`edgeflame inspect` and `bench` read them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_KEPT_ERRORS = 50
 
 
 class TensorRT:
-    """An imported library, with the one logger it takes per process.
+    """An imported library, with the one logger that it accepts per process.
 
     Attributes:
         kind: which it is.
@@ -54,7 +54,7 @@ class TensorRT:
         self.logger = _make_logger(self.module, self._errors)
 
     def take_errors(self) -> list[str]:
-        """What it complained of since the last call."""
+        """The messages of errors that it logged since the last call."""
         errors = list(self._errors)
         self._errors.clear()
         return errors
@@ -136,7 +136,10 @@ def _normalised(text: str) -> str:
 
 
 def device_capability() -> str:
-    """Of the first GPU of this machine. Written after NVIDIA's documentation; it has not been run on a GPU."""
+    """The compute capability of this machine's first GPU, ``8.9`` say.
+
+    Written after NVIDIA's documentation; it has not been run on a GPU.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError as exc:

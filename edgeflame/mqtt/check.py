@@ -1,4 +1,4 @@
-"""Whether a broker takes us: what ``doctor`` and ``inspect --check`` find of one."""
+"""Checks of a broker for ``doctor`` and ``inspect --check``: our certificate's dates, and whether we can connect."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def check_broker(
 
     Args:
         url: the broker.
-        filters: topics that whoever we come as may read.
-        timeout_s: how long to try.
-        member: as whom we come, for people.
-        advice: what to do when the broker does not take us.
-        look: finds more in the session, once the broker has taken us.
+        filters: topics that our certificate's holder may read; the connection counts only if they can be subscribed to.
+        timeout_s: how long to try, seconds.
+        advice: what to do when the broker cannot be reached, or refuses us.
+        member: who we are to the broker, for the finding's text; empty to leave it out.
+        look: further checks in the open session, called once the broker has accepted us.
     """
     if url.tls is not None and url.tls.cert is not None:
         yield check_certificate(url.tls.cert)

@@ -94,7 +94,7 @@ class MqttClient:
         self.close()
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, token: int | None = None) -> None:
-        """Queue a message. With a ``token``, :class:`PublishResult` tells when the broker has it.
+        """Queue a message. With a ``token``, a ``PublishResult`` event reports when the broker has it.
 
         Raises:
             LinkError: too many wait already.
@@ -171,7 +171,8 @@ class MqttClient:
                     return
                 delay_s = min(delay_s, left_s)
             if not was_up:
-                # Who gives up is told why by the error; a line tries again for days, and its log is for people.
+                # With a time limit the final error has the reason; without one the client tries for days, and each
+                # failure is logged.
                 say = log.warning if backoff.num_failures == 1 or self._connect_timeout_s is None else log.debug
                 say(
                     "broker_unreachable",

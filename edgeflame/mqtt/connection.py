@@ -431,7 +431,7 @@ class Connection:
             self._socket_error = text.partition("on socket: ")[2]
 
     def _explain_break(self) -> None:
-        """With TLS 1.3 a broker judges our certificate after we think that we are connected."""
+        """With TLS 1.3 a broker checks our certificate after we think that we are connected."""
         refusal = explain_tls_error(self._socket_error)
         if refusal is not None:
             self._end_reason, self._refused, self._is_final = refusal.reason, True, refusal.is_final

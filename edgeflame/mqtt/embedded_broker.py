@@ -1,6 +1,6 @@
 """The embedded broker: a real MQTT 5 broker (rumqttd, from the wheel ``iotcore``) as a child process.
 
-For one host: it has no access control and listens on the loopback interface unless told otherwise. A fleet runs
+For one host: it has no access control and listens on the loopback interface by default. A fleet runs
 on Mosquitto.
 """
 
@@ -59,7 +59,7 @@ class EmbeddedBroker:
     Raises:
         MissingDependencyError: the ``broker`` extra is not installed.
         LinkError: the port is taken, or the broker does not start.
-        UsageError: ``bind`` is not an address of this machine, or a port is none.
+        UsageError: ``bind`` is not an address of this machine, or a port is out of its range.
     """
 
     def __init__(self, *, port: int = DEFAULT_PORT, bind: str = "127.0.0.1", port_mqtt3: int | None = None) -> None:

@@ -63,7 +63,7 @@ class Kit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """The broker, and who we are to it; ``override`` is another address for it.
 
         Raises:
-            UsageError: the address is none, or not ``mqtts://``.
+            UsageError: not an address of a broker, or not ``mqtts://``.
         """
         pem = TlsPem(ca=self.ca, cert=self.cert, key=self.key, name=self.name)
         return parse_broker_url(override or self.broker, tls=pem)
@@ -98,10 +98,11 @@ def read_kit(path: Path, *, now: datetime | None = None, must_be_valid: bool = T
     Args:
         path: the file.
         now: the time; None: the clock's.
-        must_be_valid: false for who can work without the broker; then an expired one is logged, and no error.
+        must_be_valid: whether an expired kit is an error; if false, for callers that can work without the broker, it
+            is only logged.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: it cannot be read, or is not a kit.
         LinkError: it has expired.
     """
     try:

@@ -28,7 +28,7 @@ from edgeflame.errors import FederationError
 from edgeflame.mqtt.topics import MAX_NAME_CHARS
 
 DEFAULT_WINDOW_CHUNKS = 16
-"""To begin with, and what a receiver of protocol 1.0 means, which does not say."""
+"""The window at the start, and that of receivers of protocol 1.0, whose messages have no window."""
 
 DEFAULT_CHUNK_BYTES = 256 << 10
 """Small enough for every broker's packet limit and for a smooth bounded window, large enough to be fast."""
@@ -151,7 +151,8 @@ class Heartbeat(WireMessage, frozen=True, kw_only=True, tag="heartbeat"):
     step: Count = 0
     num_steps: Count = 0
     paused: Text | None = None
-    """Its operator, or its shift plan, has it at rest, and this is why; it is neither asked nor missed. Since 1.1."""
+    """Why its operator or its shift plan has paused it; None if it is not paused. A paused site is asked for nothing
+    and does not count as missing. Since 1.1."""
 
 
 class Offer(WireMessage, frozen=True, kw_only=True, tag="offer"):
@@ -281,7 +282,7 @@ class RoundState(WireMessage, frozen=True, kw_only=True, tag="round"):
     detail: Text = ""
     """``failed``: why; otherwise what is being waited for, if it is anything out of the ordinary."""
     codec: Key = "raw"
-    """The form in which updates are wanted (:data:`~edgeflame.mqtt.messages.Codec`); raw ones are always accepted.
+    """The form in which updates are wanted (:data:`Codec`); raw ones are always accepted.
     Since 1.1."""
     paused: tuple[Name, ...] = ()
     """Sites that the aggregator's operator has paused. Since 1.1."""
@@ -522,7 +523,7 @@ def decode_release(data: bytes, product: str) -> Release:
         product: the one of the topic it came on.
 
     Raises:
-        FederationError: it is none, or of another product.
+        FederationError: not a release, or of another product.
     """
     release = decode_message(_RELEASE, data)
     if release.product != product:
@@ -531,10 +532,10 @@ def decode_release(data: bytes, product: str) -> Release:
 
 
 def decode_line_models(data: bytes) -> LineModels:
-    """Decode what a line says of its models; errors as :func:`~edgeflame.mqtt.messages.decode_up`."""
+    """Decode the retained message about a line's models; errors as :func:`decode_up`."""
     return decode_message(_LINE_MODELS, data)
 
 
 def decode_need(data: bytes) -> BlobNeed:
-    """Decode what a line lacks of a package; errors as :func:`~edgeflame.mqtt.messages.decode_up`."""
+    """Decode a line's request for the chunks that it lacks of a package; errors as :func:`decode_up`."""
     return decode_message(_NEED, data)

@@ -212,7 +212,7 @@ class Session:
         return None
 
     def poll(self) -> None:
-        """Look at what has happened meanwhile, without waiting: raises if the connection is lost for good."""
+        """Handle the events that have come meanwhile, without waiting; raises if the connection is lost for good."""
         while self._next_event(0.0) is not None:
             pass
 

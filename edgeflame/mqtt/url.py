@@ -64,7 +64,7 @@ def explain_tls_error(error: OSError | str) -> TlsRefusal | None:
 PASSWORD_VARIABLE = "EDGEFLAME_MQTT_PASSWORD"  # noqa: S105 - the name of a variable
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 CERTIFICATE_ALERT_WAIT_S = 0.5
-"""So long we wait after a TLS 1.3 handshake to hear that it was not to the broker's liking."""
+"""How long we wait after a TLS 1.3 handshake for an alert that refuses our certificate, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class BrokerUrl:
 class _TlsSocket(ssl.SSLSocket):
     """Knows after its handshake whether the broker takes our certificate, and closes itself if it failed.
 
-    With TLS 1.3 the handshake ends here before the broker has judged our certificate. Then it sends session tickets
+    With TLS 1.3 the handshake ends here before the broker has checked our certificate. Then it sends session tickets
     or an alert; and an alert would be lost if we had sent something by then, for the broker's machine answers that
     with a reset. So we wait a moment for either.
     """
@@ -184,7 +184,7 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
         tls: files for ``mqtts``, or what a kit holds.
 
     Raises:
-        UsageError: it is none; the message does not repeat a password.
+        UsageError: not such a URL; the message does not repeat a password.
     """
     try:
         parts = urlsplit(text if "://" in text else f"mqtt://{text}")

@@ -1,4 +1,4 @@
-"""Per-position Gaussian statistics: the low-rank form, merging, the distance, and the map's smoothing.
+"""Per-position Gaussian statistics: fitting the low-rank form, its distance and likelihoods, and the map's smoothing.
 
 Axes: N images, P = grid height x grid width positions, C embedding channels, K rank.
 

@@ -1,4 +1,4 @@
-"""Blobs on disk: whole ones by their SHA-256, unfinished ones that a restart continues; and downloads into them.
+"""Blobs on disk: whole ones by their SHA-256, and unfinished ones that a restart continues; sending and downloading.
 
 ROOT/blobs/<sha256>              whole, verified, on the disk for good
 ROOT/partial/<owner>/<sha256>    arriving; which of its chunks are there, their checksums tell
@@ -226,13 +226,13 @@ transfer_log = EventLog("transfer")
 
 
 class Download:
-    """A blob from one who publishes it to all who ask; the receiver keeps the timers.
+    """The download of a published blob into the store; the receiver keeps the timers.
 
     Args:
         store: where it goes.
         manifest: what it is.
-        owner: who sends it: the unfinished blobs of different senders never mix.
-        send: sends the sender a list of what is missing.
+        owner: who sends it; unfinished blobs of different senders never mix.
+        send: sends the request for the missing chunks to the blob's sender.
         now: monotonic clock, seconds.
 
     Raises:
