@@ -49,7 +49,7 @@ def command(config_path: Path, out: Path | None, as_json: bool) -> None:
     # Child processes inherit it, as libraries that are not loaded yet do.
     os.environ[_THREADS] = str(config.engine.threads)
     out_dir = out or Path(config_path.stem)
-    with open_simulation_engine(config.engine, execute_task) as engine, progress_bar("simulation") as report:
+    with open_simulation_engine(config.engine, answer_simulation_task) as engine, progress_bar("simulation") as report:
         result = simulate(config, out_dir, engine, report)
     if as_json:
         print_json(_metrics(out_dir))
@@ -59,8 +59,8 @@ def command(config_path: Path, out: Path | None, as_json: bool) -> None:
         raise NegativeAnswerError(f"{result.reason}; see {result.ledger_path}")
 
 
-def execute_task(data: bytes) -> bytes:
-    """Carry out one encoded task; runs in this process, in others, or in Ray's."""
+def answer_simulation_task(data: bytes) -> bytes:
+    """The encoded answer to one encoded task; called in this process, in a child process, or in one of Ray's."""
     return _handler()(data)
 
 

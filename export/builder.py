@@ -53,7 +53,10 @@ class GraphBuilder:
 
 
 def fold_constants(model_onnx: bytes) -> bytes:
-    """The same graph with what its own nodes make of constants alone as constants; the backbone is left as it is."""
+    """The same graph with the results of its own nodes that depend on constants only stored as constants.
+
+    The backbone is left as it is.
+    """
     model = onnx.load_from_string(model_onnx)
     graph = model.graph
     constants = {entry.name: entry for entry in graph.initializer}

@@ -3,7 +3,7 @@
 Axes: N images, P positions, C channels, K rank, M prototypes.
 
 **Gaussians.** The Mahalanobis distance of every position. With d = x - mu and t = U'd (U the stored basis, float16,
-widened), s^2 the residual variance, l_i^2 the eigenvalues and D = diag(s^2 / l_i^2), what is wanted is
+widened), s^2 the residual variance, l_i^2 the eigenvalues and D = diag(s^2 / l_i^2), the scaled squared distance is
 
     s^2 distance^2 = |d - U t|^2 + t' D t                                  (two products with U)
                    = |d|^2 - t' (2I - U'U - D) t = |d|^2 - |A'd|^2         (one product with A)

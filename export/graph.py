@@ -44,7 +44,7 @@ IR_VERSION = 8
 """The oldest that allows opset 18, so that older runtimes on the line load the file."""
 
 EMBEDDINGS = "embeddings"
-"""What :func:`_add_embeddings` results in: ``[P, N, C]`` float32."""
+"""Name of the result of :func:`_add_embeddings`: ``[P, N, C]`` float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,7 +39,7 @@ def quantised(model: onnx.ModelProto, images: ImageU8 | None, target: Target) ->
     Args:
         model: of :func:`export.network.scoring_graph`.
         images: good images of the line, ``[N, H, W, 3]`` uint8 BGR as the graph takes them, N >= 1.
-        target: what is to run it.
+        target: the runtime that is to run it.
 
     Raises:
         UsageError: no images.

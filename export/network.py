@@ -30,7 +30,7 @@ class StagedNetwork(Protocol):
 
     @property
     def sums_stages(self) -> bool:
-        """Summed, not concatenated."""
+        """Whether stages are summed, not concatenated over channels."""
         ...
 
     def stage_maps(self, rgb: Tensor) -> Sequence[Tensor]:
@@ -121,7 +121,7 @@ def export_network(network: nn.Module, preprocessing: Preprocessing) -> onnx.Mod
 
 
 def _mixing(network: StagedNetwork, size: list[int]) -> StageMixing:
-    """What ``on_grid`` does to rows and columns of a stage of ``size`` h_s, w_s, found by asking it.
+    """What ``on_grid`` does to rows and columns of a stage of ``size`` h_s, w_s, found by applying it to unit rows and columns.
 
     It keeps constants, so that a map with one row of ones shows what becomes of that row.
     """

@@ -22,13 +22,13 @@ def onnx_with_metadata(
     calibration: ImageU8 | None = None,
     target: Target = "cpu",
 ) -> bytes:
-    """The package's graph, checked, with what a stranger to the package must know in its ``metadata_props``.
+    """The package's graph, checked, with ``metadata_props`` that describe it to users without the package.
 
     Args:
-        package: whose graph.
+        package: the package.
         precision: of its backbone; it, ``calibration`` and ``target`` as in :func:`export.precision.with_precision`.
         calibration: good images.
-        target: what is to run it.
+        target: the runtime that is to run it.
 
     Raises:
         PackageError: the graph is not valid ONNX.

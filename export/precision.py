@@ -43,9 +43,9 @@ def with_precision(
 
     Args:
         model: a float32 scoring graph of :func:`export.network.scoring_graph`.
-        precision: ``fp16`` casts what enters the backbone to float16 and what leaves it back; ``int8`` quantises it.
+        precision: ``fp16`` casts the backbone's inputs to float16 and its outputs back; ``int8`` quantises it.
         calibration: good images for ``int8``, see :func:`export.int8.quantised`.
-        target: what is to run ``int8``.
+        target: the runtime that is to run ``int8``.
 
     Raises:
         NumericalError: a weight is beyond float16's range.

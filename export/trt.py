@@ -47,7 +47,7 @@ def build_engines(
         precision: of ``model_onnx``, for name and report.
         max_batch: the most images at once.
         package_sha256: of the package, for the report.
-        started: told of each file before it is built.
+        started: called with each file's name before it is built.
 
     Raises:
         RuntimeUnavailableError: TensorRT cannot take the graph; the message names the ONNX node.
@@ -162,12 +162,12 @@ def _parser_message(library: TensorRT, parser: Any) -> str:
             f"the graph cannot be read by TensorRT ({'; '.join(library.take_errors()) or 'no reason given'})"
         )
     first = errors[0]
-    name, operator = _asked(first, "node_name"), _asked(first, "node_operator")
+    name, operator = _error_text(first, "node_name"), _error_text(first, "node_operator")
     node = f"the ONNX node {name!r} ({operator})" if name or operator else "the graph"
     more = f", and {len(errors) - 1} more errors" if len(errors) > 1 else ""
     described = " ".join(str(first.desc()).split())
     return f"{library.module.__name__} {library.version} does not take {node}: {described}{more}"
 
 
-def _asked(error: Any, name: str) -> str:
+def _error_text(error: Any, name: str) -> str:
     return str(getattr(error, name)()) if hasattr(error, name) else ""

@@ -27,7 +27,7 @@ from fitting.suspects import HighestMaps
 log = EventLog("gaussian")
 
 MIN_IMAGES = 4
-"""Fewer give no covariance worth the name once a fold is left out."""
+"""Fewer give no useful covariance once a fold is left out."""
 
 MIN_GROUPS = 2
 """With one part nothing can be held out."""
@@ -43,7 +43,7 @@ class PooledStatistics:
 
     Attributes:
         moments: of the images of all sites that contributed.
-        holds_these: this site did, so that its parts have to be taken out where they are to be scored unseen.
+        holds_these: whether this site contributed; its parts are then taken out before they are scored as unseen.
     """
 
     moments: Moments
@@ -52,7 +52,7 @@ class PooledStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutScores:
-    """What N images look like to statistics that did not see their parts.
+    """Scores of N images by statistics that did not see their parts.
 
     Attributes:
         scores: ``[N]`` raw image scores.
@@ -67,7 +67,7 @@ class HeldOutScores:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossFit:
-    """Statistics of all images, and what the images look like to statistics that did not see them.
+    """Statistics of all images, and the images' scores by statistics that did not see them.
 
     Attributes:
         statistics: of all images, as a package stores them.
@@ -82,7 +82,7 @@ class CrossFit:
 
 
 def require_enough(num_images: int, num_groups: int) -> None:
-    """Refuse what statistics and a threshold cannot be made of.
+    """Refuse too few images or parts for statistics and a threshold.
 
     Raises:
         DataError: fewer images or parts than the method needs.

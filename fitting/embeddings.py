@@ -36,7 +36,7 @@ class Embeddings:
 
     Args:
         embed: computes them.
-        images: whose.
+        images: the image set.
         grid: rows and columns of the P positions.
         num_channels: C.
         max_cache_bytes: of embeddings kept.

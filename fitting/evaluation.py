@@ -53,7 +53,7 @@ class ClassReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromiseOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one of the package's thresholds does to the test images."""
+    """The outcome of one of the package's thresholds on the test images."""
 
     false_reject_rate: float
     """What it promises at most."""
@@ -82,7 +82,7 @@ class EvaluationReport(msgspec.Struct, frozen=True, kw_only=True):
     image_F1Max_threshold: float | None
     pixel_F1Max: float | None
     pixel_F1Max_threshold: float | None
-    """Where the masks of these very images are met best; a threshold for looking, not for judging."""
+    """The threshold that fits the masks of these very images best; for display, not for rejecting parts."""
     per_class: dict[str, ClassReport]
     threshold: float
     num_images: int
@@ -109,7 +109,7 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredImages:
-    """Test images and what the model says of them.
+    """Test images with the model's scores and maps.
 
     Attributes:
         records: the readable ones.
@@ -226,7 +226,7 @@ def evaluate(
     num_resamples: int = metrics.NUM_RESAMPLES,
     progress: Progress = no_progress,
 ) -> EvaluationReport:
-    """Score the test images and compare with what they are: :func:`score_test_images`, then :func:`measure`."""
+    """Score the test images and compare with what they are: :func:`score_test_images`, then :func:`compute_metrics`."""
     scored = score_test_images(score, dataset, preprocessing, on_unreadable=on_unreadable, progress=progress)
     return compute_metrics(
         scored,
@@ -254,7 +254,7 @@ def compute_metrics(
         scored: the images.
         preprocessing: the model's.
         threshold: raw score above which an image is rejected.
-        groups_known: whether the records' groups are knowledge.
+        groups_known: whether the records' groups are known, or each image was taken for a part of its own.
         promises: the package's other thresholds.
         seed: of the bootstrap.
         num_resamples: of the bootstrap; 0 for no interval.
@@ -430,7 +430,7 @@ def _resampled_metrics(
 
 
 def _intervals(figures: dict[str, float | None], spread: dict[str, F64]) -> tuple[dict[str, Interval], dict[str, str]]:
-    """The intervals there are, and why there is no other."""
+    """The intervals by figure, and for figures without one the reason."""
     intervals: dict[str, Interval] = {}
     without: dict[str, str] = {}
     for name, value in figures.items():

@@ -26,7 +26,7 @@ def site_drift_reference(site: SiteStatistics, references: ImageU8 | None) -> Dr
     """The streams of a site's good images, as statistics that had not seen them scored them.
 
     Args:
-        site: scores, maps' means, and images.
+        site: its scores, the means of its maps, and its images.
         references: the package's reference images ``[R, height, width, 3]``: what positions are compared with, here as
             on the line. Without them (None, R = 0) nothing is known of positions.
     """

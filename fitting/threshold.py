@@ -1,7 +1,7 @@
 """The threshold, and what it can promise about good parts. No torch here, so that a line can set its threshold too.
 
 **The threshold.** The lowest one is taken at which the share of good units that score above it is, with the confidence
-asked for, no higher than the rate asked for. The part is the independent unit, whatever is judged. The probability
+asked for, no higher than the rate asked for. The part is the independent unit, whether parts or photographs are rejected. The probability
 that the rate is exceeded falls as the threshold rises, so no correction is needed for having searched: the threshold
 is wrong only where that probability is wrong at the one true quantile.
 
@@ -35,13 +35,14 @@ from edgeflame.tensors import F64
 from fitting.metrics import best_f1
 
 _ACCURACY = 1e-9
-"""Of the probabilities computed by numerical inversion."""
+"""Absolute error of the probabilities computed by numerical inversion."""
 
 
 def exceedance_probability(shares: Sequence[float] | F64, rate: float) -> float:
     """The probability, in the sense above, that the mean share is higher than ``rate``.
 
-    A rate is an upper bound with confidence ``1 - doubt``. Never falls when a share rises; falls with the rate.
+    A rate is an upper bound with confidence one minus this probability, which never falls when a share rises and
+    falls when the rate rises.
 
     Args:
         shares: one a part, each 0..1.
@@ -61,7 +62,7 @@ def exceedance_probability(shares: Sequence[float] | F64, rate: float) -> float:
 
 
 def upper_confidence_bound(shares: Sequence[float] | F64, confidence: float) -> float:
-    """The lowest rate of which :func:`doubt` is ``1 - confidence``."""
+    """The lowest rate whose :func:`exceedance_probability` is ``1 - confidence``."""
     from scipy.optimize import brentq
 
     if min(shares) >= 1.0:
@@ -179,8 +180,8 @@ def set_threshold(
     Args:
         scores: ``[N]`` scores of good images that the statistics have not seen.
         groups: the part that each image shows.
-        calibration: the false-reject rate, of what, and the confidence asked for.
-        groups_known: whether ``groups`` is knowledge, or every image was taken for a part of its own.
+        calibration: the false-reject rate asked for, its unit (parts or photographs), and the confidence.
+        groups_known: whether ``groups`` are known, or every image was taken for a part of its own.
         num_left_out: images that were left out as suspects, for the record.
 
     Raises:
@@ -235,8 +236,8 @@ def set_f1_threshold(
         scores: ``[N]`` scores of good images that the statistics have not seen.
         groups: the part that each of them shows.
         defective: ``[M]`` scores of defective images.
-        calibration: the confidence of the promise, and of what; its rate is only noted.
-        groups_known: whether ``groups`` is knowledge.
+        calibration: confidence and unit of the promise; its rate is only noted.
+        groups_known: whether ``groups`` are known.
 
     Raises:
         DataError: no good or no defective scores.

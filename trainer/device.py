@@ -46,7 +46,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
     """A region in which the same work gives the same numbers on a GPU too, as far as torch has such kernels.
 
     A site that repeats a round after a power cut must send the same update. Where there is no deterministic kernel
-    torch warns and takes the other. On a CPU there is nothing to do.
+    torch warns and uses the other one. On a CPU there is nothing to do.
     """
     if device.type != "cuda":
         yield
@@ -99,7 +99,7 @@ full_precision: Autocast = nullcontext
 def autocast_for(precision: Precision, device: torch.device) -> Autocast:
     """How networks are run on a device.
 
-    ``auto`` is bfloat16 on a CUDA device that computes in it, and float32 elsewhere. bfloat16 has float32's range,
+    ``auto`` is bfloat16 on a CUDA device with bfloat16 arithmetic, and float32 elsewhere. bfloat16 has float32's range,
     so gradients need no scaling; float16 would.
     """
     if precision == "auto":

@@ -26,7 +26,7 @@ def network_embeddings(
     """Embeddings of an image set by a network that is on ``device`` and in evaluation mode.
 
     Raises:
-        ConfigError: they are too wide for their statistics.
+        ConfigError: the embeddings are too wide for their statistics.
     """
 
     def embed_images(batch: ImageU8) -> F32:

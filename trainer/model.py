@@ -181,7 +181,7 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
 
 
 BATCH_NORM_PREFIX = "norm."
-"""Of their names in a site's private state."""
+"""Prefix of the names of batch-norm tensors in a site's private state."""
 
 
 def batch_norm_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def batch_norm_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_batch_norms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put such tensors back; others among ``tensors`` are left alone, and none at all change nothing."""
+    """Load batch-norm tensors into a model; tensors without ``BATCH_NORM_PREFIX`` are ignored."""
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():

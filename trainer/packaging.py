@@ -30,7 +30,7 @@ from trainer.embedding import embed
 def score_references(
     network: EmbeddingNetwork, statistics: PackageStatistics, images: ImageU8, *, smoothing_sigma: float
 ) -> tuple[ReferenceImage, ...]:
-    """The images and what PyTorch and float64 distances make of them: no exporter and no runtime is involved.
+    """Reference images with the score maps of PyTorch and of float64 distances; no exporter or runtime is involved.
 
     Args:
         network: on the CPU, in evaluation mode.

@@ -23,7 +23,7 @@ log = EventLog("training")
 
 
 CHECK_STEPS = 16
-"""How often a loss is looked at. To look is to wait for a GPU, which otherwise goes on working meanwhile."""
+"""Steps between checks that the loss is finite. A check waits for the GPU, which otherwise works on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def train(
     private: Mapping[str, Tensor] | None = None,
     progress: Progress = no_progress,
 ) -> TrainingRun:
-    """Train ``model`` in place, what travels with it included; the optimiser starts afresh.
+    """Train ``model`` in place, its extra tensors included; the optimiser starts afresh.
 
     By default the backbone's batch norm keeps its statistics: a site's images are few and alike. The same arguments
     give the same weights on the same machine; on a GPU as far as torch has deterministic kernels.
@@ -78,7 +78,7 @@ def train(
         model: on the device to train on.
         images: the site's good images.
         learning: ``method`` and ``training`` are used.
-        seed: of order and noise.
+        seed: of the order of images and of the noise.
         global_network: a teacher, the model every site started from.
         historical_network: the other teacher, the site's own last model; None in its first round.
         private: what the objective kept at this site in its last round.
@@ -169,7 +169,7 @@ def _train_step(
 
 
 class _EpochMeans:
-    """Loss terms of an epoch, left on their device until they are asked for."""
+    """Loss terms of an epoch; they stay on their device until :meth:`values`."""
 
     def __init__(self, num_images: int) -> None:
         self._num_images = num_images

@@ -86,7 +86,7 @@ def _package_file(name: str) -> Path | None:
     spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
     if spec is None or spec.origin is None:
         return None
-    # The file's name carries its hash; the package's own helper imports deprecated modules to say the same.
+    # The file's name carries its hash; the package's own helper imports deprecated modules to find the same file.
     return next(iter(sorted((Path(spec.origin).parent / "models").glob("*.pth"))), None)
 
 

@@ -114,7 +114,7 @@ class TorchSiteTrainer:
         return self._learner.train_round(task, self._training_images(report), progress=report)
 
     def compute_statistics(self, task: StatisticsTask, report: Progress) -> TaskResult:
-        """Moments of this site's images under the final model, in the form that is wanted.
+        """Moments of this site's images under the final model, in the form that the task wants.
 
         Raises:
             As :meth:`finish`.
@@ -223,7 +223,7 @@ class ModelEvaluator:
         self._embeddings: dict[bytes, F32] = {}
 
     def evaluate(self, task: MeasureTask) -> MeasureAnswer:
-        """Fit statistics to ``task.train``, of the model that is given or that is learnt from it; score ``task.test``.
+        """Fit statistics to ``task.train`` and score ``task.test``; without ``task.model`` a model is trained first.
 
         Raises:
             DataError: too few images.
@@ -281,7 +281,7 @@ class ModelEvaluator:
 
 
 def measure_answer(name: str, report: EvaluationReport, **more: float) -> MeasureAnswer:
-    """A report's figures, without those that are not defined, and some more."""
+    """The defined figures of a report, and ``more``, as an answer."""
     plain = msgspec.to_builtins(report)
     figures = {key: float(value) for key, value in plain.items() if type(value) in (int, float)}
     del figures["num_resamples"]

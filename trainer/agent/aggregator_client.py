@@ -1,8 +1,8 @@
 """The channel to the aggregator: messages, chunks and presence; uploads; and leaving a run for good.
 
-The site keeps the timers for both directions. A message that needs an answer is repeated until it is answered, on a
-new connection again. An upload never gives up: how long a site may be without progress is for the aggregator's
-deadline to say. Only leaving does, for an older aggregator may not know how to confirm it.
+The site keeps the timers for both directions. A message that needs an answer is repeated until it is answered, and
+again on a new connection. An upload never gives up; the aggregator's deadline limits how long a site may make no
+progress. Leaving a run does give up, because an older aggregator may not know how to confirm it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class AggregatorClient:
     While the link is down nothing is queued: every sender repeats what still matters when it is up again.
 
     Args:
-        topics: the fleet's.
-        site: its name.
+        topics: the fleet's MQTT topics.
+        site: the site's name.
         boot: the id of this process.
         install: the id of the state directory.
 
     Attributes:
-        is_connected: the broker is reached.
+        is_connected: whether the broker is connected.
         accepted_by: the boot id of the aggregator that accepted this site on this connection; None before.
     """
 
@@ -116,7 +116,7 @@ REPEAT_INTERVAL_S = 5.0
 """What was not answered is sent again after this time, seconds."""
 
 BLOB_OWNER = "aggregator"
-"""Whose unfinished blobs a site's are, in its store."""
+"""The one peer of a site's transfers, as its blob store and its senders name it."""
 
 
 class Upload:

@@ -21,7 +21,7 @@ class SiteMetrics:
 
     Args:
         state_dir: its disk's free space is a metric.
-        server: what serves them; None: nothing does.
+        server: serves them; None publishes nothing.
         certificate_expires: end of the validity of the site's certificate, if that is known.
     """
 

@@ -43,7 +43,7 @@ class PlanInput:
     """What the plan depends on.
 
     Attributes:
-        site: its name.
+        site: the site's name.
         announced: the last round state; None before there is one.
         took_part: this site has begun with the announced run.
         initial: SHA-256 of the site's initial model in it.
@@ -53,7 +53,7 @@ class PlanInput:
         is_finished: the package is made of the announced final model.
         answered: purposes (and rounds) that the aggregator has receipted or refused in this run.
         failure: purpose of the task that failed, and why.
-        aggregator_online: what its presence says; None: none was received on this connection.
+        aggregator_online: by its last presence message; None if none was received on this connection.
     """
 
     site: str

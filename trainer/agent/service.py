@@ -59,14 +59,14 @@ class SiteOptions:
 
     Attributes:
         broker: the fleet's.
-        fleet, site: names.
+        fleet, site: their names.
         data: the site's images; they never leave it.
         state_dir: the site's durable state; one process at a time.
         worker_command: starts the worker process.
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
-        connect_timeout_s: give up if the broker was not reached within this time; None: never.
+        connect_timeout_s: give up if the broker was not reached within this time; None waits for ever.
         schedule: when the site may train; None: always.
-        metrics: ``HOST:PORT`` where metrics are served; None: nowhere.
+        metrics: ``HOST:PORT`` where metrics are served; None serves none.
         certificate_expires: end of the validity of the site's certificate, if that is known.
     """
 
@@ -275,7 +275,7 @@ class _SiteService:
                 if presence.online and presence.boot != client.accepted_by:
                     client.restart_handshake()
             case MessageTopic(kind="site_presence") if event.payload:
-                # The last will of the process before us, or of one that was turned away, stands in our place.
+                # The last will of an earlier process, or of one that was turned away, has replaced our presence.
                 presence = decode_presence(event.payload)
                 if client.accepted_by is not None and presence.boot != client.boot and not presence.online:
                     client.publish_presence()
@@ -300,7 +300,7 @@ class _SiteService:
         match message:
             case Welcome(boot=client.boot):
                 if self._answered_by != message.aggregator:
-                    # It answers for itself: what it does not know of any more it gets again.
+                    # A new aggregator process may not know earlier messages any more: they are sent again.
                     self._answered, self._answered_by = frozenset(), message.aggregator
                 if client.accepted_by != message.aggregator:
                     client.on_welcome(message.aggregator)

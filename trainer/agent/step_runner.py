@@ -1,6 +1,6 @@
 """Executes the steps of a site's plan.
 
-:class:`StepTasks` says what a step asks of the worker, what is stored of the result, and what is sent of it; that is
+:class:`StepTasks` gives the worker's task of each step, stores its result and builds the messages about it; it is
 the same over MQTT and in a simulation. :class:`StepRunner` executes one step at a time over MQTT.
 """
 
@@ -43,7 +43,7 @@ NO_TRAINING = UpdateRecord(num_samples=0, metrics={})
 """The record of the initial model, which nothing was trained for."""
 
 MAX_DETAIL_CHARS = 500
-"""Of the reason of a failure, as it is sent."""
+"""Length to which the reason of a failure is cut before it is sent."""
 
 
 class StepTasks:
@@ -51,7 +51,7 @@ class StepTasks:
 
     Args:
         state: the site's durable state.
-        site: its name.
+        site: the site's name.
 
     Attributes:
         learning: the fleet's configuration.
@@ -223,7 +223,7 @@ class StepRunner:
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
 
     Attributes:
-        tasks: what the steps ask of the worker; to be given the fleet's configuration.
+        tasks: tasks and results of the steps; its ``learning`` and ``codec`` are set from the announcement.
         step: the current one.
     """
 
@@ -297,7 +297,7 @@ class StepRunner:
             self._worker.stop()
 
     def announce(self, now: float) -> None:
-        """Send what the step asks or reports; called again on each new connection."""
+        """Send the step's request, offer or report; called again on each new connection."""
         self._announced_at = now
         if self._client.accepted_by is None:
             return
@@ -309,7 +309,10 @@ class StepRunner:
             self._client.send(message)
 
     def tick(self, now: float) -> None:
-        """Send what the aggregator has room for, and repeat what it did not answer. For while it accepts this site."""
+        """Send what the aggregator has room for, and repeat what it did not answer.
+
+        To be called only while the aggregator accepts this site.
+        """
         if self._download is not None:
             self._download.tick(now)
         if self._upload is not None:

@@ -1,4 +1,4 @@
-"""What the protocol side asks of the learning: the tasks, their results, and the interface :class:`SiteTrainer`.
+"""The interface between a site's protocol side and its learning: tasks, results and :class:`SiteTrainer`.
 
 The protocol side (this package) runs in one process and keeps the link alive; an implementation of
 :class:`SiteTrainer` runs in a worker process and may take hours. Models travel between them as safetensors files.
@@ -51,7 +51,7 @@ class TrainTask(_WorkerLine, frozen=True, kw_only=True, tag="train"):
     out: str
     """Where to write the trained model, with the tensors of ``base`` (names, shapes, types)."""
     seed: int
-    """Of everything random. The same task with the same seed gives the same file, whatever was interrupted before:
+    """Seed of random numbers. The same task with the same seed gives the same file, whatever was interrupted before:
     that is what makes a run with crashes end like one without."""
     private: str | None = None
     """What ``private_out`` of the last round that counted holds; None before there is one."""
@@ -84,7 +84,7 @@ class FinishTask(_WorkerLine, frozen=True, kw_only=True, tag="finish"):
     private: str | None = None
     """What this site kept of the last round that counted."""
     statistics: str | None = None
-    """The fleet's pooled statistics, to be used instead of this site's alone; None: there are none."""
+    """The fleet's pooled statistics, to be used instead of this site's alone; None if none are shared."""
 
 
 Task = InitialTask | TrainTask | StatisticsTask | FinishTask

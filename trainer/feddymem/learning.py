@@ -69,7 +69,7 @@ def fit_whitening(samples: F32, weights: F32 | None, *, ridge: float, device: to
 
     Args:
         samples: prototypes or patches.
-        weights: of each; None: all the same.
+        weights: of each; None weighs all the same.
         ridge: share of the mean variance that is added to every eigenvalue.
         device: where the result lives.
 
@@ -205,14 +205,14 @@ class SiteMemory:
 
     Attributes:
         entries: ``[B, C]`` its dynamic memory, in the frozen backbone's coordinates.
-        generator: its own.
+        generator: the site's own.
     """
 
     entries: Tensor
     generator: MemoryGenerator
 
     def tensors(self) -> dict[str, Tensor]:
-        """For its file."""
+        """The tensors of its file, by name."""
         return {"entries": self.entries, "generator": self.generator.weight.detach()}
 
 

@@ -40,7 +40,7 @@ class PrivacyFloor:
 
 
 NO_FLOOR = PrivacyFloor(patches=0, images=0)
-"""Of what stays at the site."""
+"""For averages that stay at the site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +98,12 @@ def reduce_memory(
     Args:
         contents: of the memory's entries.
         whitening: with ``generator``, the metric of seeds and weights.
-        generator: see there.
+        generator: the site's own.
         size: M.
         temperature: T, in units of the mean squared distance of an entry to its seed.
-        floor: see there.
+        floor: the privacy floor.
         count: number of the site's images.
-        space: of the embeddings.
+        space: id of the embedding space.
 
     Raises:
         DataError: not even the average of everything is above the floor.
@@ -160,7 +160,7 @@ class _Group:
         return self.shortfall(floor) >= 1 - 1e-9
 
     def shortfall(self, floor: PrivacyFloor) -> float:
-        """How far below the floor, 1 at it."""
+        """Effective counts over the floor's, the lower of the two; 1 at the floor."""
         return min(
             self.effective_patches / floor.patches if floor.patches else 1.0,
             self.effective_images / floor.images if floor.images else 1.0,

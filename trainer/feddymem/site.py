@@ -1,4 +1,4 @@
-"""A site that learns by FedDyMem: its frozen backbone, its patches, and what it does with a memory.
+"""A site that learns by FedDyMem: its frozen backbone, its patches and its memory.
 
 From a trained memory follow what leaves the site (averages above the privacy floor), what a package scores with (the
 site's own averages beside the fleet's), and the threshold, by cross-fitting.
@@ -140,7 +140,7 @@ def _reduce_site_memory(
 
 def embedding_space_id(learning: Learning, weights: WeightsOrigin) -> str:
     """SHA-256 of what decides on the embeddings: the weights, and how they are used."""
-    # Where the weights were found is no matter, what they are is.
+    # Where the weights were found does not matter, only what they are.
     backbone = msgspec.structs.replace(learning.backbone, weights="")
     return hashlib.sha256(msgspec.json.encode([weights.sha256, backbone, learning.input])).hexdigest()
 
@@ -167,14 +167,14 @@ class MemoryLearner:
         self.space = embedding_space_id(learning, self.weights)
         self.learning = learning
         self._device = device
-        self._of: tuple[ImageSet, Embeddings, PatchSample] | None = None
+        self._embedded: tuple[ImageSet, Embeddings, PatchSample] | None = None
 
     def write_initial(self, path: Path) -> None:
         """Write the empty memory that every run starts from."""
         write_bank(path, empty_bank(self.network.num_channels, self.space))
 
     def train_round(self, task: TrainTask, images: ImageSet, *, progress: Progress) -> TaskResult:
-        """A memory comes, a memory goes; the generator and the entries stay at the site."""
+        """Train from the fleet's memory and write what this site shares; generator and entries stay at the site."""
         fleet = self._load_fleet_memory(Path(task.base))
         before = restore_memory(load_private(task.private), self.network.num_channels, self._device)
         memory, metrics = self._train(before, fleet, images, seed=task.seed, progress=progress)
@@ -205,7 +205,7 @@ class MemoryLearner:
 
     def embed(self, images: ImageSet, progress: Progress = no_progress) -> tuple[Embeddings, PatchSample]:
         """The embeddings of a site's images, and the sample of their patches."""
-        if self._of is None or self._of[0] is not images:
+        if self._embedded is None or self._embedded[0] is not images:
             embeddings = network_embeddings(self.network, images, device=self._device)
             patches = sample_patches(
                 embeddings,
@@ -214,8 +214,8 @@ class MemoryLearner:
                 device=self._device,
                 progress=progress,
             )
-            self._of = (images, embeddings, patches)
-        return self._of[1:]
+            self._embedded = (images, embeddings, patches)
+        return self._embedded[1:]
 
     def _load_fleet_memory(self, path: Path) -> MemoryBank:
         """The fleet's memory, if it is of this site's embeddings.
@@ -253,9 +253,9 @@ class MemoryModel:
     """A site's memory and its fleet's; implements :class:`trainer.exchange.TrainedModel`.
 
     Args:
-        learner: what it is of.
+        learner: the learner it came from.
         memory: the site's own; None makes one, untrained, when statistics are fitted.
-        fleet: the fleet's; None: there is none.
+        fleet: the fleet's; None if there is none.
     """
 
     def __init__(self, learner: MemoryLearner, memory: SiteMemory | None, fleet: MemoryBank | None) -> None:

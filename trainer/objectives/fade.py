@@ -55,7 +55,7 @@ def fade_loss(good: Tensor, noisy: Tensor, margin: float) -> Tensor:
 
 
 def fade(setting: ObjectiveContext) -> LocalObjective:
-    """Tell embeddings from noised ones."""
+    """The loss by which the discriminator tells embeddings from noised ones."""
     training = setting.training
 
     def losses(step: TrainingBatch) -> dict[str, Tensor]:

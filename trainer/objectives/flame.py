@@ -40,7 +40,7 @@ def distillation_loss(local: Tensor, global_log_p: Tensor, historical_log_p: Ten
 
 
 def flame(setting: ObjectiveContext) -> LocalObjective:
-    """Towards the global model, away from the site's own of its last round."""
+    """FADE plus the distillation term; FADE alone where either teacher is missing."""
     own = fade(setting)
     if setting.global_network is None or setting.historical_network is None:
         return own

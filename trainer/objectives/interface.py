@@ -1,7 +1,7 @@
 """What a local objective is: a loss over batches, and what it may do around them; and frozen teacher networks.
 
 A teacher is a frozen network that the model in training is compared with, each image embedded once a round. During a
-round the teachers do not change and images are not augmented, so what they say of an image is the same in every epoch:
+round the teachers do not change and images are not augmented, so their outputs for an image are the same in all epochs:
 of ``3 E`` forward passes of a round of ``E`` epochs with two teachers, ``E + 2`` remain.
 """
 
@@ -23,7 +23,7 @@ MAX_TEACHER_CACHE_BYTES = 1 << 29
 
 
 class Teacher:
-    """A frozen network's answers, computed once per image and kept within a memory budget, on its device.
+    """A frozen network's outputs, computed once per image and kept within a memory budget, on its device.
 
     Attributes:
         num_forward: images sent through the network so far.
@@ -41,9 +41,9 @@ class Teacher:
 
         Args:
             network: is set to evaluation, and never trained.
-            answer: makes of embeddings ``[B, C, h, w]`` float32 what is asked for and kept, ``[B, ...]``.
+            answer: computes the outputs ``[B, ...]`` that are kept from embeddings ``[B, C, h, w]`` float32.
             autocast: how the network is run.
-            max_cache_bytes: of all answers kept.
+            max_cache_bytes: of all outputs kept.
         """
         self.num_forward = 0
         self._network = network.eval().requires_grad_(False)
@@ -53,7 +53,7 @@ class Teacher:
         self._cache: dict[int, Tensor] = {}
 
     def answers(self, indices: Sequence[int], rgb: Tensor) -> Tensor:
-        """Of the images ``indices``, which ``rgb [B, 3, H, W]`` shows: ``[B, ...]``."""
+        """The outputs ``[B, ...]`` for the images ``indices``, whose pixels are ``rgb [B, 3, H, W]``."""
         missing = [position for position, index in enumerate(indices) if index not in self._cache]
         computed: dict[int, Tensor] = {}
         if missing:
@@ -145,7 +145,7 @@ class LocalObjective:
         correct_gradients: called when the gradients are there, before the optimiser's step.
         after_epoch: called after every epoch.
         finish: called once after the last step, with the number of steps.
-        teachers: frozen networks it asks, for the count of forward passes.
+        teachers: the frozen networks it uses; their forward passes are counted.
     """
 
     losses: Callable[[TrainingBatch], dict[str, Tensor]]

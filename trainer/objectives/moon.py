@@ -16,7 +16,7 @@ from trainer.objectives.interface import LocalObjective, ObjectiveContext, Teach
 
 
 def moon(setting: ObjectiveContext) -> LocalObjective:
-    """Towards the global model's representation, away from that of the site's own of its last round."""
+    """FADE plus the contrast; FADE alone where either teacher is missing."""
     own = fade(setting)
     if setting.global_network is None or setting.historical_network is None:
         return own

@@ -13,7 +13,7 @@ import msgspec
 from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
-from cli.simulate import execute_task
+from cli.simulate import answer_simulation_task
 from edgeflame.config import load_config
 from edgeflame.log import no_progress
 
@@ -84,7 +84,7 @@ def carry_out(run: Run, root: Path) -> None:
 
         measure_peer(run.peer, config, out)
         return
-    with open_simulation_engine(config.engine, execute_task) as engine:
+    with open_simulation_engine(config.engine, answer_simulation_task) as engine:
         simulate(config, out, engine, no_progress)
 
 
