@@ -23,7 +23,7 @@ def update_weights(entry: Round, *, equal: bool = False) -> dict[str, float]:
 
 
 def round_contributions(entry: Round, config: AggregateConfig, path_of: Callable[[str], Path]) -> list[Contribution]:
-    """The accepted updates of a round as a strategy gets them; ``path_of`` tells where a blob is by its SHA-256."""
+    """The accepted updates of a round as a strategy gets them; ``path_of`` gives a blob's path by its SHA-256."""
     accepted = entry.accepted
     return [
         Contribution(
@@ -43,7 +43,7 @@ def aggregate_updates(
 ) -> None:
     """Write the next global model by the configuration's rule, in canonical form.
 
-    The result depends on the set of contributions alone: sites are taken in sorted order, whatever theirs is here.
+    The result depends on the set of contributions alone: sites are taken in sorted order, whatever the order here.
 
     Args:
         config: of the run.

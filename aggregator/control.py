@@ -1,10 +1,10 @@
 """The operator's control of a running aggregator: small files in its state directory, each answered by another.
 
     STATE/requests/<number>.json     a request, written by ``edgeflame rounds``, deleted when it has been carried out
-    STATE/requests/<number>.answer   its outcome, deleted by who asked
+    STATE/requests/<number>.answer   its outcome, deleted by the command that asked
 
-Files, because who may write into the state directory may decide about the run, and because a request waits there for
-an aggregator that is not running just now.
+They are files because whoever may write into the state directory may decide about the run, and because a request waits
+there for an aggregator that is not running just now.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _OperatorRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="req
 
 
 class StopRun(_OperatorRequest, frozen=True, kw_only=True, tag="stop"):
-    """End the run without a result; after its end, send an aggregator that stays away."""
+    """End the run without a result; after its end, stop an aggregator that stayed."""
 
 
 class FinishEarly(_OperatorRequest, frozen=True, kw_only=True, tag="finish"):
@@ -68,12 +68,12 @@ class RequestResult(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutcome:
-    """What a request comes to.
+    """The outcome of a request.
 
     Attributes:
-        outputs: the round machine's, to carry out.
+        outputs: the state machine's outputs, to be carried out.
         text: for the operator.
-        ends_service: an aggregator that stays after the end is to leave.
+        ends_service: whether an aggregator that stays after the end is to stop.
     """
 
     outputs: list[RoundOutput] = field(default_factory=list)
@@ -85,7 +85,7 @@ def apply_request(request: OperatorRequest, machine: RoundMachine, now: float) -
     """Hand an operator's request to the round machine; doing it twice is the same as once.
 
     Raises:
-        UsageError: it cannot be done, and why.
+        UsageError: it cannot be done; the message says why.
     """
     state = machine.state
     if isinstance(request, PauseSite | ResumeSite | RemoveSite) and request.site not in state.active_members:
@@ -131,7 +131,7 @@ class RequestQueue:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def submit(self, request: OperatorRequest) -> str:
-        """Leave a request; its number."""
+        """Write a request; returns its number."""
         number = f"{time.time_ns():020d}"
         write_json(self._folder / f"{number}.json", request)
         return number

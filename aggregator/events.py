@@ -16,8 +16,7 @@ from aggregator.config import AggregateConfig
 from edgeflame.mqtt.messages import Phase, RefusalReason
 
 RoundPurpose = Literal["update", "statistics"]
-"""What sites are asked for: the updates of a round, or their statistics after the last round. Events about the latter
-have round 0."""
+"""What sites are asked for: the updates of a round, or after the last round their statistics; these have round 0."""
 PausedBy = Literal["site", "operator"]
 """Who paused a site: its own operator, or the aggregator's."""
 
@@ -75,7 +74,7 @@ class UpdateAccepted(_Event, frozen=True, kw_only=True, tag="update_accepted"):
     sha256: str
     num_samples: int
     num_steps: int = 0
-    """0: the site did not say."""
+    """0 if the site did not say."""
     metrics: dict[str, float]
     relative_change: float
     purpose: RoundPurpose = "update"
@@ -142,7 +141,7 @@ class SitePaused(_Event, frozen=True, kw_only=True, tag="site_paused"):
 
 
 class SiteResumed(_Event, frozen=True, kw_only=True, tag="site_resumed"):
-    """One of the two who may pause a site no longer does. It goes on when neither does."""
+    """A site's own operator or the aggregator's no longer pauses it. It goes on when neither pauses it."""
 
     site: str
     by: PausedBy
@@ -169,7 +168,7 @@ class RoundsEndedEarly(_Event, frozen=True, kw_only=True, tag="last_round"):
 class RunEnded(_Event, frozen=True, kw_only=True, tag="run_ended"):
     succeeded: bool
     reason: str
-    """Why it failed; empty if it did not."""
+    """Why the run failed; empty if it did not."""
 
 
 Event = (
@@ -210,7 +209,7 @@ class Round:
     """Those of ``left_out`` that were paused."""
     is_closed: bool = False
     result_sha256: str | None = None
-    """What was made of it: the next model, or the pooled statistics."""
+    """Its result: the next model, or the pooled statistics."""
     purpose: RoundPurpose = "update"
     relative_change: float | None = None
     """As in :class:`ModelAggregated`."""
@@ -220,7 +219,7 @@ class Round:
 
     @property
     def open_sites(self) -> tuple[str, ...]:
-        """Asked, and neither accepted nor refused."""
+        """Sites that were asked and are neither accepted nor refused."""
         return tuple(site for site in self.asked if site not in self.accepted and site not in self.refused)
 
 
@@ -258,7 +257,7 @@ class RunState:
 
     @property
     def rounds_over(self) -> bool:
-        """No further round is to begin."""
+        """Whether no further round is to begin."""
         return self.ended_early is not None or len(self.rounds) >= self.config.rounds
 
     @property
@@ -268,7 +267,7 @@ class RunState:
 
     @property
     def current_round(self) -> Round | None:
-        """What was last started: the statistics phase, as round 0, or the newest round of training."""
+        """The round that was started last: the statistics phase, as round 0, or the newest round of training."""
         return self.statistics or self.latest_round
 
     @property
@@ -284,7 +283,7 @@ class RunState:
 
     @property
     def is_trained(self) -> bool:
-        """The final model is made."""
+        """Whether the final model is made."""
         return bool(self.rounds) and self.rounds[-1].result_sha256 is not None and self.rounds_over
 
 

@@ -1,7 +1,7 @@
 """What sites and aggregator exchange in a round: model weights, or memories of prototypes (FedDyMem).
 
 An :class:`Exchange` says what is particular about one kind of update at the aggregator: how large it may be, how it is
-checked, and how far the result has moved. How updates are combined is a strategy's matter
+checked, and how far the result has moved. How updates are combined is decided by a strategy
 (:mod:`aggregator.strategies`); everything else treats an update as a file. ``EXCHANGES`` has one for each
 :data:`edgeflame.methods.ExchangeKind`; another kind of update is another class here.
 
@@ -62,12 +62,12 @@ class Exchange(Protocol):
     """One kind of update, at the aggregator."""
 
     compressible: bool
-    """Sites may send updates in another codec than ``raw``."""
+    """Whether sites may send updates in another codec than ``raw``."""
     has_statistics_phase: bool
-    """The statistics of all sites may be pooled after the last round."""
+    """Whether the statistics of all sites may be pooled after the last round."""
 
     def max_update_bytes(self, initial_bytes: int, learning: Learning) -> int:
-        """The expected size of an update at most; ``initial_bytes`` is the size of what the run started from."""
+        """The largest expected size of an update; ``initial_bytes`` is the size of the initial model or memory."""
         ...
 
     def validate_initial(self, path: Path) -> ValidationResult:
@@ -79,9 +79,9 @@ class Exchange(Protocol):
 
         Args:
             path: the update.
-            base: what the round started from.
+            base: the model or memory that the round started from.
             num_samples: images that the site says it has.
-            bounds: the run's.
+            bounds: the run's limits.
         """
         ...
 
@@ -101,7 +101,7 @@ class WeightsExchange:
         return initial_bytes
 
     def validate_initial(self, path: Path) -> ValidationResult:
-        """Tensors, all finite."""
+        """A file of tensors that are all finite."""
         try:
             with TensorFile(path) as model:
                 for name, spec in model.schema.items():
@@ -160,12 +160,12 @@ def validate_weights(path: Path, base: Path, *, max_relative_change: float) -> V
 class MemoryExchange:
     """Sites send memory banks (:mod:`edgeflame.statistics.memory`), and no weights."""
 
-    # A memory is small already, and pools what the statistics phase would.
+    # A memory is small already, and pools what the statistics phase would pool.
     compressible = False
     has_statistics_phase = False
 
     def max_update_bytes(self, initial_bytes: int, learning: Learning) -> int:
-        """By the number of prototypes: a run starts from an empty memory, which says nothing of their size."""
+        """From the number of prototypes: a run starts from an empty memory, whose size tells nothing."""
         del initial_bytes
         return learning.memory.prototypes * 4 * (MAX_CHANNELS + 3)
 
@@ -181,7 +181,7 @@ class MemoryExchange:
         return ValidationResult()
 
     def validate_update(self, path: Path, base: Path, *, num_samples: int, bounds: UpdateBounds) -> ValidationResult:
-        """Of the run's embeddings, within bounds, above the privacy floor."""
+        """A memory of the run's embeddings, within bounds and above the privacy floor."""
         try:
             bank = read_bank(path)
         except (DataError, NumericalError) as exc:

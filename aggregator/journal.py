@@ -15,7 +15,7 @@ from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.state import check_format_version
 
 JOURNAL_FORMAT = 1
-"""Of the file, kept as SQLite's ``user_version``; 0 is the same, from before it was kept."""
+"""Version of the file's format, kept as SQLite's ``user_version``; 0 is the same format, from before it was kept."""
 
 # The time is for those who read the file; nothing is decided by it.
 _SQL_SCHEMA = """CREATE TABLE IF NOT EXISTS facts (
@@ -31,7 +31,7 @@ class Journal:
     """A journal file, used by one thread; a context manager.
 
     Raises:
-        StorageError: here, of a file of a later format; here and in every method, when the file or the disk fails.
+        StorageError: here, if the file has a later format; here and in every method, if the file or the disk fails.
     """
 
     def __init__(self, path: Path) -> None:

@@ -69,7 +69,7 @@ def _statistics_entry(entry: Round, state: RunState) -> dict[str, Any]:
         ],
         "left_out": _left_out_entries(entry),
         "sha256": entry.result_sha256,
-        # Of the covariances, relative to their Frobenius norm; over the positions.
+        # Error of the covariances relative to their Frobenius norm, over the positions.
         "truncation_error": state.truncation or None,
     }
 
@@ -100,7 +100,7 @@ def _round_entry(entry: Round, state: RunState) -> dict[str, Any]:
                 "decoded_sha256": update.decoded,
                 "num_samples": update.num_samples,
                 "num_steps": update.num_steps,
-                # Until the round is closed nobody's share is known.
+                # Shares are not known until the round is closed.
                 "weight": weights[site] if entry.is_closed else None,
                 "relative_change": update.relative_change,
                 "metrics": update.metrics,

@@ -21,7 +21,7 @@ log = EventLog("aggregator")
 LIVENESS_TIMEOUT_S = 15.0
 """Sites send a heartbeat every second or two; one unheard for this long is dead, or cut off."""
 RECONNECT_GRACE_S = 3.0
-"""What is left of ``LIVENESS_TIMEOUT_S`` after a site's goodbye or last will: time to come back after a short break."""
+"""How long a site counts as live after its goodbye or last will: time to come back after a short break."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Membership:
 
     Args:
         state: the run; its members are known from before a restart, and count as just heard.
-        aggregator_boot: this process.
+        aggregator_boot: id of this process.
         now: monotonic clock, seconds.
     """
 
@@ -77,14 +77,14 @@ class Membership:
         return Welcome(boot=hello.boot, aggregator=self._boot)
 
     def heartbeat(self, site: str, beat: Heartbeat, now: float) -> bool:
-        """Take a heartbeat; whether it is the admitted process's."""
+        """Take a heartbeat; returns whether it is the admitted process's."""
         if not self.is_admitted(site, beat.boot):
             return False
         self._leases[site].heard_at = now
         return True
 
     def mark_offline(self, site: str, presence: Presence, now: float) -> bool:
-        """Take an offline presence (a process left, or its link broke); whether it is the admitted process's."""
+        """Take an offline presence (a process left, or its link broke); returns whether it is the admitted one's."""
         if not self.is_admitted(site, presence.boot):
             return False
         lease = self._leases[site]
@@ -109,7 +109,7 @@ class Membership:
         return lease is not None and lease.boot == boot
 
     def is_known(self, site: str) -> bool:
-        """Whether the name is leased. Messages of others, who have said no hello, are ignored."""
+        """Whether the name is leased. Messages of other sites, which sent no Hello, are ignored."""
         return site in self._leases
 
     def install_of(self, site: str) -> str | None:
@@ -118,7 +118,7 @@ class Membership:
         return None if lease is None else lease.install
 
     def release(self, site: str) -> str | None:
-        """A site is no longer part of the run, and its name is free; the boot it was admitted as."""
+        """Free the name of a site that is no longer part of the run; returns the boot it was admitted as."""
         lease = self._leases.pop(site, None)
         return None if lease is None else lease.boot
 

@@ -1,4 +1,4 @@
-"""How a run stands, in numbers: as retained MQTT tags that a SCADA system or PLC can read, and for Prometheus.
+"""The status of a run in numbers: as retained MQTT tags that a SCADA system or PLC can read, and for Prometheus.
 
 :class:`RunStatus` is a run at one moment, with pure functions that render it; :class:`StatusReporter` takes such a
 snapshot twice a second and publishes what has changed. It decides nothing.
@@ -36,13 +36,13 @@ class RunStatus:
         num_online: sites heard lately.
         phase_s: seconds since this phase, or this round, began; or since the aggregator was started.
         last_round_s: how long the last round took, seconds; None if none has ended since the start.
-        progress_age_s: seconds since any site was a step further.
+        progress_age_s: seconds since any site made progress.
         progress_at: the same as a time, seconds since 1970.
         is_connected: the broker is connected.
         bytes_in: payload received since the start.
         bytes_out: payload sent since the start.
         free_bytes: free on the disk of the state folder.
-        certificate_expires: when the certificate expires that is shown to the broker; None if that is not known.
+        certificate_expires: when the certificate that the broker is shown expires; None if that is not known.
     """
 
     state: RunState
@@ -64,7 +64,7 @@ class RunStatus:
 
 
 def run_summary(state: RunState, *, num_online: int) -> str:
-    """In a few words, for a terminal."""
+    """The run's status in a few words, for a terminal."""
     entry = state.statistics if state.phase == "statistics" else state.latest_round
     if state.phase in ("train", "statistics") and entry is not None:
         done = f"{len(entry.accepted)} of {len(entry.asked)} in"
@@ -101,7 +101,7 @@ def status_tags(snapshot: RunStatus) -> dict[str, str]:
 
 
 def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
-    """The same and more for Prometheus; ``docs/fleet.md`` lists them."""
+    """The metrics for Prometheus; ``docs/fleet.md`` lists them."""
     state, prefix = snapshot.state, "edgeflame_aggregator"
     current = 0 if state.latest_round is None else state.latest_round.number
     gathered = [*state.rounds, *filter(None, [state.statistics])]
@@ -153,7 +153,7 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
             "When the kit's certificate expires; NaN if that is not known.",
             math.nan if snapshot.certificate_expires is None else snapshot.certificate_expires.timestamp(),
         ),
-        # The names before these, for one more version.
+        # Earlier names of metrics above, kept for one more version.
         gauge("accepted_updates", "Use updates_accepted_total.", accepted),
         by("reason", "refusals", "Use uploads_refused_total.", last_refusals),
         gauge("left_out", "Use sites_left_out_total.", sum(len(entry.left_out) for entry in state.rounds)),
@@ -194,13 +194,13 @@ def _site_state(state: RunState, site: str) -> SiteState:
 
 
 class StatusReporter:
-    """Publishes how the run stands. It decides nothing.
+    """Publishes the run's status. It decides nothing.
 
     Args:
-        state_dir: the folder whose disk must not fill up.
+        state_dir: its disk's free space is reported.
         publish: publishes a tag, retained; called only while the broker is connected.
-        server: serves the metrics to Prometheus; None: they are not served.
-        certificate_expires: when the certificate expires that is shown to the broker, if that is known.
+        server: serves the metrics to Prometheus; None serves none.
+        certificate_expires: when the certificate that the broker is shown expires, if that is known.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class StatusReporter:
         self._last_round_s: float | None = None
 
     def reconnected(self) -> None:
-        """There is a new connection: the broker may have forgotten everything."""
+        """Publish everything again: on a new connection the broker may have forgotten it."""
         self._published.clear()
 
     def report(
@@ -232,7 +232,7 @@ class StatusReporter:
         Args:
             state: the run.
             num_online: sites heard lately.
-            progress_at: when any site was last a step further.
+            progress_at: when any site last made progress.
             link: the connection, which counts bytes.
             is_up: whether the broker is connected.
             now: monotonic clock, seconds; as ``progress_at``.

@@ -21,7 +21,7 @@ class StatePublisher:
     """Describes a run as a message, and serves the blobs that the message names.
 
     Args:
-        store: where the blobs are.
+        store: holds the blobs.
     """
 
     def __init__(self, store: BlobStore) -> None:
@@ -32,7 +32,7 @@ class StatePublisher:
         self._ledger: str | None = None
 
     def set_chunk_size(self, chunk_bytes: int) -> None:
-        """Describe blobs in chunks of another size from now on: there is a new connection."""
+        """Describe blobs in chunks of this size from now on; called on each new connection."""
         if chunk_bytes != self._chunk_bytes:
             self._chunk_bytes = chunk_bytes
             self._manifests.clear()
@@ -92,7 +92,7 @@ class StatePublisher:
         )
 
     def chunks_requested(self, site: str, need: BlobNeed, *, now: float) -> bool:
-        """Take a site's bitmap; False if it is not of a blob that is served.
+        """Take a site's request for chunks; returns False if its blob is not served.
 
         Raises:
             FederationError: it does not fit the blob.
@@ -122,7 +122,7 @@ class StatePublisher:
 
     @property
     def served_blobs(self) -> frozenset[str]:
-        """What the last message names, and must stay in the store."""
+        """SHA-256 of the blobs that the last message names; they must stay in the store."""
         return frozenset(self._manifests)
 
     def _ledger_blob(self, state: RunState) -> str:

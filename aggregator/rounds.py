@@ -17,8 +17,8 @@ A run goes through these phases::
                 with a quorum of accepted updates the next model is made of them, without one the run fails.
     statistics  Only where statistics are federated. Each member is asked for its own with the final model, and ends
                 up as in a round: round 0 of the journal, with the same quorum. Then they are pooled.
-    finish      Each member makes its package from the final model, and says so; who is silent is left out.
-    done/failed Nothing more happens, except that an aggregator that stays takes note of packages made late.
+    finish      Each member makes its package from the final model and reports it; silent ones are left out.
+    done/failed Nothing more happens, except that an aggregator that stays records packages made late.
 
 Three things may happen in any phase before the end:
 
@@ -147,7 +147,7 @@ class SendToSite:
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiveUpload:
-    """Fetch the offered blob, check it, and report :meth:`RoundMachine.upload_validated`."""
+    """Receive the offered blob, check it, and call :meth:`RoundMachine.upload_validated`."""
 
     site: str
     offer: Offer
@@ -155,8 +155,8 @@ class ReceiveUpload:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregateRound:
-    """Make the round's model from its accepted updates, and report :meth:`RoundMachine.model_aggregated`; or pool the
-    accepted statistics, and report :meth:`RoundMachine.statistics_pooled`.
+    """Make the round's model from its accepted updates, and call :meth:`RoundMachine.model_aggregated`; or pool the
+    accepted statistics, and call :meth:`RoundMachine.statistics_pooled`.
     """
 
     round: Round
@@ -174,11 +174,11 @@ RoundOutput = RecordEvent | PublishState | SendToSite | ReceiveUpload | Aggregat
 
 
 class RoundMachine:
-    """A run; ``now`` is a monotonic clock's reading in seconds.
+    """The state machine of a run; ``now`` is a monotonic clock's reading in seconds.
 
     Args:
-        state: as the journal has it.
-        now: see above.
+        state: the run as the journal has it.
+        now: monotonic clock, seconds.
     """
 
     def __init__(self, state: RunState, *, now: float) -> None:
@@ -207,7 +207,7 @@ class RoundMachine:
         return outputs + self._advance(now)
 
     def site_ready(self, site: str, *, install: str, initial: str, now: float) -> list[RoundOutput]:
-        """A site can take part. Repeated; only the first time matters, and after it left only another install does."""
+        """A site can take part; it says so repeatedly, and only the first time of each install counts."""
         known = self._state.members.get(site)
         if self._state.ended or (known is not None and known.install == install):
             return []
@@ -216,13 +216,13 @@ class RoundMachine:
         return [*joined, *self._advance(now)]
 
     def heartbeat_received(self, site: str, now: float) -> None:
-        """A site's process is alive; whether it makes progress is another matter."""
+        """A site's process is alive; that alone is no progress."""
         self._last_heartbeat[site] = now
 
     def progress_made(self, site: str, now: float, *, is_ready: bool = True) -> None:
         """A site has made progress: it trained, sent or fetched something new.
 
-        ``is_ready`` is false while it prepares, or on its way out after a failure: that brings no lost site back.
+        ``is_ready`` is false while it prepares, and after a failure of its; a lost site is then not asked again.
         """
         self._last_progress[site] = now
         if is_ready:
@@ -270,7 +270,7 @@ class RoundMachine:
         return [*self._record(event), SendToSite(site=site, message=answer), *self._close_if_complete(now)]
 
     def task_failed(self, site: str, message: TaskFailed, now: float) -> list[RoundOutput]:
-        """A site says that it cannot do its part."""
+        """A site reports that its task failed."""
         state, current = self._state, self._state.current_round
         reply = Refusal(
             run=message.run, purpose=message.purpose, round=message.round, reason="failed", detail=message.detail
@@ -344,7 +344,7 @@ class RoundMachine:
         return [*outputs, PublishState()] if by == "operator" else outputs
 
     def resume_site(self, site: str, *, by: PausedBy, now: float) -> list[RoundOutput]:
-        """One of those who paused a site no longer does; it goes on when all of them have resumed it."""
+        """End a site's pause by its own or the aggregator's operator; it goes on when neither pauses it."""
         if self._state.ended or by not in self._state.paused.get(site, {}):
             return []
         self._last_progress[site] = now
@@ -413,7 +413,7 @@ class RoundMachine:
         return self._record(refused)
 
     def _advance(self, now: float) -> list[RoundOutput]:
-        """Begin what may begin now: called when sites come, go, pause or resume, and when a step is done."""
+        """Begin what can begin now; called when sites come, go, pause or resume, and when a step is done."""
         state, current = self._state, self._state.latest_round
         match state.phase:
             case "waiting":
@@ -460,7 +460,7 @@ class RoundMachine:
         ]
 
     def _start_next_round(self, now: float) -> list[RoundOutput]:
-        """Ask for the next round's updates or, after the last round, for the statistics; if anyone can be asked."""
+        """Ask for the next round's updates or, after the last round, for the statistics, if any site can be asked."""
         config = self._state.config
         if not self._state.active_members:
             return self._end_run(succeeded=False, reason="every site has left the run")
@@ -480,7 +480,7 @@ class RoundMachine:
     def available_sites(self) -> list[str]:
         """Members that may be asked, sorted: not those that left, are paused, or are lost."""
         awake = self._state.active_members - self._state.paused.keys()
-        # If all are lost they are asked all the same; the deadline will tell.
+        # If all are lost they are asked all the same; those that stay silent miss the deadline.
         return sorted(awake - self._lost_sites() or awake)
 
     def _lost_sites(self) -> set[str]:

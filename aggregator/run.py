@@ -40,7 +40,7 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-        ledger: as plain data; also in ``ledger_path``.
+        ledger: the ledger as plain data; also in ``ledger_path``.
         model_path: the final global model; None if the run failed before it had one.
     """
 
@@ -56,7 +56,7 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
 
     Raises:
         ConfigError: the unfinished run has another configuration.
-        MissingDependencyError: its rule needs what is not installed here.
+        MissingDependencyError: its strategy needs a package that is not installed here.
         StorageError: the journal fails.
     """
     if config.rule.check is not None:
@@ -88,7 +88,7 @@ class Run:
         state: the run as the journal has it.
         journal: gets the events.
         store: holds the blobs, and gets the models.
-        clock: the machine's, monotonic, in seconds.
+        clock: the state machine's clock: monotonic, seconds.
         handle: carries out what depends on how sites are reached: all outputs but :class:`RecordEvent` and
             :class:`AggregateRound`.
     """
@@ -128,7 +128,7 @@ class Run:
                     log_event(output.event)
                 case AggregateRound():
                     self.execute(self._close_round(output.round))
-                    # What the state names now is needed, and what is being sent; the updates are not.
+                    # Blobs that the state names or that are being sent are kept; the updates are no longer needed.
                     self.store.prune({*self.state.servable_blobs, *self.publisher.served_blobs})
                 case _:
                     self._handle(output)

@@ -81,10 +81,10 @@ def run_aggregator(
         config: must be the same when an interrupted run continues.
         report: counts rounds.
         new_run: if the state directory's run has ended, start another one.
-        connect_timeout_s: give up if the broker was not reached within this time; None: never.
+        connect_timeout_s: give up if the broker was not reached within this time; None waits for ever.
         stay: answer and serve late sites after the end, until interrupted or stopped by the operator.
-        metrics: ``HOST:PORT`` at which metrics are served to Prometheus; None: they are not served.
-        certificate_expires: when the certificate expires that is shown to the broker, if that is known.
+        metrics: ``HOST:PORT`` at which metrics are served to Prometheus; None serves none.
+        certificate_expires: when the certificate that the broker is shown expires, if that is known.
 
     Raises:
         ConfigError: the interrupted run has another configuration.
@@ -145,12 +145,12 @@ class _AggregatorService:
         self._is_up = False
         self._stay = stay
         self._requests = RequestQueue(state_dir)
-        self._told_to_stop = False
+        self._stop_requested = False
         self._is_end_published = False
         self._written: RunState | None = None
 
     def serve(self, broker: BrokerUrl, connect_timeout_s: float | None) -> None:
-        """Until the run is over."""
+        """Serve the run until it is over."""
         will = LastWill(topic=self._topics.aggregator_presence, payload=encode_message(self._presence(online=False)))
         link = MqttClient(
             broker,
@@ -170,7 +170,7 @@ class _AggregatorService:
             try:
                 self._loop()
             except KeyboardInterrupt:
-                # An aggregator that stays is sent away in this way; before the end it is an interruption.
+                # After the end this is how an aggregator that stays is stopped; before, it is an interruption.
                 if not self._stay or self._run.state.ended is None:
                     raise
             finally:
@@ -179,7 +179,7 @@ class _AggregatorService:
                 self._run.publisher.close()
 
     def result(self) -> RunResult:
-        """How it went; writes the ledger and the model."""
+        """Write the ledger and the model; returns how the run ended."""
         return write_results(self._run.state, self._store, self._out_dir)
 
     def _loop(self) -> None:
@@ -187,7 +187,7 @@ class _AggregatorService:
         self._run.execute(self._machine.restart(now))
         next_tick = now
         is_over = False
-        while not is_over or (self._stay and not self._told_to_stop):
+        while not is_over or (self._stay and not self._stop_requested):
             try:
                 event = self._inbox.get(timeout=TICK_S)
             except queue.Empty:
@@ -201,15 +201,15 @@ class _AggregatorService:
                 self._requests.process_pending(self._on_request)
                 self._report_status(now)
             self._send_chunks()
-            # The end must be published, also by an aggregator that was restarted after it: it is when the broker
-            # sends it back. A connection that seems to be up may be none.
+            # The end must be published, also by an aggregator that was restarted after it. It counts as published
+            # when the broker sends it back: a connection that seems to be up may be dead.
             is_over = self._run.state.ended is not None and self._is_end_published
             if is_over and self._stay:
                 self._write_results()
         self._report_status(time.monotonic())
 
     def _write_results(self) -> None:
-        """While the aggregator stays: once, and again when a late site has reported."""
+        """Write the results while the aggregator stays: once, and again when a late site has reported."""
         state = self._run.state
         if state is not self._written:
             self._written = state
@@ -287,7 +287,7 @@ class _AggregatorService:
             case Leaving():
                 self._on_leaving(site, message, now)
             case _ if not self._membership.is_known(site):
-                # It says hello first; if it did before this process started, it sees a new boot and does so again.
+                # A site sends Hello first, and again when it sees that the aggregator's process is a new one.
                 log.debug("message_before_hello", site=site, message=message.__struct_config__.tag)
             case Heartbeat():
                 self._on_heartbeat(site, message, now)
@@ -330,7 +330,7 @@ class _AggregatorService:
     def _on_request(self, request: OperatorRequest) -> str:
         outcome = apply_request(request, self._machine, time.monotonic())
         self._run.execute(outcome.outputs)
-        self._told_to_stop = outcome.ends_service
+        self._stop_requested = outcome.ends_service
         return outcome.text
 
     def _on_upload_complete(self, site: str, upload: ReceivedUpload, now: float) -> None:
@@ -348,7 +348,7 @@ class _AggregatorService:
         self._run.execute(self._machine.upload_validated(site, upload.offer, result, now))
 
     def _handle(self, output: RoundOutput) -> None:
-        """Carry out what concerns the sites; the run has journalled the events."""
+        """Carry out an output that concerns sites; the run has journalled the events."""
         match output:
             case PublishState():
                 self._publish_state()
@@ -364,7 +364,7 @@ class _AggregatorService:
     def _receive(self, site: str, offer: Offer, now: float) -> None:
         size_bytes = offer.manifest.size_bytes
         if offer.purpose == "initial" and not self._store.has_room(size_bytes):
-            # It is as large as the site says, unlike an update: one site must not end the run.
+            # Its size, unlike an update's, is the site's own claim: one site must not fill the disk and end the run.
             detail = f"{size_bytes} bytes; the aggregator's disk has no room"
             result = ValidationResult(reason="too_large", detail=detail)
             self._run.execute(self._machine.upload_validated(site, offer, result, now))

@@ -15,7 +15,7 @@ from edgeflame.transfer.store import BlobStore, IncomingBlob
 log = EventLog("aggregator")
 
 MAX_CHUNKS_IN_FLIGHT = 256
-"""On their way from all sites together: 64 MiB. They queue at the broker for the aggregator; Mosquitto keeps 1000
+"""Chunks in flight from all sites together: 64 MiB. They queue at the broker for the aggregator; Mosquitto keeps 1000
 messages of a queue and drops the others silently."""
 
 
@@ -39,7 +39,7 @@ class UploadReceiver:
     """Receives offered blobs.
 
     Args:
-        store: where they go.
+        store: where the blobs go.
         send: sends a :class:`BlobNeed` to a site.
     """
 
@@ -90,20 +90,20 @@ class UploadReceiver:
         return kind is ChunkKind.NEW, None
 
     def cancel(self, site: str) -> None:
-        """Stop receiving a site's blob, and delete what has come."""
+        """Stop receiving a site's blob, and delete what has arrived of it."""
         upload = self._pending.pop(site, None)
         if upload is not None:
             upload.incoming.discard()
 
     def close(self) -> None:
-        """Stop; what has come stays on disk."""
+        """Stop receiving; what has arrived stays on disk."""
         for upload in self._pending.values():
             upload.incoming.close()
         self._pending.clear()
 
     def _send_need(self, site: str, upload: _PendingUpload, *, resend: bool, now: float) -> None:
-        # Its share of what may come; and no more than the others leave, who learn of their smaller share only with
-        # their next acknowledgement.
+        # The site's share of the chunks in flight, and no more than the other sites leave: these learn of a smaller
+        # share only with their next acknowledgement.
         promised = sum(other.window for name, other in self._pending.items() if name != site)
         window = upload.incoming.receiver.window
         window.limit = min(MAX_CHUNKS_IN_FLIGHT // len(self._pending), MAX_CHUNKS_IN_FLIGHT - promised)

@@ -3,12 +3,12 @@
 Validation has two steps:
 
 1. By the state of the run alone, before any byte is transferred. :func:`answer_from_state` gives the answer to an
-   offer that needs no look at its blob: an offer that was accepted gets its receipt again, one that was refused its
+   offer that does not depend on its blob: an offer that was accepted gets its receipt again, one that was refused its
    refusal, one that is late, stale or was not asked for is refused. :func:`validate_offer` refuses what cannot count
    whatever its bytes are: too large, or an implausible number of samples or steps. Both are pure. The same offer gets
    the same answer, however often it comes, so a site may repeat itself until it hears one.
-2. By the blob, once it is in the store: :func:`validate_upload`. What an initial model or an update must be is a matter
-   of what sites exchange (:mod:`aggregator.exchanges`); statistics must be of the final model's embeddings and have the
+2. By the blob, once it is in the store: :func:`validate_upload`. What an initial model or an update must be depends on
+   what sites exchange (:mod:`aggregator.exchanges`); statistics must be of the final model's embeddings and have the
    form of those accepted before.
 """
 
@@ -31,11 +31,11 @@ HEADER_SLACK_BYTES = 64 << 10
 """An update may be larger than expected by this much: safetensors headers differ by their metadata."""
 
 MAX_REFUSALS_PER_ROUND = 5
-"""A site that sent so many bad updates in a round gets no further one checked: it must not fill the journal."""
+"""After so many bad updates of a site in a round no further one is checked: it must not fill the journal."""
 
 
 def answer_from_state(state: RunState, site: str, offer: Offer) -> DownMessage | None:
-    """The answer to an offer that needs no look at the blob; None if it does."""
+    """The answer to an offer by the state alone; None if it depends on the offer's size or blob."""
     if offer.run != state.run:
         return refusal_for(offer, "unknown_run", f"this run is {state.run}")
     if site not in state.members:
@@ -149,7 +149,7 @@ def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path 
     Args:
         path: the blob.
         model: SHA-256 of the final model; the statistics must be of its embeddings.
-        num_samples: what the offer says.
+        num_samples: number of images by the offer.
         like: statistics that were accepted before, whose shape these must have; None for the first.
     """
     try:

@@ -121,7 +121,7 @@ def export_network(network: nn.Module, preprocessing: Preprocessing) -> onnx.Mod
 
 
 def _mixing(network: StagedNetwork, size: list[int]) -> StageMixing:
-    """What ``on_grid`` does to rows and columns of a stage of ``size`` h_s, w_s, found by applying it to unit rows and columns.
+    """What ``on_grid`` does to rows and columns of a stage of ``size`` h_s, w_s, found by trying it.
 
     It keeps constants, so that a map with one row of ones shows what becomes of that row.
     """

@@ -1,9 +1,9 @@
 """The threshold, and what it can promise about good parts. No torch here, so that a line can set its threshold too.
 
 **The threshold.** The lowest one is taken at which the share of good units that score above it is, with the confidence
-asked for, no higher than the rate asked for. The part is the independent unit, whether parts or photographs are rejected. The probability
-that the rate is exceeded falls as the threshold rises, so no correction is needed for having searched: the threshold
-is wrong only where that probability is wrong at the one true quantile.
+asked for, no higher than the rate asked for. The part is the independent unit, whether parts or photographs are
+rejected. The probability that the rate is exceeded falls as the threshold rises, so no correction is needed for having
+searched: the threshold is wrong only where that probability is wrong at the one true quantile.
 
 **The confidence bound**, where a few parts were photographed several times each. Part g of m shows the share ``z_g``
 of its photographs above a threshold: 0 or 1 where it was photographed once, anything between otherwise. The

@@ -1,4 +1,4 @@
-"""What a simulation is: the fleet, its data and how they are dealt to the sites, cameras, figures, engine."""
+"""The configuration of a simulation: fleet, data and their partition, cameras, measurements, engine."""
 
 from __future__ import annotations
 
@@ -143,18 +143,18 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return tuple(f"site-{number:0{width}}" for number in range(self.sites))
 
     def aggregate_config(self) -> AggregateConfig:
-        """The fleet's run: all the sites and no others, and no deadlines, for nobody is slow."""
+        """The configuration of the fleet's run, with all the simulated sites and no others."""
         return msgspec.structs.replace(self.fleet, min_available_sites=self.sites, expected_sites=self.site_names)
 
     def solo_learning(self) -> Learning:
-        """What a site learns that learns alone, and as long as in the fleet."""
+        """The learning of a site that learns alone, for as many epochs as it would train in the fleet."""
         assert self.alone is not None
         learning = self.fleet.learning
         training = msgspec.structs.replace(learning.training, epochs=self.fleet.rounds * learning.training.epochs)
         return msgspec.structs.replace(learning, method=self.alone, training=training)
 
     def without_engine(self) -> dict[str, Any]:
-        """What decides the result, as plain data: all but the engine."""
+        """The configuration without the engine, which does not change the result, as plain data."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         del plain["engine"]
         return plain

@@ -7,17 +7,17 @@ images on disk.
     OUT/data/sites/<site>/train/good            a site's images; also test and ground_truth where
                                                 these are not the common ones: own cameras, or not all textures
     OUT/data/*/groups.csv                       which photographs show the same part
-    OUT/data/layout.json                        who has what; written last
+    OUT/data/layout.json                        which site has which parts; written last
 
 1. Parts come from a folder of photographs or are generated boards (:func:`load_parts`). A part is a physical object
    with all its photographs.
 2. They are partitioned among the sites (:func:`partition_parts`; pure): a part is never split, and every part goes to
    exactly one site.
 3. Each site's photographs are written (:func:`prepare_site_data`). These are ordinary data sets: ``edgeflame train
-   --data OUT/data/sites/<site>`` learns from what a simulated site does. With one camera for all, a folder's
+   --data OUT/data/sites/<site>`` learns from the same images as the simulated site. With one camera for all, a folder's
    photographs are links to where they lie. With cameras of their own, photographs are taken anew: of generated boards
    by the camera, of a folder's photographs as if the camera had looked at them. Then the common test part is shared
-   out over all cameras, so that none of its photographs is of a camera nobody trained on.
+   out over all cameras, so that none of its photographs is from a camera that no site trained on.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def partition_parts(
         groups: the category of every part, by the part's name.
         sites: names, in order.
         partition: the rule.
-        rng: for everything that is drawn.
+        rng: random generator of all draws.
 
     Returns:
         For every site its parts, sorted.
@@ -232,7 +232,7 @@ def _site_quotas(num_groups: int, num_sites: int, partition: Partition, rng: np.
     else:
         shares = rng.dirichlet(np.full(num_sites, partition.beta))
     extra = np.floor(shares * rest).astype(int)
-    # What rounding down left over goes to those who lost most by it.
+    # What rounding down left over goes to the sites that lost most by it.
     by_loss = np.argsort(-(shares * rest - extra), kind="stable")
     extra[by_loss[: rest - int(extra.sum())]] += 1
     return [int(partition.min_groups + one) for one in extra]
@@ -269,7 +269,7 @@ LAYOUT_FILE = "layout.json"
 
 
 class SiteData(msgspec.Struct, frozen=True, kw_only=True):
-    """What a site has."""
+    """The data of one site."""
 
     site: str
     data: str
@@ -281,7 +281,7 @@ class SiteData(msgspec.Struct, frozen=True, kw_only=True):
     categories: dict[str, int]
     """Parts of each texture; of a folder, all of one category."""
     camera: dict[str, float] | None
-    """None: the common one."""
+    """None for the common one."""
 
 
 class SiteLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -364,7 +364,7 @@ class _DatasetWriter:
         self._rows = ["path,group"]
 
     def write(self, parts: Iterable[tuple[SimulatedPart, Camera | None]]) -> int:
-        """Add parts as a camera sees them; how many photographs those were."""
+        """Add parts as a camera sees them; returns the number of photographs."""
         before = len(self._rows)
         for part, camera in parts:
             for photo in part.photographs(camera):

@@ -32,10 +32,10 @@ class SimulationEngine(Protocol):
     """Carries out tasks."""
 
     def run(self, tasks: Sequence[SimulationTask]) -> Iterator[SiteAnswer | MeasureAnswer]:
-        """Answers in the order in which they come.
+        """Yield answers in the order in which they come.
 
         Raises:
-            EdgeFlameError: what ended a task.
+            EdgeFlameError: a task failed with it.
         """
         ...
 
@@ -116,7 +116,7 @@ class _RayEngine:
 
 @contextlib.contextmanager
 def _ray_session(config: EngineConfig) -> Iterator[Any]:
-    # Nothing of ours goes to Ray's makers.
+    # Send no usage statistics to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -6,7 +6,7 @@ and started again, it continues from the journal and the sites' state directorie
 
 ::
 
-    OUT/simulation.json          the configuration and who has what
+    OUT/simulation.json          the configuration, and which site has which parts
     OUT/data                     the sites' images (:mod:`aggregator.simulation.data`)
     OUT/state, OUT/sites/<site>  state directories of the aggregator and the sites
     OUT/figures/round-<n>.json, site-<site>.json   measured metrics, each measured once and kept
@@ -109,7 +109,7 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
 
     Raises:
         ConfigError: another configuration than before, or too few parts for the sites.
-        EdgeFlameError: what a site's work, the data or the disk failed with.
+        EdgeFlameError: a site's task, the data or the disk failed.
     """
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(out_dir, kind="simulation"))
@@ -154,7 +154,7 @@ def _write_record(config: SimulationConfig, layout: SiteLayout, out_dir: Path) -
 def _run_solo(
     config: SimulationConfig, layout: SiteLayout, out_dir: Path, engine: SimulationEngine, report: Progress
 ) -> RunResult:
-    """No rounds: every site learns by itself, and is measured."""
+    """Have every site learn by itself, without rounds, and measure it."""
     metrics = MeasuredMetrics(out_dir)
     tasks = [
         MeasureTask(
@@ -210,7 +210,7 @@ class _Simulation:
         )
         self._machine = self._run.machine
         self._offered: Path | None = None
-        """The blob that the site at hand offers."""
+        """The blob that the current site offers."""
 
     def close(self) -> None:
         self._run.publisher.close()
@@ -296,7 +296,7 @@ class _Simulation:
                 raise FederationError(f"{site} says {other.__struct_config__.tag}, which nobody asked for")
 
     def _handle(self, output: RoundOutput) -> None:
-        """Sites are asked in turn, so only what they offer, and what is refused, is of interest."""
+        """Log refusals and receive offers; sites are asked in turn, so other outputs need nothing here."""
         match output:
             case SendToSite(site=site, message=Refusal() as refusal):
                 log.warning("refused", site=site, reason=refusal.reason, detail=refusal.detail)

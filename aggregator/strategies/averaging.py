@@ -2,9 +2,10 @@
 
 :class:`FedAvg` is the average weighted by sample counts (FLAME Eq. 7), accumulated in float64 in site order.
 
-:class:`FedNova` (Wang et al. 2020, arXiv 2007.07481) averages changes per step taken, so that no site counts for its
-haste. With ``a_i`` the gradients' worth of site i's local steps (:func:`edgeflame.methods.accumulated_steps`; its
-number of steps where there is no momentum) and ``G_i = (w - w_i) / a_i`` its normalised change,
+:class:`FedNova` (Wang et al. 2020, arXiv 2007.07481) averages changes per step taken, so that a site that takes more
+steps does not count for more. With ``a_i`` the gradients' worth of site i's local steps
+(:func:`edgeflame.methods.accumulated_steps`; its number of steps where there is no momentum) and
+``G_i = (w - w_i) / a_i`` its normalised change,
 
     w+ = w - (sum_i p_i a_i) (sum_i p_i G_i)
 

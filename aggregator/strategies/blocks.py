@@ -30,7 +30,7 @@ class BlockStrategy(Protocol):
         """The new values of a block.
 
         Args:
-            name: the tensor's.
+            name: the tensor's name.
             base: ``[elements]``, the round's base model.
             updates: for each site, in sorted site order, its ``[elements]``. An iterator that reads as it goes, once:
                 a rule that takes one at a time holds one at a time.
@@ -70,7 +70,7 @@ class BlockwiseStrategy:
 def blockwise(
     build: Callable[[RoundInputs], BlockStrategy], *, holds_all_sites: bool = False
 ) -> Callable[[RoundInputs], Strategy]:
-    """What builds a :class:`BlockwiseStrategy` for a round, from what builds its block strategy."""
+    """A builder of :class:`BlockwiseStrategy` from the builder of its block strategy."""
     return lambda inputs: BlockwiseStrategy(rule=build(inputs), holds_all_sites=holds_all_sites)
 
 

@@ -33,7 +33,7 @@ class Contribution:
     """An accepted update, as the journal knows it.
 
     Attributes:
-        site: whose.
+        site: whose update it is.
         path: the verified blob.
         weight: its share of the round's samples, or the same for all where the rule says so; a round's sum to 1.
         num_samples: images it was trained on.
@@ -54,7 +54,7 @@ class RoundInputs:
     """What a strategy knows of its round when it is built.
 
     Attributes:
-        config: the run's.
+        config: the run's configuration.
         contributions: the round's accepted updates, in sorted site order.
         num_members: sites of the run, asked in this round or not.
     """

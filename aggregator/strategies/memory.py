@@ -67,8 +67,9 @@ def kmeans_labels(
     *,
     seed: int,
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """To which of ``count`` clusters each of ``[M, C]`` prototypes with weights ``[M]`` belongs; each to its own where
-    there are no more than that.
+    """The cluster, out of at most ``count``, of each of ``[M, C]`` prototypes with weights ``[M]``.
+
+    Where there are no more than ``count`` prototypes, each is a cluster of its own.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
@@ -89,7 +90,7 @@ def kmeans_labels(
 
 
 def require_scikit_learn() -> None:
-    """Checked before a run begins, not after its first round.
+    """Check that scikit-learn is installed; called before a run begins, not after its first round.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
