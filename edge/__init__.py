@@ -1,1 +1,1 @@
-"""The line side: runtimes, sources, verdicts and the inspection daemon. Never imports torch."""
+"""The edge side: runtimes, image sources, verdicts and the inspection daemon (the *line*). Never imports torch."""

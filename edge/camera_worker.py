@@ -1,17 +1,17 @@
-"""The loop of one camera: capture, inspect, hand on; and what may be changed about it while it runs.
+"""The camera worker: one camera's loop that captures, inspects and hands on parts, and what may be changed meanwhile.
 
 Theory of operation
 -------------------
-The loop runs on a thread of its own, in :meth:`CameraWorker.run`. Everybody else changes it through the methods above
-it, which wait for the frame in hand and take effect before the next one (:class:`FrameLock`).
+The loop runs on a thread of its own, in :meth:`CameraWorker.run`. Other threads change it through the methods that
+stand before it; these wait for the frame being inspected and take effect before the next one (:class:`FrameLock`).
 
 A camera that cannot be opened, or whose capture fails, is tried again with growing pauses. Each outage gives one part
-with the verdict ``unknown``. An inspector that fails unexpectedly costs the part in hand its verdict (``unknown`` as
-well) and not the daemon its life, so long as it does not happen again and again: then :class:`CrashLoopError` ends the
-daemon, for its supervisor to start it afresh.
+with the verdict ``unknown``. If an inspector fails unexpectedly, the part gets the verdict ``unknown`` and the daemon
+goes on; if that happens too often (:class:`RestartBudget`), :class:`CrashLoopError` ends the daemon, for its
+supervisor to start it afresh.
 
 The golden part of a self-test is the first part whose picture was taken after the request: frames that were waiting
-then show what passed before. It is never a part of the production.
+at that moment show earlier parts. It does not count as production.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from edgeflame.errors import (
 from edgeflame.log import EventLog
 
 PATIENCE_S = 5.0
-"""How long a change waits for the frame in hand; a model that takes longer hangs."""
+"""How long a change waits for the frame being inspected, seconds; a model that takes longer hangs."""
 
 
 @final
 class FrameLock:
-    """A lock with a *door* before it: whoever wants a change waits behind one frame, however fast frames follow.
+    """A lock with a *door* before it: a change waits for one frame at most, however fast frames follow each other.
 
     Args:
         camera: for messages.
@@ -66,7 +66,7 @@ class FrameLock:
 
     @contextlib.contextmanager
     def hold_frame(self) -> Iterator[None]:
-        """Held while a frame is judged."""
+        """Held while a frame is inspected."""
         with self._door:
             pass
         with self._lock:
@@ -93,7 +93,7 @@ class FrameLock:
 log = EventLog("line")
 
 MAX_CRASHES, CRASH_WINDOW_S = 5, 600.0
-"""So many unexpected errors of one camera within so long are taken for a defect that only a new start may cure."""
+"""More unexpected errors of one camera than this, within this time (seconds), end the daemon for a new start."""
 
 
 @final
@@ -130,10 +130,10 @@ class RestartBudget:
 
 @final
 class GoldenRequests:
-    """Requests for the next part as a golden one; thread-safe. A request that was given up in time marks nothing.
+    """Requests to mark the next part as golden; thread-safe. A request that has timed out marks nothing.
 
     Args:
-        clock: monotonic, seconds; that of the frames.
+        clock: monotonic, seconds; the clock of the frames.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -143,7 +143,7 @@ class GoldenRequests:
         self._since = 0.0
 
     def wait_for_one(self, timeout_s: float) -> Inspected | None:
-        """The next part that is judged, marked as golden; None when none came in time."""
+        """The next inspected part, marked as golden; None if none came in time."""
         answer: queue.SimpleQueue[Inspected] = queue.SimpleQueue()
         with self._lock:
             self._since = self._clock()
@@ -159,9 +159,9 @@ class GoldenRequests:
             return answer.get()
 
     def mark_if_golden(self, inspected: Inspected, captured: Captured) -> Inspected:
-        """The part that was just judged, marked as golden if somebody waits for one.
+        """The part that was just inspected, marked as golden if a request waits.
 
-        An outage shows no part: it is never taken for one.
+        An outage shows no part and is never marked.
         """
         with self._lock:
             frame = captured.frame
@@ -175,9 +175,9 @@ class GoldenRequests:
 
 
 class PartListener(Protocol):
-    """Gets every part after its verdict has been handed on: a shadow model, a drift monitor.
+    """Gets every part after its verdict has been handed on: released models under trial, the drift watcher.
 
-    It must never hold the camera up: what takes longer than microseconds it does on a thread of its own.
+    It must not delay the camera: whatever takes longer than microseconds belongs on a thread of the listener's own.
     """
 
     def on_part(self, captured: Captured, inspected: Inspected) -> None:
@@ -189,23 +189,23 @@ PAUSED = "paused"
 """Why a live frame was dropped: the camera was paused."""
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
-"""Between attempts to get a camera back: doubles from the first to the longest."""
+"""Pause between attempts to reopen a camera, seconds: doubles from the first to the longest."""
 
 _HOPELESS = (ConfigError, UsageError, MissingDependencyError)
-"""What no later attempt will mend."""
+"""Errors that another attempt cannot cure."""
 
 
 @final
 class CameraWorker:
-    """Judges the parts of one camera.
+    """Captures and inspects the parts of one camera.
 
     Args:
-        name: of the camera.
-        open_source: gives the camera; called again for each attempt after a failure.
-        inspector: judges its frames.
-        capture: how its frames are queued.
+        name: the camera's name.
+        open_source: opens the image source; called again for each attempt after a failure.
+        inspector: inspects the frames.
+        capture: how frames are queued.
         listeners: get every part after its verdict.
-        tracker: of its parts' numbers and deadlines; left out, they have none.
+        tracker: follows the parts' numbers and deadlines; left out, parts have neither.
         clock: monotonic, seconds.
 
     Raises:
@@ -247,18 +247,18 @@ class CameraWorker:
         self._problem: str | None = None
         self._busy_since: float | None = None
         self.parts = 0
-        """Judged since the start."""
+        """Number of parts inspected since the start, without golden ones."""
 
-    # For any thread.
+    # Any thread may call these.
 
     @property
     def inspector(self) -> InspectorProtocol:
-        """What judges its parts now."""
+        """The inspector in use now."""
         return self._inspector
 
     @property
     def is_live(self) -> bool:
-        """Whether its parts pass whether or not we look."""
+        """Whether the images come from a camera or stream, which does not wait for us."""
         return self._source.is_live
 
     @property
@@ -272,21 +272,21 @@ class CameraWorker:
 
     @property
     def dropped(self) -> collections.Counter[str]:
-        """Frames never looked at so far, by reason."""
+        """Number of frames dropped without inspection so far, by reason."""
         capture = self._capture
         return self._dropped + self._tracker.dropped + (capture.dropped if capture else collections.Counter())
 
     @property
     def busy_s(self) -> float:
-        """How long the frame in hand has been judged and handed on; 0 between frames, unless the model is still busy
-        with one whose deadline has passed.
+        """How long the present frame has been in work, seconds; 0 between frames, unless the model is still busy with
+        a frame whose deadline has passed.
         """
         since = self._busy_since
         own = 0.0 if since is None else max(0.0, self._clock() - since)
         return max(own, self._tracker.busy_s())
 
     def status(self) -> CameraStatus:
-        """What it is doing now."""
+        """The camera's status now."""
         inspector, busy_s = self._inspector, self.busy_s
         hangs = f"one part has been in hand for {busy_s:.0f} s" if busy_s > PATIENCE_S else None
         return CameraStatus(
@@ -316,32 +316,35 @@ class CameraWorker:
         self._tracker.restore(past)
 
     def pause(self) -> None:
-        """Judge no more frames. A camera's are dropped and counted; files and triggered parts wait."""
+        """Inspect no more frames. A live camera's are dropped and counted; files and triggered parts wait."""
         self._resumed.clear()
 
     def resume(self) -> None:
-        """Go on."""
+        """Inspect again after :meth:`pause`."""
         self._resumed.set()
 
     def set_threshold(self, value: float | None) -> None:
-        """Another threshold from the next frame on; None for the inspector's own.
+        """Set the threshold from the next frame on.
+
+        Args:
+            value: raw distance; None: the inspector's own.
 
         Raises:
-            RuntimeUnavailableError: the frame in hand does not come to an end.
+            RuntimeUnavailableError: the frame being inspected does not come to an end.
         """
         with self._frame_lock.between_frames():
             self._inspector.set_threshold(value)
             self._threshold_set = value is not None
 
     def replace_inspector(self, inspector: InspectorProtocol, *, threshold: float | None = None) -> InspectorProtocol:
-        """Judge with another inspector from the next frame on; returns the one before. No frame is lost between them.
+        """Use another inspector from the next frame on; returns the one before. No frame is lost between them.
 
         Args:
-            inspector: the other.
-            threshold: for it, in place of its own.
+            inspector: the new one.
+            threshold: raw distance in place of the new inspector's own; None: its own.
 
         Raises:
-            RuntimeUnavailableError: the frame in hand does not come to an end.
+            RuntimeUnavailableError: the frame being inspected does not come to an end.
         """
         with self._frame_lock.between_frames():
             if threshold is not None:
@@ -350,15 +353,15 @@ class CameraWorker:
         return before
 
     def add_listener(self, listener: PartListener) -> None:
-        """Show a listener every part from the next one on."""
+        """Call a listener for every part from the next one on."""
         self._listeners = (*self._listeners, listener)
 
     def remove_listener(self, listener: PartListener) -> None:
-        """Show a listener no more parts; nothing if it was none."""
+        """Stop calling a listener; does nothing if it is not registered."""
         self._listeners = tuple(other for other in self._listeners if other is not listener)
 
     def snapshot(self, timeout_s: float) -> Inspected | None:
-        """The next part that is judged, with its evidence; None when none came in time."""
+        """The next inspected part, with its evidence; None if none came in time."""
         answer: queue.SimpleQueue[Inspected] = queue.SimpleQueue()
         self._snapshots.put(answer)
         try:
@@ -367,14 +370,14 @@ class CameraWorker:
             return None
 
     def next_golden_part(self, timeout_s: float) -> Inspected | None:
-        """The next part, which is a golden one and marked so; None when none came in time, and then none will be."""
+        """The next part, marked as golden; None if none came in time, and then no later part is marked."""
         return self._goldens.wait_for_one(timeout_s)
 
     def inspect_photograph(self, captured: Captured) -> Inspected:
-        """Judge a photograph between two frames; its result goes to the caller alone.
+        """Inspect a photograph between two frames; its result goes to the caller alone.
 
         Raises:
-            RuntimeUnavailableError: the frame in hand does not come to an end.
+            RuntimeUnavailableError: the frame being inspected does not come to an end.
         """
         with self._frame_lock.between_frames():
             return self._inspector.inspect_photograph(captured)
@@ -382,16 +385,16 @@ class CameraWorker:
     # The loop.
 
     def run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool = True) -> None:
-        """Inspect until the source ends or ``halt`` is set; the part in hand still gets its verdict.
+        """Inspect until the source ends or ``halt`` is set; a part being inspected still gets its verdict.
 
         Args:
-            accept: takes every verdict; what it raises ends the run.
+            accept: called with every result; an exception of it ends the run.
             halt: ends the run.
-            is_alone: without other cameras beside it; then a camera that does not work at the start is an error, and
-                otherwise it is waited for.
+            is_alone: whether it is the daemon's only camera. If it does not work at the start, that is an error; one
+                camera of several is waited for.
 
         Raises:
-            EdgeFlameError: the source cannot be read; what ``accept`` raised; unexpected errors too often.
+            EdgeFlameError: the source cannot be read, ``accept`` raised it, or there were too many unexpected errors.
         """
         try:
             self._run(accept, halt, is_alone=is_alone)
@@ -421,7 +424,7 @@ class CameraWorker:
             except Exception as exc:
                 self._crashes.record(exc)
                 if not self.is_endless:
-                    # From its beginning again, it would give its parts a second time.
+                    # Read from its beginning again, the source would give its parts a second time.
                     raise CrashLoopError(f"camera {self.name}: the source failed unexpectedly: {exc!r}") from exc
                 reason = f"an unexpected error: {exc!r}"
             else:
@@ -461,7 +464,7 @@ class CameraWorker:
             self._capture = None
 
     def _report_unread(self, accept: Callable[[Inspected], None]) -> None:
-        """Parts that were announced before the end, and whose turn has not come: unknown, and not forgotten."""
+        """Give parts that were announced before the end, and not inspected any more, the verdict ``unknown``."""
         unread, self._unread = self._unread, []
         for captured in unread:
             placed = dataclasses.replace(captured, sequence=self._next_sequence)
@@ -471,9 +474,9 @@ class CameraWorker:
             accept(self._tracker.finish(self._inspector, placed, unscored(placed, Reason.NOT_SCORED, detail)))
 
     def _prefetching(self, capture: Capture, halt: threading.Event) -> PrefetchPool | Capture:
-        """The capture's frames, observed ahead of their turn where that is worth it."""
+        """The capture's frames, observed ahead of their turn if the inspector offers that."""
         observer = self._inspector.observer
-        # A model that hangs would hold the prefetching, and with it the parts behind, beyond their deadlines.
+        # A model that hangs would block the prefetching, and the parts behind it would miss their deadlines.
         if observer is None or self._tracker.has_deadline:
             return capture
         return PrefetchPool(
@@ -484,7 +487,7 @@ class CameraWorker:
         )
 
     def _wait_while_paused(self, captured: Captured, halt: threading.Event) -> Captured | None:
-        """A frame that came during a pause: dropped if it is a camera's, else judged when the pause is over.
+        """Handle a frame that came during a pause: a live camera's is dropped (None), any other waits for its end.
 
         A part that was announced is not dropped; it waits until its deadline.
         """
@@ -500,7 +503,7 @@ class CameraWorker:
                 break
         if is_announced:
             return captured
-        # It waited for us, and not we for it: its latency begins now.
+        # A file waits for us: its latency begins now.
         return dataclasses.replace(
             captured, frame=dataclasses.replace(captured.frame, captured_monotonic_s=self._clock())
         )
@@ -540,13 +543,13 @@ class CameraWorker:
         return self._tracker.finish(self._inspector, captured, observation)
 
     def _report_outage(self, reason: str, accept: Callable[[Inspected], None]) -> None:
-        """One ``unknown`` for an outage: what was not seen is never a pass."""
+        """Report an outage as one part with the verdict ``unknown``: parts that were not seen never pass."""
         frame = make_frame(
             part_id=f"outage-{self._next_sequence:06d}",
             source=self._source.name,
             error=f"parts may pass unseen: {reason}",
         )
-        # It has a fault and no trigger: no part, and none whose number could be missing.
+        # A fault without a trigger: the tracker does not take it for a part, nor count a missing number.
         frame = dataclasses.replace(frame, fault=Reason.UNREADABLE)
         captured = Captured(sequence=self._next_sequence, frame=frame)
         self._next_sequence += 1
@@ -554,13 +557,13 @@ class CameraWorker:
         self._problem = reason
 
     def _try_to_reopen(self) -> None:
-        """A new source; where there is none now, the old one fails again and says why."""
+        """Open the source anew; if that fails, the old one is read again, and its error gives the reason."""
         with contextlib.suppress(EdgeFlameError):
             self._source = self._open_source()
 
 
 class _NotTakenError(Exception):
-    """A verdict could not be handed on: no fault of the camera's, and not to be mistaken for one."""
+    """A result could not be handed on; wraps the error so that it is not taken for the camera's."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))

@@ -1,12 +1,12 @@
-"""All cameras of a daemon: which there are, what was changed by command, and what a new configuration changes.
+"""All cameras of a daemon: the plan of cameras and products, overrides set by command, and reloads.
 
-Which cameras a daemon has and which product each begins with comes from the configuration and the command line.
+The plan, which cameras there are and which product each begins with, is made of the configuration and the command line.
 
-What can be changed while parts pass is changed between two frames: the inspectors' rules, their packages, and sections
-that other parts of the daemon can take (:meth:`Cameras.on_section_change`). Everything else is named, so that nobody
-believes it changed.
+A reload changes between two frames what can be changed while parts pass: the inspectors' configuration, their packages,
+and sections for which another part of the daemon has registered (:meth:`Cameras.on_section_change`). Whatever else
+differs in the file is reported as needing a restart.
 
-Changes by command that outlive a restart, thresholds and products, are kept in one small file in the state folder. A
+Thresholds and products set by command outlive a restart; they are kept in one small file in the state folder. A
 threshold is a raw distance of one model and means nothing to another, so it is kept by model.
 """
 
@@ -35,14 +35,14 @@ from edgeflame.state import read_json, storage_errors, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class CameraPlan:
-    """One camera.
+    """One camera as planned.
 
     Attributes:
-        name: of the camera.
-        source: its address, as after ``--source``.
-        product: what it begins with.
-        settings: with the camera's own sections in place of those for all.
-        modbus: where its verdicts go; None: to no PLC.
+        name: the camera's name.
+        source: address of its images, as after ``--source``.
+        product: the product it begins with.
+        settings: the configuration, with the camera's own sections in place of those for all cameras.
+        modbus: the PLC's registers for its verdicts; None: no PLC.
     """
 
     name: str
@@ -64,17 +64,17 @@ class Plan:
 def plan_cameras(
     config: InspectConfig, *, model: Path | None, source: str | None, product_of: Callable[[Path], str]
 ) -> Plan:
-    """Put the configuration and the command line's short form together.
+    """Make the plan of the configuration and of ``--model`` and ``--source``, the short form for one camera.
 
     Args:
-        config: of everything.
-        model: the one package, in place of ``[products]``.
-        source: of the one camera, in place of ``[cameras]``.
-        product_of: the name of a package's product.
+        config: the configuration file's.
+        model: the only package, in place of ``[products]``.
+        source: the only camera's source, in place of ``[cameras]``.
+        product_of: reads the name of a package's product.
 
     Raises:
-        UsageError: the two contradict each other, or there is nothing to inspect, or nothing to inspect it with.
-        ConfigError: a camera's product is not there.
+        UsageError: configuration and command line contradict each other, or there is no source or no package.
+        ConfigError: a camera's product is not in ``[products]``.
     """
     if model is not None and config.products:
         raise UsageError("--model is for one product; the configuration has [products] (leave one of the two out)")
@@ -123,11 +123,11 @@ OVERRIDES_FILE = "commanded.json"
 
 
 class CameraOverrides(msgspec.Struct, frozen=True, kw_only=True):
-    """What was changed by command of one camera."""
+    """What was set by command for one camera."""
 
     product: str | None = None
     thresholds: dict[str, float] = {}
-    """By the model's id."""
+    """Raw distances by the model's id."""
 
 
 class _Document(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,13 +136,13 @@ class _Document(msgspec.Struct, frozen=True, kw_only=True):
 
 @final
 class Overrides:
-    """What was changed by command, in its file. Not thread-safe.
+    """What was set by command for all cameras, and its file. Not thread-safe.
 
     Args:
         folder: the state folder; None: nothing is kept beyond this run.
 
     Raises:
-        StorageError: the file is there and cannot be read, or is none of ours.
+        StorageError: the file exists and cannot be read or decoded.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -154,14 +154,14 @@ class Overrides:
             self._cameras = dict(document.cameras) if document is not None else {}
 
     def get(self, camera: str) -> CameraOverrides:
-        """What was changed of a camera."""
+        """The overrides of a camera."""
         return self._cameras.get(camera, CameraOverrides())
 
     def set_threshold(self, camera: str, model: str, value: float | None) -> None:
-        """Keep a model's threshold, or forget it.
+        """Keep a model's threshold, raw distance, or forget it (None).
 
         Raises:
-            StorageError: it cannot be kept; nothing is changed then.
+            StorageError: it cannot be written; nothing is changed then.
         """
         thresholds = {**self.get(camera).thresholds}
         thresholds.pop(model, None)
@@ -170,7 +170,7 @@ class Overrides:
         self._save(camera, msgspec.structs.replace(self.get(camera), thresholds=thresholds))
 
     def set_product(self, camera: str, product: str | None) -> None:
-        """Keep a camera's product, or forget it; raises as :meth:`set_threshold`."""
+        """Keep a camera's product, or forget it (None); raises as :meth:`set_threshold`."""
         self._save(camera, msgspec.structs.replace(self.get(camera), product=product))
 
     def _save(self, camera: str, entry: CameraOverrides) -> None:
@@ -188,12 +188,12 @@ _CAMERA_SECTIONS = tuple(name for name in CameraConfig.__struct_fields__ if name
 
 
 class ReloadReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of reading the configuration again."""
+    """What a reload of the configuration changed."""
 
     changed: tuple[str, ...]
-    """In force from the next part on."""
+    """Keys that changed; in force from the next part on."""
     needs_restart: tuple[str, ...]
-    """Different in the file, and still as before: these can only be changed by a new start."""
+    """Keys that differ in the file but need a restart; still as before."""
 
 
 @final
@@ -201,13 +201,13 @@ class Cameras:
     """All cameras of a plan, opened but not yet running.
 
     Args:
-        plan: which there are.
-        loader: of packages.
-        overrides: what was changed by command earlier.
-        state: the daemon's folder; watched folders ask its outbox which files are done.
+        plan: cameras and products.
+        loader: opens packages.
+        overrides: what was set by command before.
+        state: the state folder; watched folders look up in its outbox which files are done.
 
     Raises:
-        EdgeFlameError: a package may not judge here, or there is no such source.
+        EdgeFlameError: a package cannot be used here, or there is no such source.
     """
 
     def __init__(self, plan: Plan, loader: InspectorLoader, overrides: Overrides, state: Path | None = None) -> None:
@@ -217,11 +217,11 @@ class Cameras:
         self._products = dict(plan.products)
         self._settings = {camera.name: camera.settings for camera in plan.cameras}
         self._configured: dict[str, str] = {}
-        """SHA-256 of the packages that were opened as the configuration has them, by product: a file may be replaced
-        under its name, and what inspectors may since have come from the fleet."""
+        """SHA-256 of the packages opened as the configuration names them, by product. A file may be replaced under its
+        name, and the package in use may since have come from the fleet."""
         self._takers: dict[str, Callable[[Any], None]] = {}
         self.plan = plan
-        """As it runs: what a reload could not change is as it was."""
+        """The plan in force: after a reload, what needs a restart is still as before."""
         self.workers = tuple(self._open(camera) for camera in plan.cameras)
 
     @property
@@ -230,38 +230,38 @@ class Cameras:
         return self._products
 
     def open_inspector(self, camera: str, product: str) -> InspectorProtocol:
-        """An inspector of a camera for a product; nothing uses it yet.
+        """Open an inspector of a product for a camera; it is not in use yet.
 
         Raises:
-            EdgeFlameError: its package may not judge here.
+            EdgeFlameError: the package cannot be used here.
         """
         worker = next(worker for worker in self.workers if worker.name == camera)
         return self._load(camera, product, self._products[product], self._settings[camera], is_live=worker.is_live)
 
     def settings(self, camera: str) -> InspectConfig:
-        """The rules of a camera."""
+        """The configuration of a camera, with its own sections."""
         return self._settings[camera]
 
     def open_package(self, camera: str, product: str, file: Path) -> InspectorProtocol:
-        """As :meth:`open_inspector`, of another package of a product."""
+        """As :meth:`open_inspector`, with another package of the product."""
         is_live = next(worker.is_live for worker in self.workers if worker.name == camera)
         return self._loader.open(file, self._settings[camera], camera=camera, product=product, is_live=is_live)
 
     def use_package(
         self, product: str, file: Path, inspectors: Mapping[str, InspectorProtocol]
     ) -> Mapping[str, InspectorProtocol]:
-        """Have a product judged with another package from the next part on, and whenever a camera is switched to it.
+        """Inspect a product with another package from the next part on, and whenever a camera is switched to it later.
 
         Args:
-            product: which.
+            product: the product's name.
             file: the package.
-            inspectors: of :meth:`open_package`, by camera; for others one is opened.
+            inspectors: from :meth:`open_package`, by camera; one is opened for every other camera that needs it.
 
         Returns:
-            The inspectors before them.
+            The replaced inspectors, by camera.
 
         Raises:
-            EdgeFlameError: one cannot be opened, or a part in hand does not come to an end.
+            EdgeFlameError: an inspector cannot be opened, or a part being inspected does not come to an end.
         """
         self._products[product] = file
         self._loader.forget()
@@ -272,7 +272,7 @@ class Cameras:
             inspector = inspectors.get(worker.name) or self.open_package(worker.name, product, file)
             if inspector.model_id == worker.inspector.model_id:
                 continue
-            # The rules may have changed since it was opened.
+            # The configuration may have changed since it was opened.
             inspector = inspector.reconfigured(self._settings[worker.name])
             threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
             before = replaced[worker.name] = worker.replace_inspector(inspector, threshold=threshold)
@@ -288,14 +288,14 @@ class Cameras:
         return replaced
 
     def on_section_change(self, name: str, taker: Callable[[Any], None]) -> None:
-        """Call ``taker`` with a section, say ``images``, when a reload changes it."""
+        """Call ``taker`` with the new section of this name, ``images`` for instance, when a reload changes it."""
         self._takers[name] = taker
 
     def reload(self, plan: Plan) -> ReloadReport:
-        """Change what can be changed; nothing, where a package of the new plan may not inspector.
+        """Change what can be changed to the new plan.
 
         Raises:
-            EdgeFlameError: that, and why.
+            EdgeFlameError: a package of the new plan cannot be used here; nothing is changed then.
         """
         self._loader.forget()
         changed: list[str] = []
@@ -320,7 +320,7 @@ class Cameras:
             if name not in ("products", "cameras", *_CAMERA_SECTIONS)
             and getattr(plan.config, name) != getattr(self.plan.config, name)
         ]
-        # Everything is known to work; from here on it takes effect.
+        # Everything has been opened successfully; the changes take effect from here on.
         for worker, inspector in inspectors:
             threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
             worker.replace_inspector(inspector, threshold=threshold)
@@ -342,7 +342,7 @@ class Cameras:
     def _new_products(
         self, plan: Plan, replaced: Collection[str], changed: list[str], restart: list[str]
     ) -> dict[str, Path]:
-        """The new plan's products, and those that cameras still need; what came from the fleet stays."""
+        """The new plan's products, and those that cameras still use; released packages from the fleet stay in use."""
         products = dict(plan.products)
         for name in {worker.inspector.product for worker in self.workers} - products.keys():
             if name in self._products:
@@ -367,7 +367,10 @@ class Cameras:
         changed: list[str],
         restart: list[str],
     ) -> tuple[InspectorProtocol | None, CameraPlan]:
-        """The inspector a camera needs now, if it is another one; and the camera as it will run."""
+        """The inspector that a camera needs for the new plan, None for the present one; and the camera as it will run.
+
+        Adds the keys concerned to ``changed`` and ``restart``.
+        """
         name = worker.name
         different = [
             section
@@ -398,7 +401,7 @@ class Cameras:
         opener = tracker.source_opener(
             partial(open_image_source, camera.source, outbox=self._outbox), self.plan.config.mqtt
         )
-        # The source first: a folder that is not there is said before a model is loaded for it.
+        # The source first: a folder that is not there is reported before a model is loaded.
         is_live = opener().is_live
         product = self._first_product(camera)
         inspector = self._load(camera.name, product, self._products[product], camera.settings, is_live=is_live)

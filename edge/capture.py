@@ -2,18 +2,18 @@
 
 Prefetching
 -----------
-Parts are observed side by side, and their results given one after the other.
+Several frames are observed at the same time, and handed on one after the other in the order of capture.
 
-Two cores are kept less busy by one image than by two: between a graph's operators they wait for each other. So when
-parts come faster than they are judged, each core observes a part of its own.
+One image keeps two cores less busy than two images do: between a graph's operators the cores wait for each other. So
+when parts come faster than they are inspected, each core observes a frame of its own.
 
     Capture ──> prefetch thread ──┐
-            └─> prefetch thread ──┴─> in the order of capture ──> the camera's loop ──> verdict, sinks
+            └─> prefetch thread ──┴─> in the order of capture ──> camera worker ──> verdict, sinks
 
 A prefetch thread that is free takes the next frame from the capture and observes it ahead of its turn: crop, resize,
-image health, score. What depends on the order of parts, and the verdict, is left to the camera's loop. A frame that no
-thread has taken is still the capture's to drop. What was found ahead is an offer: an inspector put in place meanwhile
-uses no other inspector's observation, and makes its own.
+image health, score. Whatever depends on the order of parts, and the verdict, is left to the camera worker. The capture
+may still drop a frame that no thread has taken. If another inspector has been put in place meanwhile, it makes its own
+observation of the frame.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ SUPERSEDED = "superseded"
 """Why a live frame was dropped: a newer one came before it was looked at."""
 
 _POLL_S = 0.2
-"""How often a waiting reader looks whether it should stop; a frame wakes it at once."""
+"""How often a waiting reader checks whether it should stop, seconds; a frame wakes it at once."""
 
 _STOP_TIMEOUT_S = 3.0
-"""How long a stop waits for the source; a camera's driver may hang for ever."""
+"""How long a stop waits for the source, seconds; a camera's driver may hang for ever."""
 
 
 class Capture:
     """Iterates over a source's frames while a thread reads ahead. A context manager: leaving it ends the thread.
 
-    A file waits for us, so under the policy ``wait`` its monotonic time is that of its hand-over, not of its wait in
-    the queue; a camera's frame was captured when it was captured.
+    A file waits for us, so with the policy ``wait`` its monotonic time is set when it leaves the queue; a live source's
+    frames keep their time of capture.
 
     Args:
-        source: what to read.
+        source: the image source.
         config: how frames are queued.
         stop: ends the iteration.
         first: sequence number of the first frame.
@@ -93,7 +93,7 @@ class Capture:
             yield captured
 
     def unread(self) -> list[Captured]:
-        """After the end: frames that came and were not taken, in order."""
+        """After the end: frames that were captured and not yielded, in order."""
         with self._changed:
             return list(self._queue)
 
@@ -152,15 +152,15 @@ pool_log = EventLog("line")
 
 @final
 class PrefetchPool:
-    """Frames in the order of capture, with what was found out about them ahead of their turn.
+    """Iterates over frames in the order of capture, each observed ahead of its turn.
 
     A context manager that opens and closes the capture and owns the threads.
 
     Args:
         capture: the frames.
-        observer: asked before each frame for what observes it; None: it is not observed ahead of its turn.
-        stop: ends the iteration, as it does the capture's.
-        count: frames observed side by side, at least 1.
+        observer: called before each frame, returns its observer; None: the frame is not observed ahead of its turn.
+        stop: ends the iteration; the capture's stop event.
+        count: number of frames observed at the same time, at least 1.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class PrefetchPool:
         self._unread: list[Captured] = []
         self._frames = iter(capture)
         self._taking = threading.Lock()
-        # For each thread a frame in hand and one that waits for its turn: none rests while a verdict is handed on.
+        # Two frames for each thread, one in work and one that waits for its turn: no thread idles meanwhile.
         self._places = threading.Semaphore(2 * count)
         self._taken: queue.SimpleQueue[Captured | BaseException | None] = queue.SimpleQueue()
         self._is_over = False
@@ -215,7 +215,7 @@ class PrefetchPool:
             self._places.release()
 
     def unread(self) -> list[Captured]:
-        """After the end: frames that came and were not given out, in order."""
+        """After the end: frames that were captured and not yielded, in order."""
         while not self._taken.empty():
             item = self._taken.get()
             if isinstance(item, Captured):

@@ -1,7 +1,7 @@
-"""``edgeflame inspect --check``: does everything work that a daemon of this configuration would touch?
+"""``edgeflame inspect --check``: checks that everything works that a daemon with this configuration would use.
 
-Each thing is touched as the daemon would: cameras give a frame, packages are loaded and held to their reference
-images, the frame is judged, the broker lets us in, folders are written to. Nothing is sent that a plant would take for
+Each thing is used as the daemon would: cameras give a frame, packages are loaded and checked on their reference images,
+the frame is inspected, the broker is connected to, folders are written to. Nothing is sent that a plant would take for
 a result: no verdict is written to the PLC, and nothing is posted to the web service.
 """
 
@@ -56,12 +56,13 @@ from edgeflame.package import Package, read_package
 from edgeflame.state import atomic_write, is_in_use, storage_errors
 
 FRAME_TIMEOUT_S = 15.0
-"""For a camera to be opened and to give its first picture."""
+"""Time for a camera to be opened and to give its first picture, seconds."""
 
 CONNECT_TIMEOUT_S = 5.0
+"""Time for a broker, web service or trigger source to connect, seconds."""
 
 LITTLE_ROOM_BYTES = 500_000_000
-"""Less than this on the disk is worth a note: an outbox of a long outage takes more."""
+"""Less free disk than this gives a note: the outbox needs more in a long outage."""
 
 
 def check_daemon(
@@ -72,14 +73,14 @@ def check_daemon(
     images: Path | None,
     file: Path | None = None,
 ) -> Iterator[Finding]:
-    """Touch everything; each finding as soon as it is there.
+    """Run all checks; yields each finding as soon as it is there.
 
     Args:
-        read_plan: reads the configuration.
-        loader: of packages.
-        state: the state folder.
-        images: the folder for pictures of failed and unknown parts.
-        file: the configuration's.
+        read_plan: reads the configuration and returns its plan.
+        loader: opens packages.
+        state: the state folder; None: there is none.
+        images: the folder for pictures of failed and unknown parts; None: there is none.
+        file: the configuration file, checked for unknown and renamed keys; None: there is none.
     """
     try:
         plan = read_plan()
@@ -118,7 +119,7 @@ def check_daemon(
 
 
 def check_package(path: Path) -> Iterator[Finding]:
-    """Read a package, run it on whatever the installed runtime offers, and hold it to its reference images."""
+    """Read a package, run it on each device of the installed runtime, and compare with its reference images."""
     try:
         package = read_package(path)
     except PackageError as exc:
@@ -173,11 +174,11 @@ def _product(name: str, file: Path, plan: Plan, loader: InspectorLoader) -> Iter
     settings = next((camera.settings for camera in plan.cameras if camera.product == name), plan.cameras[0].settings)
     try:
         package = loader.package(file)
-        judge = loader.open(file, settings, camera="check", product=name, is_live=False)
+        inspector = loader.open(file, settings, camera="check", product=name, is_live=False)
     except EdgeFlameError as exc:
         yield problem(check, str(exc), "fetch or make the package again, or name another one or another --device")
         return
-    yield ok(check, f"model {judge.model_id} on {judge.provider}, threshold {judge.threshold:.6g}")
+    yield ok(check, f"model {inspector.model_id} on {inspector.provider}, threshold {inspector.threshold:.6g}")
     if not package.references:
         yield note(check, "the package holds no reference images: its scores here cannot be compared with training")
 
@@ -221,14 +222,14 @@ def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bo
         return
     size = f"{source.name}: a frame of {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]}"
     try:
-        judge: InspectorProtocol = loader.open(
+        inspector: InspectorProtocol = loader.open(
             plan.products[camera.product], camera.settings, camera=camera.name, product=camera.product, is_live=False
         )
     except EdgeFlameError:
-        # Said with its product.
+        # The product's own check reports it.
         yield ok(check, size)
         return
-    result = judge.inspect_photograph(Captured(sequence=0, frame=frame)).result
+    result = inspector.inspect_photograph(Captured(sequence=0, frame=frame)).result
     words = ", ".join(result.reasons) + (f" ({result.detail})" if result.detail else "")
     if result.verdict == "unknown":
         yield problem(
@@ -240,7 +241,7 @@ def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bo
 
 
 def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
-    """Of a camera whose parts are announced: whether somebody can announce them."""
+    """Check the trigger source of a camera, if its parts are announced; nothing is yielded if they are not."""
     check, settings = f"parts of {camera.name}", camera.settings
     try:
         tracker = PartTracker(camera.name, settings.trigger, settings.parts)
@@ -253,7 +254,7 @@ def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
         yield problem(check, str(exc), "correct what the message names")
         return
     except EdgeFlameError:
-        # Said with the camera.
+        # The camera's own check reports it.
         return
     trigger.open(lambda _: None)
     try:
@@ -272,7 +273,7 @@ def _first_frame(source: Source) -> Frame | None:
     """The first frame of a source; None if none came in time.
 
     Raises:
-        EdgeFlameError: it cannot be read.
+        EdgeFlameError: the source cannot be read.
     """
     stop = threading.Event()
     came: queue.SimpleQueue[Frame | EdgeFlameError | None] = queue.SimpleQueue()
@@ -282,7 +283,7 @@ def _first_frame(source: Source) -> Frame | None:
             frames = source.frames(stop)
             came.put(next(frames, None))
             stop.set()
-            # The end of a generator lets go of its camera.
+            # Running the generator to its end releases the camera.
             for _ in frames:
                 pass
         except EdgeFlameError as exc:

@@ -1,8 +1,7 @@
-"""Everything a person or a program may ask of a running daemon, wherever the asking comes from.
+"""The control of a running daemon: every operation that commands, the operator's page and signals can call.
 
-Commands over the broker, the operator's page and signals all come through here. What a daemon may have or not have, by
-its configuration (self-tests, drift, released models), is set when it is put together; asked for what it has not, it
-says so.
+Self-tests, drift watchers and released models exist by configuration and are set while the daemon is put together; a
+method that needs one that is missing raises :class:`UsageError`.
 """
 
 from __future__ import annotations
@@ -31,11 +30,13 @@ from edgeflame.state import storage_errors
 log = EventLog("control")
 
 SNAPSHOTS_FOLDER = "snapshots"
+"""Name in the state folder."""
 SNAPSHOT_TIMEOUT_S = 10.0
+"""How long a snapshot waits for a part, seconds."""
 
 
 class ModelSwitcher(Protocol):
-    """Released models, as far as people decide about them; :class:`edge.models.released.ReleasedModels`."""
+    """The part of :class:`edge.models.released.ReleasedModels` that people control."""
 
     def roll_back(self, name: str, *, to_file: bool) -> ProductModels:
         """Go back to the model before, or to the configuration's file.
@@ -47,20 +48,20 @@ class ModelSwitcher(Protocol):
         ...
 
     def promote(self, name: str) -> ProductModels:
-        """Switch to the candidate that waits for this word.
+        """Switch to the candidate that waits for a person's decision.
 
         Raises:
-            UsageError: there is no such product, or none waits.
+            UsageError: there is no such product, or no candidate waits.
         """
         ...
 
     def status_of(self, name: str) -> ProductModels | None:
-        """A product's models; None where the fleet has none for it."""
+        """A product's models; None if the fleet has no such product."""
         ...
 
 
 class LineDescription(msgspec.Struct, frozen=True, kw_only=True):
-    """What a daemon is doing."""
+    """The status of a daemon."""
 
     cameras: tuple[CameraStatus, ...]
     products: dict[str, str]
@@ -68,22 +69,22 @@ class LineDescription(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CameraSnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The next part of a camera."""
+    """One part of a camera, taken on request."""
 
     result: Result
     file: str | None
-    """Its picture with the heat map; None where the camera gave none, or there is no folder to keep it in."""
+    """File of its picture with the heat map; None if there is no image, or no folder for snapshots."""
 
 
 @final
 class DaemonControl:
-    """Everything that may be asked of a daemon; safe for any thread.
+    """Every operation on a running daemon; thread-safe. ``camera`` may be None if there is only one.
 
     Args:
-        cameras: of the daemon.
-        overrides: keeps what outlives a restart.
-        snapshots: folder for them; None: none are kept.
-        reread: gives the plan anew from the configuration; None: it cannot be read again.
+        cameras: the daemon's.
+        overrides: keeps thresholds and products set by command over restarts.
+        snapshots: folder for pictures of snapshots; None: none are kept.
+        reread: reads the configuration again and returns its plan; None: it cannot be read again.
     """
 
     def __init__(
@@ -100,39 +101,39 @@ class DaemonControl:
         self._snapshots = snapshots
         self._reread = reread
         self.golden: Mapping[str, GoldenTester] = {}
-        """Self-tests, by camera; set while the daemon is put together, as are the next two."""
+        """Self-testers by camera; set while the daemon is put together, as are the next two."""
         self.drift_watchers: Mapping[str, DriftWatcher] = {}
-        """By camera, where drift is watched."""
+        """By camera; empty where drift is not watched."""
         self.models: ModelSwitcher | None = None
-        """Released models, where the daemon takes them."""
+        """The released models; None without ``[models]``."""
         self._listeners: tuple[Callable[[], None], ...] = ()
-        # One change at a time: two that meet would leave neither's wish.
+        # One change at a time: two at once could leave a mixture.
         self._lock = threading.RLock()
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` after every change; it must not wait."""
+        """Call ``listener`` after every change; it must not block."""
         self._listeners = (*self._listeners, listener)
 
     def changed(self) -> None:
-        """Something about a status is another than before: tell those who want to know."""
+        """Call the listeners: a status has changed."""
         for listener in self._listeners:
             listener()
 
     def describe(self) -> LineDescription:
-        """What the daemon is doing."""
+        """The status of the daemon."""
         return LineDescription(
             cameras=self.statuses(), products={name: str(file) for name, file in self._cameras.products.items()}
         )
 
     def statuses(self) -> tuple[CameraStatus, ...]:
-        """What each camera is doing."""
+        """The status of each camera."""
         return tuple(self._status(worker) for worker in self._workers.values())
 
     def pause(self, camera: str | None = None) -> LineDescription:
-        """Judge no more parts of a camera, or of all.
+        """Stop inspecting the parts of a camera, or of all (None).
 
         Raises:
-            UsageError: there is no such camera; here and in every method.
+            UsageError: there is no such camera; so in every method.
         """
         for worker in self._some(camera):
             worker.pause()
@@ -140,22 +141,22 @@ class DaemonControl:
         return self._changed()
 
     def resume(self, camera: str | None = None) -> LineDescription:
-        """Go on with a camera, or all."""
+        """Resume the inspection of a camera, or of all (None)."""
         for worker in self._some(camera):
             worker.resume()
             log.info("resumed", camera=worker.name)
         return self._changed()
 
     def set_threshold(self, camera: str | None, value: float | None) -> LineDescription:
-        """Another threshold for the model a camera uses now, kept over restarts.
+        """Set the threshold of the model that a camera uses now; kept over restarts.
 
         Args:
-            camera: which.
+            camera: the camera's name.
             value: raw distance; None: that of the configuration, or the package's own.
 
         Raises:
-            UsageError: that is no threshold.
-            StorageError: it cannot be kept; nothing is changed then.
+            UsageError: the value is not a positive finite number.
+            StorageError: it cannot be written to the disk; nothing is changed then.
         """
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"a threshold is a positive number, not {value}")
@@ -163,7 +164,7 @@ class DaemonControl:
             worker = self._one(camera)
             model, before = worker.inspector.model_id, worker.inspector.threshold
             kept = self._overrides.get(worker.name).thresholds.get(model)
-            # Kept first: a threshold that a restart would take back in silence is worse than none.
+            # Written first: a threshold in use must not be lost by a restart.
             self._overrides.set_threshold(worker.name, model, value)
             try:
                 worker.set_threshold(value)
@@ -174,12 +175,12 @@ class DaemonControl:
             return self._changed()
 
     def switch_product(self, camera: str | None, product: str) -> LineDescription:
-        """Judge another product from the next part on; kept over restarts.
+        """Inspect another product from the next part on; kept over restarts.
 
         Raises:
             UsageError: there is no such product.
-            StorageError: it cannot be kept; nothing is changed then.
-            EdgeFlameError: its package may not judge here; the camera goes on as before.
+            StorageError: it cannot be written to the disk; nothing is changed then.
+            EdgeFlameError: the product's package cannot be used here; the camera goes on as before.
         """
         with self._lock:
             worker = self._one(camera)
@@ -207,8 +208,8 @@ class DaemonControl:
         """The next part of a camera: its result, and its picture with the heat map in a file.
 
         Raises:
-            DataError: none came in time, or the camera is paused.
-            StorageError: the picture cannot be kept.
+            DataError: no part came in time, or the camera is paused.
+            StorageError: the picture cannot be written.
         """
         worker = self._one(camera)
         if worker.is_paused:
@@ -234,17 +235,23 @@ class DaemonControl:
         """Test a camera with the photographs of its golden parts, or with the next part, which is good or bad.
 
         Raises:
-            UsageError: this daemon does no such thing; so with the next ones.
+            UsageError: the daemon is not set up for it; so in the methods below.
             EdgeFlameError: the test cannot be made; see :meth:`GoldenTester.test`.
         """
         return self._tester(camera, "golden").test(expected)
 
     def acknowledge(self, camera: str | None = None) -> GoldenStatus:
-        """A person takes note that a camera's self-test failed; it is no longer a reason not to be ready."""
+        """Acknowledge a camera's failed self-test: it no longer makes the camera not ready."""
         return self._tester(camera, "acknowledge").acknowledge()
 
     def handle_drift(self, camera: str | None, action: Literal["clear", "relearn"]) -> CameraStatus:
-        """What was done about a camera's drift: the cause was removed, or the line as it is now is right."""
+        """Settle a camera's drift alarm.
+
+        Args:
+            camera: the camera's name.
+            action: ``clear``: the cause was removed; ``relearn``: the present state is right, and becomes the
+                reference.
+        """
         worker = self._one(camera)
         watcher = self.drift_watchers.get(worker.name)
         if watcher is None:
@@ -262,13 +269,17 @@ class DaemonControl:
         return self.models.roll_back(product, to_file=to_file)
 
     def switch_model(self, product: str) -> ProductModels:
-        """Switch to the released model that has passed its shadow run and waits for this word."""
+        """Switch to the released model that has passed its shadow run and waits for a person's decision."""
         if self.models is None:
             raise _not_set_up("switch_model")
         return self.models.promote(product)
 
     def reload(self) -> ReloadReport:
-        """Read the configuration again and change what can be changed; nothing, where it is wrong."""
+        """Read the configuration again and change what can be changed.
+
+        Raises:
+            EdgeFlameError: the configuration is wrong, or a package cannot be used; nothing is changed then.
+        """
         if self._reread is None:
             raise _not_set_up("reload")
         with self._lock:

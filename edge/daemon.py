@@ -1,7 +1,8 @@
-"""One run of the inspection: cameras on their threads, all that happens to results, and how it is stopped.
+"""One run of the inspection daemon (the *line*): puts its parts together, runs the cameras, and stops them.
 
-The main thread waits for the cameras' threads and for signals. Drift and self-tests watch over the cameras beside the
-verdicts, for as long as the run lasts.
+Each camera worker runs on a thread of its own; the main thread waits for these threads and for signals. Drift watching
+and self-tests with golden parts run beside the cameras for as long as the run lasts. With a state folder, results pass
+through the outbox (:mod:`edge.delivery`); without one they go to the sinks directly.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ def open_monitoring(
     """Watch drift (with a state folder) and test golden parts until the block is left.
 
     Args:
-        plan: of the cameras.
-        workers: the cameras.
-        control: is given both.
-        state: the daemon's folder.
+        plan: the plan that the cameras were opened from.
+        workers: all camera workers.
+        control: gets the drift watchers and the self-testers.
+        state: the state folder; None: drift is not watched, and self-tests are not kept.
 
     Raises:
-        ConfigError: golden parts are configured and not there.
+        ConfigError: photographs of golden parts are configured and not there.
     """
     drift: dict[str, DriftWatcher] = {}
     golden: dict[str, GoldenTester] = {}
@@ -92,7 +93,7 @@ def open_monitoring(
 
 
 def _model_of(worker: CameraWorker, view: RoiConfig, model: str) -> DriftModel | None:
-    """Of the model that a part was judged by; None if another judges by now."""
+    """What drift needs of the model with this id; None if the camera uses another model by now."""
     inspector = worker.inspector
     if not isinstance(inspector, Inspector) or inspector.model_id != model:
         return None
@@ -103,21 +104,21 @@ def _model_of(worker: CameraWorker, view: RoiConfig, model: str) -> DriftModel |
 log = EventLog("inspect")
 
 _POLL_S = 0.2
-"""How often the main thread looks whether it is to stop; a camera that ends wakes it at once."""
+"""How often the main thread checks for signals, seconds; a camera that ends wakes it at once."""
 
 LINE_STOP_S = 2.0
-"""How long a stop waits for the parts in hand; a model or a driver that takes longer hangs."""
+"""How long a stop waits for the parts being inspected, seconds; a model or a driver that takes longer hangs."""
 
 
 @final
 class CameraThreads:
-    """Each camera on a thread of its own, until all have ended or are to.
+    """Runs each camera worker on a thread of its own, until all have ended or a stop is requested.
 
     Args:
-        workers: which.
-        outlet: takes every verdict.
-        tally: counts it.
-        limit: of parts.
+        workers: all camera workers.
+        outlet: gets every result.
+        tally: counts the results of the production.
+        limit: number of parts after which the run ends; None: no limit.
     """
 
     def __init__(self, workers: Sequence[CameraWorker], outlet: Sink, tally: Tally, limit: int | None) -> None:
@@ -134,16 +135,17 @@ class CameraThreads:
     def run(
         self, signals: Signals, watchdog: Watchdog, *, reload: Callable[[], object], on_stop: Callable[[], None]
     ) -> None:
-        """Run them, and wait.
+        """Start the threads and wait for their end.
 
         Args:
-            signals: end it, or have the configuration read again.
-            watchdog: shown that the main thread moves.
-            reload: reads the configuration again.
-            on_stop: called when a signal says stop.
+            signals: end the run, or have the configuration read again.
+            watchdog: gets the main thread's heartbeats.
+            reload: reads the configuration again; called on a thread of its own.
+            on_stop: called when a signal requests a stop.
 
         Raises:
-            EdgeFlameError: a camera's error. One that can only be its own waits until the others have ended.
+            EdgeFlameError: the first error of a camera. A ``DataError`` concerns one camera alone and is raised only
+                after the others have ended; any other error stops them all.
         """
         for thread in self._threads:
             thread.start()
@@ -201,8 +203,8 @@ class CameraThreads:
 
 
 def _reload(watchdog: Watchdog, reload: Callable[[], object]) -> None:
-    """On a thread of its own: reading models takes seconds, in which a stop must be heard."""
-    # Whatever was wrong is in the log.
+    """On a thread of its own: loading models takes seconds, during which the main thread must handle a stop."""
+    # A refused reload has been logged already.
     with watchdog.reloading(), contextlib.suppress(EdgeFlameError):
         reload()
 
@@ -210,10 +212,10 @@ def _reload(watchdog: Watchdog, reload: Callable[[], object]) -> None:
 MARKS_FOLDER = "marks"
 
 _RECALLED = 10_000
-"""Results looked at when the daemon starts; more than it remembers parts of each camera by."""
+"""Number of past results read when the daemon starts, to continue the parts' numbers."""
 
 STOP_GRACE_S = 2.0
-"""A stop takes at most so much longer than results may still be delivered (``retry.flush_s``), whatever hangs."""
+"""Time beyond ``retry.flush_s`` after which a stop that hangs ends the process, seconds."""
 
 
 def run_inspection(
@@ -230,18 +232,18 @@ def run_inspection(
 ) -> Summary:
     """Inspect until all sources end, ``limit`` parts are done, or a signal says stop.
 
-    The part in hand when the stop comes still gets its verdict.
+    A part that is being inspected when the stop comes still gets its verdict.
 
     Args:
-        cameras: with their workers.
-        sinks: see every result; with ``state`` only once it is on the disk.
-        overrides: what is changed by command, and kept.
-        reread: gives the plan anew from the configuration, for a reload.
-        state: folder for the outbox; without it results go to the sinks alone.
+        cameras: opened, not yet running.
+        sinks: get every result; with ``state`` only once it is on the disk.
+        overrides: thresholds and products set by command, kept over restarts.
+        reread: reads the configuration again and returns its plan, for a reload.
+        state: the state folder, with the outbox; None: results go to the sinks alone.
         pictures: keeps pictures of rejected parts; gets every result, and makes room when the disk is full.
-        limit: of parts.
+        limit: number of parts after which the run ends; None: no limit.
         signals: end the run, or have the configuration read again.
-        models: released ones, where the line takes them; the cameras were opened by it then.
+        models: the released models, if the line takes them; then it has opened the cameras.
 
     Raises:
         ConfigError: something is configured that needs a state folder.
@@ -255,9 +257,9 @@ def run_inspection(
     pipeline: Pipeline | None = None
     tally = Tally()
     with contextlib.ExitStack() as stack:
-        # Called off last of all: what hangs may be anything below.
+        # Entered first, so that it is called off last: anything below may hang.
         forced_exit = stack.enter_context(ForcedExit())
-        # First: the part is already on its way to the ejector.
+        # PLCs come first: the part is already on its way to the ejector.
         plcs = _plcs(stack, cameras.plan)
         outlets: list[Sink] = [*(of_camera(plc, camera) for camera, plc in plcs.items()), *sinks]
         if pictures is not None:
@@ -274,7 +276,7 @@ def run_inspection(
             outlet: Sink = LockedSinks([*outlets, Disposal()])
         else:
             boot = uuid.uuid4().hex
-            # Answers nobody until the pipeline stands; whoever asks so early asks again.
+            # Before the pipeline is open replies are discarded; the client sends its command again.
             commands = CommandServer(
                 control, lambda data: pipeline.publish_reply(data) if pipeline is not None else None
             )
@@ -333,7 +335,7 @@ def _status(control: DaemonControl, tally: Tally) -> str:
 
 
 def _restore(pipeline: Pipeline, workers: Sequence[CameraWorker]) -> None:
-    """Remind cameras whose parts have numbers of what came before this start."""
+    """Continue the numbers of parts from the results kept before this start."""
     numbered = [worker for worker in workers if worker.has_sequence]
     if numbered:
         past = [msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.latest(_RECALLED))]
@@ -342,7 +344,7 @@ def _restore(pipeline: Pipeline, workers: Sequence[CameraWorker]) -> None:
 
 
 def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
-    """By the camera whose verdicts they write."""
+    """A PLC sink for each camera with ``[modbus]``, by the camera's name; the stack closes them."""
     plcs: dict[str, PlcSink] = {}
     for camera in plan.cameras:
         if camera.modbus is not None:
@@ -353,7 +355,7 @@ def _plcs(stack: contextlib.ExitStack, plan: Plan) -> dict[str, PlcSink]:
 
 
 def _start_flush(pipeline: Pipeline, plcs: Mapping[str, PlcSink]) -> None:
-    """Every result is on the disk: all that wait for somebody outside do so at the same time."""
+    """All destinations and PLCs flush at the same time; every result is on the disk by now."""
     pipeline.start_flush()
     for plc in plcs.values():
         plc.start_flush()

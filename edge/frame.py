@@ -1,7 +1,8 @@
-"""A frame on its way from a source to its verdict: values, and the interfaces of what gives frames and triggers.
+"""Frames and triggers: the values, and the interfaces of image sources and trigger sources.
 
-Every source gives frames, one a part, the unreadable ones among them. A trigger says that a part is in front of the
-camera; every transport of triggers gives them in the same form.
+A source yields one :class:`Frame` for each part, also for one whose image is unreadable. A :class:`Trigger` announces
+that a part is in front of the camera; trigger sources of every transport give it in the same form. :class:`Captured` is
+a frame with its place in the order of capture.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from edgeflame.images import ImageU8
 
 @dataclass(frozen=True, kw_only=True)
 class Trigger:
-    """One part, announced."""
+    """The announcement of one part."""
 
     part_id: str | None
-    """Its name; None where the trigger has none."""
+    """The part's name; None if the trigger has none."""
     number: int | None = None
-    """Its number in the order of parts, where the trigger has one."""
+    """The part's number in the order of parts; None if the trigger has none."""
     at_s: float
-    """When it was there, on our monotonic clock."""
+    """When the part was announced, seconds on our monotonic clock."""
     at_utc: dt.datetime
     fault: Reason | None = None
-    """Why no image can be its image; then it gets ``unknown`` and none is looked for."""
+    """Why no image can be assigned to the part; it gets ``unknown`` then, and no image is looked for."""
     detail: str | None = None
     """More about the fault, for people."""
 
 
 AcceptTrigger = Callable[[Trigger], None]
-"""Takes triggers, from any thread, in microseconds."""
+"""Called with each trigger, on any thread; must return within microseconds."""
 
 
 class TriggerSource(Protocol):
-    """Where triggers come from. It is opened once, and closed once; an outage never ends it."""
+    """A source of triggers; opened once and closed once. An outage does not end it: it connects again by itself."""
 
     @property
     def name(self) -> str:
@@ -49,22 +50,22 @@ class TriggerSource(Protocol):
         ...
 
     def open(self, accept: AcceptTrigger) -> None:
-        """Begin; ``accept`` gets every trigger."""
+        """Start; ``accept`` is called with every trigger."""
         ...
 
     def problem(self) -> str | None:
-        """Why no trigger can come at present; None if they can."""
+        """Why no trigger can come at present; None if there is no such problem."""
         ...
 
     def close(self) -> None:
-        """End; no trigger comes after it."""
+        """End; ``accept`` is not called afterwards."""
         ...
 
 
 def trigger_now(
     part_id: str | None, number: int | None = None, *, fault: Reason | None = None, detail: str | None = None
 ) -> Trigger:
-    """A trigger that came this moment."""
+    """A trigger with the present time."""
     return Trigger(
         part_id=part_id,
         number=number,
@@ -80,9 +81,9 @@ class Frame:
     """One image of one part, or the reason why there is none."""
 
     part_id: str
-    """Empty where the source has no name for it; :class:`edge.capture.Capture` names it by its place."""
+    """Empty if the source has no name for it; :class:`edge.capture.Capture` then names it by its sequence number."""
     source: str
-    """The file, or the camera or stream; without passwords."""
+    """Name of the file, camera or stream; without passwords."""
     image_bgr: ImageU8 | None
     """``[height, width, 3]`` uint8 as the source gave it; None with an ``error``."""
     error: str | None = None
@@ -96,9 +97,9 @@ class Frame:
     """Frames that the source lost just before this one, by reason."""
     origin: FileOrigin | None = None
     trigger: Trigger | None = None
-    """What announced the part; None where every frame is one."""
+    """What announced the part; None where every frame is a part."""
     fault: Reason | None = None
-    """Why there is no image, where it is more than an unreadable one."""
+    """Why there is no image; None: it is unreadable (see ``error``), or there is one."""
 
 
 class Source(Protocol):
@@ -111,25 +112,25 @@ class Source(Protocol):
 
     @property
     def is_live(self) -> bool:
-        """Whether parts pass whether or not we look: then late frames are dropped, not waited for."""
+        """Whether it is a camera or stream, which does not wait for us: frames that come too fast may be dropped."""
         ...
 
     @property
     def is_endless(self) -> bool:
-        """Whether it ends only when it is stopped, so that stopping it is no interruption."""
+        """Whether it ends only when it is stopped; its end otherwise is a failure, after which it is opened again."""
         ...
 
     @property
     def num_frames(self) -> int | None:
-        """How many frames it will give, where that is known."""
+        """Number of frames it will yield; None if unknown."""
         ...
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Yield frames until the source ends or ``stop`` is set.
 
         Raises:
-            DataError: the source cannot be opened, or breaks; a live one may be read again.
-            MissingDependencyError: what reads it is not installed.
+            DataError: the source cannot be opened, or breaks; ``frames`` of a live source may be called again.
+            MissingDependencyError: the package that reads it is not installed.
         """
         ...
 
@@ -147,7 +148,7 @@ def make_frame(
     captured_monotonic_s: float | None = None,
     captured_utc: dt.datetime | None = None,
 ) -> Frame:
-    """A frame, captured now unless said otherwise."""
+    """A frame; its capture times are the present ones unless given."""
     return Frame(
         part_id=part_id,
         source=source,
@@ -164,12 +165,12 @@ def make_frame(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prefetched:
-    """What is being found out about a frame ahead of its turn; see :mod:`edge.capture`."""
+    """An observation of a frame ahead of its turn; see :mod:`edge.capture`."""
 
     observer: object
-    """What observes it."""
+    """The observer that makes it."""
     found: Future[Any]
-    """What it finds, or raises."""
+    """The observation, or the exception raised."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,8 +1,8 @@
-"""The self-test with golden parts: known parts, judged again and again, so that a line that has gone blind is noticed.
+"""The self-test with golden parts: known parts are inspected again and again, to notice a line that finds nothing more.
 
-Photographs go through the very judge that judges parts, at its present threshold, one between two frames: a test of
-twenty delays no part by more than one. A golden part before the camera is judged like any part, and its result is
-marked ``golden``: it is delivered, and tells the PLC, like any other, but is not counted as production.
+Photographs are inspected by the camera's own inspector, at its present threshold, one between two frames: a test of
+twenty photographs delays no part by more than one. A golden part before the camera is inspected like any part, and its
+result is marked ``golden``: it is delivered and written to the PLC like any other, but not counted as production.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERDICT_OF = {"good": "pass", "bad": "fail"}
 
 
 def check_golden_part(result: Result, part: str, expected: Expected) -> GoldenCheck:
-    """One golden part's result against what it should be; ``unknown`` is never right."""
+    """Compare one golden part's result with what it should be; ``unknown`` is never right."""
     return GoldenCheck(
         part=part,
         expected=VERDICT_OF[expected],
@@ -41,7 +41,7 @@ def check_golden_part(result: Result, part: str, expected: Expected) -> GoldenCh
 
 
 def golden_message(checks: tuple[GoldenCheck, ...]) -> str:
-    """What came out, with the parts that were judged wrongly."""
+    """The outcome of a test for people, with the parts that were judged wrongly."""
     wrong = [one for one in checks if not one.is_right]
     if not wrong:
         return f"{len(checks)} golden part{'s' if len(checks) > 1 else ''} judged rightly"
@@ -75,10 +75,10 @@ log = EventLog("golden")
 
 HISTORY_FILE = "history.jsonl"
 MAX_HISTORY_BYTES = 4 << 20
-"""Some thousand tests; then the file begins anew, and the one before is kept beside it."""
+"""Size from which on the history is begun anew, some thousand tests; the file before is kept beside it."""
 
 _POLL_S = 5.0
-"""How often the clock is looked at."""
+"""How often the clock is checked for a test that is due, seconds."""
 
 
 def golden_photographs(folder: Path, product: str) -> list[tuple[Path, Expected]]:
@@ -109,29 +109,29 @@ def _is_image(file: Path) -> bool:
 
 @final
 class GoldenTester:
-    """A context manager: its thread follows the clock meanwhile.
+    """The self-tests of one camera; a context manager, whose thread starts the tests of the configured times.
 
     Args:
-        line: the camera.
-        config: what and when.
-        folder: for the record; None: nothing outlives the run.
+        worker: the camera worker.
+        config: section ``[self_test]``.
+        folder: for the last test and the history; None: nothing outlives the run.
         on_change: called after every test and acknowledgement.
-        now: local time, aware.
+        now: returns the local time, aware.
 
     Raises:
-        ConfigError: no photographs are where they should be.
+        ConfigError: the configured folder has no photographs.
     """
 
     def __init__(
         self,
-        line: CameraWorker,
+        worker: CameraWorker,
         config: SelfTestConfig,
         *,
         folder: Path | None,
         on_change: Callable[[], None] = lambda: None,
         now: Callable[[], dt.datetime] = lambda: dt.datetime.now().astimezone(),
     ) -> None:
-        self._line = line
+        self._worker = worker
         self._config = config
         self._folder = folder
         self._on_change = on_change
@@ -139,9 +139,9 @@ class GoldenTester:
         self._testing = threading.Lock()
         self._status = self._read()
         self._last_scheduled = self._status.last.at if self._status.last is not None else None
-        self._thread = BackgroundThread(f"golden-{line.name}", self._run, join_s=_POLL_S)
+        self._thread = BackgroundThread(f"golden-{worker.name}", self._run, join_s=_POLL_S)
         if config.folder is not None:
-            golden_photographs(Path(config.folder), line.inspector.product)
+            golden_photographs(Path(config.folder), worker.inspector.product)
 
     def __enter__(self) -> GoldenTester:
         if self._config.times:
@@ -152,11 +152,11 @@ class GoldenTester:
         self._thread.close()
 
     def status(self) -> GoldenStatus:
-        """How the camera stands."""
+        """The last self-test."""
         return self._status
 
     def problem(self) -> str | None:
-        """Why the line is not ready; None if a failed test is no reason, or there is none."""
+        """Why the camera is not ready; None unless the last test failed and ``blocks_readiness`` is set."""
         status = self._status
         if status.last is None or not status.is_failing or not self._config.blocks_readiness:
             return None
@@ -166,18 +166,18 @@ class GoldenTester:
         """Test the photographs, or with ``expected`` the next part before the camera.
 
         Raises:
-            UsageError: no photographs are configured, or another test runs.
-            ConfigError: there are none.
+            UsageError: no photographs are configured, or another test is running.
+            ConfigError: the folder has no photographs.
             DataError: no part came in time.
-            RuntimeUnavailableError: the line does not answer.
+            RuntimeUnavailableError: the frame being inspected does not come to an end.
         """
         if not self._testing.acquire(blocking=False):
-            raise UsageError(f"camera {self._line.name}: a self-test is running")
+            raise UsageError(f"camera {self._worker.name}: a self-test is running")
         try:
-            inspector = self._line.inspector
+            inspector = self._worker.inspector
             checks = self._photographs() if expected is None else self._part(expected)
             report = GoldenReport(
-                camera=self._line.name,
+                camera=self._worker.name,
                 product=inspector.product,
                 model=inspector.model_id,
                 kind="photographs" if expected is None else "part",
@@ -195,10 +195,10 @@ class GoldenTester:
         return report
 
     def acknowledge(self) -> GoldenStatus:
-        """A person takes note that the last test failed."""
+        """Acknowledge that the last test failed."""
         if self._status.is_failing:
             self._keep(msgspec.structs.replace(self._status, acknowledged=True))
-            log.warning("golden_acknowledged", camera=self._line.name)
+            log.warning("golden_acknowledged", camera=self._worker.name)
             self._on_change()
         return self._status
 
@@ -209,7 +209,7 @@ class GoldenTester:
             )
         checks = []
         for number, (file, expected) in enumerate(
-            golden_photographs(Path(self._config.folder), self._line.inspector.product)
+            golden_photographs(Path(self._config.folder), self._worker.inspector.product)
         ):
             part = f"{file.parent.name}/{file.name}"
             image, error = None, None
@@ -218,14 +218,14 @@ class GoldenTester:
             except DataError as exc:
                 error = str(exc)
             frame = make_frame(part_id=f"golden:{part}", source=str(file), image_bgr=image, error=error)
-            inspected = self._line.inspect_photograph(Captured(sequence=number, frame=frame))
+            inspected = self._worker.inspect_photograph(Captured(sequence=number, frame=frame))
             checks.append(check_golden_part(inspected.result, part, expected))
         return tuple(checks)
 
     def _part(self, expected: Expected) -> tuple[GoldenCheck, ...]:
-        inspected = self._line.next_golden_part(self._config.wait_s)
+        inspected = self._worker.next_golden_part(self._config.wait_s)
         if inspected is None:
-            raise DataError(f"camera {self._line.name}: no part came within {self._config.wait_s:g} s")
+            raise DataError(f"camera {self._worker.name}: no part came within {self._config.wait_s:g} s")
         return (check_golden_part(inspected.result, inspected.result.part_id, expected),)
 
     def _run(self, stop: threading.Event) -> None:
@@ -237,9 +237,9 @@ class GoldenTester:
             try:
                 self.test()
             except EdgeFlameError as exc:
-                log.error("golden_test_not_made", camera=self._line.name, reason=str(exc))
+                log.error("golden_test_not_made", camera=self._worker.name, reason=str(exc))
             except Exception as exc:  # noqa: BLE001 - the thread's outermost frame: the next shift is tested again
-                log.error("golden_test_not_made", camera=self._line.name, reason=repr(exc))
+                log.error("golden_test_not_made", camera=self._worker.name, reason=repr(exc))
 
     def _read(self) -> GoldenStatus:
         file = self._file()
@@ -252,7 +252,7 @@ class GoldenTester:
             return GoldenStatus()
 
     def _file(self) -> Path | None:
-        return self._folder / f"{self._line.name}.json" if self._folder is not None else None
+        return self._folder / f"{self._worker.name}.json" if self._folder is not None else None
 
     def _keep(self, status: GoldenStatus) -> None:
         self._status = status
@@ -269,4 +269,4 @@ class GoldenTester:
                     stream.write(msgspec.json.encode(status) + b"\n")
             write_json(file, status)
         except StorageError as exc:
-            log.error("golden_not_kept", camera=self._line.name, reason=str(exc))
+            log.error("golden_not_kept", camera=self._worker.name, reason=str(exc))

@@ -1,27 +1,28 @@
-"""Is this an image of a part at all? A covered lens or a dead lamp must not be read as "nothing found".
+"""Checks of image quality: whether an image is fit to be inspected at all.
+
+Brightness, spread, sharpness, the frame's size, and repetition (a frozen camera) are compared with configured limits: a
+covered lens or a dead lamp must not be read as "nothing found". Two checks compare with the package's reference images.
 
 Colours
 -------
-Has the camera lost its colours, or exchanged red and blue? Told from the package's reference images.
-
-Cameras fall back to grey when a driver is reset or the light is taken for night, and a changed pixel format exchanges
-the outer channels. A model sees either as something odd about every part, or as nothing at all.
+Whether the camera has lost its colours, or exchanged red and blue. Cameras fall back to grey when a driver is reset or
+the light is taken for night, and a changed pixel format exchanges the outer channels. A model finds something odd about
+every part then, or nothing at all.
 
 Shift
 -----
-Has the camera been moved? Its picture is laid over the package's reference images by phase correlation.
+Whether the camera has been moved: its picture is aligned with the package's reference images by phase correlation.
 
-That takes something in the picture that stays in its place from part to part: a fixture, the part's own outline. Where
-parts fill the picture with a texture that is never the same twice there is nothing to lay over, and the check is
-refused rather than left to guess.
+That needs something in the picture that stays in its place from part to part: a fixture, the part's own outline. Where
+parts fill the picture with a texture that is never the same twice, nothing can be aligned, and the check is refused.
 
-Compared are log gradient magnitudes, which light does not change much. With F_i the references' spectra, M their mean
+Log gradient magnitudes are compared, which light does not change much. With F_i the references' spectra, M their mean
 and X a picture's, the shift is where the inverse transform of
 
     w * M conj(X) / |M conj(X)|,     w = coherence * low-pass,     coherence = (n |M|^2 / mean |F_i|^2 - 1) / (n - 1)
 
-is highest (generalised cross-correlation, Knapp and Carter 1976). Frequencies that the references do not share weigh
-nothing. Plain phase correlation weighs all alike, and of boards between three pins lost some that had moved by 1%.
+is highest (generalised cross-correlation, Knapp and Carter 1976). Frequencies that the references do not share get no
+weight. Plain phase correlation weighs all alike, and missed some boards between three pins that had moved by 1%.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def image_faults(
     Args:
         image: ``[H, W, 3]`` uint8, the model's input.
         limits: where wrong begins.
-        reference_sharpness: that of good parts; None where none is known.
+        reference_sharpness: :func:`sharpness` of good parts; None: unknown, sharpness is not checked.
     """
     means, spreads = cv2.meanStdDev(image)
     mean, spread = float(means.mean()), float(spreads.max())
@@ -82,7 +83,7 @@ class ImageHealth:
         frame: width and height that every frame must have; None for no such rule.
 
     Raises:
-        ConfigError: a check is asked for that these references do not allow.
+        ConfigError: a configured check is impossible with these references.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class ImageHealth:
     def faults(self, image: ImageU8) -> tuple[Reason, ...]:
         """What is wrong with an image as an image, ``[H, W, 3]`` uint8 BGR, the model's input; empty if nothing is.
 
-        On any thread; what an image has to do with the ones before it is asked for apart from this.
+        Any thread may call it; the checks against earlier images are separate methods.
         """
         faults = list(image_faults(image, self._limits, reference_sharpness=self._sharpness))
         if not faults:
@@ -124,15 +125,15 @@ class ImageHealth:
         return tuple(faults)
 
     def is_frozen(self, image: ImageU8) -> bool:
-        """Whether the camera gave this picture, ``[H, W, 3]`` uint8, once too often; asked once for each, in order."""
+        """Whether the camera repeats this picture, ``[H, W, 3]`` uint8, too often; call it once for each, in order."""
         return self._freeze.is_frozen(image)
 
 
 class FreezeDetector:
-    """Counts how often the same picture came running.
+    """Counts how many times in a row the same picture came.
 
     Args:
-        max_repeats: so many are allowed; 0 for any number.
+        max_repeats: number of repetitions allowed; 0: any number.
     """
 
     def __init__(self, max_repeats: int) -> None:
@@ -207,7 +208,7 @@ def _means(image: ImageU8) -> npt.NDArray[np.float64]:
 
 
 SIDE = 128
-"""Pictures are compared at this size: a shift of 1% is a pixel, and it takes a millisecond."""
+"""Height and width at which pictures are compared: a shift of 1% is about a pixel, and it takes a millisecond."""
 
 SMOOTHING = 1.2
 """Standard deviation of the low-pass, in pixels: a shift is rarely a whole number of them."""
@@ -253,13 +254,13 @@ class ShiftCheck:
         self._common = _Common(spectra)
 
     def is_shifted(self, image: ImageU8) -> bool:
-        """Whether a picture, ``[H, W, 3]`` uint8 BGR, is farther off than allowed; not where that is not clear."""
+        """Whether a picture, ``[H, W, 3]`` uint8 BGR, is shifted farther than allowed; False if that is not clear."""
         distance, agreement = self._common.find(_spectrum(image))
         return distance > self._max_shift and agreement >= MIN_AGREEMENT
 
 
 class _Common:
-    """What spectra have in common."""
+    """The common part of several spectra, weighted by their coherence."""
 
     def __init__(self, spectra: Sequence[Spectrum]) -> None:
         number = len(spectra)
@@ -271,7 +272,7 @@ class _Common:
         self._most = float(_transformed_back(self._weights)[0, 0])
 
     def find(self, spectrum: Spectrum) -> tuple[float, float]:
-        """The shift, as a share of the side, and how clear it is, 1 at most."""
+        """The shift of a picture as a share of the side, and its agreement with the common part, 1 at most."""
         cross = self._mean * np.conj(spectrum)
         correlation = _transformed_back(self._weights * cross / np.abs(cross).clip(min=1e-12))
         row, column = np.unravel_index(int(correlation.argmax()), correlation.shape)
@@ -291,7 +292,7 @@ def _spectrum(image: ImageU8) -> Spectrum:
 
 
 def _window() -> npt.NDArray[np.float64]:
-    # It fades out where the transform would see an edge, and only there: that is where fixtures are.
+    # It fades out at the border only, where the transform would see an edge: fixtures lie close to it.
     fading = SIDE // 8
     edge = 0.5 - 0.5 * np.cos(np.pi * (np.arange(fading) + 0.5) / fading)
     profile = np.concatenate([edge, np.ones(SIDE - 2 * fading), edge[::-1]])

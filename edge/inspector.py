@@ -1,9 +1,9 @@
-"""What is found about a captured frame: pre-processing, image health, score. No I/O but loading packages.
+"""The inspector: makes an observation of a captured frame (pre-processing, image health, score). No I/O but packages.
 
-What one frame shows by itself may be observed ahead of the frame's turn and on any thread; what only shows beside the
-frames before it is added in its turn. Whatever goes wrong is among the faults, and :mod:`edge.verdict` makes a verdict
-of them that is never a pass. :class:`InspectorLoader` makes an inspector of a package file: signature, runtime, parity,
-warm-up.
+What depends on one frame alone may be computed ahead of the frame's turn, on any thread (:meth:`Inspector.observe`);
+checks against the frames before it, a frozen camera or a changed size, are made in its turn. Whatever goes wrong is
+noted as a fault, and :mod:`edge.verdict` never makes a pass of an observation with faults. :class:`InspectorLoader`
+opens a package file as an inspector: signature, runtime, parity with the reference images, warm-up.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class FrameObserver(Protocol):
 
     @property
     def num_parallel(self) -> int:
-        """How many side by side are worth it."""
+        """How many frames it observes at the same time with profit."""
         ...
 
     def observe(self, captured: Captured) -> Any:
-        """What can be found out about a frame by itself; on any thread, several at once."""
+        """Observe a frame by itself; any thread may call it, several at once."""
         ...
 
 
 class InspectorProtocol(Protocol):
-    """Judges frames, one at a time; :class:`edge.inspector.Inspector` is the real one."""
+    """Inspects frames, one at a time; :class:`Inspector` implements it."""
 
     @property
     def product(self) -> str:
@@ -72,28 +72,28 @@ class InspectorProtocol(Protocol):
 
     @property
     def provider(self) -> str:
-        """What runs the model."""
+        """The runtime that computes the scores, as a name for people."""
         ...
 
     @property
     def observer(self) -> FrameObserver | None:
-        """What can observe frames ahead of their turn; None where that is not worth it."""
+        """Observes frames ahead of their turn; None where that brings nothing."""
         ...
 
     def set_threshold(self, value: float | None) -> None:
-        """Another threshold from the next frame on; None for the one it began with. Never during a frame."""
+        """Set the threshold from the next frame on, raw distance; None: the initial one. Not during a frame."""
         ...
 
     def reconfigured(self, config: InspectConfig) -> InspectorProtocol:
-        """The same model with other rules, and the threshold of these; this one may be in use meanwhile."""
+        """A new inspector of the same model with another configuration; this one may be in use meanwhile."""
         ...
 
     def inspect(self, captured: Captured) -> Observation:
-        """What is found about a frame in its turn. Whatever goes wrong with it is among the faults."""
+        """Observe a frame in its turn. Whatever goes wrong is noted as a fault; nothing is raised for a bad image."""
         ...
 
     def inspect_photograph(self, captured: Captured) -> Inspected:
-        """Judge a photograph that does not come from the camera; leaves no trace in what is known of the camera."""
+        """Inspect a photograph that does not come from the camera; the checks across frames ignore it."""
         ...
 
 
@@ -103,12 +103,12 @@ class Inspector:
     Args:
         package: the model.
         runtime: runs its graph.
-        config: the rules.
-        camera: its name, for the results.
-        product: its name; the package's own unless given.
-        num_parallel: images worth observing side by side; see :mod:`edge.capture`.
-        shared: runs the graph while other images are observed; None: ``runtime`` then as well. Both may be used by
-            several threads at once, if ``num_parallel`` is above 1.
+        config: threshold, image quality and region of interest.
+        camera: the camera's name, for the results.
+        product: the product's name; None: the package's own.
+        num_parallel: number of images observed at the same time; see :mod:`edge.capture`.
+        shared: runs the graph while other images are observed; None: ``runtime`` does. If ``num_parallel`` is above 1,
+            several threads may use both at once.
         is_live: whether the images come from a camera; then one that repeats itself is frozen.
     """
 
@@ -152,11 +152,11 @@ class Inspector:
             runtime.score(np.full((1, *runtime.input_size, 3), 127, dtype=np.uint8))
 
     def set_threshold(self, value: float | None) -> None:
-        """Another threshold from the next frame on; None for the configuration's or the package's."""
+        """Set the threshold from the next frame on, raw distance; None: the configuration's or the package's."""
         self.threshold = self._own_threshold if value is None else value
 
     def reconfigured(self, config: InspectConfig) -> Inspector:
-        """The same model on the same runtime with other rules, and the threshold of these."""
+        """A new inspector of the same model on the same runtime with another configuration, and its threshold."""
         return Inspector(
             self.package,
             self._runtime,
@@ -170,11 +170,11 @@ class Inspector:
 
     @property
     def observer(self) -> FrameObserver | None:
-        """Itself, where observing several images side by side is worth it."""
+        """Itself if it observes several images at the same time, else None."""
         return self if self.num_parallel > 1 else None
 
     def observe(self, captured: Captured) -> Observation:
-        """What one frame shows, whatever came before it; on any thread, several at once."""
+        """Observe one frame by itself; any thread may call it, several at once."""
         with self._counting:
             self._num_observing += 1
             is_alone = self._num_observing == 1
@@ -185,7 +185,7 @@ class Inspector:
                 self._num_observing -= 1
 
     def inspect(self, captured: Captured) -> Observation:
-        """What is found about a frame in its turn. Whatever goes wrong with it is among the faults."""
+        """Observe a frame in its turn, or take what was found ahead of it, and add the checks across frames."""
         ahead = captured.prefetched
         observation: Observation = (
             ahead.found.result() if ahead is not None and ahead.observer is self else self.observe(captured)
@@ -193,7 +193,7 @@ class Inspector:
         return _in_order(captured, observation, self._health)
 
     def inspect_photograph(self, captured: Captured) -> Inspected:
-        """Judge a photograph: a frame that may come twice and be of another size than the camera's."""
+        """Inspect a photograph: a frame that may come twice and have another size than the camera's."""
         observation = _in_order(captured, self.observe(captured), self._photograph_health)
         result = make_result(
             captured,
@@ -232,7 +232,7 @@ class Inspector:
             else:
                 anomaly_map = view.mask(maps[0])
                 if not (np.isfinite(scores[0]) and np.isfinite(maps[0]).all()):
-                    # Also where it is not judged: a model that gives no numbers there is broken.
+                    # Ignored areas count here as well: a model that gives no finite numbers there is broken.
                     score = math.nan
                 else:
                     score = float(scores[0]) if view.judged is None else float(anomaly_map.max())
@@ -248,7 +248,7 @@ class Inspector:
 
 
 def _in_order(captured: Captured, observation: Observation, health: ImageHealth) -> Observation:
-    """With what only shows beside the frames before it: another size, the very same picture."""
+    """The observation with the checks across frames added: another size, the very same picture again."""
     frame, faults, details = captured.frame, [*observation.faults], [*observation.details]
     if frame.image_bgr is not None and health.is_wrong_size(frame.image_bgr):
         faults.insert(0, Reason.WRONG_SIZE)
@@ -261,17 +261,17 @@ def _in_order(captured: Captured, observation: Observation, health: ImageHealth)
 log = EventLog("inspect")
 
 MAX_PARALLEL = 4
-"""Images observed side by side, each with the model's activations; with more cores, each has several."""
+"""Most images observed at the same time, since each needs memory for activations; more cores are shared among them."""
 
 
 class InspectorLoader:
-    """Opens packages by this daemon's settings.
+    """Opens packages as inspectors, with the daemon's settings for runtimes and signatures.
 
     Args:
         device: what runs models.
-        engines: folder of engines.
-        num_threads: of the CPU for one image; None: as many as there are cores.
-        public_key: file of the key that must have signed a package; None: none need be signed.
+        engines: folder of built TensorRT engines.
+        num_threads: CPU threads for one image; None: as many as there are cores.
+        public_key: file of the key that must have signed every package; None: signatures are not required.
     """
 
     def __init__(
@@ -290,15 +290,15 @@ class InspectorLoader:
         self._lock = threading.Lock()
 
     def share_cores(self, num_cameras: int) -> None:
-        """Several cameras judge at the same time: give each its share of the cores, unless a number was asked for."""
+        """Divide the cores among cameras, which inspect at the same time; an explicit ``num_threads`` is kept."""
         if self._num_threads is None and num_cameras > 1:
             self._num_threads = max(1, (os.cpu_count() or 1) // num_cameras)
 
     def package(self, file: Path) -> Package:
-        """A package, read once and then remembered until :meth:`forget`.
+        """A package, read once and then kept until :meth:`forget`.
 
         Raises:
-            PackageError: it cannot be read, or the signature is not the one that must be there.
+            PackageError: it cannot be read, or it is not signed with the required key.
         """
         with self._lock:
             package = self._packages.get(file)
@@ -310,24 +310,24 @@ class InspectorLoader:
             return package
 
     def forget(self) -> None:
-        """Read files anew from now on; those that were changed meanwhile."""
+        """Forget all packages, so that files changed meanwhile are read again."""
         with self._lock:
             self._packages.clear()
 
     def open(
         self, file: Path, settings: InspectConfig, *, camera: str, product: str | None = None, is_live: bool
     ) -> Inspector:
-        """An inspector of one camera, with a runtime of its own, held to the package's reference images and warm.
+        """A warmed-up inspector for one camera, with a runtime of its own, checked on the package's reference images.
 
         Args:
             file: the package.
-            settings: the camera's.
-            camera: its name.
-            product: its name; the package's own unless given.
+            settings: the camera's configuration.
+            camera: the camera's name.
+            product: the product's name; None: the package's own.
             is_live: whether the images come from a camera.
 
         Raises:
-            EdgeFlameError: it may not judge here, and why.
+            EdgeFlameError: the package cannot be used here; the message says why.
         """
         package = self.package(file)
         runtime, _ = open_for_line(package, device=self._device, engines=self._engines, num_threads=self._num_threads)
@@ -352,7 +352,10 @@ class InspectorLoader:
         return inspector
 
     def _parallel(self, package: Package, runtime: Runtime) -> tuple[int, Runtime | None]:
-        """On the CPU, as many at once as it has threads for us, and a runtime whose images share these threads."""
+        """Number of images observed at once, and the runtime for them, which divides the CPU threads among them.
+
+        ``(1, None)`` on other devices than the CPU, or with one thread.
+        """
         threads = self._num_threads or os.cpu_count() or 1
         num_parallel = min(threads, MAX_PARALLEL)
         if runtime.provider != CPU or num_parallel == 1:

@@ -1,4 +1,4 @@
-"""A connection to a PLC over Modbus TCP: what writes verdicts, reads triggers and checks the plant have in common."""
+"""A connection to a PLC over Modbus TCP, shared by the PLC sink, the trigger source and ``inspect --check``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ModbusLink:
     """Connects when it is used, and anew after an error. Not thread-safe.
 
     Args:
-        host: of the PLC.
-        port: of the PLC.
-        timeout_s: of each request, and for connecting.
+        host: name or address of the PLC.
+        port: TCP port of its Modbus server.
+        timeout_s: limit for each request, and for connecting, seconds.
     """
 
     def __init__(self, host: str, port: int, *, timeout_s: float) -> None:
@@ -27,10 +27,10 @@ class ModbusLink:
         self._client = ModbusTcpClient(host, port=port, timeout=timeout_s, retries=0, reconnect_delay=0)
 
     def request(self, send: Callable[[ModbusTcpClient], ModbusPDU]) -> ModbusPDU:
-        """Send one request; the PLC's answer, which is no refusal.
+        """Send one request and return the PLC's answer.
 
         Args:
-            send: one call of the client.
+            send: makes the request: one call of the client.
 
         Raises:
             LinkError: there is no connection, or no answer in time, or the PLC refuses.

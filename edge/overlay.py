@@ -1,4 +1,4 @@
-"""The picture of a verdict: the image, heat where the model sees something, its outline, and the score."""
+"""Draws the picture of a verdict: the image, the anomaly map as heat, the outline at the threshold, and the score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from edgeflame.images import ImageU8
 
 MIN_SIDE = 384
-"""Smaller images are enlarged to this, so that the score can be read."""
+"""Images with a side shorter than this (pixels) are enlarged, so that the score can be read."""
 
 HEAT_FROM, HEAT_FULL = 0.7, 1.5
 """Anomaly over threshold at which the heat begins to show and at which it is full."""
@@ -20,7 +20,7 @@ MOST_HEAT = 0.62
 """Opacity of full heat; the defect must stay visible beneath it."""
 
 LIGHT_LEFT = 0.35
-"""Of what is not judged; it must be seen what it is, and that it does not count."""
+"""Share of the brightness left in ignored areas: they stay recognisable, and are seen not to count."""
 
 _OUTLINE = (255, 255, 255)
 _TRUTH = (255, 214, 64)
@@ -47,8 +47,8 @@ def draw_overlay(
         anomaly_map: ``[h, w]`` raw distance over the same area.
         threshold: raw distance.
         mask: ``[height, width]`` uint8, above 0 on the true defect, or None.
-        ignored: ``[rows, columns]`` uint8 over the same area, above 0 where nothing is judged: it is dimmed.
-        label: whether the score stands on the picture; a page says it beneath.
+        ignored: ``[rows, columns]`` uint8 over the same area, above 0 where it is ignored and drawn dimmed.
+        label: whether the score is written on the picture.
 
     Returns:
         BGR uint8 of the image's shape, enlarged by a whole factor where a side is below ``MIN_SIDE``.

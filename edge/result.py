@@ -1,7 +1,7 @@
 """The result of one part: verdict and reasons, and the evidence that goes with it. Values only.
 
-A part passes only if it was seen, scored, and scored as good. Whatever else happens it is not passed: a defect
-gives ``fail``, a fault gives ``unknown``, with the reasons. :mod:`edge.verdict` makes the verdict.
+A part passes only if it was seen, scored, and scored as good. A defect gives ``fail``, any fault gives ``unknown``,
+both with their reasons. :mod:`edge.verdict` makes the verdict.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Reason(str, enum.Enum):
     MODEL_NOT_READY = "model_not_ready"
     """There is no model, or it is still busy with an earlier part."""
     OVERRUN = "overrun"
-    """Parts come faster than they are judged, for longer than their images can wait."""
+    """Parts come faster than they are inspected, for longer than their images can be kept."""
     TRIGGER_UNCLEAR = "trigger_unclear"
     """The trigger does not say which part it is, or when it was there."""
 
@@ -75,16 +75,16 @@ After = Literal["keep", "move", "delete"]
 
 @dataclass(frozen=True, kw_only=True)
 class FileOrigin:
-    """The file that a frame was read from, where that must be remembered: in the same transaction as its result."""
+    """The file of a watched folder that a frame was read from; recorded in the same transaction as the result."""
 
     folder: str
-    """Absolute."""
+    """Absolute path."""
     name: str
     """Relative to the folder, with slashes."""
     size: int
     mtime_ns: int
     after: After = "keep"
-    """What is to become of it when the result is kept."""
+    """What to do with the file once the result is on the disk."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,8 +103,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     detail: str | None
     """What happened, for people, where a fault has more to say."""
     score: float | None
-    """Raw distance; null where there is none or it is no finite number."""
+    """Raw distance; null if there is none or it is not finite."""
     threshold: float
+    """Raw distance above which the part fails."""
     latency_ms: float
     """From capture to verdict."""
     label: str | None
@@ -114,20 +115,20 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     camera: str = ""
     """Which of the daemon's cameras saw it; empty in results of older versions."""
     part_number: int | None = None
-    """The part's own number in the order of parts, where it has one."""
+    """The part's own number in the order of parts; null if it has none."""
     parts_missing: int = 0
-    """Parts that should have come between the one before and this one, by their numbers, and did not."""
+    """Number of parts missing between the one before and this one, by their numbers."""
     duplicate: bool = False
-    """A part with this number or name has come before. Of several results for one part the worst is to be believed."""
+    """A part with this number or name has come before. Of several results for one part the worst counts."""
     late: bool = False
     """The deadline had passed; the verdict is then ``unknown``, whatever the score."""
 
     golden: bool = False
-    """A golden part of the line's self-test: no part of the production."""
+    """A golden part of a self-test; it does not count as production."""
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the verdict agrees with the truth; None where either is not known."""
+        """Whether the verdict agrees with the label; None without a label or with the verdict ``unknown``."""
         if self.label is None or self.verdict == "unknown":
             return None
         return (self.verdict == "pass") == (self.label == "good")
@@ -139,7 +140,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def part_file_name(self) -> str:
-        """The part's id as a piece of a file's name, its last 60 characters at most."""
+        """The part's id made safe for use in a file name: its last 60 characters at most."""
         return re.sub(r"[^A-Za-z0-9_.]+", "_", self.part_id)[-60:]
 
 
@@ -149,18 +150,18 @@ class Inspected:
 
     result: Result
     image: ImageU8 | None
-    """``[height, width, 3]`` uint8 BGR: the area the model saw, as sharp as the camera gave it; the whole frame
-    where that area does not fit into it, None where there is no frame."""
+    """``[height, width, 3]`` uint8 BGR: the area the model saw, at the camera's resolution; the whole frame if that
+    area does not fit into it, None if there is no frame."""
     anomaly_map: npt.NDArray[np.float32] | None
-    """``[h, w]`` raw distance over the same area, 0 where nothing is judged; or None."""
+    """``[h, w]`` raw distance over the same area, 0 where it is ignored; or None."""
     ignored: ImageU8 | None = None
-    """``[height, width]`` uint8 over the same area, 255 where nothing is judged; None where all is."""
+    """``[height, width]`` uint8 over the same area, 255 where it is ignored; None if nothing is."""
     due_monotonic_s: float | None = None
-    """Until when the verdict is of use, on the monotonic clock; None: for good."""
+    """The part's deadline, seconds on the monotonic clock; None: it has none."""
     origin: FileOrigin | None = None
-    """The file of a watched folder that it was read from."""
+    """The file of a watched folder that the frame was read from."""
 
 
 def json_line(result: Result) -> bytes:
-    """One line, with its line end."""
+    """The result as one line of JSON, with its newline."""
     return msgspec.json.encode(result) + b"\n"

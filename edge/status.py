@@ -1,6 +1,6 @@
-"""What a camera, a line and a run are doing, for everyone who asks: the page, metrics, the broker, a command.
+"""Status values of cameras, of the line (the daemon) and of a run: for the page, metrics, the broker and commands.
 
-Values only; who finds them out (drift, self-tests, rollout of models, delivery) is elsewhere.
+They are filled in elsewhere (drift, self-tests, rollout of models, delivery). :class:`Tally` adds up a run's results.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from edgeflame.mqtt.messages import Disagreement, ProductModels
 
 
 class PartCounts(msgspec.Struct, kw_only=True):
-    """What became of a camera's parts. Each number is written by one thread at a time, and read by any."""
+    """Counts of a camera's parts by what happened to them. One thread at a time writes a number, any may read it."""
 
     triggers: int = 0
     """Parts that were announced."""
     triggers_lost: int = 0
     """Triggers that could not be taken since too many parts waited."""
     missing: int = 0
-    """Parts that never came, by the others' numbers."""
+    """Parts that never came, by the numbers of the others."""
     duplicates: int = 0
     """Parts whose number or name had come before."""
     late: int = 0
     """Parts without a verdict at their deadline."""
     late_answers: int = 0
-    """Answers of the model for parts that had been decided without it."""
+    """Answers of the model that came after the part's deadline, and did not count."""
 
 
 class DriftCondition(str, enum.Enum):
-    """How a stream drifts, or the worst of several."""
+    """Drift of one stream of measurements, or the worst of several."""
 
     LEARNING = "learning"
     OK = "ok"
@@ -47,34 +47,37 @@ class DriftCondition(str, enum.Enum):
 
 
 class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How one stream of measurements drifts."""
+    """Drift of one stream of measurements."""
 
     name: str
     condition: DriftCondition
     direction: str | None
-    """``higher`` or ``lower``, where there is a warning or an alarm."""
+    """``higher`` or ``lower`` with a warning or an alarm, else None."""
     rank: float | None
-    """Where the typical one of the last parts lies among the reference's, 0..1; 0.5 is the middle."""
+    """Rank of the typical recent part among the reference's parts, 0..1; 0.5 is the middle."""
     evidence: float
-    """0..1 on a logarithmic scale; 1 is an alarm."""
+    """Evidence of drift, 0..1 on a logarithmic scale; 1 is an alarm."""
     since: dt.datetime | None
     """When the warning or alarm began."""
     is_off: bool
     """Whether the last parts are beyond the tolerance."""
     learnt: int | None
-    """Parts learnt from so far, while learning."""
+    """Number of parts learnt from so far; None when not learning."""
 
 
 class DriftStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How one camera drifts, with one model."""
+    """Drift of one camera with one model."""
 
     condition: DriftCondition
+    """The worst of all streams."""
     parts: DriftCondition
+    """The worst of the streams that describe the parts."""
     camera: DriftCondition
+    """The worst of the streams that describe the camera's images."""
     message: str
     """For people, without a full stop."""
     streams: tuple[StreamStatus, ...]
-    """Those that are known or being learnt."""
+    """The streams with a reference, or with one being learnt."""
 
 
 Expected = Literal["good", "bad"]
@@ -91,7 +94,7 @@ class GoldenCheck(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float | None
     """Score over threshold."""
     reasons: tuple[str, ...] = ()
-    """Of the verdict."""
+    """The verdict's reasons."""
 
     @property
     def is_right(self) -> bool:
@@ -99,7 +102,7 @@ class GoldenCheck(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GoldenReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one self-test."""
+    """The report of one self-test."""
 
     camera: str
     product: str
@@ -119,7 +122,7 @@ class GoldenStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     last: GoldenReport | None = None
     acknowledged: bool = False
-    """A person has seen that the last one failed."""
+    """Whether a person has acknowledged that the last test failed."""
 
     @property
     def word(self) -> str | None:
@@ -130,29 +133,33 @@ class GoldenStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_failing(self) -> bool:
-        """Whether the last test failed and nobody has taken note."""
+        """Whether the last test failed and has not been acknowledged."""
         return self.last is not None and not self.last.passed and not self.acknowledged
 
 
 class DestinationStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a destination has come."""
+    """Progress of the delivery to one destination."""
 
     attempted: int
+    """Highest number that may have been sent."""
     acknowledged: int
+    """Highest number that has surely arrived, with all before it."""
     lost: int
+    """Results that had to be deleted before they were delivered."""
     waiting: int
-    """Results it has still to get."""
+    """Results still to be delivered."""
 
 
 class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A product's second model, if there is one, beside the present one."""
+    """The comparison of a product's present model with a second one, if one runs beside it."""
 
     product: str
     role: Literal["candidate", "before"]
-    """What the second model is, if there is one: a candidate, or the model before a switch."""
+    """What the second model is: a candidate, or the model before a switch."""
     on_trial: bool
+    """Whether the present model is on trial after a switch."""
     found: Disagreement | None
-    """None: no second model."""
+    """The comparison so far; None: there is no second model."""
 
 
 class RolloutStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +167,7 @@ class RolloutStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     beside: tuple[ShadowStatus, ...] = ()
     fates: dict[tuple[str, str], int] = {}
-    """How often a product's release met a fate since the start."""
+    """Number of releases since the start by product and fate, ``(product, fate)``."""
 
 
 DEFAULT_CAMERA = "camera"
@@ -168,7 +175,7 @@ DEFAULT_CAMERA = "camera"
 
 
 class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What one camera of a daemon is doing: the one fact of which the page, messages and metrics show views."""
+    """The status of one camera; the page, messages and metrics are all made from it."""
 
     camera: str
     source: str
@@ -177,42 +184,43 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """First 12 digits of the package's SHA-256."""
     provider: str
-    """What runs the model."""
+    """Name of the runtime that computes the scores."""
     threshold: float
+    """Raw distance."""
     threshold_set: bool = False
-    """It was set by command, and is not that of the configuration or the package."""
+    """The threshold was set by command, and is not that of the configuration or the package."""
     paused: bool = False
     ended: bool = False
-    """Its source has come to its end."""
+    """Whether its source has come to its end."""
     problem: str | None = None
     """Why no parts come from it; None while they do."""
     parts: int = 0
-    """Judged since the start."""
+    """Number of parts inspected since the start."""
     dropped: dict[str, int] = {}
-    """Frames never looked at, by reason."""
+    """Number of frames dropped without inspection, by reason."""
     drift: DriftStatus | None = None
     """None where drift is not watched."""
     golden: GoldenStatus | None = None
     not_ready: tuple[str, ...] = ()
-    """What else speaks against its verdicts: a failed self-test."""
+    """Reasons for people why its verdicts cannot be relied on, such as a failed self-test."""
     models: ProductModels | None = None
-    """Its product's models, where they come from the fleet: what runs, is tried, and may be gone back to."""
+    """Its product's released models: the running one, the candidate, and earlier ones; None without ``[models]``."""
     counts: PartCounts = msgspec.field(default_factory=PartCounts)
-    """What became of its parts."""
+    """Counts of its parts."""
     trigger_up: bool | None = None
-    """Whether its parts can be announced; None where every frame is one."""
+    """Whether its trigger source works; None where every frame is a part."""
 
     @property
     def trouble(self) -> str | None:
-        """Why its verdicts cannot be relied on now, for people; None where nothing speaks against them."""
+        """Why its verdicts cannot be relied on now, for people; None if they can."""
         return "paused" if self.paused else "; ".join(self.not_ready) or self.problem
 
     def why_not_ready(self, *, last_part_s: float | None, stale_after_s: float) -> str | None:
         """Why it is not ready, for people; None if it is.
 
         Args:
-            last_part_s: how long ago the last part was judged; None: none was since the start.
-            stale_after_s: longer ago than this is too long.
+            last_part_s: seconds since the last part was inspected; None: there was none since the start.
+            stale_after_s: a last part longer ago than this makes it not ready.
         """
         if self.ended:
             return None
@@ -224,7 +232,7 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CameraState(msgspec.Struct, frozen=True, kw_only=True):
-    """What one camera of a line runs."""
+    """What one camera of the line runs, as published."""
 
     name: str
     product: str
@@ -236,15 +244,15 @@ class CameraState(msgspec.Struct, frozen=True, kw_only=True):
     drift: str | None = None
     """``learning``, ``ok``, ``warning`` or ``alarm``; null where it is not watched, or before the first part."""
     drift_message: str | None = None
-    """The same for people."""
+    """The drift in words, for people."""
     golden: str | None = None
-    """Of the last self-test: ``passed``, ``failed``, or ``acknowledged`` where a person knows that it failed."""
+    """Last self-test: ``passed``, ``failed``, or ``acknowledged`` (failed, and a person has confirmed seeing it)."""
     threshold_set: bool = False
     """The threshold was set by command, and is not that of the configuration or the package."""
 
     @classmethod
     def of(cls, status: CameraStatus) -> CameraState:
-        """What is published of a camera's status."""
+        """The published part of a camera's status."""
         return cls(
             name=status.camera,
             product=status.product,
@@ -260,7 +268,7 @@ class CameraState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LineState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a line runs; retained. Of several cameras, the first stands outside of the list as well."""
+    """What the line runs; a retained message. The fields outside ``cameras`` repeat those of the first camera."""
 
     online: bool
     boot: str
@@ -273,7 +281,7 @@ class LineState(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, statuses: Sequence[CameraStatus], *, boot: str) -> LineState:
-        """What is published of a daemon's cameras, of which there is at least one, while it runs."""
+        """The state to publish while the daemon runs; ``statuses`` holds one camera at least."""
         first = statuses[0]
         return cls(
             online=True,
@@ -287,7 +295,7 @@ class LineState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 LATENCY_WINDOW = 100_000
-"""Quantiles are of the last so many parts, so that a run of years takes no more memory than one of days."""
+"""Number of last parts that quantiles are computed from, which bounds the memory."""
 
 
 class LatencyQuantiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -313,29 +321,29 @@ class Truth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one run."""
+    """Summary of one run."""
 
     parts: int
     passed: int
     failed: int
     unknown: int
     reasons: dict[str, int]
-    """How often each reason was given, of failed and unknown parts."""
+    """Number of failed and unknown parts by reason."""
     dropped: dict[str, int]
-    """Frames never looked at, by reason."""
+    """Number of frames dropped without inspection, by reason."""
     duration_s: float
     latency_ms: LatencyQuantiles | None
     truth: Truth | None
     evidence_lost: int = 0
     """Pictures of rejected parts that could not be stored, or had to make room for results."""
     undelivered: dict[str, int] = {}
-    """Results kept for the next start, by destination."""
+    """Number of results kept for the next start, by destination."""
     counts: PartCounts = msgspec.field(default_factory=PartCounts)
-    """What became of announced and numbered parts."""
+    """Counts of announced and numbered parts, all cameras together."""
 
 
 class Tally:
-    """Adds up results, of any number of threads."""
+    """Adds up the results of a run; thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -351,7 +359,7 @@ class Tally:
         return self._verdicts.total()
 
     def add(self, result: Result) -> int:
-        """Count a result; how many there are now."""
+        """Count a result; returns the number so far."""
         with self._lock:
             self._add(result)
             return self.parts

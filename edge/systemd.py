@@ -2,9 +2,8 @@
 
 Source: sd_notify(3) and sd_watchdog_enabled(3). Without ``NOTIFY_SOCKET`` in the environment nothing is sent.
 
-The watchdog is fed only while every part that must move does: a camera's loop that has had one part in hand for too
-long, a disk that does not answer, a main thread that stands still are each a reason to be started afresh, and only
-somebody outside of this process can do that.
+The watchdog is fed only while nothing hangs. A camera worker that has been busy with one part for too long, a disk that
+does not answer, or a main thread that stands still is each a reason for the supervisor to start the daemon afresh.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ from edgeflame.log import EventLog
 log = EventLog("service")
 
 STATUS_EVERY_S = 5.0
+"""Longest time between two notifications, seconds."""
 
 
 @final
 class SystemdNotifier:
-    """Notifies the supervisor; does nothing where there is none.
+    """Notifies the supervisor; does nothing if there is none.
 
     Args:
-        environment: of the process.
+        environment: the process's environment variables; None: ``os.environ``.
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
@@ -45,7 +45,7 @@ class SystemdNotifier:
             # Linux's abstract names begin with a zero byte.
             self._address = "\0" + self._address[1:]
         self.watchdog_s = _watchdog_s(environment)
-        """The supervisor expects a notification at least so often; None: it expects none."""
+        """The supervisor's limit between two watchdog notifications, seconds; None: it expects none."""
 
     def notify(self, **states: str | int) -> None:
         """Send states, ``notify(READY=1)`` for instance; what does not arrive is not sent again."""
@@ -70,9 +70,9 @@ class Watchdog:
     """Feeds the supervisor's watchdog and reports the status, on a thread of its own; a context manager.
 
     Args:
-        notifier: to the supervisor.
-        busy_s: for each part that must move, how long it has been at one thing.
-        status: one line for people.
+        notifier: notifies the supervisor.
+        busy_s: for each component by name, returns how long it has been busy with its present task, seconds.
+        status: returns one line for people.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # The supervisor's own limit for stopping counts from here; the watchdog is its business no more.
+        # From here on the supervisor's own limit for stopping counts, and not the watchdog.
         self._notifier.notify(STOPPING=1, STATUS="stopping")
         self._thread.close()
 
     def heartbeat(self) -> None:
-        """The main thread moves."""
+        """Called by the main thread to show that it does not hang."""
         self._beat_at = time.monotonic()
 
     @contextlib.contextmanager
     def reloading(self) -> Iterator[None]:
-        """Tell the supervisor that the configuration is read again."""
+        """Report to the supervisor that the configuration is being read again, while the block runs."""
         self._notifier.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         try:
             yield
@@ -136,7 +136,7 @@ exit_log = EventLog("inspect")
 
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    """What has been asked for."""
+    """Requests made by signals."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     """SIGINT or SIGTERM; a second one interrupts at once."""
@@ -146,9 +146,9 @@ class Signals:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[Signals]:
-    """Heed SIGINT, SIGTERM and SIGHUP for as long as the block runs.
+    """Handle SIGINT, SIGTERM and SIGHUP for as long as the block runs.
 
-    On a terminal SIGHUP says that the terminal has gone, and is left as it is.
+    On a terminal SIGHUP means that the terminal has gone, and keeps its default action.
     """
     signals = Signals()
 
@@ -156,7 +156,7 @@ def handle_signals() -> Iterator[Signals]:
         del signum, frame
         if signals.stop.is_set():
             raise KeyboardInterrupt
-        # Nothing else: the handler may run in the middle of a write to the terminal.
+        # Nothing is logged here: the handler may run in the middle of a write to the terminal.
         signals.stop.set()
 
     def request_reload(signum: int, frame: FrameType | None) -> None:
@@ -176,10 +176,10 @@ def handle_signals() -> Iterator[Signals]:
 
 @final
 class ForcedExit:
-    """Ends the process when it has not ended by itself in time; a context manager, which calls that off.
+    """Ends the process if a stop hangs; a context manager: leaving it calls the forced exit off.
 
-    Everything that can hang on the way out has a limit of its own. This is for what nobody thought of: a driver, a
-    file system, a library. Results on the disk are safe from it.
+    Everything that is known to hang has a limit of its own. This is for the rest: a driver, a file system, a library.
+    Results on the disk are not affected.
     """
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class ForcedExit:
         self._called_off.set()
 
     def arm(self, limit_s: float) -> None:
-        """From now on there is so much time."""
+        """End the process in ``limit_s`` seconds unless the context has been left by then."""
         threading.Thread(target=self._run, args=(limit_s,), name="edgeflame-forced-exit", daemon=True).start()
 
     def _run(self, limit_s: float) -> None:

@@ -3,14 +3,14 @@
 :func:`make_result` turns what was found out about a frame into the part's result. It looks in this order, and the first
 that applies decides:
 
-    1. anything went wrong, or there is no score        unknown, with all faults
-    2. the score is no finite number                    unknown
+    1. there is a fault, or no score                    unknown, with all faults
+    2. the score is not finite                          unknown
     3. the score is within the review band              unknown: a person decides
     4. the score is above the threshold                 fail
     5. otherwise                                        pass
 
-Whatever came out, a part whose deadline has passed by then is unknown and late (:func:`mark_late`): somebody has given
-it up, and must not be told that it passed. The place among the other parts, by its number, is added last.
+In any case, a part whose deadline has passed by then is unknown and late (:func:`mark_late`): its receiver has given
+it up and must not see a pass. Findings about the part's number (missing parts, duplicates) are added last.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from edgeflame.images import ImageU8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
-    """What was found out about one frame, before its verdict."""
+    """What was found about one frame, before its verdict."""
 
     faults: Sequence[Reason] = ()
-    """What went wrong; any makes the verdict ``unknown``."""
+    """What went wrong; any fault makes the verdict ``unknown``."""
     details: Sequence[str] = ()
     """More about the faults, for people."""
     score: float | None = None
-    """Raw distance; NaN where the model gave no finite number, None where it gave nothing."""
+    """Raw distance; NaN if the model's answer was not finite, None if there was none."""
     image: ImageU8 | None = None
     """The model's input, ``[height, width, 3]`` uint8 BGR."""
     evidence: ImageU8 | None = None
-    """The same area as the camera gave it; the whole frame where that area does not fit into it."""
+    """The same area at the camera's resolution; the whole frame if that area does not fit into it."""
     ignored: ImageU8 | None = None
-    """``[height, width]`` uint8, above 0 where that area is not judged; None where all of it is."""
+    """``[height, width]`` uint8, above 0 where that area is ignored; None if nothing is."""
     anomaly_map: npt.NDArray[np.float32] | None = None
     """``[h, w]`` raw distance over the same area."""
 
 
 def unscored(captured: Captured, reason: Reason, detail: str) -> Observation:
-    """A frame that no model has looked at, and why."""
+    """The observation of a frame that was not scored, with the reason."""
     return Observation(faults=(reason,), details=(detail,), evidence=captured.frame.image_bgr)
 
 
@@ -67,19 +67,19 @@ def make_result(
     number: int | None = None,
     sequence: SequenceFinding | None = None,
 ) -> Result:
-    """Judge one part.
+    """Make the result of one part.
 
     Args:
         captured: its frame.
-        observation: what was found out about it.
+        observation: what was found about the frame.
         camera: name of the camera.
         model: first 12 digits of the package's SHA-256.
         threshold: raw distance; a higher score is a defect.
         review_band: share of the threshold to either side in which the verdict is left to a person.
-        now_s: the time, on the monotonic clock of the frames.
+        now_s: the present time, seconds on the monotonic clock of the frames.
         due_s: the part's deadline on the same clock; None: it has none.
-        number: the part's own number, where it has one.
-        sequence: its place among the parts before it, where that means something.
+        number: the part's own number; None: it has none.
+        sequence: its place among the parts before it; None: the parts have neither numbers nor names.
     """
     frame, score = captured.frame, observation.score
     verdict, reasons = _decide(score, threshold, review_band, observation.faults)
@@ -114,11 +114,11 @@ def make_result(
 
 
 def mark_late(result: Result, *, now_s: float, due_s: float | None) -> Result:
-    """The result as it may be used at this time: from its deadline on it is no verdict any more, a pass least of all.
+    """The result as it is valid now: from its deadline on it is ``unknown`` and late; before, it is unchanged.
 
     Args:
         result: of a part.
-        now_s: the time, on the monotonic clock.
+        now_s: the present time, seconds on the monotonic clock.
         due_s: the part's deadline on the same clock; None: it has none.
     """
     if due_s is None or now_s < due_s or result.late:

@@ -1,11 +1,12 @@
-"""Which part of the camera's picture counts: the crop the model gets, and what of it is not to be judged.
+"""The region of interest: the crop of the camera's frame that the model gets, and the areas of it that are ignored.
 
 Shapes are given in pixels of the camera's frame. The model scores the cells of a grid over its crop; a cell is left
-out only where it is covered wholly, so that nothing beside a shape is overlooked. The score of a part is then what the
-graph would give, the maximum of its map, over the cells that count.
+out only if it is covered wholly, so that nothing beside a shape is overlooked. The score of a part is the maximum of
+its map over the other cells.
 
-The map is smoothed before (a standard deviation of two cells unless the package says otherwise): what is ignored
-shines out over its edge, and a shape must be drawn larger than what it hides. That errs towards a reject.
+The map has been smoothed before that (standard deviation two cells, unless the package says otherwise), so a defect in
+an ignored area raises scores around it, and a shape must be drawn larger than what it hides. That errs towards a
+reject.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from edgeflame.errors import ConfigError, DataError
 from edgeflame.images import ImageU8, Preprocessing, Region, read_mask
 
 COVERED = 0.999
-"""Share of a cell beneath shapes from which on it is ignored: all of it, but for rounding."""
+"""Share of a cell's area that shapes must cover for it to be ignored: all of it, but for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FittedView:
-    """A view on frames of one size."""
+    """A view fitted to frames of one size."""
 
     ignored: ImageU8 | None
-    """``[height, width]`` of the crop, 255 where nothing is judged; None where all is."""
+    """``[height, width]`` of the crop, 255 where it is ignored; None if nothing is."""
     judged: npt.NDArray[np.bool_] | None
-    """``[h, w]`` of the grid; None where all cells are judged."""
+    """``[h, w]`` of the grid, true for cells that count; None if all do."""
 
     def mask(self, anomaly_map: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """A map ``[h, w]`` with 0 where nothing is judged; the map itself where all is."""
+        """A map ``[h, w]`` with 0 in cells that do not count; the map itself if all do."""
         return anomaly_map if self.judged is None else np.where(self.judged, anomaly_map, np.float32(0))
 
 
@@ -44,12 +45,12 @@ class View:
     """A configured view for one package.
 
     Args:
-        config: what was asked for.
-        preprocessing: of the package.
-        grid: height and width of the package's maps.
+        config: section ``[roi]``.
+        preprocessing: the package's.
+        grid: height and width of the package's maps, in cells.
 
     Raises:
-        ConfigError: the picture cannot be read, or nothing would be judged in frames of the size given.
+        ConfigError: ``ignore_image`` cannot be read, or nothing is left to inspect in frames of the size given.
     """
 
     def __init__(self, config: RoiConfig, preprocessing: Preprocessing, grid: tuple[int, int]) -> None:
@@ -59,7 +60,7 @@ class View:
             x, y, width, height = config.crop
             preprocessing = msgspec.structs.replace(preprocessing, roi=Region(x=x, y=y, width=width, height=height))
         self.preprocessing = preprocessing
-        """With the crop asked for."""
+        """The package's, with the configured crop."""
         self._picture = None if config.ignore_image is None else _read_picture(config.ignore_image)
         self._fitted: dict[tuple[int, int], FittedView] = {}
         size = config.frame
@@ -79,7 +80,7 @@ class View:
         """The view on frames of one size; kept for the next frame.
 
         Raises:
-            DataError: a shape does not fit into such a frame, or leaves nothing to judge.
+            DataError: a shape does not fit into such a frame, or nothing is left to inspect.
         """
         fitted = self._fitted.get((height, width))
         if fitted is None:

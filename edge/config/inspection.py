@@ -256,7 +256,7 @@ class ModbusTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     @property
     def is_counter(self) -> bool:
-        """Whether it counts parts; else it is a contact."""
+        """Whether it is a register that counts parts; otherwise it is a contact."""
         return self.register is not None or self.input_register is not None
 
 
@@ -284,7 +284,7 @@ class TriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def is_on(self) -> bool:
-        """Whether parts are announced; else every frame is one."""
+        """Whether parts are announced; otherwise every frame is a part."""
         return self.mqtt is not None or self.modbus is not None
 
 

@@ -96,7 +96,7 @@ class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     url: str
     """Where results are POSTed: ``http(s)://host[:port]/path`` without credentials."""
     verdicts: tuple[Literal["pass", "fail", "unknown"], ...] = ("pass", "fail", "unknown")
-    """Verdicts of the parts that are reported; the others are skipped, and their numbers are missing."""
+    """Verdicts of the parts that are posted; the others are skipped, so their numbers are missing."""
     timeout_s: AnswerTimeout = 10.0
     """How long an answer to a request may take, seconds."""
     ca: str | None = None
@@ -115,7 +115,7 @@ NUM_REGISTERS = {1: 10, 2: 13}
 
 
 class ModbusConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the PLC is, and which of its registers are ours."""
+    """Section ``[modbus]``: address of the PLC, and the holding registers that verdicts are written to."""
 
     host: NotEmpty
     """Name or address of the PLC."""
@@ -158,7 +158,7 @@ _LISTEN = re.compile(r"(?P<host>\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):(?P<port>[0-9]
 
 
 class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the page for operators is served, and how much it shows."""
+    """Section ``[web]``: where the page for operators is served, and how much it shows."""
 
     listen: Annotated[str, BASIC] = "127.0.0.1:8080"
     """``host:port``; ``0.0.0.0:8080`` for every interface: whoever reaches it sees the pictures."""
@@ -194,8 +194,8 @@ class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     OLD_KEYS: ClassVar[Mapping[str, str]] = {"auto": "auto_promote"}
 
     public_keys: Annotated[tuple[str, ...], Meta(min_length=1)]
-    """Files of the keys that are trusted (``edgeflame-key.pub``). A package that none of them signed is refused, also
-    one that was taken while its key still stood here."""
+    """Files of the public keys that are trusted (``edgeflame-key.pub``). A package that none of them signed is refused,
+    also one that was taken while its key was still listed here."""
     shadow_parts: Annotated[int, Meta(ge=0, le=MAX_SHADOW_PARTS)] = 200
     """Number of parts that a new model first inspects beside the present one; 0: it takes over as soon as it is
     checked."""
@@ -204,13 +204,13 @@ class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.5
     """How many times the present model's computing time for a part a new one may take."""
     trial_parts: Annotated[int, Meta(ge=0, le=10_000_000)] = 2000
-    """Number of parts after a switch that the model before inspects as well, and the new one is rolled back if it
-    proves bad; 0: it is never rolled back automatically."""
+    """Number of parts after a switch that the model before inspects as well; if the new one proves bad, it is rolled
+    back. 0: it is never rolled back automatically."""
     max_faults: Annotated[int, Meta(ge=1, le=100)] = 3
     """Parts on trial that the new model's own failures may leave without a score, of any 100 in a row, before it is
     rolled back."""
     auto_promote: bool = True
-    """Whether a new model takes over when it passed beside the present one; otherwise it waits for a person's word."""
+    """Whether a new model takes over once it has passed its shadow run; otherwise it waits until a person switches."""
     keep: Annotated[int, Meta(ge=1, le=MAX_OUTCOMES - 1)] = 2
     """Earlier released models kept to roll back to, besides the configuration's own file."""
     max_bytes: Annotated[int, Meta(ge=1, le=64 << 30)] = 2 << 30
