@@ -48,9 +48,9 @@ def command(
     """Serve the training rounds of a fleet: wait for sites, average their models, hand out the result.
 
     Ends when every site has its package, or exits with 1 when a round misses its quorum. Killed and started again
-    with the same --state, it continues where it was. With --stay it goes when it is interrupted or told to by
-    `edgeflame rounds stop`. `edgeflame rounds` also ends the rounds early and removes
-    sites; `edgeflame site` pauses them.
+    with the same --state, it continues where it was. With --stay it ends when it is interrupted, or on
+    `edgeflame rounds stop`. `edgeflame rounds` also ends the rounds early and removes sites; `edgeflame site` pauses
+    them.
     """
     from aggregator.service import run_aggregator
     from cli.output import print_json, progress_bar

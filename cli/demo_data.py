@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from boards.dataset import DatasetSpec
 
 
-# As boards.TEXTURES, written out because importing that package loads OpenCV; a test keeps them equal.
+# As boards.textures.TEXTURES, written out because importing that package loads OpenCV; a test keeps them equal.
 _TEXTURES = (
     "warm_white_grid",
     "straight_cloud_pattern",

@@ -63,7 +63,7 @@ def _pretty(value: object) -> str:
 
 
 def check_config(path: Path) -> Iterator[Finding]:
-    """A configuration of whichever command it is for; of a line with cameras also everything that it names."""
+    """Check a configuration of any command; of an inspection with cameras also everything that it names."""
     from edge.config import InspectConfig
     from edgeflame.config import check_keys, load_config
 
@@ -84,7 +84,7 @@ def check_config(path: Path) -> Iterator[Finding]:
             if isinstance(settings, InspectConfig) and settings.cameras and settings.products:
                 yield from _check_line(settings)
             return
-    # What is wrong with it as another command's configuration says nothing, where it is clear whose it is.
+    # Where its keys show whose configuration it is, the errors of the other commands are left out.
     most = max(known for known, _ in failures)
     words = "; ".join(what for known, what in failures if known == most)
     yield problem("configuration", f"{path} fits no command: {words}", "correct the key that is named")
@@ -173,7 +173,7 @@ def command(
 
 
 def _check_member(broker: BrokerOptions) -> Iterator[Finding]:
-    """The broker, as whoever the options or the kit say we are: the doctor only looks, so a kit of any role does."""
+    """Check the broker with the identity of the options or the kit; a kit of any role will do, since it only reads."""
     from edgeflame.mqtt.check import check_broker
     from fleet.broker_control import readable_topic
     from fleet.registry import BrokerClient

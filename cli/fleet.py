@@ -257,7 +257,7 @@ def members(folder: Path, as_json: bool) -> None:
 
 
 def _sync_broker_if_running(fleet: FleetFolder, broker: str | None, connect_timeout: float) -> None:
-    """Bring the broker up to date if it can be reached; if not, say how that is done later."""
+    """Give the broker the fleet's rights if it can be reached; if not, print how to do it later."""
     from edgeflame.errors import LinkError
 
     try:
@@ -275,7 +275,17 @@ def _sync_broker_if_running(fleet: FleetFolder, broker: str | None, connect_time
 def _sync_broker(
     fleet: FleetFolder, broker: str | None, connect_timeout: float, *, goodbye: tuple[str, str] | None = None
 ) -> bool:
-    """Bring the broker up to date; whether the member ``goodbye[0]`` was connected, and told why it has to go."""
+    """Give the broker the fleet's rights.
+
+    Args:
+        fleet: the fleet.
+        broker: its address, in place of that of the administrator's kit.
+        connect_timeout: how long to try, seconds.
+        goodbye: a revoked member and the reason, which is sent to it first.
+
+    Returns:
+        Whether the member of ``goodbye`` was connected and was sent the reason.
+    """
     from fleet.broker_control import BrokerControl
 
     url = fleet.admin_kit().broker_url(broker)
@@ -354,7 +364,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 COLLECT_S = 2.5
-"""Every site speaks at least twice in this time."""
+"""Seconds to listen; every site sends at least two heartbeats in this time."""
 _REDRAW_S = 0.5
 
 

@@ -195,7 +195,7 @@ def command(
     _show(summary, as_json=as_json)
     if summary_file is not None:
         _write(summary_file, summary)
-    if stopped and not all(line.is_endless for line in cameras.workers):
+    if stopped and not all(worker.is_endless for worker in cameras.workers):
         raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""``edgeflame model``: what packages are, whose they are, and whether they score as they were trained to."""
+"""``edgeflame model``: list, show, sign and verify packages; publishing them is in :mod:`cli.model_release`."""
 
 from __future__ import annotations
 

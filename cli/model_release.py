@@ -1,4 +1,4 @@
-"""``edgeflame model publish|withdraw|status``: bringing packages to the lines, and what each line made of them."""
+"""``edgeflame model publish|withdraw|status``: releasing packages to the lines, and the state of each on every line."""
 
 from __future__ import annotations
 

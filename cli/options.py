@@ -27,13 +27,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @dataclass(frozen=True, kw_only=True)
 class BrokerAccess:
-    """The broker, and as whom we come to it.
+    """A broker, and our identity in the fleet.
 
     Attributes:
-        url: with the certificates.
+        url: the broker's address, with our certificates.
         fleet: the fleet's name.
-        name: our name in the fleet; None without a kit, which alone says it.
-        certificate_expires: when the kit does.
+        name: our name in the fleet, which only a kit has; None without one.
+        certificate_expires: when the kit's certificate expires; None without a kit.
     """
 
     url: BrokerUrl
@@ -44,7 +44,7 @@ class BrokerAccess:
 
 @dataclass(frozen=True, kw_only=True)
 class BrokerOptions:
-    """How a command reaches the broker, as the command line says it. See :func:`broker_options`."""
+    """The options by which a command reaches the broker, see :func:`broker_options`."""
 
     broker: str | None = None
     """Its URL; wins over the kit's."""
@@ -61,11 +61,11 @@ class BrokerOptions:
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def open(self) -> tuple[BrokerUrl, Kit | None]:
-        """The broker's address with the certificates, and the kit that they are from.
+        """The broker's address with our certificates, and the kit that holds them; None without a kit.
 
         Raises:
             UsageError: the options do not say where the broker is, or contradict each other.
-            ConfigError: the kit is none.
+            ConfigError: the kit cannot be read, or is not a kit.
             LinkError: the kit has expired.
         """
         from edgeflame.errors import UsageError
@@ -83,10 +83,10 @@ class BrokerOptions:
         return kit.broker_url(self.broker), kit
 
     def resolve(self, *roles: str) -> BrokerAccess:
-        """The broker, for a member of the fleet.
+        """The broker, and our identity as a member of the fleet.
 
         Args:
-            roles: whose kits the command takes.
+            roles: the roles whose kits the command accepts.
 
         Raises:
             UsageError: as :meth:`open`, or no fleet is named, or the kit is one of another role.
@@ -178,10 +178,10 @@ def former_name(
     """A command under the name it had before: hidden in help, and it warns that it goes with the next version.
 
     Args:
-        old: how it was called.
-        new: how it is called now.
-        command: what it is now.
-        params: what the old one takes; None for the same.
+        old: the earlier name, ``edgeflame GROUP NAME``.
+        new: today's name.
+        command: today's command.
+        params: the parameters of the earlier one; None for the same.
     """
 
     def run(**options: Any) -> None:

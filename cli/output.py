@@ -106,7 +106,7 @@ def print_promises(
     good: npt.NDArray[np.floating],
     defective: npt.NDArray[np.floating] | None = None,
 ) -> None:
-    """A table of what other promises would cost and bring on scored images; nothing for a package without them."""
+    """Print how many good and defective images each other promise would reject; nothing for a package without them."""
     if not threshold.others:
         return
     from rich import box
@@ -131,7 +131,7 @@ def print_promises(
 
 
 def promise_rows(threshold: Threshold) -> Sequence[tuple[float | None, str, str]]:
-    """Rising promises: threshold (None where it cannot be promised), what is promised, a note."""
+    """The promises in rising order: the threshold (None where it cannot be promised), the promised rate, a note."""
     rates = {one.false_reject_rate: one.value for one in threshold.others}
     rates[threshold.false_reject_rate] = threshold.value
     mine = threshold.false_reject_rate

@@ -1,4 +1,4 @@
-"""How our commands start others of our programs, watch them, and stop them whatever happens."""
+"""Child processes of commands: starting other programs of ours, watching them, and stopping them whatever happens."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class ChildProcess:
     output: Path
 
     def has_ended(self) -> bool:
-        """Whether it has ended, well.
+        """Whether it has ended with exit code 0.
 
         Raises:
-            ChildFailedError: it ended badly.
+            ChildFailedError: it ended with another.
         """
         code = self.process.poll()
         if code:
@@ -90,7 +90,7 @@ class ChildProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ask those that run to end, then make them."""
+        """Ask those that still run to end, and kill those that have not after ``STOP_TIMEOUT_S``."""
         running = [child.process for child in self._children if child.process.poll() is None]
         for process in running:
             process.terminate()
@@ -139,7 +139,7 @@ class ChildProcesses:
         *,
         parallel: int | None = None,
     ) -> dict[str, Path]:
-        """Run programs to their end, so many at a time.
+        """Run programs to their end, ``parallel`` of them at a time.
 
         Args:
             command_lines: by name.

@@ -1,4 +1,4 @@
-"""``edgeflame rounds``: what the aggregator's operator may decide while a run goes on."""
+"""``edgeflame rounds``: what an aggregator's operator may do to a run: stop it, end its rounds, remove a site."""
 
 from __future__ import annotations
 

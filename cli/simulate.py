@@ -66,7 +66,7 @@ def answer_simulation_task(data: bytes) -> bytes:
 
 @functools.cache
 def _handler() -> Callable[[bytes], bytes]:
-    """What does the sites' work in this process; made once.
+    """The function that carries out tasks in this process; made once.
 
     Raises:
         MissingDependencyError: torch, or what else training needs, is not installed.
@@ -87,7 +87,7 @@ def _handler() -> Callable[[bytes], bytes]:
     torch.set_num_threads(threads)
     threadpool_limits(threads)
     if not logging.getLogger(LOGGER_NAME).isEnabledFor(logging.DEBUG):
-        # A line for each epoch of each of a hundred sites tells nobody anything.
+        # A log line for each epoch of each of a hundred sites would only hide the others.
         for part in _CHATTY:
             logging.getLogger(f"{LOGGER_NAME}.{part}").setLevel(logging.WARNING)
     return functools.partial(answer_task, sites=SimulatedSites(_build_trainer), measure=ModelEvaluator().evaluate)
@@ -96,7 +96,7 @@ def _handler() -> Callable[[bytes], bytes]:
 def _build_trainer(setup: WorkerSetup) -> SiteTrainer:
     from trainer.work import TorchSiteTrainer
 
-    # No exporter: what a simulation wants of a site are its statistics and figures, not a package.
+    # No exporter: a simulation needs a site's statistics and figures, not its package.
     return TorchSiteTrainer(learning=setup.learning, data=Path(setup.data), site=setup.site, num_references=0)
 
 

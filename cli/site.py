@@ -1,7 +1,7 @@
 """``edgeflame site``: pause a site, let it go on, or take it out of its run, before or while ``edgeflame train`` runs.
 
-Whose state folder is named decides who asks: the site's own operator on the site's machine, or the fleet's on the
-aggregator's.
+The state folder decides whose request it is: with a site's own, that of the site's operator; with the aggregator's,
+that of the fleet's operator.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Administration of a fleet, the fifth role: identities, their access, observing, publishing packages."""
+"""Administration of a fleet: identities, their rights on the broker, observing, publishing packages."""

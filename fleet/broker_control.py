@@ -11,7 +11,7 @@ Mosquitto (2.0 and 2.1) takes a client's certificate for its authentication and 
 client is disabled. Disabling throws a connected client out; taking its rights away is what keeps it from coming
 back.
 
-:class:`BrokerControl` is the administrator's connection to a running broker: over MQTT it sets who the clients are.
+:class:`BrokerControl` is the administrator's connection to a running broker: it sets the clients and their rights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AclRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def acl_rules(client: BrokerClient, fleet: str) -> tuple[AclRule, ...]:
-    """What an identity may do."""
+    """The rules of what an identity may publish and read; none for a revoked one."""
     if not client.is_active:
         return ()
     base, name = f"{ROOT}/{fleet}", client.name
@@ -77,8 +77,8 @@ def acl_rules(client: BrokerClient, fleet: str) -> tuple[AclRule, ...]:
                 *_may_read(f"{base}/model/#", f"{base}/line/#"),
             )
         case "observer":
-            spoken = (f"{base}/site/+/{part}" for part in ("presence", "up/message", "down/message"))
-            return _may_read(*shared, *spoken, f"{base}/status/#", f"{base}/line/#")
+            of_sites = (f"{base}/site/+/{part}" for part in ("presence", "up/message", "down/message"))
+            return _may_read(*shared, *of_sites, f"{base}/status/#", f"{base}/line/#")
         case "aggregator":
             # All of the fleet's topics, but never in a site's or a line's name, nor what lines are to run.
             others = ("site/+/up/#", "site/+/presence", "line/#", "model/#", "release/#")
@@ -99,7 +99,7 @@ def acl_rules(client: BrokerClient, fleet: str) -> tuple[AclRule, ...]:
 
 def readable_topic(client: BrokerClient, fleet: str) -> str:
     """A topic or filter that an identity may subscribe to, for testing a connection."""
-    return next(grant.topic for grant in acl_rules(client, fleet) if grant.acltype == "subscribePattern")
+    return next(rule.topic for rule in acl_rules(client, fleet) if rule.acltype == "subscribePattern")
 
 
 def dynamic_security(clients: Sequence[BrokerClient], fleet: str) -> bytes:
@@ -125,7 +125,7 @@ def dynamic_security(clients: Sequence[BrokerClient], fleet: str) -> bytes:
 def sync_commands(
     wanted: Sequence[BrokerClient], fleet: str, *, clients: Sequence[dict[str, Any]], roles: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What to tell a running broker so that it knows ``wanted``; as little as possible.
+    """The commands that give a running broker the identities ``wanted``; as few as possible.
 
     Every change of a client throws it out for a moment, so what is right already is left alone. Clients that the
     broker knows and the fleet does not are left alone as well: a person put them there.
@@ -165,9 +165,9 @@ def sync_commands(
 
 def _may_read(*filters: str) -> tuple[AclRule, ...]:
     return tuple(
-        grant
+        rule
         for topic in filters
-        for grant in (
+        for rule in (
             AclRule(acltype="subscribePattern", topic=topic),
             AclRule(acltype="publishClientReceive", topic=topic),
         )
@@ -179,7 +179,7 @@ def _may_write(*filters: str) -> tuple[AclRule, ...]:
 
 
 def _acls(client: BrokerClient, fleet: str) -> list[dict[str, Any]]:
-    return [msgspec.structs.asdict(grant) for grant in acl_rules(client, fleet)]
+    return [msgspec.structs.asdict(rule) for rule in acl_rules(client, fleet)]
 
 
 def _role_names(entry: dict[str, Any]) -> set[str]:
@@ -246,12 +246,12 @@ class BrokerSettings:
     """What differs from broker to broker.
 
     Attributes:
-        fleet: for the reader.
-        port: for TLS.
+        fleet: its name, for the file's heading.
+        port: to listen on, with TLS.
         bind: the address to listen on; None for all.
         folder: where this configuration lies on the broker's machine.
         plugin: the ``dynamic-security`` plugin's file there.
-        user: whom a broker started by root becomes; None for its own default (``mosquitto``).
+        user: the account that a broker started by root changes to; None for its own default (``mosquitto``).
     """
 
     fleet: str

@@ -77,10 +77,10 @@ def issue_certificate(
     Args:
         authority: signs it.
         name: the common name.
-        fleet: for people to read.
-        role: likewise.
-        now: its validity begins a little before.
-        not_after: and ends here, or with the authority's own.
+        fleet: its name, part of the subject, for people.
+        role: part of the subject, for people.
+        now: its validity begins ``CLOCK_SKEW`` before.
+        not_after: the end of its validity, which is never later than the authority's own.
         hosts: names and addresses the server is reached by.
 
     Raises:
@@ -150,10 +150,10 @@ def read_authority(cert: bytes, key: bytes) -> IssuedCertificate:
 
 
 def require_cryptography() -> None:
-    """Make sure that certificates can be made.
+    """Make sure that the library for certificates is installed.
 
     Raises:
-        MissingDependencyError: they cannot.
+        MissingDependencyError: it is not.
     """
     with require_extra("fleet", "certificates need cryptography"):
         import cryptography  # noqa: F401 - asked for by name, with one message for all its parts

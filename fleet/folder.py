@@ -129,7 +129,7 @@ class FleetFolder:
         self._issue_kit(ADMIN, role="admin", days=DEFAULT_DAYS, out=None)
 
     def write_access(self) -> None:
-        """Write the rights into the file a broker starts with; for one that is not running."""
+        """Write the rights into the file that a broker reads when it starts; a running one does not read it."""
         registry = self.registry
         data = broker_control.dynamic_security(registry.clients(), registry.fleet)
         self._write_broker_file(broker_control.DYNAMIC_SECURITY, data, SECRET_MODE)
@@ -183,7 +183,7 @@ class FleetFolder:
         self._write_broker_file(broker_control.REVOCATION_LIST, listed, PUBLIC_MODE)
 
     def _write_broker_file(self, name: str, data: bytes, mode: int) -> None:
-        """A file of the broker's; it goes to whoever the folder was given to, or the broker could not read it."""
+        """Write a file of the broker's, owned by whoever owns the folder, so that the broker can read it."""
         path = self.broker_files / name
         atomic_write(path, data, mode=mode)
         owner = self.broker_files.stat()
@@ -200,7 +200,7 @@ def open_fleet(path: Path) -> Iterator[FleetFolder]:
         UsageError: there is no fleet.
         StorageError: it is damaged, or in use.
     """
-    FleetFolder(path)  # if there is none it says so, and no lock file is left behind
+    FleetFolder(path)  # raises if there is none, before a lock file is made
     with locked_state_dir(path):
         yield FleetFolder(path)
 
@@ -227,7 +227,7 @@ def make_fleet(
         bind: the address it listens on; None for all.
         install_dir: where the broker's files will lie on its machine; None: where they are made.
         plugin: the ``dynamic-security`` plugin there; None: looked for here.
-        broker_user: whom a broker started by root becomes; None: its own default.
+        broker_user: the account that a broker started by root changes to; None: its own default.
         replace: an earlier fleet in ``path`` is put aside, whole, under another name.
 
     Raises:

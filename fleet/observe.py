@@ -92,7 +92,7 @@ class SiteView:
 
 
 class FleetView:
-    """The state of a fleet's run and sites, as its messages tell it; give it those with :meth:`handle_message`.
+    """The state of a fleet's run and sites, put together from the messages passed to :meth:`handle_message`.
 
     Args:
         topics: the fleet's.
@@ -119,11 +119,11 @@ class FleetView:
 
     def handle_message(self, topic: str, payload: bytes, now: float) -> None:
         """Take a message into account; one that cannot be read is counted in ``num_unreadable``."""
-        spoken = self._topics.parse(topic)
-        if not isinstance(spoken, MessageTopic) or not payload:
+        address = self._topics.parse(topic)
+        if not isinstance(address, MessageTopic) or not payload:
             return
         try:
-            self._apply(spoken, payload, now)
+            self._apply(address, payload, now)
         except FederationError:
             self.num_unreadable += 1
 
@@ -160,7 +160,7 @@ class FleetView:
         }
 
     def problem(self) -> str | None:
-        """Why all is not well; None if it is."""
+        """Why the run needs attention: it failed, or its aggregator is gone or unknown; None if all is well."""
         if self.state is None:
             return (
                 "nothing was ever said about this fleet on the broker; is its name right, and its aggregator started?"
@@ -171,8 +171,8 @@ class FleetView:
             return "the aggregator is offline in the middle of a run; start it again with the same --state"
         return None
 
-    def _apply(self, spoken: MessageTopic, payload: bytes, now: float) -> None:
-        match spoken:
+    def _apply(self, address: MessageTopic, payload: bytes, now: float) -> None:
+        match address:
             case MessageTopic(kind="round"):
                 self.state = decode_round(payload)
             case MessageTopic(kind="aggregator_presence"):
@@ -228,7 +228,7 @@ class FleetView:
 
 
 def listen(session: Session, view: FleetView, seconds: float) -> None:
-    """Give a view what comes in so long, from a session that is subscribed to its :meth:`FleetView.filters`.
+    """Pass a view the messages of the next ``seconds``, from a session that is subscribed to its filters.
 
     Raises:
         LinkError: the broker refuses us.
@@ -254,9 +254,9 @@ class ReleaseProgress(msgspec.Struct, frozen=True, kw_only=True):
     total: int = 0
     detail: str = ""
     is_over: bool = False
-    """Nothing more is waited for."""
+    """The line needs no more waiting for: it has, runs or refused the release, or does not run the product."""
     is_good: bool = False
-    """What was waited for has come."""
+    """The line has reached the state that is waited for (:data:`WaitUntil`)."""
 
     def in_words(self) -> str:
         """The progress as text, for people."""
@@ -269,7 +269,7 @@ class _LinePresence(msgspec.Struct):
 
 
 class FleetModels:
-    """Releases and lines of a fleet, as its messages tell it; give it those with :meth:`handle_message`.
+    """Releases and lines of a fleet, put together from the messages passed to :meth:`handle_message`.
 
     Args:
         topics: the fleet's.
@@ -367,7 +367,7 @@ def _progress_of(line: str, entry: ProductModels, release: str, until: WaitUntil
     if candidate is None or candidate.release != release:
         return ReleaseProgress(line=line, word="announced")
     is_good = until == "checked" and candidate.stage in _CHECKED_STAGES
-    # A line that waits for a person's word will not run it while somebody waits for the line.
+    # A line that waits for a person's decision may wait for days; the publisher does not.
     is_over = is_good or candidate.stage == "waiting"
     return ReleaseProgress(
         line=line,

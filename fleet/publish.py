@@ -80,13 +80,13 @@ TICK_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseTerms:
-    """On what terms a package is published.
+    """The terms of a release: which lines are to take it, and how long its publisher serves and waits.
 
     Attributes:
         lines: the lines that are to take it; empty for every line that runs its product.
         shadow_parts: at least so many parts beside the present model.
         force: a new release, also of a package that lines have refused or rolled back.
-        until: what is waited for.
+        until: the state of a line that is waited for.
         timeout_s: give up after so long without progress on any line; None for never.
         stay: serve lines that come later, until interrupted.
     """
@@ -149,10 +149,10 @@ def publish_package(
 
     Args:
         path: the package.
-        release: of :func:`describe_package`.
-        terms: see there.
-        broker: where.
-        topics: of which fleet.
+        release: its announcement, made by :func:`describe_package`.
+        terms: which lines are to take it, and until when it is served.
+        broker: the broker's address.
+        topics: those of the fleet.
         connect_timeout_s: give up if the broker was not reached within this time; None: never.
         report: called with the progress of all lines whenever it changes.
 
@@ -227,7 +227,7 @@ class _Publisher:
                 return progress
 
     def _start(self) -> None:
-        """Settle which lines are to take it, continue a release that is announced already, and announce it."""
+        """Decide which lines are to take it, continue a release that is announced already, and announce it."""
         known = self._view.lines_of(self._release.product)
         if not self._expected:
             self._expected = known
@@ -273,7 +273,7 @@ class _Publisher:
             )
 
     def _update_progress(self) -> list[ReleaseProgress]:
-        """How the lines stand; reports it when it has changed."""
+        """The progress of all lines; reports it when it has changed."""
         if self._terms.stay:
             self._expected = tuple(sorted({*self._expected, *self._view.lines_of(self._release.product)}))
         progress = [self._view.progress(line, self._release, self._terms.until) for line in self._expected]
@@ -298,7 +298,7 @@ class _Publisher:
             log.warning("message_refused", topic=message.topic, reason=str(exc))
 
     def _handle_request(self, line: str, payload: bytes) -> None:
-        """A line says which chunks it lacks."""
+        """Handle a line's request for the chunks that it lacks."""
         need = decode_need(payload)
         if self._outgoing is not None and need.sha256 == self._release.manifest.sha256:
             missing = unpack_mask(need.missing, self._release.manifest.num_chunks)
@@ -307,7 +307,7 @@ class _Publisher:
             )
 
     def _handle_release(self, announced: Release) -> None:
-        """What is announced for the product: ours, or what came after it.
+        """Handle an announcement for the product: our own coming back, or a later one.
 
         Raises:
             NegativeAnswerError: ours was replaced or withdrawn.

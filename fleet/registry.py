@@ -71,7 +71,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"mqtts://{host}:{self.port}"
 
     def find(self, name: str) -> Identity | None:
-        """The identity of a name."""
+        """The identity of a name; None if there is none."""
         return next((entry for entry in self.identities if entry.name == name), None)
 
     def require(self, name: str) -> Identity:
@@ -87,7 +87,7 @@ class Registry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return entry
 
     def clients(self) -> list[BrokerClient]:
-        """Everyone as the broker is to know them."""
+        """All identities as the broker knows them; its own is not among them."""
         return [
             BrokerClient(name=entry.name, role=entry.role, is_active=entry.revoked_at is None)
             for entry in self.identities
@@ -116,7 +116,7 @@ def with_revoked(registry: Registry, *, name: str, reason: str, now: datetime) -
     """The registry with an identity revoked, and all its certificates on the list; once revoked it stays as it is.
 
     Raises:
-        UsageError: nobody has that name, or the fleet cannot be without it.
+        UsageError: no member has the name, or the fleet needs it (broker, administrator).
     """
     entry = registry.require(name)
     if name in (BROKER, ADMIN):

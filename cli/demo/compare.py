@@ -1,6 +1,6 @@
 """One site's comparison, as a program of its own: the backbone untrained, and trained on this site's images alone.
 
-The demo only wants the figures of these two, so they are measured as fitted, without a package or a graph.
+The demo needs only the figures of these two, so they are measured as fitted, without a package or a graph.
 ``cli.demo.compare DATA LEARNING.toml`` prints a JSON document of both evaluations.
 """
 

@@ -71,7 +71,7 @@ def train_together(plan: DemoPlan, children: ChildProcesses, progress: Progress)
                 *("--state", state / site, "--out", plan.package(site)),
             )
             running.append(children.start(site, train, num_threads=num_threads))
-        # Every one is asked each time: one that has failed is not waited for.
+        # All are polled each time, so that one that has failed ends the demo at once.
         while sum(child.has_ended() for child in running) < len(running):
             _report_fleet(plan, aggregator, progress)
             time.sleep(POLL_INTERVAL_S)

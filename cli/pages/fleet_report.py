@@ -56,7 +56,7 @@ def render_run_page(ledger: dict[str, Any]) -> str:
             ("mean", "mean of the sites (dashed)"),
         ],
         left_out=[(entry["round"], missed) for entry in rounds for missed in entry["left_out"]],
-        # Ledgers of earlier versions have not these.
+        # Ledgers of earlier versions lack these.
         departed=ledger.get("left", []),
         early=ledger.get("rounds_ended_early"),
         statistics=ledger.get("statistics"),

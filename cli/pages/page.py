@@ -55,7 +55,7 @@ def render_page(template: str, **context: Any) -> str:
 
 
 def prepare_report_folder(folder: Path) -> None:
-    """Make the folder that a page is to lie in: before the work, so that a wrong name does not cost it.
+    """Make the folder for a page. To be called before the work, so that a wrong name is found before it is done.
 
     Raises:
         MissingDependencyError: what pages are made with is not installed.

@@ -29,7 +29,7 @@ class BrokerProcess:
         folder: for its configuration and log.
         mosquitto_lines: more lines of Mosquitto's configuration.
         config: a whole configuration for Mosquitto, in place of that, which listens on ``port``.
-        port: see there; None: a free one.
+        port: to listen on; None: a free one.
     """
 
     def __init__(

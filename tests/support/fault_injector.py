@@ -61,7 +61,7 @@ def wrap(owner: Any, function: str, label: Callable[..., str | None]) -> None:
 
 
 def tag(message: Any) -> str:
-    """A message's or fact's type, with what tells it from others."""
+    """The type of a message or event, with its purpose and round where it has them."""
     parts = [str(message.__struct_config__.tag), getattr(message, "purpose", None), getattr(message, "round", None)]
     if parts[0] == "heartbeat":
         parts[1:] = ["ready" if message.ready else "not-ready"]

@@ -17,12 +17,12 @@ from edgeflame.images import ImageU8
 
 
 def pixels(number: int, height: int = 48, width: int = 64) -> ImageU8:
-    """Its number is in every pixel: half of one and half of another would show."""
+    """A picture with its number in every pixel, so that a mixture of two would show."""
     return np.full((height, width, 3), number % 251, np.uint8)
 
 
 def image(number: int, height: int = 48, width: int = 64) -> TakenImage:
-    """Taken now."""
+    """The picture of a number, taken now."""
     return taken_image(pixels(number, height, width))
 
 

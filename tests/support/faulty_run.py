@@ -1,4 +1,4 @@
-"""The run that all faults are tried on, and what must not depend on them."""
+"""The run that all faults are injected into, and the part of its outcome that must not depend on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENV = {"TINY_ELEMENTS": "180000"}
 """720 kB: an update of three chunks."""
 CONFIG = 'statistics = "federated"\nmin_available_sites = 2\nrounds = 2'
 NAMES = {"aggregator": "aggregator", "site": "a"}
-"""What the process is called that plays a role's victim."""
+"""By role, the name of the process that faults are injected into."""
 
 _numbers = itertools.count(1)
 

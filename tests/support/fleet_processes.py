@@ -64,7 +64,7 @@ class Process:
             assert self.exit_code is None, f"{self.name} ended with {self.exit_code} before {text!r}:\n{self.log}"
             return False
 
-        # A busy machine takes its time to start processes that import torch; one that fails ends, and is told above.
+        # A busy machine takes its time to start processes that import torch; one that fails is reported above.
         wait_for(seen, f"{self.name} logs {text!r}", timeout_s=100.0)
 
     def wait(self) -> int:

@@ -30,7 +30,7 @@ def inspected(sequence: int, verdict: str = "fail") -> Inspected:
 
 
 def judge(inspector: InspectorProtocol, captured: Captured) -> Inspected:
-    """What an inspector makes of a part that has neither deadline nor number."""
+    """Inspect a part that has neither deadline nor number; its result and its evidence."""
     observation = inspector.inspect(captured)
     made = make_result(
         captured,

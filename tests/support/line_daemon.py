@@ -40,6 +40,7 @@ def daemon(
 
 
 def judged(folder: Path) -> int:
+    """The number of results that the daemon has printed."""
     return (folder / "out").read_bytes().count(b"\n")
 
 

@@ -37,7 +37,7 @@ class Plc:
     def set(
         self, kind: Literal["coil", "discrete_input", "register", "input_register"], address: int, *values: int
     ) -> None:
-        """What its program does with one of its places."""
+        """Set coils, inputs or registers, as the PLC's program would."""
         bits = kind in ("coil", "discrete_input")
         given: Any = [bool(value) for value in values] if bits else list(values)
         task = self._server.async_setValues(1, _FUNCTIONS[kind], address, given)

@@ -1,4 +1,4 @@
-"""Somebody who announces and serves whatever a test gives it, also what no publisher would."""
+"""A server of released packages that announces and serves any file, also those that `model publish` would refuse."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class Server:
     """A context manager with a thread of its own.
 
     Args:
-        broker: where.
-        line: whose word is listened to.
+        broker: the broker to publish on.
+        line: the line whose models are kept in ``models``.
+        fleet: name of the fleet.
     """
 
     def __init__(self, broker: BrokerProcess, *, line: str = "line-1", fleet: str = "test") -> None:
@@ -46,7 +47,7 @@ class Server:
         self._outgoing: dict[str, OutgoingBlob] = {}
         self.models: ProductModels | None = None
         self.max_chunks: int | None = None
-        """After so many no more is served: the publisher is gone."""
+        """The most chunks to serve, as if the publisher then went away; None: all."""
         self.num_chunks = 0
         self._link = MqttClient(
             parse_broker_url(broker.url),
@@ -100,7 +101,7 @@ class Server:
         return None if self.models is None else self.models.outcome(release.release)
 
     def wait_for(self, release: Release, fate: str | None = None) -> ReleaseOutcome:
-        """What became of it, once it has."""
+        """Wait until the line has decided about a release (with this ``fate``, if given); what became of it."""
 
         def is_there() -> bool:
             found = self.outcome(release)

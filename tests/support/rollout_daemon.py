@@ -61,7 +61,7 @@ def variant(package: Package, path: Path, key: Path, *, factor: float = 1.01, **
 
 
 def _read_slowly(process: subprocess.Popen[bytes]) -> None:
-    """A line judges as fast as its results are taken: some hundred parts a second here, and not all of a core."""
+    """Read results slowly: a line inspects as fast as its results are read, here some hundred parts a second."""
     assert process.stdout is not None
     pause = threading.Event()
     with process.stdout as stream:
@@ -74,12 +74,14 @@ class Daemon:
 
     Args:
         folder: for its state, configuration and log.
-        broker: it announces itself there, in the fleet ``test``.
-        model: of the configuration.
-        key: public, trusted.
-        source: of its parts.
+        broker: the broker of ``[mqtt]``.
+        model: the package of ``--model``.
+        key: the trusted public key.
+        source: the folder of its parts.
         line: its name.
-        models: more of the section ``[models]``.
+        fleet: name of the fleet.
+        models: more lines of the section ``[models]``.
+        mqtt: lines of the section ``[mqtt]`` in place of the broker's address.
     """
 
     def __init__(
@@ -160,25 +162,25 @@ class Daemon:
         return [one for one in self.events if one.get("event") == event]
 
     def results(self) -> list[dict[str, Any]]:
-        """What it has judged since its first start."""
+        """Its results since its first start."""
         lines = self.results_file.read_text().split("\n") if self.results_file.exists() else []
         return [json.loads(line) for line in lines[:-1]]
 
     @property
     def record(self) -> dict[str, Any]:
-        """What it has decided."""
+        """Its record of the product's models."""
         path = self.state / "models" / "record.json"
         entry: dict[str, Any] = json.loads(path.read_text())["products"][PRODUCT] if path.exists() else {}
         return entry
 
     def said(self) -> ProductModels | None:
-        """What it says of its product on the broker."""
+        """Its retained message about the product's models; None before the first."""
         view = read_fleet_models(parse_broker_url(self.broker.url), self.topics, connect_timeout_s=10)
         models = view.lines.get(self.line)
         return None if models is None else models.of(PRODUCT)
 
     def wait_until_announced(self) -> None:
-        """It has said what it runs."""
+        """Wait until it has published which models it runs."""
         wait_for(lambda: self.said() is not None, "the line says what it runs")
 
     def publish(self, path: Path, release: Release, **terms: Any) -> list[ReleaseProgress]:

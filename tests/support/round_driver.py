@@ -20,7 +20,7 @@ def sha(number: int) -> str:
 
 
 class Driver:
-    """A machine and the facts it recorded; plays every site."""
+    """A round machine, the events it recorded (``facts``) and all its outputs (``said``); the test plays every site."""
 
     def __init__(self, *, sites: int = 3, rounds: int = 2, quorum: float = 0.6, **more: object) -> None:
         config = AggregateConfig(rounds=rounds, min_available_sites=sites, quorum=quorum, deadline_s=DEADLINE_S, **more)  # type: ignore[arg-type]

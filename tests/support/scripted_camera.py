@@ -1,4 +1,4 @@
-"""A camera whose parts come when a test says so, and a judge that does as it is told."""
+"""A camera that gives parts when a test says so, and an inspector that blocks or fails as the test sets it."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ class Belt:
 
 
 class FakeInspector:
+    """Passes every part; waits for ``gate`` if there is one, and fails the next ``failures`` times."""
+
     provider = "CPU"
     review_band = 0.0
     observer = None
