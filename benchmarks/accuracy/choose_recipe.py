@@ -3,8 +3,8 @@
     python benchmarks/accuracy/choose_recipe.py --data DIR RECIPE.toml ...
 
 A recipe is what `edgeflame fit --config` takes. The parts of train/good are dealt into folds; each recipe learns
-from all folds but one and tells the one's photographs from copies of them with a faint defect. Printed: the mean
-over folds of the image AUROC, per kind of defect and over kinds. Differences below 0.005 mean nothing.
+from all folds but one, and is tested on that fold's photographs against copies of them with a faint defect. Printed:
+the mean over folds of the image AUROC, per kind of defect and over kinds. Differences below 0.005 mean nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What defective images among the good ones do, what `fit` finds of them, and what leaving out the worst share brings.
+"""The effect of defective images among the good ones, which of them `fit` finds, and what leaving out the worst gains.
 
     python benchmarks/accuracy/contamination.py --data D --seeds 0 1 2 --out contamination.json
     python benchmarks/accuracy/contamination.py --table contamination.json ...

@@ -1,4 +1,4 @@
-"""FedDyMem's claims, measured: bytes and rounds beside FLAME, and what can be read from what is sent.
+"""FedDyMem's claims, measured: bytes and rounds beside FLAME, and what an update gives away.
 
     python benchmarks/accuracy/memory_claims.py [--rounds 4] [--boards 24] [--size 128] [--out memory_claims.md]
 
@@ -76,7 +76,7 @@ class Trace:
 
 
 def run_rounds(learning: Learning, data: Path, folder: Path, rounds: int) -> Trace:
-    """The rounds of three sites, as the service takes them."""
+    """The rounds of three sites, as the aggregation service carries them out."""
     folder.mkdir()
     config = AggregateConfig(learning=learning)
     works = {site: TorchSiteTrainer(learning=learning, data=data / site, site=site, device="cpu") for site in SITES}
@@ -163,7 +163,7 @@ class Attacker:
         return float(np.median(np.sqrt(_least(pixels, known) / known.shape[1])))
 
     def guesses(self, count: int) -> F64:
-        """Vectors from nothing but the other site's mean and covariance."""
+        """Vectors drawn from the other site's mean and covariance alone."""
         covariance = np.cov(self.own.T)
         return self._generator.multivariate_normal(self._centre, covariance, size=count)
 

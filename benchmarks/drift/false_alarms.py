@@ -3,8 +3,8 @@
     python benchmarks/drift/false_alarms.py [--lines 100] [--parts 2000000] [--write]
 
 Every line watches one stream of normal values (ranks make any other continuous distribution the same). The daemon's
-own code decides, at the settings of one alarm in 2,000,000 parts: edge.drift.monitor, and beside it what is often done
-instead. `--write` puts the table into false_alarms.md beside this file.
+own detector (edge.drift.monitor), set to one alarm in 2,000,000 parts, is compared with common alternatives.
+`--write` puts the table into false_alarms.md beside this file.
 """
 
 from __future__ import annotations
@@ -84,15 +84,15 @@ SHIFTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
 class Watch(Protocol):
-    """What is compared."""
+    """A way to detect drift."""
 
     def step(self, ranks: F64) -> npt.NDArray[np.bool_]:
-        """Which lines raise an alarm with this part; they start anew."""
+        """Take one part of each line; returns which lines raise an alarm, and starts these anew."""
         ...
 
 
 class Betting:
-    """The daemon's."""
+    """The daemon's own detector."""
 
     def __init__(self, lines: int, doubt: float, config: DriftConfig) -> None:
         self._bound = 2.0 * PARTS_PER_ALARM  # two hypotheses: higher, lower
@@ -183,7 +183,7 @@ def watches_for(line: Line, lines: int) -> dict[str, Watch]:
 
 
 def false_alarms(line: Line, lines: int, parts: int, seed: int) -> dict[str, float]:
-    """Per line and 2,000,000 parts, by watch."""
+    """False alarms per line and 2,000,000 parts, by watch."""
     rng = np.random.default_rng(seed)
     reference = np.sort(rng.standard_normal((lines, line.reference)), axis=1) if line.reference else None
     watches = watches_for(line, lines)
@@ -200,7 +200,7 @@ def false_alarms(line: Line, lines: int, parts: int, seed: int) -> dict[str, flo
 
 
 def delays(shift: float, lines: int, seed: int, before: int = 4000, at_most: int = 20_000) -> dict[str, float]:
-    """Median parts from the shift to the alarm, independent parts; infinite where most lines were not told."""
+    """Median parts from the shift to the alarm, independent parts; infinite where most lines raised no alarm."""
     rng = np.random.default_rng(seed)
     watches = watches_for(LINES[0], lines)
     found = {name: np.full(lines, np.inf) for name in watches}
@@ -223,13 +223,13 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     years = options.lines * options.parts / PARTS_PER_ALARM
-    told = (
+    conditions = (
         f"{options.lines} lines of {options.parts} parts each, {years:g} years of {PARTS_PER_ALARM} together, one "
         "stream; an alarm clears itself. "
         f"`python benchmarks/drift/false_alarms.py --lines {options.lines} --parts {options.parts} --write`"
     )
     out = [
-        told,
+        conditions,
         "",
         "## False alarms per year",
         "",

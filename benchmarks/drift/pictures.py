@@ -96,7 +96,7 @@ OTHER_PARTS = {
 
 
 class Line:
-    """A fitted model, and what its package knows."""
+    """A fitted model with its package, as a line would run it."""
 
     def __init__(self, data: Path, folder: Path, learning: Learning) -> None:
         fitted = fit(open_dataset(data), learning)
@@ -129,7 +129,7 @@ class Line:
 
 
 def mean_ranks(line: Line, values: list[dict[str, float]]) -> dict[str, float]:
-    """Of good parts that the model was not fitted on, by stream; 0.5 would be perfect."""
+    """Mean rank of good parts that the model was not fitted on, by stream; 0.5 would be perfect."""
     assert line.monitor().status().streams
     condition = line._package.condition  # noqa: SLF001 - a benchmark's own class
     assert condition is not None
@@ -138,7 +138,7 @@ def mean_ranks(line: Line, values: list[dict[str, float]]) -> dict[str, float]:
 
 
 def alarms(line: Line, before: list[dict[str, float]], after: Iterator[dict[str, float]], most: int) -> dict[str, int]:
-    """Parts from the change to each stream's alarm; 0 and less: before it."""
+    """Number of parts from the change to each stream's alarm; 0 or less for an alarm before the change."""
     monitor, found = line.monitor(), dict[str, int]()
     for index, one in enumerate([*before, *itertools.islice(after, most)], start=1 - len(before)):
         for change in monitor.observe(one, NOW):
@@ -149,8 +149,8 @@ def alarms(line: Line, before: list[dict[str, float]], after: Iterator[dict[str,
 
 def row(name: str, found: dict[str, int]) -> str:
     def group(streams: tuple[str, ...]) -> str:
-        told = {stream: parts for stream, parts in found.items() if stream.split()[0] in streams}
-        return ", ".join(f"{stream} after {parts}" for stream, parts in sorted(told.items(), key=lambda one: one[1]))
+        own = {stream: parts for stream, parts in found.items() if stream.split()[0] in streams}
+        return ", ".join(f"{stream} after {parts}" for stream, parts in sorted(own.items(), key=lambda one: one[1]))
 
     return f"| {name} | {group(CAMERA_STREAMS) or '–'} | {group(PART_STREAMS) or '–'} |"
 
@@ -196,12 +196,12 @@ def main() -> None:
             ranks[f"magnetic tiles, {len(open_dataset(tiles).train)} fitted on, {len(values)} others"] = mean_ranks(
                 line, values
             )
-    told = (
+    conditions = (
         f"{BEFORE} unchanged good boards, then {options.parts} changed ones ({DIFFERENT} different boards in turn). "
         f"`python benchmarks/drift/pictures.py --parts {options.parts} --images {options.images} --write`"
     )
     titles = " | ".join(name.replace("_", " ") for name in STREAMS)
-    out = [told, "", "| change | camera or light: alarm | parts: alarm |", "|---|---|---|", *rows, ""]
+    out = [conditions, "", "| change | camera or light: alarm | parts: alarm |", "|---|---|---|", *rows, ""]
     out += ["## Mean rank of unseen good parts in the package's reference", ""]
     out += [f"| parts | {titles} |", "|---" * (len(STREAMS) + 1) + "|"]
     out += [

@@ -27,14 +27,14 @@ SIDE = 96
 
 
 def work(setup: WorkerSetup) -> SiteTrainer:
-    """A site's honest work."""
+    """The trainer of an honest site."""
     return TorchSiteTrainer(learning=setup.learning, data=Path(setup.data), site=setup.site, num_references=0)
 
 
 def run(
     root: Path, *, num_sites: int, rounds: int, build: Callable[[WorkerSetup], SiteTrainer] = work, **fleet: Any
 ) -> tuple[RunResult, dict[str, float]]:
-    """Run a fleet in ``root/run``: how it ended, and the figures of the final model.
+    """Run a fleet in ``root/run``; returns how the run ended, and the final model's metrics (empty if it failed).
 
     Statistics are fitted on good images of all sites, so that runs differ in the backbone alone. The images are made
     once, in ``root/data``.
@@ -43,7 +43,7 @@ def run(
         root: a folder.
         num_sites: sites, of equal size.
         rounds: rounds of one epoch.
-        build: makes a site's work.
+        build: makes a site's trainer.
         fleet: keys of :class:`AggregateConfig`.
     """
     config = SimulationConfig(

@@ -22,7 +22,7 @@ START_TIMEOUT_S = 20.0
 
 
 def mosquitto_version() -> str:
-    """Its first line about itself."""
+    """The first line of Mosquitto's help, which names its version."""
     if MOSQUITTO is None:
         return "no Mosquitto"
     said = subprocess.run([MOSQUITTO, "-h"], capture_output=True, text=True, check=False)

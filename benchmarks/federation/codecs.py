@@ -1,4 +1,4 @@
-"""What each form of an update weighs and costs: FLAME with the default backbone on generated boards; Markdown.
+"""Size, error and time of each form of an update: FLAME with the default backbone on generated boards; Markdown.
 
 Bytes are what a site sends up in a round; downloads are the model as it is, once for all sites.
 """

@@ -64,7 +64,7 @@ class LoadSite:
     Args:
         name: its name.
         url: the broker.
-        topics: the fleet's.
+        topics: the fleet's MQTT topics.
         inbox: gets its events, with the site.
         initial: the initial model, which all sites have.
         update: what it sends in every round.
@@ -120,7 +120,7 @@ class LoadSite:
                     self._upload.pump()
 
     def tick(self, now: float) -> None:
-        """What is said at intervals."""
+        """Send the messages that are sent at intervals."""
         if not self._is_up or now < self._beat_at:
             return
         self._beat_at = now + HEARTBEAT_S
@@ -134,7 +134,7 @@ class LoadSite:
                 run=None if announced is None else announced.run,
                 ready=announced is not None,
                 initial=self._initial[1].sha256,
-                # Waiting for one's share of the broker is progress here.
+                # Waiting for the broker counts as progress here.
                 step=int(now),
             )
         )
@@ -214,7 +214,7 @@ class LoadSite:
 
 
 def run_sites(url: BrokerUrl, fleet: str, initial: Path, updates: list[Path], *, timeout_s: float) -> dict[str, float]:
-    """Be all sites until the run is over: when each phase was announced, seconds on the monotonic clock."""
+    """Run all sites until the run is over; returns when each phase was announced, seconds on the monotonic clock."""
     topics = Topics(fleet=fleet)
     inbox: queue.SimpleQueue[tuple[LoadSite, ClientEvent]] = queue.SimpleQueue()
     shared = (initial, describe_file(initial))

@@ -1,7 +1,7 @@
 """The two ends of one measured transfer, each a process of its own: raw paho, and EdgeFlame's blob transfer.
 
-An end connects, says that it is ready, waits for the word to go, and tells when it was done. Times are readings of the
-system-wide monotonic clock, so that those of two processes compare.
+An end connects, sends ``ready``, waits for ``go``, and sends its :class:`Times` when it is done. Times are readings of
+the system-wide monotonic clock, so that those of two processes compare.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Times(NamedTuple):
 
 
 Control = Connection
-"""Says ``ready`` or a time, hears ``go``."""
+"""The pipe to the measuring process: sends ``ready`` and :class:`Times`, receives ``go`` and ``stop``."""
 
 
 def raw_publisher(control: Control, url: str, path: Path) -> None:
@@ -78,7 +78,7 @@ def raw_publisher(control: Control, url: str, path: Path) -> None:
 
 
 def raw_subscriber(control: Control, url: str, size_bytes: int) -> None:
-    """Count bytes until all have come; what they are is not looked at."""
+    """Count bytes until all have arrived; their content is not read."""
     client, broker = _paho(), parse_broker_url(url)
     num_bytes = 0
     cpu = 0.0

@@ -63,7 +63,7 @@ ATTACKS: dict[str, Attack] = {"sign flip": sign_flip, "scaled": scaled, "noise":
 
 
 class Poisoner:
-    """A site's work that spoils what it sends."""
+    """A site's trainer whose updates are poisoned."""
 
     def __init__(self, work: SiteTrainer, attack: Attack) -> None:
         self._work = work
@@ -139,7 +139,7 @@ def measure(root: Path, rule: str, attack: str, num_bad: int, rounds: int, hones
 
 
 def distance(one: Model, other: Model) -> float:
-    """Euclidean, of the float tensors."""
+    """Euclidean distance of the float tensors."""
     names = [name for name, values in one.items() if values.dtype.kind == "f"]
     return float(np.sqrt(sum(np.square(one[name].astype(np.float64) - other[name]).sum() for name in names)))
 

@@ -159,14 +159,14 @@ class End:
         self._process.start()
 
     def ready(self) -> object:
-        """Wait until it is; what it says then."""
+        """Wait until the end is ready; returns what it sends then."""
         return self._hear()
 
     def go(self) -> None:
         self._control.send("go")
 
     def result(self) -> peers.Times:
-        """Wait until it is done."""
+        """Wait until the end is done; returns its times."""
         return self._hear()
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Time and peak memory of fitting the statistics, beside anomalib's, each in a process of its own with a budget.
 
-Embeddings are random, of the default size (1024 positions, 152 channels), and made as they are asked for: the network
-is not in it, nor is the time to make them. Writes `fitting.md`.
+Embeddings are random, of the default size (1024 positions, 152 channels), and made on demand: neither the network nor
+the time to make them is included. Writes `fitting.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the whole daemon sustains beside the runtime alone, and how late its verdicts are at half load.
+"""Throughput of the whole daemon compared with the runtime alone, and latency of its verdicts at half load.
 
     python benchmarks/latency/daemon.py [--model m.edgeflame] [--sizes 640x480 1280x1024 1920x1080] [--repeats 5]
 
@@ -86,7 +86,7 @@ class Measured:
     daemon_rates: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
-    """Processor time a part, of the daemon and of the broker."""
+    """Processor time per part, of daemon and broker together."""
     half_rates: list[float] = field(default_factory=list)
     half_p50_ms: list[float] = field(default_factory=list)
     half_p99_ms: list[float] = field(default_factory=list)
@@ -142,7 +142,7 @@ class Bench:
 
     def _bare(self, measured: Measured, frames: list[ImageU8], seconds: float) -> float:
         inputs = [self._preprocessing.apply(frame)[None] for frame in frames]
-        # The threads of the daemon are gone; let the machine come to rest, and the caches fill.
+        # The daemon's threads are gone; let the machine become idle, and fill the caches.
         time.sleep(0.1)
         for _ in range(5):
             self._session.run(None, {INPUT: inputs[0]})
@@ -178,7 +178,7 @@ class Bench:
         measured.dropped += results[-1].sequence - results[0].sequence + 1 - len(results)
 
     def _run(self, source: MemorySource | PacedCamera, parts: int, watch: Watch) -> list[Result]:
-        """The command itself, with a source that it has no address for; its results, all of them delivered."""
+        """Run the command with the given source; returns the results, all of which were delivered."""
         self._num_states += 1
         state = self._folder / f"state-{self._num_states}"
         command = ["inspect", "--model", str(self._model), "--source", "benchmark", "--config", str(self._config)]
@@ -203,7 +203,7 @@ class Bench:
         return results
 
     def _cpu_s(self) -> float:
-        """Of the daemon and of the broker, not of the camera's process."""
+        """Processor time of the daemon and the broker, without the camera's process, seconds."""
         ours = resource.getrusage(resource.RUSAGE_SELF)
         fields = Path(f"/proc/{self._broker_pid}/stat").read_text().rpartition(")")[2].split()
         broker = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -211,7 +211,7 @@ class Bench:
 
 
 class Watch:
-    """From the frame that ends the warm-up to the last acknowledgement: the time, and the processor's.
+    """Measures wall and processor time from the frame that ends the warm-up to the last acknowledgement.
 
     Args:
         skip: frames of the warm-up.
@@ -226,12 +226,12 @@ class Watch:
         self._started = self._started_cpu_s = 0.0
 
     def frame(self, number: int) -> None:
-        """The source gives this frame, from 0."""
+        """The source yields this frame, counted from 0."""
         if number == self._skip:
             self._started, self._started_cpu_s = time.perf_counter(), self._cpu_s()
 
     def acknowledging(self, acknowledge: Callable[[Outbox, str, int], None]) -> Callable[[Outbox, str, int], None]:
-        """The outbox's method, and what it is called with."""
+        """Wrap the outbox's method, to note each acknowledgement."""
 
         def watched(outbox: Outbox, name: str, number: int) -> None:
             acknowledge(outbox, name, number)
@@ -244,7 +244,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySource:
-    """Frames that are there already: the source waits for the daemon."""
+    """Frames in memory; the daemon takes them as fast as it can."""
 
     images: list[ImageU8]
     num_frames: int
@@ -282,7 +282,7 @@ class PacedCamera:
 
 @dataclass(frozen=True)
 class PacedReader:
-    """What runs in the camera's child process."""
+    """Yields the images in the camera's child process."""
 
     size: tuple[int, int]
     rate: float

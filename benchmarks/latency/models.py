@@ -45,7 +45,7 @@ def make_models(folder: Path, images: ImageU8, *, anomalib: bool) -> list[Model]
     Args:
         folder: for the files.
         images: ``[N, SIDE, SIDE, 3]``, to calibrate int8 on.
-        anomalib: with anomalib's models, which have to be installed.
+        anomalib: whether to write anomalib's models too; it has to be installed.
     """
     ours = _our_graph(Backbone(), sigma=2.0)
     coarse = _our_graph(Backbone(stages=(3,)), sigma=1.0)

@@ -98,7 +98,7 @@ def _input(model: Model, batch: int) -> np.ndarray:
 
 
 def _normalised(images: np.ndarray) -> np.ndarray:
-    """What anomalib's model wants, in the fewest passes of numpy."""
+    """Images as anomalib's model takes them, in the fewest passes of numpy."""
     planes = images[..., ::-1].transpose(0, 3, 1, 2)
     scale, shift = 1 / (255 * STD), -MEAN / STD
     return planes * scale[None, :, None, None] + shift[None, :, None, None]
@@ -118,7 +118,7 @@ def _runner(model: Model, threads: int) -> Callable[[int], object]:
 
 
 def _end_to_end(model: Model, threads: int) -> Callable[[], object]:
-    """From a camera's frame: crop, resize, whatever the model wants of the rest, score and map."""
+    """From a camera's frame to score and map: crop, resize, the model's own normalisation, the graph."""
     session = _session(model.path, threads)
     name = session.get_inputs()[0].name
     frame = np.random.default_rng(0).integers(0, 256, (*FRAME, 3), dtype=np.uint8)
@@ -137,7 +137,7 @@ def _memory(model: Model, threads: int) -> int:
 
 
 def _streams(model: Model, count: int, seconds: float) -> list[float]:
-    """Seconds of every call, ``count`` threads at once."""
+    """Seconds of every call, with ``count`` threads at once."""
     took: list[list[float]] = [[] for _ in range(count)]
     runs = [_runner(model, 1) for _ in range(count)]
     barrier = threading.Barrier(count)

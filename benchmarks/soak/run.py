@@ -1,11 +1,11 @@
-"""Hours of a daemon's life, watched: does it lose a part, and does it grow?
+"""Soak test of the daemon over hours: does it lose a result, and does it grow?
 
     python benchmarks/soak/run.py --minutes 60
     python benchmarks/soak/run.py --minutes 10
 
 `edgeflame inspect` itself, with its state folder, an RTSP camera, Mosquitto, a web service, pictures of rejected parts
-and somebody at its page; every part is rejected, which costs the most. Every half minute something is disturbed: the
-broker restarts, the service answers with errors, the camera stalls for longer than the daemon's patience, the camera
+and a visitor of its page; every part is rejected, which costs the most. Every half minute something is disturbed: the
+broker restarts, the service answers with errors, the camera stalls for longer than the daemon waits for it, the camera
 restarts. Memory, file descriptors, threads, processor time and disk are written down each second.
 
 At the end: every number of the outbox arrived at each destination or waits in the outbox, every frame between two
@@ -34,14 +34,14 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
-from world import Arrived, Disturbances, Onlooker, Service, Subscriber, broker, camera
+from world import Arrived, Disturbances, PageVisitor, Service, Subscriber, broker, camera
 
 from tests.support.ports import free_port
 
 WARM_UP_SHARE = 0.25
-"""Of the time, at the start, in which memory may grow: caches, the pages' histories, the runtime's arena."""
+"""Share of the time, at the start, in which memory may grow: caches, the page's history, the runtime's arena."""
 BLOCK_S = 15.0
-"""Neighbouring seconds are not independent; averages over so long are taken for it."""
+"""Neighbouring seconds are not independent; averages over blocks of this length are taken to be."""
 MAX_SLOPE_MIB_PER_H = 6.0
 """More than this, with 95% confidence, is a leak."""
 MAX_REJECTS = 200
@@ -61,7 +61,7 @@ class Samples:
     disk_mib: list[float] = field(default_factory=list)
 
     def take(self, pid: int, at_s: float, folders: list[Path]) -> None:
-        """Look at a process, its children and its folders."""
+        """Add a row: the state of a process, its children and its folders."""
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
         )
@@ -108,7 +108,7 @@ def _soak(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
              "--state", str(state), "--images", str(rejects), "--summary", str(summary)],
             stdout=subprocess.DEVNULL, stderr=log,
         )  # fmt: skip
-    samples, onlooker = Samples(), Onlooker(ports[2])
+    samples, visitor = Samples(), PageVisitor(ports[2])
     disturbances = Disturbances(cam, brk, service, every_s=options.every)
     start = time.monotonic()
     try:
@@ -119,9 +119,9 @@ def _soak(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
                 )
             samples.take(daemon.pid, at_s, [state, rejects])
             time.sleep(max(0.0, start + len(samples.at_s) - time.monotonic()))
-        onlooker.close()
+        visitor.close()
         disturbances.close()
-        # The last disturbance is over; what waits may be delivered before the end, and need not be.
+        # The last disturbance is over; waiting results may be delivered before the end, but need not be.
         time.sleep(3.0)
         daemon.send_signal(signal.SIGTERM)
         code = daemon.wait(20)
@@ -142,7 +142,7 @@ def _soak(folder: Path, options: argparse.Namespace) -> tuple[str, bool]:
         *_counted(msgspec.json.decode(summary.read_bytes()), state / "outbox.sqlite"),
         *_growth(samples),
         Check("disturbances", f"{len(disturbances.log)}", bool(disturbances.log)),
-        Check("page, pictures and metrics asked for", f"{onlooker.num_asked} times", onlooker.num_asked > 0),
+        Check("page, pictures and metrics asked for", f"{visitor.num_asked} times", visitor.num_asked > 0),
     ]
     return _report(checks, samples, options), all(check.is_well for check in checks)
 
@@ -157,7 +157,7 @@ class Check:
 
 
 def _delivery(outbox: Path, arrived: dict[str, Arrived]) -> list[Check]:
-    """Each number that was ever given either arrived or waits."""
+    """Check that each number ever given either arrived or waits."""
     with sqlite3.connect(outbox) as database:
         newest = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'results'").fetchone()[0]
         kept = {number for (number,) in database.execute("SELECT number FROM results")}
@@ -173,7 +173,7 @@ def _delivery(outbox: Path, arrived: dict[str, Arrived]) -> list[Check]:
 
 
 def _counted(summary: dict[str, object], outbox: Path) -> list[Check]:
-    """Numbers in the order of capture without a result are frames that were counted as dropped."""
+    """Check that captured frames without a result were counted as dropped."""
     with sqlite3.connect(outbox) as database:
         body = database.execute("SELECT body FROM results ORDER BY number DESC LIMIT 1").fetchone()[0]
     last = msgspec.json.decode(body)["sequence"]
@@ -204,7 +204,7 @@ def _growth(samples: Samples) -> list[Check]:
 
 
 def _slope(at_s: list[float], values: list[float] | list[int], begin: float) -> tuple[float, float]:
-    """Per hour, with half of its 95% confidence interval, from averages over blocks."""
+    """The slope per hour, and half of its 95% confidence interval, from averages over blocks."""
     blocks: dict[int, list[tuple[float, float]]] = {}
     for at, value in zip(at_s, values, strict=True):
         if at >= begin:
@@ -212,12 +212,12 @@ def _slope(at_s: list[float], values: list[float] | list[int], begin: float) -> 
     # The first and last may be of a few seconds.
     means = np.array([np.mean(block, axis=0) for block in list(blocks.values())[1:-1]])
     line = stats.linregress(means[:, 0], means[:, 1])
-    # What never changes has no scatter, and scipy no number for it.
+    # For values that never change scipy gives NaN.
     return float(line.slope), float(np.nan_to_num(stats.t.ppf(0.975, len(means) - 2) * line.stderr))
 
 
 def _wait_for_arrivals(*receivers: Arrived) -> None:
-    """Until nothing has come for two seconds."""
+    """Wait until nothing has arrived for two seconds."""
     before = -1
     while (now := sum(len(receiver.numbers) for receiver in receivers)) != before:
         before = now

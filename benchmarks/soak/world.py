@@ -1,7 +1,7 @@
-"""What surrounds a daemon in the soak: a camera, a broker and its subscriber, a web service, and somebody at the page.
+"""What surrounds the daemon in the soak test: camera, broker with a subscriber, web service, a visitor of the page.
 
-Each can be disturbed as its like is in a plant: the camera stalls or restarts, the broker restarts, the service answers
-with errors.
+Camera, broker and service are disturbed as they are in a plant: the camera stalls or restarts, the broker restarts,
+the service answers with errors.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class _Numbered(msgspec.Struct):
 
 
 class Arrived:
-    """Numbers that came to a receiver, and how often one came again."""
+    """Numbers of the results that a receiver got, and how often one came again."""
 
     def __init__(self) -> None:
         self.numbers: set[int] = set()
         self.num_repeated = 0
         self.num_unmarked = 0
-        """Of these, repetitions that were not marked as such."""
+        """Repetitions that were not marked as such."""
 
     def add(self, body: bytes, *, is_brokers: bool = False) -> None:
-        """A message; ``is_brokers``: the broker says itself that it may have sent it before."""
+        """Count a message; with ``is_brokers`` the broker itself marked it as possibly repeated."""
         message = msgspec.json.decode(body, type=_Numbered)
         if message.number in self.numbers:
             self.num_repeated += 1
@@ -50,7 +50,7 @@ class Arrived:
 
 
 class Process:
-    """A program that can be ended, started again, and stopped in its tracks."""
+    """A program that can be ended, started again, and frozen."""
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
@@ -61,7 +61,7 @@ class Process:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def end(self) -> None:
-        """As its service manager would end it."""
+        """End it by SIGTERM, as a service manager does."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
             self._process.terminate()
@@ -77,7 +77,7 @@ class Process:
 
 
 def broker(port: int, folder: Path) -> Process:
-    """Mosquitto, which keeps what it took over a restart."""
+    """Start Mosquitto, which keeps its messages over a restart."""
     folder.mkdir(parents=True)
     config = folder / "mosquitto.conf"
     config.write_text(
@@ -88,13 +88,13 @@ def broker(port: int, folder: Path) -> Process:
 
 
 def camera(port: int, rate: int, width: int, height: int) -> Process:
-    """An RTSP camera at ``rtsp://127.0.0.1:PORT/live``."""
+    """Start an RTSP camera at ``rtsp://127.0.0.1:PORT/live``."""
     script = Path(__file__).with_name("camera.py")
     return Process(["/usr/bin/python3", str(script), *map(str, (port, rate, width, height))])
 
 
 class Subscriber:
-    """Somebody who wants every result; the broker keeps them for it while it is away."""
+    """An MQTT client that subscribes to every result; the broker keeps them while it is away."""
 
     def __init__(self, port: int, topic: str) -> None:
         self.arrived = Arrived()
@@ -149,8 +149,8 @@ class Service:
         self._server.server_close()
 
 
-class Onlooker:
-    """Somebody at the page: asks for it and its pictures every second, Prometheus for the metrics."""
+class PageVisitor:
+    """Requests the page's data, its pictures and the metrics every second, as a browser and Prometheus do."""
 
     def __init__(self, port: int) -> None:
         self._address = f"http://127.0.0.1:{port}"
@@ -165,7 +165,7 @@ class Onlooker:
 
     def _run(self) -> None:
         while not self._over.wait(1.0):
-            # Before the page is up, and after it is down, there is nobody to ask.
+            # Before the page is up, and after it is down, requests fail.
             with contextlib.suppress(OSError, urllib.error.URLError, msgspec.DecodeError):
                 view = msgspec.json.decode(self._get("/api/view"))
                 for part in self._parts(view):
@@ -183,10 +183,10 @@ class Onlooker:
 
 
 class Disturbances:
-    """One after the other, for ever: what it was and when is in ``log``.
+    """Disturbs one thing after another until closed; ``log`` has the time and name of each disturbance.
 
     Args:
-        every_s: from the beginning of one to that of the next.
+        every_s: seconds from the beginning of one disturbance to that of the next.
     """
 
     def __init__(self, cam: Process, brk: Process, service: Service, *, every_s: float) -> None:
@@ -198,7 +198,7 @@ class Disturbances:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the one in hand, and all."""
+        """End the current disturbance and start no other."""
         self._over.set()
         self._thread.join()
 
@@ -222,7 +222,7 @@ class Disturbances:
         self._service.fails = False
 
     def _camera_stalls(self) -> None:
-        # Longer than the daemon's patience with a camera that gives nothing.
+        # Longer than the daemon waits for a camera that sends nothing.
         self._camera.freeze()
         self._over.wait(14)
         self._camera.thaw()

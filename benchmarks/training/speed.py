@@ -1,4 +1,4 @@
-"""How fast a site learns on a device, and that it learns there what it learns on the CPU.
+"""Speed of a site's learning on a device, and a check that the results agree with the CPU's.
 
     python benchmarks/training/speed.py [--device cuda] [--backbone NAME] [--size 256] [--parts 40] [--epochs 2]
 
@@ -37,7 +37,7 @@ from trainer.model import build_model
 from trainer.training import TrainingRun, train
 
 TOLERANCES = {"embedding": 1e-3, "threshold": 0.02, "FADE loss": 0.05, "FLAME loss": 0.05}
-"""Relative. Embeddings are float32 on both; a loss in bfloat16, with other noise, is near in the mean only."""
+"""Relative tolerances. Embeddings are float32 on both; losses in bfloat16, with other noise, agree in the mean only."""
 
 
 def main() -> int:
@@ -131,7 +131,7 @@ class Work:
         return fit(self._dataset, msgspec.structs.replace(self._learning, method="none"), device=device)
 
     def figures(self, device: torch.device) -> dict[str, F32]:
-        """What comes out of them; on the CPU in float32, elsewhere as it is done there."""
+        """The jobs' results; on the CPU in float32, elsewhere in the device's precision."""
         network = build_model(self._learning)[0].backbone.to(device)
         batch = rgb_tensor(self._images.batch(range(min(8, len(self._images)))), device)
         return {

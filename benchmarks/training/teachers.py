@@ -1,4 +1,4 @@
-"""What caching FLAME's teachers saves in a round of E epochs: forward passes, time, and that the loss is the same.
+"""What caching FLAME's teachers saves in a round of E epochs, in forward passes and time; the loss stays the same.
 
     python benchmarks/training/teachers.py [--epochs 10] [--parts 12] [--size 128] [--repeats 3] [--device auto]
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def one_round(images: ImageSet, learning: Learning, device: torch.device) -> Round:
-    """A site's second round: the teachers are the pre-trained network and one that went astray from it."""
+    """A site's second round: the teachers are the pre-trained network and one with slightly changed weights."""
     networks = [build_model(learning)[0].to(device) for _ in range(3)]
     with torch.no_grad():
         for parameter in networks[2].parameters():

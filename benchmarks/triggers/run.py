@@ -1,4 +1,4 @@
-"""How long a trigger is on its way, and how long after its deadline a verdict is out; see README.md beside it."""
+"""Delay of triggers, and delay of verdicts behind their deadline; see README.md beside it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.support.waiting import wait_for
 
 TOPIC = "plant/part"
 PAUSE_S = 0.013
-"""Between triggers; no divisor of a poll."""
+"""Seconds between triggers; no divisor of a polling interval."""
 
 
 def delays(source: TriggerSource, announce: Callable[[int], None], count: int) -> list[float]:
-    """Seconds from the announcement of each part to the time its trigger has, after one that is not counted."""
+    """Seconds from the announcement of each part to its trigger's time stamp; the first part is not counted."""
     came: queue.SimpleQueue[Trigger] = queue.SimpleQueue()
     source.open(came.put)
     wait_for(lambda: source.problem() is None, "the trigger listens")

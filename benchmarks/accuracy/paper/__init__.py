@@ -1,1 +1,4 @@
-"""The FLAME paper's experiments: what is run (``experiments``), how (``runs``, ``peers``), and what comes of it."""
+"""The FLAME paper's experiments.
+
+What is run (``experiments``), how it is run (``runs``, ``peers``), and tables and plots of the results (``report``).
+"""

@@ -19,18 +19,18 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large.
+    """The size of the experiments.
 
     Attributes:
         backbones: of Tables 1 to 3.
         textures: of Table 1's boards.
-        fleet_textures: of Table 2's; the first is all others'.
+        fleet_textures: of Table 2's boards; all other experiments use the first.
         boards, tiles: the data's settings.
         learning: what all runs learn with.
         fleet: rounds and the like.
-        parties: of Table 5: sites, sampling, rounds.
-        sites: of all others.
-        table5_methods, csflow: what of the slow is run.
+        parties: rows of Table 5: sites, share sampled, rounds.
+        sites: number of sites in all other experiments.
+        party_methods, csflow: methods of Table 5 (empty for all), and whether the slow CS-Flow is run.
         sigmas, epochs: the grids of Figs. 9 and 14.
     """
 
@@ -103,10 +103,10 @@ class Cell:
     """One entry of a table: a run for every seed.
 
     Attributes:
-        row, column: where it stands.
+        row, column: its place in the table.
         run: by seed.
-        label: whose figures; None: the overall ones, else a defect class's.
-        paper: what the paper prints.
+        label: the defect class whose figures are shown; None for the overall ones.
+        paper: the figures that the paper prints.
     """
 
     row: str
@@ -143,20 +143,20 @@ class Recipes:
     """Makes runs of settings.
 
     Args:
-        scale: how large.
-        tiles: the magnetic tiles' folder; None: not there.
+        scale: the size of the experiments.
+        tiles: the magnetic tiles' folder; None if it is missing.
     """
 
     def __init__(self, scale: Scale, tiles: Path | None) -> None:
         self.scale = scale
         self.tiles = tiles
         self.methods = [*(m for m in FEDERATED_METHODS if m in printed.METHODS), "solo"]
-        """The paper's, as far as they are here, in the registry's order."""
+        """The paper's methods that EdgeFlame has, in the registry's order."""
 
     def boards(
         self, texture: str, method: str, *, sites: int | None = None, peer: str | None = None, **more: Any
     ) -> Callable[[int], Run]:
-        """A fleet of sites that inspect one texture; by a method that needs no fleet, each site alone."""
+        """Runs of a fleet whose sites inspect one texture; with a method that needs no fleet each site learns alone."""
 
         def run(seed: int) -> Run:
             data = {"kind": "boards", "textures": [texture], "seed": seed, **self.scale.boards}
@@ -167,7 +167,7 @@ class Recipes:
     def magnetic(
         self, method: str, *, sites: int | None = None, peer: str | None = None, **more: Any
     ) -> Callable[[int], Run]:
-        """The same of the magnetic tiles."""
+        """The same on the magnetic tiles."""
 
         def run(seed: int) -> Run:
             data = {"kind": "folder", "path": str(self.tiles), **self.scale.tiles}
@@ -202,17 +202,17 @@ def training(**settings: Any) -> Settings:
 
 
 def weight(mu: float) -> Settings:
-    """The default is left out, so that the run is that of other tables."""
+    """Settings of the distillation's weight; empty for the default, so that other tables' runs are used."""
     return {} if mu == Training().distillation_weight else training(distillation_weight=mu)
 
 
 def epochs_of(epochs: int) -> Settings:
-    """Likewise."""
+    """Settings of the number of epochs; empty for the default, as in :func:`weight`."""
     return {} if epochs == Training().epochs else training(epochs=epochs)
 
 
 def experiments(recipes: Recipes) -> dict[str, Experiment]:
-    """All of them that can be run here, by the name the command line uses."""
+    """All experiments that can be run here, by the name the command line uses."""
     found = {
         "table1": table1(recipes),
         "table2": table2(recipes),

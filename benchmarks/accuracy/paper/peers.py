@@ -28,7 +28,7 @@ PEERS = ("padim", "patchcore", "csflow")
 CORESET = 0.1
 """PatchCore's share of embeddings kept, anomalib's default."""
 CSFLOW_EPOCHS = 240
-"""anomalib's."""
+"""Epochs by anomalib's default."""
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 BATCH = 16
 

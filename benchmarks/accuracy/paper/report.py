@@ -1,4 +1,4 @@
-"""Tables in Markdown, with intervals over seeds and what they do not show in words; and plots."""
+"""Tables in Markdown, with intervals over seeds and comparisons with baselines in words; and plots."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _text(cell: Cell, root: Path) -> str:
 
 
 def _average(cells: Sequence[Cell], root: Path) -> str:
-    """Of the rows, seed by seed."""
+    """The average over rows, taken seed by seed."""
     parts = []
     for metric in (IMAGE, PIXEL):
         by_seed = np.mean([_values(cell, metric, root) for cell in cells], axis=0)

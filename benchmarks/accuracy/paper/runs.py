@@ -22,7 +22,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is run.
+    """The settings of one run.
 
     Attributes:
         simulation: as a configuration file would give it; its single-site data are what a peer sees.
@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of it.
+    """The results of a run.
 
     Attributes:
         figures: of the final global model; of sites that learn alone, their mean.
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def outcome(run: Run, root: Path) -> Outcome | None:
-    """What came of a run that is over; None if it is not."""
+    """The results of a run that is over; None if it is not."""
     metrics, ledger = root / run.key / "metrics.json", root / run.key / "ledger.json"
     if not metrics.exists() or (run.peer is None and not ledger.exists()):
         return None
@@ -75,7 +75,7 @@ def outcome(run: Run, root: Path) -> Outcome | None:
 
 
 def carry_out(run: Run, root: Path) -> None:
-    """Run it, or go on with it."""
+    """Start a run, or continue an interrupted one."""
     logging.getLogger("edgeflame").setLevel(logging.ERROR)
     out = root / run.key
     config = load_config(None, SimulationConfig, run.simulation)
