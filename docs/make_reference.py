@@ -263,9 +263,9 @@ def _literal(field: Any) -> str:
 
 
 def _about(kind: type) -> str:
-    """A struct's docstring without what only repeats its name."""
+    """A struct's docstring without what only repeats its name; empty if it only says whose keys these are."""
     text = re.sub(r"^Section ``[^`]+``[.:;,]?\s*", "", inspect.cleandoc(kind.__doc__ or ""))
-    return text[:1].upper() + text[1:]
+    return "" if text.startswith("The keys of") else text[:1].upper() + text[1:]
 
 
 def _markdown(text: str) -> str:

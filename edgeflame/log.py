@@ -28,7 +28,7 @@ class Progress(Protocol):
 
 
 def no_progress(done: int, total: int, note: str = "") -> None:
-    """Report to nobody."""
+    """Discard the report."""
 
 
 class _TextFormatter(logging.Formatter):

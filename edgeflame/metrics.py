@@ -71,7 +71,7 @@ class MetricsServer:
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def show(self, metrics: Sequence[Metric]) -> None:
-        """These are the figures now."""
+        """Serve these figures from now on, in place of the last ones."""
         self._shown = tuple(metrics)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """A role's state directory: one process at a time, files that are there whole or not at all, and a format.
 
-``STATE/state.json`` says whose state it is and in which format. A folder without one is of the first format, from
-before the file: it is given one. What a newer EdgeFlame has left in another format is refused before anything in it is
-read or written; ``docs/upgrades.md`` has the policy.
+``STATE/state.json`` says whose state it is and in which format. A folder without that file is of the first format,
+which had none; it gets one. What a newer EdgeFlame has left in another format is refused before anything in it is read
+or written; ``docs/upgrades.md`` has the policy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Marker(msgspec.Struct, frozen=True, kw_only=True):
     holds: str
     format: int
     edgeflame: str
-    """The version that made it so."""
+    """The version of EdgeFlame that wrote the marker."""
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ class Hello(WireMessage, frozen=True, kw_only=True, tag="hello"):
 
 
 class Heartbeat(WireMessage, frozen=True, kw_only=True, tag="heartbeat"):
-    """A site lives, and how far it is. An unchanging ``step`` is a sign of life but not of progress."""
+    """A site's sign of life, and its progress. An unchanging ``step`` is a sign of life but not of progress."""
 
     boot: Id
     run: Id | None = None
@@ -289,7 +289,9 @@ class RoundState(WireMessage, frozen=True, kw_only=True, tag="round"):
 
 
 class Presence(WireMessage, frozen=True, kw_only=True, tag="presence"):
-    """Retained: who is there. ``online`` false comes from the last will or a clean exit."""
+    """Retained: whether a site or the aggregator is connected. ``online`` false comes from the last will or a clean
+    exit.
+    """
 
     boot: Id
     online: bool

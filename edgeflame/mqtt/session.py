@@ -196,7 +196,7 @@ class Session:
         Args:
             topic: where to.
             payload: the question.
-            match: what a message answers, or None if it does not; called for every message meanwhile.
+            match: returns the answer that a message holds, or None if it is another one; called for every message.
             timeout_s: how long to wait.
             repeat_s: publish the question again so often; None: never.
 

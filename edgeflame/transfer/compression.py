@@ -116,7 +116,7 @@ def encode_update(codec: Codec, base: Path, update: Path, out: Path) -> float:
 
 
 def decode_update(codec: Codec, base: Path, encoded: Path, out: Path) -> None:
-    """Undo :func:`encode_update`, for bytes from anybody.
+    """Undo :func:`encode_update`; the bytes need not be trusted.
 
     Args:
         codec: not ``raw``.

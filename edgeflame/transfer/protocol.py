@@ -104,7 +104,7 @@ class TransferWindow:
         self._chunks = int(max(MIN_WINDOW_CHUNKS, min(in_target, 2 * self._chunks, MAX_WINDOW_CHUNKS)))
 
     def restart(self, now: float) -> None:
-        """There was a pause that says nothing about the link."""
+        """Measure the rate from now on: there was a pause, which says nothing about the link."""
         self._since = now
 
 
@@ -149,7 +149,7 @@ class Sender:
     def handle_request(
         self, receiver: str, missing: Mask, *, resend: bool, now: float, window: int = DEFAULT_WINDOW_CHUNKS
     ) -> None:
-        """Take note of what a receiver lacks.
+        """Record which chunks a receiver lacks.
 
         Args:
             receiver: its name.

@@ -81,25 +81,25 @@ def scenes(broker: BrokerProcess, folder: Path) -> None:
     with Fleet(broker, missed, config="min_available_sites = 1\nquorum = 1.0") as fleet:
         for process in (fleet.aggregator(), fleet.site("a", TINY_FAIL="a:1:shape")):
             process.wait()
-    told = folder / "told"
-    (told / "gate").mkdir(parents=True)
+    paused = folder / "paused"
+    (paused / "gate").mkdir(parents=True)
     with Fleet(
-        broker, told, config='min_available_sites = 3\nquorum = 0.3\nrounds = 1\nstatistics = "federated"'
+        broker, paused, config='min_available_sites = 3\nquorum = 0.3\nrounds = 1\nstatistics = "federated"'
     ) as fleet:
         # Pauses, a leave-taking and pooled statistics, since 1.1.
         aggregator = fleet.aggregator()
-        sites = {name: fleet.site(name, TINY_GATE=str(told / "gate")) for name in "abc"}
+        sites = {name: fleet.site(name, TINY_GATE=str(paused / "gate")) for name in "abc"}
         for name in sites:
-            wait_for((told / "gate" / f"waiting-{name}-1").exists, f"{name} trains")
+            wait_for((paused / "gate" / f"waiting-{name}-1").exists, f"{name} trains")
         command("site", "pause", "--state", str(fleet.site_state("a")), "--reason", "the line runs")
-        command("rounds", "pause", "b", "--state", str(told / "aggregator"))
+        command("rounds", "pause", "b", "--state", str(paused / "aggregator"))
         aggregator.wait_for_log("site_paused", times=2)
         command("site", "leave", "--state", str(fleet.site_state("c")), "--reason", "the line is sold")
         sites["c"].wait()
         command("site", "resume", "--state", str(fleet.site_state("a")))
-        command("rounds", "resume", "b", "--state", str(told / "aggregator"))
+        command("rounds", "resume", "b", "--state", str(paused / "aggregator"))
         aggregator.wait_for_log("site_resumed", times=2)
-        (told / "gate" / "go").touch()
+        (paused / "gate" / "go").touch()
         for process in (aggregator, sites["a"], sites["b"]):
             process.wait()
 
