@@ -1,12 +1,13 @@
-"""Guaranteed delivery: every result is on the disk first, and goes to its destinations until each has said so.
+"""Guaranteed delivery: each result is written to the disk first, and sent until each destination has acknowledged it.
 
     camera ──> OutboxWriter ──> Outbox (SQLite) ──> live sinks (terminal, files, pictures)
                                   │
                                   ├──> Deliverer ──> MQTT broker
                                   └──> Deliverer ──> webhook
 
-The PLC that ejects the part is told before all of them (:mod:`edge.delivery.plc`).
+The PLC that ejects the part gets the verdict before all of them (:mod:`edge.delivery.plc`).
 
-A result's ``number`` is its place in the outbox and never used twice; with the outbox's ``id`` it names the result
-for good. Delivery is at least once and in order; what may have been sent before is marked ``redelivered``.
+A result's ``number`` is its place in the outbox and never used twice; together with the outbox's ``id`` it identifies
+the result permanently. Delivery is at least once and in order; what may have been sent before is marked
+``redelivered``.
 """

@@ -1,16 +1,16 @@
-"""Results to an MQTT 5 broker: one message a part, a retained state, last wills, and Home Assistant's discovery.
+"""Delivery to an MQTT 5 broker: one message a part, a retained state, last wills, and Home Assistant's discovery.
 
 edgeflame/v1/<fleet>/line/<line>/result        :class:`edge.delivery.outbox.Delivery`, QoS 1
 edgeflame/v1/<fleet>/line/<line>/state         :class:`LineState`, retained; ``online`` false from the last will
 edgeflame/v1/<fleet>/line/<line>/availability  ``online`` or ``offline``, retained; ``offline`` from a last will
 edgeflame/v1/<fleet>/line/<line>/command       :mod:`edge.commands.messages`, to the line
-edgeflame/v1/<fleet>/line/<line>/reply         what came of a command
+edgeflame/v1/<fleet>/line/<line>/reply         the reply to a command
 
-A connection has one last will, and the results' own is the state's; so the availability has a connection of its own,
-which lives as long as that of the results.
+A connection has only one last will. That of the connection for results sets the state, so the availability has a
+connection of its own, open as long as the other one.
 
-Home Assistant's discovery makes verdicts and scores appear there by themselves; its source is Home Assistant's
-documentation of MQTT discovery and of the MQTT sensor.
+Discovery makes verdicts and scores appear in Home Assistant by themselves. Source: Home Assistant's documentation of
+MQTT discovery and of the MQTT sensor.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _ENTITIES = {
         ),
     ),
 }
-"""Name and template, by key."""
+"""Name and value template of each entity, by key."""
 
 
 def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Configuration messages, retained: the verdict and the score, of each camera where there are several.
+    """Discovery messages for the verdict and the score, of each camera if there are several: topic and payload.
 
     Args:
-        prefix: of Home Assistant's discovery topics.
-        topics: of the fleet.
-        line: its name.
-        cameras: their names.
+        prefix: beginning of Home Assistant's discovery topics.
+        topics: the fleet's.
+        line: the line's name.
+        cameras: the cameras' names.
     """
     unique = f"edgeflame_{topics.fleet}_{line}".replace(".", "_")
     told = []
@@ -67,7 +67,7 @@ def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Se
             own, title, template = key, name, value
             if camera is not None:
                 own, title = f"{camera}_{key}".replace(".", "_"), f"{camera}: {name}"
-                # All cameras speak on one topic; an entity keeps its state while another camera speaks.
+                # All cameras share one topic; an entity keeps its state when a message is another camera's.
                 template = f"({value}) if value_json.result.camera == '{camera}' else this.state"
             entity = {
                 "state_topic": topics.line_result(line),
@@ -84,22 +84,26 @@ def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Se
 log = EventLog("mqtt")
 
 MAX_BATCH = 50
-"""Results on their way at once; the link keeps to the broker's Receive Maximum by itself."""
+"""Results in flight at once; the client keeps to the broker's Receive Maximum by itself."""
 
 
 CommandListener = Callable[[bytes, bool], None]
-"""Takes a payload of the command topic, and whether the broker had kept it."""
+"""Called with a payload of the command topic, and whether the message was retained."""
 
 
 def _ignore(_payload: bytes, _retained: bool) -> None:
-    """No commands are taken."""
+    """Ignore commands."""
 
 
 def broker_url(config: MqttConfig, kit: Kit | None = None) -> BrokerUrl:
-    """Where the broker is, and what to show it; ``kit`` is the configuration's, if it was read already.
+    """The broker's address and credentials.
+
+    Args:
+        config: section ``[mqtt]``.
+        kit: the configuration's kit, if it has been read already.
 
     Raises:
-        UsageError: the URL is none, or the kit is not this line's.
+        UsageError: the URL is not valid, or the kit is not this line's.
     """
     kit = kit or _read_kit(config)
     if kit is not None:
@@ -112,7 +116,7 @@ def broker_url(config: MqttConfig, kit: Kit | None = None) -> BrokerUrl:
 def _read_kit(config: MqttConfig) -> Kit | None:
     if config.kit is None:
         return None
-    # A line goes on without its broker; results wait in the outbox for a new kit.
+    # An expired kit is accepted: the line goes on without its broker, and results wait in the outbox for a new kit.
     kit = read_kit(Path(config.kit), must_be_valid=False)
     if (kit.role, kit.fleet, kit.name) != ("line", config.fleet, config.line):
         raise UsageError(
@@ -123,15 +127,15 @@ def _read_kit(config: MqttConfig) -> Kit | None:
 
 
 class MqttDestination:
-    """A broker. Connects when there is something to say, and at the start to announce the line.
+    """An MQTT broker. Connects at the start, to announce the line, and again after an outage.
 
     Args:
-        config: where and as whom.
-        state: what the line runs, while it is online; see :meth:`set_state`.
-        on_command: gets what comes on the command topic, on the link's thread; must neither wait nor fail.
+        config: section ``[mqtt]``.
+        state: the line's state while it is online; see :meth:`set_state`.
+        on_command: gets messages of the command topic, on the client's thread; must neither block nor raise.
 
     Raises:
-        ConfigError: the broker's URL or the TLS files make no sense.
+        ConfigError: the broker's URL or the TLS files cannot be used.
     """
 
     name = "mqtt"
@@ -154,21 +158,21 @@ class MqttDestination:
         self._on_command = on_command
 
     def publish_reply(self, reply: bytes) -> None:
-        """Publish the reply to a command; nobody hears it where there is no connection."""
+        """Publish the reply to a command; it is dropped if there is no connection."""
         session = self._session
         if session is not None:
             with contextlib.suppress(LinkError):
                 session.publish(self._topics.line_reply(self._config.line), reply)
 
     def set_state(self, state: LineState) -> None:
-        """What the line runs from now on; told to the broker by the next :meth:`idle` or :meth:`deliver`."""
+        """Set the line's state; the next :meth:`idle` or :meth:`deliver` publishes it."""
         self._state = state
 
     def deliver(self, deliveries: Sequence[Delivery]) -> int:
         """Publish results and wait for the broker's acknowledgements.
 
         Raises:
-            LinkError: not one was acknowledged in order.
+            LinkError: the first result was not acknowledged.
         """
         session, num_arrived = self._connected(), 0
         try:
@@ -176,13 +180,13 @@ class MqttDestination:
             payloads = [delivery.encode() for delivery in deliveries]
             num_arrived = session.publish_all(topic, payloads, timeout_s=self._config.timeout_s)
         finally:
-            # A new connection after any trouble: what the old one still held would be sent again without being marked.
+            # A new connection after any failure: the old one would send what it holds again without marking it.
             if num_arrived < len(deliveries):
                 self._drop(flush_s=0.0)
         return deliveries[num_arrived - 1].number
 
     def idle(self) -> None:
-        """Keep the line's state on the broker true between parts: connect, and connect again when that broke.
+        """Keep the connection and the line's state on the broker up to date between parts; connects if necessary.
 
         Raises:
             LinkError: the broker cannot be reached or refuses us.
@@ -229,7 +233,7 @@ class MqttDestination:
         return self._session
 
     def _on_message(self, message: ReceivedMessage) -> None:
-        """On the client's thread: commands go to whoever takes them; the line's own state it knows."""
+        """On the client's thread: hand on commands, and ignore the line's own state."""
         if message.topic != self._state_topic:
             self._on_command(message.payload, message.retained)
 
@@ -247,7 +251,7 @@ def _client_id(config: MqttConfig) -> str:
 
 
 class _Availability:
-    """Says ``online`` until it is closed; if it vanishes instead, the broker says ``offline``."""
+    """Publishes ``online`` until it is closed; if the connection breaks, the last will publishes ``offline``."""
 
     def __init__(self, url: BrokerUrl, config: MqttConfig) -> None:
         self._topic = Topics(fleet=config.fleet).line_availability(config.line)
@@ -265,10 +269,10 @@ class _Availability:
         self._link.close(flush_s=flush_s)
 
     def _on_event(self, event: ClientEvent) -> None:
-        """On the link's thread."""
+        """On the client's thread."""
         match event:
             case Disconnected():
-                # By the time it is connected again, the broker has said "offline" for us.
+                # By the time it is connected again, the broker has published the last will.
                 self._link.publish(self._topic, b"online", retain=True)
             case ReceivedMessage():
                 event.acknowledge()

@@ -1,4 +1,4 @@
-"""The outbox: every result on the disk before anybody is told, and how far each destination has come.
+"""The outbox: an SQLite file with all results, written before any is sent, and each destination's progress.
 
 Theory of operation
 -------------------
@@ -14,8 +14,8 @@ lost for that destination, and its receiver sees the gap in the numbers.
 WAL with ``synchronous = FULL``: what was committed survives a power cut. The writer commits many results at once
 when they come faster than the disk.
 
-Which files of watched folders have their results here is a table in the same file, written in one transaction with the
-results, so that no kill between the two makes a file be inspected twice, or never.
+Files of watched folders whose results are kept are recorded in a table of the same file, in one transaction with the
+results, so that a kill between the two cannot make a file be inspected twice, or never.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     outbox: str
-    """Of this state folder; 32 hexadecimal digits."""
+    """Id of the outbox: 32 hexadecimal digits, the same as long as its file exists."""
     number: int
     """Place in the outbox, from 1, without gaps."""
     redelivered: bool
@@ -80,8 +80,8 @@ CREATE TABLE IF NOT EXISTS files (
 """
 
 KEPT_S = 7 * 24 * 3600
-"""What is known about a file is kept for so long after it was done, also when it is not there: a network share that is
-away for a while looks like an empty folder."""
+"""How long the record of a done file is kept, seconds, even if the file is not there: a network share that is away for
+a while looks like an empty folder."""
 
 _BUSY_S = 30.0
 
@@ -96,7 +96,7 @@ def mark_done_files(db: sqlite3.Connection, origins: Iterable[FileOrigin]) -> No
 
 
 def load_done_files(file: Path, folder: str) -> dict[str, tuple[int, int]]:
-    """Size and time of change, in nanoseconds, of every file of a folder that is done, by its name.
+    """Size in bytes and time of change in nanoseconds of every done file of a folder, by its name.
 
     Raises:
         StorageError: the outbox cannot be read.
@@ -111,7 +111,7 @@ def load_done_files(file: Path, folder: str) -> dict[str, tuple[int, int]]:
 
 
 def forget_done_files(file: Path, folder: str, names: Sequence[str]) -> None:
-    """Drop what is known of files that are no longer there, if it is old.
+    """Delete the records of files that no longer exist, if they are older than ``KEPT_S``.
 
     Raises:
         StorageError: the outbox cannot be written.
@@ -130,10 +130,10 @@ def forget_done_files(file: Path, folder: str, names: Sequence[str]) -> None:
 log = EventLog("outbox")
 
 FORMAT = 1
-"""Of the file; a later one is refused. A new key of a result is no new format, it has a default."""
+"""Format of the file; a later one is refused. A new key of a result does not change it, since keys have defaults."""
 
 _PRUNE_EVERY = 256
-"""Results between looks at the bounds: a delete is a scan of an index, not worth doing for each."""
+"""Number of results between two checks of the bounds: a delete scans an index, which is too much for each result."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -148,15 +148,15 @@ CREATE TABLE IF NOT EXISTS destinations (
 
 
 class Outbox:
-    """The file, for any number of threads; a context manager.
+    """The outbox's file; thread-safe, a context manager.
 
     Args:
-        path: the SQLite file; made if it is not there.
-        config: bounds.
-        make_room: called when the disk is full; frees something of less worth and says whether it did.
+        path: the SQLite file; created if it does not exist.
+        config: bounds on the number of results.
+        make_room: called when the disk is full; frees room from something less important and returns whether it did.
 
     Raises:
-        StorageError: here and in every method, when the file or the disk fails. Nothing of a failed call is kept.
+        StorageError: the file or the disk fails; so in every method. Nothing of a failed call is kept.
     """
 
     def __init__(self, path: Path, config: OutboxConfig, *, make_room: Callable[[], bool] = lambda: False) -> None:
@@ -184,7 +184,7 @@ class Outbox:
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
             meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
         self.id: str = meta["id"]
-        """Of this file, for good: 32 hexadecimal digits."""
+        """Id of this file, which never changes: 32 hexadecimal digits."""
 
     def __enter__(self) -> Outbox:
         return self
@@ -199,11 +199,11 @@ class Outbox:
         """Keep results, all or none; when this returns they are on the disk. Returns their numbers.
 
         Args:
-            bodies: of the results.
-            origins: files whose results are among them, noted as done with the same commit.
+            bodies: the results as JSON.
+            origins: files of watched folders whose results are among them, recorded as done in the same commit.
 
         Raises:
-            StorageError: the disk is full, and no room could be made, or it fails.
+            StorageError: the disk is full and no room could be made, or it fails.
         """
         while True:
             try:
@@ -213,7 +213,7 @@ class Outbox:
                     raise
 
     def register(self, name: str) -> DestinationStatus:
-        """A destination's standing; a new one starts with the next result, not with history."""
+        """Add a destination if it is new, and return its progress; a new one starts with the next result."""
         with self._lock, self._translated("write"), self._transaction():
             newest = self._newest()
             self._db.execute(
@@ -223,7 +223,7 @@ class Outbox:
         return self.status(name)
 
     def status(self, name: str) -> DestinationStatus:
-        """How far a registered destination has come."""
+        """Progress of a registered destination."""
         with self._lock, self._translated("read"):
             attempted, acknowledged, lost = self._db.execute(
                 "SELECT attempted, acknowledged, lost FROM destinations WHERE name = ?", (name,)
@@ -240,7 +240,7 @@ class Outbox:
         return gone
 
     def next_batch(self, name: str, limit: int) -> list[Delivery]:
-        """The next results for a destination, at most ``limit``, noted on the disk as attempted."""
+        """The next results for a destination, at most ``limit``, recorded on the disk as attempted."""
         with self._lock, self._translated("read"), self._transaction():
             attempted, acknowledged = self._db.execute(
                 "SELECT attempted, acknowledged FROM destinations WHERE name = ?", (name,)
@@ -256,7 +256,7 @@ class Outbox:
         ]
 
     def acknowledge(self, name: str, number: int) -> None:
-        """Everything up to ``number`` has surely arrived at a destination."""
+        """Record that everything up to ``number`` has surely arrived at a destination."""
         with self._lock, self._translated("write"):
             self._db.execute(
                 "UPDATE destinations SET acknowledged = MAX(acknowledged, ?) WHERE name = ?", (number, name)
@@ -269,7 +269,7 @@ class Outbox:
             return [(number, body) for number, body in rows.fetchall()]
 
     def _found_format(self) -> int:
-        """Of the file as it is; a new one has none yet, and none that is later."""
+        """Format of the file; 0 for a new one."""
         if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone() is None:
             return 0
         row = self._db.execute("SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'format'").fetchone()

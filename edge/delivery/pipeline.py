@@ -1,7 +1,7 @@
-"""From the inspection to the destinations: onto the disk, and from there in order to each destination until it has said
-that it has them, however long that takes.
+"""The delivery pipeline: a writer that commits results to the outbox, and one deliverer for each destination.
 
-Writing is off the inspection's thread: what is slow here must not make the next part late.
+A deliverer sends results in order and tries again until the destination has acknowledged them, however long that takes.
+Writing and sending run on threads of their own: a slow disk or network must not delay the next part.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ delivery_log = EventLog("delivery")
 
 
 class Destination(Protocol):
-    """Something that takes results."""
+    """A receiver of results."""
 
     @property
     def name(self) -> str:
-        """Which one, for messages and for the outbox; the same after a restart."""
+        """Its name in messages and in the outbox; the same after a restart."""
         ...
 
     @property
     def max_batch(self) -> int:
-        """How many it takes at once."""
+        """Most results that :meth:`deliver` takes at once."""
         ...
 
     def deliver(self, deliveries: Sequence[Delivery]) -> int:
-        """Send results and wait for the answers. Returns the highest number that surely arrived with all before it.
+        """Send results and wait for the answers. Returns the highest number that surely arrived, with all before it.
 
         Raises:
-            LinkError: none of them surely arrived, and the rest may or may not have.
+            LinkError: the first result was not acknowledged; any of them may have arrived nevertheless.
         """
         ...
 
@@ -67,7 +67,7 @@ class Destination(Protocol):
 
 
 class Deliverer:
-    """One destination's thread; a context manager. Leaving it tries to deliver what waits, for ``flush_s``."""
+    """Delivers to one destination on a thread; a context manager. Leaving it goes on delivering for ``flush_s``."""
 
     def __init__(self, outbox: Outbox, destination: Destination, config: RetryConfig) -> None:
         self._outbox = outbox
@@ -78,7 +78,7 @@ class Deliverer:
         self.num_failures = 0
         """Attempts that failed since the start."""
         self.last_error: str | None = None
-        """Why the last attempt failed; None after one that did not."""
+        """Why the last attempt failed; None if it succeeded."""
         waiting = outbox.register(destination.name).waiting
         if waiting:
             delivery_log.info("results_waiting", destination=destination.name, count=waiting)
@@ -92,7 +92,7 @@ class Deliverer:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         flush_until = self.start_flush()
-        # A destination has timeouts of its own; nothing of ours waits longer for it than this.
+        # A destination's own timeouts may be longer; a stop does not wait for them.
         self._thread.join(max(0.0, flush_until - time.monotonic()) + 0.3)
         self._destination.close()
         waiting = self.status().waiting
@@ -100,7 +100,7 @@ class Deliverer:
             delivery_log.warning("results_kept_for_the_next_start", destination=self._destination.name, count=waiting)
 
     def start_flush(self) -> float:
-        """Deliver what waits for ``flush_s`` more, and no longer; until when that is, on the monotonic clock."""
+        """Deliver for ``flush_s`` more and then end; returns that time, seconds on the monotonic clock."""
         if self._flush_until is None:
             self._flush_until = time.monotonic() + self._config.flush_s
             self._closing.set()
@@ -113,7 +113,7 @@ class Deliverer:
         return self._destination.name
 
     def status(self) -> DestinationStatus:
-        """How far it has come."""
+        """Progress of the delivery."""
         return self._outbox.status(self._destination.name)
 
     def _run(self) -> None:
@@ -140,7 +140,7 @@ class Deliverer:
                     retry_in_s=round(delay_s, 1),
                     reason=str(exc),
                 )
-                # On the way out there is no time for patience; flush_s bounds the attempts.
+                # While closing, attempts follow each other quickly; flush_s bounds them.
                 self._closing.wait(delay_s) if not self._closing.is_set() else time.sleep(min(delay_s, 0.2))
             else:
                 if backoff.num_failures:
@@ -152,7 +152,7 @@ class Deliverer:
     def _wait_for_results(self) -> None:
         with self._outbox.changed:
             if not self._closing.is_set():
-                # Woken by the writer; the time-out only guards against a wake-up between look and wait.
+                # The writer wakes this up; the time-out covers a wake-up between check and wait.
                 self._outbox.changed.wait(0.5)
 
     def _is_over(self) -> bool:
@@ -162,25 +162,25 @@ class Deliverer:
 writer_log = EventLog("outbox")
 
 MAX_WAITING = 64
-"""Inspected parts between the inspection and the disk. When the disk is slower than the line for longer than this,
-the inspection waits for it: parts are then late or dropped by name, never forgotten."""
+"""Results queued between the inspection and the disk. When the queue is full the inspection waits for the disk: parts
+are then late or dropped, which is reported, but no result is lost."""
 
 MAX_WAITING_BYTES = 256 << 20
-"""Of the pictures that parts bring along; a large camera's 64 would be a gigabyte."""
+"""Most bytes of images of queued results; 64 images of a large camera would be a gigabyte."""
 
 MAX_BATCH = 64
 """Results committed at once."""
 
 COMMIT_INTERVAL_S = 0.01
-"""Between two commits, at least: each costs a wait for the disk, here and again for every destination. A line of up to
-a hundred parts a second notices nothing of it."""
+"""Least time between two commits, since each costs a wait for the disk, here and again for every destination. Up to a
+hundred parts a second it makes no difference."""
 
 
 class OutboxWriter:
-    """A sink that commits every result to the outbox, and only then shows it to the sinks behind it.
+    """A sink that commits every result to the outbox, and only then hands it to the sinks behind it.
 
-    One thread, owned by this context manager; leaving it writes what is waiting. The first error of the outbox or
-    of a sink stops it and is raised by the next :meth:`accept`, or on leaving: no result is swallowed.
+    It has one thread, owned by this context manager; leaving it writes what is waiting. The first error of the outbox
+    or of a sink stops it and is raised by the next :meth:`accept`, or on leaving.
     """
 
     def __init__(self, outbox: Outbox, sinks: Sequence[Sink]) -> None:
@@ -205,7 +205,7 @@ class OutboxWriter:
         self.close()
 
     def accept(self, inspected: Inspected) -> None:
-        """Hand a result over; waits while ``MAX_WAITING`` are, or pictures of ``MAX_WAITING_BYTES``.
+        """Queue a result; blocks while ``MAX_WAITING`` results or ``MAX_WAITING_BYTES`` of images are waiting.
 
         Raises:
             StorageError: an earlier result could not be kept.
@@ -214,7 +214,7 @@ class OutboxWriter:
         while True:
             self._raise_failure()
             if self._closing.is_set():
-                # A camera that hung when we were told to stop, and comes round now.
+                # A camera that hung at the stop and goes on only now.
                 writer_log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
                 raise StorageError("the outbox is closed")
             with self._room:
@@ -248,7 +248,7 @@ class OutboxWriter:
 
     @property
     def busy_s(self) -> float:
-        """How long the disk and the sinks have had the results in hand; 0 between them."""
+        """How long the disk and the sinks have been busy with the present batch, seconds; 0 between batches."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -284,7 +284,7 @@ class OutboxWriter:
         writer_log.error("results_not_kept", waiting=self._queue.qsize(), reason=str(failure))
 
     def _next_batch(self) -> list[Inspected] | None:
-        """At least one result, more if they are there; None at the end, after all of them."""
+        """At least one result, more if they are waiting; None at the end, after all of them."""
         first = self._queue.get()
         if first is None:
             return None
@@ -309,17 +309,17 @@ def _size_bytes(inspected: Inspected) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A running delivery: each destination has its deliverer."""
+    """A running delivery: the outbox, and a deliverer for each destination."""
 
     outbox: Outbox
     deliverers: Sequence[Deliverer]
     mqtt: MqttDestination | None
-    """The broker among the destinations."""
+    """The MQTT broker among the destinations; None without ``[mqtt]``."""
     undelivered: dict[str, int]
-    """After the end: results kept for the next start, by destination; none for one that has all."""
+    """After the end: number of results kept for the next start, by destination, where there are any."""
 
     def start_flush(self) -> None:
-        """All destinations get their last results at the same time, and not one after another."""
+        """Start the flush of all destinations at the same time, and not one after another."""
         for deliverer in self.deliverers:
             deliverer.start_flush()
 
@@ -343,11 +343,11 @@ def open_pipeline(
     Leaving it tries for ``retry.flush_s`` to deliver what waits, and keeps the rest.
 
     Args:
-        state: the daemon's folder; one daemon at a time.
-        config: outbox, delivery and destinations.
-        line: what is announced of it at first.
-        on_command: gets what comes on the line's command topic.
-        make_room: frees something of less worth than results when the disk is full.
+        state: the state folder; it is locked for one daemon.
+        config: the whole configuration; outbox, retry and destinations are used.
+        line: the first state of the line to publish.
+        make_room: called when the disk is full; frees room from something less important and returns whether it did.
+        on_command: gets messages of the line's command topic.
 
     Raises:
         ConfigError: a destination's settings make no sense.

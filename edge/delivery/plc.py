@@ -1,4 +1,4 @@
-"""The verdict for the machine that ejects the part: holding registers of a PLC, over Modbus TCP.
+"""Verdicts for the machine that ejects parts: holding registers of a PLC, over Modbus TCP.
 
 Theory of operation
 -------------------
@@ -8,20 +8,20 @@ the number of another:
     +0      part number: rises by one a part, 1 to 65535 and round again; 0 before the first
     +1      verdict: 0 none yet, 1 pass, 2 fail, 3 unknown
     +2      score over threshold in thousandths, at most 65534; 65535: no score
-    +3      heartbeat: changes every ``heartbeat_s`` as long as the inspection lives, parts or not
+    +3      heartbeat: changes every ``heartbeat_s`` as long as the inspection runs, with or without parts
     +4, +5  passed since the start, high word first
     +6, +7  failed
     +8, +9  unknown
-    +10, +11  layout 2: the part's own number, as the PLC or whoever announced it said it, modulo 2^32, high word first
+    +10, +11  layout 2: the part's own number as announced by the trigger, modulo 2^32, high word first
     +12     layout 2: bits; 1: the part has a number of its own, 2: late, 4: duplicate, 8: parts are missing before it
 
 A PLC takes a verdict when the part number changes, and must treat a heartbeat that stands still, and a number that
-jumps, as "not inspected". While the link is away verdicts cannot be written; they are counted and logged, the next
-one shows the jump, and the heartbeat has stopped meanwhile. Nothing is written late: a verdict for a part that is long
-gone would hit another part. A missed part's number is shown with verdict 0.
+jumps, as "not inspected". While the connection is down verdicts cannot be written; they are counted and logged, the
+next one shows the jump, and the heartbeat has stopped meanwhile. They are not written later, when the machine would
+take them for those of other parts. A missed part's number is shown with verdict 0.
 
-A verdict that is written after its part's deadline is 3, unknown, with the bit for late, whatever it was: a PLC that
-has given the part up must not be told that it passed.
+A verdict that is written after its part's deadline is always 3, unknown, with the bit for late: a PLC that has given
+the part up must not see a pass.
 """
 
 from __future__ import annotations
@@ -44,13 +44,18 @@ VERDICTS = {"pass": 1, "fail": 2, "unknown": 3}
 NO_SCORE = 0xFFFF
 
 HAS_NUMBER, LATE, DUPLICATE, MISSING = 1, 2, 4, 8
-"""Bits of +12."""
+"""Bits of register +12."""
 
 _RETRY_S = 1.0
 
 
 def encode_result(result: Result | None, *, layout: int) -> tuple[int, int, tuple[int, ...]]:
-    """Verdict, ratio, and what layout 2 has at its end, of a part; None: of a part without a verdict."""
+    """The registers +1 and +2, and those from +10 on that only layout 2 has (else empty).
+
+    Args:
+        result: of the part; None: it has no verdict.
+        layout: 1 or 2.
+    """
     if result is None:
         return 0, NO_SCORE, (0, 0, 0) if layout == 2 else ()
     ratio = NO_SCORE if result.ratio is None else min(round(1000 * result.ratio), NO_SCORE - 1)
@@ -65,10 +70,10 @@ def encode_result(result: Result | None, *, layout: int) -> tuple[int, int, tupl
 
 
 class PlcSink:
-    """Writes each verdict as it comes, on a thread of its own. A PLC that is away never holds up the line.
+    """Writes each verdict to a PLC on a thread of its own, so that a PLC that does not answer delays no camera.
 
     Args:
-        config: where.
+        config: section ``[modbus]``.
     """
 
     def __init__(self, config: ModbusConfig) -> None:
@@ -85,7 +90,7 @@ class PlcSink:
         self.num_missed = 0
         """Verdicts that could not be written."""
         self.num_late = 0
-        """Verdicts that were in time, and written as unknown since the deadline had passed by then."""
+        """Verdicts that were in time, but written as unknown because the deadline had passed by then."""
         self._thread = BackgroundThread("plc", self._run, wake=self._notify, join_s=2 * config.timeout_s + 1)
         self._thread.start()
 
@@ -95,7 +100,7 @@ class PlcSink:
         return bool(self._is_up)
 
     def accept(self, inspected: Inspected) -> None:
-        """Hand a verdict over."""
+        """Queue a verdict; does not block."""
         result = inspected.result
         with self._changed:
             self._counts[result.verdict] += 1
@@ -103,11 +108,11 @@ class PlcSink:
             self._changed.notify_all()
 
     def start_flush(self) -> None:
-        """Write what waits, once, and then let go; does not wait for that."""
+        """Have the queued verdicts written and the connection closed; does not wait for it."""
         self._thread.request_stop()
 
     def close(self) -> None:
-        """Finish, and wait for it."""
+        """Write the queued verdicts, close the connection and end the thread."""
         self._thread.close()
         if self.num_missed or self.num_late:
             log.warning("plc_verdicts_missed", count=self.num_missed, late=self.num_late, host=self._config.host)
@@ -167,9 +172,9 @@ class PlcSink:
         return self._is_up
 
     def _drop_waiting(self, in_hand: bool) -> None:
-        """A moment's rest, unless we close; what came before and meanwhile is not for the PLC any more.
+        """After a failed write: wait ``_RETRY_S``, unless closing, then drop and count all verdicts that wait.
 
-        The next heartbeat shows it the number without a verdict.
+        The next heartbeat shows the last part's number without a verdict.
         """
         with self._changed:
             self._changed.wait_for(self._thread.stop.is_set, _RETRY_S)

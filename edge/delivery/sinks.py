@@ -1,12 +1,12 @@
-"""Where results go on this machine: standard output for programs or for people, a file, and pictures of rejected parts.
+"""Sinks for results on this machine: standard output for programs or for people, a file, pictures of rejected parts.
 
 Pictures
 --------
 Pictures of the parts that were not passed are bounded by their number, their size and their age.
 
-What is kept is known from one look at the folder at the start and from what was written since; no walk per part.
-"The oldest" are those written first, by the number their names begin with: a clock that is set back may give later
-pictures an earlier time, and does not make them the first to go.
+The folder is listed once at the start; after that, the sink follows what it writes and deletes itself. "The oldest"
+pictures are those written first, by the number their names begin with: if the clock is set back, later pictures have
+an earlier time and are nevertheless not the first to go.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sink(Protocol):
 
 
 class FilteredSink:
-    """Hands on the results that fulfil a condition."""
+    """Hands on the results that fulfil a condition to another sink."""
 
     def __init__(self, sink: Sink, condition: Callable[[Result], bool]) -> None:
         self._sink = sink
@@ -66,17 +66,17 @@ class FilteredSink:
 
 
 def of_camera(sink: Sink, camera: str) -> Sink:
-    """The results of one camera alone."""
+    """A sink that hands on the results of one camera."""
     return FilteredSink(sink, lambda result: result.camera == camera)
 
 
 def of_production(sink: Sink) -> Sink:
-    """All results but those of the golden parts of self-tests."""
+    """A sink that hands on all results but those of golden parts."""
     return FilteredSink(sink, lambda result: not result.golden)
 
 
 class LockedSinks:
-    """Hands results of several threads on to sinks that know of one alone."""
+    """Hands results of several threads on to sinks that are not thread-safe, one at a time."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
@@ -135,7 +135,7 @@ class ResultsFileSink:
 
 
 class ConsoleSink:
-    """One coloured line a part for people."""
+    """One coloured line for each part on the terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -167,7 +167,7 @@ class ConsoleSink:
 log = EventLog("rejects")
 
 MAX_SIDE = 1024
-"""Larger pictures are shrunk to this: evidence for people, a megabyte or two each."""
+"""Longest side of a picture, pixels; larger ones are shrunk. A picture takes a megabyte or two."""
 
 _OURS = re.compile(
     r"\.?(?:(?P<number>\d{10})-)?(?P<time>\d{8}T\d{12})Z-.*-(?:fail|unknown)\.png(?P<partial>(?:\.\d+)?\.partial)?",
@@ -185,7 +185,7 @@ class _Picture:
 
 
 class _Folder:
-    """What lies in the folder, in the order of writing, and what of it is too much."""
+    """The pictures in the folder in the order of writing, and whether they exceed the bounds."""
 
     def __init__(self, config: ImagesConfig) -> None:
         self.config = config
@@ -205,7 +205,7 @@ class _Folder:
         return picture
 
     def has_surplus(self, now: dt.datetime) -> bool:
-        """Whether the oldest has to go. The newest stays, however large: a bound is no reason to keep nothing."""
+        """Whether the oldest has to go. The newest stays even if it alone exceeds ``max_mib``."""
         if not self._pictures:
             return False
         config, age = self.config, now - self._pictures[0].taken
@@ -219,16 +219,15 @@ class _Folder:
 class RejectsSink:
     """Stores failed and unknown parts as PNG with their heat map; safe for any thread.
 
-    Evidence is not the result: when a picture cannot be stored the line goes on, and the loss is logged and
-    counted.
+    When a picture cannot be stored the inspection goes on, and the loss is logged and counted.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         config: the bounds.
-        now: UTC.
+        now: returns the time, UTC.
 
     Raises:
-        StorageError: the folder cannot be made or read.
+        StorageError: the folder cannot be created or read.
     """
 
     def __init__(
@@ -253,7 +252,7 @@ class RejectsSink:
             self._drop_surplus()
 
     def accept(self, inspected: Inspected) -> None:
-        """Store a part that was not passed; with any part, look whether something has become too old."""
+        """Store the picture of a part that was not passed; after any part, delete what exceeds the bounds."""
         result, image = inspected.result, inspected.image
         with self._lock:
             if result.verdict != "pass" and image is not None:
@@ -265,13 +264,13 @@ class RejectsSink:
             self._drop_surplus()
 
     def reconfigure(self, config: ImagesConfig) -> None:
-        """Other bounds from now on."""
+        """Change the bounds, and delete what exceeds them."""
         with self._lock:
             self._kept.config = config
             self._drop_surplus()
 
     def discard_oldest(self, count: int = 20) -> bool:
-        """Make room on a full disk: pictures are worth less than results. Whether there was one to give."""
+        """Delete the oldest pictures, at most ``count``, to make room on a full disk; returns whether there was one."""
         with self._lock:
             given = sum(self._delete(self._kept.pop_oldest()) for _ in range(min(count, len(self._kept))))
             self.num_lost += given
@@ -283,7 +282,7 @@ class RejectsSink:
         """Nothing to close."""
 
     def _read_folder(self) -> int:
-        """Take up what is there; the number of the next picture. What a kill left half written is swept away."""
+        """List the pictures there are and delete half-written files; returns the number of the next picture."""
         found: list[tuple[int, _Picture]] = []
         with_names = ((path, _OURS.fullmatch(path.name)) for path in self._folder.iterdir())
         for path, match in with_names:
@@ -296,7 +295,7 @@ class RejectsSink:
                 taken = dt.datetime.strptime(match["time"], "%Y%m%dT%H%M%S%f").replace(tzinfo=dt.timezone.utc)
                 picture = _Picture(name=path.name, num_bytes=path.stat().st_size, taken=taken)
             except (ValueError, FileNotFoundError):
-                # Not a time, so not of ours; or a person tidies up at this moment.
+                # Not a time, so the file is not ours; or somebody has just deleted it.
                 continue
             found.append((int(match["number"] or 0), picture))
         for _, picture in sorted(found, key=lambda item: (item[0], item[1].name)):
@@ -322,7 +321,7 @@ class RejectsSink:
             self._delete(self._kept.pop_oldest())
 
     def _delete(self, picture: _Picture) -> bool:
-        """Whether there was a file, and it is gone."""
+        """Delete a picture; returns whether its file existed and was deleted."""
         try:
             (self._folder / picture.name).unlink()
         except FileNotFoundError:

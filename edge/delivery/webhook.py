@@ -1,4 +1,4 @@
-"""Results to a web service: one POST each, with a key by which it can tell a repetition."""
+"""Delivery to a web service: one POST for each result, with an idempotency key by which repetitions are recognised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BATCH = 20
 
 
 class WebhookDestination:
-    """A web service that answers 2xx when it has a result; any other answer is tried again.
+    """A web service that answers 2xx when it has taken a result; after any other answer it is posted again.
 
     Every request carries ``Idempotency-Key: <outbox>-<number>``, the same on every attempt.
 
@@ -59,7 +59,7 @@ class WebhookDestination:
         return arrived
 
     def idle(self) -> None:
-        """Nothing: a web service is told when there is something to tell."""
+        """Do nothing: there is no connection to keep up between results."""
 
     def close(self) -> None:
         if self._connection is not None:
@@ -80,7 +80,7 @@ class WebhookDestination:
             self._connection = connection
             connection.request("POST", target, body=item.encode(), headers=headers)
             response = connection.getresponse()
-            # The next request on this connection needs the answer read; a megabyte of it is no answer to us.
+            # The answer must be read before the connection can be used again; at most a megabyte of it is.
             response.read(1 << 20)
         except (OSError, http.client.HTTPException) as exc:
             self.close()
@@ -91,7 +91,7 @@ class WebhookDestination:
             raise LinkError(f"{self._url.scheme}://{self._url.netloc} answers {response.status} {response.reason}")
 
     def connect(self) -> http.client.HTTPConnection:
-        """A new connection, which is made on its first use."""
+        """A new connection object; it connects on its first use."""
         host, port, timeout_s = str(self._url.hostname), self._url.port, self._config.timeout_s
         if self._ssl is not None:
             return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._ssl)

@@ -1,7 +1,7 @@
-"""The line's own connection for models: receives releases, fetches them, publishes what became of them.
+"""The release fetcher: receives announced releases, fetches their packages, and publishes the state of models.
 
-One owned thread does all of it, and everything the manager decides; others hand it calls (:meth:`ReleaseFetcher.call`).
-Its connection is apart from the one that results go by: megabytes of a package never stand in a result's way.
+One thread does all of it and runs all decisions of the model manager; other threads hand it calls
+(:meth:`ReleaseFetcher.call`). It has a connection of its own, so that packages of megabytes do not delay results.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ from edgeflame.transfer.store import Download
 log = EventLog("models")
 
 TICK_S = 0.5
+"""Time between two polls of the manager, seconds."""
 PUBLISH_EVERY_S = 1.0
-"""How often progress is published at most; a change of anything but progress at once."""
+"""Least time between two messages about progress, seconds; other changes are published at once."""
 LOG_TROUBLE_EVERY_S = 60.0
-"""The same trouble is logged at most so often."""
+"""Least time between two log lines about the same failure, seconds."""
 ANSWER_S = 60.0
-"""How long a command waits for the thread: opening a large package takes seconds."""
+"""How long a command waits for the thread, seconds: opening a large package takes some."""
 RETRY_S = 30.0
-"""After the broker refused us for good, the next attempt."""
+"""Time to the next attempt after the broker has refused the connection, seconds."""
 
 _WAKE = "wake"
 
 
 @final
 class ReleaseFetcher:
-    """A context manager: inside it the thread works.
+    """Fetches releases on a thread of its own, while its context is open.
 
     Args:
-        make_manager: makes what decides, given a way to wake the thread.
-        store: where packages go.
-        broker: where, and who we are.
-        fleet: which fleet.
-        line: our name in it.
-        on_change: called after anything was done that others may want to show.
+        make_manager: makes the model manager, given a function that wakes the thread.
+        store: where packages are kept.
+        broker: the broker's address and credentials.
+        fleet: the fleet's name.
+        line: the line's name in it.
+        on_change: called after every change of a product's models but progress.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ReleaseFetcher:
         self._inbox: queue.SimpleQueue[ClientEvent | Callable[[], None] | str] = queue.SimpleQueue()
         self.manager = make_manager(lambda: self._inbox.put(_WAKE))
         self._downloads: dict[str, tuple[str, Download]] = {}
-        """By product: the release's id, and its package's arrival."""
+        """By product: the release's id and its download."""
         self._link: MqttClient | None = None
         self._is_up = False
         self.models: tuple[ProductModels, ...] = ()
@@ -85,7 +86,7 @@ class ReleaseFetcher:
         self._milestones: tuple[object, ...] = ()
         self._retry_at: float | None = None
         self._trouble = "", 0.0
-        # It may be in the middle of opening a package; what it does then is harmless at any point.
+        # The thread may be opening a package when it is left behind, which does no harm.
         self._thread = BackgroundThread("models", self._run, wake=lambda: self._inbox.put(_WAKE), join_s=2.0)
 
     def __enter__(self) -> ReleaseFetcher:
@@ -98,10 +99,10 @@ class ReleaseFetcher:
         self._thread.close()
 
     def call(self, action: Callable[[], None]) -> None:
-        """Have something done on the thread, and wait for it.
+        """Run an action on the thread, and wait for its end.
 
         Raises:
-            EdgeFlameError: what it raised, or that the thread does not get to it.
+            EdgeFlameError: the action raised it, or the thread is busy for too long.
         """
         answer: queue.SimpleQueue[EdgeFlameError | None] = queue.SimpleQueue()
 
@@ -166,11 +167,11 @@ class ReleaseFetcher:
                 self._publish_status(now)
 
     def _guarded(self, call: Callable[[], object]) -> None:
-        """A disk that is full for a while must not end this; what was not done is tried again."""
+        """Log an error of ``call`` and go on: a disk that is full for a while must not end the thread."""
         try:
             call()
         except EdgeFlameError as exc:
-            # It may be tried twice a second for as long as the disk is full.
+            # With a full disk this may happen twice a second.
             reason, now = str(exc), time.monotonic()
             if reason != self._trouble[0] or now > self._trouble[1] + LOG_TROUBLE_EVERY_S:
                 self._trouble = reason, now
@@ -190,7 +191,7 @@ class ReleaseFetcher:
             self._on_refused(exc)
 
     def _on_refused(self, error: LinkError) -> None:
-        # The certificate may be renewed, the rights given: results wait for that as well.
+        # The certificate may be renewed, or rights granted, so it is tried again.
         log.error("models_not_connected", reason=str(error), retry_in_s=RETRY_S)
         if self._link is not None:
             self._link.close(flush_s=0.0)
@@ -234,7 +235,7 @@ class ReleaseFetcher:
         if under_way is not None and under_way[0] == release.release:
             download = under_way[1]
             if download.manifest == release.manifest:
-                # Who publishes is back.
+                # Announced again: the publisher is back.
                 download.request_missing(now=time.monotonic())
                 return
         self._stop_download(product)
@@ -282,7 +283,7 @@ class ReleaseFetcher:
         self.manager.on_package(product)
 
     def _forget_unwanted(self, product: str) -> None:
-        """A release that was withdrawn or superseded is fetched no more."""
+        """Stop the download of a release that was withdrawn or superseded."""
         wanted = self.manager.pending_release(product)
         under_way = self._downloads.get(product)
         if under_way is not None and (wanted is None or wanted.release != under_way[0]):
@@ -304,7 +305,7 @@ class ReleaseFetcher:
                 download.tick(now)
 
     def _publish_need(self, need: BlobNeed) -> None:
-        # While the link is down nothing is queued: it is asked again when it is up.
+        # While the connection is down nothing is queued: chunks are requested again when it is up.
         if self._is_up and self._link is not None:
             self._link.publish(self._topics.line_up(self._line), encode_message(need))
 
@@ -327,7 +328,7 @@ class ReleaseFetcher:
 
 
 def _milestones(models: LineModels) -> tuple[object, ...]:
-    """Everything but how far a candidate is."""
+    """The state of all models without the candidates' progress."""
     return tuple(
         (
             one.product,

@@ -1,6 +1,7 @@
-"""Decides about a line's models, on releases, on people's commands, and on what parts show. One thread calls it.
+"""The model manager decides about a line's models: on announced releases, on commands, and on the parts' results.
 
-Shadow runs before a switch and canary phases after it are begun, polled, and acted upon.
+It starts and polls shadow runs before a switch and canary phases after it, and acts on their outcome. The decisions are
+carried out by :mod:`edge.models.rollout`. One thread, that of the release fetcher, calls it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels,
 log = EventLog("models")
 
 MIN_LATENCIES = 20
-"""Fewer parts say nothing about how long the present model takes."""
+"""Number of parts needed for the quantile of the present model's latency."""
 
 
 @final
@@ -44,17 +45,17 @@ class ModelManager:
 
     Args:
         config: section ``[models]``.
-        line: its name in the fleet.
-        products: as the configuration has them.
+        line: the line's name in the fleet.
+        products: the configuration's products by their names in the fleet.
         deployment: puts models on the cameras.
-        store: packages on disk.
-        state_file: what was decided.
-        keys: whose packages are taken.
-        deadline_ms: of a part; None: there is none.
-        wake: called, from any thread, when :meth:`poll` has something to do.
+        store: the packages on the disk.
+        state_file: the decisions.
+        keys: the trusted keys.
+        deadline_ms: deadline of a part; None: there is none.
+        wake: called, on any thread, when :meth:`poll` has something to do.
 
     Raises:
-        StorageError: what was decided cannot be written; here and in every method.
+        StorageError: a decision cannot be written; so in every method that decides.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ModelManager:
         self._rollouts = Rollouts(products, deployment=deployment, store=store, state_file=state_file, keep=config.keep)
 
     def poll(self) -> None:
-        """See how shadow runs and canary phases stand, and act on it; called again and again."""
+        """Check shadow runs and canary phases, and act on them; to be called regularly."""
         for product, slot in self._rollouts.slots.items():
             entry = self._rollouts.state_of(product)
             candidate = entry.candidate
@@ -91,19 +92,15 @@ class ModelManager:
             self._rollouts.fix_stray_cameras(product, slot)
 
     def find(self, name: str) -> str:
-        """The product of a name in the configuration or in the fleet.
+        """A product's name in the fleet, found by that name or by the one in the configuration.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no such product.
         """
         return self._rollouts.find(name)
 
     def on_release(self, release: Release) -> bool:
-        """An announcement came; whether its package is to be fetched now.
-
-        Raises:
-            StorageError: what was decided cannot be written; here and in every method.
-        """
+        """Handle an announced release; returns whether its package is to be fetched now."""
         product = release.product
         if product not in self._rollouts.slots or (release.lines and self._line not in release.lines):
             return False
@@ -120,7 +117,7 @@ class ModelManager:
         try:
             refuse_announced(release, keys=self._keys, max_bytes=self._config.max_bytes)
         except RefusedError as exc:
-            # Whoever announces what nobody takes does not end what is being tried.
+            # A refused announcement does not end the trial of another candidate.
             log.error("release_refused", product=product, reason=exc.reason, detail=str(exc))
             entry = record_outcome(entry, release, "refused", utc_now(), reason=exc.reason, detail=str(exc))
             self._rollouts.save(product, entry)
@@ -135,12 +132,12 @@ class ModelManager:
         return True
 
     def pending_release(self, product: str) -> Release | None:
-        """What is still to be fetched for a product."""
+        """The release that is still to be fetched for a product; None if there is none."""
         candidate = self._rollouts.state_of(product).candidate if product in self._rollouts.slots else None
         return candidate.release if candidate is not None and candidate.stage == "fetching" else None
 
     def on_package(self, product: str) -> None:
-        """The candidate's package is on the disk: check it, and begin to try it."""
+        """Check the candidate's package, which is on the disk now, and start its shadow run."""
         entry = self._rollouts.state_of(product)
         assert entry.candidate is not None
         slot, sha256 = self._rollouts.slots[product], entry.candidate.release.manifest.sha256
@@ -157,11 +154,11 @@ class ModelManager:
         self.poll()
 
     def reject(self, product: str, reason: str, detail: str, found: Disagreement | None = None) -> None:
-        """Drop the candidate."""
+        """Refuse the candidate."""
         self._rollouts.drop(product, "refused", reason, detail, found)
 
     def promote(self, product: str) -> None:
-        """Switch to a candidate that waits for that word.
+        """Switch to the candidate that waits for a person's decision.
 
         Raises:
             UsageError: there is none.
@@ -185,16 +182,16 @@ class ModelManager:
         self._rollouts.roll_back(product, "rolled_back", reason, detail or "by command", to_file=to_file)
 
     def on_part(self, captured: Captured, inspected: Inspected) -> None:
-        """Every part, on its camera's thread."""
+        """Take a part, on the thread of its camera worker."""
         result = inspected.result
         if result.golden:
-            # No part of the production.
+            # Golden parts are not production.
             return
         slot = self._rollouts.by_model.get(result.model)
         if slot is None:
             return
         slot.latencies.append(result.latency_ms)
-        # Looked at once each: the other thread may end them meanwhile.
+        # Read once each: the other thread may end them meanwhile.
         canary, shadow = slot.canary, slot.shadow
         if canary is not None and canary.alarm is None and canary.on_result(result) is not None:
             self._wake()
@@ -202,7 +199,7 @@ class ModelManager:
             shadow.offer(captured, inspected)
 
     def restore(self) -> None:
-        """At the start: go on where the last process was; candidates on the disk are checked again."""
+        """At the start: continue where the last process ended; candidates on the disk are checked again."""
         for product in self._rollouts.slots:
             candidate = self._rollouts.state_of(product).candidate
             if candidate is not None and candidate.stage != "fetching":
@@ -212,11 +209,11 @@ class ModelManager:
     def statuses(
         self, progress: Mapping[str, tuple[int, int]], *, is_checking: str | None = None
     ) -> tuple[ProductModels, ...]:
-        """What to publish to the fleet.
+        """The models of all products, to be published to the fleet.
 
         Args:
-            progress: of transfers, by product.
-            is_checking: the product whose candidate is about to be checked.
+            progress: chunks fetched and their total, of transfers under way, by product.
+            is_checking: the product whose candidate is about to be checked; None: none is.
         """
         return tuple(
             self._status(product, slot, progress.get(product), is_checking=product == is_checking)
@@ -228,7 +225,7 @@ class ModelManager:
         return self._status(product, self._rollouts.slots[product], None, is_checking=False)
 
     def metrics(self) -> RolloutStatus:
-        """For metrics; for any thread."""
+        """The figures for metrics; any thread may call it."""
         beside = []
         for product, slot in self._rollouts.slots.items():
             name, shadow = slot.configured.name, slot.shadow
@@ -245,7 +242,7 @@ class ModelManager:
         return RolloutStatus(beside=tuple(beside), fates=dict(self._rollouts.outcomes))
 
     def close(self) -> None:
-        """End shadow runs; they begin anew after the next start."""
+        """End shadow runs; they start again after the next start of the daemon."""
         for product in self._rollouts.slots:
             self._rollouts.stop_shadow(product)
 
@@ -264,7 +261,7 @@ class ModelManager:
         if progress.problem is not None:
             self._rollouts.drop(product, "refused", "not_opened", progress.problem, found)
             return
-        # Copied first: the line goes on adding to it.
+        # Copied first: camera workers go on adding to it.
         latencies = list(slot.latencies)
         latency_ms = float(np.quantile(latencies, 0.95)) if len(latencies) >= MIN_LATENCIES else None
         times = LatencyBudget(latency_ms=latency_ms, deadline_ms=self._deadline_ms)
@@ -300,7 +297,7 @@ class ModelManager:
             self._end_canary_badly(product, alarm, progress)
         elif slot.canary.is_over or (progress is not None and progress.problem is not None):
             if progress is not None and progress.problem is not None:
-                # The model before cannot judge along; there is nothing to compare with.
+                # The model before cannot be run beside the present one; there is nothing to compare with.
                 log.warning("trial_cut_short", product=product, reason=progress.problem)
             self._rollouts.save(product, confirm_present(entry, utc_now(), _of(progress)))
             self._rollouts.stop_shadow(product)
@@ -323,7 +320,7 @@ class ModelManager:
         try:
             self._rollouts.roll_back(product, "rolled_back", alarm.reason, alarm.detail, found=_of(progress))
         except EdgeFlameError as exc:
-            # Nothing earlier can be opened; a model that proved bad is still better than none, and says so.
+            # Nothing earlier can be opened; a model that proved bad is still better than none.
             log.error("roll_back_failed", product=product, reason=str(exc))
             self._rollouts.stop_shadow(product)
             self._rollouts.save(product, confirm_present(self._rollouts.state_of(product), utc_now(), _of(progress)))

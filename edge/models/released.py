@@ -1,4 +1,4 @@
-"""Released models put together for a daemon: what it starts with, and the thread that looks after them."""
+"""A daemon's released models: which packages it starts with, and the fetcher and manager while it runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ log = EventLog("models")
 
 
 def open_released_models(plan: Plan, loader: InspectorLoader, state: Path | None) -> ReleasedModels | None:
-    """What section ``[models]`` asks for; None where there is none.
+    """The released models of a daemon; None without section ``[models]``.
 
     Raises:
-        ConfigError: it lacks something, or contradicts other sections.
+        ConfigError: the section lacks something, or contradicts other sections.
         EdgeFlameError: keys, packages or the state folder cannot be read.
     """
     if plan.config.models is None:
@@ -66,10 +66,10 @@ def read_models_settings(
 
 
 def check_thresholds(plan: Plan) -> None:
-    """Whether a threshold would hold for models it was not made for.
+    """Refuse a configured threshold: it would also hold for models that it was not made for.
 
     Raises:
-        ConfigError: it would.
+        ConfigError: a camera has one.
     """
     if any(camera.settings.verdict.threshold is not None for camera in plan.cameras):
         raise ConfigError(
@@ -83,9 +83,9 @@ class ReleasedModels:
     """The released models of a daemon.
 
     Args:
-        plan: as configured.
-        products: the plan's, by their names in the fleet.
-        keys: whose packages are taken.
+        plan: the configured plan.
+        products: the plan's products by their names in the fleet.
+        keys: the trusted keys.
         folder: for packages and decisions.
 
     Raises:
@@ -102,13 +102,16 @@ class ReleasedModels:
         self._plan = plan
         self._fetcher: ReleaseFetcher | None = None
         self._is_running = False
-        """The state file has what was decided; before, that is what was settled at the start."""
+        """Whether the decisions are those of the state file; before, they are those settled at the start."""
         self._settled: dict[str, ProductState] = settle_at_start(
             self._state_file.state, products, store=self._store, keys=self._keys
         )
 
     def open_cameras(self, opener: Callable[[Plan], Cameras]) -> Cameras:
-        """The cameras with what was decided or, where that cannot be opened here any more, what was before.
+        """Open the cameras with the decided models or, if these cannot be opened here any more, with earlier ones.
+
+        Args:
+            opener: opens the cameras of a plan.
 
         Raises:
             EdgeFlameError: they cannot be opened with the configuration's files either.
@@ -124,7 +127,7 @@ class ReleasedModels:
                     self._settled[product] = fall_back(entry, product, "not_opened", str(exc))
 
     def with_decisions(self, plan: Plan) -> Plan:
-        """A configuration that was read again, with what was decided in place of its files.
+        """The plan of a configuration that was read again, with the decided packages in place of its files.
 
         Raises:
             ConfigError: it contradicts section ``[models]``.
@@ -143,14 +146,14 @@ class ReleasedModels:
 
     @contextlib.contextmanager
     def running(self, cameras: Cameras, *, on_change: Callable[[], object]) -> Iterator[None]:
-        """Look after models meanwhile. The state folder is this process's alone.
+        """Fetch, try and switch models while the block runs. The state folder must be locked by this process.
 
         Args:
-            cameras: on which models are switched.
-            on_change: called after anything was done that others may want to show.
+            cameras: the cameras on which models are switched.
+            on_change: called after every change of a product's models.
 
         Raises:
-            EdgeFlameError: what was decided cannot be written, or the broker's settings make no sense.
+            EdgeFlameError: the decisions cannot be written, or the broker's settings are wrong.
         """
         mqtt = self._plan.config.mqtt
         assert mqtt is not None
@@ -193,15 +196,15 @@ class ReleasedModels:
         return self._decide(name, lambda manager, product: manager.roll_back(product, to_file=to_file))
 
     def promote(self, name: str) -> ProductModels:
-        """Switch to the candidate that waits for this word.
+        """Switch to the candidate that waits for a person's decision.
 
         Raises:
-            UsageError: there is no such product, or none waits.
+            UsageError: there is no such product, or no candidate waits.
         """
         return self._decide(name, ModelManager.promote)
 
     def status_of(self, name: str) -> ProductModels | None:
-        """The models of a product of the configuration, as published to the fleet; None where there are none for it."""
+        """The models of a product of the configuration, as published to the fleet; None if it is not known there."""
         models = () if self._fetcher is None else self._fetcher.models
         names = {product: one.name for product, one in self._configured.items()}
         return next((one for one in models if names.get(one.product) == name), None)
@@ -211,7 +214,7 @@ class ReleasedModels:
         return RolloutStatus() if self._fetcher is None else self._fetcher.manager.metrics()
 
     def _decide(self, name: str, decide: Callable[[ModelManager, str], None]) -> ProductModels:
-        """Have something decided about a product, on the thread that decides."""
+        """Run a decision about a product on the fetcher's thread."""
         assert self._fetcher is not None
         fetcher, manager = self._fetcher, self._fetcher.manager
         product = manager.find(name)

@@ -1,7 +1,7 @@
-"""How a decision about a product's models is carried out on the cameras, and when a candidate is accepted.
+"""The rollout of models: acceptance of a candidate after its shadow run, and switches and rollbacks on the cameras.
 
-Order of every change: the new inspectors are opened and checked, then the record is written, then the line uses them. A
-crash before the record leaves the old model, after it the new one; there is nothing between.
+Order of every change: the new inspectors are opened and checked, then the state file is written, then the cameras use
+them. A crash before the write leaves the old model in use, a crash after it the new one.
 """
 
 from __future__ import annotations
@@ -36,34 +36,37 @@ from edgeflame.package import Package, read_package
 
 
 class AcceptanceResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The ruling on a shadow run that is over."""
+    """The result of a shadow run that is over."""
 
     passed: bool
     reason: str = ""
+    """One word for programs; empty if passed."""
     detail: str = ""
+    """The reason for people."""
 
 
 class LatencyBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """What the present model takes, and what a part may take."""
+    """The present model's latency, and the limit for it."""
 
     latency_ms: float | None = None
-    """95% of its parts are judged within this."""
+    """95% quantile from capture to verdict; None: too few parts yet."""
     deadline_ms: float | None = None
+    """Deadline of a part; None: there is none."""
 
 
 def check_acceptance(
     found: Disagreement, *, needed: int, config: ModelsConfig, times: LatencyBudget
 ) -> AcceptanceResult | None:
-    """The ruling on a shadow run; None while it has to go on.
+    """Decide about a shadow run; None while it has to go on.
 
-    A single failure of the model's own is one too many: on a line it is a part without a verdict. What can no longer
-    pass is not tried to the end.
+    A single failure of the candidate refuses it: in use, it would be a part without a verdict. A candidate that can no
+    longer pass is refused before the end.
 
     Args:
-        found: so far.
-        needed: parts that both have to inspector.
-        config: the limits.
-        times: of the line.
+        found: the comparison so far.
+        needed: number of parts that both models have to inspect.
+        config: section ``[models]`` with the limits.
+        times: the present model's latency and the deadline.
     """
     if found.faults:
         detail = f"{found.faults} of {found.parts + found.faults} parts without a score, or with one that is not finite"
@@ -94,46 +97,63 @@ def _too_slow(slowdown: float, config: ModelsConfig, times: LatencyBudget) -> st
 
 
 class Deployment(Protocol):
-    """Puts models on cameras; an interface, for tests of what decides about them."""
+    """Puts models on cameras; :class:`CameraDeployment` implements it."""
 
     def open(self, name: str, file: Path, sha256: str) -> Mapping[str, InspectorProtocol]:
-        """A warm judge for every camera that has the product now, or for one if none has, held to the package's
-        reference images.
+        """Warmed-up inspectors, checked on the package's reference images, for each camera that has the product now.
+
+        If no camera has it, the package is opened for the first camera, to check that it can be used here.
+
+        Args:
+            name: the product's name in the configuration.
+            file: the package.
+            sha256: the package's expected hash.
+
+        Returns:
+            The inspectors by camera.
 
         Raises:
-            EdgeFlameError: it may not judge here.
+            EdgeFlameError: the package cannot be used here.
         """
         ...
 
     def deploy(
         self, name: str, file: Path, inspectors: Mapping[str, InspectorProtocol]
     ) -> Mapping[str, InspectorProtocol]:
-        """Have these judge from the next part on, wherever the product is judged now or later; those before them.
+        """Use these inspectors from the next part on, and the package wherever the product is inspected later.
+
+        Returns:
+            The replaced inspectors, by camera.
 
         Raises:
-            EdgeFlameError: a camera's part in hand does not come to an end.
+            EdgeFlameError: a part being inspected does not come to an end.
         """
         ...
 
     def has_strays(self, name: str, sha256: str) -> bool:
-        """Whether a camera inspectors the product with another package."""
+        """Whether a camera inspects the product with another package."""
         ...
 
     def open_shadow(self, name: str, file: Path, present: Path) -> ShadowModel:
-        """A package for a shadow run beside another; on the thread that will run it.
+        """Open a package for a shadow run; called on the thread of the shadow run.
+
+        Args:
+            name: the product's name in the configuration.
+            file: the package to be tried.
+            present: the present model's package, to compare the computing time.
 
         Raises:
-            EdgeFlameError: it cannot be opened.
+            EdgeFlameError: the package cannot be opened.
         """
         ...
 
 
 @final
 class CameraDeployment:
-    """The cameras of a daemon.
+    """Deployment on the cameras of a daemon.
 
     Args:
-        cameras: of the daemon.
+        cameras: the daemon's.
     """
 
     def __init__(self, cameras: Cameras) -> None:
@@ -174,7 +194,7 @@ class CameraDeployment:
 
 
 def _single_threaded(package: Package) -> Runtime:
-    """On the CPU, whatever the line computes on: a shadow takes nothing from it."""
+    """A runtime on one CPU thread, whatever the cameras compute on, so that a shadow run takes little from them."""
     runtime = open_runtime(package.model_onnx, device="cpu", num_threads=1)
     check_runtime_fits(runtime, package.manifest)
     return runtime
@@ -183,10 +203,11 @@ def _single_threaded(package: Package) -> Runtime:
 log = EventLog("models")
 
 LATENCIES = 500
+"""Number of the present model's latencies kept for the quantile."""
 
 
 def utc_now() -> datetime:
-    """The time."""
+    """The present time, UTC."""
     return datetime.now(timezone.utc)
 
 
@@ -198,26 +219,26 @@ class RolloutSlot:
         self.shadow: Shadow | None = None
         self.canary: Canary | None = None
         self.inspectors: Mapping[str, InspectorProtocol] | None = None
-        """Of the candidate, ready to be used."""
+        """The candidate's inspectors by camera, ready for use; None: not opened yet."""
         self.before: tuple[str, Mapping[str, InspectorProtocol]] | None = None
-        """Hash and inspectors of the model before, while the present one is on trial."""
+        """SHA-256 and inspectors of the model before, while the present one is on trial."""
         self.latencies: collections.deque[float] = collections.deque(maxlen=LATENCIES)
 
 
 @final
 class Rollouts:
-    """All products of a line; one thread uses it.
+    """The rollouts of all products; used by one thread.
 
     Args:
-        products: as the configuration has them.
+        products: the configuration's products by their names in the fleet.
         deployment: puts models on the cameras.
-        store: packages on disk.
-        state_file: what was decided.
-        keep: released models kept to roll back to.
-        clock: wall time, UTC.
+        store: the packages on the disk.
+        state_file: the decisions.
+        keep: number of released models kept to roll back to.
+        clock: returns the time, UTC.
 
     Raises:
-        StorageError: what is decided cannot be written; here and in every method that decides.
+        StorageError: a decision cannot be written, or the disk fails; so in every method that decides.
     """
 
     def __init__(
@@ -232,9 +253,9 @@ class Rollouts:
     ) -> None:
         self.slots = {product: RolloutSlot(configured) for product, configured in products.items()}
         self.by_model: Mapping[str, RolloutSlot] = {}
-        """Slots by the first 12 digits of what runs in them; replaced whole, for other threads to read."""
+        """Slots by the present model's id; replaced as a whole, so that other threads may read it."""
         self.outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
-        """What became of releases since the start, by the configuration's product and fate."""
+        """Number of releases since the start by product, as the configuration names it, and fate."""
         self._deployment = deployment
         self._store = store
         self._state_file = state_file
@@ -244,19 +265,19 @@ class Rollouts:
         self.prune()
 
     def state_of(self, product: str) -> ProductState:
-        """What was decided about a product."""
+        """The state of a product, by its name in the fleet."""
         known = self._state_file.state.products.get(product)
         return known or ProductState(configured=self.slots[product].configured.sha256)
 
     def known(self, product: str) -> ProductState:
-        """What was decided about a product of any of its names; raises as :meth:`find`."""
+        """The state of a product, by its name in the fleet or in the configuration; raises as :meth:`find`."""
         return self.state_of(self.find(product))
 
     def find(self, name: str) -> str:
-        """The product of a name in the configuration or in the fleet.
+        """A product's name in the fleet, found by that name or by the one in the configuration.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no such product.
         """
         for product, slot in self.slots.items():
             if name in (product, slot.configured.name):
@@ -264,7 +285,7 @@ class Rollouts:
         raise UsageError(f"no product {name!r}; there are {', '.join(self.slots)}")
 
     def save(self, product: str, entry: ProductState) -> None:
-        """Decide something, durably."""
+        """Write a product's new state, durably."""
         before = self.state_of(product)
         self._state_file.save(product, entry)
         if entry.outcomes[:1] != before.outcomes[:1]:
@@ -285,7 +306,7 @@ class Rollouts:
         """Inspectors of a package, checked and warm.
 
         Raises:
-            RefusedError: it may not judge here.
+            RefusedError: the package cannot be used here.
         """
         try:
             return self._deployment.open(slot.configured.name, path, sha256)
@@ -298,12 +319,12 @@ class Rollouts:
         try:
             return self._deployment.deploy(slot.configured.name, path, inspectors)
         except EdgeFlameError as exc:
-            # A part in hand that does not come to an end; the next look tries again.
+            # A part being inspected does not come to an end; the next poll tries again.
             log.error("model_not_in_use_yet", product=slot.configured.product, reason=str(exc))
             return {}
 
     def stop_shadow(self, product: str) -> None:
-        """End a shadow run or trial; what it has found is gone."""
+        """End a shadow run or canary phase; its comparison is discarded."""
         slot = self.slots[product]
         if slot.shadow is not None:
             slot.shadow.close()
@@ -312,7 +333,7 @@ class Rollouts:
     def drop(
         self, product: str, fate: ReleaseFate, reason: str | None, detail: str, found: Disagreement | None = None
     ) -> None:
-        """The candidate will not run."""
+        """Drop the candidate, with its outcome."""
         entry = self.state_of(product)
         assert entry.candidate is not None
         release = entry.candidate.release
@@ -335,7 +356,7 @@ class Rollouts:
         self.prune()
 
     def promote(self, product: str, found: Disagreement | None) -> None:
-        """The candidate is the present model from the next part on."""
+        """Switch to the candidate from the next part on; if it cannot be opened, drop it."""
         entry, slot = self.state_of(product), self.slots[product]
         assert entry.candidate is not None
         sha256 = entry.candidate.release.manifest.sha256
@@ -365,10 +386,10 @@ class Rollouts:
         to_file: bool = False,
         found: Disagreement | None = None,
     ) -> None:
-        """The model before is the present one from the next part on.
+        """Switch to the model before from the next part on.
 
         Raises:
-            RefusedError: neither it nor any before it can be opened; the present one stays.
+            RefusedError: neither that model nor an earlier one can be opened; the present one stays in use.
         """
         entry, slot = self.state_of(product), self.slots[product]
         bad, failure = entry.present_sha256, None
@@ -378,7 +399,7 @@ class Rollouts:
             )
             path = self._path_of(slot, entry)
             if slot.before is not None and slot.before[0] == entry.present_sha256:
-                # Still warm: not a part more than need be is judged by a bad model.
+                # Its inspectors are still open: no time is lost before the bad model is replaced.
                 inspectors = slot.before[1]
                 break
             try:
@@ -399,7 +420,7 @@ class Rollouts:
         self.prune()
 
     def fix_stray_cameras(self, product: str, slot: RolloutSlot) -> None:
-        """Mend a camera that was switched to the product just while its model changed, and has the old one."""
+        """Give the present model to a camera that was switched to the product while its model changed."""
         name, sha256 = slot.configured.name, self.state_of(product).present_sha256
         if not self._deployment.has_strays(name, sha256):
             return
@@ -409,7 +430,7 @@ class Rollouts:
             log.error("camera_has_another_model", product=product, expected=sha256[:12], reason=str(exc))
 
     def prune(self) -> None:
-        """Delete packages and reports that nothing refers to any more."""
+        """Delete packages and reports that are not needed any more."""
         keep: set[str] = set()
         reports: set[str] = set()
         for product in self.slots:

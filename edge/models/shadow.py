@@ -2,21 +2,21 @@
 
 Shadow
 ------
-A second model judges the same parts as the present one, on a thread of its own, and changes nothing.
+A second model inspects the same parts as the present one on a thread of its own; its verdicts have no effect.
 
-The line hands parts over without waiting: while the second model is busy they are skipped, and counted. The thread is
-niced and computes on one CPU core, so that the present model is never late because of it. Which model is the second is
-nothing to it: a candidate before the switch, the model before afterwards.
+Camera workers hand parts over without waiting: while the second model is busy, parts are skipped and counted. The
+thread is niced and computes on one CPU core, so that the present model is not delayed by it. The second model is a
+candidate before a switch, and the model before it afterwards.
 
 Canary
 ------
-Whether a model that was switched to proves bad: on its own failures, and on verdicts the model before did not give.
+After a switch, the new model is rolled back if it fails itself, or gives other verdicts than the one before too often.
 
 Comparing today's rate of rejects with yesterday's would blame the model for a bad batch. So the model before goes on
-judging the same parts, and what counts is the parts where only one of the two rejects: a batch of bad parts is rejected
-by both. Each kind (newly failed, newly passed) is tested for being more frequent than was accepted in the shadow run.
+inspecting the same parts, and the parts that only one of the two rejects are counted: a bad batch is rejected by both.
+Each kind (newly failed, newly passed) is tested for being more frequent than was accepted in the shadow run.
 
-The test may look after every part for as long as the trial lasts, so it is an anytime-valid one: a mixture of
+The test is evaluated after every part for as long as the trial lasts, so it is an anytime-valid one: a mixture of
 likelihood ratios of rates above the accepted one against it. For every true rate up to the accepted one its expected
 value never exceeds 1, so the chance that it ever reaches ``1 / alpha`` is at most ``alpha`` (Ville's inequality; see
 Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference", Statistical Science 2023, section 3).
@@ -55,11 +55,11 @@ from edgeflame.mqtt.messages import Disagreement
 from edgeflame.state import write_json
 
 SCORES_KEPT = 10_000
-"""Pairs for the correlation: the newest."""
+"""Number of newest pairs of scores kept for the correlation."""
 _Z95 = 1.959963984540054
 
 FAULTS = frozenset({Reason.RUNTIME_FAILED.value, Reason.SCORE_NOT_FINITE.value, Reason.NOT_SCORED.value})
-"""Reasons of ``unknown`` that are the model's own doing and not the image's."""
+"""Reasons of ``unknown`` that the model causes, and not the image."""
 
 
 def is_fault(result: Result) -> bool:
@@ -76,7 +76,7 @@ def is_scored(result: Result) -> bool:
 
 
 class Comparison:
-    """Adds up parts that two models judged: the present one, and the other."""
+    """Adds up parts that two models inspected: the present one and the other."""
 
     def __init__(self) -> None:
         self.verdicts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -86,11 +86,11 @@ class Comparison:
         self._ratios: collections.deque[tuple[float, float]] = collections.deque(maxlen=SCORES_KEPT)
 
     def add(self, present: Result, other: Result) -> float | None:
-        """Take a part.
+        """Add a part.
 
         Returns:
-            How far the two are apart, ``|log(score / threshold) difference|``, larger by 1000 where the verdicts
-            differ; None if the part does not count: the verdict was not the present model's, or the other failed.
+            Distance of the two, ``|log(score / threshold) difference|``, plus 1000 if the verdicts differ; None if the
+            part does not count: the present model's score did not decide the verdict, or the other model failed.
         """
         if not is_scored(present) or present.score is None:
             return None
@@ -110,7 +110,7 @@ class Comparison:
         return self.verdicts.total()
 
     def disagreement(self, *, skipped: int = 0) -> Disagreement:
-        """The sum so far."""
+        """The comparison so far."""
         parts = self.parts
         differing = sum(count for (ours, theirs), count in self.verdicts.items() if ours != theirs)
         return Disagreement(
@@ -128,7 +128,7 @@ class Comparison:
 
 
 def wilson_upper(count: int, total: int) -> float:
-    """Upper end of Wilson's 95% interval of a share (Wilson 1927)."""
+    """Upper end of Wilson's 95% interval of the share ``count / total`` (Wilson 1927)."""
     share, z2 = count / total, _Z95 * _Z95
     centre = share + z2 / (2 * total)
     spread = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
@@ -136,7 +136,7 @@ def wilson_upper(count: int, total: int) -> float:
 
 
 def rank_correlation(pairs: npt.NDArray[np.float64]) -> float | None:
-    """Spearman's coefficient of ``[N, 2]``, ties with their mean rank; None below three pairs or without spread."""
+    """Spearman's coefficient of ``[N, 2]``, ties get their mean rank; None with fewer than 3 pairs or no spread."""
     if len(pairs) < 3:
         return None
     ranks = np.stack([_ranks(pairs[:, 0]), _ranks(pairs[:, 1])])
@@ -156,25 +156,28 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 ALPHA = 1e-3
 """Chance that a trial rolls back a model whose rates are as accepted, however long it lasts."""
 LEAST_RATE = 0.005
-"""Accepted at least: one part in two hundred is no proof of anything, whatever was configured."""
+"""Least accepted rate of differing verdicts, even if a smaller one is configured: fewer prove nothing."""
 FAULT_WINDOW = 100
+"""Number of last parts in which the model's own failures are counted."""
 
 _NUM_RATES = 16
 
 
 class CanaryAlarm(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a model on trial is bad: a word, and words for people."""
+    """Why a model on trial has to be rolled back."""
 
     reason: str
+    """One word for programs."""
     detail: str
+    """The reason for people."""
 
 
 class RateTest:
     """Whether something happens more often than ``accepted``.
 
     Args:
-        accepted: the rate that is all right, above 0 and below 1.
-        alpha: chance of a false alarm, ever.
+        accepted: the accepted rate, above 0 and below 1.
+        alpha: chance that a rate up to the accepted one ever raises an alarm.
     """
 
     def __init__(self, accepted: float, alpha: float) -> None:
@@ -187,7 +190,7 @@ class RateTest:
         self.num = 0
 
     def add(self, happened: bool) -> bool:
-        """Take a part; whether it is now proven."""
+        """Add a part; returns whether the rate is proven to be higher now."""
         self.num += 1
         self.num_yes += happened
         self._log_evidence += self._yes if happened else self._no
@@ -198,15 +201,15 @@ class Canary:
     """One model on trial, after a switch.
 
     Args:
-        parts: until it is over, judged by both models.
-        accepted: share of differing verdicts that was accepted.
-        max_faults: of its own, in ``FAULT_WINDOW`` parts.
+        parts: number of parts, inspected by both models, after which it is over.
+        accepted: accepted share of differing verdicts.
+        max_faults: number of its own failures in ``FAULT_WINDOW`` parts that raises an alarm.
     """
 
     def __init__(self, *, parts: int, accepted: float, max_faults: int) -> None:
         rate = max(accepted, LEAST_RATE)
         self.alarm: CanaryAlarm | None = None
-        """The first reason to roll back; set by whichever thread comes upon it."""
+        """The first reason to roll back; set on the camera's or the shadow's thread."""
         self._parts = parts
         self._accepted = accepted
         self._max_faults = max_faults
@@ -216,11 +219,11 @@ class Canary:
 
     @property
     def is_over(self) -> bool:
-        """It has judged enough parts together with the model before."""
+        """Whether both models have inspected enough parts."""
         return self._newly_failed.num >= self._parts
 
     def on_result(self, result: Result) -> CanaryAlarm | None:
-        """Take every verdict of the model on trial."""
+        """Add a result of the model on trial; returns the alarm if there is reason for one."""
         if Reason.SCORE_NOT_FINITE.value in result.reasons:
             return self._raise("not_finite", f"the score of part {result.part_id} is no finite number")
         self._faults.append(is_fault(result))
@@ -231,7 +234,7 @@ class Canary:
         return self._raise("faults", detail)
 
     def on_pair(self, present: Result, before: Result) -> CanaryAlarm | None:
-        """Take a part that the model before could judge as well."""
+        """Add a part that both models have inspected; returns the alarm if there is reason for one."""
         if not (is_scored(before) and is_scored(present)):
             return None
         rejects, did_reject = present.verdict == "fail", before.verdict == "fail"
@@ -260,10 +263,11 @@ class Canary:
 log = EventLog("models")
 
 QUEUE_PARTS = 2
-"""Waiting for the second model; a part more is skipped. They hold whole camera images."""
+"""Parts that wait for the second model, with whole camera images; further ones are skipped."""
 NICENESS = 10
-"""Of the thread: it takes what the line leaves."""
+"""Niceness of the thread, so that camera workers come first."""
 PICTURES = 12
+"""Number of pictures kept: the parts with the largest distance."""
 PICTURE_SIDE = 640
 TIMED_RUNS = 7
 
@@ -275,8 +279,8 @@ class ShadowModel:
     """The second model.
 
     Attributes:
-        inspectors: one for each camera, all on runtimes of the shadow's own.
-        slowdown: its computing time over the present one's; None: not measured.
+        inspectors: one for each camera by name, on a runtime of the shadow's own.
+        slowdown: computing time divided by the present model's; None: not measured.
     """
 
     inspectors: Mapping[str, InspectorProtocol]
@@ -284,22 +288,22 @@ class ShadowModel:
 
 
 class ShadowProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far it is."""
+    """Progress of a shadow run."""
 
     disagreement: Disagreement
     problem: str | None = None
-    """The second model cannot be tried: why."""
+    """Why the second model cannot be run; None if it can."""
 
 
 @final
 class Shadow:
-    """One shadow run; begins at once, and is to be closed.
+    """One shadow run; starts at once, and must be closed.
 
     Args:
-        open_shadow: makes the second model; called on the shadow's own thread.
-        folder: for pictures and the report; None: none are kept.
-        canary: shown every part that both have judged.
-        wake: called when there is something new worth acting upon.
+        open_shadow: opens the second model; called on the shadow's own thread.
+        folder: for pictures; None: none are kept.
+        canary: gets every part that both models have inspected; None: there is no trial.
+        wake: called, on the shadow's thread, when the progress should be looked at.
     """
 
     def __init__(
@@ -325,7 +329,7 @@ class Shadow:
         self._thread.start()
 
     def offer(self, captured: Captured, inspected: Inspected) -> None:
-        """A part that the present model has judged; takes microseconds."""
+        """Queue a part that the present model has inspected, or skip it; takes microseconds."""
         if self._thread.stop.is_set() or captured.frame.image_bgr is None:
             return
         try:
@@ -336,7 +340,7 @@ class Shadow:
             self._num_skipped += 1
 
     def progress(self) -> ShadowProgress:
-        """How far it is."""
+        """The progress so far."""
         with self._lock:
             return ShadowProgress(
                 disagreement=self._comparison.disagreement(skipped=self._num_skipped),
@@ -344,7 +348,7 @@ class Shadow:
             )
 
     def close(self, *, timeout_s: float = 1.0) -> None:
-        """End it; a part in hand may still be computed, and counts no more."""
+        """End the run; a part may still be in work afterwards, and does not count."""
         self._thread.close(timeout_s)
 
     def _offer_end(self) -> None:
@@ -354,7 +358,7 @@ class Shadow:
     # The rest runs on the shadow's thread.
 
     def _run(self, stop: threading.Event) -> None:
-        # Linux knows priorities by thread. A machine that forbids it is one that shares nothing worth sharing.
+        # Linux has priorities by thread. Where it is forbidden, the thread runs with normal priority.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
@@ -386,11 +390,11 @@ class Shadow:
         inspector = second.inspectors.get(present.camera)
         if inspector is None:
             return
-        # Parts are skipped, so what is known of the camera from one part to the next is the present model's alone.
+        # Parts are skipped, so the checks across frames (a frozen camera) cannot be made here.
         other = inspector.inspect_photograph(captured)
         with self._lock:
             distance = self._comparison.add(present, other.result)
-            # On trial is the present model; the second is the one before.
+            # In a trial, the present model is the new one, and the second model the one before.
             alarm = None if self._canary is None else self._canary.on_pair(present, other.result)
         if distance is not None and distance > 0 and self._folder is not None:
             self._keep_picture(self._folder, distance, inspected, other)
@@ -413,12 +417,12 @@ class Shadow:
             while len(self._worst) > PICTURES:
                 (folder / heapq.heappop(self._worst)[2]).unlink(missing_ok=True)
         except (OSError, StorageError) as exc:
-            # Evidence for people; the numbers decide.
+            # Pictures are for people only; the decision does not need them.
             log.warning("shadow_picture_not_kept", reason=str(exc))
 
 
 def write_shadow_report(folder: Path, disagreement: Disagreement) -> None:
-    """What a shadow run came to, as JSON beside its pictures; not worth failing for."""
+    """Write the comparison of a shadow run as JSON beside its pictures; a failure is only logged."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _REPORT, disagreement, indent=2)
@@ -427,16 +431,16 @@ def write_shadow_report(folder: Path, disagreement: Disagreement) -> None:
 
 
 def slowdown_of(runtime: Runtime, present: Runtime) -> float:
-    """How many times the present model's computing time for an image another takes.
+    """Computing time of ``runtime`` for an image divided by that of ``present``.
 
-    By the calling thread's own CPU time, both alternately: what else the machine does plays no part. Both runtimes
-    compute on the calling thread alone.
+    The CPU time of the calling thread is measured, of both alternately, so other load on the machine does not matter.
+    Both runtimes must compute on the calling thread alone.
     """
     ratios = []
     for index in range(TIMED_RUNS + 1):
         ours, theirs = _cpu_s(present), _cpu_s(runtime)
         if index:
-            # The first is for the allocations.
+            # The first run is for the allocations.
             ratios.append(theirs / max(ours, 1e-9))
     return float(np.median(ratios))
 
@@ -449,7 +453,7 @@ def _cpu_s(runtime: Runtime) -> float:
 
 
 def _picture(inspected: Inspected) -> ImageU8 | None:
-    """The present model's picture on the left, the other's on the right; both see the same area, or may not."""
+    """One model's picture with its heat map, on a square of ``PICTURE_SIDE``; None if there is no image."""
     if inspected.image is None:
         return None
     picture = shrink(inspected.image, PICTURE_SIDE)

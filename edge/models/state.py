@@ -1,7 +1,7 @@
-"""What was decided about each product's models, on the disk before it takes effect; and with what a daemon starts.
+"""The decisions about each product's models, written to disk before they take effect; and what a daemon starts with.
 
-Pure transitions, one function each, from one :class:`ProductState` to the next; and :class:`ModelStateFile`, which
-writes them whole or not at all. Whatever moment the power goes, the line starts with the last decision.
+Each transition from one :class:`ProductState` to the next is a pure function; :class:`ModelStateFile` writes the states
+atomically. Whenever the power fails, the line starts with the last decision.
 
     (nothing) ──begin──> fetching ──advance──> shadow ──advance──> waiting        (a candidate)
                             │                    │                   │
@@ -11,11 +11,10 @@ writes them whole or not at all. Whatever moment the power goes, the line starts
 
 At the start
 ------------
-A daemon starts with its configuration's files, or with what was decided since; nothing is written by that.
-The newer decision counts. A released model stays in use over restarts as long as the configuration names the file that
-it named when the release was taken up; whoever puts another file there has decided anew, and that file is used. A
-released package that is missing, damaged, or not signed by a key that is trusted now gives way to the one before it,
-at last to the file.
+A daemon starts with its configuration's files or with the released models that were decided since, whichever is newer;
+settling this writes nothing. A released model stays in use over restarts as long as the configuration's file is the
+same as when the release was taken up; if the file has changed, it is used. A released package that is missing, damaged,
+or not signed by a key that is trusted now is replaced by the one before it, and at last by the file.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from edgeflame.state import write_json
 
 FORMAT = 1
 MAX_DECIDED = 200
-"""Releases remembered as dealt with, of a product; a broker that comes back from a backup may repeat old ones."""
+"""Most decided releases remembered for each product; a broker restored from a backup may announce old ones again."""
 
 
 class ReleasedVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,19 +54,19 @@ class ReleasedVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class PendingRelease(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A release that does not run yet."""
+    """A candidate: a release that is not in use yet."""
 
     release: Release
     stage: ReleaseStage
     disagreement: Disagreement | None = None
-    """Of the shadow run that it passed."""
+    """The comparison of the shadow run that it passed."""
 
 
 class ProductState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One product."""
+    """The decisions about one product."""
 
     configured: str
-    """SHA-256 of the configuration's file when this was decided."""
+    """SHA-256 of the configuration's file at the time of the decision."""
     present: ReleasedVersion | None = None
     """None: the configuration's file."""
     previous: tuple[ReleasedVersion, ...] = ()
@@ -77,7 +76,7 @@ class ProductState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     outcomes: tuple[ReleaseOutcome, ...] = ()
     """Newest first."""
     decided: tuple[str, ...] = ()
-    """Releases that were dealt with, newest first."""
+    """Ids of the releases that have been decided about, newest first."""
 
     @property
     def present_sha256(self) -> str:
@@ -85,7 +84,7 @@ class ProductState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def needed(self) -> frozenset[str]:
-        """Packages that must stay in the state folder."""
+        """SHA-256 of the packages that must stay in the state folder."""
         versions = (*self.previous, *((self.present,) if self.present is not None else ()))
         held = {version.sha256 for version in versions}
         if self.candidate is not None and self.candidate.stage != "fetching":
@@ -93,11 +92,11 @@ class ProductState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return frozenset(held)
 
     def running(self) -> RunningModel:
-        """The present model, for others."""
+        """The present model, as published to the fleet."""
         return _running(self.present, self.configured, on_trial=self.on_trial)
 
     def earlier(self) -> tuple[RunningModel, ...]:
-        """What can be rolled back to, for others."""
+        """The models that can be rolled back to, as published to the fleet."""
         if self.present is None:
             return ()
         return (*(_running(one, "", on_trial=False) for one in self.previous), _running(None, self.configured))
@@ -111,7 +110,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def begin_candidate(entry: ProductState, release: Release, now: datetime) -> ProductState:
-    """Take a release up; one that was a candidate before gives way to it."""
+    """Make a release the candidate; an earlier candidate is superseded."""
     before = entry.candidate
     if before is not None and before.release.release != release.release:
         entry = drop_candidate(
@@ -123,7 +122,7 @@ def begin_candidate(entry: ProductState, release: Release, now: datetime) -> Pro
 def advance_candidate(
     entry: ProductState, stage: ReleaseStage, disagreement: Disagreement | None = None
 ) -> ProductState:
-    """The candidate is a step further."""
+    """Move the candidate to its next stage."""
     assert entry.candidate is not None
     candidate = msgspec.structs.replace(entry.candidate, stage=stage, disagreement=disagreement)
     return msgspec.structs.replace(entry, candidate=candidate)
@@ -138,7 +137,7 @@ def drop_candidate(
     detail: str = "",
     disagreement: Disagreement | None = None,
 ) -> ProductState:
-    """The candidate will not run."""
+    """Drop the candidate, with its outcome."""
     assert entry.candidate is not None
     without = msgspec.structs.replace(entry, candidate=None)
     return record_outcome(
@@ -156,7 +155,7 @@ def record_outcome(
     detail: str = "",
     disagreement: Disagreement | None = None,
 ) -> ProductState:
-    """Note what became of a release; it is not taken up again."""
+    """Record the outcome of a release; it will not be taken up again."""
     outcome = ReleaseOutcome(
         release=release.release,
         sha256=release.manifest.sha256,
@@ -173,7 +172,7 @@ def record_outcome(
 def promote_candidate(
     entry: ProductState, now: datetime, *, keep: int, disagreement: Disagreement | None
 ) -> ProductState:
-    """The candidate is the present model from now on, on trial."""
+    """Make the candidate the present model, on trial."""
     assert entry.candidate is not None
     release = entry.candidate.release
     before = () if entry.present is None else (entry.present,)
@@ -184,7 +183,7 @@ def promote_candidate(
 
 
 def confirm_present(entry: ProductState, now: datetime, disagreement: Disagreement | None) -> ProductState:
-    """The trial is over, and well."""
+    """End the trial of the present model with success."""
     entry = msgspec.structs.replace(entry, on_trial=False)
     return _changed(entry, "confirmed", now, disagreement=disagreement)
 
@@ -199,7 +198,7 @@ def roll_back_present(
     to_file: bool = False,
     disagreement: Disagreement | None = None,
 ) -> ProductState:
-    """Back to the model before, or to the configuration's file."""
+    """Make the model before the present one, or the configuration's file."""
     assert entry.present is not None
     entry = _changed(entry, fate, now, reason=reason, detail=detail, disagreement=disagreement)
     rest = () if to_file else entry.previous
@@ -207,7 +206,7 @@ def roll_back_present(
 
 
 def use_configured_file(entry: ProductState, configured: str) -> ProductState:
-    """The configuration names another file than when this was decided: the newer decision counts."""
+    """Return to the configuration's file, because it has changed since the decision."""
     return msgspec.structs.replace(entry, configured=configured, present=None, previous=(), on_trial=False)
 
 
@@ -265,13 +264,13 @@ class _Head(msgspec.Struct):
 
 
 class ModelStateFile:
-    """What was decided, on the disk.
+    """The file of the decisions, ``record.json``.
 
     Args:
-        path: of the file.
+        path: the file; it need not exist.
 
     Raises:
-        StorageError: it cannot be read, is damaged, or of another version; here and, for the disk, in :meth:`save`.
+        StorageError: it cannot be read, is damaged, or has another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -293,7 +292,11 @@ class ModelStateFile:
             raise StorageError(f"{path}: damaged ({exc}); {advice}") from exc
 
     def save(self, product: str, entry: ProductState) -> None:
-        """Change one product, durably."""
+        """Change one product, durably.
+
+        Raises:
+            StorageError: the disk fails; nothing is changed then.
+        """
         state = msgspec.structs.replace(self.state, products={**self.state.products, product: entry})
         write_json(self._path, state, indent=1)
         self.state = state
@@ -303,9 +306,9 @@ class ConfiguredProduct(msgspec.Struct, frozen=True, kw_only=True):
     """A product as the configuration has it."""
 
     name: str
-    """In the configuration."""
+    """Its name in the configuration."""
     product: str
-    """In its packages, and in the fleet."""
+    """Its name in its packages, and in the fleet."""
     file: str
     sha256: str
 
@@ -316,13 +319,13 @@ log = EventLog("models")
 def settle_at_start(
     state: ModelState, products: Mapping[str, ConfiguredProduct], *, store: PackageStore, keys: TrustedKeys
 ) -> dict[str, ProductState]:
-    """What each product is to run.
+    """The state of each product at the start of a daemon.
 
     Args:
-        state: as the last process left it.
-        products: as the configuration has them.
-        store: packages on disk.
-        keys: whose packages are taken.
+        state: the decisions of the last process.
+        products: the configuration's products by their names in the fleet.
+        store: the packages on the disk.
+        keys: the trusted keys.
     """
     settled = {}
     for product, configured in products.items():
@@ -357,7 +360,7 @@ def settle_at_start(
 
 
 def fall_back(entry: ProductState, product: str, reason: str, detail: str) -> ProductState:
-    """The model before, because the present one cannot be used at the start."""
+    """Roll back to the model before, because the present one cannot be used at the start."""
     log.error("released_model_not_used", product=product, reason=reason, detail=detail)
     return roll_back_present(entry, datetime.now(timezone.utc), reason=reason, detail=f"at the start: {detail}")
 
@@ -365,7 +368,7 @@ def fall_back(entry: ProductState, product: str, reason: str, detail: str) -> Pr
 def package_files(
     settled: Mapping[str, ProductState], products: Mapping[str, ConfiguredProduct], store: PackageStore
 ) -> dict[str, Path]:
-    """Package files by the configuration's names."""
+    """Package files by the configuration's names of products."""
     return {
         configured.name: Path(configured.file)
         if (present := settled[product].present) is None

@@ -1,9 +1,9 @@
-"""Packages in the state folder, and whether one may judge here, as far as can be told without trying it on parts.
+"""Released packages in the state folder, and the checks of a package before it is tried on parts.
 
-STATE/models/<sha256>.edgeflame     taken, or being checked
-STATE/models/incoming/              arriving; see :mod:`edgeflame.transfer.store`
-STATE/models/shadow/<sha256>/       the report of a shadow run, and pictures of the parts it judged most differently
-STATE/models/record.json            what was decided; see :mod:`edge.models.state`
+STATE/models/<sha256>.edgeflame     packages in use or being checked
+STATE/models/incoming/              packages being fetched; see :mod:`edgeflame.transfer.store`
+STATE/models/shadow/<sha256>/       report of a shadow run, and pictures of the parts with the largest differences
+STATE/models/record.json            the decisions; see :mod:`edge.models.state`
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from edgeflame.transfer.store import BlobStore
 
 
 class RefusedError(EdgeFlameError):
-    """A package is not taken.
+    """A released package is refused.
 
     Args:
-        reason: a word for machines.
-        detail: for people.
+        reason: one word for programs.
+        detail: the reason for people.
     """
 
     exit_code = PackageError.exit_code
@@ -38,10 +38,13 @@ class RefusedError(EdgeFlameError):
 
 
 class TrustedKeys:
-    """The keys whose packages are taken.
+    """The public keys whose packages are accepted.
+
+    Args:
+        files: the keys' files.
 
     Raises:
-        UsageError: a file is no public Ed25519 key.
+        UsageError: a file is not a public Ed25519 key.
         MissingDependencyError: cryptography is not installed.
     """
 
@@ -55,7 +58,7 @@ class TrustedKeys:
         return ", ".join(sorted(self._files))
 
     def verify(self, package: Package) -> str:
-        """The key that signed exactly this package.
+        """Verify a package's signature; returns the id of the key.
 
         Raises:
             RefusedError: ``unsigned``, ``untrusted`` or ``altered``.
@@ -76,10 +79,10 @@ class TrustedKeys:
 
 
 def refuse_announced(release: Release, *, keys: TrustedKeys, max_bytes: int) -> None:
-    """Refuse by the announcement alone what would be refused anyway, before its bytes come.
+    """Check an announcement, so that a package that would be refused anyway is not fetched.
 
     Raises:
-        RefusedError: ``too_large`` or ``untrusted``.
+        RefusedError: ``too_large``, ``package`` (its encoding is not read) or ``untrusted``.
     """
     if release.manifest.size_bytes > max_bytes:
         detail = f"{release.manifest.size_bytes} bytes; at most {max_bytes} are taken (models.max_bytes)"
@@ -91,13 +94,13 @@ def refuse_announced(release: Release, *, keys: TrustedKeys, max_bytes: int) -> 
 
 
 def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) -> Package:
-    """Read a package and hold it to what it is to be.
+    """Read a package and check its hash, signature and product.
 
     Args:
-        path: of the file.
-        sha256: the file's.
-        product: its product.
-        keys: one of them has to have signed it.
+        path: the package's file.
+        sha256: the expected hash of the file.
+        product: the expected product.
+        keys: the trusted keys.
 
     Raises:
         RefusedError: ``package`` (broken, or of a format that is not read), ``hash``, ``unsigned``, ``untrusted``,
@@ -106,7 +109,7 @@ def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) ->
     try:
         package = read_package(path)
     except PackageError as exc:
-        # The path is ours and says nothing to who published it.
+        # Our path means nothing to the publisher.
         raise RefusedError("package", str(exc).removeprefix(f"{path}: ")) from exc
     if package.sha256 != sha256:
         raise RefusedError("hash", f"the file's SHA-256 is {package.sha256}, announced was {sha256}")
@@ -117,7 +120,7 @@ def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) ->
 
 
 def as_refusal(exc: EdgeFlameError) -> RefusedError:
-    """Why a package that was read cannot be opened here, as a refusal."""
+    """The refusal for an error met while a package was opened."""
     if isinstance(exc, RefusedError):
         return exc
     match exc:
@@ -134,7 +137,7 @@ def as_refusal(exc: EdgeFlameError) -> RefusedError:
 
 MODELS_FOLDER, RECORD_FILE = "models", "record.json"
 PUBLISHER_OWNER = "publisher"
-"""Whose unfinished packages these are, in the blob store."""
+"""Owner of unfinished packages in the blob store."""
 
 _PACKAGE = re.compile(r"([0-9a-f]{64})\.edgeflame")
 """Only files named like this are ever deleted."""
@@ -143,8 +146,11 @@ _PACKAGE = re.compile(r"([0-9a-f]{64})\.edgeflame")
 class PackageStore:
     """The folder of packages, used by one process.
 
+    Args:
+        root: the folder; created if it does not exist.
+
     Raises:
-        StorageError: here and in every method, when the disk fails.
+        StorageError: the disk fails; so in every method.
     """
 
     def __init__(self, root: Path) -> None:
@@ -154,15 +160,15 @@ class PackageStore:
         self.incoming = BlobStore(root / "incoming")
 
     def path(self, sha256: str) -> Path:
-        """Where a package is, if it is there."""
+        """Path of a package, whether or not it exists."""
         return self._root / f"{sha256}.edgeflame"
 
     def shadow_folder(self, sha256: str) -> Path:
-        """For what a shadow run leaves."""
+        """Folder for the report and the pictures of a shadow run."""
         return self._root / "shadow" / sha256
 
     def adopt(self, sha256: str) -> Path:
-        """Move a package that has arrived to its place, durably; or find that it is there already."""
+        """Move a package that has arrived to its place, durably; returns its path. Does nothing if it is there."""
         path, arrived = self.path(sha256), self.incoming.path(sha256)
         with storage_errors(path, "store a package"):
             if arrived.is_file():
@@ -171,11 +177,11 @@ class PackageStore:
         return path
 
     def has(self, sha256: str) -> bool:
-        """Whether a package is there, or has arrived."""
+        """Whether a package is in its place, or has arrived."""
         return self.path(sha256).is_file() or sha256 in self.incoming
 
     def prune(self, keep: Collection[str], reports: Collection[str]) -> None:
-        """Delete all packages but these, and all reports of shadow runs but those."""
+        """Delete all packages but those of ``keep``, and all reports of shadow runs but ``reports`` (SHA-256 each)."""
         with storage_errors(self._root, "tidy up"):
             for path in self._root.iterdir():
                 match = _PACKAGE.fullmatch(path.name)
@@ -187,6 +193,6 @@ class PackageStore:
         self.incoming.prune(keep)
 
     def forget_partial(self, sha256: str) -> None:
-        """Delete what has come of a package that is not wanted any more; it may not be open."""
+        """Delete the part of a package that has been fetched so far; its download must have been closed."""
         with contextlib.suppress(OSError):
             (self._root / "incoming" / "partial" / PUBLISHER_OWNER / sha256).unlink(missing_ok=True)
