@@ -330,7 +330,7 @@ class _AggregatorService:
     def _on_request(self, request: OperatorRequest) -> str:
         outcome = apply_request(request, self._machine, time.monotonic())
         self._run.execute(outcome.outputs)
-        self._stop_requested = outcome.ends_service
+        self._stop_requested |= outcome.ends_service
         return outcome.text
 
     def _on_upload_complete(self, site: str, upload: ReceivedUpload, now: float) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trainer.agent.tasks import SiteTrainer, WorkerSetup
 
 
-_CHATTY = ("site", "work", "training", "fit", "gaussian", "backbone", "weights")
+_CHATTY = ("site", "work", "training", "fit", "gaussian", "feddymem", "backbone", "weights")
 _THREADS = "OMP_NUM_THREADS"
 """Ray sets it for each of its tasks."""
 
