@@ -16,9 +16,9 @@ from edgeflame.mqtt.topics import Topics, check_name
 from edgeflame.mqtt.url import BrokerUrl
 
 STATE_GRACE_S = 1.0
-"""The retained state comes right after the subscription; a line without one has never been connected."""
+"""How long to wait for the line's retained state, seconds; a line without one has never been connected."""
 REPEAT_S = 2.0
-"""A command may be lost in a flood, or while the line connects anew: it is sent again after so long."""
+"""Time after which a command is sent again, seconds: it may be lost in a flood, or while the line reconnects."""
 
 T = TypeVar("T", Reply, LineState)
 
@@ -50,12 +50,12 @@ def send_command(
             if state is not None:
                 _require_online(line, state)
                 if not message.retained:
-                    # The line has just come, and may not have heard us.
+                    # The line has just connected, and may not have received the command.
                     session.publish(topics.line_command(line), payload)
             return None
 
         _require_line(session, topics, line)
-        # A command of the same id is answered again and not done twice.
+        # A repeated command with the same id is answered again, but not executed twice.
         reply = session.request(topics.line_command(line), payload, match, timeout_s=timeout_s, repeat_s=REPEAT_S)
     if reply is None:
         raise LinkError(

@@ -1,4 +1,4 @@
-"""What may be said on a line's command topic, and what it answers. JSON.
+"""The messages on a line's command topic, and its replies; JSON.
 
 ``edgeflame/v1/<fleet>/line/<line>/command``, to the line, never retained::
 
@@ -6,8 +6,8 @@
 
 ``edgeflame/v1/<fleet>/line/<line>/reply``, from the line: :class:`Reply` with the same ``id``.
 
-A ``camera`` may be left out where there is one alone; ``pause`` and ``resume`` without one mean all of them. Unknown
-keys are refused: a mistyped ``camera`` must not turn into "all".
+A ``camera`` may be left out if there is only one; ``pause`` and ``resume`` without it mean all cameras. Unknown keys
+are refused: a mistyped ``camera`` must not mean "all".
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 
 class _Command(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="command"):
     id: Id
-    """Chosen by the sender; the reply carries it. A second command of the same id is answered and not done again."""
+    """Chosen by the sender and repeated in the reply. A second command with the same id is answered, not executed."""
     by: Annotated[str, msgspec.Meta(max_length=100)] = ""
-    """Who asks, for the log; nothing vouches for it."""
+    """Name of the sender, for the log; it is not verified."""
 
 
 class PauseCamera(_Command, frozen=True, kw_only=True, tag="pause"):
-    """Judge no more parts."""
+    """Stop inspecting parts."""
 
     camera: Name | None = None
 
 
 class ResumeCamera(_Command, frozen=True, kw_only=True, tag="resume"):
-    """Go on."""
+    """Resume the inspection."""
 
     camera: Name | None = None
 
 
 class SetThreshold(_Command, frozen=True, kw_only=True, tag="threshold"):
-    """Another threshold for the model in use; kept over restarts."""
+    """Set the threshold of the model in use; kept over restarts."""
 
     camera: Name | None = None
     threshold: float | None
@@ -52,13 +52,13 @@ class SetThreshold(_Command, frozen=True, kw_only=True, tag="threshold"):
 
 
 class TakeSnapshot(_Command, frozen=True, kw_only=True, tag="snapshot"):
-    """Keep a picture of the next part, and answer with its result."""
+    """Store a picture of the next part; the reply has its result."""
 
     camera: Name | None = None
 
 
 class SwitchProduct(_Command, frozen=True, kw_only=True, tag="product"):
-    """Judge another product; kept over restarts."""
+    """Inspect another product; kept over restarts."""
 
     camera: Name | None = None
     product: Name
@@ -69,21 +69,21 @@ class RunGoldenTest(_Command, frozen=True, kw_only=True, tag="golden"):
 
     camera: Name | None = None
     expected: Literal["good", "bad"] | None = None
-    """The next part is a golden one, and this is what it is; null: the photographs."""
+    """The next part is a golden part of this kind; null: test the photographs."""
 
 
 class AcknowledgeTest(_Command, frozen=True, kw_only=True, tag="acknowledge"):
-    """A person takes note that a self-test failed."""
+    """Acknowledge that a self-test failed."""
 
     camera: Name | None = None
 
 
 class HandleDrift(_Command, frozen=True, kw_only=True, tag="drift"):
-    """What was done about a camera's drift."""
+    """Settle a camera's drift alarm."""
 
     camera: Name | None = None
     action: Literal["clear", "relearn"]
-    """The cause was removed, or the line as it is now is right."""
+    """``clear``: the cause was removed; ``relearn``: the present state is right, and becomes the reference."""
 
 
 class RollBackModel(_Command, frozen=True, kw_only=True, tag="rollback"):
@@ -91,11 +91,11 @@ class RollBackModel(_Command, frozen=True, kw_only=True, tag="rollback"):
 
     product: Name
     to_file: bool = False
-    """To that of the configuration's file, however many were between."""
+    """Go back to the configuration's file, past all earlier released models."""
 
 
 class SwitchModel(_Command, frozen=True, kw_only=True, tag="switch_model"):
-    """Switch to the released model that waits for this word."""
+    """Switch to the released model that waits for a person's decision."""
 
     product: Name
 
@@ -105,7 +105,7 @@ class ReloadConfig(_Command, frozen=True, kw_only=True, tag="reload"):
 
 
 class DescribeLine(_Command, frozen=True, kw_only=True, tag="describe"):
-    """Say what the line is doing."""
+    """Reply with the line's status."""
 
 
 Command = (
@@ -130,11 +130,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     ok: bool
     error: str | None = None
-    """Why it was not done."""
+    """Why the command failed; null if it did not."""
     exit_code: int = 0
-    """That of the error's family; see docs/exit-codes.md."""
+    """Exit code of the error's kind; see docs/exit-codes.md."""
     answer: msgspec.Raw = msgspec.Raw(b"null")
-    """What the command gives: what the line is doing now, a snapshot."""
+    """Result of the command as JSON: the line's status or a snapshot, for instance."""
 
 
 class _Head(msgspec.Struct):
@@ -149,7 +149,7 @@ def decode_command(data: bytes) -> Command:
     """Read a command.
 
     Raises:
-        FederationError: it is none, whatever it is.
+        FederationError: it is not a command.
     """
     if len(data) > MAX_COMMAND_BYTES:
         raise FederationError(f"a command of {len(data)} bytes; at most {MAX_COMMAND_BYTES} are read")
@@ -160,7 +160,7 @@ def decode_command(data: bytes) -> Command:
 
 
 def read_command_id(data: bytes) -> str | None:
-    """The id in what is no command, if one can be read: whoever sent it shall hear that it was not done."""
+    """The id in a message that is not a valid command, so that it can be answered; None if there is none."""
     if len(data) > MAX_COMMAND_BYTES:
         return None
     try:

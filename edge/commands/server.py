@@ -1,9 +1,9 @@
-"""The line's command server: takes commands off the broker's connection, has them done, and answers.
+"""The line's command server: receives commands from the broker's connection, executes them, and replies.
 
 Theory of operation
 -------------------
-:meth:`CommandServer.receive` runs on the connection's thread and only sorts: what is retained, too much at once,
-or no command is counted and logged at a bounded rate. What remains goes to one of two workers, each a thread with a
+:meth:`CommandServer.receive` runs on the connection's thread and only sorts: messages that are retained, too many at
+once, or not commands are counted, and logged at a bounded rate. Commands go to one of two workers, each a thread with a
 short queue: the quick one pauses, resumes and sets thresholds; the slow one loads models, reads files and waits for
 parts. So a pause never waits behind a camera that gives no picture.
 """
@@ -46,28 +46,28 @@ from edgeflame.log import EventLog
 log = EventLog("commands")
 
 MAX_PER_S, MAX_BURST = 20.0, 40.0
-"""More commands than these, on average and at once, no person and no controller sends; the rest is a flood, which is
-counted, not read and not answered."""
+"""Most commands a second on average, and most at once: no person or controller sends more. Further ones are counted,
+but neither read nor answered."""
 
 MAX_WAITING = 16
-"""Commands that wait for a worker."""
+"""Most commands that wait for a worker."""
 
 REMEMBERED = 256
-"""Ids whose answer is kept, for a command that comes again."""
+"""Number of past commands whose reply is kept, by id, for a command that comes again."""
 
 _LOG_EVERY_S = 10.0
-"""Between log lines about what is refused."""
+"""Least time between log lines about refused messages of one kind, seconds."""
 
 _QUICK = (PauseCamera, ResumeCamera, SetThreshold, AcknowledgeTest, HandleDrift, DescribeLine)
 
 
 @final
 class CommandServer:
-    """Takes commands; a context manager, which ends after the commands in hand.
+    """Executes commands; a context manager. Leaving it drops the commands that wait.
 
     Args:
-        control: does them.
-        publish: sends a reply's bytes; drops them where there is no connection.
+        control: executes them.
+        publish: sends a reply's bytes; drops them if there is no connection.
         clock: monotonic, seconds.
     """
 
@@ -81,7 +81,7 @@ class CommandServer:
         self._answers: collections.OrderedDict[str, bytes | None] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.refused: collections.Counter[str] = collections.Counter()
-        """Messages that were not done, by reason: ``junk``, ``flood``, ``retained``, ``busy``."""
+        """Number of refused messages by reason: ``junk``, ``flood``, ``retained``, ``busy``."""
         self._silent_until: dict[str, float] = {}
         self._quick: queue.Queue[Command | None] = queue.Queue(MAX_WAITING)
         self._slow: queue.Queue[Command | None] = queue.Queue(MAX_WAITING)
@@ -103,14 +103,14 @@ class CommandServer:
                 while True:
                     waiting.get_nowait()
             waiting.put(None)
-        # A worker may wait for a part or a model; nothing of ours waits for that.
+        # A worker may be waiting for a part or a model; a stop does not wait for that.
         for thread in self._threads:
             thread.join(0.5)
 
     def receive(self, payload: bytes, retained: bool) -> None:
-        """Take what came on the command topic, whatever it is; never waits."""
+        """Take a message of the command topic, valid or not; never blocks."""
         if retained:
-            # Said at an unknown time, and again at every connection.
+            # It was sent at an unknown time, and comes again at every connection.
             self._refuse("retained", "a retained command is not done; delete it from the broker")
             return
         if not self._is_allowed():

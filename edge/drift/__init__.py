@@ -1,4 +1,4 @@
-"""Whether the line is still what the model was made for: parts, and apart from them camera and light.
+"""Drift: whether parts, and apart from them camera and light, are still as they were when the model was fitted.
 
-condition (edgeflame) -> monitor (evidence, and what is said of it) -> watcher (a thread and a file)
+edgeflame.drift_reference (streams of measurements) ──> monitor (evidence and status) ──> watcher (a thread and a file)
 """

@@ -1,17 +1,17 @@
-"""Drift of one camera with one model: what is learnt, the evidence, and what is said of it. No clock, no I/O.
+"""The drift monitor of one camera with one model: references, evidence, and status. No clock, no I/O.
 
-The streams of :mod:`edgeflame.drift_reference` are watched one by one and reported in two groups, since what is to be
-done differs: the camera's (the picture itself changed: lamp, lens, exposure, mounting) and the parts' (the model sees
-other parts while the picture is as before). Where both did, either may be the cause: quite other parts make another
-picture.
+The streams of :mod:`edgeflame.drift_reference` are watched one by one and reported in two groups, which need different
+action: the camera's (the picture itself has changed: lamp, lens, exposure, mounting) and the parts' (the model sees
+other parts while the picture is as before). If both have changed, either may be the cause: very different parts also
+change the picture.
 
-An alarm stays until a person clears it, has the line learnt anew, or another model runs; whether the stream is still
-off is said beside it. A warning comes at a twentieth of an alarm's evidence, so at most twenty times as often for
-nothing, and goes by itself.
+An alarm stays until a person clears it or has the reference learnt anew, or another model runs; the status also says
+whether the stream is still off. A warning comes at a twentieth of an alarm's evidence, so false warnings are at most
+twenty times as frequent as false alarms, and ends by itself.
 
 The evidence
 ------------
-Evidence that a stream of ranks has left its middle: a betting e-detector.
+A betting e-detector gives the evidence that a stream of ranks has left its middle.
 
 A part's value becomes its rank u in [0, 1] among the values of good parts. As long as nothing has changed, u is 1/2 on
 average. Two hypotheses are bet against, part by part: "the mean of u is at most 1/2 + slack", and "at least 1/2 -
@@ -20,18 +20,18 @@ slack". A bet of the share L turns a stake of 1 into
     e = 1 + L (u - 1/2 - slack)            (the other one: 1 + L (1/2 - u - slack))
 
 which is worth at most 1 on average as long as the hypothesis holds, whatever the distribution of u and however parts
-depend on earlier ones, if only each part's mean given those before keeps to the slack. A new stake is laid at every
-part, since the change may begin at any: M <- (M + 1) e. M less the number of parts is then a supermartingale, so the
+depend on earlier ones, as long as each part's mean given those before keeps to the slack. A new stake is laid at every
+part, since the change may begin at any: M <- (M + 1) e. M minus the number of parts is then a supermartingale, so the
 mean number of parts until M first reaches C is at least C ("average run length", for all time and without correction
-for looking after every part). Over several shares L the mean is taken, over K detectors each has to reach K C; both
+for testing after every part). The mean over several shares L is taken; with K detectors each has to reach K C. Both
 keep the property.
 
     J. Shin, A. Ramdas, A. Rinaldo, "E-detectors: a nonparametric framework for sequential change detection",
     New England Journal of Statistics in Data Science, 2024 (Shiryaev-Roberts form)
     I. Waudby-Smith, A. Ramdas, "Estimating means of bounded random variables by betting", JRSS B, 2024
 
-Parts on a line resemble their neighbours, so that their mean given those before does wander beyond the slack for a
-while. Small stakes are immune to that: log M falls by L slack per part and wanders with the variance L^2 s^2 f, where
+Parts on a line resemble their neighbours, so their mean given those before does leave the slack for a while. Small
+stakes are robust against that: log M falls by L slack per part and wanders with the variance L^2 s^2 f, where
 s^2 = 1/12 is that of a rank and f = 1 + 2 (r1 + r2 + ...) the variance inflation by autocorrelation, about the number
 of parts in a row that are alike. An excursion of log M by x is then as improbable as exp(-x) or more so as long as
 
@@ -40,7 +40,7 @@ of parts in a row that are alike. An excursion of log M by x is then as improbab
 which is the largest share laid here (and never so large that one part may lose the whole stake). How this holds up,
 and what it costs in delay, is measured in benchmarks/drift.
 
-Ranks have no units and no tails: one wild part is one part.
+Ranks have no units and no tails, so a single outlier has no more weight than any other part.
 """
 
 from __future__ import annotations
@@ -66,25 +66,23 @@ from edgeflame.drift_reference import (
 from edgeflame.tensors import F64
 
 NUM_SHARES = 4
-"""Shares laid at once, each half the one before: small shifts call for small ones."""
+"""Number of shares laid at once, each half the one before: small shifts need small ones."""
 
 _LARGEST_STAKE = 0.9
 """One part takes at most this share of what is at stake."""
 _RANK_VARIANCE = 1 / 12
 HIGHER, LOWER = 0, 1
-"""Places of the two hypotheses' evidence."""
+"""Indices of the evidence against the two hypotheses."""
 
 
 class Detector:
     """Evidence on S streams.
 
     Args:
-        slack: ``[S]`` by how much each stream's mean rank may differ from 1/2: what is tolerated, and the reference's
-            own uncertainty.
-        tolerance: the part of it that is tolerated for good; bounds the stakes.
-        alike: parts in a row that are alike, 1 where each is independent.
-        ceiling: evidence is held at this: beyond it nothing is learnt, and after the change is over it takes the longer
-            to fall.
+        slack: ``[S]`` how far each stream's mean rank may be from 1/2: the tolerance and the reference's uncertainty.
+        tolerance: the configured tolerance, in ranks; bounds the stakes.
+        alike: number of parts in a row that are alike; 1 if each is independent.
+        ceiling: upper bound of the evidence, so that it does not take too long to fall after a change is over.
     """
 
     def __init__(self, slack: F64, *, tolerance: float, alike: float, ceiling: float) -> None:
@@ -96,18 +94,18 @@ class Detector:
         shares = largest[:, None] * 0.5 ** np.arange(NUM_SHARES)
         self._shares: F64 = shares[:, None, :]
         self.wealth: F64 = np.zeros((len(self._slack), 2, NUM_SHARES))
-        """``[S, 2, NUM_SHARES]``, for higher and lower; may be set to what an earlier run left."""
+        """``[S, 2, NUM_SHARES]``, for higher and lower; may be set to the values of an earlier run."""
 
     def update(self, ranks: F64) -> None:
-        """Take one part's ``ranks [S]``, 0..1; NaN where a stream says nothing of it."""
+        """Add one part's ``ranks [S]``, 0..1; NaN for a stream without a value."""
         off = ranks - 0.5
         gains = np.stack([off - self._slack, -off - self._slack], axis=1)
         wealth = (self.wealth + 1) * (1 + self._shares * gains[:, :, None])
-        told = np.isfinite(ranks)[:, None, None]
-        self.wealth = np.where(told, np.minimum(wealth, self._ceiling), self.wealth)
+        is_known = np.isfinite(ranks)[:, None, None]
+        self.wealth = np.where(is_known, np.minimum(wealth, self._ceiling), self.wealth)
 
     def evidence(self) -> F64:
-        """Against "not higher" and "not lower", ``[S, 2]``.
+        """Evidence against "not higher" and "not lower", ``[S, 2]``.
 
         To be compared with the average run length times the number of hypotheses.
         """
@@ -124,23 +122,23 @@ RESOLUTION = {
     "shift_x": 0.5,
     "shift_y": 0.5,
 }
-"""Differences of a picture below these matter to no model, however alike the reference's pictures were; in the units of
+"""Differences of pictures that are ignored by stream, even if the reference's pictures differ less; in the units of
 :mod:`edgeflame.drift_reference`."""
 
 RELATIVE_RESOLUTION = 0.02
-"""The same for scores, as a share of their median: other runtimes and precisions differ by so much."""
+"""The same for the parts' streams, as a share of their median: runtimes and precisions differ by so much."""
 
 _LEVELS = np.linspace(0, 1, NUM_QUANTILES)
 _REFERENCE_DOUBT = 2.33
-"""Standard errors of the reference's own middle that are allowed for: 99% of references are no further off."""
+"""Number of standard errors allowed for the reference's own median: 99% of references are no further off."""
 
 
 class Ranks:
-    """Ranks among the values of one reference.
+    """Computes ranks among the values of one reference.
 
     Args:
-        name: of the stream.
-        reference: its distribution.
+        name: the stream's name.
+        reference: the stream's distribution.
     """
 
     def __init__(self, name: str, reference: StreamReference) -> None:
@@ -148,14 +146,14 @@ class Ranks:
         median = abs(reference.quantiles[NUM_QUANTILES // 2])
         self._step = RELATIVE_RESOLUTION * median if name in PART_STREAMS else RESOLUTION[name]
         self.doubt = _REFERENCE_DOUBT * math.sqrt(1 / (12 * reference.count))
-        """How far the true middle may be from rank 1/2, for a reference is a sample itself."""
+        """How far the true median may be from rank 1/2, since a reference is a sample itself."""
 
     def rank(self, value: float) -> float:
-        """0..1; 1/2 for a value in the middle, and for any within the resolution of a reference without spread."""
+        """A value's rank, 0..1; 1/2 for the median, and within the resolution of a reference without spread."""
         return (self._share_below(value - self._step) + self._share_below(value + self._step)) / 2
 
     def _share_below(self, value: float) -> float:
-        # Among equal quantiles the middle one: np.interp would take either end.
+        # Of equal quantiles the middle one is taken; np.interp would take either end.
         first, last = np.searchsorted(self._quantiles, value, "left"), np.searchsorted(self._quantiles, value, "right")
         if last > first:
             return float(_LEVELS[first] + _LEVELS[last - 1]) / 2
@@ -163,28 +161,28 @@ class Ranks:
 
 
 WARNING_SHARE = 1 / 20
-"""Of an alarm's evidence."""
+"""Share of an alarm's evidence at which a warning begins."""
 
 MIN_WITNESSES = 30
-"""Independent parts that a package's reference has to rest on; of fewer the doubt is greater than what is looked for,
-and the line learns its own."""
+"""Least number of independent parts of a package's reference. With fewer its uncertainty is greater than the changes to
+be found, and a reference is learnt from the line's parts instead."""
 
 _CEILING = 10
-"""Evidence kept beyond an alarm's, as a multiple of it."""
+"""Upper bound of the evidence, as a multiple of an alarm's."""
 _RECENT = 100
-"""Parts over which the middle that people are shown is taken."""
+"""Number of parts over which the displayed mean rank is smoothed."""
 
 
 _BADNESS = {DriftCondition.OK: 0, DriftCondition.LEARNING: 1, DriftCondition.WARNING: 2, DriftCondition.ALARM: 3}
 
 
 class SavedStream(msgspec.Struct, kw_only=True):
-    """What outlives a restart, of one stream."""
+    """The saved state of one stream."""
 
     learnt: StreamReference | None = None
-    """The line's own reference, in place of the package's."""
+    """The reference learnt from the line's parts, in place of the package's."""
     values: list[float] = []
-    """Those it is being learnt from."""
+    """Values of the parts that it is being learnt from."""
     is_learning: bool = False
     wealth: list[list[float]] | None = None
     alarm_direction: int | None = None
@@ -194,14 +192,14 @@ class SavedStream(msgspec.Struct, kw_only=True):
 
 
 class SavedMonitor(msgspec.Struct, kw_only=True):
-    """What outlives a restart."""
+    """The saved state of a drift monitor."""
 
     format: int = 1
     streams: dict[str, SavedStream] = {}
 
 
 class ConditionChange(msgspec.Struct, frozen=True, kw_only=True):
-    """A stream's condition is another one than before."""
+    """A change of a stream's condition."""
 
     stream: str
     before: DriftCondition
@@ -210,12 +208,12 @@ class ConditionChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DriftMonitor:
-    """Watches.
+    """Watches all streams of one camera with one model.
 
     Args:
-        config: how.
-        reference: the package's, if it has one.
-        saved: what an earlier run left, of the same camera and model.
+        config: section ``[drift]``.
+        reference: the package's; None: it has none.
+        saved: state of an earlier run with the same camera and model.
     """
 
     def __init__(
@@ -241,10 +239,10 @@ class DriftMonitor:
                 self._detector.wealth[index] = wealth
 
     def observe(self, values: Mapping[str, float], now: dt.datetime) -> list[ConditionChange]:
-        """Take one part; says what changed.
+        """Add one part; returns the streams whose condition changed.
 
         Args:
-            values: by stream; those there are, finite.
+            values: by stream; streams may be missing.
             now: UTC.
         """
         before = {name: self._condition(name) for name in STREAMS}
@@ -272,25 +270,25 @@ class DriftMonitor:
         return changes
 
     def clear(self) -> None:
-        """Alarms are dealt with: start again with the same reference."""
+        """Clear alarms and warnings, and start again with the same references."""
         for stream in self._streams.values():
             stream.alarm_direction = stream.warning_direction = stream.since = stream.rank = None
         self._detector.wealth[:] = 0
 
     def relearn(self) -> None:
-        """The line as it is from now on is right: learn every stream from the next parts."""
+        """Learn the references of all streams anew from the next parts."""
         self._streams = {name: SavedStream(is_learning=True) for name in STREAMS}
         self._ranks.clear()
         self._detector = self._new_detector()
 
     def saved(self) -> SavedMonitor:
-        """What the next run needs to go on from here."""
+        """The state from which the next run continues."""
         for index, stream in enumerate(self._streams.values()):
             stream.wealth = self._detector.wealth[index].tolist()
         return SavedMonitor(streams=self._streams)
 
     def status(self) -> DriftStatus:
-        """What there is to be said."""
+        """The status of all streams."""
         evidence = self._detector.evidence()
         streams = tuple(
             self._stream_status(name, float(self._counting(name, evidence[index]).max()))
@@ -321,7 +319,7 @@ class DriftMonitor:
         stream.values.append(float(value))
         if len(stream.values) < self._config.learn:
             return
-        # Neighbours resemble one another, so they are fewer witnesses than they are parts.
+        # Neighbouring parts resemble one another: the number of independent parts is smaller.
         count = max(1.0, len(stream.values) / self._config.alike)
         stream.learnt = make_stream_reference(np.asarray(stream.values), count=count)
         stream.values, stream.is_learning = [], False
@@ -331,10 +329,10 @@ class DriftMonitor:
         self._detector.wealth = wealth
 
     def _counting(self, name: str, evidence: F64) -> F64:
-        """What counts of ``evidence [2]`` for higher and for lower.
+        """``evidence [2]`` for higher and for lower, without what does not count.
 
-        A package's scores are those of statistics that had not seen the part's like; statistics of all images score a
-        little lower, the more so the fewer they are. Lower than the package is thus no sign of anything.
+        A package's reference scores are cross-fitted: of models that had not seen the part. The model fitted on all
+        images scores a little lower, more so with few images, so lower scores than the package's are not evidence.
         """
         if name in PART_STREAMS and self._streams[name].learnt is None:
             return np.array([evidence[HIGHER], 0.0])
@@ -358,7 +356,7 @@ class DriftMonitor:
                 stream.since = now
             stream.warning_direction = strongest
         elif stream.warning_direction is not None and share < WARNING_SHARE**2:
-            # Well below where it began, so that it does not come and go with every part.
+            # Hysteresis, so that a warning does not come and go with every part.
             stream.warning_direction = None
             if stream.alarm_direction is None:
                 stream.since = None
@@ -373,8 +371,8 @@ class DriftMonitor:
 
     def _direction(self, name: str) -> str | None:
         stream = self._streams[name]
-        told = stream.alarm_direction if stream.alarm_direction is not None else stream.warning_direction
-        return {HIGHER: "higher", LOWER: "lower"}[told] if told is not None else None
+        direction = stream.alarm_direction if stream.alarm_direction is not None else stream.warning_direction
+        return {HIGHER: "higher", LOWER: "lower"}[direction] if direction is not None else None
 
     def _stream_status(self, name: str, evidence: float) -> StreamStatus:
         stream = self._streams[name]
@@ -396,10 +394,11 @@ def _worst(conditions: list[DriftCondition]) -> DriftCondition:
 
 def _message(parts: DriftCondition, camera: DriftCondition, streams: tuple[StreamStatus, ...], learn: int) -> str:
     def those(group: tuple[str, ...]) -> str:
-        told = [one for one in streams if one.name in group and one.direction is not None]
-        over = {one.name: one.condition is DriftCondition.ALARM and not one.is_off for one in told}
+        drifting = [one for one in streams if one.name in group and one.direction is not None]
+        over = {one.name: one.condition is DriftCondition.ALARM and not one.is_off for one in drifting}
         return ", ".join(
-            f"{one.name.replace('_', ' ')} {one.direction}{', by now back' if over[one.name] else ''}" for one in told
+            f"{one.name.replace('_', ' ')} {one.direction}{', by now back' if over[one.name] else ''}"
+            for one in drifting
         )
 
     worst = _worst([parts, camera])

@@ -1,7 +1,7 @@
-"""A camera's drift monitor at work: looks on at its parts on a thread of its own, and remembers over restarts.
+"""The drift watcher of a camera: feeds its parts to the drift monitor on a thread of its own, and saves its state.
 
-One file for each camera and model, ``DIR/drift/<camera>/<model>.json``: whoever comes back to a model goes on where it
-was left.
+There is one file for each camera and model, ``DIR/drift/<camera>/<model>.json``; if a camera returns to an earlier
+model, its monitor continues from there.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from edgeflame.state import read_json, storage_errors, write_json
 log = EventLog("drift")
 
 MAX_WAITING = 8
-"""Parts between the line and this thread; more are not looked at, which drift can afford."""
+"""Parts queued between the camera worker and this thread; further ones are skipped, which does drift no harm."""
 
 SAVE_EVERY_S = 60.0
-"""A kill loses no more than this."""
+"""Longest time between two saves, seconds; a kill loses no more than this."""
 
 MAX_MODELS = 20
-"""Files kept for one camera; those of the models that ran longest ago go."""
+"""Number of files kept for one camera; those of the models that ran longest ago are deleted."""
 
 _CLOSE_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DriftModel:
-    """What drift has to know of the model that runs."""
+    """What the drift watcher needs of the model in use."""
 
     model: str
-    """First 12 digits of the package's SHA-256: the name of its file."""
+    """First 12 digits of the package's SHA-256, which name the file."""
     width: int
     height: int
-    """Of the pictures it sees."""
+    """Size of the model's input, pixels."""
     reference: DriftReference | None
     template: AlignmentTemplate | None
 
     @classmethod
     def of(cls, package: Package, *, scores_as_fitted: bool) -> DriftModel:
-        """Of a package.
+        """Read it from a package.
 
         Args:
             package: the model's.
-            scores_as_fitted: whether scores here may be compared with those of the fit: not where parts of the picture
-                are ignored, nor in int8; then the line learns its own.
+            scores_as_fitted: whether scores may be compared with those of the fit. Not if areas are ignored, nor in
+                int8: then references of the parts' streams are learnt from the line's parts.
         """
         preprocessing = package.manifest.learning.input
         images = [reference.image(preprocessing) for reference in package.references]
@@ -81,15 +81,15 @@ class DriftModel:
 
 @final
 class DriftWatcher:
-    """Looks on at one camera; a context manager that ends its thread and saves.
+    """Watches the drift of one camera; a context manager, which ends its thread and saves when it is left.
 
     Args:
-        camera: its name.
-        config: how.
-        model: id of the model that judges at the start.
-        model_of: what drift has to know of a model by its id; None: of one that is not known here, nothing is watched.
-        folder: for its files; None: nothing outlives the run.
-        on_change: called when a condition becomes another.
+        camera: the camera's name.
+        config: section ``[drift]``.
+        model: id of the model in use at the start.
+        model_of: gives what is needed of a model by its id; None if it is not in use any more: nothing is watched.
+        folder: for the files; None: nothing outlives the run.
+        on_change: called when the camera's condition changes.
         clock: monotonic, seconds.
     """
 
@@ -130,10 +130,10 @@ class DriftWatcher:
             self._save()
 
     def on_part(self, captured: Captured, inspected: Inspected) -> None:
-        """One part, on the line's thread: noted, or left out where parts come faster than they are looked at."""
+        """Queue one part, on the camera worker's thread; it is skipped if parts come too fast."""
         del captured
         now = self._clock()
-        # Without a map the picture is none of what the model saw, or there is none.
+        # Without a map there is no picture, or it is not the area that the model sees.
         if inspected.image is None or inspected.anomaly_map is None or inspected.result.golden or now < self._next_part:
             return
         try:
@@ -143,16 +143,16 @@ class DriftWatcher:
         self._next_part = max(self._next_part, now - 1.0) + 1.0 / self._config.max_per_s
 
     def status(self) -> DriftStatus | None:
-        """What there is to be said; None where the model is not known here."""
+        """The drift status; None if the model is not known here."""
         with self._lock:
             return self._monitor.status() if self._monitor is not None else None
 
     def clear(self) -> None:
-        """Alarms are dealt with."""
+        """Clear alarms: their cause was removed."""
         self._change("drift_cleared", DriftMonitor.clear)
 
     def relearn(self) -> None:
-        """The line as it is from now on is right."""
+        """Learn the references anew: the present state is right."""
         self._change("drift_relearns", DriftMonitor.relearn)
 
     def _change(self, event: str, change: Callable[[DriftMonitor], None]) -> None:
@@ -178,7 +178,7 @@ class DriftWatcher:
             monitor, running = self._monitor, self._running
         if monitor is None or running is None:
             return
-        # What the model saw, for the area is what it was shown.
+        # The picture is the area that the model saw; resized, it is the model's input.
         size = (running.width, running.height)
         seen = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
         values = {
@@ -206,7 +206,7 @@ class DriftWatcher:
             self._on_change()
 
     def _switch_model(self, model: str) -> None:
-        """Go over to the model that judges now, if it is another."""
+        """Change to the monitor of the model in use now, if it is another one."""
         if self._running is not None and self._running.model == model:
             return
         self._save()
@@ -230,7 +230,7 @@ class DriftWatcher:
         return saved if saved is not None and saved.format == SavedMonitor().format else None
 
     def _save(self) -> None:
-        """Under the lock."""
+        """Write the monitor's state, and delete old files; the caller holds the lock."""
         self._last_save = self._clock()
         if self._folder is None or self._monitor is None or self._running is None:
             return
@@ -245,5 +245,5 @@ class DriftWatcher:
                 for old in kept[MAX_MODELS:]:
                     old.unlink(missing_ok=True)
         except StorageError as exc:
-            # Drift is advice: the line goes on without its memory.
+            # Drift is advice only: the inspection goes on without saving it.
             log.error("drift_not_saved", camera=self._camera, reason=str(exc))

@@ -1,4 +1,4 @@
-"""What a part is on the line: triggers, numbers, deadlines.
+"""Parts on the line: triggers that announce them, their numbers, and deadlines.
 
 triggers ──> matching (which image belongs to which trigger)
    ├─> mqtt_trigger

@@ -2,10 +2,11 @@
 
 Theory of operation
 -------------------
-The model works on a thread of its own, on one image at a time, and cannot be interrupted. The camera's thread has one
-part in hand, and it alone decides: it waits for the model's answer or the part's deadline, whichever comes first.
+The model works on a thread of its own, on one image at a time, and cannot be interrupted. The camera worker's thread
+has one part at a time, and it alone decides: it waits for the model's answer or the part's deadline, whichever comes
+first.
 
-    model                   what happens to the part in hand
+    model                   what happens to the part
     busy with an earlier    waits for the model; at the deadline: late, and the model was not ready
     free                    gets the image, unless the deadline has passed already: then late without being scored
     answers in time         the answer counts
@@ -43,13 +44,13 @@ class _Job:
 
 @final
 class BoundedCall:
-    """Asks an inspector, and answers in its place at the deadline. Used by one thread, and closed by it.
+    """Runs an inspector with a limit: returns at the deadline at the latest. One thread uses it and closes it.
 
-    Not a ``ThreadPoolExecutor``: that waits for its threads when the process ends, and a hung model would hold it.
+    It is no ``ThreadPoolExecutor``, which waits for its threads when the process ends: a hung model would block that.
 
     Args:
-        camera: for results and messages.
-        counts: of parts.
+        camera: the camera's name, for results and messages.
+        counts: late answers are counted here.
         clock: monotonic, seconds.
     """
 
@@ -62,20 +63,20 @@ class BoundedCall:
         self._thread: threading.Thread | None = None
 
     def busy_s(self) -> float:
-        """How long the model has been at one image; 0 where it is at none. From any thread."""
+        """How long the model has been busy with one image, seconds; 0 if it is not busy. Any thread may call it."""
         job = self._running
         return 0.0 if job is None or job.answer.done() else self._clock() - job.since_s
 
     def inspect(self, inspector: InspectorProtocol, captured: Captured, due_s: float) -> Observation:
-        """What the inspector finds, or that it is too late; from the deadline on nobody may take it for a verdict.
+        """The inspector's observation of a frame, or one without a score if the deadline has passed.
 
         Args:
-            inspector: does the work, on a thread of its own.
+            inspector: called on the model's thread.
             captured: the frame.
-            due_s: the deadline, on the clock.
+            due_s: the deadline, seconds on the clock.
 
         Raises:
-            Exception: what the inspector raised, in time.
+            Exception: the inspector raised it before the deadline.
         """
         before = self._running
         if before is not None and not self._wait(before, due_s):
@@ -88,20 +89,20 @@ class BoundedCall:
             job.answer.add_done_callback(lambda _: self._note_late_answer(job))
             return unscored(captured, Reason.LATE, "the model has not answered by then")
         if self._clock() >= due_s:
-            # Worth knowing: whoever makes the result says what it would have been.
+            # The observation is returned all the same: the result then says what it would have been.
             self._counts.late_answers += 1
             if (failure := job.answer.exception()) is not None:
                 return unscored(captured, Reason.LATE, f"the model failed after the deadline: {failure!r}")
         return job.answer.result()
 
     def close(self) -> None:
-        """Let the thread go; one that hangs in the model is left behind."""
+        """End the thread; one that hangs in the model is left behind."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(1.0)
 
     def _wait(self, job: _Job, due_s: float) -> bool:
-        """Until the job is done or the deadline has passed; whether it is done."""
+        """Wait until the job is done or the deadline has passed; returns whether it is done."""
         while not job.answer.done() and (left_s := due_s - self._clock()) > 0:
             wait([job.answer], timeout=left_s)
         return job.answer.done()
@@ -123,7 +124,7 @@ class BoundedCall:
                 job.answer.set_exception(exc)
 
     def _note_late_answer(self, job: _Job) -> None:
-        """An answer for a part that was decided without it."""
+        """Count and log an answer that came after the part's deadline."""
         self._counts.late_answers += 1
         if (failure := job.answer.exception()) is not None:
             log.error("late_answer", camera=self._camera, failed=repr(failure))

@@ -1,18 +1,18 @@
-"""Which image belongs to which trigger. Pure: values and times in, matches out; no clock, no threads.
+"""Matches images with triggers. Pure: values and times in, matches out; no clock, no threads.
 
 Theory of operation
 -------------------
 A trigger at the time ``at`` gets the first image that was captured between ``at + delay`` and ``at + delay + window``
-and belongs to no other trigger. Both times are of one monotonic clock, and an image's is that of its capture, not of
-its arrival. Triggers are served in the order of their times, so of two that are close together the earlier one gets
-the earlier image.
+and belongs to no other trigger. Both times are of one monotonic clock; an image's is that of its capture, not of its
+arrival. Triggers are served in the order of their times, so of two that are close together the earlier one gets the
+earlier image.
 
 A trigger ends without an image when a later image than its window's has come, when nothing has come for ``ARRIVAL_S``
 after its window, or at its deadline, if that is earlier. Every trigger ends exactly once.
 
-An image that no trigger claims is let go ``lookback`` after its capture: a trigger may reach us after the image that
-belongs to it did. Few are held at once; images are large. Images of parts that wait for the model are few as well: when
-more wait, the part keeps its turn and its result, and loses its image.
+An image that no trigger has claimed is dropped ``lookback`` after its capture; it is held for that long because its
+trigger may reach us later than the image. Only few images are held at once, since they are large. The number of images
+of parts that wait for the model is bounded as well: a further part keeps its turn and its result, but loses its image.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ UNTRIGGERED = "untriggered"
 """Why a frame was dropped: it belongs to no trigger."""
 
 ARRIVAL_S = 0.25
-"""How long an image may be on its way from its capture to us."""
+"""Longest time from an image's capture to its arrival here, seconds."""
 
 IN_TIME_S = 0.01
-"""So long before its deadline a part without an image ends, so that its verdict is out by then."""
+"""How long before its deadline a part without an image ends, seconds, so that its verdict is out in time."""
 
 MAX_HELD = 8
-"""Images that wait for a trigger."""
+"""Most images that wait for a trigger."""
 
 MAX_IMAGES = 8
-"""Images of parts that wait for the model."""
+"""Most images of parts that wait for the model."""
 
 MAX_WAITING = 1000
-"""Parts that wait, with an image or without; more are not taken."""
+"""Most parts that wait, with an image or without; further triggers are not taken."""
 
 F = TypeVar("F")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchWindow:
-    """When an image is an image of a part, from the time of its trigger; in seconds."""
+    """The times, from a part's trigger on, in which an image is taken for the part's; seconds."""
 
     delay_s: float
     window_s: float
     lookback_s: float = 0.25
     """How long after an image's capture its trigger may reach us."""
     deadline_s: float | None = None
-    """No later than this the part ends, with or without an image."""
+    """Latest end of the part, with or without an image; None: no deadline."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Match(Generic[F]):
-    """A trigger's end: its image, or why it has none."""
+    """A trigger with its image, or with the reason why it has none."""
 
     trigger: Trigger
     image: F | None
@@ -70,11 +70,11 @@ class Match(Generic[F]):
 
 
 class Matcher(Generic[F]):
-    """Brings images and triggers together.
+    """Matches images with triggers.
 
     Args:
         window: see :class:`MatchWindow`.
-        dropped: counts images that are never looked at, by reason.
+        dropped: counts images that are dropped, by reason.
     """
 
     def __init__(self, window: MatchWindow, dropped: collections.Counter[str] | None = None) -> None:
@@ -87,7 +87,7 @@ class Matcher(Generic[F]):
         self.dropped: collections.Counter[str] = collections.Counter() if dropped is None else dropped
 
     def add_trigger(self, trigger: Trigger, now: float) -> bool:
-        """A trigger comes. False: too many wait, and it was not taken."""
+        """Add a trigger; returns False if too many parts wait and it was not taken."""
         if len(self._pending) + len(self._ready) >= MAX_WAITING:
             return False
         bisect.insort(self._pending, trigger, key=lambda pending: pending.at_s)
@@ -95,17 +95,17 @@ class Matcher(Generic[F]):
         return True
 
     def add_image(self, image: F, captured_s: float, now: float) -> None:
-        """An image comes; in the order of capture."""
+        """Add an image; to be called in the order of capture."""
         self._away = None
         self._held.append((captured_s, image))
         self.advance(now)
 
     def camera_away(self, reason: str) -> None:
-        """No image can come until the next one does."""
+        """Record that the camera is away until the next image comes, for the details of parts without images."""
         self._away = reason
 
     def advance(self, now: float) -> None:
-        """Time has passed."""
+        """End triggers and drop images whose time is over at ``now``."""
         while self._pending and self._end(self._pending[0], now):
             self._pending.pop(0)
         while self._held and (len(self._held) > MAX_HELD or self._held[0][0] < now - self._window.lookback_s):
@@ -113,25 +113,25 @@ class Matcher(Generic[F]):
             self.dropped[UNTRIGGERED] += 1
 
     def close(self, reason: str) -> None:
-        """No image will come any more: every trigger that waits ends."""
+        """End all triggers that wait: no image will come any more."""
         for trigger in self._pending:
             self._without_image(trigger, Reason.NO_IMAGE, reason)
         self._pending.clear()
 
     def matches(self) -> Iterator[Match[F]]:
-        """What has ended and was not yet taken, in order; taken one by one."""
+        """Yield the triggers that have ended, in order, and remove each."""
         while self._ready:
             match = self._ready.popleft()
             self._num_ready_images -= match.image is not None
             yield match
 
     def wake_at(self) -> float | None:
-        """When :meth:`advance` is to be called if nothing comes; None: no need."""
+        """When :meth:`advance` has to be called if nothing comes before; None: it need not be."""
         return self._gives_up_at(self._pending[0]) if self._pending else None
 
     @property
     def num_waiting(self) -> int:
-        """Triggers whose image is awaited, and parts not yet taken."""
+        """Number of triggers that wait for an image, and of matches not yet taken."""
         return len(self._pending) + len(self._ready)
 
     def _end(self, trigger: Trigger, now: float) -> bool:

@@ -1,14 +1,14 @@
 """Triggers from a PLC, by polling a coil, an input, or better a register that counts parts.
 
-The time of a trigger is that of the answer in which it was first seen: behind the part by up to ``poll_ms`` and the
-time of a request. A PLC that is away is asked again every second; what passed meanwhile is told by the counter, and
-only by that.
+The time of a trigger is that of the answer in which it was first seen: later than the part by up to ``poll_ms`` and the
+time of a request. A PLC that does not answer is polled again every second; only a counter then shows how many parts
+have passed meanwhile.
 
 From polls to parts
 -------------------
-A poll sees a state, not events: what happened between two polls is told only by a counter. A part noticed more than one
-poll and one window after the poll before may be out of the camera's sight already, and which image is its own cannot be
-told: it is announced with a fault, and gets ``unknown``.
+A poll reads a state, not events; only a counter shows how much happened between two polls. A part noticed more than one
+poll interval and one window after the poll before may have left the camera's view, so that its image cannot be
+determined: it is announced with a fault, and gets ``unknown``.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class PolledPart:
     """A part noticed by a poll."""
 
     number: int | None
-    """The counter's; None for a contact."""
+    """The counter's value; None for a contact."""
     fault: str | None = None
-    """Why its time is not known."""
+    """Why the part's time is not known; None if it is."""
 
 
 class RisingEdge:
     """A coil or input whose rising edge is one part.
 
     Args:
-        max_interval_s: between two polls, so that the time of an edge is known well enough.
+        max_interval_s: longest time between two polls for which the time of an edge is known well enough.
     """
 
     def __init__(self, max_interval_s: float) -> None:
@@ -53,7 +53,7 @@ class RisingEdge:
         self._polled_s = 0.0
 
     def update(self, level: bool, now: float) -> PolledPart | None:
-        """One answer; the first only says where it stands."""
+        """Add a poll's answer; returns the part that it shows, if any. The first one only gives the initial level."""
         before, interval_s = self._level, now - self._polled_s
         self._level, self._polled_s = level, now
         if before is None or before or not level:
@@ -65,8 +65,8 @@ class PartCounter:
     """A register that counts parts.
 
     Args:
-        wrap: its numbers; a value outside them, such as 0 where it counts from 1, is no part.
-        max_gap: a jump by more, or back, is a counter that was set anew.
+        wrap: range of the numbers; a value outside, such as 0 if it counts from 1, is not a part.
+        max_gap: a jump by more, or back, means that the counter was set anew.
         max_interval_s: as in :class:`RisingEdge`.
     """
 
@@ -78,13 +78,13 @@ class PartCounter:
         self._polled_s = 0.0
 
     def update(self, value: int, now: float) -> PolledPart | None:
-        """One answer; the first only says where it stands."""
+        """Add a poll's answer; returns the part that it shows, if any. The first one only gives the initial value."""
         before, interval_s = self._value, now - self._polled_s
         self._value, self._polled_s = value, now
         if before is None or value == before or not self._is_number(value):
             return None
         fault = _fault(interval_s, self._max_interval_s)
-        # From where no part was, as after a reset to 0, any first number is a beginning.
+        # After a value that is not a number of a part, as after a reset to 0, any number may be the first.
         if self._is_number(before) and (value - before) % self._wrap.size > self._max_gap:
             fault = f"the counter went from {before} to {value}; it may have been set anew, and announce no part"
         return PolledPart(number=value, fault=fault)
@@ -108,10 +108,10 @@ class ModbusTrigger:
     """Parts that a PLC announces in a coil, an input or a counting register.
 
     Args:
-        config: where to read what.
-        counting: the counter's numbers; None for a contact.
-        max_gap: a larger jump of the counter is one that was set anew.
-        window_s: how long a part is in sight.
+        config: section ``[trigger.modbus]``.
+        counting: range of the counter's numbers; None for a contact.
+        max_gap: a larger jump of the counter means that it was set anew.
+        window_s: how long a part is in front of the camera, seconds.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ModbusTrigger:
         self._thread = BackgroundThread("trigger", self._run, join_s=config.timeout_s + 1)
 
     def open(self, accept: AcceptTrigger) -> None:
-        """Begin to poll."""
+        """Start polling; ``accept`` is called with every trigger."""
         self._accept = accept
         self._thread.start()
 
@@ -183,10 +183,10 @@ class ModbusTrigger:
         )
 
     def _read(self) -> int:
-        """What the PLC says now: a level, or the counter.
+        """The contact's level (0 or 1), or the counter's value.
 
         Raises:
-            LinkError: it says nothing.
+            LinkError: the PLC does not answer, or refuses.
         """
         answer = self._link.request(self._ask)
         if not self._config.is_counter:

@@ -1,9 +1,9 @@
 """Triggers from an MQTT broker: one message, one part.
 
-The time of a trigger is that of its arrival, taken on the link's thread before anything else is done with it: behind
-the sender by the way through the broker. Messages sent while the connection is away do not come later, since a session
-holds nothing over: a trigger of long ago must not take the image of another part. What the broker retained is of an
-unknown time and no trigger. Delivery is at least once: a message repeated by the broker is a part of the same name.
+The time of a trigger is that of its arrival, taken first of all on the client's thread: later than the sending by the
+way through the broker. Messages sent while the connection is down are not delivered later, since the session is not
+kept: an old trigger must not take the image of another part. A retained message has an unknown time and is ignored.
+Delivery is at least once: a message repeated by the broker gives a part with the same name.
 
 A message that announces a part is JSON, or the part's name as it is.
 """
@@ -31,12 +31,12 @@ from edgeflame.mqtt.url import BrokerUrl
 MAX_PAYLOAD_BYTES = 64 * 1024
 MAX_NAME_CHARS = 200
 MAX_NUMBER = 2**62
-"""Larger ones are no counters; and SQLite, PLCs and JavaScript could not hold them."""
+"""Largest number of a part; SQLite, PLCs and JavaScript could not hold larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartAnnouncement:
-    """What a message says of a part."""
+    """The content of a message that announces a part."""
 
     part_id: str | None
     number: int | None
@@ -46,16 +46,16 @@ class PartAnnouncement:
 def read_announcement(
     payload: bytes, *, part_id_key: str = "part_id", number_key: str = "number", time_key: str = "time"
 ) -> PartAnnouncement:
-    """Read a message.
+    """Read a message that announces a part.
 
     Args:
-        payload: a JSON object with these keys, others being ignored, or the part's name as UTF-8 text.
-        part_id_key: of a text or an integer.
-        number_key: of an integer; may be missing. A part needs a name or a number.
-        time_key: of an ISO 8601 time with its offset from UTC, or of seconds since 1970; may be missing.
+        payload: a JSON object with these keys (others are ignored), or the part's name as UTF-8 text.
+        part_id_key: key of the part's name, a text or an integer.
+        number_key: key of the part's number, an integer; may be missing. A part needs a name or a number.
+        time_key: key of the time, ISO 8601 with its offset from UTC or seconds since 1970; may be missing.
 
     Raises:
-        DataError: it is neither, or its values make no sense.
+        DataError: it is neither of them, or a value is not valid.
     """
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise DataError(f"{len(payload)} bytes; a part is announced in at most {MAX_PAYLOAD_BYTES}")
@@ -109,23 +109,24 @@ def _time(value: Any, key: str) -> dt.datetime:
 log = EventLog("trigger")
 
 MAX_AHEAD_S, MAX_BEHIND_S = 1.0, 10.0
-"""A time further from our clock is no time of a part that is there: the clocks differ, or the message was held up."""
+"""Largest difference of a trigger's time from our clock, seconds. Beyond it the clocks differ, or the message was held
+up, and the trigger is unclear."""
 
 RETRY_S = 10.0
-"""A broker that refuses us is asked again after so long: somebody may put its rights right."""
+"""Time to the next attempt after the broker has refused the connection, seconds."""
 
 
 class MqttTrigger:
     """Announcements of parts on an MQTT topic.
 
     Args:
-        url: of the broker.
-        topic: to listen to.
+        url: the broker's address and credentials.
+        topic: the topic of the messages.
         client_id: unique among the broker's clients.
-        config: how to read messages.
+        config: section ``[trigger.mqtt]``.
 
     Raises:
-        LinkError: the TLS files are wrong.
+        LinkError: the TLS files cannot be used.
     """
 
     def __init__(self, url: BrokerUrl, *, topic: str, client_id: str, config: MqttTriggerConfig) -> None:
@@ -142,7 +143,7 @@ class MqttTrigger:
         self._thread = BackgroundThread("trigger", self._run, wake=self._notify, join_s=3.0)
 
     def open(self, accept: AcceptTrigger) -> None:
-        """Begin to listen; connects in the background, for ever."""
+        """Start listening; connects in the background, again and again. ``accept`` is called with every trigger."""
         self._accept = accept
         self._thread.start()
 
@@ -166,7 +167,7 @@ class MqttTrigger:
                 self._changed.wait_for(stop.is_set, RETRY_S)
 
     def _on_event(self, event: ClientEvent) -> None:
-        """On the link's thread."""
+        """On the client's thread."""
         match event:
             case ReceivedMessage():
                 self._on_message(event)
@@ -216,11 +217,11 @@ class MqttTrigger:
 
 
 def at_time(trigger: Trigger, time: dt.datetime) -> Trigger:
-    """A trigger at the time that it names, for clocks that are kept together; with a fault if they cannot be.
+    """The trigger with the time that its message gives, or with a fault if that is too far from our clock.
 
     Args:
         trigger: with the time of its arrival.
-        time: UTC.
+        time: the message's, UTC.
     """
     behind_s = (trigger.at_utc - time).total_seconds()
     if not -MAX_AHEAD_S <= behind_s <= MAX_BEHIND_S:

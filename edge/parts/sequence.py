@@ -6,15 +6,15 @@ Parts that carry a number are expected to come in its order, one by one. ``last`
 direction in which they run:
 
     the next number             as it should be
-    a jump ahead                the numbers between are missing: parts went by that nobody saw
+    a jump ahead                the numbers between are missing: parts passed that were not seen
     one that was seen lately    a duplicate: either a message came twice, or two parts carry one number
-    one behind, not seen        out of order: counted as missing when it was jumped over, and here after all
+    one behind, not seen        out of order: it was counted as missing when it was jumped over
     a jump by more than a bound the numbering began anew; how many parts are missing cannot be known
 
-With ``wrap`` the numbers run from its first to its last and round again, as a PLC's counters do; ahead and behind are
-then told by the shorter way round. Without, a number far behind is a numbering that began anew.
+With ``wrap`` the numbers run from its first to its last and round again, as a PLC's counters do; the shorter way round
+then decides between ahead and behind. Without it, a number far behind means that the numbering began anew.
 
-Parts with a name and no number can be repeated, but not be missing.
+Of parts with a name and no number, duplicates are noticed, but not missing ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SequenceKind(str, enum.Enum):
     """How a part follows the ones before it."""
 
     FIRST = "first"
-    """Nothing is known to compare it with."""
+    """The first part with a number; there is nothing to compare it with."""
     NEXT = "next"
     GAP = "gap"
     DUPLICATE = "duplicate"
@@ -46,12 +46,12 @@ class SequenceFinding:
 
     kind: SequenceKind
     missing: int = 0
-    """Parts that should have come between the one before and this one."""
+    """Number of parts missing between the one before and this one."""
     last: int | None = None
-    """The highest number before this part, where there was one."""
+    """The highest number before this part; None: there was none."""
 
     def describe(self, number: int | None) -> str | None:
-        """What is remarkable about a part of this number, for people; None where nothing is."""
+        """The finding in words, for the part with this number; None if there is nothing unusual."""
         match self.kind:
             case SequenceKind.GAP:
                 return f"{self.missing} parts missing between {self.last} and {number}"
@@ -81,9 +81,10 @@ class SequenceCheck:
     """Follows the parts of one camera.
 
     Args:
-        wrap: how numbers run; None: they only rise.
-        max_gap: a jump ahead, or behind, by more parts than this is a numbering that began anew.
-        remembered: numbers or names held to know a repetition by. With ``wrap`` at most half of its numbers.
+        wrap: range in which numbers run round; None: they only rise.
+        max_gap: a jump ahead, or behind, by more parts than this means that the numbering began anew.
+        remembered: number of past numbers or names among which duplicates are noticed. With ``wrap`` at most half of
+            its numbers.
     """
 
     def __init__(self, *, wrap: NumberRange | None = None, max_gap: int = 1000, remembered: int = 1000) -> None:
@@ -100,11 +101,11 @@ class SequenceCheck:
         return self._last
 
     def check(self, part_id: str | None, number: int | None) -> SequenceFinding:
-        """Take note of a part.
+        """Add the next part and return its place among the others.
 
         Args:
-            part_id: its name; None where it has none of its own.
-            number: its number; None where it has none, or one outside ``wrap``, which is no number of this line.
+            part_id: the part's own name; None: it has none.
+            number: the part's number; None: it has none. One outside ``wrap`` is ignored.
         """
         if number is not None and self._wrap is not None and not self._wrap.first <= number <= self._wrap.last:
             number = None
@@ -139,7 +140,7 @@ class SequenceCheck:
         return SequenceFinding(kind=kind, last=self._last)
 
     def _ahead(self, number: int, last: int) -> int:
-        """How far a number lies ahead of the last one; negative behind it."""
+        """How far a number is ahead of the last one; negative if it is behind."""
         if self._wrap is None:
             return number - last
         ahead = (number - last) % self._wrap.size
@@ -153,7 +154,7 @@ class SequenceCheck:
 
 
 def number_range(trigger: TriggerConfig, parts: PartsConfig) -> NumberRange | None:
-    """How the parts' numbers run; None: they only rise."""
+    """The range in which the parts' numbers run round; None: they only rise."""
     if parts.wrap is not None:
         return NumberRange(first=parts.wrap[0], last=parts.wrap[1])
     if trigger.modbus is not None and trigger.modbus.is_counter:
@@ -162,7 +163,7 @@ def number_range(trigger: TriggerConfig, parts: PartsConfig) -> NumberRange | No
 
 
 def check_parts(trigger: TriggerConfig, parts: PartsConfig) -> None:
-    """Whether the two sections go together.
+    """Check that the two sections agree.
 
     Raises:
         ConfigError: no image could come before the deadline.

@@ -1,4 +1,4 @@
-"""Tracks the parts of one camera beyond judging frames: age, deadline, numbers, repetitions."""
+"""The part tracker of a camera: triggers, the age of images, deadlines, and the parts' numbers and duplicates."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class PartTracker:
     """Tracks the parts of one camera. Not thread-safe, but for :meth:`problem` and :meth:`busy_s`.
 
     Args:
-        camera: its name.
-        trigger: how its parts are announced.
-        parts: what is required of them: deadline, age, numbering.
+        camera: the camera's name.
+        trigger: section ``[trigger]``.
+        parts: section ``[parts]``.
         clock: monotonic, seconds.
 
     Raises:
-        ConfigError: the two do not go together.
+        ConfigError: the two sections contradict each other.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class PartTracker:
         )
 
     def source_opener(self, open_source: Callable[[], Source], mqtt: MqttConfig | None) -> Callable[[], Source]:
-        """How the line opens its camera: as it is, or with its trigger.
+        """A function that opens the camera's source, combined with its trigger if parts are announced.
 
         Args:
-            open_source: gives the camera alone.
-            mqtt: the section ``[mqtt]``.
+            open_source: opens the image source alone.
+            mqtt: section ``[mqtt]``.
         """
         if not self._trigger.is_on:
             return open_source
@@ -73,14 +73,14 @@ class PartTracker:
         return self._announced.open
 
     def capture_config(self, config: CaptureConfig, *, is_live: bool) -> CaptureConfig:
-        """How the camera's frames are queued.
+        """How the camera's frames are queued: as configured, but announced parts are never dropped.
 
         Args:
-            config: the section ``[capture]``.
-            is_live: whether they come from a camera.
+            config: section ``[capture]``.
+            is_live: whether frames come from a camera.
 
         Raises:
-            ConfigError: announced parts would give way to one another, or frames have no numbers of their own.
+            ConfigError: the policy would drop announced parts, or ``parts.number`` is set and frames have no names.
         """
         if is_live and self._number is not None and not self._trigger.is_on:
             raise ConfigError(
@@ -103,7 +103,7 @@ class PartTracker:
 
     @property
     def has_sequence(self) -> bool:
-        """Whether its parts have numbers or names that mean something."""
+        """Whether its parts have numbers or names of their own."""
         return self._has_sequence
 
     @property
@@ -113,7 +113,7 @@ class PartTracker:
 
     @property
     def trigger_up(self) -> bool | None:
-        """Whether parts can be announced; None where they need not be."""
+        """Whether parts can be announced; None if every frame is a part."""
         return None if self._announced is None else self._announced.problem() is None
 
     @property
@@ -122,17 +122,17 @@ class PartTracker:
         return collections.Counter() if self._announced is None else self._announced.dropped
 
     def restore(self, past: Iterable[Result]) -> None:
-        """Take note of earlier results, oldest first, so that a restart hides no gap and no repetition."""
+        """Add earlier results, oldest first, so that gaps and duplicates are noticed over a restart."""
         if self._has_sequence:
             for result in past:
                 if result.camera == self._camera:
                     self._sequence.check(result.part_id, result.part_number)
 
     def inspect(self, inspector: InspectorProtocol, captured: Captured) -> Observation:
-        """What an inspector finds about one part, at its deadline at the latest; :meth:`finish` makes it a verdict.
+        """The observation of one part, at its deadline at the latest; :meth:`finish` makes the result.
 
         Raises:
-            Exception: what the inspector raised.
+            Exception: the inspector raised it.
         """
         frame = captured.frame
         if frame.image_bgr is None:
@@ -147,14 +147,14 @@ class PartTracker:
         return self._model.inspect(inspector, captured, due_s)
 
     def finish(self, inspector: InspectorProtocol, captured: Captured, observation: Observation) -> Inspected:
-        """The verdict on a part: late after the deadline, and with what its number says.
+        """The result of a part: late after the deadline, and with the findings about its number.
 
         To be called once for each part, in order.
 
         Args:
-            inspector: whose threshold holds.
+            inspector: its threshold decides.
             captured: the part's frame.
-            observation: what was found out about it.
+            observation: what was found about the frame.
         """
         due_s = self.due_s(captured)
         number, finding = self._check_sequence(captured.frame)
@@ -176,7 +176,7 @@ class PartTracker:
         return with_evidence(result, captured, observation, due_s=due_s)
 
     def due_s(self, captured: Captured) -> float | None:
-        """Until when a part waits to be judged, on the clock; None: for ever."""
+        """The part's deadline, seconds on the clock; None: it has none."""
         if self._parts.deadline_ms is None:
             return None
         frame = captured.frame
@@ -184,7 +184,7 @@ class PartTracker:
         return since + self._parts.deadline_ms / 1000
 
     def problem(self) -> str | None:
-        """Why parts are not announced or not judged at present; None if they are."""
+        """Why parts cannot be announced or inspected at present; None if they can."""
         if self._announced is not None and (unannounced := self._announced.problem()) is not None:
             return unannounced
         if self._model is None or self._parts.deadline_ms is None:
@@ -195,14 +195,14 @@ class PartTracker:
         return f"the model has been busy with one image for {busy_s:.1f} s"
 
     def busy_s(self) -> float:
-        """How long the model has been at one image, also when its part was decided without it; from any thread."""
+        """How long the model has been busy with one image, seconds, even if the deadline has passed; any thread."""
         return 0.0 if self._model is None else self._model.busy_s()
 
     def raise_if_hung(self) -> None:
-        """To be called after a part was handed on.
+        """Raise if the model hangs; to be called after a part was handed on.
 
         Raises:
-            CrashLoopError: the model hangs; only a new start will help.
+            CrashLoopError: the model has been busy for longer than ``hang_s``; only a new start helps.
         """
         if self._model is not None and self._model.busy_s() > self._parts.hang_s:
             raise CrashLoopError(
@@ -211,14 +211,14 @@ class PartTracker:
             )
 
     def close(self) -> None:
-        """End."""
+        """End the model's thread."""
         if self._model is not None:
             self._model.close()
 
     def _check_sequence(self, frame: Frame) -> tuple[int | None, SequenceFinding | None]:
-        """A part's number and its place among the others; nothing where numbers and names mean nothing."""
+        """A part's number and its place among the others; None each if parts have no numbers and names of their own."""
         if not self._has_sequence or (frame.trigger is None and (self._trigger.is_on or frame.fault is not None)):
-            # An outage is no part.
+            # An outage is not a part.
             return None, None
         name = frame.part_id if frame.trigger is None else frame.trigger.part_id
         number = None if frame.trigger is None else frame.trigger.number

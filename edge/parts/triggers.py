@@ -1,4 +1,4 @@
-"""A camera whose parts are announced: a source that gives one frame for each trigger, and none without."""
+"""Sources of announced parts: a live source combined with a trigger source gives one frame for each trigger."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 log = EventLog("trigger")
 
 _POLL_S = 0.2
-"""How often a waiting reader looks whether it should stop; what comes wakes it at once."""
+"""How often a waiting reader checks whether it should stop, seconds; frames and triggers wake it at once."""
 
 _STOP_TIMEOUT_S = 3.0
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
-"""Between attempts to get a camera back: doubles from the first to the longest."""
+"""Pause between attempts to reopen a camera, seconds: doubles from the first to the longest."""
 
 
 class TriggeredSource:
-    """Frames of a live source, one a trigger.
+    """A source that yields one frame of a live source for each trigger.
 
-    A part without an image gets a frame without one, with the reason; the camera's other frames are dropped and
-    counted. Reading, triggers and the caller are three threads, joined by one lock around a pure matcher.
+    A part without an image gets a frame with the reason in place of an image; the camera's other frames are dropped
+    and counted. The reading thread, the trigger's thread and the caller share a pure matcher under one lock.
 
-    A camera that breaks off is opened again here, with growing pauses, for triggers go on meanwhile: parts announced
-    while it is away get frames that say so.
+    A camera that fails is opened again here, with growing pauses, because triggers go on meanwhile: parts announced
+    while it is away get frames without images.
 
     Args:
         source: a camera or stream.
-        trigger: says when a part is there.
-        window: when an image is an image of a part.
-        counts: of parts.
-        dropped: counts the camera's frames that are never looked at, by reason.
+        trigger: announces the parts.
+        window: the times in which an image is taken for a part's.
+        counts: triggers are counted here.
+        dropped: counts the camera's frames that are dropped, by reason.
     """
 
     is_live = True
@@ -111,7 +111,7 @@ class TriggeredSource:
                 yield self._frame(match)
 
     def unfinished(self) -> list[Frame]:
-        """After the end of :meth:`frames`: the parts that were announced and not given, in order, without images."""
+        """After the end of :meth:`frames`: frames of the announced parts that were not yielded, in order."""
         with self._changed:
             self._matcher.close("the inspection was stopped")
             return [self._frame(match) for match in self._matcher.matches()]
@@ -161,7 +161,7 @@ class TriggeredSource:
                 self._changed.notify_all()
 
     def _read_until_lost(self, done: threading.Event) -> str | None:
-        """Read the camera until it ends (None) or breaks off, and then why."""
+        """Read the camera until it ends (returns None) or fails (returns the reason)."""
         try:
             for frame in self._source.frames(done):
                 self._has_worked = True
@@ -185,7 +185,7 @@ class TriggeredSource:
         return None
 
     def _accept(self, trigger: Trigger) -> None:
-        """A trigger, on its transport's thread."""
+        """Take a trigger, on the trigger source's thread."""
         with self._changed:
             self._counts.triggers += 1
             taken = self._matcher.add_trigger(trigger, time.monotonic())
@@ -203,18 +203,15 @@ class TriggeredSource:
 
 @final
 class TriggeredCamera:
-    """Opens a camera whose parts are announced, as often as its worker needs it.
+    """Opens a camera together with its trigger source, as often as the camera worker needs it.
 
     Args:
-        camera: its name.
-        open_source: gives the camera.
-        trigger: how its parts are announced.
-        parts: what is required of them: deadline, age, numbering.
-        mqtt: the section ``[mqtt]``.
-        counts: of parts.
-
-    Raises:
-        ConfigError: it cannot be done so.
+        camera: the camera's name.
+        open_source: opens the image source.
+        trigger: section ``[trigger]``.
+        parts: section ``[parts]``.
+        mqtt: section ``[mqtt]``; None: there is none.
+        counts: triggers are counted here.
     """
 
     def __init__(
@@ -235,13 +232,14 @@ class TriggeredCamera:
         self._counts = counts
         self._source: TriggeredSource | None = None
         self.dropped: collections.Counter[str] = collections.Counter()
-        """Frames of the camera that no part claimed, by reason; over all times that it was opened."""
+        """Number of frames of the camera that belonged to no part, by reason, since the start."""
 
     def open(self) -> Source:
-        """The camera with its trigger, neither of them at work yet.
+        """Open the camera with its trigger source; both start working when frames are read.
 
         Raises:
-            EdgeFlameError: there is no such camera, or it needs no trigger.
+            ConfigError: the source is not live, so every file or frame is a part already, or settings are wrong.
+            EdgeFlameError: there is no such camera, or the trigger source cannot be made.
         """
         source = self._open_source()
         if not source.is_live:
@@ -258,7 +256,7 @@ class TriggeredCamera:
         return self._source
 
     def unfinished(self) -> list[Frame]:
-        """After the end: parts that were announced and not given."""
+        """After the end: frames of the announced parts that were not yielded."""
         return [] if self._source is None else self._source.unfinished()
 
     def problem(self) -> str | None:
@@ -267,10 +265,10 @@ class TriggeredCamera:
 
 
 def trigger_source(camera: str, trigger: TriggerConfig, parts: PartsConfig, mqtt: MqttConfig | None) -> TriggerSource:
-    """What announces a camera's parts, not yet at work.
+    """The trigger source of a camera, not yet opened.
 
     Raises:
-        ConfigError: the settings make no sense, or something is missing among them.
+        ConfigError: the settings are wrong or incomplete.
         MissingDependencyError: it needs an extra that is not installed.
     """
     if trigger.modbus is None:
@@ -309,10 +307,10 @@ def _url(config: MqttTriggerConfig, mqtt: MqttConfig | None) -> BrokerUrl:
 
 
 def capture_of(config: CaptureConfig) -> CaptureConfig:
-    """How the frames of announced parts are queued: none gives way to another.
+    """How the frames of announced parts are queued: with the policy ``wait``, so that none is dropped.
 
     Raises:
-        ConfigError: it is configured otherwise.
+        ConfigError: the policy ``latest`` is configured.
     """
     if config.policy == "latest":
         raise ConfigError('capture.policy = "latest" would drop announced parts; leave it out, or out of this camera')

@@ -1,1 +1,1 @@
-"""What runs the scoring graph on the line: one interface, ONNX Runtime and TensorRT behind it."""
+"""Runtimes that compute the scoring graph on the edge: one interface, implemented by ONNX Runtime and TensorRT."""

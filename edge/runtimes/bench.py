@@ -1,8 +1,8 @@
-"""How long a scoring graph takes on this machine, and how much of that is its backbone.
+"""Benchmark of a scoring graph on this machine, and of its backbone alone.
 
-Whatever is compared runs in one process, turn by turn, so that other work on the machine slows all alike. A turn is
-several calls after a pause: a runtime's threads spin for a while after a call, and would take the next one's cores;
-and one uncounted call fills the caches, as in use.
+What is compared runs in one process, in turns, so that other load on the machine slows all alike. Each turn begins with
+a pause, because a runtime's threads spin for a while after a call and would take the next one's cores; then comes one
+call that is not counted, to fill the caches, and several that are.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
 
     provider: str
     num_threads: int | None
-    """None: as many as there are cores."""
+    """CPU threads; null: as many as there are cores."""
     model_bytes: int
     peak_memory_bytes: int
-    """Of this process, with everything that was loaded."""
+    """Largest resident memory of this process, with everything that was loaded."""
     latencies: tuple[BenchLatency, ...]
     candidates: tuple[RuntimeCandidate, ...] = ()
-    """What ``auto`` chose from, fastest first."""
+    """The runtimes that ``auto`` chose from, fastest first."""
 
     def ratio(self, batch: int) -> tuple[float, float] | None:
-        """Whole graph over backbone: of the medians and of the minima; None where the backbone was not measured."""
+        """Time of the whole graph over that of the backbone: medians and minima; None if the backbone was not timed."""
         found = {one.what: one for one in self.latencies if one.batch == batch}
         if not found.keys() >= {GRAPH, BACKBONE}:
             return None
@@ -74,17 +74,17 @@ def run_bench(
     num_threads: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> BenchReport:
-    """Time a graph, and its backbone alone if that is given, on noise.
+    """Time a graph, and its backbone alone if that is given, on images of noise.
 
     Args:
-        runtime: has the scoring graph.
-        model_bytes: the graph's size, for the report.
-        backbone_onnx: the same up to the backbone's maps, for ONNX Runtime.
-        batches: sizes to time.
-        seconds: about how long for each size.
-        device: of the backbone, see :func:`edge.runtimes.load.open_runtime`.
-        num_threads: of the CPU, for the backbone and the report.
-        progress: told each size before its turn.
+        runtime: the scoring graph's.
+        model_bytes: size of the graph's file, for the report.
+        backbone_onnx: the graph up to the backbone's feature maps, for ONNX Runtime; None: it is not timed.
+        batches: batch sizes.
+        seconds: about how long each size is timed.
+        device: for the backbone, see :func:`edge.runtimes.load.open_runtime`.
+        num_threads: CPU threads, for the backbone and the report.
+        progress: called with each batch size before it is timed.
 
     Raises:
         PackageError, RuntimeUnavailableError, MissingDependencyError: see :func:`edge.runtimes.load.open_runtime`.
@@ -114,7 +114,7 @@ def take_turns(
     clock: Callable[[], float] = time.perf_counter,
     pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, list[float]]:
-    """Call each in turn until the time is over, at least ``MIN_CALLS`` times; seconds of every call, by name."""
+    """Call each in turn for ``seconds``, at least ``MIN_CALLS`` times; returns the seconds of every call, by name."""
     for call in calls.values():
         for _ in range(WARM_UP_CALLS):
             call()

@@ -1,4 +1,4 @@
-"""The one interface of all runtimes."""
+"""The interface of all runtimes, and checks that a graph and a batch fit."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from edgeflame.images import ImageU8
 from edgeflame.package import Manifest
 
 Device = Literal["auto", "cpu", "cuda", "ort-tensorrt"]
-"""What ONNX Runtime runs a graph on: the CPU, or a GPU by its CUDA or its TensorRT provider. ``auto``: the best of
-CUDA and CPU that works here."""
+"""Devices of ONNX Runtime: the CPU, or a GPU by its CUDA or its TensorRT provider. ``auto``: CUDA if it works here,
+else the CPU."""
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 INPUT, SCORE, MAP = "image", "score", "anomaly_map"
 """Names of the scoring graph's input and outputs."""
 
 PRECISION_KEY = "edgeflame.precision"
-"""Key in the graph's metadata."""
+"""Key of the precision in the graph's metadata."""
 
 
 class Scores(NamedTuple):
-    """What the graph says about a batch of N images."""
+    """The graph's outputs for a batch of N images."""
 
     scores: npt.NDArray[np.float32]
-    """``[N]`` raw distance, the maximum of the map; NaN where something inside the graph went wrong."""
+    """``[N]`` raw distance, the maximum of the map; NaN if something inside the graph went wrong."""
     maps: npt.NDArray[np.float32]
     """``[N, h, w]`` raw distance at every cell of the patch grid."""
 
@@ -37,26 +37,26 @@ class Runtime(Protocol):
 
     @property
     def provider(self) -> str:
-        """What really runs it, for instance ``CPUExecutionProvider``."""
+        """Name of what computes it in fact, for instance ``CPUExecutionProvider``."""
         ...
 
     @property
     def precision(self) -> str:
-        """What the graph says of itself: ``fp32`` unless its metadata name another."""
+        """Precision of the graph: ``fp32`` unless its metadata name another."""
         ...
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Height and width of the images it takes."""
+        """Height and width of its input, pixels."""
         ...
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of its anomaly maps."""
+        """Height and width of its anomaly maps, cells."""
         ...
 
     def score(self, batch: ImageU8) -> Scores:
-        """Score pre-processed images. The arrays of the answer belong to the caller.
+        """Score pre-processed images. The returned arrays belong to the caller.
 
         Args:
             batch: ``[N, H, W, 3]`` uint8, BGR, N >= 1.
@@ -69,7 +69,7 @@ class Runtime(Protocol):
 
 
 def check_runtime_fits(runtime: Runtime, manifest: Manifest) -> None:
-    """A package whose graph is not the one its manifest describes is refused.
+    """Check that a package's graph is the one that its manifest describes.
 
     Raises:
         PackageError: input size or grid differ.
@@ -83,7 +83,7 @@ def check_runtime_fits(runtime: Runtime, manifest: Manifest) -> None:
 
 
 def check_batch(batch: ImageU8, input_size: tuple[int, int]) -> None:
-    """Refuse images the graph was not made for, rather than score what they might be resized to.
+    """Check that a batch has the graph's input size; images are not resized here.
 
     Raises:
         DataError: wrong type or shape.

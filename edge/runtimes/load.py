@@ -1,7 +1,7 @@
-"""What runs a package on the line: what was asked for or, for ``auto``, the fastest of those that pass the parity gate.
+"""Opens the runtime of a package: the requested one or, for ``auto``, the fastest that passes the parity gate.
 
-What was asked for is what runs, or it is an error. The parity gate: a graph may judge only if it scores the package's
-reference images as the trained model did.
+If the requested device cannot be used, that is an error; there is no fallback. The parity gate: a graph may be used
+only if it scores the package's reference images as the trained model did.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def open_runtime(model_onnx: bytes, *, device: Device = "auto", num_threads: int
     """Load a scoring graph.
 
     Args:
-        model_onnx: the model; its bytes need not be trusted.
-        device: ``auto`` takes CUDA where the installed runtime offers and manages it, the CPU otherwise.
-        num_threads: of the CPU for one image; None for as many as there are cores.
+        model_onnx: the ONNX model; it need not be trusted.
+        device: ``auto`` uses CUDA if the installed ONNX Runtime has it and it works, otherwise the CPU.
+        num_threads: CPU threads for one image; None: as many as there are cores.
 
     Raises:
-        PackageError: the bytes are not a scoring graph this runtime can load.
-        RuntimeUnavailableError: the device asked for cannot be had.
-        MissingDependencyError: no runtime is installed.
+        PackageError: the bytes are not a scoring graph that this runtime can load.
+        RuntimeUnavailableError: the requested device cannot be used.
+        MissingDependencyError: ONNX Runtime is not installed.
     """
     from edge.runtimes.onnx_runtime import open_onnx_runtime
 
@@ -51,7 +51,7 @@ outside."""
 
 
 class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How a runtime's scores compare with the reference."""
+    """Comparison of a runtime's scores with those of the package's reference images."""
 
     precision: str
     provider: str
@@ -60,7 +60,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     worst: float | None
     """Largest relative difference of a score, or of a map's maximum or mean; None if one is not finite."""
     flipped: tuple[int, ...]
-    """Reference images whose verdict at the package's threshold is another."""
+    """Indices of reference images whose verdict at the package's threshold differs."""
 
     @property
     def passed(self) -> bool:
@@ -68,7 +68,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare_with_references(runtime: Runtime, package: Package) -> ParityReport:
-    """Score the reference images one by one, as the line does, and compare.
+    """Score the package's reference images one by one, as in the inspection, and compare.
 
     Raises:
         PackageError: a reference image cannot be decoded, or the graph names a precision that does not exist.
@@ -108,12 +108,12 @@ def compare_with_references(runtime: Runtime, package: Package) -> ParityReport:
 
 
 def require_parity(runtime: Runtime, package: Package) -> ParityReport:
-    """:func:`compare_with_references`, where a failure is an error.
+    """As :func:`compare_with_references`, but raises if the comparison fails.
 
     Raises:
         NegativeAnswerError: the scores differ by more than the tolerance, or a verdict flips.
-        PackageError: see there.
-        RuntimeUnavailableError: see there.
+        PackageError: as there.
+        RuntimeUnavailableError: as there.
     """
     report = compare_with_references(runtime, package)
     if not report.passed:
@@ -129,38 +129,39 @@ def require_parity(runtime: Runtime, package: Package) -> ParityReport:
 log = EventLog("runtime")
 
 LineDevice = Literal["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"]
-"""ONNX Runtime's devices, and an engine for ``rtx`` GPUs or, by ``tensorrt``, for Jetson and data-centre ones."""
+"""Devices of ONNX Runtime, and TensorRT engines: ``rtx`` on RTX GPUs, ``tensorrt`` on Jetson and data-centre GPUs."""
 LINE_DEVICES: tuple[LineDevice, ...] = get_args(LineDevice)
 
 WARM_UP_RUNS, TIMED_RUNS = 3, 15
 
 
 class RuntimeCandidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that might run the package, and how it did."""
+    """A runtime that ``auto`` has tried."""
 
     device: str
     median_ms: float | None = None
-    """For one image; None where it was refused, or had no rival."""
+    """Median time for one image; None if it was refused, or was the only one."""
     worst_difference: float | None = None
-    """From the reference scores, relative; None where the package holds no reference images."""
+    """Largest relative difference from the reference scores; None if the package holds no reference images."""
     refused: str | None = None
+    """Why it cannot be used; None if it can."""
 
 
 def open_for_line(
     package: Package, *, device: LineDevice, engines: Path | None = None, num_threads: int | None = None
 ) -> tuple[Runtime, tuple[RuntimeCandidate, ...]]:
-    """The runtime for a package, and for ``auto`` what it was chosen from (else nothing).
+    """Open the runtime of a package; returns it and, for ``auto``, the candidates (else none).
 
     Args:
-        package: whose graph or engine.
-        device: what is asked for.
-        engines: folder of `edgeflame export --trt`; without it, engines are no candidates.
-        num_threads: of the CPU for one image; None for as many as there are cores.
+        package: the package.
+        device: the requested device.
+        engines: folder written by ``edgeflame export --trt``; without it, ``auto`` tries no engines.
+        num_threads: CPU threads for one image; None: as many as there are cores.
 
     Raises:
-        UsageError: an engine is asked for without a folder.
-        NegativeAnswerError: for ``auto``: nothing scores the reference images right.
-        PackageError, RuntimeUnavailableError, MissingDependencyError: what was asked for cannot be had.
+        UsageError: an engine is requested without a folder.
+        NegativeAnswerError: for ``auto``: no runtime scores the reference images right.
+        PackageError, RuntimeUnavailableError, MissingDependencyError: the requested device cannot be used.
     """
     if device != "auto":
         return _opener(package, device, engines, num_threads)(), ()
@@ -181,7 +182,14 @@ def open_for_line(
 
 
 def choose(package: Package, openers: dict[str, Callable[[], Runtime]]) -> tuple[Runtime, tuple[RuntimeCandidate, ...]]:
-    """Open each, hold it to the reference images, time those that pass; the fastest, and all, fastest first.
+    """Open each runtime, compare it with the reference images, and time those that pass.
+
+    Args:
+        package: the package.
+        openers: open the runtimes, by device.
+
+    Returns:
+        The fastest, and all candidates, fastest first and refused ones last.
 
     Raises:
         EdgeFlameError: none can be opened and passes; the last one's error.

@@ -62,7 +62,7 @@ class OnnxRuntime:
     def score(self, batch: ImageU8) -> Scores:
         check_batch(batch, self._input_size)
         try:
-            # Each to one thread at a time; as many as there ever were threads at once.
+            # Buffers are used by one thread at a time; there are as many as there were threads at once.
             bound = self._idle.pop()
         except IndexError:
             bound = self._bind(len(batch))
@@ -81,9 +81,9 @@ class OnnxRuntime:
         return scores
 
     def _bind(self, count: int) -> _Bound:
-        """Buffers for a batch size, told to ONNX Runtime once; kept for the next batch of that size."""
+        """Buffers for a batch size, bound in ONNX Runtime once; kept for the next batch of that size."""
         image = np.empty((count, *self._input_size, 3), dtype=np.uint8)
-        # NaN until written: a graph that gives fewer values than it says is a fault, never an old score.
+        # NaN until written: if a graph writes fewer values than declared, that shows as a fault.
         scores = np.full(count, np.nan, dtype=np.float32)
         maps = np.full((count, *self._grid), np.nan, dtype=np.float32)
         binding = self._session.io_binding()
@@ -109,16 +109,16 @@ def open_onnx_runtime(model_onnx: bytes, *, device: Device, num_threads: int | N
 
 
 def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) -> Any:
-    """Load any graph, with what :func:`open_onnx_runtime` asks of the device, but without looking at its signature."""
+    """Load any graph into a session, with the options of :func:`open_onnx_runtime`, without checking its signature."""
     library = _import_library()
     failures = _failures(library)
     providers = _providers(library, device)
     options = library.SessionOptions()
     options.log_severity_level = _LOG_ERRORS_ONLY
-    # A model in memory must be whole; one that names files beside it would otherwise read them from the
+    # A model in memory must be complete; one that names external files would otherwise read them from the
     # working directory.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-    # Threads that wait for the next operator must not go on burning their cores between two images: others need them.
+    # Threads that wait for the next operator must not keep their cores busy between two images.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
@@ -140,7 +140,7 @@ def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) 
 
 
 def available_devices() -> tuple[Device, ...]:
-    """What the installed ONNX Runtime was built for; whether this machine has it is seen on loading a model.
+    """Devices that the installed ONNX Runtime was built for; only loading a model shows whether they work here.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -179,7 +179,7 @@ def _providers(library: ModuleType, device: Device) -> tuple[str, ...]:
             "pip install 'edgeflame[gpu]'"
         )
     if device == "ort-tensorrt":
-        # Read by NVIDIA's libraries when they start; this provider has no option of its own for it.
+        # NVIDIA's libraries read it when they start; this provider has no option for it.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     return wanted
 

@@ -1,12 +1,12 @@
-"""A TensorRT engine at work: RTX GPUs by ``tensorrt_rtx``, Jetson and data-centre GPUs by ``tensorrt``, one code path.
+"""Runs TensorRT engines: on RTX GPUs by ``tensorrt_rtx``, on Jetson and data-centre GPUs by ``tensorrt``.
 
-All buffers are made once, for the engine's largest batch, pinned on the host; their addresses are bound once. A frame
-costs a copy in, one execution and two copies out, on one stream. tensorrt_rtx captures its kernels as a CUDA graph by
-itself, which saves launching them one by one.
+All buffers are allocated once, for the engine's largest batch, pinned on the host; their addresses are bound once. A
+frame costs a copy in, one execution and two copies out, on one stream. tensorrt_rtx captures its kernels as a CUDA
+graph by itself, which saves launching them one by one.
 
 Written after NVIDIA's documentation and tested against a stand-in: it has not been run on a GPU.
 
-Of CUDA it needs a stream, memory on the device, pinned memory on the host, and copies between them.
+:class:`Cuda` provides what it needs of CUDA: a stream, device memory, pinned host memory, and copies between them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PORTABLE = 1  # cudaHostAllocPortable
 
 
 class Cuda:
-    """One stream, and the memory that was asked of it; freed by :meth:`close`.
+    """One CUDA stream, and memory allocated on device and host; :meth:`close` frees them.
 
     Raises:
         MissingDependencyError: cuda-bindings are not installed.
@@ -70,7 +70,7 @@ class Cuda:
         self._call("cudaMemcpyAsync", host.ctypes.data, device, num_bytes, kind, self._stream)
 
     def wait(self) -> None:
-        """Until all that was enqueued is done."""
+        """Wait until everything enqueued is done."""
         self._call("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
@@ -108,12 +108,17 @@ def _import_runtime() -> Any:
 
 
 def open_engine_runtime(package: Package, folder: Path, kind: TensorRTKind) -> EngineRuntime:
-    """The engine of a package for the GPU of this machine, from a folder that `edgeflame export --trt` wrote.
+    """Open the engine of a package for the GPU of this machine.
+
+    Args:
+        package: the package.
+        folder: the engines that ``edgeflame export --trt`` has written.
+        kind: TensorRT for RTX GPUs, or for Jetson and data-centre ones.
 
     Raises:
         MissingDependencyError: TensorRT or cuda-bindings are not installed.
-        RuntimeUnavailableError: no GPU, or no engine for this GPU, runtime version and package.
-        PackageError: the engine was cut short or altered, or is not one of a scoring graph.
+        RuntimeUnavailableError: there is no GPU, or no engine for this GPU, runtime version and package.
+        PackageError: the engine file is incomplete or altered, or not the engine of a scoring graph.
     """
     library = load_tensorrt(kind)
     record, data = find_engine(
@@ -127,7 +132,7 @@ def open_engine_runtime(package: Package, folder: Path, kind: TensorRTKind) -> E
 
 
 class EngineRuntime:
-    """A runtime as :class:`edge.runtimes.interface.Runtime` describes it. Batches above the engine's are cut."""
+    """Implements :class:`edge.runtimes.interface.Runtime` with an engine; larger batches than its own are split."""
 
     def __init__(self, library: TensorRT, data: bytes, record: EngineRecord, cuda: Cuda) -> None:
         trt = library.module
@@ -189,7 +194,7 @@ class EngineRuntime:
         return Scores(np.concatenate([part.scores for part in parts]), np.concatenate([part.maps for part in parts]))
 
     def close(self) -> None:
-        """Give the GPU's memory back."""
+        """Free the engine and all memory."""
         self._cuda.wait()
         del self._images, self._scores, self._maps, self._images_host, self._scores_host, self._maps_host
         del self._context, self._engine, self._runtime
@@ -221,7 +226,7 @@ def _context(trt: Any, engine: Any) -> Any:
 
 
 def _read_signature(engine: Any, file: str) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Input size, grid and largest batch.
+    """Input size (height, width), grid (height, width) and largest batch.
 
     Raises:
         PackageError: it is not the engine of a scoring graph.

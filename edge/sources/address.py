@@ -1,4 +1,4 @@
-"""A source's address: options as in ``camera:0?width=1280&fps=30``, and how it may be shown."""
+"""Addresses of sources: their options, as in ``camera:0?width=1280&fps=30``, and how to show them without passwords."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _USER_IN_URL = re.compile(r"(://)[^/?#\s]*@")
 
 
 def without_secrets(text: str) -> str:
-    """An address, or words about one, as it may be shown: without users and passwords in URLs and pipelines."""
+    """An address, or text that contains one, without users and passwords in URLs and pipelines."""
     return _USER_IN_URL.sub(r"\1***@", _SECRETS.sub(r"\1***", text))
 
 
 class AddressQuery:
-    """The options of one address; unknown ones, and ones given twice, are refused.
+    """The options of one address; unknown options, and options given twice, are refused.
 
     Args:
-        address: all of it, for messages; without passwords.
-        text: what stands after the question mark.
-        known: names that may be given.
+        address: the whole address, for messages; without passwords.
+        text: the text after the question mark.
+        known: names of the options.
         syntax: how such an address is written, for messages.
 
     Raises:
-        UsageError: here and in every method: it is not of that form.
+        UsageError: it is not of that form; so in every method.
     """
 
     def __init__(self, address: str, text: str, *, known: Collection[str], syntax: str) -> None:
@@ -49,7 +49,7 @@ class AddressQuery:
         return self._options
 
     def wrong(self, what: str) -> UsageError:
-        """The error that says what is wrong and how it is written."""
+        """The error with what is wrong and how the address is written."""
         return UsageError(f"--source {self._address}: {what}; it is written {self._syntax}")
 
     def text(self, name: str, default: str) -> str:

@@ -1,18 +1,17 @@
-"""The files of a watched folder: which are to be read now, which have to wait, which will never be complete, and what
-becomes of them.
+"""The state of the files of a watched folder: which are to be read now, which have to wait, and which are given up.
 
 Theory of operation
 -------------------
-A file is known by its name, size and time of change; one that was dealt with is *done*, and comes again only if it is
-written anew. Any other is *pending*: it was seen in the folder, or the kernel spoke of it. A pending file is *tried*
-(read and decoded) as soon as the kernel says that it was moved into place, or when size and time have not changed for
-``settle_s``: also a writer that has closed its file may still set its time, or give it its name. If that fails it waits
-until it changes, to be tried again; when it has not changed for ``deadline_s``, or still changes after
+A file is identified by its name, size and time of change. One that has been read or given up is *done*, and comes again
+only if it is written anew. Any other is *pending*: it was seen in the folder, or the kernel reported it. A pending file
+is *tried* (read and decoded) as soon as the kernel reports that it was moved into place, or when size and time have not
+changed for ``settle_s``: a writer may still set the time or the name of a file that it has closed. If that fails, the
+file is tried again when it has changed; if it has not changed for ``deadline_s``, or still changes after
 ``LONGEST_WRITE`` times as long, it is given up.
 
-A pending file that disappears is lost, unless it has only got another name.
+A pending file that disappears is lost, unless it was only renamed.
 
-Once its result is kept, a file stays, moves to ``done/``, or is deleted.
+:class:`Disposal` keeps, moves to ``done/`` or deletes a file once its result is on the disk.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from edgeflame.images import ImageU8, decode_image
 from edgeflame.log import EventLog
 
 LONGEST_WRITE = 10
-"""A file that is still being written after so many deadlines is no picture of a part."""
+"""Number of deadlines after which a file that is still being written is given up."""
 
 
 class FileIdentity(NamedTuple):
-    """What a file was when it was looked at."""
+    """Size and time of change of a file, by which another version of it is recognised."""
 
     size: int
     mtime_ns: int
 
 
 class SeenFile(NamedTuple):
-    """A file as the file system has it."""
+    """A file as found in the file system."""
 
     identity: FileIdentity
     inode: int
@@ -54,15 +53,15 @@ class _Pending:
     changed_s: float
     seen: SeenFile | None = None
     is_hinted: bool = False
-    """It was moved here."""
+    """Whether the kernel has reported that it was moved here."""
     is_old: bool = False
-    """It had not changed for long when it was first seen."""
+    """Whether it had not changed for ``settle_s`` when it was first seen."""
     tried: FileIdentity | None = None
     failure: str | None = None
 
 
 class IncompleteFile(NamedTuple):
-    """A file that will not be complete."""
+    """A file that is given up as incomplete."""
 
     name: str
     identity: FileIdentity
@@ -70,12 +69,12 @@ class IncompleteFile(NamedTuple):
 
 
 class Arrivals:
-    """The files of one folder.
+    """The state of the files of one folder.
 
     Args:
-        done: name and identity of the files that were dealt with before.
-        settle_s: how long size and time of change must stay as they are.
-        deadline_s: after how long without a change an incomplete file is given up.
+        done: name and identity of the files that are done already.
+        settle_s: how long size and time must be unchanged before a file is read, seconds.
+        deadline_s: time without a change after which an incomplete file is given up, seconds.
     """
 
     def __init__(self, done: dict[str, FileIdentity], *, settle_s: float, deadline_s: float) -> None:
@@ -84,36 +83,36 @@ class Arrivals:
         self._deadline_s = deadline_s
         self._pending: dict[str, _Pending] = {}
         self._missing_since_s: dict[str, float] = {}
-        """Pending files that were there and are not."""
+        """Pending files that have disappeared, and since when."""
         self._order = 0
 
     @property
     def pending(self) -> list[str]:
-        """Names of the files that wait."""
+        """Names of the pending files."""
         return list(self._pending)
 
     def moved_in(self, name: str, now_s: float) -> None:
-        """The kernel says that a file was moved into place."""
+        """The kernel has reported that a file was moved into place."""
         pending = self._get(name, now_s)
         pending.order, pending.is_hinted, pending.tried = self._next_order(), True, None
 
     def changed(self, name: str, now_s: float) -> None:
-        """The kernel says that there is a file, or that its writer has closed it."""
-        # Files come in the order in which they were completed.
+        """The kernel has reported that a file was created, or that its writer has closed it."""
+        # Files are read in the order in which they were completed.
         self._get(name, now_s).order = self._next_order()
 
     def renamed(self, old: str) -> None:
-        """A file goes by another name now, of which there is a hint as well."""
+        """The kernel has reported that a file got another name, for which :meth:`moved_in` is called as well."""
         self._drop(old)
 
     def observe(self, name: str, seen: SeenFile | None, now_s: float, *, is_old: bool = False) -> None:
-        """What the file system says about a file; None: it is not there.
+        """Record what was found of a file in the file system.
 
         Args:
-            name: of the file.
-            seen: what it is.
+            name: the file's name.
+            seen: the file; None: it does not exist.
             now_s: monotonic clock.
-            is_old: by the file system's own clock it has not changed for ``settle_s``.
+            is_old: whether it has not changed for ``settle_s`` by its own time of change.
         """
         if seen is None:
             if name in self._pending:
@@ -146,18 +145,18 @@ class Arrivals:
         return [name for _, name in sorted(found)]
 
     def failed(self, name: str, identity: FileIdentity, reason: str) -> None:
-        """A file was tried, in vain."""
+        """Record that a file was tried and could not be read."""
         pending = self._pending.get(name)
         if pending is not None:
             pending.tried, pending.failure, pending.is_hinted = identity, reason, False
 
     def mark_done(self, name: str, identity: FileIdentity) -> None:
-        """A file was handed over."""
+        """Record that a file has been read or given up."""
         self._drop(name)
         self.done[name] = identity
 
     def given_up(self, now_s: float) -> Iterator[IncompleteFile]:
-        """Files that will not be complete; they are done with."""
+        """Yield the files that are given up as incomplete; they are done."""
         for name, pending in list(self._pending.items()):
             if pending.seen is None or name in self._missing_since_s:
                 continue
@@ -172,14 +171,14 @@ class Arrivals:
             yield IncompleteFile(name, pending.seen.identity, reason)
 
     def lost(self, now_s: float) -> Iterator[str]:
-        """Files that were there and are gone before they could be read; they are forgotten."""
+        """Yield the names of files that disappeared before they could be read; they are forgotten."""
         for name, since_s in list(self._missing_since_s.items()):
             if now_s - since_s >= self._settle_s:
                 self._drop(name)
                 yield name
 
     def forget_absent(self, present: Iterable[str]) -> list[str]:
-        """Drop what is known of done files that are no longer there; returns their names."""
+        """Forget done files that no longer exist; returns their names."""
         absent = self.done.keys() - set(present)
         for name in absent:
             del self.done[name]
@@ -208,18 +207,18 @@ class Arrivals:
 
 
 def printable(name: str) -> str:
-    """A file's name as it may be shown and sent: bytes that are no UTF-8, and control characters, in hexadecimal."""
+    """A file's name for display: bytes that are not UTF-8, and control characters, as hexadecimal escapes."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
 
 
 def stat_file(path: Path | os.DirEntry[str]) -> SeenFile | None:
-    """A file as it is now; None where there is none, or something else than a file."""
+    """A file as it is now; None if it does not exist or is not a regular file."""
     try:
         status = path.stat()
     except FileNotFoundError:
         try:
-            # A link to nothing is there, and will not be read.
+            # A broken link exists, and cannot be read.
             status = os.lstat(path)
         except OSError:
             return None
@@ -232,10 +231,10 @@ def stat_file(path: Path | os.DirEntry[str]) -> SeenFile | None:
 
 
 def read_complete(path: Path) -> tuple[FileIdentity, ImageU8 | None, str]:
-    """A file's image, or why there is none, and what the file was while it was read.
+    """Read a file; returns its identity, its image or None, and why there is no image.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist.
     """
     identity = FileIdentity(-1, -1)
     try:
@@ -262,12 +261,12 @@ def _identity(descriptor: int) -> FileIdentity:
 log = EventLog("watch")
 
 DONE_FOLDER = "done"
-"""In the watched folder; never looked into."""
+"""Name of the folder in the watched folder for files that are done; it is not watched."""
 
 
 @final
 class Disposal:
-    """Stands last among the sinks: what is moved or deleted has its result everywhere else."""
+    """A sink that moves or deletes the files of watched folders; the last one, after all sinks that keep results."""
 
     def accept(self, inspected: Inspected) -> None:
         if inspected.origin is not None:
@@ -278,7 +277,7 @@ class Disposal:
 
 
 def dispose(origin: FileOrigin) -> None:
-    """Move or delete a file, as it was asked for, unless it has been written anew since.
+    """Move or delete a file as configured (``after``), unless it has been written anew since.
 
     A file that cannot be moved or deleted stays, is not inspected again, and is named in the log.
     """
@@ -302,7 +301,7 @@ def dispose(origin: FileOrigin) -> None:
 
 
 def _free(target: Path) -> Path:
-    """The name itself, or with a number where a file has it already."""
+    """The path itself, or one with a number added if it exists already."""
     free, number = target, 1
     while free.exists():
         number += 1

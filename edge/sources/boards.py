@@ -1,4 +1,4 @@
-"""A generated stream of furniture boards, good and defective, for demos and tests: the truth is known."""
+"""A source of generated furniture boards, good and defective and with known labels, for demos and tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SYNTAX = "boards:TEXTURE?seed=0&defect_rate=0.3&parts=100&site=1&size=256&every=
 MAX_EVERY_S = 3600
 
 MAX_NUMBER = 2**53
-"""As far as the numbers of an address are exact."""
+"""Largest number in an address that is exact as a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class BoardSource:
     name: str
     stream: BoardStream
     every_s: float = 0.0
-    """Seconds from one board to the next; 0: as fast as they are judged."""
+    """Seconds from one board to the next; 0: as fast as they are inspected."""
     is_live: bool = False
 
     @property

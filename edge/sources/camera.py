@@ -1,10 +1,12 @@
-"""Cameras whose drivers may hang: USB by OpenCV's V4L2, CSI and industrial ones by GStreamer pipelines.
+"""Local cameras: USB by OpenCV's V4L2, CSI and industrial ones by GStreamer pipelines.
+
+Their drivers may hang, so they are read in a process of their own (:mod:`edge.sources.child`).
 
 USB
 ---
 A camera is named by its number or by its path, for instance ``/dev/v4l/by-id/usb-...-index0``, which stays the same
-when it is plugged in again and another camera has taken its number. What is asked of it in the query is asked of the
-driver; drivers round, and ignore what they do not have, so what they say they do is compared with what was asked.
+when it is plugged in again and another camera has taken its number. The address's options are set in the driver;
+drivers round values and ignore what they do not have, so they are read back and compared.
 
 GStreamer
 ---------
@@ -44,21 +46,21 @@ _MANUAL_EXPOSURE, _AUTO_EXPOSURE = 1.0, 3.0
 """V4L2_EXPOSURE_MANUAL and V4L2_EXPOSURE_APERTURE_PRIORITY, <linux/v4l2-controls.h>."""
 
 _TOLERANCE = 0.01
-"""Relative; drivers speak of 30 frames a second and mean 30.00003."""
+"""Relative difference of a setting that is not reported: drivers may give 30.00003 for 30 frames a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CameraSettings:
-    """What is asked of a camera; None leaves it as the driver has it.
+    """Settings of a camera; None leaves a setting as the driver has it.
 
     Attributes:
         width, height: in pixels.
         fps: frames a second.
         pixel_format: four characters of V4L2, for instance ``MJPG`` or ``YUYV``.
-        exposure: in the driver's unit, for USB cameras 100 µs; 0 lets the camera choose.
+        exposure: in the driver's unit, for USB cameras 100 µs; 0: automatic.
         gain: in the driver's unit.
-        white_balance: in kelvin; 0 lets the camera choose.
-        focus: in the driver's unit; automatic focus is switched off.
+        white_balance: in kelvin; 0: automatic.
+        focus: in the driver's unit; automatic focus is switched off then.
     """
 
     width: int | None = None
@@ -71,8 +73,8 @@ class CameraSettings:
     focus: float | None = None
 
     def requests(self) -> Iterator[tuple[str, int, float]]:
-        """Name, OpenCV's property and value, in the order in which drivers want to hear them."""
-        # The pixel format first: what sizes and rates there are depends on it.
+        """Name, OpenCV's property and value of each setting, in the order in which drivers need them."""
+        # The pixel format first: the available sizes and rates depend on it.
         if self.pixel_format is not None:
             yield "pixel_format", cv2.CAP_PROP_FOURCC, float(cv2.VideoWriter.fourcc(*self.pixel_format))
         if self.width is not None and self.height is not None:
@@ -98,7 +100,7 @@ class CameraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CameraSource:
-    """A camera of this machine. One that is unplugged is waited for."""
+    """A V4L2 camera of this machine."""
 
     device: str
     """Its number or its path."""
@@ -115,19 +117,19 @@ class CameraSource:
         return live_frames(self.name, self.read, stop)
 
     def read(self, stop: threading.Event) -> Iterator[TakenImage | Remark]:
-        """Images, in the process that calls; see :data:`edge.sources.child.ReadImages`."""
+        """Yield images, in the calling process; see :data:`edge.sources.child.ReadImages`."""
         device = Path(f"/dev/video{self.device}" if self.device.isdecimal() else self.device)
-        # OpenCV would try every driver it has and print a warning of each.
+        # OpenCV would try every driver it has and print a warning for each.
         if sys.platform == "linux" and not device.exists():
             raise DataError(f"{self.name}: no such camera (looked for {device}; {_others()})")
-        # A path is a link to whatever number the camera has got now.
+        # A path by id is a link to the camera's present number.
         capture = cv2.VideoCapture(str(device.resolve()), cv2.CAP_V4L2)
         try:
             if not capture.isOpened():
                 raise DataError(
                     f"{self.name}: the camera cannot be opened; is it in use, or may only another user read {device}?"
                 )
-            # The newest picture, not the oldest the driver still holds; not every driver obeys.
+            # To get the newest picture, not the oldest that the driver holds; not every driver obeys.
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             refused = apply_settings(capture, self.settings)
             if refused:
@@ -144,7 +146,7 @@ class CameraSource:
 
 
 def apply_settings(capture: cv2.VideoCapture, settings: CameraSettings) -> list[str]:
-    """Ask a camera for its settings; returns in words what it does otherwise, after all were asked."""
+    """Set a camera's settings; returns in words those that the driver reports differently afterwards."""
     asked = list(settings.requests())
     for _, key, value in asked:
         capture.set(key, value)
@@ -213,19 +215,19 @@ def _others() -> str:
 
 
 SYSTEM_PYTHON = Path("/usr/bin/python3")
-"""Debian, Ubuntu and JetPack put GStreamer's bindings there."""
+"""The Python that has GStreamer's bindings on Debian, Ubuntu and JetPack."""
 
 CSI_SYNTAX = "csi:0?width=1920&height=1080&fps=30&flip=0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GstSource:
-    """Images of a GStreamer pipeline; one that ends or breaks is started again."""
+    """Images of a GStreamer pipeline; one that ends or fails is started again."""
 
     name: str
     """Without passwords."""
     pipeline: str
-    """In the words of ``gst-launch-1.0``, without a sink."""
+    """Description as for ``gst-launch-1.0``, without a sink."""
     is_live: bool = True
     is_endless: bool = True
     num_frames: int | None = None
@@ -234,7 +236,7 @@ class GstSource:
         return live_frames(self.name, self.read, stop)
 
     def read(self, stop: threading.Event) -> Iterator[TakenImage]:
-        """Images, in the process that calls; see :data:`edge.sources.child.ReadImages`."""
+        """Yield images, in the calling process; see :data:`edge.sources.child.ReadImages`."""
         command = [_python(), "-I", gst_child.__file__, self.pipeline]
         try:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
@@ -306,7 +308,7 @@ def csi_source(address: str) -> GstSource:
 
 
 def _image(payload: bytes, width: int, height: int, row_bytes: int) -> ImageU8:
-    # GStreamer fills rows up to four bytes.
+    # GStreamer pads rows to a multiple of four bytes.
     rows = np.frombuffer(payload, np.uint8).reshape(height, row_bytes)
     return np.ascontiguousarray(rows[:, : 3 * width]).reshape(height, width, 3)
 

@@ -1,16 +1,16 @@
-"""A live camera in a process of its own.
+"""Reads a live camera in a child process, so that a driver that hangs can be killed.
 
-The child reads the camera and puts each image into a ring in shared memory; down a pipe it says which slot, when it
-was taken, or why it gave up. The parent waits for that with a time limit. What the child does not say within it, it
-will not say later either: the child is killed and the source raises; whoever reads it opens it again.
+The child reads the camera and puts each image into a ring in shared memory; through a pipe it sends the slot and the
+time of capture, or the error with which it ends. The parent waits for each message with a time limit, after which the
+child is killed and the source raises; its reader may open it again.
 
 The ring
 --------
 A ring of images in shared memory: one process writes, one reads, and neither waits for the other.
 
-Each slot begins with a generation counter. The writer makes it odd, copies the image, makes it even; a reader that
-was told a slot and its generation copies the image out and looks at the counter again: if it has changed, the image
-was overwritten meanwhile and is dropped, never shown half.
+Each slot begins with a generation counter. The writer makes it odd, copies the image, and makes it even. The reader,
+which has received slot and generation, copies the image and reads the counter again: if it has changed, the image was
+overwritten meanwhile and is dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 OLDEST_STAMP_S = 10.0
-"""A driver's time stamp older than this is no time stamp: a camera silent for so long is taken for hung."""
+"""Greatest age of a driver's time stamp, seconds; an older one is not used, since cameras do not pause for so long."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,23 +52,23 @@ class TakenImage:
 
     image: ImageU8
     monotonic_s: float
-    """On this machine's monotonic clock, as all processes on it share."""
+    """Seconds on the machine's monotonic clock, which all processes share."""
     utc: dt.datetime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remark:
-    """Something about a camera that its operator should know; goes to the log."""
+    """A message about a camera for its operator; written to the log."""
 
     text: str
 
 
 ReadImages = Callable[[threading.Event], Iterator["TakenImage | Remark"]]
-"""Opens a camera and yields its images; raises DataError when it cannot, or when they end."""
+"""Opens a camera and yields its images; raises DataError if it cannot be opened, or when the images end."""
 
 
 def taken_image(image: ImageU8, *, stamp_s: float | None = None) -> TakenImage:
-    """An image that was taken at ``stamp_s`` of the monotonic clock; now, where that is not known or cannot be."""
+    """An image captured at ``stamp_s`` on the monotonic clock; now, if that is None or not plausible."""
     now_s, utc = time.monotonic(), dt.datetime.now(dt.timezone.utc)
     if stamp_s is None or not 0 <= now_s - stamp_s <= OLDEST_STAMP_S:
         return TakenImage(image=image, monotonic_s=now_s, utc=utc)
@@ -76,12 +76,12 @@ def taken_image(image: ImageU8, *, stamp_s: float | None = None) -> TakenImage:
 
 
 _HEADER_BYTES = 64
-"""The counter, on a cache line of its own."""
+"""Size of the counter, on a cache line of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingName:
-    """What a reader needs to find a ring."""
+    """Name and layout of a ring, as its reader needs them."""
 
     name: str
     slots: int
@@ -90,11 +90,12 @@ class RingName:
 
 
 class FrameRing:
-    """Images ``[height, width, 3]`` uint8 of one size.
+    """A ring of images ``[height, width, 3]`` uint8 of one size in shared memory.
 
     Args:
-        ring: which one.
-        create: make it; whoever attaches instead takes its name away, so that it is gone with its last user.
+        ring: name and layout.
+        create: whether to create it. Otherwise it is attached and its name removed, so that the memory is freed with
+            its last user.
 
     Raises:
         OSError: no shared memory of that size or name.
@@ -129,7 +130,7 @@ class FrameRing:
         return image if int(counter[0]) == generation else None
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Detach from the memory."""
         self._memory.close()
 
     def _views(self, slot: int) -> tuple[npt.NDArray[np.uint64], ImageU8]:
@@ -144,10 +145,10 @@ class FrameRing:
 log = EventLog("source")
 
 STALL_TIMEOUT_S = 10.0
-"""Without an image for so long a camera is taken for hung; the slowest of them to open take a few seconds."""
+"""Time without an image after which a camera is taken for hung, seconds; the slowest take a few seconds to open."""
 
 SLOTS = 4
-"""Images in the ring: one being written, one being read, and two for the reader's bad moments."""
+"""Images in the ring: one being written, one being read, and two in case the reader is slow."""
 
 _POLL_S = 0.2
 _NO_PIXELS: ImageU8 = np.zeros((0, 0, 3), np.uint8)
@@ -155,7 +156,7 @@ _NO_PIXELS: ImageU8 = np.zeros((0, 0, 3), np.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class Overwritten:
-    """In place of an image: the child wrote over it before it was read."""
+    """Stands for an image that the child has overwritten before it was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,17 +183,17 @@ _Message = _Ring | _Image | Remark | _Broken
 def read_in_child(
     read: ReadImages, name: str, stop: threading.Event, *, stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> Iterator[TakenImage | Overwritten]:
-    """Images of a camera that a child process reads, in order; what was lost between them is told in its place.
+    """Yield the images of a camera that a child process reads, in order, with :class:`Overwritten` for lost ones.
 
     Args:
-        read: runs in the child; can be pickled.
-        name: of the camera, without passwords.
+        read: runs in the child; must be picklable.
+        name: the camera's name, without passwords.
         stop: ends it.
-        stall_timeout_s: without an image for so long the child is killed.
+        stall_timeout_s: time without an image after which the child is killed, seconds.
 
     Raises:
-        DataError: the camera cannot be opened, its stream broke or hangs, or the child died.
-        MissingDependencyError: what reads it is not installed.
+        DataError: the camera cannot be opened, its stream failed or hangs, or the child died.
+        MissingDependencyError: the package that reads it is not installed.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -250,12 +251,12 @@ def _how(exitcode: int | None) -> str:
 
 def _serve(read: ReadImages, sender: Connection) -> None:
     """The child: read until killed."""
-    # Ctrl-C goes to the whole terminal; it is the parent that decides what it means.
+    # Ctrl-C reaches all processes of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     ring: FrameRing | None = None
     number = 0
-    # The parent is gone when the pipe breaks: there is nobody left to tell.
+    # A broken pipe means that the parent is gone.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         try:
             for taken in read(threading.Event()):
@@ -275,8 +276,8 @@ def _serve(read: ReadImages, sender: Connection) -> None:
                     )
                     sender.send(_Ring(ring=ring.ring))
                 slot, generation = ring.write(image)
-                told = dataclasses.replace(taken, image=_NO_PIXELS)
-                sender.send(_Image(slot=slot, generation=generation, taken=told))
+                without_pixels = dataclasses.replace(taken, image=_NO_PIXELS)
+                sender.send(_Image(slot=slot, generation=generation, taken=without_pixels))
             sender.send(_Broken(error=DataError("the stream ended")))
         except EdgeFlameError as exc:
             sender.send(_Broken(error=exc))
@@ -289,17 +290,17 @@ OVERWRITTEN = "overwritten"
 def live_frames(
     name: str, read: ReadImages, stop: threading.Event, *, stall_timeout_s: float = STALL_TIMEOUT_S
 ) -> Iterator[Frame]:
-    """A camera's frames, without names, until it breaks or ``stop`` is set.
+    """Yield a camera's frames, without part ids, until it fails or ``stop`` is set.
 
     Args:
-        name: of the camera, without passwords.
-        read: opens it and yields its images; runs in a child process.
+        name: the camera's name, without passwords.
+        read: opens the camera and yields its images; runs in a child process.
         stop: ends it.
-        stall_timeout_s: without an image for so long the camera is taken for hung.
+        stall_timeout_s: time without an image after which the camera is taken for hung, seconds.
 
     Raises:
-        DataError: it cannot be opened, its stream broke or hangs, or the child died.
-        MissingDependencyError: what reads it is not installed.
+        DataError: the camera cannot be opened, its stream failed or hangs, or the child died.
+        MissingDependencyError: the package that reads it is not installed.
     """
     missed = 0
     for taken in read_in_child(read, name, stop, stall_timeout_s=stall_timeout_s):

@@ -1,16 +1,16 @@
-"""Runs a GStreamer pipeline and writes its images to standard output. A program of its own, of no other module.
+"""Runs a GStreamer pipeline and writes its images to standard output. A separate program that imports no other module.
 
     python3 -I gst_child.py "videotestsrc ! video/x-raw,width=320"
 
 GStreamer's bindings belong to the system's Python, not to the environment that EdgeFlame is installed in; so this
-runs under whichever Python has them, needs nothing else, and works from Python 3.8 on.
+program runs under the Python that has them, needs nothing else, and works from Python 3.8 on.
 
-What it writes are records, a header and its payload:
+It writes records, each a header and its payload:
 
-    IMAGE    width, height, bytes a row, when it was taken on the monotonic clock; its rows, BGR
-    FAILED   why the pipeline broke, UTF-8
-    MISSING  what is not installed, UTF-8
-    ENDED    nothing: the pipeline came to its end
+    IMAGE    header with width, height, bytes a row, monotonic time of capture; payload: rows, BGR
+    FAILED   payload: why the pipeline failed, UTF-8
+    MISSING  payload: what is not installed, UTF-8
+    ENDED    no payload: the pipeline has ended
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _POLL_NS = 200_000_000
 
 
 def run_gst_child() -> None:
-    # The reader is killed, not asked, when a driver hangs; nobody must be left behind to hold the camera.
+    # When a driver hangs, the reading process is killed; this one must end with it, or it would hold the camera.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Whatever plugins print must not get between the records.
+    # Output of plugins must not get between the records.
     out = open(sys.stdout.fileno(), "wb", closefd=False)  # noqa: SIM115 - a descriptor, open until the end
     sys.stdout = sys.stderr
     try:
         run(sys.argv[1], Records(out))
     except BrokenPipeError:
-        # A second failure while Python flushes at its exit would be printed.
+        # The flush at Python's exit would fail again, and print that.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
@@ -66,7 +66,7 @@ class Records:
 
 
 def run(description: str, records: Records) -> None:
-    """Run a pipeline to its end and write what it gives."""
+    """Run a pipeline to its end and write its images."""
     try:
         import gi
 
@@ -87,7 +87,7 @@ def run(description: str, records: Records) -> None:
         while True:
             sample = sink.try_pull_sample(_POLL_NS)
             is_over = sample is None and sink.is_eos()
-            # An element's error ends the stream as well, and may come a moment later on the bus.
+            # An element's error also ends the stream, and may come a moment later on the bus.
             message = bus.timed_pop_filtered(_POLL_NS if is_over else 0, Gst.MessageType.ERROR)
             if message is not None:
                 error, _ = message.parse_error()
@@ -102,7 +102,7 @@ def run(description: str, records: Records) -> None:
             data, caps = sample.get_buffer(), sample.get_caps().get_structure(0)
             taken_ns = time.monotonic_ns()
             if is_live and data.pts != Gst.CLOCK_TIME_NONE:
-                # A live source stamps its buffers with the pipeline's running time at their taking; files do not.
+                # A live source stamps its buffers with the pipeline's running time at the capture; files do not.
                 running_ns = sample.get_segment().to_running_time(Gst.Format.TIME, data.pts)
                 age_ns = pipeline.get_clock().get_time() - pipeline.get_base_time() - running_ns
                 taken_ns -= min(max(0, age_ns), taken_ns)

@@ -1,4 +1,4 @@
-"""From what stands after ``--source`` to a source; and image files, where one file is one part."""
+"""Makes the source for an address given as ``--source``; and the source of image files, one part each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class FileSource:
     """Image files in a fixed order, each once.
 
     Attributes:
-        name: the folder or file they were found by.
-        files: path, part id and label (None where unknown) of each.
+        name: the folder or file given in the address.
+        files: path, part id and label (None: unknown) of each.
     """
 
     name: str
@@ -46,11 +46,11 @@ class FileSource:
 def folder_source(folder: Path) -> FileSource:
     """All images of a folder and its subfolders, sorted by path.
 
-    Where the folder is the test folder of a data set in the MVTec layout, or one class of it, the names of the
-    class folders are taken as the truth.
+    If the folder is the test folder of a data set in the MVTec layout, or one class of it, the names of the class
+    folders are taken as labels.
 
     Raises:
-        DataError: no such folder, no image in it, or it is the root of a data set, whose masks are no parts.
+        DataError: no such folder, no image in it, or it is the root of a data set, whose masks are not parts.
     """
     if (folder / "test").is_dir() and ((folder / "train").is_dir() or (folder / "ground_truth").is_dir()):
         raise DataError(f"{folder}: this is a whole data set; to inspect its test images give {folder / 'test'}")
@@ -76,15 +76,15 @@ def _label(folder: Path, path: Path) -> str | None:
 
 
 def open_image_source(address: str, *, outbox: Path | None = None) -> Source:
-    """Find the source that an address names; cameras and streams are opened only when frames are read.
+    """Make the source for an address; cameras and streams are opened only when frames are read.
 
     Args:
         address: a folder, an image, a video file, ``camera:0``, ``rtsp://...``, ``gst:PIPELINE``, ``csi:0`` or
             ``boards:TEXTURE``, ``watch:FOLDER``; see docs/sources.md.
-        outbox: SQLite file in which the results will be kept, if in any; a watched folder asks it what is done.
+        outbox: SQLite file of the results, where a watched folder looks up which files are done; None: there is none.
 
     Raises:
-        UsageError: an address of no known kind.
+        UsageError: the address is of no known kind.
         DataError: no such folder or file, or nothing to inspect in it.
     """
     if address.startswith("boards:"):

@@ -1,4 +1,4 @@
-"""Video files and RTSP cameras, through PyAV: its time-outs are real, where OpenCV's capture can hang."""
+"""Video files and RTSP cameras, read with PyAV, which has time-outs where OpenCV's capture can hang."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 5.0
 
 _MAX_IN_DECODER = 64
-"""Packets whose arrival is remembered; no decoder holds back more frames than this."""
+"""Number of packets whose time of arrival is kept; no decoder holds back more frames than this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFileSource:
-    """Every frame of a video file is a part. A damaged stretch gives a frame with an error, then the rest."""
+    """A video file, each frame of which is a part. A damaged stretch gives frames with an error, then the rest."""
 
     name: str
     is_live: bool = False
@@ -59,12 +59,12 @@ class RtspSource:
         return without_secrets(self.url)
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        # A missing library is a mistake to be told at once, not an outage.
+        # A missing library is reported at once; it is not an outage.
         _import_av()
         return live_frames(self.name, self.read, stop)
 
     def read(self, stop: threading.Event) -> Iterator[TakenImage]:
-        """Images, in the process that calls; see :data:`edge.sources.child.ReadImages`."""
+        """Yield images, in the calling process; see :data:`edge.sources.child.ReadImages`."""
         decoded = _decode(
             _import_av(),
             self.url,
@@ -89,9 +89,10 @@ def _decode(
     timeout: tuple[float, float] | None,
     options: dict[str, str],
 ) -> Iterator[tuple[ImageU8 | None, str | None, float | None]]:
-    """Decoded frames, or the error in place of one, and when the frame's packet arrived on the monotonic clock.
+    """Yield decoded frames (BGR) or an error in place of one, and the monotonic time when the frame's packet arrived.
 
-    Raises DataError if it cannot be opened or reading breaks.
+    Raises:
+        DataError: the video cannot be opened, or reading fails.
     """
     failures = (av.error.FFmpegError, OSError, ValueError)
     try:

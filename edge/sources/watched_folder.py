@@ -1,7 +1,7 @@
-"""A folder that somebody else writes images into: each complete file is one part, once.
+"""The source of a watched folder, into which another program writes images: each complete file is one part, once.
 
-This looks, reads and hands over; what there is to decide is in :mod:`edge.sources.arrivals`. The kernel tells of
-changes by inotify, of which network shares and some file systems say nothing; so the folder is also listed regularly.
+This module watches, reads and yields; the decisions about files are made in :mod:`edge.sources.arrivals`. The kernel
+reports changes by inotify, but not on network shares and some file systems; so the folder is also listed regularly.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class FileEventKind(enum.Enum):
     """What happened to a file."""
 
     THERE = "there"
-    """It was made, or closed by its writer."""
+    """It was created, or closed by its writer."""
     COMPLETE = "complete"
     """It was moved here."""
     GONE = "gone"
     RENAMED = "renamed"
-    """It has another name in this folder now, of which COMPLETE tells."""
+    """It got another name in this folder, for which there is an event COMPLETE."""
     LOOK = "look"
-    """Something about the folders themselves: look at all of them again."""
+    """The folders themselves changed: all of them have to be listed again."""
 
 
 class FileEvent(NamedTuple):
-    """One thing that happened."""
+    """One event of a file or folder."""
 
     kind: FileEventKind
     path: Path
 
 
 class FolderEvents:
-    """inotify over folders; a context manager. Where the kernel has no room for it, it says nothing at all."""
+    """inotify events of several folders; a context manager. Without inotify, it gives no events."""
 
     def __init__(self) -> None:
         self._folders: dict[int, Path] = {}
@@ -78,7 +78,7 @@ class FolderEvents:
             self._inotify.close()
 
     def watch(self, folders: Iterable[Path]) -> None:
-        """Be told about files directly in these folders from now on, and of no others."""
+        """Watch the files directly in these folders as well, from now on."""
         if self._inotify is None:
             return
         wanted = set(folders)
@@ -87,12 +87,12 @@ class FolderEvents:
             try:
                 self._folders[self._inotify.add_watch(folder, _FILES | _FOLDER)] = folder
             except OSError as exc:
-                # Gone already, or too many: polling finds its files.
+                # The folder is gone, or there are too many watches; listing finds the files.
                 if exc.errno not in (errno.ENOENT, errno.ENOTDIR):
                     log.warning("folder_only_polled", folder=str(folder), reason=exc.strerror)
 
     def wait(self, timeout_s: float, sleep: Callable[[float], object]) -> list[FileEvent]:
-        """What happened since the last call; waits for something to happen, but not longer than ``timeout_s``."""
+        """The events since the last call; waits for one, ``timeout_s`` at most."""
         if self._inotify is None:
             sleep(timeout_s)
             return []
@@ -125,25 +125,25 @@ SYNTAX = "watch:DIR?glob=*.jpg&recursive=yes&after=keep&settle=1&deadline=30&pol
 _AFTER: dict[str, After] = {"keep": "keep", "move": "move", "delete": "delete"}
 
 _TICK_S = 0.1
-"""Between looks at files that are being written."""
+"""Time between two checks of files that are being written, seconds."""
 
 _SCAN_SHARE = 0.05
-"""Of the time may go into listing the folder, however many files it has."""
+"""Largest share of the time spent on listing the folder, however many files it has."""
 
 _FORGET_EVERY_S = 6 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """What stands in the address.
+    """The options of a watched folder's address.
 
     Attributes:
-        glob: of the names to be taken, over the whole relative path where it has a slash; None: all images.
-        recursive: look into subfolders as well.
-        after: what becomes of a file whose result is kept.
-        settle_s: for so long a file must not change before it is read, unless it was moved into place.
-        deadline_s: after so long without a change an incomplete file becomes an ``unknown`` part.
-        poll_s: between two listings, for what the kernel says nothing about.
+        glob: pattern of the names, matched with the whole relative path if it has a slash; None: all images.
+        recursive: whether subfolders are watched as well.
+        after: what to do with a file whose result is on the disk.
+        settle_s: how long a file must be unchanged before it is read, seconds, unless it was moved into place.
+        deadline_s: time without a change after which an incomplete file becomes an ``unknown`` part, seconds.
+        poll_s: time between two listings, seconds, for changes that the kernel does not report.
     """
 
     glob: str | None = None
@@ -159,10 +159,10 @@ class WatchedFolder:
     """Image files as they arrive, each once; they wait for us, so none is dropped.
 
     Args:
-        folder: which one.
-        options: how.
-        outbox: SQLite file in which results are kept; tells which files were done before. None: files that lie there at
-            the start are taken for new.
+        folder: the folder.
+        options: the address's options.
+        outbox: SQLite file of the results, with the files that are done. None: files that are there at the start are
+            taken for new.
 
     Raises:
         DataError: no such folder.
@@ -226,14 +226,14 @@ class WatchedFolder:
                     next_scan_s = 0.0
 
     def _scan(self, arrivals: Arrivals, events: FolderEvents, now_s: float) -> set[str]:
-        """List everything, in the order of the files' last change; returns the names.
+        """List the folder and pass all files to ``arrivals`` in the order of their last change; returns the names.
 
         Raises:
             OSError: the folder itself cannot be listed.
         """
         folders, found = [""], []
         for folder in folders:
-            # Watched before it is listed: what comes in between is seen twice rather than never.
+            # Watched before it is listed, so that a file that comes in between is seen twice rather than never.
             events.watch([self._folder / folder])
             try:
                 entries = list(os.scandir(self._folder / folder))
@@ -243,7 +243,7 @@ class WatchedFolder:
                 log.warning("subfolder_unreadable", folder=str(self._folder / folder), reason=exc.strerror)
                 continue
             for entry in entries:
-                # Text and not paths: a folder may have a hundred thousand files.
+                # Strings, not paths, for speed: a folder may have a hundred thousand files.
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
                     if self._options.recursive and not entry.name.startswith(".") and name != DONE_FOLDER:
@@ -257,7 +257,7 @@ class WatchedFolder:
         return {name for _, name, _ in found}
 
     def _listen(self, arrivals: Arrivals, events: FolderEvents, stop: threading.Event, wait_s: float) -> bool:
-        """Take in what the kernel says; whether everything has to be looked at again."""
+        """Pass the kernel's events to ``arrivals``; returns whether the folder has to be listed again."""
         again = False
         for kind, path in events.wait(wait_s, stop.wait):
             if kind is FileEventKind.LOOK:
@@ -298,7 +298,7 @@ class WatchedFolder:
             )
 
     def _report(self, arrivals: Arrivals) -> Iterator[Frame]:
-        """Files that will never be read, each of them a part that nobody has seen."""
+        """Yield a frame without an image for each file that will never be read."""
         now_s = time.monotonic()
         for name, identity, reason in arrivals.given_up(now_s):
             log.error("file_incomplete", path=str(self._folder / name), reason=reason)
@@ -316,7 +316,7 @@ class WatchedFolder:
             try:
                 outbox.forget_done_files(self._outbox, str(self._folder), names)
             except StorageError as exc:
-                # They only take room, until the next time.
+                # The records only take room, until the next attempt.
                 log.warning("done_files_not_forgotten", count=len(names), reason=str(exc))
 
     def _origin(self, name: str, identity: FileIdentity) -> FileOrigin:

@@ -1,5 +1,5 @@
-"""The operator's page, and what machines ask the daemon: metrics, health.
+"""The operator's page, and HTTP endpoints for programs: metrics and health.
 
-OutboxWriter ──> PartHistory (what is shown now) ──> OperatorPage ──> server (starlette on uvicorn, a thread)
+OutboxWriter ──> PartHistory (recent parts) ───────> OperatorPage ──> server (starlette on uvicorn, a thread)
             └──> LineMetrics (Prometheus) ────────────┘
 """

@@ -1,4 +1,4 @@
-"""An operator's second opinion: a reject that was good, a pass that was bad; kept with its picture for training."""
+"""Operators' feedback: parts marked as truly good or bad, kept with their pictures for the next training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = EventLog("marks")
 TrueLabel = Literal["good", "bad"]
 
 WARN_SHARE = 0.8
-"""Of the most marks that are kept; from then on each new one is warned of."""
+"""Share of ``max_marks`` from which on each new mark logs a warning."""
 
 
 class FeedbackMark(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,14 +32,14 @@ class FeedbackMark(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FeedbackStore:
-    """Pictures in ``good/`` and ``bad/``, ready to be looked through and added to the next training's images, and one
-    line each in ``marks.jsonl``. Marking a part again replaces its picture; the lines remain.
+    """Stores marked parts: pictures in ``good/`` and ``bad/``, and one line each in ``marks.jsonl``.
 
-    Marks are training data and never deleted: when there are ``max_marks``, new ones are refused until somebody has
-    taken the folder away.
+    The pictures are meant to be reviewed and added to the next training's images. Marking a part again replaces its
+    picture; the lines remain. Marks are training data and never deleted: once there are ``max_marks``, new ones are
+    refused until somebody has moved the pictures away.
 
     Args:
-        folder: made with the first mark.
+        folder: created with the first mark.
         max_marks: most pictures kept.
     """
 
@@ -48,11 +48,11 @@ class FeedbackStore:
         self._max_marks = max_marks
 
     def add(self, inspected: Inspected, was: TrueLabel) -> FeedbackMark:
-        """Keep an opinion.
+        """Store a mark.
 
         Raises:
             DataError: the part has no picture.
-            StorageError: it cannot be written.
+            StorageError: it cannot be written, or there are ``max_marks`` already.
         """
         result, image = inspected.result, inspected.image
         if image is None:
@@ -86,5 +86,5 @@ class FeedbackStore:
         return mark
 
     def _count(self) -> int:
-        # A person marks a part now and then: looking takes nothing that matters.
+        # Marks are rare, so the folders can be listed each time.
         return sum(len(list((self._folder / was).glob("*.png"))) for was in get_args(TrueLabel))

@@ -1,4 +1,4 @@
-"""What the operator sees: the last part, the last rejects, today's counts, the scores of late. A sink."""
+"""The part history for the operator's page: last part, last rejects, today's counts, recent scores. A sink."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ShownPart(msgspec.Struct, frozen=True, kw_only=True):
     """One part on the page."""
 
     key: int
-    """By which its pictures are asked for; rises by one a part."""
+    """Key of its pictures; rises by one a part."""
     camera: str
     part_id: str
     verdict: str
@@ -70,13 +70,13 @@ class HistoryView(msgspec.Struct, frozen=True, kw_only=True):
     """Ratio and verdict of the last parts, oldest first."""
     today: DayCounts
     hours: tuple[HourCounts, ...]
-    """Of today, those with parts, in order."""
+    """The hours of today that had parts, in order."""
     last_part_s: float | None
     """Seconds since the last part; None before the first."""
 
 
 class _Memory:
-    """Of one camera."""
+    """The remembered parts and counts of one camera."""
 
     def __init__(self, config: WebConfig) -> None:
         self.recent: collections.deque[ShownPart] = collections.deque(maxlen=config.recent)
@@ -89,7 +89,7 @@ class _Memory:
         self.last_part: float | None = None
 
     def count(self, result: Result, today: str | None) -> None:
-        """Add a result; to the day's counts if it is of ``today``, and for None in any case."""
+        """Add a result; to the day's counts only if it was captured on ``today`` (ISO date), or if that is None."""
         local = result.captured.astimezone()
         if today is None or local.date().isoformat() == today:
             self.counts[result.verdict] += 1
@@ -102,10 +102,10 @@ class _Memory:
 
 
 class PartHistory:
-    """Remembers a bounded number of parts of each camera, safe for any thread.
+    """Remembers a bounded number of parts of each camera; thread-safe.
 
     Args:
-        config: how many.
+        config: section ``[web]``, with the numbers of parts.
         past: earlier results, oldest first, so that a restart does not empty the day's counts.
         clock: monotonic, seconds.
     """
@@ -126,13 +126,13 @@ class PartHistory:
                 self._memory(result.camera).count(result, self._date)
 
     def accept(self, inspected: Inspected) -> None:
-        """Show a part."""
+        """Add a part."""
         result = inspected.result
         with self._lock:
             self._roll_day()
             self.version += 1
             memory = self._memory(result.camera)
-            # A part that is judged now is of today, whatever a clock said that was set meanwhile.
+            # A part that is inspected now counts for today, even if the clock was set meanwhile.
             memory.count(result, None)
             shown = ShownPart(
                 key=self.version,
@@ -160,7 +160,7 @@ class PartHistory:
         """Nothing to close."""
 
     def view(self, camera: str = DEFAULT_CAMERA) -> HistoryView:
-        """What is to be seen of a camera now."""
+        """The view of a camera now; empty if it has had no parts."""
         with self._lock:
             self._roll_day()
             memory = self._cameras.get(camera) or _Memory(self._config)
@@ -188,18 +188,18 @@ class PartHistory:
             )
 
     def latest(self, camera: str) -> tuple[ShownPart | None, float | None]:
-        """A camera's last part, and how many seconds ago it came."""
+        """A camera's last part, and the seconds since it came; None each before the first."""
         with self._lock:
             memory = self._cameras.get(camera)
             return (None, None) if memory is None else (memory.latest, self._age(memory))
 
     def part(self, key: int) -> Inspected | None:
-        """A part that is still remembered."""
+        """The part with this key; None if it is no longer remembered."""
         with self._lock:
             return self._kept.get(key)
 
     def picture(self, key: int, *, with_heat: bool, side: int = PICTURE_SIDE) -> bytes | None:
-        """A part's picture as JPEG, at most ``side`` pixels long; None where there is none, or no more."""
+        """A part's picture as JPEG, at most ``side`` pixels long; None if there is none, or it is no longer kept."""
         part = self.part(key)
         if part is None or part.image is None:
             return None
@@ -217,7 +217,7 @@ class PartHistory:
 
     def _roll_day(self) -> None:
         today = _today()
-        # A clock that is set back to yesterday makes no new day; the counts go on.
+        # If the clock is set back to yesterday, the counts go on.
         if today > self._date:
             for memory in self._cameras.values():
                 memory.forget_day()

@@ -1,6 +1,6 @@
-"""What Prometheus reads at ``/metrics``; every name is listed in docs/inspection.md, and a test compares the two.
+"""Prometheus metrics at ``/metrics``: cameras, delivery, released models, PLCs, the state folder's disk, certificate.
 
-Beside every camera: released models, PLCs, the state folder's disk, and the line's certificate.
+Every name is listed in docs/inspection.md, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edge.status import CameraStatus, DriftCondition, RolloutStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# A second series for each counter that says when it began: of no use to an alert, and half of the page.
+# Without the second series of each counter with its time of creation, which no alert needs.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -45,15 +45,15 @@ _COUNTED = (
     ("late", "parts_late", "Parts without a verdict at their deadline."),
     ("late_answers", "late_answers", "Answers of the model for parts that had been decided without it."),
 )
-"""Of :class:`edge.status.PartCounts`: field, metric, meaning."""
+"""Fields of :class:`edge.status.PartCounts`: field, metric, meaning."""
 
 
 class LineMetrics:
-    """Prometheus metrics of the line: a sink that counts results, and the registry of all that is shown.
+    """Prometheus metrics of the line: a sink that counts results, and the registry of all metrics.
 
     Args:
-        statuses: of the cameras, called at each scrape.
-        deliverers: of the destinations.
+        statuses: gives the cameras' status; called at each scrape.
+        deliverers: one for each destination.
     """
 
     def __init__(self, statuses: Callable[[], Sequence[CameraStatus]], *, deliverers: Sequence[Deliverer]) -> None:
@@ -105,12 +105,12 @@ class LineMetrics:
         """Nothing to close."""
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
 class _Current(Collector):
-    """Of cameras and destinations, read from their status at each scrape."""
+    """Metrics of cameras and destinations, read from their status at each scrape."""
 
     def __init__(self, statuses: Callable[[], Sequence[CameraStatus]], deliverers: Sequence[Deliverer]) -> None:
         self._statuses = statuses
@@ -187,15 +187,15 @@ _SHADOWED = (
     ("differing", "Of these, with two verdicts."),
     ("skipped", "Parts the second model was busy for."),
 )
-"""Of :class:`edgeflame.mqtt.messages.Disagreement`: field and meaning."""
+"""Fields of :class:`edgeflame.mqtt.messages.Disagreement`: field and meaning."""
 
 
 @final
 class RolloutMetrics(Collector):
-    """How released models fare, of this moment.
+    """Metrics of the rollout of released models.
 
     Args:
-        figures: called at each scrape.
+        figures: gives the status of the rollout; called at each scrape.
     """
 
     def __init__(self, figures: Callable[[], RolloutStatus]) -> None:
@@ -211,7 +211,7 @@ class RolloutMetrics(Collector):
             outcomes.add_metric([product, fate], count)
         yield from (trial, outcomes)
         for name, meaning in _SHADOWED:
-            # Under the gauge's name for one version more.
+            # The gauges have the old names, kept for one version more.
             for kind in (CounterMetricFamily, GaugeMetricFamily):
                 metric = kind(f"edgeflame_shadow_{name}", meaning, labels=["product", "role"])
                 for one in figures.beside:
@@ -221,7 +221,7 @@ class RolloutMetrics(Collector):
 
 
 class PlcLink(Protocol):
-    """A PLC that is told verdicts."""
+    """A PLC sink, as far as metrics need it."""
 
     @property
     def is_connected(self) -> bool:
@@ -234,11 +234,11 @@ class PlcLink(Protocol):
 
 @final
 class HostMetrics(Collector):
-    """Of PLCs, disk and certificate, found out at each scrape.
+    """Metrics of PLCs, disk and certificate, read at each scrape.
 
     Args:
-        state: folder whose disk matters.
-        plcs: by the name of the camera whose verdicts they are told.
+        state: the state folder, whose disk is measured.
+        plcs: PLC sinks by camera.
         certificate_expires: end of the validity of the line's certificate; None: there is none.
     """
 
@@ -259,7 +259,7 @@ class HostMetrics(Collector):
         try:
             free_bytes = shutil.disk_usage(self._state).free
         except OSError:
-            # A disk that cannot even say this has nothing free for us.
+            # A disk that cannot be asked counts as full.
             free_bytes = 0
         # The second is the old name, for one version more.
         for name in ("edgeflame_state_free_bytes", "edgeflame_free_bytes"):

@@ -1,6 +1,6 @@
-"""The page's model: what the routes know of a running inspection, put together from history, cameras and destinations.
+"""The model behind the operator's page: its views, made from history, cameras and destinations, and its actions.
 
-An operator may ask things of a camera from the page; every such request carries the token.
+Operators can pause, test or switch a camera from the page; every such request carries the token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgeflame.log import EventLog
 log = EventLog("web")
 
 MAX_ORDERS = 8
-"""At once."""
+"""Most requests carried out at once."""
 
 Action = Literal[
     "pause", "resume", "snapshot", "golden", "acknowledge", "drift-clear", "drift-relearn", "product", "rollback"
@@ -41,13 +41,13 @@ class PageRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     action: Action
     expected: Literal["good", "bad"] | None = None
-    """Of ``golden``: the next part is a golden one; left out, the photographs are tested."""
+    """For ``golden``: the kind of the golden part that comes next; if left out, the photographs are tested."""
     product: str | None = None
-    """Of ``product``."""
+    """For ``product``: its name."""
 
 
 class PageAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it."""
+    """The answer to a :class:`PageRequest`."""
 
     ok: bool
     message: str
@@ -55,11 +55,11 @@ class PageAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OperatorActions:
-    """Runs an operator's requests on threads of their own, for one may wait a minute for a part: neither the page nor a
-    stop waits for it.
+    """Runs operators' requests on threads of their own: one may wait a minute for a part, and blocks neither the page
+    nor a stop.
 
     Args:
-        control: of the cameras.
+        control: executes them.
     """
 
     def __init__(self, control: DaemonControl) -> None:
@@ -67,10 +67,10 @@ class OperatorActions:
         self._slots = threading.BoundedSemaphore(MAX_ORDERS)
 
     async def run(self, camera: str, order: PageRequest) -> PageAnswer:
-        """Carry out an order.
+        """Carry out a request.
 
         Raises:
-            EdgeFlameError: what was wrong with it, or went wrong.
+            EdgeFlameError: the request is wrong, or failed.
         """
         if camera not in [status.camera for status in self._control.statuses()]:
             raise UsageError(f"there is no camera {camera!r}")
@@ -137,18 +137,18 @@ def _resolve(
         else:
             answer.set_exception(value)
 
-    # The server may have stopped meanwhile; then nobody waits.
+    # The server may have stopped meanwhile, and its loop be closed.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(resolve)
 
 
 def http_status_of(error: EdgeFlameError) -> int:
-    """HTTP's word for an error: the request, or what it met."""
+    """HTTP status of an error: 400 for a wrong request, 409 for one that failed."""
     return 400 if isinstance(error, UsageError) else 409
 
 
 class LineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """``/api/line``: what runs here. Of several cameras, the first stands outside of the list as well."""
+    """``/api/line``: what runs here. The fields outside ``cameras`` repeat those of the first camera."""
 
     product: str
     model: str
@@ -157,7 +157,7 @@ class LineInfo(msgspec.Struct, frozen=True, kw_only=True):
     provider: str
     cameras: tuple[CameraStatus, ...]
     products: tuple[str, ...]
-    """Between which a camera may be switched."""
+    """Names of the products that a camera can be switched to."""
 
 
 class DeliveryHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,17 +165,20 @@ class DeliveryHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     waiting: int
+    """Results still to be delivered."""
     lost: int
+    """Results that had to be deleted before they were delivered."""
     error: str | None
+    """Why the last attempt failed; null if it did not."""
 
 
 class LineHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """Of camera and destinations."""
+    """Health of cameras and destinations."""
 
     problem: str | None
-    """Why the line is not ready; None if it is."""
+    """Why the line is not ready; null if it is."""
     dropped: dict[str, int]
-    """Frames never looked at, of all cameras, by reason."""
+    """Number of frames of all cameras dropped without inspection, by reason."""
     cameras: tuple[CameraStatus, ...]
     deliveries: tuple[DeliveryHealth, ...]
 
@@ -186,30 +189,30 @@ class CameraLight(msgspec.Struct, frozen=True, kw_only=True):
     camera: str
     latest: ShownPart | None
     problem: str | None
-    """Why it is not ready."""
+    """Why the camera is not ready; null if it is."""
 
 
 class PageView(msgspec.Struct, frozen=True, kw_only=True):
-    """``/api/view``: of one camera much, of all a little."""
+    """``/api/view``: the full view of one camera, the lights of all, and the health."""
 
     camera: str
-    """Whose view this is."""
+    """Name of the camera that is viewed."""
     view: HistoryView
     lights: tuple[CameraLight, ...]
     health: LineHealth
 
 
 class OperatorPage:
-    """The routes' view of a running inspection.
+    """What the page's routes need of a running inspection.
 
     Args:
-        config: of the page.
-        control: of the cameras.
-        history: what is shown.
-        metrics: what is counted.
-        feedback: where operators' labels are kept.
-        deliverers: of the destinations.
-        token: what a request that changes something must carry.
+        config: section ``[web]``.
+        control: the daemon's.
+        history: recent parts.
+        metrics: the Prometheus metrics.
+        feedback: stores parts that operators mark.
+        deliverers: one for each destination.
+        token: required of requests that change something.
     """
 
     def __init__(
@@ -235,7 +238,7 @@ class OperatorPage:
         self._token = token
 
     def line_info(self) -> LineInfo:
-        """What runs."""
+        """What runs here, for ``/api/line``."""
         statuses = self._control.statuses()
         first = statuses[0]
         return LineInfo(
@@ -249,7 +252,7 @@ class OperatorPage:
         )
 
     def view(self, camera: str | None = None) -> PageView:
-        """What is to be seen now, of the first camera unless another is named (and there)."""
+        """The view now, of the named camera, or of the first one if that is None or does not exist."""
         deliveries = []
         for deliverer in self._deliverers:
             destination = deliverer.status()

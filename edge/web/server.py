@@ -1,17 +1,17 @@
 """The page's routes and its server: uvicorn on a thread of its own, for as long as a ``with`` block runs.
 
-Reading needs no token; whatever changes something does.
+Reading needs no token; requests that change something do.
 
 GET  /                        the page
-GET  /api/line                what runs here
-GET  /api/view                what is to be seen now (:class:`edge.web.page.PageView`), with ?camera=NAME of that one
-GET  /api/events              the same as server-sent events, whenever it changes
-GET  /parts/{key}/plain.jpg   a remembered part, or with its heat map: heat.jpg
+GET  /api/line                what runs here (:class:`edge.web.page.LineInfo`)
+GET  /api/view                the view now (:class:`edge.web.page.PageView`), with ?camera=NAME of that camera
+GET  /api/events              the view as server-sent events, whenever it changes
+GET  /parts/{key}/plain.jpg   picture of a remembered part; heat.jpg with its heat map
 POST /api/parts/{key}/mark    {"was": "good" | "bad"}, with Authorization: Bearer <token>
-POST /api/cameras/{name}/do   :class:`edge.web.page.PageRequest`, with the same
+POST /api/cameras/{name}/do   :class:`edge.web.page.PageRequest`, with the same token
 GET  /metrics                 Prometheus
 GET  /healthz                 200: the process serves
-GET  /readiness               200 if parts come and are judged, else 503 with the reason
+GET  /readiness               200 if parts come and are inspected, else 503 with the reason
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from edgeflame.state import storage_errors
 STATIC = Path(__file__).parent / "static"
 
 _EVENT_INTERVAL_S = 0.25
-"""A part may come every ten milliseconds; nobody reads faster than this."""
+"""Least time between two events, seconds; parts may come every ten milliseconds."""
 
 _MAX_BODY_BYTES = 10_000
 
 _HEADERS = {
-    # Everything comes from here, and nothing else may frame it or run in it.
+    # Everything is loaded from this server, and no other site may frame the page.
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -69,7 +69,7 @@ def build_app(page: OperatorPage) -> Starlette:
         return FileResponse(STATIC / "index.html", headers=_HEADERS)
 
     async def asset(request: Request) -> Response:
-        # Routed for the files that are there and no other path.
+        # Routed only for the files that exist.
         return FileResponse(STATIC / request.url.path.removeprefix("/"), headers=_HEADERS)
 
     async def line(_request: Request) -> Response:
@@ -165,7 +165,7 @@ async def _events(page: OperatorPage, camera: str | None) -> AsyncIterator[bytes
     quiet = 0.0
     while not page.closing.is_set():
         version = page.history.version
-        # Every few seconds without news as well: ages and queues change without parts.
+        # Also every few seconds without a change: ages and queues change without parts.
         if version != seen or quiet >= 2.0:
             seen, quiet = version, 0.0
             view = await asyncio.to_thread(page.view, camera)
@@ -206,10 +206,10 @@ _STOP_TIMEOUT_S = 3.0
 
 
 def operator_token(state: Path) -> str:
-    """The token of whoever may change something: from the environment, or made once and kept in the state folder.
+    """The operators' token: from the environment, or generated once and kept in the state folder.
 
     Raises:
-        StorageError: it can be neither read nor written.
+        StorageError: its file can be neither read nor written.
     """
     if given := os.environ.get(TOKEN_VARIABLE):
         return given
@@ -225,7 +225,7 @@ def operator_token(state: Path) -> str:
 
 @contextlib.contextmanager
 def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
-    """Serve the page; gives its address.
+    """Serve the page while the block runs; yields its address.
 
     Raises:
         LinkError: the address cannot be listened on.
@@ -234,14 +234,14 @@ def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
     server = uvicorn.Server(
         uvicorn.Config(
             build_app(page),
-            # Logs are ours; a request every quarter of a second is not worth a line.
+            # uvicorn's own logs are off; a line for every request would be too many.
             log_config=None,
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=1,
         )
     )
-    # Signals are the inspection's. uvicorn takes them only on the main thread, which this is not.
+    # The daemon handles signals; uvicorn takes them only on the main thread, which this is not.
     thread = threading.Thread(target=server.run, args=([listener],), name="edgeflame-web", daemon=True)
     thread.start()
     host, port = listener.getsockname()[:2]
@@ -257,10 +257,10 @@ def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
 
 
 def listen(config: WebConfig) -> socket.socket:
-    """The page's address, bound.
+    """A listening socket on the page's address.
 
     Raises:
-        LinkError: it cannot be listened on.
+        LinkError: the address cannot be listened on.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
