@@ -37,7 +37,7 @@ from edgeflame.log import EventLog
 log = EventLog("capture")
 
 SUPERSEDED = "superseded"
-"""Why a live frame was dropped: a newer one came before it was looked at."""
+"""Why a live frame was dropped: a newer one came before its turn."""
 
 _POLL_S = 0.2
 """How often a waiting reader checks whether it should stop, seconds; a frame wakes it at once."""

@@ -306,8 +306,8 @@ class DaemonControl:
             return next(iter(self._workers.values()))
         worker = None if camera is None else self._workers.get(camera)
         if worker is None:
-            said = "say which camera" if camera is None else f"no camera {camera!r}"
-            raise UsageError(f"{said}; there are {', '.join(self._workers)}")
+            what = "say which camera" if camera is None else f"no camera {camera!r}"
+            raise UsageError(f"{what}; there are {', '.join(self._workers)}")
         return worker
 
     def _changed(self) -> LineDescription:

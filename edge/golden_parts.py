@@ -45,13 +45,13 @@ def golden_message(checks: tuple[GoldenCheck, ...]) -> str:
     wrong = [one for one in checks if not one.is_right]
     if not wrong:
         return f"{len(checks)} golden part{'s' if len(checks) > 1 else ''} judged rightly"
-    told = ", ".join(
+    listed = ", ".join(
         f"{one.part} should {one.expected} and came out {one.verdict}"
         + (f" at {one.ratio:.2f} of the threshold" if one.ratio is not None else "")
         for one in wrong[:3]
     )
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"{len(wrong)} of {len(checks)} golden parts judged wrongly: {told}{more}"
+    return f"{len(wrong)} of {len(checks)} golden parts judged wrongly: {listed}{more}"
 
 
 def last_due(times: Sequence[dt.time], now: dt.datetime) -> dt.datetime | None:

@@ -136,15 +136,14 @@ class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How far the typical part may move among the reference's parts without an alarm, in ranks: 0.1 is from the
     middle to where 60% lie below, about 0.35 of their standard deviation."""
     alike: Annotated[float, Meta(ge=1, le=10_000)] = 20.0
-    """Parts in a row that are alike, because neighbours on a line are: 1 where each is independent. Alarms come later
-    in the same measure."""
+    """Number of parts in a row that are alike, as neighbours usually are; 1 if each is independent. A larger number
+    delays alarms in proportion."""
     learn: Annotated[int, Meta(ge=50, le=20_000)] = 2000
-    """Parts that a reference is learnt from where the package has none, and after `relearn`."""
+    """Number of parts that a reference is learnt from, if the package has none or after ``relearn``."""
     reference: Literal["auto", "line"] = "auto"
-    """``auto``: the package's where it has one; ``line``: always learnt from the first parts."""
+    """``auto``: the package's reference if it has one; ``line``: always learnt from the first parts."""
     max_per_s: Annotated[float, Meta(gt=0)] = 10.0
-    """The most parts that are looked at in a second, which bounds the computing time; of a faster line, some are left
-    out."""
+    """Most parts in a second that drift is computed for, which bounds the computing time; further ones are skipped."""
 
     def __post_init__(self) -> None:
         if self.parts_per_alarm < 100:

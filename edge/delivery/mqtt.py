@@ -61,7 +61,7 @@ def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Se
         cameras: the cameras' names.
     """
     unique = f"edgeflame_{topics.fleet}_{line}".replace(".", "_")
-    told = []
+    messages = []
     for camera in cameras if len(cameras) > 1 else [None]:
         for key, (name, value) in _ENTITIES.items():
             own, title, template = key, name, value
@@ -77,8 +77,8 @@ def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Se
                 "unique_id": f"{unique}_{own}",
                 "value_template": f"{{{{ {template} }}}}",
             }
-            told.append((f"{prefix}/sensor/{unique}/{own}/config", msgspec.json.encode(entity)))
-    return told
+            messages.append((f"{prefix}/sensor/{unique}/{own}/config", msgspec.json.encode(entity)))
+    return messages
 
 
 log = EventLog("mqtt")
@@ -224,8 +224,10 @@ class MqttDestination:
             self._availability = _Availability(self._url, self._config)
             if self._config.home_assistant is not None:
                 cameras = [camera.name for camera in self._state.cameras]
-                told = home_assistant_discovery(self._config.home_assistant, self._topics, self._config.line, cameras)
-                for topic, payload in told:
+                messages = home_assistant_discovery(
+                    self._config.home_assistant, self._topics, self._config.line, cameras
+                )
+                for topic, payload in messages:
                     session.publish(topic, payload, retain=True)
         if self._announced != (state := self._state):
             self._session.publish(self._state_topic, msgspec.json.encode(state), retain=True)

@@ -45,7 +45,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """One result on its way to one destination; JSON on the wire.
 
     A receiver keeps the highest ``number`` it has seen of each ``outbox``. A lower or equal one is a repetition,
-    a gap is a loss, and both can be told without asking back.
+    a gap is a loss, and both are recognised without a query.
     """
 
     outbox: str

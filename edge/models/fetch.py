@@ -132,7 +132,7 @@ class ReleaseFetcher:
             while not stop.is_set():
                 try:
                     self._serve(stop)
-                except Exception as exc:  # noqa: BLE001 - a thread's outermost frame; the line judges on without it
+                except Exception as exc:  # noqa: BLE001 - a thread's outermost frame; the line goes on without it
                     log.error("models_thread_failed", reason=repr(exc), retry_in_s=RETRY_S)
                     stop.wait(RETRY_S)
         finally:

@@ -105,13 +105,13 @@ class OperatorActions:
             "drift-relearn": (lambda: self._control.handle_drift(camera, "relearn"), "The next parts are learnt."),
         }
         if order.action in simple:
-            call, said = simple[order.action]
+            call, message = simple[order.action]
             call()
-            return PageAnswer(ok=True, message=said)
+            return PageAnswer(ok=True, message=message)
         if order.action == "snapshot":
             taken = self._control.snapshot(camera)
-            told = f"Kept as {taken.file}." if taken.file is not None else "The next part had no picture."
-            return PageAnswer(ok=taken.file is not None, message=told)
+            message = f"Kept as {taken.file}." if taken.file is not None else "The next part had no picture."
+            return PageAnswer(ok=taken.file is not None, message=message)
         if order.action == "product":
             if order.product is None:
                 raise UsageError("say which product")

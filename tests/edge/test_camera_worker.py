@@ -21,7 +21,7 @@ from tests.support.waiting import wait_for
 
 
 class Running:
-    """A line on its thread, and what came of it."""
+    """A camera worker on its thread, its results, and its error."""
 
     def __init__(self, belt: Belt, inspector: FakeInspector, **keys: Any) -> None:
         self.belt, self.inspector = belt, inspector
@@ -29,7 +29,7 @@ class Running:
         self.halt = threading.Event()
         self.error: BaseException | None = None
         self.refuse: Exception | None = None
-        self.line = CameraWorker("a", lambda: belt, inspector, CaptureConfig(depth=16), **keys)
+        self.worker = CameraWorker("a", lambda: belt, inspector, CaptureConfig(depth=16), **keys)
         self.is_alone = True
         self.thread = threading.Thread(target=self._run)
 
@@ -40,7 +40,7 @@ class Running:
 
     def _run(self) -> None:
         try:
-            self.line.run(self._accept, self.halt, is_alone=self.is_alone)
+            self.worker.run(self._accept, self.halt, is_alone=self.is_alone)
         except BaseException as exc:  # noqa: BLE001 - the test looks at it
             self.error = exc
 
@@ -74,36 +74,36 @@ def test_while_it_rests_a_cameras_frames_are_dropped_by_name_and_counted(start: 
     running = start()
     running.belt.put()
     running.wait(1)
-    running.line.pause()
+    running.worker.pause()
     running.belt.put(3)
-    wait_for(lambda: running.line.dropped[PAUSED] == 3, "three frames are dropped")
-    assert running.line.status().paused
-    running.line.resume()
+    wait_for(lambda: running.worker.dropped[PAUSED] == 3, "three frames are dropped")
+    assert running.worker.status().paused
+    running.worker.resume()
     running.belt.put()
     running.wait(2)
     assert [told.sequence for told in running.told] == [0, 4]
-    assert running.line.status().dropped == {PAUSED: 3}
+    assert running.worker.status().dropped == {PAUSED: 3}
 
 
 def test_while_it_rests_files_wait_and_none_is_lost(start: Start) -> None:
     running = start(Belt(is_live=False, is_endless=False))
     running.belt.put(2)
     running.wait(2)
-    running.line.pause()
+    running.worker.pause()
     running.belt.put(5)
     running.belt.end()
     wait_for(lambda: running.belt.given >= 5, "frames wait")
     assert len(running.told) == 2
-    running.line.resume()
+    running.worker.resume()
     running.thread.join(20)
     assert [told.part_id for told in running.told] == [f"p{number}" for number in range(1, 8)]
-    assert running.line.status().ended
-    assert not running.line.dropped
+    assert running.worker.status().ended
+    assert not running.worker.dropped
 
 
 def test_a_stop_ends_a_rest(start: Start) -> None:
     running = start(Belt(is_live=False))
-    running.line.pause()
+    running.worker.pause()
     running.belt.put()
     wait_for(lambda: running.belt.given, "a frame waits")
     running.halt.set()
@@ -116,26 +116,26 @@ def test_another_threshold_and_another_judge_from_one_part_to_the_next(start: St
     running = start()
     running.belt.put()
     running.wait(1)
-    running.line.set_threshold(2.5)
+    running.worker.set_threshold(2.5)
     running.belt.put()
     running.wait(2)
-    running.line.set_threshold(None)
+    running.worker.set_threshold(None)
     other = FakeInspector("board")
-    assert running.line.replace_inspector(other) is running.inspector
+    assert running.worker.replace_inspector(other) is running.inspector
     running.belt.put()
     running.wait(3)
     assert [(told.threshold, told.model) for told in running.told] == [
         (1.0, "tiletiletile"), (2.5, "tiletiletile"), (1.0, "boardboardboard"),
     ]  # fmt: skip
-    assert running.line.status().product == "board"
+    assert running.worker.status().product == "board"
 
 
 def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: Start) -> None:
     running = start(Belt(is_live=False))
     running.belt.put(3000)
-    judges = [FakeInspector(name) for name in ("x", "y")]
-    for judge in itertools.islice(itertools.cycle(judges), 20):
-        running.line.replace_inspector(judge)
+    inspectors = [FakeInspector(name) for name in ("x", "y")]
+    for inspector in itertools.islice(itertools.cycle(inspectors), 20):
+        running.worker.replace_inspector(inspector)
     running.wait(3000)
     assert [told.sequence for told in running.told] == list(range(3000))
 
@@ -145,21 +145,21 @@ def test_a_judge_that_hangs_is_said_to_and_not_waited_for(start: Start, monkeypa
     running = start()
     running.inspector.gate = threading.Event()
     running.belt.put()
-    wait_for(lambda: running.line.busy_s > 0, "a part is in hand")
+    wait_for(lambda: running.worker.busy_s > 0, "a part is in hand")
     with pytest.raises(RuntimeUnavailableError, match="camera a: the part in hand"):
-        running.line.set_threshold(2.0)
+        running.worker.set_threshold(2.0)
     running.inspector.gate.set()
     running.wait(1)
-    wait_for(lambda: running.line.busy_s == 0, "it is done")
+    wait_for(lambda: running.worker.busy_s == 0, "it is done")
 
 
 def test_a_snapshot_is_the_next_part(start: Start) -> None:
     running = start()
-    assert running.line.snapshot(0.01) is None
+    assert running.worker.snapshot(0.01) is None
     running.belt.put()
     running.wait(1)
     taken: list[Inspected | None] = []
-    thread = threading.Thread(target=lambda: taken.append(running.line.snapshot(20)))
+    thread = threading.Thread(target=lambda: taken.append(running.worker.snapshot(20)))
     thread.start()
     while thread.is_alive():
         running.belt.put()
@@ -185,18 +185,18 @@ def test_onlookers_see_what_the_sinks_saw_and_one_that_fails_is_sent_away(start:
     running = start(listeners=[bad, good])
     running.belt.put()
     wait_for(lambda: len(good.seen) == 1, "the first is seen")
-    running.line.add_listener(later)
+    running.worker.add_listener(later)
     running.belt.put()
     wait_for(lambda: len(later.seen) == 1, "the second is seen")
     assert (good.seen, bad.seen, later.seen) == ([0, 1], [0], [1])
-    running.line.remove_listener(good)
+    running.worker.remove_listener(good)
     running.belt.put()
     wait_for(lambda: len(later.seen) == 2, "the third is seen")
     assert good.seen == [0, 1]
 
 
 class TestFailures:
-    """A camera that fails, a judge that fails, sinks that fail: each is another thing."""
+    """Failures of a camera, of an inspector and of sinks are handled differently."""
 
     def test_a_lost_camera_gives_one_unknown_an_outage_and_is_found_again(self, start: Start) -> None:
         running = start()
@@ -204,7 +204,7 @@ class TestFailures:
         running.wait(2)
         running.belt.fail(DataError("unplugged"))
         running.wait(3)
-        wait_for(lambda: running.line.status().problem == "unplugged", "the problem shows")
+        wait_for(lambda: running.worker.status().problem == "unplugged", "the problem shows")
         running.belt.fail(DataError("still unplugged"))
         wait_for(running.belt.coming.empty, "it was tried again")
         running.belt.put()
@@ -213,7 +213,7 @@ class TestFailures:
             (0, "pass"), (1, "pass"), (2, "unknown"), (3, "pass"),
         ]  # fmt: skip
         assert running.told[2].detail == "parts may pass unseen: unplugged"
-        assert running.line.status().problem is None
+        assert running.worker.status().problem is None
         assert running.error is None
 
     def test_alone_it_is_an_error_that_a_camera_cannot_be_opened_and_beside_others_it_is_waited_for(
@@ -238,7 +238,7 @@ class TestFailures:
         running.belt.fail(DataError("cut short"))
         running.thread.join(20)
         assert str(running.error) == "cut short"
-        assert running.line.status().problem == "cut short"
+        assert running.worker.status().problem == "cut short"
 
     def test_a_judge_that_fails_unexpectedly_costs_a_verdict_and_too_often_the_daemon(self, start: Start) -> None:
         running = start(inspector=FakeInspector(failures=MAX_CRASHES))
@@ -288,4 +288,4 @@ class TestFailures:
         assert running.told[1].detail == "parts may pass unseen: the source ended, which it never should"
         running.belt.put()
         running.wait(3)
-        assert not running.line.status().ended
+        assert not running.worker.status().ended

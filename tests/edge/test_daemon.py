@@ -70,23 +70,23 @@ def package_with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Daemon:
-    """A line that waits for files to appear would be a daemon; here its frames are pushed by hand."""
+    """A daemon's camera workers and control, with the results so far."""
 
     plan: Plan
-    lines: Sequence[CameraWorker]
+    workers: Sequence[CameraWorker]
     control: DaemonControl
     told: list[Result]
 
 
 @contextlib.contextmanager
 def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> Iterator[Daemon]:
-    """Cameras, control and upkeep as a daemon has them, without page and broker."""
+    """Cameras, control, drift and self-tests as a daemon has them, without page and broker."""
     config = InspectConfig(**sections)
     loader = InspectorLoader(device="cpu", num_threads=1)
     plan = plan_cameras(config, model=package, source=source, product_of=lambda _: "tile")
     overrides = Overrides(None)
     cameras = Cameras(plan, loader, overrides)
-    lines = cameras.workers
+    workers = cameras.workers
     control = DaemonControl(cameras, overrides=overrides)
     told: list[Result] = []
     halt = threading.Event()
@@ -94,11 +94,11 @@ def daemon(tmp_path: Path, package: Path, *, source: str, **sections: Any) -> It
     def accept(inspected: Inspected) -> None:
         told.append(inspected.result)
 
-    thread = threading.Thread(target=lines[0].run, args=(accept, halt), daemon=True)
-    with open_monitoring(plan, lines, control, tmp_path / "state"):
+    thread = threading.Thread(target=workers[0].run, args=(accept, halt), daemon=True)
+    with open_monitoring(plan, workers, control, tmp_path / "state"):
         thread.start()
         try:
-            yield Daemon(plan, lines, control, told)
+            yield Daemon(plan, workers, control, told)
         finally:
             halt.set()
             thread.join(20)
@@ -183,7 +183,7 @@ class TestDrift:
         photos = write_images(tmp_path / "photos")
         off = DriftConfig(enabled=False)
         with daemon(tmp_path, package_with_reference, source=str(photos), drift=off) as running:
-            wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
+            wait_for(lambda: running.workers[0].status().ended, "the end of the folder")
             assert running.control.statuses()[0].drift is None
             with pytest.raises(UsageError, match="not watched"):
                 running.control.handle_drift(None, "clear")
@@ -260,16 +260,16 @@ class TestGolden:
             answers: list[Any] = []
             asking = threading.Thread(target=lambda: answers.append(running.control.test_golden_parts(None, "bad")))
             asking.start()
-            wait_for(lambda: bool(running.lines[0]._goldens._waiting), "the request")
+            wait_for(lambda: bool(running.workers[0]._goldens._waiting), "the request")
             with pytest.raises(UsageError, match="is running"):
                 running.control.test_golden_parts(None, "good")
             running.control.resume()
             asking.join(20)
-            wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
+            wait_for(lambda: running.workers[0].status().ended, "the end of the folder")
         (report,) = answers
         (marked,) = [result for result in running.told if result.golden]
         assert (report.kind, report.passed, report.checks[0].part) == ("part", False, marked.part_id)
-        assert running.lines[0].parts == len(running.told) - 1
+        assert running.workers[0].parts == len(running.told) - 1
 
     def test_neither_an_outage_nor_a_frame_from_before_the_request_is_the_golden_part(self) -> None:
         now = 10.0
@@ -293,10 +293,10 @@ class TestGolden:
         source = str(write_images(tmp_path / "photos"))
         golden = SelfTestConfig(wait_s=0.05)
         with daemon(tmp_path, package_with_reference, source=source, self_test=golden) as running:
-            wait_for(lambda: running.lines[0].status().ended, "the end of the folder")
+            wait_for(lambda: running.workers[0].status().ended, "the end of the folder")
             with pytest.raises(DataError, match=r"no part came within 0\.05 s"):
                 running.control.test_golden_parts(None, "good")
-            assert not running.lines[0]._goldens._waiting
+            assert not running.workers[0]._goldens._waiting
         assert not any(result.golden for result in running.told)
 
     def test_by_the_clock(self, tmp_path: Path, package_with_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,15 +305,15 @@ class TestGolden:
         golden = SelfTestConfig(folder=str(photographs(tmp_path / "golden")), times=("06:00", "14:00"))
         source = str(write_images(tmp_path / "photos"))
         with daemon(tmp_path, package_with_reference, source=source) as running:
-            line = running.lines[0]
-            first = GoldenTester(line, golden, folder=tmp_path / "kept", now=lambda: now)
+            worker = running.workers[0]
+            first = GoldenTester(worker, golden, folder=tmp_path / "kept", now=lambda: now)
             with first:
                 # Yesterday's was missed while nothing ran.
                 wait_for(lambda: first.status().last is not None, "the test that was missed")
                 at = first.status().last
                 now = dt.datetime(2026, 3, 4, 6, 0, 1, tzinfo=TZ)
                 wait_for(lambda: first.status().last is not at, "the test at six")
-            again = GoldenTester(line, golden, folder=tmp_path / "kept", now=lambda: now)
+            again = GoldenTester(worker, golden, folder=tmp_path / "kept", now=lambda: now)
             kept = again.status().last
             assert kept is not None
             assert kept.at == now

@@ -39,12 +39,12 @@ class Office:
     def __init__(self, folder: Path | None = None, *names: str) -> None:
         self.belts = {name: Belt() for name in names or ("a",)}
         self.judges: dict[str, FakeInspector] = {}
-        self.lines = [
+        self.workers = [
             CameraWorker(name, lambda belt=belt: belt, FakeInspector(), CaptureConfig())  # type: ignore[misc]
             for name, belt in self.belts.items()
         ]
         cameras = SimpleNamespace(
-            workers=self.lines,
+            workers=self.workers,
             products={"tile": Path("t"), "board": Path("b")},
             open_inspector=lambda _camera, product: FakeInspector(product),
         )
@@ -69,7 +69,7 @@ class Office:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         halt = threading.Event()
-        threads = [threading.Thread(target=line.run, args=(lambda _: None, halt)) for line in self.lines]
+        threads = [threading.Thread(target=worker.run, args=(lambda _: None, halt)) for worker in self.workers]
         for thread in threads:
             thread.start()
         try:
@@ -127,7 +127,7 @@ class TestDesk:
             assert not reply.ok
             assert words in str(reply.error)
             assert reply.exit_code == code
-            assert not any(line.is_paused for line in opened.lines)
+            assert not any(worker.is_paused for worker in opened.workers)
 
     @given(st.binary(max_size=200) | st.text().map(str.encode) | st.just(b"[" * 100_000))
     def test_no_bytes_do_any_harm(self, junk: bytes) -> None:
@@ -146,7 +146,7 @@ class TestDesk:
             for _ in range(10_000):
                 opened.server.receive(b'{"command": "pause", "id": "x"', False)
             assert opened.server.refused["flood"] > 10_000 - MAX_BURST
-            assert not opened.lines[0].is_paused
+            assert not opened.workers[0].is_paused
             opened.now += 60.0
             assert opened.camera(opened.ask(command="describe"))["camera"] == "a"
 
@@ -156,7 +156,7 @@ class TestDesk:
             opened.ask(command="resume", id="other")
             again = opened.ask(command="pause", id="same")
             assert again.ok
-            assert not opened.lines[0].is_paused
+            assert not opened.workers[0].is_paused
 
     def test_a_pause_never_waits_behind_a_camera_without_parts(self) -> None:
         with office() as opened:
@@ -210,7 +210,7 @@ class TestOverrides:
         with opened.server:
             reply = opened.ask(command="threshold", threshold=2.0)
         assert reply.exit_code == StorageError.exit_code
-        assert opened.lines[0].inspector.threshold == 1.0
+        assert opened.workers[0].inspector.threshold == 1.0
 
 
 def line_command(*arguments: object) -> Result:

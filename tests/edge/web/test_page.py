@@ -155,11 +155,11 @@ def station(
     plan = plan_cameras(settings, model=None, source=None, product_of=str)
     overrides = Overrides(None)
     opened_cameras = Cameras(plan, InspectorLoader(device="cpu", num_threads=1), overrides)
-    lines = opened_cameras.workers
-    for line in lines:
-        line.status = partial(_seen_as_camera, line.status)  # type: ignore[method-assign]
+    workers = opened_cameras.workers
+    for worker in workers:
+        worker.status = partial(_seen_as_camera, worker.status)  # type: ignore[method-assign]
     control = DaemonControl(opened_cameras, overrides=overrides, snapshots=folder / "snapshots")
-    with open_monitoring(plan, lines, control, folder / "state"):
+    with open_monitoring(plan, workers, control, folder / "state"):
         metrics = LineMetrics(control.statuses, deliverers=[])
         expires = dt.datetime(2030, 1, 1, tzinfo=dt.timezone.utc)
         metrics.registry.register(HostMetrics(folder, {"camera": Plc()}, certificate_expires=expires))
