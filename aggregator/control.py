@@ -169,5 +169,5 @@ def _read_request(path: Path) -> OperatorRequest:
         data = path.read_bytes() if size <= MAX_REQUEST_BYTES else b""
     try:
         return _REQUEST_DECODER.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError, RecursionError) as exc:
         raise UsageError(f"{path.name} is no request ({exc})") from exc

@@ -91,7 +91,7 @@ class Journal:
             yield
         except sqlite3.Error as exc:
             raise StorageError(f"{self._path}: cannot {doing} the journal ({exc})") from exc
-        except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError, RecursionError) as exc:
             raise StorageError(
                 f"{self._path}: the journal is damaged, or of another version of EdgeFlame ({exc})"
             ) from exc

@@ -353,7 +353,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     assert path is not None
     try:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise DataError(f"{path}: not a ledger of `edgeflame aggregate` ({exc})") from exc
     expected = {"run", "rounds", "members", "packages", "outcome"}
     if not expected <= found.keys():

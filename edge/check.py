@@ -366,7 +366,7 @@ def _other_line(config: MqttConfig, state_topic: str, session: Session, *, runs:
 def _decode_state(payload: bytes) -> LineState | None:
     try:
         return msgspec.json.decode(payload, type=LineState)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

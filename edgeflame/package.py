@@ -449,5 +449,5 @@ def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifes
         )
     try:
         return data, msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError, RecursionError) as exc:
         raise PackageError(f"{path}: its {MANIFEST_MEMBER} is wrong ({exc})") from exc

@@ -120,7 +120,7 @@ def read_signature(package: Package) -> Signature | None:
         return None
     try:
         return msgspec.json.decode(package.signature_json, type=Signature)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise PackageError(f"the package's {SIGNATURE_MEMBER} cannot be read ({exc})") from exc
 
 

@@ -129,7 +129,7 @@ def _read_marker(path: Path) -> _Marker | None:
             return None
     try:
         return msgspec.json.decode(data, type=_Marker)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         # Databases in the folder have versions of their own: no reason to stand still for this file alone.
         log.warning("state_marker_damaged", file=str(path), reason=str(exc))
         return None

@@ -231,7 +231,7 @@ def read_build_report(out: Path) -> BuildReport:
     """A folder's build report; empty if there is none, or none that can be read: then all is built again."""
     try:
         return msgspec.json.decode((out / ENGINE_REPORT_FILE).read_bytes(), type=BuildReport)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return BuildReport()
 
 

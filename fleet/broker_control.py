@@ -391,7 +391,7 @@ class BrokerControl:
             return []
         try:
             document = msgspec.json.decode(message.payload, type=dict[str, list[dict[str, Any]]])
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise FederationError(f"the broker {self._url.address} gave an answer that cannot be read ({exc})") from exc
         return document.get("responses", [])
 

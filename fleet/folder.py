@@ -65,7 +65,7 @@ class FleetFolder:
             head = msgspec.json.decode(data, type=FormatHead)
             check_format_version(f"{path}: the fleet's registry", found=head.format, known=REGISTRY_FORMAT)
             self.registry = msgspec.json.decode(data, type=Registry)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise StorageError(f"{path / REGISTRY_FILE}: damaged, or of another version of EdgeFlame ({exc})") from exc
 
     @property

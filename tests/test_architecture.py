@@ -289,6 +289,20 @@ def test_tensors_are_loaded_without_running_code() -> None:
     assert not breaches, "\n".join(breaches)
 
 
+def test_who_catches_a_damaged_document_catches_one_that_is_nested_too_deeply() -> None:
+    """A few hundred brackets would end a daemon: what msgspec raises for them is no ``DecodeError``."""
+    breaches = [
+        f"{path.relative_to(REPOSITORY)}:{node.lineno}"
+        for path in sources(*PACKAGES)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler)
+        and node.type is not None
+        and "msgspec.DecodeError" in (caught := ast.unparse(node.type))
+        and "RecursionError" not in caught
+    ]
+    assert breaches == []
+
+
 def test_no_source_names_a_pickle_in_passing() -> None:
     """Text too: `getattr(torch, "load")` and the like would escape the tree walk."""
     pattern = re.compile(

@@ -159,7 +159,7 @@ def load_model(path: Path, learning: Learning) -> tuple[SiteModel, WeightsOrigin
         weights = msgspec.json.decode(origin, type=WeightsOrigin) if origin else None
     except (FileNotFoundError, PermissionError) as exc:
         raise StorageError(f"{path}: cannot read the model ({exc})") from exc
-    except (safetensors.SafetensorError, msgspec.DecodeError, OSError, ValueError) as exc:
+    except (safetensors.SafetensorError, msgspec.DecodeError, OSError, ValueError, RecursionError) as exc:
         raise FederationError(f"{path}: not a model in safetensors format, or damaged ({exc})") from exc
     wanted = model.exchanged()
     if set(tensors) != set(wanted):

@@ -88,5 +88,5 @@ def _require_online(line: str, state: LineState) -> None:
 def _decode(payload: bytes, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

@@ -101,7 +101,7 @@ def build_app(page: OperatorPage) -> Starlette:
             return _problem(413, "too long")
         try:
             was = msgspec.json.decode(body, type=_MarkBody).was
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             return _problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
         part = page.history.part(int(request.path_params["key"]))
         if part is None:
@@ -121,7 +121,7 @@ def build_app(page: OperatorPage) -> Starlette:
             return _problem(413, "too long")
         try:
             order = msgspec.json.decode(body, type=PageRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             return _problem(400, f'expected {{"action": ...}} ({exc})')
         try:
             return _json(await page.actions.run(request.path_params["camera"], order))

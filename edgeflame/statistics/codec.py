@@ -87,5 +87,13 @@ def decode_statistics(data: bytes) -> PackageStatistics:
         )
     except EdgeFlameError:
         raise
-    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, IndexError, TypeError) as exc:
+    except (
+        safetensors.SafetensorError,
+        msgspec.DecodeError,
+        KeyError,
+        ValueError,
+        IndexError,
+        TypeError,
+        RecursionError,
+    ) as exc:
         raise DataError(f"not a package's statistics, or damaged ({exc})") from exc

@@ -135,7 +135,7 @@ def read_bank(path: Path) -> MemoryBank:
     with TensorFile(path) as file:
         try:
             header = msgspec.json.decode(file.metadata.get(METADATA_KEY, ""), type=_Header)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, RecursionError) as exc:
             raise DataError(f"{path}: not a memory bank ({exc})") from exc
         expected = {"prototypes": 2, "weights": 1, "effective_patches": 1, "effective_images": 1}
         found = {name: len(spec.shape) for name, spec in file.schema.items() if spec.dtype == "F32"}

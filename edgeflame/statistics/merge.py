@@ -246,7 +246,7 @@ class StatisticsFile:
     def _read_header(self, path: Path) -> StatisticsHeader:
         try:
             header = msgspec.json.decode(self._tensors.metadata.get(METADATA_KEY, ""), type=StatisticsHeader)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, RecursionError) as exc:
             raise DataError(f"{path}: not shared statistics ({exc})") from exc
         found, expected = self._tensors.schema, header.schema()
         if dict(found) != dict(expected):

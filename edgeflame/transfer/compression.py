@@ -163,7 +163,7 @@ def _decode(before: TensorFile, packed: TensorFile, out: Path, *, lossy: bool) -
 def _read_scales(text: str, names: list[str]) -> dict[str, float]:
     try:
         scales = msgspec.json.decode(text, type=dict[str, float])
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise DataError(f"no readable scales ({exc})") from exc
     if sorted(scales) != sorted(names) or any(not 0 <= scale < math.inf for scale in scales.values()):
         raise DataError("the scales are not one number >= 0 for each float tensor")

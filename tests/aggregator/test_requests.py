@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from aggregator.control import FinishEarly, OperatorRequest, PauseSite, RemoveSite, ResumeSite, StopRun, apply_request
+from aggregator.control import (
+    FinishEarly,
+    OperatorRequest,
+    PauseSite,
+    RemoveSite,
+    RequestQueue,
+    ResumeSite,
+    StopRun,
+    apply_request,
+)
 from aggregator.events import RoundsEndedEarly, RunEnded, SiteLeft, SitePaused, SiteResumed
 from aggregator.rounds import DismissSite, PublishState, RecordEvent
 from edgeflame.errors import UsageError
@@ -48,3 +59,17 @@ def test_a_stop_ends_the_run_and_then_the_service_that_stays() -> None:
     assert asked(run, StopRun(reason="x")) == ([RunEnded, PublishState], "the run is stopped", True)
     assert asked(run, FinishEarly()) == ([], "the run is over (failed)", False)
     assert asked(run, StopRun()) == ([], "the run is over (failed); the aggregator leaves", True)
+
+
+def test_a_damaged_request_is_answered_and_ends_nothing(tmp_path: Path) -> None:
+    requests = RequestQueue(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for number, damaged in enumerate((b"", b"{", b'{"reason":' + 3000 * b"["), start=1):
+        (folder / f"{number}.json").write_bytes(damaged)
+    done: list[OperatorRequest] = []
+    requests.process_pending(lambda request: str(done.append(request)))
+    assert done == []
+    assert sorted(path.name for path in folder.iterdir()) == ["1.answer", "2.answer", "3.answer"]
+    answer = requests.take_result("3")
+    assert answer is not None
+    assert not answer.ok

@@ -375,7 +375,7 @@ def announced_learning(announced: RoundState) -> Learning:
     """
     try:
         return msgspec.json.decode(announced.learning, type=Learning)
-    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, EdgeFlameError, RecursionError) as exc:
         raise ConfigError(
             f"the aggregator's learning configuration is not one this version ({__version__}) knows: {exc}"
         ) from exc

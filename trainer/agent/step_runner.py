@@ -193,7 +193,7 @@ class StepTasks:
             try:
                 data = self._state.store.path(sha256).read_bytes()
                 ledger: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-            except (OSError, msgspec.DecodeError, UnicodeDecodeError) as exc:
+            except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
                 log.warning("ledger_unreadable", reason=str(exc))
             else:
                 return ledger

@@ -109,7 +109,7 @@ class WorkerProcess:
         while line := self._process.stdout.readline(MAX_LINE_BYTES):
             try:
                 message = FROM_WORKER.decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 # Something printed before the worker took its standard output for itself.
                 log.warning("worker_printed", text=line[:200].decode("utf-8", "replace").strip())
                 continue
