@@ -19,6 +19,7 @@ import msgspec
 
 from edgeflame.errors import PackageError, StorageError, UsageError, require_extra
 from edgeflame.package import SIGNATURE_MEMBER, Package, read_package, write_archive
+from edgeflame.state import fsync_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -67,13 +68,21 @@ def write_keys(folder: Path) -> str:
     for path, _, _ in files:
         if path.exists():
             raise StorageError(f"{path}: there is a key already; it is not overwritten")
+    made: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, data, mode in files:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            made.append(path)
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        fsync_folder(folder)
     except OSError as exc:
+        # An empty key would be taken for one that must not be overwritten.
+        for path in made:
+            path.unlink(missing_ok=True)
         raise StorageError(f"{folder}: the keys cannot be written ({exc.strerror})") from exc
     return key_id(private.public_key())
 

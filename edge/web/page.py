@@ -213,6 +213,9 @@ class OperatorPage:
         feedback: stores parts that operators mark.
         deliverers: one for each destination.
         token: required of requests that change something.
+
+    Raises:
+        UsageError: the token is empty: a request without one would carry it.
     """
 
     def __init__(
@@ -226,6 +229,8 @@ class OperatorPage:
         deliverers: Sequence[Deliverer],
         token: str,
     ) -> None:
+        if not token:
+            raise UsageError("the page needs a token: an empty one would let everybody change everything")
         self.history = history
         self.metrics = metrics
         self.feedback = feedback

@@ -38,9 +38,9 @@ from edge.config.outputs import WebConfig
 from edge.web.feedback import TrueLabel
 from edge.web.metrics import CONTENT_TYPE
 from edge.web.page import OperatorPage, PageRequest, http_status_of
-from edgeflame.errors import DataError, EdgeFlameError, LinkError
+from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.state import storage_errors
+from edgeflame.state import atomic_write, storage_errors
 
 STATIC = Path(__file__).parent / "static"
 
@@ -209,18 +209,34 @@ def operator_token(state: Path) -> str:
     """The operators' token: from the environment, or generated once and kept in the state folder.
 
     Raises:
-        StorageError: its file can be neither read nor written.
+        StorageError: its file can be neither read nor written, or holds no token: it is empty or damaged.
+        UsageError: the one of the environment is blank, or cannot be sent in a request.
     """
     if given := os.environ.get(TOKEN_VARIABLE):
-        return given
+        if (token := _as_token(given.encode(errors="surrogateescape"))) is None:
+            raise UsageError(f"{TOKEN_VARIABLE} is set but holds no token; unset it, or put one in")
+        return token
     path = state / TOKEN_FILE
-    with storage_errors(path, "keep the operator's token"):
-        if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(secrets.token_urlsafe(12) + "\n")
+    with storage_errors(path, "read the operator's token"):
+        try:
+            kept = path.read_bytes()
+        except FileNotFoundError:
+            kept = f"{secrets.token_urlsafe(12)}\n".encode()
+            # Whole or not at all: half a token on a full disk would be a guessable one from the next start on.
+            atomic_write(path, kept, mode=0o600)
             log.info("operator_token_made", file=str(path))
-        return path.read_text().strip()
+    if (token := _as_token(kept)) is None:
+        raise StorageError(f"{path}: empty or damaged: delete it, and the next start makes another")
+    return token
+
+
+def _as_token(data: bytes) -> str | None:
+    """The token that a file or variable holds; None where there is none that a request could carry."""
+    try:
+        token = data.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    return token if token and token.isprintable() else None
 
 
 @contextlib.contextmanager

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import http.client
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +38,7 @@ from edge.web.page import OperatorPage
 from edge.web.server import operator_token, serve_page
 from edgeflame.config import parse_config
 from edgeflame.drift_reference import STREAMS
-from edgeflame.errors import ConfigError, LinkError, StorageError
+from edgeflame.errors import ConfigError, LinkError, StorageError, UsageError
 from edgeflame.images import read_image, write_image
 from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, RunningModel
 from tests.support.inspection_results import result
@@ -143,6 +146,7 @@ def station(
     *,
     cameras: Sequence[str] = ("camera",),
     golden: SelfTestConfig | None = None,
+    token: str = TOKEN,
     **keys: Any,
 ) -> Iterator[tuple[OperatorPage, str]]:
     """A page over real cameras, whose parts are shown by hand; with drift and golden parts as in a daemon."""
@@ -174,7 +178,7 @@ def station(
             metrics=metrics,
             feedback=FeedbackStore(folder / "marks"),
             deliverers=[],
-            token=TOKEN,
+            token=token,
         )
         with serve_page(opened, config) as address:
             yield opened, address
@@ -400,6 +404,50 @@ def test_the_token_is_made_once_and_kept_for_its_owner_alone(tmp_path: Path, mon
     assert (tmp_path / "operator-token").stat().st_mode & 0o777 == 0o600
     monkeypatch.setenv("EDGEFLAME_OPERATOR_TOKEN", "from-outside")
     assert operator_token(tmp_path) == "from-outside"
+    monkeypatch.setenv("EDGEFLAME_OPERATOR_TOKEN", " \t")
+    with pytest.raises(UsageError, match="holds no token"):
+        operator_token(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\n", b"\xff\xfe\x00", b"\x00" * 17, b"abc\x00def\n"])
+def test_an_empty_or_damaged_token_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    monkeypatch.delenv("EDGEFLAME_OPERATOR_TOKEN", raising=False)
+    (tmp_path / "operator-token").write_bytes(damage)
+    with pytest.raises(StorageError, match="operator-token: empty or damaged"):
+        operator_token(tmp_path)
+    (tmp_path / "operator-token").unlink()
+    assert operator_token(tmp_path)
+
+
+def test_a_page_is_never_served_with_an_empty_token(tmp_path: Path, package_file: Path) -> None:
+    with pytest.raises(UsageError, match="needs a token"), station(tmp_path, package_file, token=""):
+        pass
+
+
+_ON_A_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from edge.web.server import operator_token
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4, resource.RLIM_INFINITY))
+operator_token(Path(sys.argv[1]))
+"""
+
+
+def test_a_full_disk_leaves_no_token_rather_than_a_piece_of_one(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "EDGEFLAME_OPERATOR_TOKEN"}
+    ended = subprocess.run(
+        [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "StorageError" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 _WATCH_SHIFTS = """
