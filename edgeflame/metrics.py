@@ -6,12 +6,15 @@ hands it to whoever asks. It answers on a thread of its own and never touches th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
+from wsgiref.simple_server import WSGIRequestHandler
 
 from edgeflame.errors import LinkError, UsageError, require_extra
+from edgeflame.listener import IDLE_S, BoundedListener
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family
@@ -38,6 +41,13 @@ class Metric:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
+class _QuietHandler(WSGIRequestHandler):
+    timeout = IDLE_S
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the base class
+        """Say nothing of a request: a line for each would be too many."""
+
+
 class MetricsServer:
     """Serves ``http://HOST:PORT/metrics`` from construction to :meth:`close`; a context manager.
 
@@ -53,7 +63,8 @@ class MetricsServer:
     def __init__(self, address: str) -> None:
         host, port = _parse(address)
         with require_extra("metrics", "metrics need prometheus-client"):
-            from prometheus_client import CollectorRegistry, start_http_server
+            from prometheus_client import CollectorRegistry
+            from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
             from prometheus_client.registry import Collector
         self._shown: tuple[Metric, ...] = ()
         server = self
@@ -65,9 +76,18 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(Shown())
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            listener = BoundedListener.bound_to(host, port)
         except OSError as exc:
             raise LinkError(f"--metrics {address}: cannot listen there ({exc.strerror or exc})") from exc
+        self._server = ThreadingWSGIServer(listener.getsockname()[:2], _QuietHandler, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = listener
+        # What ``server_bind`` would have set: the application's environment.
+        self._server.server_name, self._server.server_port = listener.getsockname()[:2]
+        self._server.setup_environ()
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="edgeflame-metrics", daemon=True)
+        self._thread.start()
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def show(self, metrics: Sequence[Metric]) -> None:

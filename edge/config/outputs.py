@@ -154,6 +154,9 @@ class ImagesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Days after which a picture is deleted; if left out, its age does not matter."""
 
 
+HostName = Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,253}$", description="a host's name without a port")]
+"""A name of a host."""
+
 _LISTEN = re.compile(r"(?P<host>\[[0-9A-Fa-f:]+\]|[A-Za-z0-9.-]+):(?P<port>[0-9]{1,5})", re.ASCII)
 
 
@@ -162,6 +165,10 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     listen: Annotated[str, BASIC] = "127.0.0.1:8080"
     """``host:port``; ``0.0.0.0:8080`` for every interface: whoever reaches it sees the pictures."""
+    names: tuple[HostName, ...] = ()
+    """Names under which browsers open the page, as in ``http://line-1.plant.example:8080``. It is always served under
+    addresses, ``localhost`` and the machine's own names; other names are refused, since a page elsewhere may have its
+    own name lead here."""
     stale_after_s: Positive = 30.0
     """Without a part for this many seconds the line is not ready (``/readiness``), and the page says so."""
     recent: Annotated[int, Meta(ge=1, le=100)] = 8

@@ -21,7 +21,6 @@ import contextlib
 import os
 import re
 import secrets
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -36,9 +35,11 @@ from starlette.routing import Route
 
 from edge.config.outputs import WebConfig
 from edge.web.feedback import TrueLabel
+from edge.web.guard import Guard
 from edge.web.metrics import CONTENT_TYPE
 from edge.web.page import OperatorPage, PageRequest, http_status_of
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
+from edgeflame.listener import IDLE_S, BoundedListener
 from edgeflame.log import EventLog
 from edgeflame.state import atomic_write, storage_errors
 
@@ -48,6 +49,8 @@ _EVENT_INTERVAL_S = 0.25
 """Least time between two events, seconds; parts may come every ten milliseconds."""
 
 _MAX_BODY_BYTES = 10_000
+
+_KEY = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 _HEADERS = {
     # Everything is loaded from this server, and no other site may frame the page.
@@ -84,11 +87,12 @@ def build_app(page: OperatorPage) -> Starlette:
 
     async def picture(request: Request) -> Response:
         kind, side = request.path_params["kind"], request.query_params.get("side", "960")
+        key = _key(request)
         if kind not in ("plain", "heat") or not re.fullmatch(r"[1-9][0-9]{1,3}", side, re.ASCII):
             return _problem(404, "plain.jpg or heat.jpg, with ?side=10..9999")
-        data = await asyncio.to_thread(
-            page.history.picture, int(request.path_params["key"]), with_heat=kind == "heat", side=int(side)
-        )
+        data = None
+        if key is not None:
+            data = await asyncio.to_thread(page.history.picture, key, with_heat=kind == "heat", side=int(side))
         if data is None:
             return _problem(404, "this part's picture is no longer kept")
         # A key names one part for as long as the daemon runs, but not over its restart.
@@ -97,13 +101,14 @@ def build_app(page: OperatorPage) -> Starlette:
     async def mark(request: Request) -> Response:
         if not page.may_change(request):
             return _not_taken(request)
-        if (body := await _body(request)) is None:
-            return _problem(413, "too long")
+        if not isinstance(body := await _body(request), bytes):
+            return body
         try:
             was = msgspec.json.decode(body, type=_MarkBody).was
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             return _problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
-        part = page.history.part(int(request.path_params["key"]))
+        key = _key(request)
+        part = None if key is None else page.history.part(key)
         if part is None:
             return _problem(404, "this part is no longer kept")
         try:
@@ -117,8 +122,8 @@ def build_app(page: OperatorPage) -> Starlette:
     async def do(request: Request) -> Response:
         if not page.may_change(request):
             return _not_taken(request)
-        if (body := await _body(request)) is None:
-            return _problem(413, "too long")
+        if not isinstance(body := await _body(request), bytes):
+            return body
         try:
             order = msgspec.json.decode(body, type=PageRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -150,8 +155,8 @@ def build_app(page: OperatorPage) -> Starlette:
             Route("/api/line", line),
             Route("/api/view", view),
             Route("/api/events", events),
-            Route("/parts/{key:int}/{kind}.jpg", picture),
-            Route("/api/parts/{key:int}/mark", mark, methods=["POST"]),
+            Route("/parts/{key}/{kind}.jpg", picture),
+            Route("/api/parts/{key}/mark", mark, methods=["POST"]),
             Route("/api/cameras/{camera}/do", do, methods=["POST"]),
             Route("/metrics", metrics),
             Route("/healthz", healthz),
@@ -174,14 +179,29 @@ async def _events(page: OperatorPage, camera: str | None) -> AsyncIterator[bytes
         quiet += _EVENT_INTERVAL_S
 
 
-async def _body(request: Request) -> bytes | None:
-    """A request's body; None if it is too long."""
+async def _body(request: Request) -> bytes | Response:
+    """A request's body, or the answer to one that is too long, or too slow."""
+    try:
+        return await asyncio.wait_for(_read(request), IDLE_S)
+    except ValueError:
+        return _problem(413, "too long")
+    except (TimeoutError, asyncio.TimeoutError):
+        return _problem(408, "too slow")
+
+
+async def _read(request: Request) -> bytes:
     body = b""
     async for piece in request.stream():
         body += piece
         if len(body) > _MAX_BODY_BYTES:
-            return None
+            raise ValueError
     return body
+
+
+def _key(request: Request) -> int | None:
+    """The number of a part in a path; None if it is none that a part can have."""
+    key = request.path_params["key"]
+    return int(key) if _KEY.fullmatch(key) else None
 
 
 def _json(value: Any) -> Response:
@@ -249,16 +269,20 @@ def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
     listener = listen(config)
     server = uvicorn.Server(
         uvicorn.Config(
-            build_app(page),
+            Guard(build_app(page), config, listener),
+            http="h11",
+            ws="none",
             # uvicorn's own logs are off; a line for every request would be too many.
             log_config=None,
             access_log=False,
+            # A connection is known by the address that it came from, whatever a proxy says.
+            proxy_headers=False,
             lifespan="off",
             timeout_graceful_shutdown=1,
         )
     )
     # The daemon handles signals; uvicorn takes them only on the main thread, which this is not.
-    thread = threading.Thread(target=server.run, args=([listener],), name="edgeflame-web", daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(_serve(server, listener),), name="edgeflame-web", daemon=True)
     thread.start()
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -272,22 +296,26 @@ def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
         listener.close()
 
 
-def listen(config: WebConfig) -> socket.socket:
+async def _serve(server: uvicorn.Server, listener: BoundedListener) -> None:
+    async def close_idle() -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            listener.close_idle()
+
+    closing = asyncio.create_task(close_idle())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        closing.cancel()
+
+
+def listen(config: WebConfig) -> BoundedListener:
     """A listening socket on the page's address.
 
     Raises:
         LinkError: the address cannot be listened on.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(64)
-        except OSError:
-            listener.close()
-            raise
+        return BoundedListener.bound_to(config.host, config.port)
     except OSError as exc:
         raise LinkError(f"web.listen: cannot listen on {config.listen} ({exc.strerror or exc})") from exc
-    return listener
