@@ -55,9 +55,16 @@ def golden_message(checks: tuple[GoldenCheck, ...]) -> str:
 
 
 def last_due(times: Sequence[dt.time], now: dt.datetime) -> dt.datetime | None:
-    """The latest moment not after ``now`` (local time, aware) at which a test was due; None without times."""
+    """The latest moment not after ``now`` (aware) at which a test was due by this machine's clock; None without times.
+
+    Each day is reckoned by the rules of its own: a time that comes twice, when summer time ends, is the first of the
+    two; one that is skipped, when it begins, is an hour later.
+    """
+    today = now.astimezone().date()
     moments = [
-        dt.datetime.combine(now.date() - dt.timedelta(days=back), time, now.tzinfo) for back in (0, 1) for time in times
+        dt.datetime.combine(today - dt.timedelta(days=back), time).astimezone(dt.timezone.utc)
+        for back in (0, 1)
+        for time in times
     ]
     return max((moment for moment in moments if moment <= now), default=None)
 
@@ -116,7 +123,7 @@ class GoldenTester:
         config: section ``[self_test]``.
         folder: for the last test and the history; None: nothing outlives the run.
         on_change: called after every test and acknowledgement.
-        now: returns the local time, aware.
+        now: returns the time, aware.
 
     Raises:
         ConfigError: the configured folder has no photographs.
@@ -129,7 +136,7 @@ class GoldenTester:
         *,
         folder: Path | None,
         on_change: Callable[[], None] = lambda: None,
-        now: Callable[[], dt.datetime] = lambda: dt.datetime.now().astimezone(),
+        now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.timezone.utc),
     ) -> None:
         self._worker = worker
         self._config = config

@@ -20,6 +20,10 @@ jumps, as "not inspected". While the connection is down verdicts cannot be writt
 next one shows the jump, and the heartbeat has stopped meanwhile. They are not written later, when the machine would
 take them for those of other parts. A missed part's number is shown with verdict 0.
 
+After any write that failed, of a heartbeat too, verdict 0 is shown until the next part: a PLC that was switched off has
+empty registers, in which the last part's number and verdict would look like those of a new part. For the same reason
+the first write over a new connection is a heartbeat without a verdict.
+
 A verdict that is written after its part's deadline is always 3, unknown, with the bit for late: a PLC that has given
 the part up must not see a pass.
 """
@@ -127,9 +131,9 @@ class PlcSink:
             with self._changed:
                 while not self._waiting and not stop.is_set() and time.monotonic() < next_beat:
                     self._changed.wait(max(0.0, next_beat - time.monotonic()))
-                part = self._waiting.popleft() if self._waiting else None
-                if part is None and stop.is_set():
+                if not self._waiting and stop.is_set():
                     break
+                part = self._waiting.popleft() if self._waiting and self._is_up else None
                 registers = self._registers(part)
             written = self._write(registers)
             if time.monotonic() >= next_beat:
@@ -174,16 +178,15 @@ class PlcSink:
     def _drop_waiting(self, in_hand: bool) -> None:
         """After a failed write: wait ``_RETRY_S``, unless closing, then drop and count all verdicts that wait.
 
-        The next heartbeat shows the last part's number without a verdict.
+        The next heartbeat shows the last part's number without a verdict, whatever was in the failed write.
         """
         with self._changed:
             self._changed.wait_for(self._thread.stop.is_set, _RETRY_S)
             missed = len(self._waiting) + in_hand
             self._number = (self._number + len(self._waiting) - 1) % 0xFFFF + 1 if self._waiting else self._number
             self._waiting.clear()
-            if missed:
-                self.num_missed += missed
-                self._shown = None
+            self.num_missed += missed
+            self._shown = None
 
 
 def _words(number: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,6 @@ from tests.support.small_package import LEARNING, bad_image, good_image, write_i
 from tests.support.waiting import wait_for
 
 QUICK = DriftConfig(parts_per_year=20_000, alike=1, max_per_s=1e6, learn=60)
-TZ = dt.timezone(dt.timedelta(hours=2))
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ class TestGolden:
 
     def test_by_the_clock(self, tmp_path: Path, package_with_reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("edge.golden_parts._POLL_S", 0.01)
-        now = dt.datetime(2026, 3, 4, 5, 59, tzinfo=TZ)
+        now = dt.datetime(2026, 3, 4, 5, 59).astimezone()
         golden = SelfTestConfig(folder=str(photographs(tmp_path / "golden")), times=("06:00", "14:00"))
         source = str(write_images(tmp_path / "photos"))
         with daemon(tmp_path, package_with_reference, source=source) as running:
@@ -311,7 +311,7 @@ class TestGolden:
                 # Yesterday's was missed while nothing ran.
                 wait_for(lambda: first.status().last is not None, "the test that was missed")
                 at = first.status().last
-                now = dt.datetime(2026, 3, 4, 6, 0, 1, tzinfo=TZ)
+                now = dt.datetime(2026, 3, 4, 6, 0, 1).astimezone()
                 wait_for(lambda: first.status().last is not at, "the test at six")
             again = GoldenTester(worker, golden, folder=tmp_path / "kept", now=lambda: now)
             kept = again.status().last
@@ -338,9 +338,31 @@ class TestGolden:
     )
     def test_when_a_test_is_due(self, last: str | None, now: str, due: bool) -> None:
         times = [dt.time(6), dt.time(14), dt.time(22)]
-        moment = None if last is None else dt.datetime.fromisoformat(last).replace(tzinfo=TZ)
-        assert is_due(times, moment, dt.datetime.fromisoformat(now).replace(tzinfo=TZ)) is due
-        assert not is_due([], moment, dt.datetime.fromisoformat(now).replace(tzinfo=TZ))
+        moment = None if last is None else dt.datetime.fromisoformat(last).astimezone()
+        assert is_due(times, moment, dt.datetime.fromisoformat(now).astimezone()) is due
+        assert not is_due([], moment, dt.datetime.fromisoformat(now).astimezone())
+
+    @pytest.mark.parametrize("clock", ["06:00", "02:30", "00:00"])
+    @pytest.mark.parametrize(("year", "month", "day"), [(2026, 3, 29), (2026, 10, 25)])
+    def test_one_test_a_day_also_when_summer_time_begins_and_ends(
+        self, clock: str, year: int, month: int, day: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        try:
+            now = dt.datetime(year, month, day - 1).astimezone(dt.timezone.utc)
+            end = dt.datetime(year, month, day + 2).astimezone(dt.timezone.utc)
+            last, tests = now, []
+            while now < end:
+                if is_due([dt.time.fromisoformat(clock)], last, now.astimezone()):
+                    last = now
+                    tests.append(now.astimezone())
+                now += dt.timedelta(minutes=5)
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+        assert [moment.day for moment in tests] == list(range(day - 1, day + 2))[-len(tests) :]
+        assert len(tests) == (3 if clock != "00:00" else 2)
 
     @pytest.mark.parametrize(
         "keys", [{"times": ["25:00"], "folder": "x"}, {"times": ["06:00"]}, {"wait_s": 0}, {"times": ["now"]}]

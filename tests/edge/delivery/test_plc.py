@@ -98,6 +98,21 @@ def test_verdicts_of_an_outage_are_counted_and_never_written_late(plc: Plc, sink
     assert plc.registers[4:8] == [0, 2, 0, 3]
 
 
+def test_a_plc_that_was_switched_off_and_on_between_parts_gets_no_old_verdict(plc: Plc, sink: PlcSink) -> None:
+    for sequence in range(3):
+        sink.accept(inspected(sequence, "pass"))
+    wait_for(lambda: plc.registers[:2] == [3, 1], "the third part is written")
+    plc.stop()
+    wait_for(lambda: not sink.is_connected, "a heartbeat has failed")
+    plc.writes.clear()
+    plc.start()  # with registers of zeros
+    wait_for(lambda: len(plc.writes) >= 3, "the heart beats again")
+    sink.accept(inspected(3, "fail"))
+    wait_for(lambda: plc.registers[0] == 4, "the fourth part is written")
+    assert verdicts(plc) == [(3, 0), (4, 2)]
+    assert sink.num_missed == 0
+
+
 def test_a_plc_that_refuses_is_no_end_of_the_line(plc: Plc) -> None:
     sink = PlcSink(ModbusConfig(host="127.0.0.1", port=plc.port, register=60_000, heartbeat_s=0.05))
     sink.accept(inspected(0))
