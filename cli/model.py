@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,9 +65,10 @@ def verify(
     from edgeflame.package import read_package
     from edgeflame.signing import read_signature, verify_signature
 
-    package = read_package(package_file)
+    accept = None if public_key is None else partial(verify_signature, public_key=public_key)
+    package = read_package(package_file, accept=accept)
     signature = read_signature(package)
-    verified = None if public_key is None else verify_signature(package, public_key)
+    verified = signature.key_id if signature is not None and public_key is not None else None
     graph = package.model_onnx
     if onnx_file is not None:
         try:

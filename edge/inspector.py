@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from edge.verdict import Observation, make_result, with_evidence
 from edge.view import View
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.log import EventLog
-from edgeflame.package import Package, read_package
+from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import verify_signature
 
 
@@ -303,11 +304,13 @@ class InspectorLoader:
         with self._lock:
             package = self._packages.get(file)
             if package is None:
-                package = read_package(file)
-                if self._public_key is not None:
-                    log.info("signature_verified", file=file.name, key=verify_signature(package, self._public_key))
+                package = read_package(file, accept=partial(self._verify, file))
                 self._packages[file] = package
             return package
+
+    def _verify(self, file: Path, head: PackageHead) -> None:
+        if self._public_key is not None:
+            log.info("signature_verified", file=file.name, key=verify_signature(head, self._public_key))
 
     def forget(self) -> None:
         """Forget all packages, so that files changed meanwhile are read again."""

@@ -10,7 +10,7 @@ A zip without compression of
     signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
 
 Nothing in it is executed on loading, nothing is read before its size is known to be plausible, and it is written
-whole or not at all.
+whole or not at all. Whoever asks for a signature has it verified before anything but the manifest is read.
 
 Reference images are a few good images, and the trained model's scores of them. A runtime that scores them
 otherwise is not running the model that was trained, and is refused. The images leave the site with the
@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,11 +34,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame import __version__
+from edgeflame.archive import Archive, open_archive, write_archive
 from edgeflame.drift_reference import DriftReference, decode_drift_reference, encode_drift_reference
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.images import ImageU8, Preprocessing, decode_image
 from edgeflame.methods import Learning, RejectUnit
-from edgeflame.state import atomic_writer
 from edgeflame.statistics.codec import PackageStatistics, decode_statistics, encode_statistics
 
 
@@ -114,67 +113,6 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         return notes
 
 
-def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write members in their order, whole or not at all; an existing file is replaced atomically.
-
-    Raises:
-        StorageError: it cannot be written; an old file at ``path`` is intact.
-    """
-    with atomic_writer(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            # A fixed time stamp: the same model gives the same file.
-            archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
-
-
-def check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
-    """Members together are no larger than the file: entries that share bytes could otherwise multiply it.
-
-    Raises:
-        PackageError: they are.
-    """
-    # Compressed ones are refused when they are read.
-    stored = [info.file_size for info in archive.infolist() if info.compress_type == zipfile.ZIP_STORED]
-    claimed, there = sum(stored), path.stat().st_size
-    if claimed > there:
-        raise PackageError(
-            f"{path}: not a model package, or damaged (its members claim {claimed} bytes, the file has {there})"
-        )
-
-
-def read_small_member(path: Path, archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes | None:
-    """A member with a limit of its own, None if there is none of that name.
-
-    Raises:
-        PackageError: it is compressed or too large.
-    """
-    try:
-        info = archive.getinfo(name)
-    except KeyError:
-        return None
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
-        raise PackageError(f"{path}: not a model package (its {name} is compressed or too large)")
-    return archive.read(info)
-
-
-def read_member(path: Path, archive: zipfile.ZipFile, name: str, *, sha256: str | None) -> bytes:
-    """A member whose hash is known.
-
-    Raises:
-        PackageError: it is missing, compressed, or not the one with that hash.
-    """
-    try:
-        info = archive.getinfo(name)
-    except KeyError as exc:
-        raise PackageError(f"{path}: {name} is missing") from exc
-    # Members are stored, so none can be larger than the file that holds it.
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
-        raise PackageError(f"{path}: {name} is compressed or larger than the package")
-    data = archive.read(info)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise PackageError(f"{path}: {name} was altered or damaged (its SHA-256 is not the manifest's)")
-    return data
-
-
 DEFAULT_REFERENCES = 4
 MAX_REFERENCES = 64
 """Each costs the start of an inspection one image's time."""
@@ -247,6 +185,11 @@ SIGNATURE_MEMBER = "signature.json"
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest is kilobytes; the round ledger in it grows with rounds and sites, never to this."""
 MAX_SIGNATURE_BYTES = 64 << 10
+_MAX_DRIFT_REFERENCE_BYTES = 4 << 20
+_MAX_BACKBONE_BYTES = 1 << 30
+"""The largest backbone, a Wide ResNet-50 in float32, takes a quarter of it."""
+_HEADER_BYTES = 64 << 10
+"""Room for what a member holds besides the manifest's figures."""
 
 
 class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,6 +236,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.references) > MAX_REFERENCES:
             raise PackageError(f"a package holds at most {MAX_REFERENCES} reference images, not {len(self.references)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageHead:
+    """What can be read of a package before its large members: enough to know whether it is to be read at all."""
+
+    manifest: Manifest
+    manifest_json: bytes
+    """The manifest as it lies in the file: what a signature is over."""
+    signature_json: bytes | None
+    """The signature as it lies in the file; not verified here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,39 +333,28 @@ def new_manifest(
     )
 
 
-def read_package(path: Path) -> Package:
+def read_package(path: Path, *, accept: Callable[[PackageHead], object] | None = None) -> Package:
     """Read and verify a package.
+
+    Args:
+        path: the file.
+        accept: called before anything large is read; raises if the package is not to be read, because of its
+            signature, say.
 
     Raises:
         PackageError: not a package, cut short, altered, or of a format this version does not read.
     """
+    with open_archive(path) as archive:
+        document, manifest = _read_manifest(path, archive)
+        signature = archive.read_small(SIGNATURE_MEMBER, MAX_SIGNATURE_BYTES)
+        if accept is not None:
+            accept(PackageHead(manifest=manifest, manifest_json=document, signature_json=signature))
+        members = read_members(path, archive, manifest)
+        sha256 = archive.file_sha256()
+    condition = members.get(DRIFT_REFERENCE_MEMBER)
+    pngs = [members[reference_member(index)] for index in range(len(manifest.references))]
     try:
-        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            check_sizes(path, archive)
-            document, manifest = _read_manifest(path, archive)
-            digests = manifest.sha256
-            model_onnx = read_member(path, archive, MODEL_MEMBER, sha256=digests.get(MODEL_MEMBER))
-            statistics = read_member(path, archive, STATISTICS_MEMBER, sha256=digests.get(STATISTICS_MEMBER))
-            names = [reference_member(index) for index in range(len(manifest.references))]
-            pngs = [read_member(path, archive, name, sha256=digests.get(name)) for name in names]
-            condition = (
-                read_member(path, archive, DRIFT_REFERENCE_MEMBER, sha256=digests[DRIFT_REFERENCE_MEMBER])
-                if DRIFT_REFERENCE_MEMBER in digests
-                else None
-            )
-            signature = read_small_member(path, archive, SIGNATURE_MEMBER, MAX_SIGNATURE_BYTES)
-            stream.seek(0)
-            digest = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError as exc:
-        raise PackageError(f"{path}: no such model package") from exc
-    except OSError as exc:
-        raise PackageError(f"{path}: cannot be read ({exc.strerror})") from exc
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as exc:
-        raise PackageError(f"{path}: not a model package, or cut short ({exc})") from exc
-    try:
-        decoded = decode_statistics(statistics)
+        decoded = decode_statistics(members[STATISTICS_MEMBER])
         described_condition = None if condition is None else decode_drift_reference(condition)
     except (DataError, NumericalError, PackageError) as exc:
         raise PackageError(f"{path}: {exc}") from exc
@@ -420,9 +363,9 @@ def read_package(path: Path) -> Package:
         raise PackageError(f"{path}: the statistics are not those the manifest describes")
     return Package(
         manifest=manifest,
-        model_onnx=model_onnx,
+        model_onnx=members[MODEL_MEMBER],
         statistics=decoded,
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         references=tuple(
             ReferenceImage(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
         ),
@@ -432,8 +375,52 @@ def read_package(path: Path) -> Package:
     )
 
 
-def _read_manifest(path: Path, archive: zipfile.ZipFile) -> tuple[bytes, Manifest]:
-    data = read_small_member(path, archive, MANIFEST_MEMBER, MAX_MANIFEST_BYTES)
+def read_members(path: Path, archive: Archive, manifest: Manifest) -> dict[str, bytes]:
+    """All members but manifest and signature, by name: hashed first, then read.
+
+    Raises:
+        PackageError: one is missing, altered or larger than the manifest allows; or there is one that no package has.
+    """
+    bounds = _member_bounds(manifest)
+    unknown = archive.names - bounds.keys() - {MANIFEST_MEMBER, SIGNATURE_MEMBER}
+    if unknown:
+        raise PackageError(
+            f"{path}: not a model package that EdgeFlame {__version__} reads (there is {min(unknown)[:80]!r} in it; "
+            f"it was written by {manifest.edgeflame_version[:20]})"
+        )
+    for name, max_bytes in bounds.items():
+        archive.check_hash(name, sha256=manifest.sha256.get(name), max_bytes=max_bytes)
+    return {
+        name: archive.read(name, sha256=manifest.sha256.get(name), max_bytes=max_bytes)
+        for name, max_bytes in bounds.items()
+    }
+
+
+def _member_bounds(manifest: Manifest) -> dict[str, int]:
+    """The members that a package with this manifest has, and how many bytes each may be."""
+    positions, channels = math.prod(manifest.grid), manifest.num_channels
+    if manifest.num_prototypes:
+        num_values = (manifest.num_prototypes + channels + 1) * channels
+    else:
+        num_values = positions * (channels * (1 + manifest.rank) + manifest.rank + 1)
+    statistics_bytes = 4 * num_values + _HEADER_BYTES
+    size = manifest.learning.input
+    bounds = {
+        # The graph holds the statistics, and what is computed of them.
+        MODEL_MEMBER: _MAX_BACKBONE_BYTES + 4 * statistics_bytes,
+        STATISTICS_MEMBER: statistics_bytes,
+        **{
+            reference_member(index): 4 * size.width * size.height + _HEADER_BYTES
+            for index in range(len(manifest.references))
+        },
+    }
+    if DRIFT_REFERENCE_MEMBER in manifest.sha256:
+        bounds[DRIFT_REFERENCE_MEMBER] = _MAX_DRIFT_REFERENCE_BYTES
+    return bounds
+
+
+def _read_manifest(path: Path, archive: Archive) -> tuple[bytes, Manifest]:
+    data = archive.read_small(MANIFEST_MEMBER, MAX_MANIFEST_BYTES)
     if data is None:
         raise PackageError(f"{path}: not a model package (no {MANIFEST_MEMBER} in it)")
     try:

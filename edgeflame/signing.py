@@ -11,14 +11,14 @@ import base64
 import binascii
 import hashlib
 import os
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgeflame.archive import open_archive, write_archive
 from edgeflame.errors import PackageError, StorageError, UsageError, require_extra
-from edgeflame.package import SIGNATURE_MEMBER, Package, read_package, write_archive
+from edgeflame.package import MANIFEST_MEMBER, SIGNATURE_MEMBER, Package, PackageHead, read_members, read_package
 from edgeflame.state import fsync_folder
 
 if TYPE_CHECKING:
@@ -107,19 +107,14 @@ def sign_package(path: Path, private_key: Path) -> str:
         key_id=identity,
         signature=base64.b64encode(key.sign(PREFIX + package.manifest_json)).decode(),
     )
-    # Only what the manifest vouches for is carried over.
-    with zipfile.ZipFile(path) as archive:
-        kept = [name for name in archive.namelist() if name in package.manifest.sha256]
-        members = {name: archive.read(name) for name in kept}
-    for name, data in members.items():
-        if hashlib.sha256(data).hexdigest() != package.manifest.sha256[name]:
-            raise PackageError(f"{path}: {name} changed while it was being signed")
+    with open_archive(path) as archive:
+        members = read_members(path, archive, package.manifest)
     document = msgspec.json.format(msgspec.json.encode(signature), indent=2)
-    write_archive(path, {"manifest.json": package.manifest_json, **members, SIGNATURE_MEMBER: document})
+    write_archive(path, {MANIFEST_MEMBER: package.manifest_json, **members, SIGNATURE_MEMBER: document})
     return identity
 
 
-def read_signature(package: Package) -> Signature | None:
+def read_signature(package: Package | PackageHead) -> Signature | None:
     """A package's signature, unverified; None if it has none.
 
     Raises:
@@ -133,10 +128,11 @@ def read_signature(package: Package) -> Signature | None:
         raise PackageError(f"the package's {SIGNATURE_MEMBER} cannot be read ({exc})") from exc
 
 
-def verify_signature(package: Package, public_key: Path) -> str:
+def verify_signature(package: Package | PackageHead, public_key: Path) -> str:
     """Make sure that the holder of a key signed exactly this package.
 
-    What was verified is the package in memory: the file may change afterwards without effect.
+    What was verified is the package in memory: the file may change afterwards without effect. Of a head, read before
+    the rest, it is the manifest; the rest is read by the manifest's hashes.
 
     Returns:
         The key's id.

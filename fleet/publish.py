@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -107,9 +108,8 @@ def describe_package(path: Path, public_key: Path | None) -> Release:
         StorageError: it cannot be read.
         UsageError, MissingDependencyError: see :func:`~edgeflame.signing.verify_signature`.
     """
-    package = read_package(path)
-    if public_key is not None:
-        verify_signature(package, public_key)
+    accept = None if public_key is None else partial(verify_signature, public_key=public_key)
+    package = read_package(path, accept=accept)
     signature = read_signature(package)
     if signature is None:
         raise PackageError(

@@ -97,6 +97,8 @@ class ReleaseFetcher:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._thread.close()
+        # The thread may be left behind in the middle of a check, which is no fault of the package.
+        self._store.forget_check()
 
     def call(self, action: Callable[[], None]) -> None:
         """Run an action on the thread, and wait for its end.

@@ -38,6 +38,11 @@ log = EventLog("models")
 MIN_LATENCIES = 20
 """Number of parts needed for the quantile of the present model's latency."""
 
+_DIED = (
+    "the line's process ended while it checked this package (killed for its memory, or the power failed), and would "
+    "perhaps end again; to have it tried once more: edgeflame model publish --again"
+)
+
 
 @final
 class ModelManager:
@@ -140,11 +145,17 @@ class ModelManager:
         """Check the candidate's package, which is on the disk now, and start its shadow run."""
         entry = self._rollouts.state_of(product)
         assert entry.candidate is not None
-        slot, sha256 = self._rollouts.slots[product], entry.candidate.release.manifest.sha256
+        release = entry.candidate.release
+        slot, sha256 = self._rollouts.slots[product], release.manifest.sha256
+        if self._store.died_checking(release.release):
+            self.reject(product, "died", _DIED)
+            self._store.forget_check()
+            return
         try:
-            path = self._store.adopt(sha256)
-            read_trusted(path, sha256=sha256, product=product, keys=self._keys)
-            slot.inspectors = self._rollouts.open(slot, path, sha256)
+            with self._store.checking(release.release):
+                path = self._store.adopt(sha256)
+                read_trusted(path, sha256=sha256, product=product, keys=self._keys)
+                slot.inspectors = self._rollouts.open(slot, path, sha256)
         except RefusedError as exc:
             self.reject(product, exc.reason, str(exc))
             return

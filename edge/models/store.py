@@ -4,6 +4,7 @@ STATE/models/<sha256>.edgeflame     packages in use or being checked
 STATE/models/incoming/              packages being fetched; see :mod:`edgeflame.transfer.store`
 STATE/models/shadow/<sha256>/       report of a shadow run, and pictures of the parts with the largest differences
 STATE/models/record.json            the decisions; see :mod:`edge.models.state`
+STATE/models/checking               the release being checked; still there at a start, the check ended the process
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.mqtt.messages import Release
-from edgeflame.package import Package, read_package
+from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import public_key_id, read_signature, verify_signature
-from edgeflame.state import fsync_folder, storage_errors
+from edgeflame.state import atomic_write, fsync_folder, storage_errors
 from edgeflame.transfer.store import BlobStore
 
 
@@ -57,7 +58,7 @@ class TrustedKeys:
     def __str__(self) -> str:
         return ", ".join(sorted(self._files))
 
-    def verify(self, package: Package) -> str:
+    def verify(self, package: PackageHead) -> str:
         """Verify a package's signature; returns the id of the key.
 
         Raises:
@@ -94,7 +95,7 @@ def refuse_announced(release: Release, *, keys: TrustedKeys, max_bytes: int) -> 
 
 
 def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) -> Package:
-    """Read a package and check its hash, signature and product.
+    """Read a package and check its signature, product and hash; the first two before anything large is read.
 
     Args:
         path: the package's file.
@@ -106,16 +107,20 @@ def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) ->
         RefusedError: ``package`` (broken, or of a format that is not read), ``hash``, ``unsigned``, ``untrusted``,
             ``altered`` or ``product``.
     """
+
+    def accept(head: PackageHead) -> None:
+        keys.verify(head)
+        found = head.manifest.product
+        if found != product:
+            raise RefusedError("product", f"the package is for {found[:80]!r}, not for {product[:80]!r}")
+
     try:
-        package = read_package(path)
+        package = read_package(path, accept=accept)
     except PackageError as exc:
         # Our path means nothing to the publisher.
         raise RefusedError("package", str(exc).removeprefix(f"{path}: ")) from exc
     if package.sha256 != sha256:
         raise RefusedError("hash", f"the file's SHA-256 is {package.sha256}, announced was {sha256}")
-    keys.verify(package)
-    if package.manifest.product != product:
-        raise RefusedError("product", f"the package is for {package.manifest.product[:80]!r}, not for {product[:80]!r}")
     return package
 
 
@@ -135,7 +140,7 @@ def as_refusal(exc: EdgeFlameError) -> RefusedError:
     return RefusedError(reason, str(exc))
 
 
-MODELS_FOLDER, RECORD_FILE = "models", "record.json"
+MODELS_FOLDER, RECORD_FILE, CHECKING_FILE = "models", "record.json", "checking"
 PUBLISHER_OWNER = "publisher"
 """Owner of unfinished packages in the blob store."""
 
@@ -179,6 +184,26 @@ class PackageStore:
     def has(self, sha256: str) -> bool:
         """Whether a package is in its place, or has arrived."""
         return self.path(sha256).is_file() or sha256 in self.incoming
+
+    @contextlib.contextmanager
+    def checking(self, release: str) -> Iterator[None]:
+        """Keep on the disk, while the block runs, that a release is being checked."""
+        atomic_write(self._root / CHECKING_FILE, release.encode())
+        try:
+            yield
+        finally:
+            self.forget_check()
+
+    def died_checking(self, release: str) -> bool:
+        """Whether a process ended, other than in order, while it was checking a release."""
+        path = self._root / CHECKING_FILE
+        with storage_errors(path, "read"):
+            return path.is_file() and path.read_bytes() == release.encode()
+
+    def forget_check(self) -> None:
+        """Forget which release was being checked: it was decided about, or the process ends in order."""
+        with storage_errors(self._root, "tidy up"):
+            (self._root / CHECKING_FILE).unlink(missing_ok=True)
 
     def prune(self, keep: Collection[str], reports: Collection[str]) -> None:
         """Delete all packages but those of ``keep``, and all reports of shadow runs but ``reports`` (SHA-256 each)."""

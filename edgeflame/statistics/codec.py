@@ -18,6 +18,8 @@ PackageStatistics = LowRankGaussian | MemoryStatistics
 """What a package may score with."""
 
 _GAUSSIAN, _MEMORY = "low_rank_gaussian", "memory"
+_DTYPES = {"F32", "F16"}
+"""What :func:`encode_statistics` writes."""
 
 
 class _GaussianHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,8 +65,13 @@ def decode_statistics(data: bytes) -> PackageStatistics:
         NumericalError: values that cannot be.
     """
     try:
+        header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.pop("__metadata__")
+        kinds = {tensor["dtype"] for tensor in header.values()}
+        if not kinds <= _DTYPES:
+            # Of bytes, float32 would take four times the memory.
+            raise DataError(f"not a package's statistics (values of {', '.join(sorted(kinds))})")
         tensors = {name: array.astype(np.float32) for name, array in safetensors.numpy.load(data).items()}
-        metadata = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if _MEMORY in metadata:
             memory = msgspec.json.decode(metadata[_MEMORY], type=_MemoryHeader)
             return MemoryStatistics(
@@ -75,11 +82,11 @@ def decode_statistics(data: bytes) -> PackageStatistics:
                 transform=tensors["transform"],
                 centre=tensors["centre"],
             )
-        header = msgspec.json.decode(metadata[_GAUSSIAN], type=_GaussianHeader)
+        gaussian = msgspec.json.decode(metadata[_GAUSSIAN], type=_GaussianHeader)
         return LowRankGaussian(
-            grid=header.grid,
-            count=header.count,
-            ridge=header.ridge,
+            grid=gaussian.grid,
+            count=gaussian.count,
+            ridge=gaussian.ridge,
             mean=tensors["mean"],
             basis=tensors["basis"],
             eigenvalues=tensors["eigenvalues"],
@@ -90,6 +97,7 @@ def decode_statistics(data: bytes) -> PackageStatistics:
     except (
         safetensors.SafetensorError,
         msgspec.DecodeError,
+        AttributeError,
         KeyError,
         ValueError,
         IndexError,

@@ -20,13 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeflame.drift_reference import DriftReference, make_stream_reference
-from edgeflame.errors import DataError, PackageError, StorageError
+from edgeflame.errors import DataError, NumericalError, PackageError, StorageError
 from edgeflame.package import (
     DRIFT_REFERENCE_MEMBER,
     MANIFEST_MEMBER,
     MAX_MANIFEST_BYTES,
     MODEL_MEMBER,
     STATISTICS_MEMBER,
+    PackageHead,
     read_package,
     write_package,
 )
@@ -167,6 +168,61 @@ def test_a_compressed_member_is_not_unpacked(path: Path, name: str) -> None:
     refused(path, f"{name} is compressed")
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_member_that_no_package_has_is_refused(path: Path, compression: int, listed: bool) -> None:
+    data = bytes(1 << 20)
+
+    def change(members: dict[str, bytes]) -> None:
+        manifest = json.loads(members[MANIFEST_MEMBER])
+        if listed:
+            manifest["sha256"]["extra.bin"] = hashlib.sha256(data).hexdigest()
+        members[MANIFEST_MEMBER] = json.dumps(manifest).encode()
+
+    rewrite(path, change)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("extra.bin", data, compression)
+    refused(path, r"extra\.bin")
+
+
+def test_a_member_that_is_there_twice_is_refused(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(MODEL_MEMBER, b"")
+    refused(path, "twice")
+
+
+def test_a_directory_of_very_many_members_is_not_read(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        for index in range(20_000):
+            archive.writestr(f"{index:040}", b"")
+    refused(path, "directory is larger")
+
+
+def test_members_are_bounded_by_what_the_manifest_says_of_them(path: Path) -> None:
+    """A few positions and channels need no hundred kilobytes, whoever vouches for their hash."""
+
+    def change(members: dict[str, bytes]) -> None:
+        members[STATISTICS_MEMBER] += bytes(100_000)
+        manifest = json.loads(members[MANIFEST_MEMBER])
+        manifest["sha256"][STATISTICS_MEMBER] = hashlib.sha256(members[STATISTICS_MEMBER]).hexdigest()
+        members[MANIFEST_MEMBER] = json.dumps(manifest).encode()
+
+    rewrite(path, change)
+    refused(path, r"statistics\.safetensors is too large")
+
+
+def test_what_is_not_accepted_by_its_head_is_not_read(path: Path) -> None:
+    """Other members are not even looked for before."""
+    rewrite(path, lambda members: members.__delitem__(MODEL_MEMBER))
+
+    def accept(head: PackageHead) -> None:
+        assert head.manifest.product == "test piece"
+        raise NumericalError("no")
+
+    with pytest.raises(NumericalError, match="no"):
+        read_package(path, accept=accept)
+
+
 @pytest.mark.parametrize("claimed", [MAX_MANIFEST_BYTES + 1, 2**32 - 2])
 def test_a_manifest_that_claims_to_be_huge(path: Path, claimed: int) -> None:
     data = path.read_bytes()
@@ -289,6 +345,13 @@ class TestStatistics:
         for length in range(len(data)):
             with pytest.raises(DataError):
                 decode_statistics(data[:length])
+
+    def test_values_that_would_take_more_memory_than_they_say_are_refused(self) -> None:
+        data = encode_statistics(STATS)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        tensors = {name: array.astype(np.uint8) for name, array in safetensors.numpy.load(data).items()}
+        with pytest.raises(DataError, match="values of U8"):
+            decode_statistics(safetensors.numpy.save(tensors, metadata=metadata))
 
     def test_arrays_that_are_views_keep_their_values(self) -> None:
         """Safetensors alone would write the memory behind the view."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import stat
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +121,6 @@ def test_whatever_is_altered(path: Path, keys: Path, changes: dict[str, Any]) ->
 
 def test_a_member_with_its_hash_made_to_fit(path: Path, keys: Path) -> None:
     """Altering a member and the hash in the manifest breaks the signature instead."""
-    import hashlib
-
     sign_package(path, keys / PRIVATE_KEY)
     old, new = (hashlib.sha256(data).hexdigest().encode() for data in (b"graph" * 50, b"other"))
     rewrite(path, model=lambda data: b"other", manifest=lambda data: data.replace(old, new))
@@ -128,6 +128,30 @@ def test_a_member_with_its_hash_made_to_fit(path: Path, keys: Path) -> None:
     assert package.model_onnx == b"other"
     with pytest.raises(PackageError, match="altered after key"):
         verify_signature(package, keys / PUBLIC_KEY)
+
+
+def test_a_zip_bomb_is_neither_unpacked_nor_signed(path: Path, keys: Path) -> None:
+    data = bytes(1 << 24)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(members[MANIFEST_MEMBER])
+    manifest["sha256"]["padding"] = hashlib.sha256(data).hexdigest()
+    members[MANIFEST_MEMBER] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        archive.writestr("padding", data, zipfile.ZIP_DEFLATED)
+    before = path.read_bytes()
+    with pytest.raises(PackageError, match="padding is compressed"):
+        sign_package(path, keys / PRIVATE_KEY)
+    assert path.read_bytes() == before
+
+
+def test_a_signature_is_verified_before_what_it_covers_is_read(path: Path, keys: Path) -> None:
+    sign_package(path, keys / PRIVATE_KEY)
+    rewrite(path, manifest=lambda data: data + b" ", model=lambda data: data + b"another")
+    with pytest.raises(PackageError, match="altered after key"):
+        read_package(path, accept=partial(verify_signature, public_key=keys / PUBLIC_KEY))
 
 
 def test_keys_are_secret_and_never_overwritten(keys: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeflame.package import Package, ReferenceImage, read_package, write_archive, write_package
+from edgeflame.archive import write_archive
+from edgeflame.package import Package, ReferenceImage, read_package, write_package
 from edgeflame.signing import public_key_id, sign_package, write_keys
 from edgeflame.transfer.protocol import describe_file
 from fleet.publish import describe_package
@@ -72,6 +73,10 @@ def with_members(path: Path, out: Path, change: Callable[[dict[str, bytes]], Non
 
 def unsigned(signed: Path, tmp_path: Path, package: Package) -> Path:
     return with_members(signed, tmp_path / "p", lambda members: members.__delitem__("signature.json"))
+
+
+def unsigned_and_damaged(signed: Path, tmp_path: Path, package: Package) -> Path:
+    return flip(unsigned(signed, tmp_path, package), "statistics.safetensors", 900, tmp_path / "damaged")
 
 
 def of_another_key(signed: Path, tmp_path: Path, package: Package) -> Path:
@@ -141,6 +146,7 @@ def cut_short(signed: Path, tmp_path: Path, package: Package) -> Path:
 
 MADE = [
     (unsigned, "unsigned", "not signed"),
+    (unsigned_and_damaged, "unsigned", "not signed"),
     (of_another_key, "untrusted", "signed with key"),
     (with_a_flipped_bit_in_the_model, "package", "model.onnx"),
     (with_a_flipped_bit_in_the_statistics, "package", "statistics.safetensors"),

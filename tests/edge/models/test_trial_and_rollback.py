@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -255,3 +257,45 @@ def test_a_threshold_of_the_configuration_is_not_for_every_model(signed: Path, k
     (finding,) = _models(plan, loader, None)
     assert finding.level == "problem"
     assert not (tmp_path / "state").exists(), "a check writes nothing"
+
+
+_DIES = """
+import os, sys
+from pathlib import Path
+from edge.models.store import PackageStore
+with PackageStore(Path(sys.argv[1])).checking("1" * 32):
+    os._exit(9)
+"""
+
+
+def test_a_package_whose_check_ended_the_process_is_not_checked_again(
+    embedded: BrokerProcess, signed: Path, referenced: Package, keys: Keys, tmp_path: Path
+) -> None:
+    new = variant(referenced, tmp_path / "new.edgeflame", keys.private)
+    with (
+        Daemon(
+            tmp_path / "line",
+            broker=embedded,
+            model=signed,
+            key=keys.public,
+            source=stream(tmp_path / "parts", [good_image(seed) for seed in range(4)], 20_000),
+            fleet="died",
+            models="shadow_parts = 0\ntrial_parts = 0",
+        ) as daemon,
+        Server(embedded, fleet="died") as server,
+    ):
+        server.max_chunks = 1
+        release = server.announce(new, key=public_key_id(keys.public), release="1" * 32)
+        wait_for(lambda: server.num_chunks == 1, "it is being fetched")
+        daemon.kill()
+        folder = daemon.state / "models"
+        subprocess.run([sys.executable, "-c", _DIES, str(folder)], check=False, timeout=60)
+        assert PackageStore(folder).died_checking("1" * 32)
+        server.max_chunks = None
+        daemon.start()
+        outcome = server.wait_for(release)
+        assert (outcome.fate, outcome.reason) == ("refused", "died")
+        assert "publish --again" in outcome.detail
+        assert not (folder / "checking").exists()
+        server.wait_for(server.announce(new, key=public_key_id(keys.public)), "confirmed")
+        assert not (folder / "checking").exists()
