@@ -32,9 +32,10 @@ from boards.board import DEFECTS, MIN_IMAGE_SIZE, make_board
 from boards.camera import Camera
 from boards.surface import check_range, derive_seed, generator
 from boards.textures import check_texture
-from edgeflame.dataset import GOOD, GROUPS_FILES
+from edgeflame.dataset import GROUPS_FILES
 from edgeflame.errors import DataError
 from edgeflame.images import ImageU8
+from edgeflame.layout import GOOD
 from edgeflame.state import storage_errors
 
 # Five starting points in [0, 1], one for each defect, so that even one part of each kind spans the range.

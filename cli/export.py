@@ -132,8 +132,8 @@ def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
     """``[N, H, W, 3]`` as the graph takes them, from a folder or the package."""
     import numpy as np
 
-    from edgeflame.dataset import list_images
-    from edgeflame.errors import UsageError
+    from edgeflame.dataset import open_dataset
+    from edgeflame.errors import DataError, UsageError
     from edgeflame.images import read_image
     from edgeflame.package import evenly_spaced
     from export.int8 import MAX_CALIBRATION_IMAGES
@@ -143,9 +143,12 @@ def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
         if not package.references:
             raise UsageError("int8 needs good images of the line, and the package holds none: give --calibration DIR")
         return np.stack([reference.image(preprocessing) for reference in package.references])
-    files = list_images(folder)
-    chosen = [files[index] for index in evenly_spaced(len(files), MAX_CALIBRATION_IMAGES)]
-    return np.stack([preprocessing.apply(read_image(file)) for file in chosen])
+    dataset = open_dataset(folder)
+    good = dataset.train or [record for record in dataset.test if record.is_good]
+    if not good:
+        raise DataError(f"{folder}: no good images to calibrate int8 with")
+    chosen = [good[index] for index in evenly_spaced(len(good), MAX_CALIBRATION_IMAGES)]
+    return np.stack([preprocessing.apply(read_image(record.path)) for record in chosen])
 
 
 def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> None:

@@ -21,8 +21,10 @@ from edge.frame import Captured, make_frame
 from edge.result import Result
 from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
 from edgeflame.background import BackgroundThread
+from edgeflame.dataset import image_files
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
-from edgeflame.images import IMAGE_SUFFIXES, read_image
+from edgeflame.images import read_image
+from edgeflame.layout import child_folder
 from edgeflame.log import EventLog
 from edgeflame.state import read_json, storage_errors, write_json
 
@@ -99,19 +101,16 @@ def golden_photographs(folder: Path, product: str) -> list[tuple[Path, Expected]
     kinds: tuple[Expected, ...] = ("good", "bad")
     try:
         for kind in kinds:
-            if (root / kind).is_dir():
-                found += [(file, kind) for file in sorted((root / kind).iterdir()) if _is_image(file)]
-    except OSError as exc:
-        raise ConfigError(f"self_test.folder: {root} cannot be read ({exc.strerror})") from exc
+            photographs = child_folder(root, kind) if root.is_dir() else None
+            if photographs is not None:
+                found += [(file, kind) for file in image_files(photographs)]
+    except (OSError, DataError) as exc:
+        raise ConfigError(f"self_test.folder: {root} cannot be read ({exc})") from exc
     if not found:
         raise ConfigError(
             f"self_test.folder: no photographs in {root / 'good'} or {root / 'bad'} of the product {product!r}"
         )
     return found
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 @final

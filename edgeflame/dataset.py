@@ -8,12 +8,14 @@ MVTec layout::
     ROOT/ground_truth/<defect>/<stem>_mask.png  their masks (optional, per image)
     ROOT/groups.csv                           which photographs show the same part (optional)
 
-Any other folder is read as good images to train on, subfolders included.
+Any other folder is read as good images to train on, subfolders included, as far as their names allow it: see
+``edgeflame.layout``. Names of folders may be written in any case of letters.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +24,11 @@ from typing import Literal
 
 from edgeflame.errors import DataError
 from edgeflame.images import IMAGE_SUFFIXES, ImageU8, Preprocessing, read_image
+from edgeflame.layout import GOOD, FolderLayout, read_layout
 from edgeflame.log import EventLog
 
 log = EventLog("dataset")
 
-GOOD = "good"
 GROUPS_FILES = ("groups.csv", "tiles.csv")
 """Looked for in this order in the data set's root when no groups file is named."""
 
@@ -83,26 +85,26 @@ def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
             the second. Default: ``groups.csv`` or ``tiles.csv`` in ``root``, if there.
 
     Raises:
-        DataError: the folder is not there or holds no image, or the groups file is wrong.
+        DataError: the folder is not there or holds no image, its name or what lies below it says that it is not what
+            is meant (see :func:`edgeflame.layout.read_layout`), or the groups file is wrong.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+    files = list_images(root)
     groups = _read_groups(root, groups_file)
-    if (root / "train" / GOOD).is_dir() or (root / "test").is_dir():
-        train = [_record(root, path, GOOD, groups) for path in _image_files(root / "train" / GOOD)]
-        test = [
-            _record(root, path, folder.name, groups)
-            for folder in sorted((root / "test").glob("*"))
-            if folder.is_dir()
-            for path in _image_files(folder)
-        ]
-    else:
-        train = [_record(root, path, GOOD, groups) for path in _image_files(root)]
-        test = []
+    layout = read_layout(root, files)
+    for folder, count in sorted(layout.left_out.items()):
+        log.warning("folder_left_out", folder=folder, images=count, data=str(root))
+    train = [_record(root, path, GOOD, groups, layout) for path in layout.train]
+    test = [_record(root, path, label, groups, layout) for path, label in layout.test]
     if not train and not test:
-        raise DataError(f"{root}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        folders = ", ".join(sorted(layout.left_out))
+        raise DataError(f"{root}: no good images: the names of its folders say that these are not: {folders}")
     if groups:
         missing = [record.name for record in (*train, *test) if record.name not in groups]
+        if len(missing) == len(train) + len(test):
+            raise DataError(
+                f"{root}: no image is in the groups file; paths such as {missing[0]} are expected, it has "
+                f"{next(iter(groups))}"
+            )
         if missing:
             log.warning("images_without_group", count=len(missing), first=missing[0])
     return Dataset(root=root, train=tuple(train), test=tuple(test), groups_known=bool(groups))
@@ -165,25 +167,47 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    files = _image_files(folder)
+    files = image_files(folder)
     if not files:
         raise DataError(f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+_TOOLS_OWN = frozenset({"__MACOSX", "@eaDir"})
+"""Folders of thumbnails and the like, which archives and file servers leave behind."""
 
 
-def _record(root: Path, path: Path, label: str, groups: dict[str, str]) -> ImageRecord:
+def image_files(folder: Path) -> list[Path]:
+    """Image files below a folder, sorted by path, perhaps none; each folder once, however many links lead to it.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def refuse(exc: OSError) -> None:
+        raise DataError(f"{exc.filename}: the folder cannot be read ({exc.strerror})") from exc
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _TOOLS_OWN)
+        for name in files:
+            path = Path(parent, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and path.is_file():
+                found.append(path)
+    return sorted(found)
+
+
+def _record(root: Path, path: Path, label: str, groups: dict[str, str], layout: FolderLayout) -> ImageRecord:
     name = path.relative_to(root).as_posix()
     mask = None
-    if label != GOOD:
-        truth = root / "ground_truth" / label
+    truth = None if label == GOOD else layout.truth.get(label.casefold())
+    if truth is not None:
         candidates = (truth / f"{path.stem}_mask.png", truth / f"{path.stem}.png", truth / path.name)
         mask = next((candidate for candidate in candidates if candidate.is_file()), None)
     # A photograph without an entry is a part of its own; the prefix keeps it apart from named groups.

@@ -20,9 +20,10 @@ import cv2
 import msgspec
 import numpy as np
 
-from edgeflame.dataset import GOOD, Dataset, ImageRecord, LoadReport, UnreadablePolicy, load_images
+from edgeflame.dataset import Dataset, ImageRecord, LoadReport, UnreadablePolicy, load_images
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask
+from edgeflame.layout import GOOD
 from edgeflame.log import Progress, no_progress
 from edgeflame.package import ThresholdPromise
 from edgeflame.tensors import F32, F64

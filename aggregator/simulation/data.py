@@ -36,9 +36,10 @@ from aggregator.simulation.config import BoardsData, FolderData, Partition, Simu
 from boards.camera import Camera
 from boards.dataset import DatasetSpec, PlannedPart, plan_parts
 from boards.surface import generator
-from edgeflame.dataset import GOOD, GROUPS_FILES, ImageRecord, open_dataset
+from edgeflame.dataset import GROUPS_FILES, ImageRecord, open_dataset
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import ImageU8, read_image, read_mask, write_image
+from edgeflame.layout import GOOD
 from edgeflame.log import Progress
 from edgeflame.state import read_json, storage_errors, write_json
 

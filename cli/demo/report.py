@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cli.demo.plan import CONDITIONS, DemoPlan, DemoSiteResult
 from cli.pages.charts import WIDE, Axis, Chart
 from cli.pages.page import render_page, write_page
-from edgeflame.dataset import GOOD
+from edgeflame.layout import GOOD
 
 if TYPE_CHECKING:
     from edgeflame.images import ImageU8

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from edgeflame.dataset import GOOD
+from edgeflame.layout import GOOD
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ import numpy as np
 from cli.output import THIS_PACKAGE, promise_rows
 from cli.pages.charts import class_styles, histogram_chart, precision_recall_chart, roc_chart
 from cli.pages.page import Example, draw_example, render_page, write_page
-from edgeflame.dataset import GOOD
+from edgeflame.layout import GOOD
 
 if TYPE_CHECKING:
     from edgeflame.package import Package

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cli.pages.charts import histogram_chart
 from cli.pages.page import draw_example, render_page, write_page
-from edgeflame.dataset import GOOD
+from edgeflame.layout import GOOD
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest

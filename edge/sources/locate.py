@@ -9,9 +9,10 @@ from pathlib import Path
 
 from edge.frame import Frame, Source, make_frame
 from edge.sources.address import without_secrets
-from edgeflame.dataset import GOOD, list_images
+from edgeflame.dataset import list_images
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, read_image
+from edgeflame.layout import GOOD, TEST, TRAIN, TRUTH, child_folder, data_sets_in, is_good_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +51,16 @@ def folder_source(folder: Path) -> FileSource:
     folders are taken as labels.
 
     Raises:
-        DataError: no such folder, no image in it, or it is the root of a data set, whose masks are not parts.
+        DataError: no such folder, no image in it, or there is a whole data set, whose masks are not parts.
     """
-    if (folder / "test").is_dir() and ((folder / "train").is_dir() or (folder / "ground_truth").is_dir()):
-        raise DataError(f"{folder}: this is a whole data set; to inspect its test images give {folder / 'test'}")
-    files = []
-    for path in list_images(folder):
-        part_id = path.relative_to(folder).as_posix()
-        files.append((path, part_id, _label(folder, path)))
-    return FileSource(name=str(folder), files=tuple(files))
+    images = list_images(folder)
+    for root, has in sorted(data_sets_in(folder, images).items()):
+        if TEST in has and any(child_folder(root, name) for name in (TRAIN, TRUTH)):
+            test = child_folder(root, TEST)
+            raise DataError(f"{root}: this is a whole data set; to inspect its test images give {test}")
+    has_classes = any(is_good_name(path.relative_to(folder).parts[0]) for path in images)
+    files = tuple((path, path.relative_to(folder).as_posix(), _label(folder, path, has_classes)) for path in images)
+    return FileSource(name=str(folder), files=files)
 
 
 def image_source(path: Path) -> FileSource:
@@ -66,13 +68,14 @@ def image_source(path: Path) -> FileSource:
     return FileSource(name=str(path), files=((path, path.name, None),))
 
 
-def _label(folder: Path, path: Path) -> str | None:
-    if (folder / GOOD).is_dir():
+def _label(folder: Path, path: Path, has_classes: bool) -> str | None:
+    name = None
+    if has_classes:
         parts = path.relative_to(folder).parts
-        return parts[0] if len(parts) > 1 else None
-    if folder.absolute().parent.name == "test":
-        return folder.absolute().name
-    return None
+        name = parts[0] if len(parts) > 1 else None
+    elif folder.absolute().parent.name.casefold() == TEST:
+        name = folder.absolute().name
+    return GOOD if name is not None and is_good_name(name) else name
 
 
 def open_image_source(address: str, *, outbox: Path | None = None) -> Source:

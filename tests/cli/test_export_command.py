@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from cli import cli
 from edge.runtimes.load import open_runtime
-from edgeflame.errors import NegativeAnswerError, PackageError, StorageError, UsageError
+from edgeflame.errors import DataError, NegativeAnswerError, PackageError, StorageError, UsageError
 from edgeflame.package import Package
 from tests.support.small_package import bad_image, good_image, write_images
 
@@ -69,5 +69,10 @@ def test_int8_needs_good_images_and_is_refused_where_it_does_not_agree(
     folder = write_images(tmp_path / "images", good=6, bad=1)
     # The small model measures spreads of a few grey levels, which eight bits cannot tell: nothing may be written.
     with pytest.raises(NegativeAnswerError, match=r"int8 allows 15\.00%"):
+        CliRunner().invoke(cli, [*command, "--calibration", str(folder / "good")], catch_exceptions=False)
+    (folder / "hole").rename(folder / "good" / "defects")
+    for path in (folder / "good").glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match="these are not: defects"):
         CliRunner().invoke(cli, [*command, "--calibration", str(folder / "good")], catch_exceptions=False)
     assert not target.exists()

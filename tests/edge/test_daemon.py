@@ -25,7 +25,7 @@ from edge.control import DaemonControl
 from edge.daemon import open_monitoring
 from edge.drift.monitor import SavedMonitor
 from edge.frame import Captured, make_frame
-from edge.golden_parts import GoldenTester, is_due
+from edge.golden_parts import GoldenTester, golden_photographs, is_due
 from edge.inspector import InspectorLoader
 from edge.result import Inspected, Result
 from edge.status import GoldenReport, GoldenStatus
@@ -317,6 +317,18 @@ class TestGolden:
             kept = again.status().last
             assert kept is not None
             assert kept.at == now
+
+    def test_every_photograph_is_one_however_its_folder_is_written(self, tmp_path: Path) -> None:
+        folder = photographs(tmp_path / "golden")
+        (folder / "bad").rename(folder / "Bad")
+        (folder / "Bad" / "crack").mkdir()
+        (folder / "Bad" / "1.png").rename(folder / "Bad" / "crack" / "1.png")
+        found = [(path.relative_to(folder).as_posix(), kind) for path, kind in golden_photographs(folder, "any")]
+        good = [("good/0.png", "good"), ("good/1.png", "good")]
+        assert found == [*good, ("Bad/0.png", "bad"), ("Bad/crack/1.png", "bad")]
+        (folder / "bad").mkdir()
+        with pytest.raises(ConfigError, match="Bad and bad are there"):
+            golden_photographs(folder, "any")
 
     def test_no_photographs_are_an_error_at_the_start(self, tmp_path: Path, package_with_reference: Path) -> None:
         config = tmp_path / "line.toml"

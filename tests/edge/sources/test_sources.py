@@ -136,3 +136,20 @@ def test_addresses_that_make_no_sense(
 def test_a_camera_that_is_not_there_is_an_error_at_once() -> None:
     with pytest.raises(DataError, match="no such camera"):
         next(iter(open_image_source("camera:63").frames(threading.Event())))
+
+
+@pytest.mark.parametrize(("below", "names"), [("", ("Train", "Test")), ("bottle", ("ground_truth", "test"))])
+def test_a_whole_data_set_is_not_a_folder_of_parts(tmp_path: Path, below: str, names: tuple[str, str]) -> None:
+    root = tmp_path / below
+    write_images(root / names[0])
+    write_images(root / names[1])
+    with pytest.raises(DataError, match=f"to inspect its test images give {root / names[1]}"):
+        read(tmp_path)
+
+
+def test_good_parts_have_one_label_however_their_folder_is_written(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "Test")
+    (folder / "good").rename(folder / "OK")
+    assert [frame.label for frame in read(folder)] == ["good"] * 3 + ["hole"] * 2
+    assert {frame.label for frame in read(folder / "OK")} == {"good"}
+    assert {frame.label for frame in read(folder / "hole")} == {"hole"}
