@@ -6,7 +6,7 @@ What the trainer saw is what the line sees: every image, from whatever source, g
 
 from __future__ import annotations
 
-import re
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,9 @@ import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 
 from edgeflame.errors import ConfigError, DataError, StorageError
+from edgeflame.image_files import ImageFile, jpeg_damage, look_through, other_format
 from edgeflame.state import atomic_write
 
 ImageU8 = npt.NDArray[np.uint8]
@@ -26,9 +26,12 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".
 MAX_INPUT_SIDE = 4096
 """Largest model input side; larger ones are a mistake, not a camera (256 is the default)."""
 
+MAX_PIXELS = 100_000_000
+"""Largest picture that is decoded unless a setting allows more: 300 MB of memory, and more than nearly all cameras."""
 
-MAX_PADDING = 16
-"""Bytes that some cameras put between a JPEG's data and its end; more of them are data that were not understood."""
+if "OPENCV_LOG_LEVEL" not in os.environ:
+    # What it has to say of a file is said by our errors; its own lines would stand among the verdicts.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,38 +155,31 @@ def halved(image: ImageU8, *, height: int, width: int) -> ImageU8:
     return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def decode_image(data: bytes, name: str) -> ImageU8:
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> ImageU8:
     """Decode a complete image file to BGR.
 
     Grey becomes three equal channels, alpha is dropped, 16 bit is scaled by its full range (65535 -> 255),
-    EXIF orientation is applied. A file cut short, or a JPEG whose data break off or make no sense, is refused, where
-    OpenCV alone would fill the rest with grey.
+    EXIF orientation is applied. A file that is cut short, or whose data are damaged as far as anything tells, is
+    refused, where OpenCV alone would fill the rest with grey; so is one that is too large, before it is decoded.
 
     Args:
         data: the whole file.
         name: what to call it in errors.
+        max_pixels: width times height of the largest picture that is decoded.
 
     Returns:
         ``[height, width, 3]`` uint8, BGR.
 
     Raises:
-        DataError: not an image, cut short, damaged, or of a sample type other than 8 or 16 bit.
+        DataError: not an image, cut short, damaged, too large, or of a sample type other than 8 or 16 bit.
     """
-    if not data:
-        raise DataError(f"{name}: the file is empty")
-    if _cut_short(data):
-        raise DataError(f"{name}: the image file is cut short")
-    if _is_bomb(data):
-        raise DataError(f"{name}: not an image that can be decoded (it claims to be far larger than its file can hold)")
+    _require_sound(data, name, max_pixels)
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error as exc:
         raise DataError(f"{name}: not an image that can be decoded ({exc.err})") from exc
     if image is None:
         raise DataError(f"{name}: not an image that can be decoded")
-    damage = _jpeg_damage(data)
-    if damage is not None:
-        raise DataError(f"{name}: the image file is damaged ({damage})")
     if image.dtype == np.uint16:
         return np.asarray((image.astype(np.float32) / 257.0).round(), dtype=np.uint8)
     if image.dtype != np.uint8:
@@ -234,48 +230,31 @@ def write_image(path: Path, image: ImageU8) -> None:
     atomic_write(path, data.data, durable=False)
 
 
-def _is_bomb(data: bytes) -> bool:
-    # OpenCV allocates what a PNG's header and its chunks claim before it looks for their bytes. Deflate packs 1032:1
-    # at best; a binary mask packs eight pixels into a byte on top of that, so what is small anyway is left alone.
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return False
-    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-    if width * height > max(1 << 23, 1032 * len(data)):
-        return True
-    position = 8
-    while position < len(data) and data[position + 4 : position + 8] != b"IEND":
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return position > len(data)
-
-
-def _jpeg_damage(data: bytes) -> str | None:
-    """What libjpeg has to say about a JPEG that OpenCV decodes and keeps silent about; None if nothing.
-
-    Measured on a generated board of 512x512: of 300 copies with 4 kB of zeros in them all are found, of those with 64
-    bytes of noise 61%; in progressive JPEGs fewer. At an eighth of the size it takes a fifth of the decoder's time.
-    """
-    if not data.startswith(b"\xff\xd8"):
-        return None
-    try:
-        simplejpeg.decode_jpeg(
-            data, colorspace="GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1, min_factor=8
+def _require_sound(data: bytes, name: str, max_pixels: int) -> None:
+    """Refuse what must not be decoded, or would be without a word about what is missing."""
+    if not data:
+        raise DataError(f"{name}: the file is empty")
+    file = look_through(data)
+    if file is None:
+        other = other_format(data)
+        said = "" if other is None else f": {other} is not read, only JPEG, PNG, BMP, TIFF and WebP"
+        raise DataError(f"{name}: not an image that can be decoded{said}")
+    largest = max(file.width * file.height, 0 if file.tiff is None else file.tiff.piece_pixels)
+    if largest > max_pixels:
+        raise DataError(
+            f"{name}: {file.width}x{file.height} pixels are more than the {max_pixels / 1e6:g} megapixels that may be "
+            "decoded (max_megapixels)"
         )
-    except ValueError as exc:
-        said = str(exc)
-        padding = re.fullmatch(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9", said)
-        if padding is not None and int(padding[1]) <= MAX_PADDING:
-            return None
-        # Anything else is of a kind that this decoder does not know, and OpenCV does.
-        return said if said.startswith(("Corrupt JPEG data", "Premature end")) else None
-    return None
+    if file.is_cut_short:
+        raise DataError(f"{name}: the image file is cut short")
+    if file.tiff is not None and file.tiff.is_float:
+        raise DataError(f"{name}: expected 8 or 16 bit samples, got float{file.tiff.bits}")
+    damage = _damage(data, file)
+    if damage is not None:
+        raise DataError(f"{name}: the image file is damaged ({damage})")
 
 
-def _cut_short(data: bytes) -> bool:
-    # Some cameras pad a JPEG after its end marker, so the marker is looked for in the last kilobytes.
-    if data.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" not in data[-4096:]
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" not in data[-4096:]
-    if data.startswith(b"BM") and len(data) >= 6:
-        return int.from_bytes(data[2:6], "little") > len(data)
-    return False
+def _damage(data: bytes, file: ImageFile) -> str | None:
+    if file.damage is not None or file.tiff is None:
+        return file.damage or jpeg_damage(data)
+    return file.tiff.damage(data) or next(filter(None, map(jpeg_damage, file.tiff.jpegs(data))), None)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 
 from aggregator.config import AggregateConfig
 from aggregator.control import PauseSite, RequestQueue, StopRun
@@ -62,8 +64,7 @@ from trainer.agent.state import FinishRecord, SiteState
 
 CASES = int(os.environ.get("EDGEFLAME_FUZZ", "100"))
 MAX_GROWTH_BYTES = 300 << 20
-"""Of the whole process, Hypothesis's own memory included; a single bomb let through would be far above. Most of it is
-for images: a flat one of 8 megapixels at 16 bit may be true, and takes 250 MB on its way to 8 bit."""
+"""Of the whole process, Hypothesis's own memory included; a single bomb let through would be far above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +156,6 @@ def targets(folder: Path) -> dict[str, Target]:
     private, public = folder / "keys" / PRIVATE_KEY, folder / "keys" / PUBLIC_KEY
     sign_package(package, private)
     sound = read_package(package)
-    image = folder / "image.png"
-    write_image(image, np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     base = folder / "base.safetensors"
     base.write_bytes(tensors(folder))
     write_bank(
@@ -320,12 +319,15 @@ def targets(folder: Path) -> dict[str, Target]:
             feed=from_file(folder, "groups.csv", lambda path: open_dataset(data, path)),
             errors=(DataError,),
         ),
-        "image": Target(
-            valid=[image.read_bytes()],
-            mutate=mutations.raw,
-            feed=lambda data: decode_image(data, "test"),
-            errors=(DataError,),
-        ),
+        **{
+            f"{kind} image": Target(
+                valid=valid,
+                mutate=mutations.image,
+                feed=lambda data: decode_image(data, "test", max_pixels=1 << 20),
+                errors=(DataError,),
+            )
+            for kind, valid in image_files().items()
+        },
         "journal": Target(
             valid=[journal_bytes(folder)],
             mutate=mutations.raw,
@@ -359,6 +361,30 @@ def targets(folder: Path) -> dict[str, Target]:
     }
 
 
+def image_files() -> dict[str, list[bytes]]:
+    """Small pictures of every format, of the kinds of each that cameras and programs write."""
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 24, 3), dtype=np.uint8))
+    grey, deep = colour.convert("L"), Image.fromarray(np.full((40, 24), 3000, np.uint16))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    alpha = colour.convert("RGBA")
+
+    def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+        out = io.BytesIO()
+        image.save(out, kind, **options)
+        return out.getvalue()
+
+    packings = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+    return {
+        "JPEG": [encode(colour, "JPEG", exif=turned), encode(colour, "JPEG", progressive=True), encode(grey, "JPEG")],
+        "PNG": [encode(one, "PNG") for one in (colour, grey, deep, alpha, colour.convert("P"), grey.convert("1"))],
+        "BMP": [encode(one, "BMP") for one in (colour, grey, colour.convert("P"))],
+        "TIFF": [encode(colour, "TIFF", compression=packing) for packing in packings]
+        + [encode(deep, "TIFF", compression="tiff_lzw"), encode(grey.convert("1"), "TIFF", compression="group4")],
+        "WebP": [encode(colour, "WEBP"), encode(alpha, "WEBP", lossless=True, exif=turned)],
+    }
+
+
 def kit() -> bytes:
     from datetime import datetime, timedelta, timezone
 
@@ -388,8 +414,8 @@ NAMES = (
     "message up", "message down", "round state", "presence", "bitmap", "topic", "safetensors", "update",
     "memory", "shared statistics", "package",
     "package statistics", "public key", "aggregator's configuration", "learning",
-    "site's configuration", "kit", "broker URL", "groups file", "image", "journal", "site's record", "wish", "request",
-    "schedule", "announcement of a part",
+    "site's configuration", "kit", "broker URL", "groups file", "journal", "site's record", "wish", "request",
+    "schedule", "announcement of a part", "JPEG image", "PNG image", "BMP image", "TIFF image", "WebP image",
 )  # fmt: skip
 
 

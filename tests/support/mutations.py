@@ -84,6 +84,19 @@ def json_document(data: bytes, rng: random.Random) -> bytes:
     return raw(data, rng) if rng.random() < 0.4 else json.dumps(structured(json.loads(data), rng)).encode()
 
 
+def image(data: bytes, rng: random.Random) -> bytes:
+    """Raw damage to an image file, or numbers of its header or directory, front or back, replaced by extreme ones."""
+    if rng.random() < 0.5:
+        return raw(data, rng)
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        start = rng.randrange(min(len(data), 64)) if rng.random() < 0.5 else max(0, len(data) - rng.randrange(1, 300))
+        size = rng.choice((1, 2, 4))
+        number = rng.choice((0, 1, 2, 3, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 20, 1 << 24))
+        changed[start : start + size] = (number % (1 << 8 * size)).to_bytes(size, rng.choice(("little", "big")))
+    return bytes(changed)
+
+
 def safetensors(data: bytes, rng: random.Random) -> bytes:
     """Damage to a header that is framed right, to the frame, or to the values."""
     length = int.from_bytes(data[:8], "little")
