@@ -98,9 +98,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_INTERRUPTED)
     except EdgeFlameError as exc:
-        from edgeflame.log import error_prefix
+        from edgeflame.log import error_prefix, printable
 
-        sys.stderr.write(f"{error_prefix()}edgeflame: {exc}\n")
+        sys.stderr.write(f"{error_prefix()}edgeflame: {printable(str(exc))}\n")
         sys.exit(exc.exit_code)
     except Exception:  # noqa: BLE001 - the outermost frame: an unexpected error must not look like exit code 1, "no"
         import traceback

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from cli.output import echo
+
 if TYPE_CHECKING:
     from edge.runtimes.bench import BenchReport
 
@@ -69,7 +71,7 @@ def _backbone(model_onnx: bytes) -> bytes | None:
     try:
         from export.precision import backbone_model
     except ImportError:
-        click.echo("the backbone is not timed alone: that takes the Python package onnx", err=True)
+        echo("the backbone is not timed alone: that takes the Python package onnx", err=True)
         return None
     return backbone_model(model_onnx)
 
@@ -95,12 +97,12 @@ def _print_table(report: BenchReport) -> None:
     for batch in dict.fromkeys(one.batch for one in report.latencies):
         ratio = report.ratio(batch)
         if ratio is not None:
-            click.echo(f"graph / backbone at batch {batch}: {ratio[0]:.2f} of medians, {ratio[1]:.2f} of minima")
+            echo(f"graph / backbone at batch {batch}: {ratio[0]:.2f} of medians, {ratio[1]:.2f} of minima")
     for candidate in report.candidates if len(report.candidates) > 1 else ():
         why = f"refused: {candidate.refused}" if candidate.median_ms is None else f"{candidate.median_ms:.2f} ms"
-        click.echo(f"candidate {candidate.device}: {why}")
+        echo(f"candidate {candidate.device}: {why}")
     threads = "one a core" if report.num_threads is None else str(report.num_threads)
-    click.echo(
+    echo(
         f"{report.provider}, threads: {threads}, model {report.model_bytes / 1e6:.1f} MB, peak memory "
         f"{report.peak_memory_bytes / 1e6:.0f} MB"
     )

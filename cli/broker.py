@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from cli.output import echo
+
 
 @click.command(short_help="Run the embedded MQTT 5 broker.")
 @click.option("--port", type=int, default=1883, show_default=True, help="Port for MQTT 5; 0 takes a free one.")
@@ -22,5 +24,5 @@ def command(port: int, bind: str, port_mqtt3: int | None) -> None:
     with EmbeddedBroker(port=port, bind=bind, port_mqtt3=port_mqtt3) as broker:
         if bind not in ("127.0.0.1", "localhost"):
             log.warning("broker_open_to_network", bind=bind, access_control="none")
-        click.echo(f"listening on {broker.url}")
+        echo(f"listening on {broker.url}")
         broker.wait()

@@ -14,7 +14,7 @@ from cli.options import (
     model_option,
     promise_options,
 )
-from cli.output import print_json, print_promises, print_threshold, progress_bar
+from cli.output import echo, print_json, print_promises, print_threshold, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,13 +128,11 @@ def command(
         ),
     )
     if package.signature_json is not None:
-        click.echo(
-            f"{target}: not signed any more, for its threshold changed; `edgeflame model sign` signs it", err=True
-        )
+        echo(f"{target}: not signed any more, for its threshold changed; `edgeflame model sign` signs it", err=True)
     if as_json:
         print_json({"package": str(target), "previous_threshold": manifest.threshold.value, "threshold": threshold})
         return
-    click.echo(f"{target}: threshold was {manifest.threshold.value:.4g}")
+    echo(f"{target}: threshold was {manifest.threshold.value:.4g}")
     print_threshold(threshold)
     print_promises(threshold, good, defective)
 

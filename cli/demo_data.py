@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.output import echo
+
 if TYPE_CHECKING:
     from boards.dataset import DatasetSpec
 
@@ -135,7 +137,7 @@ def _as_json(out: Path, spec: DatasetSpec, is_new: bool) -> dict[str, object]:
 
 def _echo(out: Path, spec: DatasetSpec, is_new: bool) -> None:
     photos = spec.num_photos
-    click.echo(
+    echo(
         f"{out}: {spec.texture}, {spec.num_parts} boards, {spec.num_parts * photos} photographs"
         f" {'written' if is_new else 'already there'}"
         f" (train {spec.num_train_parts * photos} good; test {spec.num_test_good_parts * photos} good,"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from cli.options import dataset_options, device_option, json_option, model_option
-from cli.output import print_json, print_promises, print_threshold, progress_bar
+from cli.output import echo, print_json, print_promises, print_threshold, progress_bar
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
@@ -98,7 +98,7 @@ def command(
         page = write_evaluation(
             report_dir, package=package, package_file=model, data=data, report=report, scored=scored
         )
-        click.echo(f"report: {page}", err=as_json)
+        echo(f"report: {page}", err=as_json)
     _hold_bars(report, bars)
 
 
@@ -153,10 +153,10 @@ def _print_tables(manifest: Manifest, report: EvaluationReport, data: Path) -> N
     console = Console()
     Console(width=max(console.width, 140)).print(table)
     unit = "parts" if report.groups_known else "images (parts unknown, which makes the intervals too narrow)"
-    click.echo(f"[ ]: 95% interval, {report.num_resamples} resamples of {report.num_groups} {unit}")
+    echo(f"[ ]: 95% interval, {report.num_resamples} resamples of {report.num_groups} {unit}")
     for name, reason in report.without_interval.items():
         if getattr(report, name) is not None:
-            click.echo(f"no interval for {name}: {reason}")
+            echo(f"no interval for {name}: {reason}")
 
 
 _COLUMNS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max")

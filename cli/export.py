@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from cli.output import cell, echo
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -118,7 +120,7 @@ def command(
         precision=precision,
         max_batch=max_batch,
         package_sha256=package.sha256,
-        started=lambda file: click.echo(f"building {file}", err=True),
+        started=lambda file: echo(f"building {file}", err=True),
     )
     if as_json:
         from cli.output import print_json
@@ -163,7 +165,7 @@ def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> Non
     whole = dataclasses.replace(package, references=(*package.references, *expected))
     report = require_parity(open_runtime(model_onnx, device="cpu"), whole)
     assert report.worst is not None
-    click.echo(
+    echo(
         f"int8 scores {report.num_images} good images as the trained model does, to {report.worst:.1%} "
         f"({report.tolerance:.0%} allowed), and no verdict flips",
         err=True,
@@ -175,23 +177,22 @@ def _describe_onnx(path: Path, package: Package, *, size_bytes: int, precision: 
     size, (height, width) = manifest.learning.input, manifest.grid
     roi = size.roi
     crop = "" if roi is None else f"cropped to {roi.width}x{roi.height}+{roi.x}+{roi.y}, "
-    click.echo(f"{path}: {size_bytes / 1e6:.1f} MB, opset 18, {precision}, package {package.sha256[:12]}")
-    click.echo(f"  image        uint8 [N, {size.height}, {size.width}, 3], BGR, {crop}resized with OpenCV's INTER_AREA")
-    click.echo(f"  score        float32 [N]: a part is defective above {manifest.threshold.value:.6g}")
-    click.echo(f"  anomaly_map  float32 [N, {height}, {width}]")
+    echo(f"{path}: {size_bytes / 1e6:.1f} MB, opset 18, {precision}, package {package.sha256[:12]}")
+    echo(f"  image        uint8 [N, {size.height}, {size.width}, 3], BGR, {crop}resized with OpenCV's INTER_AREA")
+    echo(f"  score        float32 [N]: a part is defective above {manifest.threshold.value:.6g}")
+    echo(f"  anomaly_map  float32 [N, {height}, {width}]")
 
 
 def _print_engines(records: Sequence[EngineRecord], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("file", "capability", "precision", "batch", "MB", "seconds"):
         table.add_column(heading, justify="left" if heading == "file" else "right", overflow="fold")
     for record in records:
         table.add_row(
-            Text(record.file),
+            cell(record.file),
             record.compute_capability,
             record.precision,
             f"1-{record.max_batch}",
@@ -203,7 +204,7 @@ def _print_engines(records: Sequence[EngineRecord], out: Path) -> None:
     console.print(table)
     first = records[0]
     console.print(
-        Text(
+        cell(
             f"{first.runtime} {first.runtime_version}, model {first.model_sha256[:12]} of package "
             f"{first.package_sha256[:12]}; report in {out / 'engines.json'}"
         ),

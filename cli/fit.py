@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from cli.options import dataset_options, promise_options
-from cli.output import print_promises, print_threshold, progress_bar
+from cli.output import echo, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import UsageError
 from edgeflame.images import MAX_INPUT_SIDE, Region
@@ -133,7 +133,7 @@ def command(
         from cli.pages.fit import write_fit
 
         page = write_fit(report_dir, fitted=fitted, manifest=manifest, package_file=out, data=data)
-        click.echo(f"report: {page}")
+        echo(f"report: {page}")
 
 
 def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
@@ -167,11 +167,11 @@ NUM_NAMED = 5
 def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
     unreadable = len(fitted.report.unreadable)
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
-    click.echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")
+    echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")
     print_threshold(manifest.threshold)
     print_promises(manifest.threshold, fitted.site.held_out_scores)
     named = [
         f"{one.record.name} ({one.score / manifest.threshold.value:.2f} x threshold{', left out' * one.left_out})"
         for one in fitted.site.suspects[:NUM_NAMED]
     ]
-    click.echo(f"least normal, look at them: {', '.join(named)}")
+    echo(f"least normal, look at them: {', '.join(named)}")

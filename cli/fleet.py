@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cli.options import BrokerOptions, broker_options
+from cli.output import cell, echo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,13 +73,11 @@ def init(
         replace=replace,
     )
     where = install_dir or made.broker_files
-    click.echo(f"fleet {fleet} in {folder}, broker {made.registry.url}")
-    click.echo(f"  broker:      mosquitto -c {where}/mosquitto.conf")
-    click.echo(f"  aggregator:  edgeflame aggregate --kit {made.kit_path('aggregator')} --state DIR")
-    click.echo(
-        f"  a site:      edgeflame fleet enrol {folder} NAME --offline   (without --offline once the broker runs)"
-    )
-    click.echo(f"  packages:    edgeflame model sign F.edgeflame --key {folder}/signing/edgeflame-key.pem")
+    echo(f"fleet {fleet} in {folder}, broker {made.registry.url}")
+    echo(f"  broker:      mosquitto -c {where}/mosquitto.conf")
+    echo(f"  aggregator:  edgeflame aggregate --kit {made.kit_path('aggregator')} --state DIR")
+    echo(f"  a site:      edgeflame fleet enrol {folder} NAME --offline   (without --offline once the broker runs)")
+    echo(f"  packages:    edgeflame model sign F.edgeflame --key {folder}/signing/edgeflame-key.pem")
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -141,7 +140,7 @@ def enrol(
 
     with open_fleet(folder) as fleet:
         kit = fleet.enrol(name, role=role, days=days, out=out, reinstate=reinstate)
-        click.echo(f"{role} {name}: {kit}, valid for {days} days")
+        echo(f"{role} {name}: {kit}, valid for {days} days")
         if not offline:
             _sync_broker_if_running(fleet, broker, connect_timeout)
         fleet.write_access()
@@ -162,9 +161,9 @@ def renew(folder: Path, name: str, days: int, out: Path | None, revoke_old: bool
 
     with open_fleet(folder) as fleet:
         made = fleet.renew(name, days=days, out=out, revoke_old=revoke_old)
-        click.echo(f"{name}: {made}, valid for {days} days")
+        echo(f"{name}: {made}, valid for {days} days")
         if name == "broker":
-            click.echo("copy server.crt and server.key to the broker's machine, and make it load them (SIGHUP)")
+            echo("copy server.crt and server.key to the broker's machine, and make it load them (SIGHUP)")
         if revoke_old:
             _echo_revocation_list(fleet)
 
@@ -191,7 +190,7 @@ def revoke(folder: Path, name: str, reason: str, broker: str | None, connect_tim
             raise LinkError(
                 f"{name} is revoked in {folder}, but NOT YET on the broker: {exc}; run `edgeflame fleet sync {folder}`"
             ) from exc
-        click.echo(f"{name}: revoked{', told and thrown out' if was_notified else ''}; it has no rights on the broker")
+        echo(f"{name}: revoked{', told and thrown out' if was_notified else ''}; it has no rights on the broker")
         _echo_revocation_list(fleet)
 
 
@@ -205,7 +204,7 @@ def sync(folder: Path, broker: str | None, connect_timeout: float) -> None:
     with open_fleet(folder) as fleet:
         _sync_broker(fleet, broker, connect_timeout)
         fleet.write_access()
-        click.echo(f"the broker knows the {len(fleet.registry.clients())} members of {fleet.registry.fleet}")
+        echo(f"the broker knows the {len(fleet.registry.clients())} members of {fleet.registry.fleet}")
 
 
 @click.command("members")
@@ -239,7 +238,6 @@ def members(folder: Path, as_json: bool) -> None:
     else:
         from rich.console import Console
         from rich.table import Table
-        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, title=f"fleet {registry.fleet}, {registry.url}", title_justify="left")
         for heading in ("name", "role", "certificate until", "days left", "state"):
@@ -249,7 +247,7 @@ def members(folder: Path, as_json: bool) -> None:
             state = "active" if entry.revoked_at is None else f"revoked {entry.revoked_at:%Y-%m-%d} {entry.reason}"
             style = "dim" if entry.revoked_at else "yellow" if soon else ""
             cells = (entry.name, entry.role, f"{entry.not_after:%Y-%m-%d}", str(row["days_left"]), state)
-            table.add_row(*(Text(cell, style=style) for cell in cells))
+            table.add_row(*(cell(one, style=style) for one in cells))
         Console().print(table)
     expired = [entry.name for entry in registry.identities if entry.not_after <= now and entry.revoked_at is None]
     if expired:
@@ -263,13 +261,13 @@ def _sync_broker_if_running(fleet: FleetFolder, broker: str | None, connect_time
     try:
         _sync_broker(fleet, broker, connect_timeout)
     except LinkError as exc:
-        click.echo(
+        echo(
             f"no broker was told ({exc}); the rights are in {fleet.broker_files} for its first start. If it runs "
             f"elsewhere: edgeflame fleet sync {fleet.path}",
             err=True,
         )
     else:
-        click.echo("the broker was told")
+        echo("the broker was told")
 
 
 def _sync_broker(
@@ -296,7 +294,7 @@ def _sync_broker(
 
 
 def _echo_revocation_list(fleet: FleetFolder) -> None:
-    click.echo(
+    echo(
         f"copy {fleet.broker_files / 'crl.pem'} to the broker's machine as well and make it load it (SIGHUP): "
         "from then on TLS refuses the old certificates too"
     )
@@ -327,7 +325,7 @@ def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
     with storage_errors(out, "create the folder of"):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_page(out, page)
-    click.echo(f"{out}: run {ledger['run'][:8]}, {ledger['outcome']}, rounds begun: {len(ledger['rounds'])}")
+    echo(f"{out}: run {ledger['run'][:8]}, {ledger['outcome']}, rounds begun: {len(ledger['rounds'])}")
 
 
 def _from_journal(state: Path) -> dict[str, Any]:
@@ -433,7 +431,7 @@ def _watch(wait: Callable[[float], None], view: FleetView) -> None:
     while True:
         line = _line(view)
         if line != printed:
-            click.echo(f"{time.strftime('%H:%M:%S')} {line}")
+            echo(f"{time.strftime('%H:%M:%S')} {line}")
             printed = line
         if _is_over(view):
             return
@@ -467,7 +465,6 @@ def _line(view: FleetView) -> str:
 def _table(view: FleetView) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
-    from rich.text import Text
 
     now = time.monotonic()
     asked = () if view.state is None else view.state.asked
@@ -483,19 +480,19 @@ def _table(view: FleetView) -> RenderableType:
             rate = f"{site.steps_per_s:.1f} /s"
         # Names and errors come from the network: they are text, never mark-up.
         table.add_row(
-            Text(site.name, style="bold"),
-            Text(link, style="green" if link == "online" else "red" if link == "offline" else "yellow"),
-            Text("yes" if site.name in asked else ""),
-            Text(site.activity_text if link != "offline" else "", style="" if site.activity != "wait" else "dim"),
-            Text(f"{site.step}/{site.num_steps}" if site.num_steps else ""),
-            Text(rate),
-            Text(site.error, style="red"),
+            cell(site.name, style="bold"),
+            cell(link, style="green" if link == "online" else "red" if link == "offline" else "yellow"),
+            cell("yes" if site.name in asked else ""),
+            cell(site.activity_text if link != "offline" else "", style="" if site.activity != "wait" else "dim"),
+            cell(f"{site.step}/{site.num_steps}" if site.num_steps else ""),
+            cell(rate),
+            cell(site.error, style="red"),
         )
     failed = view.state is not None and view.state.phase == "failed"
-    lines: list[RenderableType] = [Text(_headline(view), style="bold red" if failed else "bold")]
+    lines: list[RenderableType] = [cell(_headline(view), style="bold red" if failed else "bold")]
     if failed and view.state is not None:
-        lines.append(Text(view.state.detail, style="red"))
-    lines.append(table if view.sites else Text("no site has been heard of", style="dim"))
+        lines.append(cell(view.state.detail, style="red"))
+    lines.append(table if view.sites else cell("no site has been heard of", style="dim"))
     return Group(*lines)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.output import echo
+
 if TYPE_CHECKING:
     from edge.cameras import Plan
     from edge.delivery.sinks import Sink
@@ -269,14 +271,14 @@ def _show(summary: Summary, *, as_json: bool) -> None:
             **truth,
         )
         return
-    click.echo()
-    click.echo(
+    echo()
+    echo(
         f"{summary.parts} parts in {summary.duration_s:.1f} s: {summary.passed} pass, {summary.failed} fail, "
         f"{summary.unknown} unknown"
     )
     for title, counts in (("reasons", summary.reasons), ("dropped frames", summary.dropped)):
         if counts:
-            click.echo(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+            echo(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     fates = summary.counts
     handled = (
         (fates.triggers, "announced"),
@@ -286,21 +288,21 @@ def _show(summary: Summary, *, as_json: bool) -> None:
         (fates.late, "late"),
     )
     if any(count for count, _ in handled):
-        click.echo("parts: " + ", ".join(f"{count} {what}" for count, what in handled if count))
+        echo("parts: " + ", ".join(f"{count} {what}" for count, what in handled if count))
     if summary.latency_ms is not None:
         latency = summary.latency_ms
-        click.echo(f"latency: p50 {latency.p50:.1f} ms, p95 {latency.p95:.1f} ms, p99 {latency.p99:.1f} ms")
+        echo(f"latency: p50 {latency.p50:.1f} ms, p95 {latency.p95:.1f} ms, p99 {latency.p99:.1f} ms")
     if summary.truth is not None:
         truth_counts = summary.truth
-        click.echo(
+        echo(
             f"against the labels: {truth_counts.right} right, {truth_counts.wrong} wrong "
             f"({truth_counts.missed} missed, {truth_counts.false_rejects} false rejects), "
             f"{truth_counts.undecided} undecided"
         )
     if summary.evidence_lost:
-        click.echo(f"pictures of {summary.evidence_lost} rejected parts could not be stored")
+        echo(f"pictures of {summary.evidence_lost} rejected parts could not be stored")
     for destination, count in summary.undelivered.items():
-        click.echo(f"{count} results wait for {destination}; they are delivered after the next start")
+        echo(f"{count} results wait for {destination}; they are delivered after the next start")
 
 
 def _write(path: Path, summary: Summary) -> None:

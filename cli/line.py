@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from cli.options import BrokerOptions, broker_options
+from cli.output import cell, echo
 
 if TYPE_CHECKING:
     from edge.commands.messages import Command, Reply
@@ -246,7 +246,7 @@ def _print_reply(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
     else:
         print_json(reply.answer if reply.ok else reply)
     if not reply.ok:
-        sys.stderr.write(f"edgeflame: {reply.error}\n")
+        echo(f"edgeflame: {reply.error}", err=True)
 
 
 def _show(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
@@ -254,25 +254,25 @@ def _show(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
 
     prefix = f"{name}: " if is_one_of_many else ""
     if not reply.ok:
-        sys.stderr.write(f"edgeflame: {prefix}{reply.error}\n")
+        echo(f"edgeflame: {prefix}{reply.error}", err=True)
         return
     answer = msgspec.json.decode(reply.answer)
     match answer:
         case {"cameras": _}:
             if is_one_of_many:
-                click.echo(f"{name}:")
+                echo(f"{name}:")
             _show_cameras(answer)
         case {"present": {"sha256": sha256, "name": model, "origin": origin}}:
             text = "its configuration's file" if origin == "file" else model
-            click.echo(f"{name}: runs {sha256[:12]} ({text})")
+            echo(f"{name}: runs {sha256[:12]} ({text})")
         case _:
-            click.echo(prefix + msgspec.json.format(bytes(reply.answer), indent=2).decode())
+            for one in (prefix + msgspec.json.format(bytes(reply.answer), indent=2).decode()).split("\n"):
+                echo(one)
 
 
 def _show_cameras(answer: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("camera", "product", "model", "threshold", "parts", "now", "source"):
@@ -281,12 +281,12 @@ def _show_cameras(answer: dict[str, Any]) -> None:
         now = "paused" if camera["paused"] else "ended" if camera["ended"] else camera["problem"] or "judging"
         mark = " (set)" if camera["threshold_set"] else ""
         table.add_row(
-            Text(camera["camera"]),
-            Text(camera["product"]),
-            Text(camera["model"]),
-            Text(f"{camera['threshold']:.6g}{mark}"),
-            Text(str(camera["parts"])),
-            Text(now, style="" if now == "judging" else "yellow"),
-            Text(camera["source"]),
+            cell(camera["camera"]),
+            cell(camera["product"]),
+            cell(camera["model"]),
+            cell(f"{camera['threshold']:.6g}{mark}"),
+            cell(str(camera["parts"])),
+            cell(now, style="" if now == "judging" else "yellow"),
+            cell(camera["source"]),
         )
     Console(width=max(Console().width, 120)).print(table)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.model_release import publish, rollback, status, switch, withdraw
+from cli.output import cell, echo
 
 if TYPE_CHECKING:
     from edgeflame.package import Package
@@ -24,9 +25,9 @@ def keygen(out: Path) -> None:
     from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, write_keys
 
     identity = write_keys(out)
-    click.echo(f"key {identity}")
-    click.echo(f"  {out / PRIVATE_KEY}  signs packages: keep it secret")
-    click.echo(f"  {out / PUBLIC_KEY}  verifies them: give it to every line")
+    echo(f"key {identity}")
+    echo(f"  {out / PRIVATE_KEY}  signs packages: keep it secret")
+    echo(f"  {out / PUBLIC_KEY}  verifies them: give it to every line")
 
 
 @click.command("sign")
@@ -36,7 +37,7 @@ def sign(package_file: Path, key: Path) -> None:
     """Sign a package, in place."""
     from edgeflame.signing import sign_package
 
-    click.echo(f"{package_file}: signed with key {sign_package(package_file, key)}")
+    echo(f"{package_file}: signed with key {sign_package(package_file, key)}")
 
 
 @click.command("verify")
@@ -81,19 +82,19 @@ def verify(
     if as_json:
         print_json({"sha256": package.sha256, "verified_key": verified, "parity": report})
     else:
-        click.echo(f"{package_file}: whole, sha256 {package.sha256}")
+        echo(f"{package_file}: whole, sha256 {package.sha256}")
         if verified is not None:
-            click.echo(f"signature: good, key {verified}")
+            echo(f"signature: good, key {verified}")
         else:
             text = "none" if signature is None else f"key {signature.key_id!r}, not verified (--public-key)"
-            click.echo(f"signature: {text}")
+            echo(f"signature: {text}")
         if report is None:
-            click.echo("parity: not checked, the package holds no reference images")
+            echo("parity: not checked, the package holds no reference images")
     if report is None:
         return
     require_parity(runtime, package)
     if not as_json:
-        click.echo(
+        echo(
             f"parity: {report.num_images} reference images on {report.provider} in {report.precision} differ by at "
             f"most {report.worst:.2g} (relative; {report.tolerance:.2g} is allowed), no verdict flips"
         )
@@ -146,24 +147,23 @@ def list_packages(folder: Path, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("file", "product", "site", "method", "created", "threshold", "signed by (unverified)", "sha256"):
         table.add_column(heading, overflow="fold")
     for row in rows:
         if "error" in row:
-            table.add_row(Text(row["file"]), Text("unreadable", style="red"))
+            table.add_row(cell(row["file"]), cell("unreadable", style="red"))
             continue
         cells = (row["file"], row["product"], row["site"] or "", row["method"], row["created"])
         table.add_row(
-            *map(Text, cells), f"{row['threshold']:.4g}", Text((row["signed_by"] or "–")[:16]), row["sha256"][:12]
+            *map(cell, cells), f"{row['threshold']:.4g}", cell((row["signed_by"] or "–")[:16]), row["sha256"][:12]
         )
     console = Console(width=max(Console().width, 140))
-    console.print(table if rows else Text(f"no packages in {folder}"))
+    console.print(table if rows else cell(f"no packages in {folder}"))
     for row in rows:
         if "error" in row:
-            console.print(Text(row["error"], style="red"), soft_wrap=True)
+            console.print(cell(row["error"], style="red"), soft_wrap=True)
 
 
 @command.command("show")
@@ -180,14 +180,13 @@ def show(package_file: Path, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     # Names come from the package: they are text, never mark-up.
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _lines(package, package_file):
-        table.add_row(Text(name), Text(value))
+        table.add_row(cell(name), cell(value))
     Console().print(table)
 
 

@@ -10,6 +10,7 @@ import click
 from cli.line import rollback as roll_back
 from cli.line import switch_model
 from cli.options import BrokerOptions, broker_options, former_name
+from cli.output import cell, echo
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -109,7 +110,7 @@ def publish(
         print_json({"product": release.product, "sha256": release.manifest.sha256, "lines": standings})
     else:
         for one in standings:
-            click.echo(f"{one.line}: {one.in_words()}")
+            echo(f"{one.line}: {one.in_words()}")
     behind = [one for one in standings if not one.is_good]
     if behind:
         said_of = "; ".join(f"{one.line} {one.in_words()}" for one in behind[:20])
@@ -141,7 +142,7 @@ def withdraw(
     access = broker.resolve("publisher")
     topics = Topics(fleet=access.fleet)
     release = withdraw_release(access.url, topics, product, connect_timeout_s=broker.connect_timeout)
-    click.echo(f"{product}: the release of {release.name} ({release.manifest.sha256[:12]}) is withdrawn")
+    echo(f"{product}: the release of {release.name} ({release.manifest.sha256[:12]}) is withdrawn")
 
 
 @click.command("status")
@@ -182,7 +183,6 @@ def _tables(view: FleetModels) -> RenderableType:
     """Two tables: the releases, and the lines' models. Names and reasons come from the network: never mark-up."""
     from rich.console import Group
     from rich.table import Table
-    from rich.text import Text
 
     released = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("released product", "package", "sha256", "key", "published", "for"):
@@ -190,7 +190,7 @@ def _tables(view: FleetModels) -> RenderableType:
     for _, one in sorted(view.releases.items()):
         whom = "withdrawn" if one.withdrawn else ", ".join(one.lines) or "all lines"
         cells = (one.product, one.name, one.manifest.sha256[:12], one.key, f"{one.published:%Y-%m-%d %H:%M}", whom)
-        released.add_row(*map(Text, cells))
+        released.add_row(*map(cell, cells))
     lines = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("line", "link", "product", "runs", "tries", "disagreement", "last outcome"):
         lines.add_column(heading, overflow="fold")
@@ -198,14 +198,14 @@ def _tables(view: FleetModels) -> RenderableType:
         link = "online" if view.online.get(name) else "offline"
         for entry in models.products:
             lines.add_row(
-                Text(name, style="bold"),
-                Text(link, style="green" if link == "online" else "red"),
-                Text(entry.product),
-                *(Text(cell) for cell in _cells(entry)),
+                cell(name, style="bold"),
+                cell(link, style="green" if link == "online" else "red"),
+                cell(entry.product),
+                *map(cell, _cells(entry)),
             )
     if not view.releases:
         return lines
-    return Group(released, Text(""), lines)
+    return Group(released, cell(""), lines)
 
 
 def _cells(entry: ProductModels) -> tuple[str, str, str, str]:

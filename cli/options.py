@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from cli.output import echo
 from edgeflame.methods import RejectUnit
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def former_name(
     """
 
     def run(**options: Any) -> None:
-        click.echo(f"`{old}` goes with the next version: use `{new}`", err=True)
+        echo(f"`{old}` goes with the next version: use `{new}`", err=True)
         click.get_current_context().invoke(command, **options)
 
     name = old.rpartition(" ")[2]

@@ -14,14 +14,27 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from edgeflame.log import Progress, no_progress
+from edgeflame.log import Progress, no_progress, printable, printable_json
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from rich.text import Text
 
     from edgeflame.findings import Finding
     from edgeflame.package import Threshold
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print one line of text; names and reasons in it may be anybody's (:func:`edgeflame.log.printable`)."""
+    click.echo(printable(text), err=err)
+
+
+def cell(text: str, style: str = "") -> Text:
+    """Text for a table, never mark-up; it may be anybody's, as in :func:`echo`."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
 
 
 @contextlib.contextmanager
@@ -58,7 +71,7 @@ def print_json(value: object) -> None:
     encoded = msgspec.json.encode(value)
     if sys.stdout.isatty():
         encoded = msgspec.json.format(encoded, indent=2)
-    sys.stdout.write(encoded.decode() + "\n")
+    sys.stdout.write(printable_json(encoded).decode() + "\n")
     sys.stdout.flush()
 
 
@@ -79,12 +92,12 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool, footer: str | 
         width = max(len(finding.check) for finding in findings)
         for finding in findings:
             sign, colour = _STYLES[finding.level]
-            mark = click.style(sign, fg=colour, bold=finding.level == "problem")
-            click.echo(f"{mark} {finding.check:<{width}}  {finding.what}")
+            click.secho(sign, nl=False, fg=colour, bold=finding.level == "problem")
+            echo(f" {finding.check:<{width}}  {finding.what}")
             if finding.do is not None:
-                click.echo(f"{'':<{width + 2}}  → {finding.do}")
+                echo(f"{'':<{width + 2}}  → {finding.do}")
         if footer is not None:
-            click.echo(footer)
+            echo(footer)
     count = sum(finding.level == "problem" for finding in findings)
     if count:
         raise NegativeAnswerError(f"{count} problem{'s' if count > 1 else ''} found")
@@ -96,9 +109,9 @@ THIS_PACKAGE = "this package"
 def print_threshold(threshold: Threshold) -> None:
     """Print the threshold, and what it promises."""
     how = "of the highest F1, " if threshold.chosen_by == "f1" else ""
-    click.echo(f"threshold {threshold.value:.4g}: {how}{threshold.promise()}")
+    echo(f"threshold {threshold.value:.4g}: {how}{threshold.promise()}")
     for note in threshold.caveats():
-        click.echo(f"({note})")
+        echo(f"({note})")
 
 
 def print_promises(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.output import echo
+
 if TYPE_CHECKING:
     from aggregator.control import OperatorRequest
     from trainer.agent.control import SiteControl
@@ -65,7 +67,7 @@ def pause(site: str | None, state: Path, reason: str, release: bool) -> None:
         from trainer.agent.control import SitePause
 
         _control(state).request_pause(SitePause(reason=check_reason(reason), release=release))
-        click.echo(f"paused: {reason}")
+        echo(f"paused: {reason}")
 
 
 @command.command()
@@ -78,7 +80,7 @@ def resume(site: str | None, state: Path) -> None:
 
         ask_aggregator(state, ResumeSite(site=_checked_name(site)))
     else:
-        click.echo("goes on" if _control(state).clear_pause() else "was not paused")
+        echo("goes on" if _control(state).clear_pause() else "was not paused")
 
 
 @command.command()
@@ -91,9 +93,9 @@ def leave(state: Path, reason: str) -> None:
 
     _control(state).request_leave(LeaveRequest(reason=check_reason(reason)))
     if is_in_use(state):
-        click.echo("the site tells the aggregator, and ends")
+        echo("the site tells the aggregator, and ends")
     else:
-        click.echo("`edgeflame train` does not run; started again with this state folder it leaves the run, and ends")
+        echo("`edgeflame train` does not run; started again with this state folder it leaves the run, and ends")
 
 
 def check_reason(reason: str) -> str:
@@ -131,7 +133,7 @@ def ask_aggregator(state: Path, request: OperatorRequest) -> None:
     running = is_in_use(state)
     number = queue.submit(request)
     if not running:
-        click.echo("no aggregator runs with this state folder; it will be done when one does")
+        echo("no aggregator runs with this state folder; it will be done when one does")
         return
     deadline = time.monotonic() + ANSWER_S
     while (answer := queue.take_result(number)) is None:
@@ -140,7 +142,7 @@ def ask_aggregator(state: Path, request: OperatorRequest) -> None:
         time.sleep(0.05)
     if not answer.ok:
         raise UsageError(answer.text)
-    click.echo(answer.text)
+    echo(answer.text)
 
 
 def _is_aggregator(state: Path, site: str | None) -> bool:

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from cli.options import BrokerOptions, broker_options, metrics_option, option_or_kit
+from cli.output import echo
 from cli.programs import program
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
 from edgeflame.bounds import BASIC
@@ -130,7 +131,7 @@ def command(
             report=report,
         )
     if result is None:
-        click.echo(f"{site}: has left the run")
+        echo(f"{site}: has left the run")
         return
     package = result.package
     if package is not None and paths["out"] is not None:
@@ -149,7 +150,7 @@ def command(
         )
         return
     figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.summary.items())
-    click.echo(f"{site}: {package or 'no package'}{': ' if figures else ''}{figures}")
+    echo(f"{site}: {package or 'no package'}{': ' if figures else ''}{figures}")
 
 
 def _worker_command(ctx: click.Context, num_references: int, device: str) -> list[str]:

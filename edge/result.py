@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.images import ImageU8
+from edgeflame.log import printable_json
 
 
 class Verdict(str, enum.Enum):
@@ -164,4 +165,4 @@ class Inspected:
 
 def json_line(result: Result) -> bytes:
     """The result as one line of JSON, with its newline."""
-    return msgspec.json.encode(result) + b"\n"
+    return printable_json(msgspec.json.encode(result)) + b"\n"

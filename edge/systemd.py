@@ -22,7 +22,7 @@ from typing import final
 
 from edgeflame.background import BackgroundThread
 from edgeflame.errors import CrashLoopError
-from edgeflame.log import EventLog
+from edgeflame.log import EventLog, printable
 
 log = EventLog("service")
 
@@ -51,7 +51,7 @@ class SystemdNotifier:
         """Send states, ``notify(READY=1)`` for instance; what does not arrive is not sent again."""
         if not self._address:
             return
-        message = "\n".join(f"{name}={value}" for name, value in states.items())
+        message = "\n".join(f"{name}={printable(str(value))}" for name, value in states.items())
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as out:
             out.setblocking(False)

@@ -7,8 +7,10 @@ of a terminal.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
 import time
 from typing import Any, Protocol, TextIO
@@ -19,6 +21,31 @@ LOGGER_NAME = "edgeflame"
 
 
 _JOURNAL_PREFIX = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>", logging.DEBUG: "<7>"}
+
+
+def printable(text: str) -> str:
+    """Text of somebody else's, fit for one line of a log or a terminal: what does not print is escaped as in Python.
+
+    Line feeds would begin a line of their own, escape sequences write over others, and marks of direction turn them
+    around.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+_NOT_ASCII = re.compile(r"[^\x20-\x7e\n]+")
+
+
+def printable_json(data: bytes) -> bytes:
+    """A JSON document in which what does not print is escaped, as JSON itself only asks of a few."""
+    if data.isascii() and b"\x7f" not in data:
+        return data
+    return _NOT_ASCII.sub(lambda found: "".join(map(_json_character, found[0])), data.decode()).encode()
+
+
+def _json_character(one: str) -> str:
+    return one if one.isprintable() else json.dumps(one)[1:-1] if one != "\x7f" else "\\u007f"
 
 
 class Progress(Protocol):
@@ -37,7 +64,7 @@ class _TextFormatter(logging.Formatter):
             [record.getMessage(), *(f"{key}={_short(value)}" for key, value in _fields(record).items())]
         )
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+            text += _traceback(self.formatException(record.exc_info))
         return text
 
     def head(self, record: logging.LogRecord) -> str:
@@ -62,7 +89,12 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(entry, enc_hook=str).decode()
+        try:
+            encoded = msgspec.json.encode(entry, enc_hook=str)
+        except UnicodeEncodeError:
+            # A file's name that is no UTF-8.
+            encoded = json.dumps(entry, default=str).encode()
+        return printable_json(encoded).decode()
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -73,6 +105,11 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+def _traceback(text: str) -> str:
+    # Set in, so that no line of an exception's text passes for one of the log.
+    return "".join(f"\n    {printable(line)}" for line in text.split("\n"))
+
+
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     fields = getattr(record, "fields", None)
     return fields if isinstance(fields, dict) else {}
@@ -80,7 +117,10 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 def _short(value: object) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return f'"{text}"' if " " in text else text
+    text = printable(text)
+    if " " not in text:
+        return text
+    return '"' + text.replace('"', '\\"') + '"'
 
 
 def configure_logging(*, log_format: str, verbosity: int) -> None:

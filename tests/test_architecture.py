@@ -355,3 +355,10 @@ class TestTheTestItself:
 
     def test_it_finds_a_circle(self) -> None:
         assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}) == [["b", "c"]]
+
+
+def test_the_terminal_is_written_to_by_what_escapes() -> None:
+    """Names and reasons may be anybody's: `echo` and `cell` of cli/output.py let them write no lines of their own."""
+    direct = re.compile(r"click\.s?echo\(|(?<![.\w])print\(|from rich\.text import|sys\.stdout\.write\(")
+    output = REPOSITORY / "cli" / "output.py"
+    assert not [path for path in sources("cli") if path != output and direct.search(path.read_text())]

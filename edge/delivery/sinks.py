@@ -27,7 +27,7 @@ from edge.result import Inspected, Result, json_line
 from edge.status import DEFAULT_CAMERA
 from edgeflame.errors import StorageError
 from edgeflame.images import shrink, write_image
-from edgeflame.log import EventLog
+from edgeflame.log import EventLog, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,7 +147,7 @@ class ConsoleSink:
         line = Text()
         line.append(f" {result.verdict:^7} ", style=f"reverse {_COLOURS[result.verdict]}")
         ratio = "    –   " if result.ratio is None else f"{result.ratio:6.2f} ×"
-        line.append(f" {ratio}  {result.latency_ms:6.1f} ms  {result.part_id}")
+        line.append(f" {ratio}  {result.latency_ms:6.1f} ms  {printable(result.part_id)}")
         if result.label is not None:
             wrong = result.is_right is False
             line.append(f"  ({result.label}{', wrong' if wrong else ''})", style="red" if wrong else "dim")
@@ -157,7 +157,7 @@ class ConsoleSink:
         if notes:
             line.append(f"  {', '.join(notes)}", style="yellow")
         if result.detail:
-            line.append(f": {result.detail}", style="dim")
+            line.append(f": {printable(result.detail)}", style="dim")
         self._console.print(line, soft_wrap=True, highlight=False)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from edgeflame.mqtt.messages import (
     Hello,
     Offer,
     RoundState,
+    TaskFailed,
     decode_down,
     decode_round,
     encode_message,
@@ -35,6 +36,9 @@ pytestmark = pytest.mark.timeout(90)
 TOPICS = Topics(fleet="test")
 NAME, BOOT, INSTALL = "aaa", "a" * 32, "b" * 32
 """First by name: it is asked for the initial model."""
+
+
+FORGED = "gone\nrun_ended succeeded=true\x1b[1A"
 
 
 class Evil:
@@ -163,10 +167,13 @@ def test_a_hostile_site_is_refused_and_the_run_goes_on(embedded: BrokerProcess, 
             evil.say(encode_message(offer))
             evil.say(b"y" * 99, TOPICS.up_chunk(NAME, false.sha256, 0))
         evil.refused("corrupt")
+        evil.say(encode_message(TaskFailed(run=state.run, purpose="update", round=1, detail=FORGED)))
+        aggregator.wait_for_log("site_failed")
         (gate / "go").touch()
         assert [aggregator.wait(), good.wait()] == [0, 0]
         evil.close()
         assert "Traceback" not in aggregator.log
+        assert all(line.isprintable() and "run_ended" not in line.split()[:1] for line in aggregator.log.split("\n"))
         ledger = fleet.ledger()
         assert [[c["site"] for c in entry["contributed"]] for entry in ledger["rounds"]] == [["good"], ["good"]]
         assert ledger["initial_model"]["site"] == "good"
