@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -81,6 +82,9 @@ def cli(log_format: str, verbose: int) -> None:
 def main() -> None:
     """Run the command line; expected errors become one line and the exit code of their family."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on standard error: a file's name that is not UTF-8 must not end a command when its work is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(prog_name="edgeflame", standalone_mode=False)
         # Without standalone mode click returns what a command gave to `ctx.exit`.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edge.result import FileOrigin, Reason
-from edgeflame.images import ImageU8
+from edgeflame.images import ImageU8, printable_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +148,12 @@ def make_frame(
     captured_monotonic_s: float | None = None,
     captured_utc: dt.datetime | None = None,
 ) -> Frame:
-    """A frame; its capture times are the present ones unless given."""
+    """A frame; its capture times are the present ones unless given. File names in its texts are made printable."""
     return Frame(
-        part_id=part_id,
-        source=source,
+        part_id=printable_name(part_id),
+        source=printable_name(source),
         image_bgr=image_bgr,
-        error=error,
+        error=None if error is None else printable_name(error),
         captured_monotonic_s=time.monotonic() if captured_monotonic_s is None else captured_monotonic_s,
         captured_utc=captured_utc or dt.datetime.now(dt.timezone.utc),
         label=label,

@@ -23,7 +23,7 @@ from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
 from edgeflame.background import BackgroundThread
 from edgeflame.dataset import image_files
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
-from edgeflame.images import read_image
+from edgeflame.images import printable_name, read_image
 from edgeflame.layout import child_folder
 from edgeflame.log import EventLog
 from edgeflame.state import read_json, storage_errors, write_json
@@ -217,7 +217,7 @@ class GoldenTester:
         for number, (file, expected) in enumerate(
             golden_photographs(Path(self._config.folder), self._worker.inspector.product)
         ):
-            part = f"{file.parent.name}/{file.name}"
+            part = printable_name(f"{file.parent.name}/{file.name}")
             image, error = None, None
             try:
                 image = read_image(file)

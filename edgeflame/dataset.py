@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgeflame.errors import DataError
-from edgeflame.images import IMAGE_SUFFIXES, ImageU8, Preprocessing, read_image
+from edgeflame.images import IMAGE_SUFFIXES, LISTED_SUFFIXES, ImageU8, Preprocessing, printable_name, read_image
 from edgeflame.layout import GOOD, FolderLayout, read_layout
 from edgeflame.log import EventLog
 
@@ -41,7 +41,7 @@ class ImageRecord:
 
     Attributes:
         path: the file.
-        name: its path below the data set's root, with forward slashes.
+        name: its path below the data set's root, with forward slashes; bytes that are not UTF-8 are escaped.
         label: ``good`` or the name of the defect.
         group: the physical part it shows; photographs of one part are not independent.
         mask: the file of its defect mask, or None.
@@ -180,6 +180,8 @@ _TOOLS_OWN = frozenset({"__MACOSX", "@eaDir"})
 def image_files(folder: Path) -> list[Path]:
     """Image files below a folder, sorted by path, perhaps none; each folder once, however many links lead to it.
 
+    Those of formats that are not read are among them, so that they are named and counted as unreadable.
+
     Raises:
         DataError: a folder cannot be read.
     """
@@ -198,19 +200,20 @@ def image_files(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _TOOLS_OWN)
         for name in files:
             path = Path(parent, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and path.is_file():
+            if path.suffix.lower() in LISTED_SUFFIXES and not name.startswith(".") and path.is_file():
                 found.append(path)
     return sorted(found)
 
 
 def _record(root: Path, path: Path, label: str, groups: dict[str, str], layout: FolderLayout) -> ImageRecord:
-    name = path.relative_to(root).as_posix()
+    name = printable_name(path.relative_to(root).as_posix())
     mask = None
     truth = None if label == GOOD else layout.truth.get(label.casefold())
     if truth is not None:
         candidates = (truth / f"{path.stem}_mask.png", truth / f"{path.stem}.png", truth / path.name)
         mask = next((candidate for candidate in candidates if candidate.is_file()), None)
     # A photograph without an entry is a part of its own; the prefix keeps it apart from named groups.
+    label = printable_name(label)
     return ImageRecord(path=path, name=name, label=label, group=groups.get(name, f"file:{name}"), mask=mask)
 
 

@@ -23,6 +23,18 @@ ImageU8 = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 
+OTHER_SUFFIXES = frozenset(
+    (
+        *(".avif", ".exr", ".gif", ".hdr", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".psd"),
+        *(".pam", ".pbm", ".pgm", ".pnm", ".ppm", ".tga"),
+        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),
+    )
+)
+"""Suffixes of pictures of other formats. They are listed with the images, so that none is left out in silence; what is
+in them decides whether they can be read."""
+
+LISTED_SUFFIXES = IMAGE_SUFFIXES | OTHER_SUFFIXES
+
 MAX_INPUT_SIDE = 4096
 """Largest model input side; larger ones are a mistake, not a camera (256 is the default)."""
 
@@ -187,6 +199,14 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
     return np.asarray(image, dtype=np.uint8)
 
 
+def printable_name(name: str) -> str:
+    """A file's name for display: bytes that are not UTF-8, and control characters, as hexadecimal escapes."""
+    if name.isprintable():
+        return name
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
+
+
 def read_image(path: Path) -> ImageU8:
     """Read an image file to BGR; see :func:`decode_image`.
 
@@ -196,8 +216,8 @@ def read_image(path: Path) -> ImageU8:
     try:
         data = path.read_bytes()
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({exc.strerror})") from exc
-    return decode_image(data, str(path))
+        raise DataError(f"{printable_name(str(path))}: cannot be read ({exc.strerror})") from exc
+    return decode_image(data, printable_name(str(path)))
 
 
 def read_mask(path: Path) -> ImageU8:

@@ -72,12 +72,12 @@ def prepare_report_folder(folder: Path) -> None:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page, whole or not at all.
+    """Write a page, whole or not at all; what is no text, such as a file's name that is not UTF-8, is escaped.
 
     Raises:
         StorageError: it cannot be written.
     """
-    atomic_write(path, page.encode(), durable=False)
+    atomic_write(path, page.encode(errors="backslashreplace"), durable=False)
     return path
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple, final
 
 from edge.result import FileOrigin, Inspected
 from edgeflame.errors import DataError
-from edgeflame.images import ImageU8, decode_image
+from edgeflame.images import ImageU8, decode_image, printable_name
 from edgeflame.log import EventLog
 
 LONGEST_WRITE = 10
@@ -206,12 +206,6 @@ class Arrivals:
         return self._order
 
 
-def printable(name: str) -> str:
-    """A file's name for display: bytes that are not UTF-8, and control characters, as hexadecimal escapes."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
-
-
 def stat_file(path: Path | os.DirEntry[str]) -> SeenFile | None:
     """A file as it is now; None if it does not exist or is not a regular file."""
     try:
@@ -243,12 +237,16 @@ def read_complete(path: Path) -> tuple[FileIdentity, ImageU8 | None, str]:
             data = stream.read()
             if _identity(stream.fileno()) != identity:
                 return identity, None, "it changed while it was read"
-        return identity, decode_image(data, printable(str(path))), ""
+        return identity, decode_image(data, printable_name(str(path))), ""
     except FileNotFoundError:
         raise
     except OSError as exc:
         status = stat_file(path)
-        return status.identity if status else identity, None, f"{printable(str(path))}: cannot be read ({exc.strerror})"
+        return (
+            status.identity if status else identity,
+            None,
+            f"{printable_name(str(path))}: cannot be read ({exc.strerror})",
+        )
     except DataError as exc:
         return identity, None, str(exc)
 

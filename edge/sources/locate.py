@@ -11,7 +11,7 @@ from edge.frame import Frame, Source, make_frame
 from edge.sources.address import without_secrets
 from edgeflame.dataset import list_images
 from edgeflame.errors import DataError, UsageError
-from edgeflame.images import IMAGE_SUFFIXES, read_image
+from edgeflame.images import IMAGE_SUFFIXES, printable_name, read_image
 from edgeflame.layout import GOOD, TEST, TRAIN, TRUTH, child_folder, data_sets_in, is_good_name
 
 
@@ -60,12 +60,12 @@ def folder_source(folder: Path) -> FileSource:
             raise DataError(f"{root}: this is a whole data set; to inspect its test images give {test}")
     has_classes = any(is_good_name(path.relative_to(folder).parts[0]) for path in images)
     files = tuple((path, path.relative_to(folder).as_posix(), _label(folder, path, has_classes)) for path in images)
-    return FileSource(name=str(folder), files=files)
+    return FileSource(name=printable_name(str(folder)), files=files)
 
 
 def image_source(path: Path) -> FileSource:
     """A single image."""
-    return FileSource(name=str(path), files=((path, path.name, None),))
+    return FileSource(name=printable_name(str(path)), files=((path, path.name, None),))
 
 
 def _label(folder: Path, path: Path, has_classes: bool) -> str | None:

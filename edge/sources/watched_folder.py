@@ -24,9 +24,9 @@ from edge.delivery import outbox
 from edge.frame import Frame, make_frame
 from edge.result import After, FileOrigin
 from edge.sources.address import AddressQuery
-from edge.sources.arrivals import DONE_FOLDER, Arrivals, FileIdentity, dispose, printable, read_complete, stat_file
+from edge.sources.arrivals import DONE_FOLDER, Arrivals, FileIdentity, dispose, read_complete, stat_file
 from edgeflame.errors import DataError, StorageError
-from edgeflame.images import IMAGE_SUFFIXES
+from edgeflame.images import LISTED_SUFFIXES, printable_name
 from edgeflame.log import EventLog
 
 log = EventLog("watch")
@@ -178,7 +178,7 @@ class WatchedFolder:
         self._folder = folder.resolve()
         self._options = options
         self._outbox = outbox
-        self.name = f"watch:{printable(str(folder))}"
+        self.name = f"watch:{printable_name(str(folder))}"
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         done = outbox.load_done_files(self._outbox, str(self._folder)) if self._outbox is not None else {}
@@ -291,8 +291,8 @@ class WatchedFolder:
                 continue
             arrivals.mark_done(name, identity)
             yield make_frame(
-                part_id=printable(name),
-                source=printable(str(path)),
+                part_id=name,
+                source=str(path),
                 image_bgr=image,
                 origin=self._origin(name, identity),
             )
@@ -309,7 +309,7 @@ class WatchedFolder:
 
     def _without_image(self, name: str, error: str, origin: FileOrigin | None = None) -> Frame:
         path = self._folder / name if origin is not None else self._folder
-        return make_frame(part_id=printable(name), source=printable(str(path)), error=error, origin=origin)
+        return make_frame(part_id=name, source=str(path), error=error, origin=origin)
 
     def _forget(self, names: list[str]) -> None:
         if self._outbox is not None and names:
@@ -334,7 +334,7 @@ class WatchedFolder:
             return False
         pattern = self._options.glob
         if pattern is None:
-            return "." + base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+            return "." + base.rpartition(".")[2].lower() in LISTED_SUFFIXES
         return fnmatch.fnmatchcase(name if "/" in pattern else base, pattern)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import cli
+from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
+from tests.support.paths import REPOSITORY
 from trainer.fit import fit
 
 SETTINGS = """
@@ -333,3 +336,44 @@ def test_the_command_prints_an_error_in_one_line(tmp_path: Path) -> None:
     )
     assert result.returncode == 3
     assert result.stderr.strip() == f"edgeflame: {tmp_path / 'no'}: no such folder"
+
+
+def test_names_that_are_not_utf8_end_neither_fit_nor_what_follows(
+    parts_folder: Path, settings_file: Path, tmp_path: Path
+) -> None:
+    """As a process of its own, whose output is bytes."""
+    data = Path(os.fsdecode(bytes(tmp_path) + b"/data-\xff"))
+    shutil.copytree(parts_folder, data)
+    for folder in ("train/good", "test/hole"):
+        first = min((data / folder).iterdir())
+        first.rename(first.with_name(os.fsdecode(b"part\xff\n.png")))
+        (data / folder / os.fsdecode(b"broken\xfe.png")).write_bytes(b"no image")
+    out, report = Path(os.fsdecode(bytes(tmp_path) + b"/m\xff.edgeflame")), tmp_path / "report"
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "edgeflame", *map(os.fsencode, map(str, arguments))]
+        done = subprocess.run(command, capture_output=True, check=False, cwd=REPOSITORY)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        return done.stdout.decode()
+
+    said = run("fit", "--data", data, "--out", out, "--config", settings_file, "--report", report)
+    assert "1 unreadable skipped" in said
+    assert read_package(out).manifest.provenance["unreadable"] == ["train/good/broken\\xfe.png"]
+    assert "data-" in (report / "index.html").read_text()
+    run("evaluate", "--model", out, "--data", data, "--json", "--report", tmp_path / "figures")
+    lines = run("inspect", "--model", out, "--source", data / "test", "--json").splitlines()
+    parts = {part["part_id"]: part for part in map(msgspec.json.decode, lines)}
+    assert parts["hole/part\\xff\\x0a.png"]["verdict"] in ("pass", "fail")
+    assert parts["hole/broken\\xfe.png"]["reasons"] == ["unreadable"]
+    assert "broken\\xfe.png" in parts["hole/broken\\xfe.png"]["detail"]
+    (data / "test" / "hole" / os.fsdecode(b"part\xff\n.png")).rename(data / os.fsdecode(b"one\xff.png"))
+    assert "one\\xff.png" in run("inspect", "--model", out, "--source", data / os.fsdecode(b"one\xff.png"))
+
+
+def test_pictures_of_other_formats_are_named_and_counted_as_unreadable(folder: Path, settings_file: Path) -> None:
+    (folder / "train" / "good" / "a.gif").write_bytes(b"GIF89a" + bytes(100))
+    settings = load_config(settings_file, Learning)
+    fitted = fit(open_dataset(folder), settings)
+    assert fitted.report.unreadable == ["train/good/a.gif"]
+    with pytest.raises(DataError, match=r"a\.gif: .*GIF is not read"):
+        fit(open_dataset(folder), settings, on_unreadable="refuse")

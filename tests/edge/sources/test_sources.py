@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from boards.camera import Camera
 from boards.dataset import BoardStream
@@ -153,3 +154,20 @@ def test_good_parts_have_one_label_however_their_folder_is_written(tmp_path: Pat
     assert [frame.label for frame in read(folder)] == ["good"] * 3 + ["hole"] * 2
     assert {frame.label for frame in read(folder / "OK")} == {"good"}
     assert {frame.label for frame in read(folder / "hole")} == {"hole"}
+
+
+def test_pictures_of_formats_that_are_not_read_are_parts_that_say_so(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos") / "good"
+    Image.fromarray(good_image(0)).save(folder / "a.gif")
+    cv2.imwrite(str(folder / "b.JP2"), good_image(0))
+    cv2.imwrite(str(folder / "c.avif"), good_image(0))
+    cv2.imwrite(str(folder / "d.pgm"), good_image(0)[..., 0])
+    # Another name of a format that is read.
+    (folder / "0.png").rename(folder / "e.jfif")
+    (folder / "notes.txt").write_text("no picture")
+    frames = {frame.part_id: frame for frame in read(folder)}
+    assert set(frames) == {"a.gif", "b.JP2", "c.avif", "d.pgm", "e.jfif", "1.png", "2.png"}
+    for name, kind in (("a.gif", "GIF"), ("b.JP2", "JPEG 2000"), ("c.avif", "AVIF"), ("d.pgm", "PNM")):
+        assert frames[name].image_bgr is None
+        assert f"{kind} is not read" in (frames[name].error or "")
+    assert frames["e.jfif"].image_bgr is not None

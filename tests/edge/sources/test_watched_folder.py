@@ -21,9 +21,9 @@ from click.testing import CliRunner
 from cli import cli
 from edge.frame import Frame
 from edge.sources import watched_folder
-from edge.sources.arrivals import printable
 from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError, UsageError
+from edgeflame.images import printable_name
 from tests.support.small_package import bad_image, good_image
 from tests.support.waiting import wait_for
 
@@ -156,7 +156,8 @@ def test_a_half_written_file_waits_until_it_is_complete(folder: Path, kernel: st
         ("empty.png", b"", "empty"),
         ("words.jpg", b"\xff\xd8 no picture \xff\xd9", "not an image"),
         ("cut.tif", cv2.imencode(".tif", good_image(1))[1].tobytes()[:-500], "not an image"),
-        ("cut.webp", cv2.imencode(".webp", good_image(1))[1].tobytes()[:-500], "not an image"),
+        ("cut.webp", cv2.imencode(".webp", good_image(1))[1].tobytes()[:-500], "cut short"),
+        ("whole.gif", b"GIF89a" + bytes(200), "GIF is not read"),
         ("cut.bmp", cv2.imencode(".bmp", good_image(1))[1].tobytes()[:-500], "cut short"),
     ],
 )
@@ -241,12 +242,12 @@ def test_odd_names_are_shown_in_a_form_that_can_be_sent(folder: Path) -> None:
     for name in names:
         put(folder / os.fsdecode(name))
         frame = watched.next()
-        assert frame.part_id == printable(os.fsdecode(name))
+        assert frame.part_id == printable_name(os.fsdecode(name))
         assert frame.part_id.isprintable()
         assert frame.image_bgr is not None
         msgspec.json.encode((frame.part_id, frame.source))
-    assert printable(os.fsdecode(names[0])) == r"\xff\xfe.png"
-    assert printable("new\nline.png") == r"new\x0aline.png"
+    assert printable_name(os.fsdecode(names[0])) == r"\xff\xfe.png"
+    assert printable_name("new\nline.png") == r"new\x0aline.png"
     watched.end()
 
 
