@@ -103,8 +103,9 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except EdgeFlameError as exc:
         from edgeflame.log import error_prefix, printable
+        from edgeflame.masking import without_secrets
 
-        sys.stderr.write(f"{error_prefix()}edgeflame: {printable(str(exc))}\n")
+        sys.stderr.write(f"{error_prefix()}edgeflame: {printable(without_secrets(str(exc)))}\n")
         sys.exit(exc.exit_code)
     except Exception:  # noqa: BLE001 - the outermost frame: an unexpected error must not look like exit code 1, "no"
         import traceback

@@ -47,6 +47,7 @@ from edgeflame.errors import (
     UsageError,
 )
 from edgeflame.log import EventLog
+from edgeflame.masking import without_secrets
 
 PATIENCE_S = 5.0
 """How long a change waits for the frame being inspected, seconds; a model that takes longer hangs."""
@@ -425,8 +426,10 @@ class CameraWorker:
                 self._crashes.record(exc)
                 if not self.is_endless:
                     # Read from its beginning again, the source would give its parts a second time.
-                    raise CrashLoopError(f"camera {self.name}: the source failed unexpectedly: {exc!r}") from exc
-                reason = f"an unexpected error: {exc!r}"
+                    raise CrashLoopError(
+                        f"camera {self.name}: the source failed unexpectedly: {without_secrets(repr(exc))}"
+                    ) from exc
+                reason = f"an unexpected error: {without_secrets(repr(exc))}"
             else:
                 if halt.is_set() or not self.is_endless:
                     self._ended = not halt.is_set()

@@ -18,6 +18,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from edgeflame.masking import without_secrets
+
 _ABSENT = (type(None), msgspec.UnsetType)
 """TOML has no value for them: the key is left out."""
 
@@ -91,6 +93,7 @@ def shown(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = str(value)
+    text = without_secrets(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

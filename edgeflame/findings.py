@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from edgeflame.masking import without_secrets
+
 Level = Literal["ok", "note", "problem"]
 
 
@@ -22,12 +24,12 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ok(check: str, what: str) -> Finding:
-    return Finding(check=check, level="ok", what=what)
+    return Finding(check=check, level="ok", what=without_secrets(what))
 
 
 def note(check: str, what: str, do: str | None = None) -> Finding:
-    return Finding(check=check, level="note", what=what, do=do)
+    return Finding(check=check, level="note", what=without_secrets(what), do=do)
 
 
 def problem(check: str, what: str, do: str) -> Finding:
-    return Finding(check=check, level="problem", what=what, do=do)
+    return Finding(check=check, level="problem", what=without_secrets(what), do=do)

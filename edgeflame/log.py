@@ -17,6 +17,8 @@ from typing import Any, Protocol, TextIO
 
 import msgspec
 
+from edgeflame.masking import without_secrets
+
 LOGGER_NAME = "edgeflame"
 
 
@@ -112,7 +114,9 @@ def _traceback(text: str) -> str:
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     fields = getattr(record, "fields", None)
-    return fields if isinstance(fields, dict) else {}
+    if not isinstance(fields, dict):
+        return {}
+    return {key: without_secrets(value) if isinstance(value, str) else value for key, value in fields.items()}
 
 
 def _short(value: object) -> str:

@@ -15,6 +15,7 @@ from msgspec import Meta
 from edge.config.inspection import DeviceId, RequestTimeout
 from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register
 from edgeflame.errors import ConfigError, UsageError
+from edgeflame.masking import without_secrets
 from edgeflame.mqtt.messages import MAX_OUTCOMES, MAX_SHADOW_PARTS
 from edgeflame.mqtt.topics import check_name
 
@@ -90,6 +91,9 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError("mqtt.kit holds the certificates; ca, cert and key are for those without one")
 
 
+_SCHEME_AND_HOST = re.compile(r"(?:[^/?#]*://)?[^/?#]*")
+
+
 class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[webhook]``. A token in ``EDGEFLAME_WEBHOOK_TOKEN`` is sent as ``Authorization: Bearer``."""
 
@@ -103,10 +107,20 @@ class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Certificate authority of an ``https`` server (PEM); the system's if left out."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        try:
+            parts = urlsplit(self.url)
+            is_plain = self.url.isascii() and self.url.isprintable() and " " not in self.url and parts.port != 0
+            is_sound = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and is_plain
+        except ValueError:
+            # A port or an IPv6 address that is none; the exception may quote what it is given.
+            is_sound = False
+        if not is_sound:
+            # Of many services the path is the secret.
+            scheme_and_host = _SCHEME_AND_HOST.match(without_secrets(self.url))
+            assert scheme_and_host is not None
             raise ConfigError(
-                f"webhook.url must be http(s)://host[:port]/path without credentials, not {self.url[:200]!r}"
+                "webhook.url must be http(s)://host[:port]/path without credentials, spaces or other letters than "
+                f"ASCII's, not {scheme_and_host[0][:200]!r}..."
             )
 
 

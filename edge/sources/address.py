@@ -1,27 +1,19 @@
-"""Addresses of sources: their options, as in ``camera:0?width=1280&fps=30``, and how to show them without passwords."""
+"""Addresses of sources: their options, as in ``camera:0?width=1280&fps=30``."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from urllib.parse import parse_qsl
 
 from edgeflame.errors import UsageError
-
-_SECRETS = re.compile(r"((?:user-pw|user-id|password|passphrase|key)\s*=\s*)(\"[^\"]*\"|\S+)", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(://)[^/?#\s]*@")
-
-
-def without_secrets(text: str) -> str:
-    """An address, or text that contains one, without users and passwords in URLs and pipelines."""
-    return _USER_IN_URL.sub(r"\1***@", _SECRETS.sub(r"\1***", text))
+from edgeflame.masking import without_secrets
 
 
 class AddressQuery:
     """The options of one address; unknown options, and options given twice, are refused.
 
     Args:
-        address: the whole address, for messages; without passwords.
+        address: the whole address, for messages, which show it without secrets.
         text: the text after the question mark.
         known: names of the options.
         syntax: how such an address is written, for messages.
@@ -50,7 +42,7 @@ class AddressQuery:
 
     def wrong(self, what: str) -> UsageError:
         """The error with what is wrong and how the address is written."""
-        return UsageError(f"--source {self._address}: {what}; it is written {self._syntax}")
+        return UsageError(f"--source {without_secrets(f'{self._address}: {what}')}; it is written {self._syntax}")
 
     def text(self, name: str, default: str) -> str:
         return self._options.get(name, default)

@@ -16,6 +16,7 @@ process reads its images from a pipe and treats it like any other camera.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -30,10 +31,11 @@ import numpy as np
 
 from edge.frame import Frame
 from edge.sources import gst_child
-from edge.sources.address import AddressQuery, without_secrets
+from edge.sources.address import AddressQuery
 from edge.sources.child import Remark, TakenImage, live_frames, taken_image
 from edgeflame.errors import DataError, MissingDependencyError, UsageError
 from edgeflame.images import ImageU8
+from edgeflame.masking import without_secrets
 
 SYNTAX = (
     "camera:0 or camera:/dev/v4l/by-id/NAME, with ?width=1280&height=960&fps=30&pixel_format=MJPG&exposure=156&gain=0"
@@ -237,12 +239,16 @@ class GstSource:
 
     def read(self, stop: threading.Event) -> Iterator[TakenImage]:
         """Yield images, in the calling process; see :data:`edge.sources.child.ReadImages`."""
-        command = [_python(), "-I", gst_child.__file__, self.pipeline]
+        command = [_python(), "-I", gst_child.__file__]
         try:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as exc:
             raise _missing(f"{command[0]} cannot be run: {exc.strerror}") from exc
+        assert child.stdin is not None
         assert child.stdout is not None
+        # Not as an argument: everybody on the machine can read those, and the pipeline may hold a password.
+        with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
+            stdin.write(self.pipeline.encode())
         try:
             while not stop.is_set():
                 yield self._next(child.stdout)

@@ -1,6 +1,6 @@
 """Runs a GStreamer pipeline and writes its images to standard output. A separate program that imports no other module.
 
-    python3 -I gst_child.py "videotestsrc ! video/x-raw,width=320"
+    echo "videotestsrc ! video/x-raw,width=320" | python3 -I gst_child.py
 
 GStreamer's bindings belong to the system's Python, not to the environment that EdgeFlame is installed in; so this
 program runs under the Python that has them, needs nothing else, and works from Python 3.8 on.
@@ -43,7 +43,7 @@ def run_gst_child() -> None:
     out = open(sys.stdout.fileno(), "wb", closefd=False)  # noqa: SIM115 - a descriptor, open until the end
     sys.stdout = sys.stderr
     try:
-        run(sys.argv[1], Records(out))
+        run(sys.stdin.read(), Records(out))
     except BrokenPipeError:
         # The flush at Python's exit would fail again, and print that.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge.frame import Frame, Source, make_frame
-from edge.sources.address import without_secrets
 from edgeflame.dataset import list_images
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import IMAGE_SUFFIXES, printable_name, read_image
 from edgeflame.layout import GOOD, TEST, TRAIN, TRUTH, child_folder, data_sets_in, is_good_name
+from edgeflame.masking import without_secrets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +129,6 @@ def _file_source(address: str) -> Source:
     if "://" in address:
         raise UsageError(f"--source {without_secrets(address)}: of URLs only rtsp:// and rtsps:// are read")
     raise DataError(
-        f"{address}: no such folder or file (a source is a folder, a file, watch:FOLDER, camera:0, rtsp://..., "
-        "gst:PIPELINE, csi:0 or boards:TEXTURE)"
+        f"{without_secrets(address)}: no such folder or file (a source is a folder, a file, watch:FOLDER, camera:0, "
+        "rtsp://..., gst:PIPELINE, csi:0 or boards:TEXTURE)"
     )

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from edge.frame import Frame, make_frame
-from edge.sources.address import without_secrets
 from edge.sources.child import TakenImage, live_frames, taken_image
 from edgeflame.errors import DataError, require_extra
 from edgeflame.images import ImageU8
+from edgeflame.masking import without_secrets
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
 

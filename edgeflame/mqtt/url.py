@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from edgeflame.errors import LinkError, UsageError
+from edgeflame.masking import without_secrets
 
 _NEW_KIT = "ask whoever runs the fleet for a new kit"
 
@@ -194,7 +195,7 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
         # A port or an IPv6 address that is none; the exception may quote the password.
         sound = False
     if not sound:
-        shown = f"...{text.rpartition('@')[2][:100]}" if "@" in text else text[:100]
+        shown = without_secrets(f"...{text.rpartition('@')[2]}" if "@" in text else text)[:100]
         raise UsageError(f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], or mqtts://")
     assert parts.hostname
     secure = parts.scheme == "mqtts"
