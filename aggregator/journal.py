@@ -1,8 +1,13 @@
-"""The events of all runs, in an SQLite file: on the disk before anything is done about them."""
+"""The events of all runs, in an SQLite file: on the disk before anything is done about them.
+
+Each fact has a digest of itself and of the digest before it, so that one that was changed on the disk, or is missing
+among the others, is found. Facts of versions without digests have none, and are read as they are.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +17,7 @@ import msgspec
 
 from aggregator.events import Event, RunStarted, RunState, apply_event, initial_state
 from edgeflame.errors import EdgeFlameError, StorageError
-from edgeflame.state import check_format_version
+from edgeflame.state import check_format_version, check_still_there
 
 JOURNAL_FORMAT = 1
 """Version of the file's format, kept as SQLite's ``user_version``; 0 is the same format, from before it was kept."""
@@ -22,9 +27,14 @@ _SQL_SCHEMA = """CREATE TABLE IF NOT EXISTS facts (
     number INTEGER PRIMARY KEY,
     run TEXT NOT NULL,
     fact BLOB NOT NULL,
-    time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP
+    time TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    digest BLOB
 )"""
 _EVENT_DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+
+
+def _digest(before: bytes | None, number: int, run: str, fact: bytes) -> bytes:
+    return hashlib.sha256(b"\0".join((before or b"", str(number).encode(), run.encode(), fact))).digest()
 
 
 class Journal:
@@ -49,8 +59,11 @@ class Journal:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute(_SQL_SCHEMA)
+            if "digest" not in [name for _, name, *_ in self._db.execute("PRAGMA table_info(facts)")]:
+                self._db.execute("ALTER TABLE facts ADD COLUMN digest BLOB")
             if found != JOURNAL_FORMAT:
                 self._db.execute(f"PRAGMA user_version = {JOURNAL_FORMAT}")
+        self._inode = path.stat().st_ino
 
     def __enter__(self) -> Journal:
         return self
@@ -62,16 +75,24 @@ class Journal:
 
     def append(self, run: str, events: Sequence[Event]) -> None:
         """Add events, all or none, durably."""
+        check_still_there(self._path, self._inode)
         with self._translated("write"):
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
-                "INSERT INTO facts (run, fact) VALUES (?, ?)", [(run, msgspec.json.encode(event)) for event in events]
-            )
+            row = self._db.execute("SELECT number, digest FROM facts ORDER BY number DESC LIMIT 1").fetchone()
+            number, before = (0, None) if row is None else row
+            rows = []
+            for event in events:
+                number += 1
+                fact = msgspec.json.encode(event)
+                before = _digest(before, number, run, fact)
+                rows.append((number, run, fact, before))
+            self._db.executemany("INSERT INTO facts (number, run, fact, digest) VALUES (?, ?, ?, ?)", rows)
             self._db.execute("COMMIT")
 
     def last_run(self) -> RunState | None:
         """The newest run as its events leave it; None in a new journal."""
         with self._translated("read"):
+            self._check()
             row = self._db.execute("SELECT run FROM facts ORDER BY number DESC LIMIT 1").fetchone()
             if row is None:
                 return None
@@ -83,7 +104,26 @@ class Journal:
                 state = initial_state(event)
             elif state is not None:
                 state = apply_event(state, event)
+        if state is None:
+            raise StorageError(f"{self._path}: the journal is damaged (the beginning of the run {row[0]!r} is missing)")
         return state
+
+    def _check(self) -> None:
+        """Hold every fact against its digest.
+
+        Raises:
+            StorageError: one was changed, or is missing before others.
+        """
+        problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise StorageError(str(problem))
+        before: bytes | None = None
+        rows = self._db.execute("SELECT number, run, fact, digest FROM facts ORDER BY number")
+        for number, run, fact, digest in rows:
+            is_sound = isinstance(run, str) and isinstance(fact, bytes)
+            if not is_sound or (digest is not None and digest != _digest(before, number, run, fact)):
+                raise StorageError(f"fact {number} is not as it was written, or one before it is missing")
+            before = digest
 
     @contextlib.contextmanager
     def _translated(self, doing: str) -> Iterator[None]:

@@ -30,7 +30,7 @@ from edge.sources.locate import open_image_source
 from edge.status import DEFAULT_CAMERA
 from edgeflame.errors import ConfigError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.state import read_json, storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class Overrides:
         if self._file is not None:
             with storage_errors(self._file.parent, "keep what was changed by command"):
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._file, _Document(cameras=cameras))
+            write_record(self._file, _Document(cameras=cameras))
         self._cameras = cameras
 
 

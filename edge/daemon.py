@@ -30,7 +30,7 @@ from edge.drift.watcher import DriftModel, DriftWatcher
 from edge.golden_parts import GoldenTester
 from edge.inspector import Inspector
 from edge.models.released import ReleasedModels
-from edge.result import Inspected, Result
+from edge.result import Inspected
 from edge.sources.arrivals import Disposal
 from edge.status import LineState, PartCounts, Summary, Tally
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
@@ -338,7 +338,7 @@ def _restore(pipeline: Pipeline, workers: Sequence[CameraWorker]) -> None:
     """Continue the numbers of parts from the results kept before this start."""
     numbered = [worker for worker in workers if worker.has_sequence]
     if numbered:
-        past = [msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.latest(_RECALLED))]
+        past = [result for _, result in reversed(pipeline.outbox.latest(_RECALLED))]
         for worker in numbered:
             worker.restore(past)
 
@@ -384,7 +384,7 @@ def _page(
         from edge.web.page import OperatorPage
         from edge.web.server import operator_token, serve_page
 
-    past = (msgspec.json.decode(body, type=Result) for _, body in reversed(pipeline.outbox.latest(10_000)))
+    past = (result for _, result in reversed(pipeline.outbox.latest(10_000)))
     history = PartHistory(config, past)
     metrics = LineMetrics(control.statuses, deliverers=pipeline.deliverers)
     expires = pipeline.mqtt.certificate_expires if pipeline.mqtt is not None else None

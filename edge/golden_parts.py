@@ -26,7 +26,7 @@ from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageErro
 from edgeflame.images import printable_name, read_image
 from edgeflame.layout import child_folder
 from edgeflame.log import EventLog
-from edgeflame.state import read_json, storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_record
 
 VERDICT_OF = {"good": "pass", "bad": "fail"}
 
@@ -273,6 +273,6 @@ class GoldenTester:
                     history.replace(history.with_suffix(".old.jsonl"))
                 with history.open("ab") as stream:
                     stream.write(msgspec.json.encode(status) + b"\n")
-            write_json(file, status)
+            write_record(file, status)
         except StorageError as exc:
             log.error("golden_not_kept", camera=self._worker.name, reason=str(exc))

@@ -12,8 +12,10 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
@@ -135,6 +137,21 @@ def _read_marker(path: Path) -> _Marker | None:
         return None
 
 
+def check_still_there(path: Path, inode: int) -> None:
+    """Refuse to go on with an open file whose folder was deleted or replaced: what is written to it is nowhere.
+
+    Args:
+        path: the file.
+        inode: its inode when it was opened.
+
+    Raises:
+        StorageError: another file, or none, has its name now.
+    """
+    with storage_errors(path, "find again"):
+        if path.stat().st_ino != inode:
+            raise StorageError(f"{path}: it was replaced while it was in use; stop the process, and see to its folder")
+
+
 def is_in_use(path: Path) -> bool:
     """Whether a process holds a state directory's lock."""
     try:
@@ -223,6 +240,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         atomic_copy(source, target)
 
 
+_CHECKSUM = re.compile(rb',\s*"crc32": ?"(?P<sum>[0-9a-f]{8})"\s*}\s*\Z')
+
+
 def write_json(path: Path, value: object, *, indent: int | None = None, mode: int | None = None) -> None:
     """Write a value as JSON, durably: on one line, or with ``indent`` over several and a line feed at the end.
 
@@ -233,8 +253,20 @@ def write_json(path: Path, value: object, *, indent: int | None = None, mode: in
     atomic_write(path, data if indent is None else msgspec.json.format(data, indent=indent) + b"\n", mode=mode)
 
 
+def write_record(path: Path, value: msgspec.Struct) -> None:
+    """Write a record of ours as JSON, durably, with a checksum that :func:`read_json` asks for: the key ``crc32``.
+
+    Versions without it pass over a key that they do not know, so this is not for structs that refuse unknown ones.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    data = msgspec.json.encode(value)
+    atomic_write(path, data[:-1] + b',"crc32":"%08x"}' % zlib.crc32(data))
+
+
 def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
-    """Read a JSON file of EdgeFlame's own.
+    """Read a JSON file of EdgeFlame's own; where it has a checksum (:func:`write_record`), this is compared.
 
     Args:
         path: the file.
@@ -252,6 +284,10 @@ def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+    if found := _CHECKSUM.search(data):
+        data = data[: found.start()] + b"}"
+        if int(found["sum"], 16) != zlib.crc32(data):
+            raise StorageError(f"{path}: damaged (it does not have its checksum); {advice}")
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:

@@ -14,31 +14,37 @@ lost for that destination, and its receiver sees the gap in the numbers.
 WAL with ``synchronous = FULL``: what was committed survives a power cut. The writer commits many results at once
 when they come faster than the disk.
 
+A result has a checksum; so has a destination's progress. A result that was changed on the disk is told to nobody: it
+goes, and is counted as lost for those that had not got it. A progress that was changed is not believed: what is kept is
+sent again, marked as possibly repeated. Rows of versions without checksums have none, and must make sense instead.
+
 Files of watched folders whose results are kept are recorded in a table of the same file, in one transaction with the
-results, so that a kill between the two cannot make a file be inspected twice, or never.
+results, so that a kill between the two cannot make a file be inspected twice, or never. They need no checksum: a record
+that was changed is that of no file, and its own file is inspected once more.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import msgspec
 
 from edge.config.outputs import OutboxConfig
+from edge.delivery.done_files import FILES_SCHEMA, mark_done_files
 from edge.result import FileOrigin, Result
 from edge.status import DestinationStatus
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
-from edgeflame.state import check_format_version
+from edgeflame.state import check_format_version, check_still_there
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,65 +74,6 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
 _RESULT = msgspec.json.Decoder(Result)
 
-FILES_SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (
-    folder BLOB NOT NULL,
-    name BLOB NOT NULL,
-    size INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL,
-    done_s INTEGER NOT NULL,
-    PRIMARY KEY (folder, name)
-) WITHOUT ROWID;
-"""
-
-KEPT_S = 7 * 24 * 3600
-"""How long the record of a done file is kept, seconds, even if the file is not there: a network share that is away for
-a while looks like an empty folder."""
-
-_BUSY_S = 30.0
-
-
-def mark_done_files(db: sqlite3.Connection, origins: Iterable[FileOrigin]) -> None:
-    """Note files as done, in the transaction that keeps their results."""
-    now_s = int(time.time())
-    db.executemany(
-        "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)",
-        [(os.fsencode(one.folder), os.fsencode(one.name), one.size, one.mtime_ns, now_s) for one in origins],
-    )
-
-
-def load_done_files(file: Path, folder: str) -> dict[str, tuple[int, int]]:
-    """Size in bytes and time of change in nanoseconds of every done file of a folder, by its name.
-
-    Raises:
-        StorageError: the outbox cannot be read.
-    """
-    try:
-        with closing(sqlite3.connect(file, timeout=_BUSY_S)) as db:
-            db.executescript(FILES_SCHEMA)
-            rows = db.execute("SELECT name, size, mtime_ns FROM files WHERE folder = ?", (os.fsencode(folder),))
-            return {os.fsdecode(name): (size, mtime_ns) for name, size, mtime_ns in rows}
-    except sqlite3.Error as exc:
-        raise StorageError(f"{file}: cannot read which files are done ({exc})") from exc
-
-
-def forget_done_files(file: Path, folder: str, names: Sequence[str]) -> None:
-    """Delete the records of files that no longer exist, if they are older than ``KEPT_S``.
-
-    Raises:
-        StorageError: the outbox cannot be written.
-    """
-    before_s = int(time.time()) - KEPT_S
-    try:
-        with closing(sqlite3.connect(file, timeout=_BUSY_S)) as db, db:
-            db.executemany(
-                "DELETE FROM files WHERE folder = ? AND name = ? AND done_s < ?",
-                [(os.fsencode(folder), os.fsencode(name), before_s) for name in names],
-            )
-    except sqlite3.Error as exc:
-        raise StorageError(f"{file}: cannot forget files that are no longer there ({exc})") from exc
-
-
 log = EventLog("outbox")
 
 FORMAT = 1
@@ -137,14 +84,52 @@ _PRUNE_EVERY = 256
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS results (number INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS results (number INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL, crc32 INTEGER);
 CREATE TABLE IF NOT EXISTS destinations (
     name TEXT PRIMARY KEY,
     attempted INTEGER NOT NULL,
     acknowledged INTEGER NOT NULL,
-    lost INTEGER NOT NULL DEFAULT 0
+    lost INTEGER NOT NULL DEFAULT 0,
+    crc32 INTEGER
 ) WITHOUT ROWID;
 """
+_TRIGGER = """
+CREATE TRIGGER IF NOT EXISTS changed_without_checksum AFTER UPDATE OF attempted, acknowledged, lost ON destinations
+WHEN NEW.crc32 IS OLD.crc32 BEGIN UPDATE destinations SET crc32 = NULL WHERE name = NEW.name; END;
+"""
+"""A version without checksums changes a progress and leaves its checksum."""
+_CHECKED = ("results", "destinations")
+"""Tables that had no column ``crc32`` in the first version."""
+
+
+def _checksum(*values: object) -> int:
+    return zlib.crc32(b"\0".join(one if isinstance(one, bytes) else str(one).encode() for one in values))
+
+
+def _is_sound(number: int, body: object, crc32: int | None) -> bool:
+    """Whether a result is as it was written; without a checksum, whether it is one."""
+    if not isinstance(body, bytes):
+        return False
+    return _decoded(body) is not None if crc32 is None else crc32 == _checksum(number, body)
+
+
+def _decoded(body: bytes) -> Result | None:
+    try:
+        return _RESULT.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    name: str
+    attempted: int
+    acknowledged: int
+    lost: int
+
+    @property
+    def crc32(self) -> int:
+        return _checksum(self.name, self.attempted, self.acknowledged, self.lost)
 
 
 class Outbox:
@@ -169,6 +154,8 @@ class Outbox:
         """Notified after results were added."""
         with self._translated("open"):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            # A name that was changed on the disk need not be text any more.
+            self._db.text_factory = lambda data: data.decode(errors="replace")
             found = self._found_format()
         try:
             check_format_version(f"{path}: the outbox", found=found, known=FORMAT)
@@ -179,12 +166,16 @@ class Outbox:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(_SCHEMA + FILES_SCHEMA)
+            for table in _CHECKED:
+                if "crc32" not in [name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")]:
+                    self._db.execute(f"ALTER TABLE {table} ADD COLUMN crc32 INTEGER")
+            self._db.executescript(_TRIGGER)
             with self._transaction():
                 self._db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(FORMAT),))
-                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (uuid.uuid4().hex,))
-            meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
-        self.id: str = meta["id"]
-        """Id of this file, which never changes: 32 hexadecimal digits."""
+                self.id: str = self._find_id()
+                """Id of this file, which never changes: 32 hexadecimal digits."""
+        self._inode = path.stat().st_ino
+        self._is_progress_lost = False
 
     def __enter__(self) -> Outbox:
         return self
@@ -205,6 +196,7 @@ class Outbox:
         Raises:
             StorageError: the disk is full and no room could be made, or it fails.
         """
+        check_still_there(self._path, self._inode)
         while True:
             try:
                 return self._append(bodies, origins)
@@ -216,57 +208,116 @@ class Outbox:
         """Add a destination if it is new, and return its progress; a new one starts with the next result."""
         with self._lock, self._translated("write"), self._transaction():
             newest = self._newest()
-            self._db.execute(
-                "INSERT OR IGNORE INTO destinations (name, attempted, acknowledged) VALUES (?, ?, ?)",
-                (name, newest, newest),
-            )
+            row = self._db.execute("SELECT * FROM destinations WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                start = 0 if self._is_progress_lost else newest
+                self._set(_Progress(name=name, attempted=newest, acknowledged=start, lost=0))
+            elif not _is_progress(row, newest):
+                log.error("progress_damaged", destination=name, consequence="what is kept is sent again")
+                lost = row[3] if isinstance(row[3], int) else 0
+                self._set(_Progress(name=name, attempted=newest, acknowledged=0, lost=lost))
         return self.status(name)
 
     def status(self, name: str) -> DestinationStatus:
         """Progress of a registered destination."""
         with self._lock, self._translated("read"):
-            attempted, acknowledged, lost = self._db.execute(
-                "SELECT attempted, acknowledged, lost FROM destinations WHERE name = ?", (name,)
-            ).fetchone()
-            waiting = self._db.execute("SELECT COUNT(*) FROM results WHERE number > ?", (acknowledged,)).fetchone()[0]
-        return DestinationStatus(attempted=attempted, acknowledged=acknowledged, lost=lost, waiting=waiting)
+            now = self._progress(name)
+            rows = self._db.execute("SELECT COUNT(*) FROM results WHERE number > ?", (now.acknowledged,))
+            waiting = rows.fetchone()[0]
+        return DestinationStatus(attempted=now.attempted, acknowledged=now.acknowledged, lost=now.lost, waiting=waiting)
 
     def remove_destinations(self, keep: Sequence[str]) -> list[str]:
         """Drop destinations that are no longer configured, so that they hold nothing back. Returns their names."""
         with self._lock, self._translated("write"), self._transaction():
-            known = [name for (name,) in self._db.execute("SELECT name FROM destinations").fetchall()]
-            gone = sorted(set(known) - set(keep))
-            self._db.executemany("DELETE FROM destinations WHERE name = ?", [(name,) for name in gone])
-        return gone
+            rows = self._db.execute("SELECT * FROM destinations").fetchall()
+            gone = sorted((row for row in rows if row[0] not in keep), key=lambda row: str(row[0]))
+            # One whose name was changed on the disk is not known by it any more, and must not begin with the newest.
+            self._is_progress_lost = any(not _is_progress(row, self._newest()) for row in gone)
+            self._db.execute(
+                f"DELETE FROM destinations WHERE name NOT IN ({', '.join('?' * len(keep))})",  # noqa: S608 - marks only
+                tuple(keep),
+            )
+        return [row[0] for row in gone]
 
     def next_batch(self, name: str, limit: int) -> list[Delivery]:
         """The next results for a destination, at most ``limit``, recorded on the disk as attempted."""
         with self._lock, self._translated("read"), self._transaction():
-            attempted, acknowledged = self._db.execute(
-                "SELECT attempted, acknowledged FROM destinations WHERE name = ?", (name,)
-            ).fetchone()
-            rows = self._db.execute(
-                "SELECT number, body FROM results WHERE number > ? ORDER BY number LIMIT ?", (acknowledged, limit)
-            ).fetchall()
-            if rows and rows[-1][0] > attempted:
-                self._db.execute("UPDATE destinations SET attempted = ? WHERE name = ?", (rows[-1][0], name))
+            before = self._progress(name)
+            sound: list[tuple[int, bytes]] = []
+            while not sound:
+                rows = self._db.execute(
+                    "SELECT number, body, crc32 FROM results WHERE number > ? ORDER BY number LIMIT ?",
+                    (before.acknowledged, limit),
+                ).fetchall()
+                sound = [(number, body) for number, body, crc32 in rows if _is_sound(number, body, crc32)]
+                kept = {number for number, _ in sound}
+                self._drop([number for number, *_ in rows if number not in kept])
+                if not rows:
+                    break
+            now = self._progress(name)
+            if sound and sound[-1][0] > now.attempted:
+                self._set(replace(now, attempted=sound[-1][0]))
         return [
-            Delivery(outbox=self.id, number=number, redelivered=number <= attempted, result=msgspec.Raw(body))
-            for number, body in rows
+            Delivery(outbox=self.id, number=number, redelivered=number <= before.attempted, result=msgspec.Raw(body))
+            for number, body in sound
         ]
 
     def acknowledge(self, name: str, number: int) -> None:
         """Record that everything up to ``number`` has surely arrived at a destination."""
-        with self._lock, self._translated("write"):
-            self._db.execute(
-                "UPDATE destinations SET acknowledged = MAX(acknowledged, ?) WHERE name = ?", (number, name)
-            )
+        with self._lock, self._translated("write"), self._transaction():
+            now = self._progress(name)
+            if number > now.acknowledged:
+                self._set(replace(now, acknowledged=number))
 
-    def latest(self, limit: int) -> list[tuple[int, bytes]]:
-        """The last results kept, newest first, with their numbers."""
+    def latest(self, limit: int) -> list[tuple[int, Result]]:
+        """The last results kept, newest first, with their numbers; those that cannot be read are counted, left out."""
         with self._lock, self._translated("read"):
-            rows = self._db.execute("SELECT number, body FROM results ORDER BY number DESC LIMIT ?", (limit,))
-            return [(number, body) for number, body in rows.fetchall()]
+            rows = self._db.execute("SELECT number, body, crc32 FROM results ORDER BY number DESC LIMIT ?", (limit,))
+            results = [
+                (number, _decoded(body) if _is_sound(number, body, crc32) else None)
+                for number, body, crc32 in rows.fetchall()
+            ]
+        readable = [(number, result) for number, result in results if result is not None]
+        if len(readable) < len(results):
+            log.error("results_unreadable", count=len(results) - len(readable), consequence="left out of what is shown")
+        return readable
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Delete damaged results, and count them as lost where they had not arrived; within a transaction."""
+        if not numbers:
+            return
+        log.error("results_damaged", count=len(numbers), first=numbers[0], consequence="told to nobody")
+        self._db.executemany("DELETE FROM results WHERE number = ?", [(number,) for number in numbers])
+        for (name,) in self._db.execute("SELECT name FROM destinations").fetchall():
+            now = self._progress(name)
+            if lost := sum(number > now.acknowledged for number in numbers):
+                self._set(replace(now, lost=now.lost + lost))
+
+    def _progress(self, name: str) -> _Progress:
+        row = self._db.execute("SELECT * FROM destinations WHERE name = ?", (name,)).fetchone()
+        return _Progress(name=name, attempted=row[1], acknowledged=row[2], lost=row[3])
+
+    def _set(self, progress: _Progress) -> None:
+        """Write a progress; within a transaction."""
+        self._db.execute(
+            "INSERT INTO destinations (name, attempted, acknowledged, lost, crc32) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET attempted = excluded.attempted, acknowledged = excluded.acknowledged, "
+            "lost = excluded.lost, crc32 = excluded.crc32",
+            (progress.name, progress.attempted, progress.acknowledged, progress.lost, progress.crc32),
+        )
+
+    def _find_id(self) -> str:
+        """The file's id; a new one where it has none, or one that was changed on the disk."""
+        meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
+        found = meta.get("id")
+        if found is not None and meta.get("id_crc32", str(_checksum(found))) != str(_checksum(found)):
+            log.error("outbox_id_damaged", found=found, consequence="receivers see a new outbox")
+            found = None
+        found = found or uuid.uuid4().hex
+        self._db.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)", [("id", found), ("id_crc32", str(_checksum(found)))]
+        )
+        return found
 
     def _found_format(self) -> int:
         """Format of the file; 0 for a new one."""
@@ -277,11 +328,12 @@ class Outbox:
 
     def _append(self, bodies: Sequence[bytes], origins: Sequence[FileOrigin]) -> list[int]:
         with self._lock, self._translated("write"), self._transaction():
-            numbers = []
-            for body in bodies:
-                cursor = self._db.execute("INSERT INTO results (body) VALUES (?)", (body,))
-                assert cursor.lastrowid is not None
-                numbers.append(cursor.lastrowid)
+            first = self._newest() + 1
+            numbers = list(range(first, first + len(bodies)))
+            self._db.executemany(
+                "INSERT INTO results (number, body, crc32) VALUES (?, ?, ?)",
+                [(number, body, _checksum(number, body)) for number, body in zip(numbers, bodies, strict=True)],
+            )
             mark_done_files(self._db, origins)
             self._unpruned += len(bodies)
             if self._unpruned >= _PRUNE_EVERY:
@@ -296,20 +348,20 @@ class Outbox:
         oldest_kept = min(delivered, newest - self._config.history) + 1
         bound = newest - self._config.max_results + 1
         if bound > oldest_kept:
-            waiting = self._db.execute(
-                "SELECT name, acknowledged FROM destinations WHERE acknowledged < ?", (bound - 1,)
-            ).fetchall()
-            for name, acknowledged in waiting:
-                log.error("results_lost", destination=name, count=bound - 1 - acknowledged, kept=bound)
-                self._db.execute(
-                    "UPDATE destinations SET lost = lost + ?, acknowledged = ? WHERE name = ?",
-                    (bound - 1 - acknowledged, bound - 1, name),
-                )
+            waiting = self._db.execute("SELECT name FROM destinations WHERE acknowledged < ?", (bound - 1,)).fetchall()
+            for (name,) in waiting:
+                now = self._progress(name)
+                count = bound - 1 - now.acknowledged
+                log.error("results_lost", destination=name, count=count, kept=bound)
+                self._set(replace(now, lost=now.lost + count, acknowledged=bound - 1))
         self._db.execute("DELETE FROM results WHERE number < ?", (max(oldest_kept, bound),))
 
     def _newest(self) -> int:
-        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'results'").fetchone()
-        return 0 if row is None else int(row[0])
+        row = self._db.execute(
+            "SELECT MAX((SELECT COALESCE(MAX(number), 0) FROM results),"
+            " COALESCE((SELECT seq FROM sqlite_sequence WHERE name = 'results'), 0))"
+        ).fetchone()
+        return int(row[0])
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -328,6 +380,16 @@ class Outbox:
             yield
         except sqlite3.Error as exc:
             raise StorageError(f"{self._path}: cannot {doing} the outbox ({exc})") from exc
+
+
+def _is_progress(row: Sequence[Any], newest: int) -> bool:
+    """Whether a row of destinations is as it was written; without a checksum, whether it makes sense."""
+    name, attempted, acknowledged, lost, crc32 = row
+    if not all(isinstance(one, int) and one >= 0 for one in (attempted, acknowledged, lost)):
+        return False
+    if crc32 is None:
+        return bool(acknowledged <= newest and attempted <= newest)
+    return bool(crc32 == _Progress(name=name, attempted=attempted, acknowledged=acknowledged, lost=lost).crc32)
 
 
 def _is_full(exc: StorageError) -> bool:

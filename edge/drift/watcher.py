@@ -27,7 +27,7 @@ from edgeflame.drift_reference import PART_STREAMS, AlignmentTemplate, DriftRefe
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
 from edgeflame.package import Package
-from edgeflame.state import read_json, storage_errors, write_json
+from edgeflame.state import read_json, storage_errors, write_record
 
 log = EventLog("drift")
 
@@ -239,7 +239,7 @@ class DriftWatcher:
         try:
             with storage_errors(self._folder, "keep what is known of drift"):
                 self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, self._monitor.saved())
+            write_record(file, self._monitor.saved())
             with storage_errors(self._folder, "keep what is known of drift"):
                 kept = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
                 for old in kept[MAX_MODELS:]:

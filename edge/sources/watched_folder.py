@@ -20,7 +20,7 @@ from typing import NamedTuple, final
 
 from inotify_simple import INotify, flags
 
-from edge.delivery import outbox
+from edge.delivery import done_files
 from edge.frame import Frame, make_frame
 from edge.result import After, FileOrigin
 from edge.sources.address import AddressQuery
@@ -181,7 +181,7 @@ class WatchedFolder:
         self.name = f"watch:{printable_name(str(folder))}"
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
-        done = outbox.load_done_files(self._outbox, str(self._folder)) if self._outbox is not None else {}
+        done = done_files.load_done_files(self._outbox, str(self._folder)) if self._outbox is not None else {}
         arrivals = Arrivals(
             {name: FileIdentity(*identity) for name, identity in done.items()},
             settle_s=self._options.settle_s,
@@ -314,7 +314,7 @@ class WatchedFolder:
     def _forget(self, names: list[str]) -> None:
         if self._outbox is not None and names:
             try:
-                outbox.forget_done_files(self._outbox, str(self._folder), names)
+                done_files.forget_done_files(self._outbox, str(self._folder), names)
             except StorageError as exc:
                 # The records only take room, until the next attempt.
                 log.warning("done_files_not_forgotten", count=len(names), reason=str(exc))

@@ -28,7 +28,7 @@ from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageErro
 from edgeflame.log import EventLog
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import Codec, Purpose, RefusalReason, RoundState, Sha256
-from edgeflame.state import atomic_write, file_sha256, fsync_folder, read_json, storage_errors, write_json
+from edgeflame.state import atomic_write, file_sha256, fsync_folder, read_json, storage_errors, write_record
 from edgeflame.tensors import canonicalise
 from edgeflame.transfer.compression import encode_update
 from edgeflame.transfer.store import BlobStore
@@ -293,7 +293,7 @@ class SiteState:
     def _save(self, path: Path, record: msgspec.Struct) -> None:
         with storage_errors(path.parent, "create"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, record)
+        write_record(path, record)
 
 
 def _encode_update(record: UpdateRecord, base: Path, update: Path) -> UpdateRecord:

@@ -124,9 +124,10 @@ import sys
 from pathlib import Path
 from edge.config.outputs import OutboxConfig
 from edge.delivery.outbox import Outbox
+from tests.support.inspection_results import body
 with Outbox(Path(sys.argv[1]), OutboxConfig()) as outbox:
     while True:
-        for number in outbox.append([b'{"n": 1}'] * 3):
+        for number in outbox.append([body(1)] * 3):
             print(number, flush=True)
 """
 
@@ -163,7 +164,7 @@ def test_a_full_disk_takes_room_from_pictures_first_and_then_is_an_error_that_ke
         kept = 0
         with pytest.raises(StorageError, match=r"outbox\.sqlite: cannot write the outbox .*full"):  # noqa: PT012
             for _ in range(1000):
-                kept = outbox.append([b"x" * 2000])[-1]
+                kept = outbox.append([body(1).ljust(2000)])[-1]
         assert len(given_away) == 3
         assert kept > 10
         assert len(outbox.latest(1000)) == kept
