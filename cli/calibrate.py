@@ -14,7 +14,7 @@ from cli.options import (
     model_option,
     promise_options,
 )
-from cli.output import echo, print_json, print_promises, print_threshold, progress_bar
+from cli.output import echo, print_json, print_promises, print_threshold, progress_bar, share_above
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgeflame.dataset import Dataset, ImageRecord
+    from edgeflame.dataset import Dataset, ImageRecord, LoadReport
     from edgeflame.drift_reference import DriftReference
     from edgeflame.methods import Calibration
-    from edgeflame.package import Package
+    from edgeflame.package import Package, Threshold
 
     F32 = npt.NDArray[np.float32]
 
@@ -43,7 +43,16 @@ if TYPE_CHECKING:
 @promise_options("as fitted")
 @click.option("--max-f1", is_flag=True, help="Take the threshold of the highest F1 on test/good and test/<defect>.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write the package.  [default: in place]"
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write the package with the new threshold."
+)
+@click.option("--in-place", is_flag=True, help="Write it over the package itself.")
+@click.option(
+    "--accept-worse", is_flag=True, help="Write over the package although the new threshold promises less than its own."
+)
+@click.option(
+    "--allow-fitted",
+    is_flag=True,
+    help="Use images that the model was fitted on as well: their scores are too low, and so is the threshold.",
 )
 @device_option
 @json_option
@@ -56,11 +65,14 @@ def command(
     unit: str | None,
     max_f1: bool,
     out: Path | None,
+    in_place: bool,
+    accept_worse: bool,
+    allow_fitted: bool,
     on_unreadable: Literal["skip", "refuse"],
     device: Literal["auto", "cpu", "cuda"],
     as_json: bool,
 ) -> None:
-    """Set a package's threshold from good images of the line it will inspect.
+    """Find a package's threshold by good images of the line it will inspect; --out or --in-place write it.
 
     No defective image is needed. The promise rests on the number of parts: 299 for 1% with 95% confidence. Where the
     data set has defective images as well, it is shown how many of them each promise catches.
@@ -70,13 +82,10 @@ def command(
 
     from edge.runtimes.interface import check_runtime_fits
     from edge.runtimes.load import open_runtime
-    from edgeflame.dataset import open_dataset
-    from edgeflame.errors import UsageError
+    from edgeflame.dataset import LoadReport, open_dataset
     from edgeflame.package import read_package, write_package
 
-    target = out or model
-    if not target.parent.is_dir():
-        raise UsageError(f"{target.parent}: no such folder to write {target.name} into")
+    target = _target(model, out, in_place=in_place)
     replace = msgspec.structs.replace
     package = read_package(model)
     manifest = package.manifest
@@ -91,10 +100,17 @@ def command(
     from fitting.evaluation import score_records
     from fitting.threshold import set_f1_threshold, set_threshold
 
+    report = LoadReport()
     with progress_bar("Scoring images") as progress:
         kept, scores, maps = score_records(
-            runtime.score, records, manifest.learning.input, on_unreadable=on_unreadable, progress=progress
+            runtime.score,
+            records,
+            manifest.learning.input,
+            on_unreadable=on_unreadable,
+            report=report,
+            progress=progress,
         )
+    _refuse_fitted(package, report, allowed=allow_fitted)
     is_good = np.array([record.is_good for record in kept])
     good, defective = scores[is_good], scores[~is_good]
     parts = [record.group for record in kept if record.is_good]
@@ -104,37 +120,142 @@ def command(
         if max_f1
         else set_threshold(good, parts, calibration, groups_known=known)
     )
-    updated = replace(
-        manifest,
-        threshold=threshold,
-        learning=replace(manifest.learning, calibration=calibration),
-        provenance={
-            **manifest.provenance,
-            "calibrated": {
+    worse = None if target is None else _worse_promise(target, threshold, calibration)
+    refused = worse is not None and not accept_worse
+    if target is not None and not refused:
+        write_package(
+            target,
+            manifest=replace(
+                manifest,
+                threshold=threshold,
+                learning=replace(manifest.learning, calibration=calibration),
+                provenance={
+                    **manifest.provenance,
+                    "calibrated": {
+                        "previous_threshold": manifest.threshold.value,
+                        "num_images": len(good),
+                        "num_defective": len(defective) if max_f1 else 0,
+                    },
+                },
+            ),
+            model_onnx=package.model_onnx,
+            statistics=package.statistics,
+            references=package.references,
+            condition=_condition(
+                package, [record for record, fine in zip(kept, is_good, strict=True) if fine], good, maps[is_good]
+            ),
+            fitted=package.fitted,
+        )
+    written = None if refused else target
+    if as_json:
+        print_json(
+            {
+                "package": None if written is None else str(written),
                 "previous_threshold": manifest.threshold.value,
-                "num_images": len(good),
-                "num_defective": len(defective) if max_f1 else 0,
-            },
-        },
+                "previous": manifest.threshold,
+                "threshold": threshold,
+            }
+        )
+    else:
+        _print_both(model, manifest.threshold, threshold, good, defective)
+        print_promises(threshold, good, defective)
+    _tell_what_was_written(written, package, worse=worse, refused=refused)
+
+
+def _target(model: Path, out: Path | None, *, in_place: bool) -> Path | None:
+    """Where to write the package; None for nowhere.
+
+    Raises:
+        UsageError: two places, or one in no folder.
+    """
+    from edgeflame.errors import UsageError
+
+    if in_place and out is not None:
+        raise UsageError("--out and --in-place exclude each other: where is the package to be written?")
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
+    return model if in_place else out
+
+
+def _refuse_fitted(package: Package, report: LoadReport, *, allowed: bool) -> None:
+    """Refuse images that the model was fitted on: their scores are lower than those of parts that it has never seen.
+
+    Raises:
+        DataError: there are such images, and they were not asked for.
+    """
+    from edgeflame.errors import DataError
+
+    if not package.fitted:
+        echo("the package does not say which images it was fitted on: give none of them", err=True)
+    seen = [name for name, digest in report.digests.items() if digest in package.fitted]
+    if not seen:
+        return
+    count = f"{len(seen)} of {len(report.digests)} images, such as {seen[0]}, are among those the model was fitted on"
+    if not allowed:
+        raise DataError(f"{count}: their scores are too low to set a threshold with; give others, or --allow-fitted")
+    echo(f"{count}: their scores, and so the threshold, are too low", err=True)
+
+
+WORSE_BY = 1.1
+"""A promise is worse if its rate is higher than before by more than this factor: less is chance."""
+
+
+def _worse_promise(target: Path, after: Threshold, calibration: Calibration) -> str | None:
+    """What the new threshold promises less than that of the package it would replace, in words; None if nothing.
+
+    It is not worse if another rate, confidence or unit was asked for, and there are no fewer parts.
+    """
+    from edgeflame.errors import PackageError
+    from edgeflame.package import read_package
+
+    if not target.exists():
+        return None
+    try:
+        manifest = read_package(target).manifest
+    except PackageError:
+        return None
+    before = manifest.threshold
+    by_wish = calibration != manifest.learning.calibration and after.num_groups >= before.num_groups
+    if after.false_reject_rate <= WORSE_BY * before.false_reject_rate or by_wish:
+        return None
+    return (
+        f"{target}: the new threshold promises at most {after.false_reject_rate:.2%} from {after.basis()}, and the "
+        f"package's own {before.false_reject_rate:.2%} from {before.basis()}"
     )
-    write_package(
-        target,
-        manifest=updated,
-        model_onnx=package.model_onnx,
-        statistics=package.statistics,
-        references=package.references,
-        condition=_condition(
-            package, [record for record, fine in zip(kept, is_good, strict=True) if fine], good, maps[is_good]
-        ),
-    )
+
+
+def _print_both(model: Path, before: Threshold, after: Threshold, good: F32, defective: F32) -> None:
+    """Print the threshold as it was and as it would be, and what each does to these images."""
+    echo(f"{model}, before")
+    print_threshold(before)
+    echo("after")
+    print_threshold(after)
+    for what, scores in (("good rejected", good), ("defective caught", defective)):
+        if len(scores):
+            was, now = (share_above(scores, one.value) for one in (before, after))
+            echo(f"{what} of these images: {was} before, {now} after")
+
+
+def _tell_what_was_written(target: Path | None, package: Package, *, worse: str | None, refused: bool) -> None:
+    """Say where the package is now, and what is worse about it.
+
+    Raises:
+        NegativeAnswerError: it was not written, for its promise is worse.
+    """
+    from edgeflame.errors import NegativeAnswerError
+
+    if refused:
+        raise NegativeAnswerError(
+            f"{worse}: nothing was written; another --out FILE keeps both, --accept-worse writes it"
+        )
+    if worse is not None:
+        echo(worse, err=True)
+    if target is None:
+        echo("nothing was written; --out FILE or --in-place writes it", err=True)
+        return
+    echo(f"{target}: written", err=True)
     if package.signature_json is not None:
         echo(f"{target}: not signed any more, for its threshold changed; `edgeflame model sign` signs it", err=True)
-    if as_json:
-        print_json({"package": str(target), "previous_threshold": manifest.threshold.value, "threshold": threshold})
-        return
-    echo(f"{target}: threshold was {manifest.threshold.value:.4g}")
-    print_threshold(threshold)
-    print_promises(threshold, good, defective)
 
 
 def updated_calibration(calibration: Calibration, **options: Any) -> Calibration:

@@ -135,10 +135,10 @@ def print_promises(
         if value is None:
             table.add_row(name, "–", "–", *(["–"] if with_defects else []), note, style="dim")
             continue
-        counts = [_share(good, value)]
+        counts = [share_above(good, value)]
         if with_defects:
             assert defective is not None
-            counts.append(_share(defective, value))
+            counts.append(share_above(defective, value))
         table.add_row(name, f"{value:.4g}", *counts, note, style="bold" if note == THIS_PACKAGE else None)
     Console(width=max(Console().width, 100)).print(table)
 
@@ -158,6 +158,7 @@ def promise_rows(threshold: Threshold) -> Sequence[tuple[float | None, str, str]
     ]
 
 
-def _share(scores: npt.NDArray[np.floating], value: float) -> str:
+def share_above(scores: npt.NDArray[np.floating], value: float) -> str:
+    """How many of the scores lie above a value, in words."""
     above = int((scores > value).sum())
     return f"{above} of {len(scores)} ({above / len(scores):.1%})" if len(scores) else "–"

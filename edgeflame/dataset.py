@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgeflame.errors import DataError
+from edgeflame.fitted_images import image_digest
 from edgeflame.images import IMAGE_SUFFIXES, LISTED_SUFFIXES, ImageU8, Preprocessing, printable_name, read_image
 from edgeflame.layout import GOOD, FolderLayout, read_layout
 from edgeflame.log import EventLog
@@ -112,11 +113,12 @@ def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
 
 @dataclass
 class LoadReport:
-    """What happened while images were read: counts and the names of those that were left out."""
+    """What happened while images were read: counts, names of those left out, digests of the others by name."""
 
     num_read: int = 0
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    digests: dict[str, bytes] = field(default_factory=dict)
 
     def log_summary(self) -> None:
         """Say once, as log lines, what a user should know about the images just read."""
@@ -156,6 +158,7 @@ def load_images(
             continue
         report.num_read += 1
         report.sizes[(frame.shape[1], frame.shape[0])] += 1
+        report.digests[record.name] = image_digest(frame)
         yield record, preprocessing.apply(frame)
 
 

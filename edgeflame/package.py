@@ -7,6 +7,7 @@ A zip without compression of
     statistics.safetensors   the Gaussian statistics inside the graph, or the memory: ``edgeflame.statistics.codec``
     reference/0.png ...      optional: good images whose scores the manifest records
     condition.json           optional: what good parts and their images are like, see ``edgeflame.drift_reference``
+    fitted.bin               optional: digests of the images it was fitted on, see ``edgeflame.fitted_images``
     signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
 
 Nothing in it is executed on loading, nothing is read before its size is known to be plausible, and it is written
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from edgeflame import __version__
 from edgeflame.archive import Archive, open_archive, write_archive
 from edgeflame.drift_reference import DriftReference, decode_drift_reference, encode_drift_reference
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
+from edgeflame.fitted_images import MAX_FITTED_BYTES, decode_fitted_images, encode_fitted_images
 from edgeflame.images import ImageU8, Preprocessing, decode_image
 from edgeflame.methods import Learning, RejectUnit
 from edgeflame.statistics.codec import PackageStatistics, decode_statistics, encode_statistics
@@ -180,6 +182,7 @@ MANIFEST_MEMBER = "manifest.json"
 MODEL_MEMBER = "model.onnx"
 STATISTICS_MEMBER = "statistics.safetensors"
 DRIFT_REFERENCE_MEMBER = "condition.json"
+FITTED_MEMBER = "fitted.bin"
 SIGNATURE_MEMBER = "signature.json"
 
 MAX_MANIFEST_BYTES = 4 << 20
@@ -261,6 +264,8 @@ class Package:
     references: tuple[ReferenceImage, ...] = ()
     condition: DriftReference | None = None
     """What drift is measured against; None in packages of earlier versions."""
+    fitted: frozenset[bytes] = frozenset()
+    """Digests of the images it was fitted on; none in packages of earlier versions."""
     manifest_json: bytes = b""
     """The manifest as it lies in the file: what a signature is over."""
     signature_json: bytes | None = None
@@ -275,6 +280,7 @@ def write_package(
     statistics: PackageStatistics,
     references: Sequence[ReferenceImage] = (),
     condition: DriftReference | None = None,
+    fitted: Collection[bytes] = (),
 ) -> None:
     """Write a package without signature, whole or not at all; an existing file is replaced atomically.
 
@@ -288,6 +294,8 @@ def write_package(
     members.update({reference_member(index): one.png for index, one in enumerate(references)})
     if condition is not None:
         members[DRIFT_REFERENCE_MEMBER] = encode_drift_reference(condition)
+    if fitted:
+        members[FITTED_MEMBER] = encode_fitted_images(fitted)
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     manifest = msgspec.structs.replace(
         manifest, sha256=digests, references=tuple(reference.expected for reference in references)
@@ -356,6 +364,7 @@ def read_package(path: Path, *, accept: Callable[[PackageHead], object] | None =
     try:
         decoded = decode_statistics(members[STATISTICS_MEMBER])
         described_condition = None if condition is None else decode_drift_reference(condition)
+        fitted = decode_fitted_images(members.get(FITTED_MEMBER, b""))
     except (DataError, NumericalError, PackageError) as exc:
         raise PackageError(f"{path}: {exc}") from exc
     described = (manifest.grid, manifest.num_channels, manifest.rank, manifest.num_prototypes)
@@ -370,6 +379,7 @@ def read_package(path: Path, *, accept: Callable[[PackageHead], object] | None =
             ReferenceImage(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
         ),
         condition=described_condition,
+        fitted=fitted,
         manifest_json=document,
         signature_json=signature,
     )
@@ -416,6 +426,8 @@ def _member_bounds(manifest: Manifest) -> dict[str, int]:
     }
     if DRIFT_REFERENCE_MEMBER in manifest.sha256:
         bounds[DRIFT_REFERENCE_MEMBER] = _MAX_DRIFT_REFERENCE_BYTES
+    if FITTED_MEMBER in manifest.sha256:
+        bounds[FITTED_MEMBER] = MAX_FITTED_BYTES
     return bounds
 
 

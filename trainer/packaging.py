@@ -124,5 +124,6 @@ def save_package(
         if references is None
         else score_references(network, statistics, references, smoothing_sigma=smoothing),
         condition=condition,
+        fitted=site_statistics.images.report.digests.values(),
     )
     return manifest

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from edgeflame.drift_reference import DriftReference, make_stream_reference
 from edgeflame.errors import DataError, NumericalError, PackageError, StorageError
+from edgeflame.fitted_images import image_digest
 from edgeflame.package import (
     DRIFT_REFERENCE_MEMBER,
+    FITTED_MEMBER,
     MANIFEST_MEMBER,
     MAX_MANIFEST_BYTES,
     MODEL_MEMBER,
@@ -98,6 +100,27 @@ def test_what_drift_is_measured_against_travels_with_the_model(path: Path, tmp_p
     assert read_package(other).condition == condition
     rewrite(other, lambda members: members.__delitem__(DRIFT_REFERENCE_MEMBER))
     refused(other, DRIFT_REFERENCE_MEMBER)
+
+
+def test_digests_of_the_fitted_images_travel_with_the_model(path: Path, tmp_path: Path) -> None:
+    assert read_package(path).fitted == frozenset()
+    frames = [np.full((4, 6, 3), value, dtype=np.uint8) for value in (1, 2, 2)]
+    digests = [image_digest(frame) for frame in frames]
+    assert image_digest(frames[0].reshape(6, 4, 3)) != digests[0]
+    manifest = small_manifest(STATS, threshold=2.5)
+    other = tmp_path / "other.edgeflame"
+    write_package(other, manifest=manifest, model_onnx=GRAPH, statistics=STATS, fitted=digests)
+    assert read_package(other).fitted == set(digests)
+    assert len(read_package(other).fitted) == 2
+
+    def cut(members: dict[str, bytes]) -> None:
+        members[FITTED_MEMBER] = members[FITTED_MEMBER][:-1]
+        document = json.loads(members[MANIFEST_MEMBER])
+        document["sha256"][FITTED_MEMBER] = hashlib.sha256(members[FITTED_MEMBER]).hexdigest()
+        members[MANIFEST_MEMBER] = json.dumps(document).encode()
+
+    rewrite(other, cut)
+    refused(other, "not a list of fitted images")
 
 
 def test_a_reference_that_makes_no_sense_is_refused(path: Path) -> None:

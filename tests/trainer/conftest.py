@@ -12,6 +12,7 @@ from edgeflame.dataset import open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.methods import Backbone, Calibration, Learning, Scoring, Training
 from fitting.imageset import ImageSet
+from tests.support.commands import edgeflame
 from tests.support.part_images import SIZE
 
 
@@ -37,3 +38,41 @@ def small_learning() -> Learning:
 @pytest.fixture(scope="session")
 def images(parts_folder: Path, small_learning: Learning) -> ImageSet:
     return ImageSet(open_dataset(parts_folder).train, small_learning.input)
+
+
+SETTINGS = """
+[backbone]
+name = "test_efficientnet"
+stages = [1, 2]
+weights = "random"
+
+[input]
+height = 64
+width = 64
+
+[scoring]
+rank = 6
+smoothing_sigma = 1.0
+
+[training]
+epochs = 1
+batch_size = 8
+"""
+
+
+@pytest.fixture(scope="session")
+def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "learning.toml"
+    path.write_text(SETTINGS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def fitted_package(parts_folder: Path, settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fitted") / "m.edgeflame"
+    result = edgeflame("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
+    assert result.exit_code == 0, result.output
+    assert "24 images" in result.output
+    assert "12 parts" in result.output
+    assert "was asked for" in result.output
+    return out

@@ -12,43 +12,16 @@ import cv2
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from cli import cli
 from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
+from tests.support.commands import edgeflame, error_of
 from tests.support.paths import REPOSITORY
 from trainer.fit import fit
-
-SETTINGS = """
-[backbone]
-name = "test_efficientnet"
-stages = [1, 2]
-weights = "random"
-
-[input]
-height = 64
-width = 64
-
-[scoring]
-rank = 6
-smoothing_sigma = 1.0
-
-[training]
-epochs = 1
-batch_size = 8
-"""
-
-
-@pytest.fixture(scope="module")
-def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("settings") / "learning.toml"
-    path.write_text(SETTINGS)
-    return path
 
 
 @pytest.fixture
@@ -56,27 +29,6 @@ def folder(parts_folder: Path, tmp_path: Path) -> Path:
     root = tmp_path / "data"
     shutil.copytree(parts_folder, root)
     return root
-
-
-def edgeflame(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(one) for one in arguments])
-
-
-def error_of(result: Result) -> EdgeFlameError:
-    assert isinstance(result.exception, EdgeFlameError), result.output
-    assert "\n" not in str(result.exception)
-    return result.exception
-
-
-@pytest.fixture(scope="module")
-def fitted_package(parts_folder: Path, settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("fitted") / "m.edgeflame"
-    result = edgeflame("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
-    assert result.exit_code == 0, result.output
-    assert "24 images" in result.output
-    assert "12 parts" in result.output
-    assert "was asked for" in result.output
-    return out
 
 
 def test_a_fitted_package_says_what_it_is(fitted_package: Path) -> None:
@@ -142,74 +94,6 @@ def test_the_graph_scores_as_the_trainer_does(fitted_package: Path, parts_folder
     result = open_runtime(package.model_onnx, device="cpu").score(images)
     np.testing.assert_allclose(result.maps, maps, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(result.scores, image_scores(maps), rtol=1e-3)
-
-
-def test_calibrate_sets_the_threshold_from_images_not_seen(
-    fitted_package: Path, parts_folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "calibrated.edgeflame"
-    arguments = ("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", out)
-    result = edgeflame(*arguments, "--false-reject-rate", 0.4, "--confidence", 0.9)
-    assert result.exit_code == 0, result.output
-    before, after = read_package(fitted_package), read_package(out)
-    threshold = after.manifest.threshold
-    assert (threshold.num_images, threshold.num_groups) == (6, 6)  # test/good
-    assert (threshold.false_reject_rate, threshold.confidence) == (0.4, 0.9)
-    assert threshold.value != before.manifest.threshold.value
-    assert after.model_onnx == before.model_onnx
-    assert after.manifest.provenance["calibrated"]["previous_threshold"] == before.manifest.threshold.value
-
-
-def test_calibrate_shows_what_each_promise_costs_and_catches(
-    fitted_package: Path, parts_folder: Path, tmp_path: Path
-) -> None:
-    arguments = ("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", tmp_path / "c.edgeflame")
-    result = edgeflame(*arguments, "--unit", "part")
-    assert result.exit_code == 0, result.output
-    assert "good parts rejected" in result.output
-    assert "5.00% was asked for; that takes more parts than there are" in result.output
-    assert "defective caught" in result.output
-    assert "too few parts" in result.output
-    document = msgspec.json.decode(edgeflame(*arguments, "--json").stdout)
-    assert document["threshold"]["unit"] == "photograph"
-    assert document["threshold"]["value"] == read_package(tmp_path / "c.edgeflame").manifest.threshold.value
-    # A plain folder of good images does as well, and shows no defects.
-    plain = edgeflame(*arguments[:4], parts_folder / "test/good", *arguments[5:])
-    assert "defective caught" not in plain.output
-    assert "6 images, each taken for a part of its own" in plain.output
-
-
-def test_calibrate_takes_the_highest_f1_where_defects_are_labelled(
-    fitted_package: Path, parts_folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "f1.edgeflame"
-    arguments = ("calibrate", "--model", fitted_package, "--out", out, "--max-f1", "--data")
-    result = edgeflame(*arguments, parts_folder)
-    assert result.exit_code == 0, result.output
-    assert "highest F1" in result.output
-    threshold = read_package(out).manifest.threshold
-    assert threshold.chosen_by == "f1"
-    report = msgspec.json.decode(edgeflame("evaluate", "--model", out, "--data", parts_folder, "--json").stdout)
-    caught, rejected = report["defective_caught"], report["good_rejected"]
-    assert 2 * caught / (2 * caught + rejected + report["defective_missed"]) == pytest.approx(report["image_F1Max"])
-    # Six good parts can promise next to nothing, and it says so.
-    assert threshold.false_reject_rate > 0.39
-    error = error_of(edgeflame(*arguments, parts_folder / "test/good"))
-    assert (error.exit_code, "no defective images" in str(error)) == (3, True)
-
-
-def test_calibrate_refuses_what_it_cannot_do(fitted_package: Path, parts_folder: Path, tmp_path: Path) -> None:
-    before = fitted_package.read_bytes()
-    (tmp_path / "data/test/hole").mkdir(parents=True)
-    shutil.copy(parts_folder / "test/hole/0.png", tmp_path / "data/test/hole")
-    for more, exit_code, message in (
-        (("--data", tmp_path / "data"), 3, "no good images to calibrate with"),
-        (("--data", parts_folder, "--confidence", "1"), 5, "confidence must be in (0, 1)"),
-        (("--data", parts_folder, "--out", tmp_path / "no/x.edgeflame"), 2, "no such folder"),
-    ):
-        error = error_of(edgeflame("calibrate", "--model", fitted_package, *more))
-        assert (error.exit_code, message in str(error)) == (exit_code, True), str(error)
-    assert fitted_package.read_bytes() == before
 
 
 def test_fade_trains_the_backbone(parts_folder: Path, settings_file: Path, tmp_path: Path) -> None:
