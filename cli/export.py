@@ -136,7 +136,6 @@ def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
 
     from edgeflame.dataset import open_dataset
     from edgeflame.errors import DataError, UsageError
-    from edgeflame.images import read_image
     from edgeflame.package import evenly_spaced
     from export.int8 import MAX_CALIBRATION_IMAGES
 
@@ -150,7 +149,7 @@ def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
     if not good:
         raise DataError(f"{folder}: no good images to calibrate int8 with")
     chosen = [good[index] for index in evenly_spaced(len(good), MAX_CALIBRATION_IMAGES)]
-    return np.stack([preprocessing.apply(read_image(record.path)) for record in chosen])
+    return np.stack([preprocessing.apply(preprocessing.read(record.path)) for record in chosen])
 
 
 def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> None:

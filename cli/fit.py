@@ -46,6 +46,9 @@ log = EventLog("fit")
 @click.option("--product", default="product", show_default=True, help="Name of the kind of part.")
 @click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
 @click.option("--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="Side of the square model input, in pixels.")
+@click.option(
+    "--bits", type=click.IntRange(8, 16), help="Bits of the samples in files of 16 bits: 10, 12.  [default: 16]"
+)
 @click.option("--roi", metavar="X,Y,WIDTH,HEIGHT", help="Region of the camera image to look at, in its pixels.")
 @dataset_options
 @click.option("--seed", type=int, help="Of everything random.")
@@ -145,7 +148,7 @@ def _learning(config: Path | None, method: str | None, preset: str | None, setti
         "preset": preset,
         "seed": settings["seed"],
         "scoring": {"rank": None if rank is None else _rank(rank), "drop_worst": settings["drop_worst"]},
-        "input": {"height": size, "width": size, "roi": roi},
+        "input": {"height": size, "width": size, "roi": roi, "bits": settings["bits"]},
         "calibration": {name: settings[name] for name in ("false_reject_rate", "confidence", "unit")},
     }
     return load_config(config, Learning, overrides)

@@ -258,6 +258,11 @@ class CameraWorker:
         return self._inspector
 
     @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest picture in a file that is decoded."""
+        return self._config.max_pixels
+
+    @property
     def is_live(self) -> bool:
         """Whether the images come from a camera or stream, which does not wait for us."""
         return self._source.is_live

@@ -399,7 +399,13 @@ class Cameras:
     def _open(self, camera: CameraPlan) -> CameraWorker:
         tracker = PartTracker(camera.name, camera.settings.trigger, camera.settings.parts)
         opener = tracker.source_opener(
-            partial(open_image_source, camera.source, outbox=self._outbox), self.plan.config.mqtt
+            partial(
+                open_image_source,
+                camera.source,
+                outbox=self._outbox,
+                max_pixels=camera.settings.capture.max_pixels,
+            ),
+            self.plan.config.mqtt,
         )
         # The source first: a folder that is not there is reported before a model is loaded.
         is_live = opener().is_live

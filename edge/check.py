@@ -202,7 +202,7 @@ def _models(plan: Plan, loader: InspectorLoader, state: Path | None) -> Iterator
 def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bool) -> Iterator[Finding]:
     check = f"camera {camera.name}"
     try:
-        source = open_image_source(camera.source)
+        source = open_image_source(camera.source, max_pixels=camera.settings.capture.max_pixels)
         frame = _first_frame(source)
     except EdgeFlameError as exc:
         if runs:

@@ -16,8 +16,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from edge.result import FileOrigin, Reason
-from edgeflame.images import ImageU8, printable_name
+from edgeflame.images import ImageU8, ImageU16, printable_name, to_8_bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class Frame:
     """Name of the file, camera or stream; without passwords."""
     image_bgr: ImageU8 | None
     """``[height, width, 3]`` uint8 as the source gave it; None with an ``error``."""
+    deep_bgr: ImageU16 | None = None
+    """The same with samples of 16 bits, where the source has them; ``image_bgr`` is scaled by their full range."""
     error: str | None = None
     captured_monotonic_s: float
     captured_utc: dt.datetime
@@ -100,6 +104,11 @@ class Frame:
     """What announced the part; None where every frame is a part."""
     fault: Reason | None = None
     """Why there is no image; None: it is unreadable (see ``error``), or there is one."""
+
+    @property
+    def samples(self) -> ImageU8 | ImageU16 | None:
+        """The image as the source has it."""
+        return self.image_bgr if self.deep_bgr is None else self.deep_bgr
 
 
 class Source(Protocol):
@@ -139,7 +148,7 @@ def make_frame(
     *,
     part_id: str,
     source: str,
-    image_bgr: ImageU8 | None = None,
+    image_bgr: ImageU8 | ImageU16 | None = None,
     error: str | None = None,
     label: str | None = None,
     mask: ImageU8 | None = None,
@@ -152,7 +161,8 @@ def make_frame(
     return Frame(
         part_id=printable_name(part_id),
         source=printable_name(source),
-        image_bgr=image_bgr,
+        image_bgr=None if image_bgr is None else to_8_bit(image_bgr),
+        deep_bgr=np.asarray(image_bgr, np.uint16) if image_bgr is not None and image_bgr.dtype == np.uint16 else None,
         error=None if error is None else printable_name(error),
         captured_monotonic_s=time.monotonic() if captured_monotonic_s is None else captured_monotonic_s,
         captured_utc=captured_utc or dt.datetime.now(dt.timezone.utc),

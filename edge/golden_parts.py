@@ -23,7 +23,7 @@ from edge.status import Expected, GoldenCheck, GoldenReport, GoldenStatus
 from edgeflame.background import BackgroundThread
 from edgeflame.dataset import image_files
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, StorageError, UsageError
-from edgeflame.images import printable_name, read_image
+from edgeflame.images import printable_name, read_samples
 from edgeflame.layout import child_folder
 from edgeflame.log import EventLog
 from edgeflame.state import read_json, storage_errors, write_record
@@ -220,7 +220,7 @@ class GoldenTester:
             part = printable_name(f"{file.parent.name}/{file.name}")
             image, error = None, None
             try:
-                image = read_image(file)
+                image = read_samples(file, max_pixels=self._worker.max_pixels)
             except DataError as exc:
                 error = str(exc)
             frame = make_frame(part_id=f"golden:{part}", source=str(file), image_bgr=image, error=error)

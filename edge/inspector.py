@@ -29,7 +29,9 @@ from edge.runtimes.onnx_runtime import CPU
 from edge.status import DEFAULT_CAMERA
 from edge.verdict import Observation, make_result, with_evidence
 from edge.view import View
+from edgeflame.dataset import BITS_ADVICE
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
+from edgeflame.images import LITTLE_USED, ImageU8, ImageU16, share_of_range
 from edgeflame.log import EventLog
 from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import verify_signature
@@ -98,6 +100,12 @@ class InspectorProtocol(Protocol):
         ...
 
 
+log = EventLog("inspect")
+
+IMAGES_FOR_RANGE = 3
+"""Number of images of 16 bits after which a line says that they use little of their range."""
+
+
 class Inspector:
     """One package on one runtime with one set of rules.
 
@@ -140,6 +148,7 @@ class Inspector:
         self._shared = shared
         self._counting = threading.Lock()
         self._num_observing = 0
+        self._range_used: list[float] = []
         self._config = config
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
         self.package = package
@@ -211,15 +220,17 @@ class Inspector:
         faults: list[Reason] = []
         details: list[str] = []
         image = evidence = view = anomaly_map = score = None
-        if frame.image_bgr is None:
+        samples = frame.samples
+        if samples is None:
             faults.append(frame.fault or Reason.UNREADABLE)
             details.append(frame.error or "the source gave no image")
         else:
             evidence = frame.image_bgr
             try:
-                view = self._view.fit(height=evidence.shape[0], width=evidence.shape[1])
-                image = self._view.preprocessing.apply(frame.image_bgr)
-                evidence = self._view.preprocessing.crop(frame.image_bgr)
+                view = self._view.fit(height=samples.shape[0], width=samples.shape[1])
+                image = self._view.preprocessing.apply(samples)
+                evidence = self._view.preprocessing.picture(samples)
+                self._note_range(samples)
             except DataError as exc:
                 faults.append(Reason.UNFIT_IMAGE)
                 details.append(str(exc))
@@ -247,6 +258,15 @@ class Inspector:
             anomaly_map=anomaly_map,
         )
 
+    def _note_range(self, samples: ImageU8 | ImageU16) -> None:
+        """Warn once if the first images of 16 bits use little of their range."""
+        if samples.dtype == np.uint16 and len(self._range_used) < IMAGES_FOR_RANGE:
+            with self._counting:
+                self._range_used.append(share_of_range(samples, self._view.preprocessing.sample_bits))
+                is_little = len(self._range_used) == IMAGES_FOR_RANGE and max(self._range_used) <= LITTLE_USED
+            if is_little:
+                log.warning("little_of_range_used", camera=self._camera, most=max(self._range_used), advice=BITS_ADVICE)
+
 
 def _in_order(captured: Captured, observation: Observation, health: ImageHealth) -> Observation:
     """The observation with the checks across frames added: another size, the very same picture again."""
@@ -258,8 +278,6 @@ def _in_order(captured: Captured, observation: Observation, health: ImageHealth)
         faults.append(Reason.FROZEN)
     return replace(observation, faults=faults, details=details)
 
-
-log = EventLog("inspect")
 
 MAX_PARALLEL = 4
 """Most images observed at the same time, since each needs memory for activations; more cores are shared among them."""

@@ -129,6 +129,7 @@ def _paint(frame: ImageU8, name: str, shape: Shape) -> None:
 
 def _read_picture(path: str) -> ImageU8:
     try:
-        return read_mask(Path(path))
+        # A person chose it; it is as large as the camera is.
+        return read_mask(Path(path), max_pixels=1 << 30)
     except DataError as exc:
         raise ConfigError(f"roi.ignore_image: {exc}") from exc

@@ -24,7 +24,15 @@ from typing import Literal
 
 from edgeflame.errors import DataError
 from edgeflame.fitted_images import image_digest
-from edgeflame.images import IMAGE_SUFFIXES, LISTED_SUFFIXES, ImageU8, Preprocessing, printable_name, read_image
+from edgeflame.images import (
+    IMAGE_SUFFIXES,
+    LISTED_SUFFIXES,
+    LITTLE_USED,
+    ImageU8,
+    Preprocessing,
+    printable_name,
+    share_of_range,
+)
 from edgeflame.layout import GOOD, FolderLayout, read_layout
 from edgeflame.log import EventLog
 
@@ -32,6 +40,8 @@ log = EventLog("dataset")
 
 GROUPS_FILES = ("groups.csv", "tiles.csv")
 """Looked for in this order in the data set's root when no groups file is named."""
+
+BITS_ADVICE = "samples of 10 or 12 bits in files of 16? set input.bits of fit; otherwise see to light and exposure"
 
 UnreadablePolicy = Literal["skip", "refuse"]
 
@@ -119,6 +129,8 @@ class LoadReport:
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     digests: dict[str, bytes] = field(default_factory=dict)
+    most_used: float = 0.0
+    """Largest share of the range of samples that an image uses."""
 
     def log_summary(self) -> None:
         """Say once, as log lines, what a user should know about the images just read."""
@@ -127,6 +139,8 @@ class LoadReport:
         if len(self.sizes) > 1:
             common = ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.sizes.most_common(3))
             log.warning("mixed_image_sizes", sizes=len(self.sizes), most_common=common, all_resized=True)
+        if self.num_read and self.most_used <= LITTLE_USED:
+            log.warning("little_of_range_used", most=round(self.most_used, 4), images=self.num_read, advice=BITS_ADVICE)
 
 
 def load_images(
@@ -149,7 +163,7 @@ def load_images(
     report = report if report is not None else LoadReport()
     for record in records:
         try:
-            frame = read_image(record.path)
+            frame = preprocessing.read(record.path)
         except DataError as exc:
             if on_unreadable == "refuse":
                 raise
@@ -159,7 +173,12 @@ def load_images(
         report.num_read += 1
         report.sizes[(frame.shape[1], frame.shape[0])] += 1
         report.digests[record.name] = image_digest(frame)
-        yield record, preprocessing.apply(frame)
+        report.most_used = max(report.most_used, share_of_range(frame, preprocessing.sample_bits))
+        try:
+            image = preprocessing.apply(frame)
+        except DataError as exc:
+            raise DataError(f"{record.name}: {exc}") from exc
+        yield record, image
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 
 from edgeflame.errors import PackageError
-from edgeflame.images import ImageU8
+from edgeflame.images import ImageU8, ImageU16
 
 DIGEST_BYTES = 16
 
@@ -18,7 +18,7 @@ MAX_FITTED_BYTES = DIGEST_BYTES << 20
 """Of a million images."""
 
 
-def image_digest(frame: ImageU8) -> bytes:
+def image_digest(frame: ImageU8 | ImageU16) -> bytes:
     """The digest of a decoded frame ``[height, width, 3]``, before it is cropped or resized."""
     digest = hashlib.blake2b(repr(frame.shape).encode(), digest_size=DIGEST_BYTES)
     digest.update(frame.tobytes())

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.image_files import ImageFile, jpeg_damage, look_through, other_format
 from edgeflame.state import atomic_write
 
 ImageU8 = npt.NDArray[np.uint8]
+ImageU16 = npt.NDArray[np.uint16]
+Samples = TypeVar("Samples", ImageU8, ImageU16, ImageU8 | ImageU16)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -38,8 +41,12 @@ LISTED_SUFFIXES = IMAGE_SUFFIXES | OTHER_SUFFIXES
 MAX_INPUT_SIDE = 4096
 """Largest model input side; larger ones are a mistake, not a camera (256 is the default)."""
 
-MAX_PIXELS = 100_000_000
+MAX_MEGAPIXELS = 100.0
+MAX_PIXELS = int(MAX_MEGAPIXELS * 1e6)
 """Largest picture that is decoded unless a setting allows more: 300 MB of memory, and more than nearly all cameras."""
+
+LITTLE_USED = 1 / 8
+"""Share of the range of samples below which they are probably of fewer bits than their file has."""
 
 if "OPENCV_LOG_LEVEL" not in os.environ:
     # What it has to say of a file is said by our errors; its own lines would stand among the verdicts.
@@ -77,7 +84,7 @@ class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """From a camera frame to the model's input: crop to the region of interest, resize, nothing else."""
+    """From a camera frame to the model's input: crop to the region of interest, make 8 bits of more, resize."""
 
     height: int = 256
     """Of the model's input, pixels."""
@@ -88,13 +95,41 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """``area``, also when unset: OpenCV's ``INTER_AREA``. ``halving``: nearly the same values in a third to a
     sixth of the time; see :func:`halved`. Left out of what is written where it is not set, so that versions without it
     read it."""
+    bits: Annotated[int, Meta(ge=8, le=16)] | msgspec.UnsetType = msgspec.UNSET
+    """Bits of the samples in files of 16 bits: 10 or 12 for what cameras call Mono10 and Mono12; their range is what
+    the model sees. Unset: 16. Left out of what is written where it is not set, as is ``max_megapixels``."""
+    max_megapixels: Annotated[float, Meta(gt=0, le=1000)] | msgspec.UnsetType = msgspec.UNSET
+    """Largest photograph that is decoded, in millions of pixels; one that claims more is unreadable. Unset: 100. A line
+    has its own (``capture.max_megapixels``)."""
 
     def __post_init__(self) -> None:
         for name, side in (("height", self.height), ("width", self.width)):
             if not 32 <= side <= MAX_INPUT_SIDE or side % 32:
                 raise ConfigError(f"input {name} must be a multiple of 32 from 32 to {MAX_INPUT_SIDE}, not {side}")
 
-    def crop(self, frame: ImageU8) -> ImageU8:
+    @property
+    def sample_bits(self) -> int:
+        """Bits of the samples in files of 16 bits."""
+        return 16 if self.bits is msgspec.UNSET else self.bits
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest photograph that is decoded."""
+        return MAX_PIXELS if self.max_megapixels is msgspec.UNSET else int(self.max_megapixels * 1e6)
+
+    def read(self, path: Path) -> ImageU8 | ImageU16:
+        """Read a photograph as :meth:`apply` and :meth:`picture` take it; see :func:`read_samples`."""
+        return read_samples(path, max_pixels=self.max_pixels)
+
+    def picture(self, frame: ImageU8 | ImageU16) -> ImageU8:
+        """The region of interest at the frame's resolution, for people to look at.
+
+        Raises:
+            DataError: the region reaches outside the frame, or samples have more than ``bits``.
+        """
+        return to_8_bit(self.crop(frame), self.sample_bits)
+
+    def crop(self, frame: Samples) -> Samples:
         """The region of interest of a frame (a view).
 
         Raises:
@@ -111,21 +146,21 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             )
         return frame[roi.y : roi.y + roi.height, roi.x : roi.x + roi.width]
 
-    def apply(self, frame: ImageU8) -> ImageU8:
-        """Crop and resize (``resize``) a BGR frame.
+    def apply(self, frame: ImageU8 | ImageU16) -> ImageU8:
+        """Crop, bring to 8 bits (``bits``) and resize (``resize``) a BGR frame.
 
         Args:
-            frame: ``[frame_height, frame_width, 3]`` uint8, BGR.
+            frame: ``[frame_height, frame_width, 3]`` uint8 or uint16, BGR.
 
         Returns:
             ``[height, width, 3]`` uint8, BGR, contiguous.
 
         Raises:
-            DataError: wrong shape or type, or the region of interest does not fit.
+            DataError: wrong shape or type, the region of interest does not fit, or samples have more than ``bits``.
         """
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        if frame.dtype not in (np.uint8, np.uint16) or frame.ndim != 3 or frame.shape[2] != 3:
             raise DataError(f"expected a uint8 BGR frame [height, width, 3], got {frame.dtype} {list(frame.shape)}")
-        cropped = self.crop(frame)
+        cropped = to_8_bit(self.crop(frame), self.sample_bits)
         if cropped.shape[:2] == (self.height, self.width):
             return np.ascontiguousarray(cropped)
         if self.resize == "halving":
@@ -167,12 +202,37 @@ def halved(image: ImageU8, *, height: int, width: int) -> ImageU8:
     return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> ImageU8:
-    """Decode a complete image file to BGR.
+def to_8_bit(image: ImageU8 | ImageU16, bits: int = 16) -> ImageU8:
+    """Samples of 16 bits scaled by the range of ``bits``, so that its end becomes 255; of 8 bits as they are.
 
-    Grey becomes three equal channels, alpha is dropped, 16 bit is scaled by its full range (65535 -> 255),
-    EXIF orientation is applied. A file that is cut short, or whose data are damaged as far as anything tells, is
-    refused, where OpenCV alone would fill the rest with grey; so is one that is too large, before it is decoded.
+    Raises:
+        DataError: a sample is beyond that range.
+    """
+    if image.dtype == np.uint8:
+        return np.asarray(image, dtype=np.uint8)
+    most = (1 << bits) - 1
+    largest = int(image.max(initial=0)) if bits < 16 else 0
+    if largest > most:
+        raise DataError(f"samples reach {largest}, more than input.bits = {bits} can hold (0..{most})")
+    return np.asarray(cv2.convertScaleAbs(image, alpha=255 / most), dtype=np.uint8)
+
+
+def share_of_range(image: ImageU8 | ImageU16, bits: int = 16) -> float:
+    """The largest sample as a share of the range: of 8 bits, or of ``bits`` where the samples have 16."""
+    return float(image.max(initial=0)) / (255 if image.dtype == np.uint8 else (1 << bits) - 1)
+
+
+def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> ImageU8:
+    """Decode a complete image file to BGR of 8 bits; 16 bits are scaled by their full range. See `decode_samples`."""
+    return to_8_bit(decode_samples(data, name, max_pixels=max_pixels))
+
+
+def decode_samples(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> ImageU8 | ImageU16:
+    """Decode a complete image file to BGR, with samples as they are.
+
+    Grey becomes three equal channels, alpha is dropped, EXIF orientation is applied. A file that is cut short, or whose
+    data are damaged as far as anything tells, is refused, where OpenCV alone would fill the rest with grey; so is one
+    that is too large, before it is decoded.
 
     Args:
         data: the whole file.
@@ -180,7 +240,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
         max_pixels: width times height of the largest picture that is decoded.
 
     Returns:
-        ``[height, width, 3]`` uint8, BGR.
+        ``[height, width, 3]`` uint8 or uint16, BGR.
 
     Raises:
         DataError: not an image, cut short, damaged, too large, or of a sample type other than 8 or 16 bit.
@@ -193,7 +253,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Ima
     if image is None:
         raise DataError(f"{name}: not an image that can be decoded")
     if image.dtype == np.uint16:
-        return np.asarray((image.astype(np.float32) / 257.0).round(), dtype=np.uint8)
+        return np.asarray(image, dtype=np.uint16)
     if image.dtype != np.uint8:
         raise DataError(f"{name}: expected 8 or 16 bit samples, got {image.dtype}")
     return np.asarray(image, dtype=np.uint8)
@@ -207,8 +267,17 @@ def printable_name(name: str) -> str:
     return "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in text)
 
 
-def read_image(path: Path) -> ImageU8:
-    """Read an image file to BGR; see :func:`decode_image`.
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> ImageU8:
+    """Read an image file to BGR of 8 bits; see :func:`decode_image`.
+
+    Raises:
+        DataError: the file cannot be read or decoded.
+    """
+    return to_8_bit(read_samples(path, max_pixels=max_pixels))
+
+
+def read_samples(path: Path, *, max_pixels: int = MAX_PIXELS) -> ImageU8 | ImageU16:
+    """Read an image file to BGR with samples as they are; see :func:`decode_samples`.
 
     Raises:
         DataError: the file cannot be read or decoded.
@@ -217,16 +286,16 @@ def read_image(path: Path) -> ImageU8:
         data = path.read_bytes()
     except OSError as exc:
         raise DataError(f"{printable_name(str(path))}: cannot be read ({exc.strerror})") from exc
-    return decode_image(data, printable_name(str(path)))
+    return decode_samples(data, printable_name(str(path)), max_pixels=max_pixels)
 
 
-def read_mask(path: Path) -> ImageU8:
+def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> ImageU8:
     """Read a defect mask: ``[height, width]`` uint8, 0 where good, 255 where any channel is above zero.
 
     Raises:
         DataError: the file cannot be read or decoded.
     """
-    return np.where(read_image(path).max(axis=2) > 0, 255, 0).astype(np.uint8)
+    return np.where(read_samples(path, max_pixels=max_pixels).max(axis=2) > 0, 255, 0).astype(np.uint8)
 
 
 def shrink(image: ImageU8, max_side: int) -> ImageU8:

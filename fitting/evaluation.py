@@ -384,7 +384,11 @@ def _count_pixels(
         if not record.is_good and record.mask is None:
             continue
         full = np.asarray(cv2.resize(small, size, interpolation=cv2.INTER_LINEAR), dtype=np.float32)
-        mask = preprocessing.apply_to_mask(read_mask(record.mask)) if record.mask is not None else None
+        mask = (
+            preprocessing.apply_to_mask(read_mask(record.mask, max_pixels=preprocessing.max_pixels))
+            if record.mask is not None
+            else None
+        )
         counts = PixelCounts(edges)
         counts.add(full, mask)
         coarse = counts.coarse()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeflame.dataset import ImageRecord, LoadReport, UnreadablePolicy, load_images
-from edgeflame.images import ImageU8, Preprocessing, read_image
+from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.log import Progress, no_progress
 
 MAX_CACHE_BYTES = 1 << 30
@@ -74,4 +74,4 @@ class ImageSet:
         cached = self._cache.get(index)
         if cached is not None:
             return cached
-        return self.preprocessing.apply(read_image(self.records[index].path))
+        return self.preprocessing.apply(self.preprocessing.read(self.records[index].path))

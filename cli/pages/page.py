@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from edgeflame import __version__
 from edgeflame.errors import MissingDependencyError, StorageError
-from edgeflame.images import read_image, read_mask, shrink
+from edgeflame.images import read_mask, shrink
 from edgeflame.state import atomic_write
 
 if TYPE_CHECKING:
@@ -153,10 +153,10 @@ def draw_example(
     """
     from edge.overlay import draw_overlay
 
-    photograph = shrink(preprocessing.crop(read_image(record.path)), MAX_SIDE)
+    photograph = shrink(preprocessing.picture(preprocessing.read(record.path)), MAX_SIDE)
     truth = None
     if record.mask is not None:
-        whole = preprocessing.crop(read_mask(record.mask))
+        whole = preprocessing.crop(read_mask(record.mask, max_pixels=preprocessing.max_pixels))
         size = (photograph.shape[1], photograph.shape[0])
         # A thin crack must survive the shrinking: any pixel of it counts.
         small = cv2.resize(whole, size, interpolation=cv2.INTER_AREA)

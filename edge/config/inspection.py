@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register
 from edgeflame.errors import ConfigError
+from edgeflame.images import MAX_MEGAPIXELS
 
 DeviceId = Annotated[int, Meta(ge=0, le=255)]
 """A Modbus device's id, also called unit or slave id."""
@@ -29,6 +30,14 @@ class CaptureConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     and counts it. ``auto``: ``latest`` for cameras and streams, ``wait`` for files."""
     depth: Annotated[int, Meta(ge=1, le=64)] = 2
     """Frames that wait to be scored."""
+    max_megapixels: Annotated[float, Meta(gt=0, le=1000)] = MAX_MEGAPIXELS
+    """Largest picture of a file that is decoded, in millions of pixels; one that claims more is ``unreadable``, however
+    small its file is. A decoded picture takes three bytes a pixel, and twice that at 16 bits."""
+
+    @property
+    def max_pixels(self) -> int:
+        """The same, in pixels."""
+        return int(self.max_megapixels * 1e6)
 
 
 class ImageQualityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

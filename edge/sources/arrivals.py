@@ -25,7 +25,7 @@ from typing import NamedTuple, final
 
 from edge.result import FileOrigin, Inspected
 from edgeflame.errors import DataError
-from edgeflame.images import ImageU8, decode_image, printable_name
+from edgeflame.images import MAX_PIXELS, ImageU8, ImageU16, decode_samples, printable_name
 from edgeflame.log import EventLog
 
 LONGEST_WRITE = 10
@@ -224,7 +224,7 @@ def stat_file(path: Path | os.DirEntry[str]) -> SeenFile | None:
     return SeenFile(FileIdentity(status.st_size, status.st_mtime_ns), status.st_ino)
 
 
-def read_complete(path: Path) -> tuple[FileIdentity, ImageU8 | None, str]:
+def read_complete(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[FileIdentity, ImageU8 | ImageU16 | None, str]:
     """Read a file; returns its identity, its image or None, and why there is no image.
 
     Raises:
@@ -237,7 +237,7 @@ def read_complete(path: Path) -> tuple[FileIdentity, ImageU8 | None, str]:
             data = stream.read()
             if _identity(stream.fileno()) != identity:
                 return identity, None, "it changed while it was read"
-        return identity, decode_image(data, printable_name(str(path))), ""
+        return identity, decode_samples(data, printable_name(str(path)), max_pixels=max_pixels), ""
     except FileNotFoundError:
         raise
     except OSError as exc:

@@ -10,7 +10,7 @@ from pathlib import Path
 from edge.frame import Frame, Source, make_frame
 from edgeflame.dataset import list_images
 from edgeflame.errors import DataError, UsageError
-from edgeflame.images import IMAGE_SUFFIXES, printable_name, read_image
+from edgeflame.images import IMAGE_SUFFIXES, MAX_PIXELS, printable_name, read_samples
 from edgeflame.layout import GOOD, TEST, TRAIN, TRUTH, child_folder, data_sets_in, is_good_name
 from edgeflame.masking import without_secrets
 
@@ -22,10 +22,12 @@ class FileSource:
     Attributes:
         name: the folder or file given in the address.
         files: path, part id and label (None: unknown) of each.
+        max_pixels: of the largest picture that is decoded.
     """
 
     name: str
     files: Sequence[tuple[Path, str, str | None]]
+    max_pixels: int = MAX_PIXELS
     is_live: bool = False
     is_endless: bool = False
 
@@ -38,13 +40,13 @@ class FileSource:
             if stop.is_set():
                 return
             try:
-                image, error = read_image(path), None
+                image, error = read_samples(path, max_pixels=self.max_pixels), None
             except DataError as exc:
                 image, error = None, str(exc)
             yield make_frame(part_id=part_id, source=str(path), image_bgr=image, error=error, label=label)
 
 
-def folder_source(folder: Path) -> FileSource:
+def folder_source(folder: Path, *, max_pixels: int = MAX_PIXELS) -> FileSource:
     """All images of a folder and its subfolders, sorted by path.
 
     If the folder is the test folder of a data set in the MVTec layout, or one class of it, the names of the class
@@ -60,12 +62,12 @@ def folder_source(folder: Path) -> FileSource:
             raise DataError(f"{root}: this is a whole data set; to inspect its test images give {test}")
     has_classes = any(is_good_name(path.relative_to(folder).parts[0]) for path in images)
     files = tuple((path, path.relative_to(folder).as_posix(), _label(folder, path, has_classes)) for path in images)
-    return FileSource(name=printable_name(str(folder)), files=files)
+    return FileSource(name=printable_name(str(folder)), files=files, max_pixels=max_pixels)
 
 
-def image_source(path: Path) -> FileSource:
+def image_source(path: Path, *, max_pixels: int = MAX_PIXELS) -> FileSource:
     """A single image."""
-    return FileSource(name=printable_name(str(path)), files=((path, path.name, None),))
+    return FileSource(name=printable_name(str(path)), files=((path, path.name, None),), max_pixels=max_pixels)
 
 
 def _label(folder: Path, path: Path, has_classes: bool) -> str | None:
@@ -78,13 +80,14 @@ def _label(folder: Path, path: Path, has_classes: bool) -> str | None:
     return GOOD if name is not None and is_good_name(name) else name
 
 
-def open_image_source(address: str, *, outbox: Path | None = None) -> Source:
+def open_image_source(address: str, *, outbox: Path | None = None, max_pixels: int = MAX_PIXELS) -> Source:
     """Make the source for an address; cameras and streams are opened only when frames are read.
 
     Args:
         address: a folder, an image, a video file, ``camera:0``, ``rtsp://...``, ``gst:PIPELINE``, ``csi:0`` or
             ``boards:TEXTURE``, ``watch:FOLDER``; see docs/sources.md.
         outbox: SQLite file of the results, where a watched folder looks up which files are done; None: there is none.
+        max_pixels: of the largest picture in a file that is decoded.
 
     Raises:
         UsageError: the address is of no known kind.
@@ -97,7 +100,7 @@ def open_image_source(address: str, *, outbox: Path | None = None) -> Source:
     if address.startswith("watch:"):
         from edge.sources.watched_folder import watched_folder
 
-        return watched_folder(address, outbox=outbox)
+        return watched_folder(address, outbox=outbox, max_pixels=max_pixels)
     if address.startswith("camera:"):
         from edge.sources.camera import camera_source
 
@@ -110,18 +113,18 @@ def open_image_source(address: str, *, outbox: Path | None = None) -> Source:
         from edge.sources.video import RtspSource
 
         return RtspSource(url=address)
-    return _file_source(address)
+    return _file_source(address, max_pixels)
 
 
-def _file_source(address: str) -> Source:
+def _file_source(address: str, max_pixels: int) -> Source:
     from edge.sources.video import VIDEO_SUFFIXES, VideoFileSource
 
     path = Path(address)
     if path.is_dir():
-        return folder_source(path)
+        return folder_source(path, max_pixels=max_pixels)
     suffix = path.suffix.lower()
     if path.is_file() and suffix in IMAGE_SUFFIXES:
-        return image_source(path)
+        return image_source(path, max_pixels=max_pixels)
     if path.is_file() and suffix in VIDEO_SUFFIXES:
         return VideoFileSource(name=str(path))
     if path.exists():

@@ -26,7 +26,7 @@ from edge.result import After, FileOrigin
 from edge.sources.address import AddressQuery
 from edge.sources.arrivals import DONE_FOLDER, Arrivals, FileIdentity, dispose, read_complete, stat_file
 from edgeflame.errors import DataError, StorageError
-from edgeflame.images import LISTED_SUFFIXES, printable_name
+from edgeflame.images import LISTED_SUFFIXES, MAX_PIXELS, printable_name
 from edgeflame.log import EventLog
 
 log = EventLog("watch")
@@ -163,6 +163,7 @@ class WatchedFolder:
         options: the address's options.
         outbox: SQLite file of the results, with the files that are done. None: files that are there at the start are
             taken for new.
+        max_pixels: of the largest picture that is decoded.
 
     Raises:
         DataError: no such folder.
@@ -172,12 +173,15 @@ class WatchedFolder:
     is_endless = True
     num_frames = None
 
-    def __init__(self, folder: Path, options: WatchOptions, *, outbox: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, options: WatchOptions, *, outbox: Path | None = None, max_pixels: int = MAX_PIXELS
+    ) -> None:
         if not folder.is_dir():
             raise DataError(f"watch:{folder}: no such folder")
         self._folder = folder.resolve()
         self._options = options
         self._outbox = outbox
+        self._max_pixels = max_pixels
         self.name = f"watch:{printable_name(str(folder))}"
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
@@ -280,7 +284,7 @@ class WatchedFolder:
                 return
             path = self._folder / name
             try:
-                identity, image, failure = read_complete(path)
+                identity, image, failure = read_complete(path, self._max_pixels)
             except FileNotFoundError:
                 arrivals.observe(name, stat_file(path), time.monotonic())
                 if (seen := stat_file(path)) is not None:
@@ -338,7 +342,7 @@ class WatchedFolder:
         return fnmatch.fnmatchcase(name if "/" in pattern else base, pattern)
 
 
-def watched_folder(address: str, *, outbox: Path | None) -> WatchedFolder:
+def watched_folder(address: str, *, outbox: Path | None, max_pixels: int = MAX_PIXELS) -> WatchedFolder:
     """Read ``watch:DIR?after=move``.
 
     Raises:
@@ -365,4 +369,5 @@ def watched_folder(address: str, *, outbox: Path | None) -> WatchedFolder:
             poll_s=query.number("poll", 2.0, least=0.05, most=3600),
         ),
         outbox=outbox,
+        max_pixels=max_pixels,
     )

@@ -151,3 +151,12 @@ def test_model_show(package_file: Path, package: Package) -> None:
     document = msgspec.json.decode(as_json.stdout)
     assert document["sha256"] == package.sha256
     assert document["manifest"]["learning"]["method"] == "none"
+
+
+def test_the_bound_on_pixels_is_a_setting_of_the_line(package_file: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "test")
+    config = tmp_path / "line.toml"
+    config.write_text("[capture]\nmax_megapixels = 0.009\n")
+    parts = lines(inspect("--model", package_file, "--source", folder, "--json", "--config", config))
+    assert {(part["verdict"], *part["reasons"]) for part in parts} == {("unknown", "unreadable")}  # type: ignore[misc]
+    assert all("96x96 pixels are more than the 0.009 megapixels" in str(part["detail"]) for part in parts)

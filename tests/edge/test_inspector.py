@@ -120,3 +120,39 @@ def test_a_result_reads_back(package: Package) -> None:
     assert line.count(b"\n") == 1
     assert msgspec.json.decode(line, type=Result) == result
     assert msgspec.json.decode(line)["captured"].endswith("Z")
+
+
+def with_input(package: Package, **changed: object) -> Package:
+    learning = package.manifest.learning
+    manifest = msgspec.structs.replace(
+        package.manifest,
+        learning=msgspec.structs.replace(learning, input=msgspec.structs.replace(learning.input, **changed)),
+    )
+    return dataclasses.replace(package, manifest=manifest)
+
+
+def test_a_mono12_image_is_judged_on_its_own_bits(package: Package) -> None:
+    runtime = open_runtime(package.model_onnx, device="cpu")
+    inspector = Inspector(with_input(package, bits=12), runtime, InspectConfig())
+    for image, verdict in ((good_image(1), "pass"), (bad_image(2), "fail")):
+        plain = inspect(inspector, image)
+        deep = inspect(inspector, np.round(image * (4095 / 255)).astype(np.uint16))
+        assert (plain.result.verdict, deep.result.verdict) == (verdict, verdict)
+        assert deep.result.score == plain.result.score
+        assert deep.image is not None
+        # The evidence is what a person can see something in.
+        np.testing.assert_array_equal(deep.image, image)
+    full = inspect(inspector, good_image(1).astype(np.uint16) * 257)
+    assert (full.result.verdict, full.result.reasons) == ("unknown", ("unfit_image",))
+    assert "more than input.bits = 12 can hold" in (full.result.detail or "")
+
+
+def test_a_line_says_when_samples_use_little_of_their_range(package: Package, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = open_runtime(package.model_onnx, device="cpu")
+    inspector = Inspector(package, runtime, InspectConfig())
+    for seed in range(2):
+        inspect(inspector, good_image(seed).astype(np.uint16) * 16)
+    assert "little_of_range_used" not in caplog.text
+    for seed in range(5):
+        inspect(inspector, good_image(seed).astype(np.uint16) * 16)
+    assert caplog.text.count("little_of_range_used") == 1

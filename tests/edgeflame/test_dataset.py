@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -121,3 +122,31 @@ def test_mixed_sizes_are_resized_and_counted(tmp_path: Path) -> None:
     ]
     assert {image.shape for image in images} == {(32, 64, 3)}
     assert report.sizes == {(48, 40): 1, (100, 80): 1}
+
+
+@pytest.mark.parametrize(("bits", "warns"), [(None, True), (12, False)])
+def test_images_that_use_little_of_their_range_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int | None, warns: bool
+) -> None:
+    for index in range(3):
+        grey = np.random.default_rng(index).integers(0, 4096, (40, 48), dtype=np.uint16)
+        write_image(tmp_path / f"{index}.png", grey)
+    report = LoadReport()
+    preprocessing = Preprocessing(height=32, width=32, bits=msgspec.UNSET if bits is None else bits)
+    list(load_images(open_dataset(tmp_path).train, preprocessing, report=report))
+    report.log_summary()
+    assert ("little_of_range_used" in caplog.text) == warns
+
+
+def test_a_photograph_with_more_bits_than_configured_is_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "deep.png", np.full((40, 48), 60_000, np.uint16))
+    with pytest.raises(DataError, match=r"deep\.png: samples reach 60000"):
+        list(load_images(open_dataset(tmp_path).train, Preprocessing(height=32, width=32, bits=12)))
+
+
+def test_the_bound_on_pixels_is_a_setting_of_the_input(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    records = open_dataset(tmp_path).train
+    small = Preprocessing(height=32, width=32, max_megapixels=0.001)
+    with pytest.raises(DataError, match="megapixels"):
+        list(load_images(records, small, on_unreadable="refuse"))

@@ -11,7 +11,7 @@ import pytest
 
 from boards.dataset import BoardStream
 from edgeflame.errors import ConfigError, DataError, StorageError
-from edgeflame.images import Preprocessing, Region, decode_image, read_image, read_mask, write_image
+from edgeflame.images import Preprocessing, Region, decode_image, read_image, read_mask, to_8_bit, write_image
 
 
 def encode(image: np.ndarray, suffix: str) -> bytes:
@@ -183,3 +183,41 @@ def test_impossible_input_sides_are_refused(side: int) -> None:
 def test_impossible_regions_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="region of interest"):
         Region.parse(text)
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_samples_of_fewer_bits_are_scaled_by_theirs(photo: np.ndarray, bits: int, suffix: str, tmp_path: Path) -> None:
+    deep = np.round(photo * (((1 << bits) - 1) / 255)).astype(np.uint16)
+    (tmp_path / f"mono{suffix}").write_bytes(encode(deep, suffix))
+    preprocessing = Preprocessing(height=32, width=32, bits=bits)
+    samples = preprocessing.read(tmp_path / f"mono{suffix}")
+    np.testing.assert_array_equal(preprocessing.picture(samples), photo)
+    np.testing.assert_array_equal(preprocessing.apply(samples), Preprocessing(height=32, width=32).apply(photo))
+    # Files of 8 bits are what they are.
+    np.testing.assert_array_equal(preprocessing.picture(photo), photo)
+
+
+def test_samples_of_more_bits_than_they_should_have_are_refused_not_cut_off(photo: np.ndarray) -> None:
+    deep = photo.astype(np.uint16) << 8
+    with pytest.raises(DataError, match=r"samples reach \d+, more than input\.bits = 12 can hold \(0\.\.4095\)"):
+        Preprocessing(bits=12).apply(deep)
+
+
+def test_sixteen_bits_are_scaled_as_ever() -> None:
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    np.testing.assert_array_equal(to_8_bit(every), np.round(every / 257).astype(np.uint8))
+
+
+def test_versions_without_bits_read_what_does_not_set_them() -> None:
+    assert b"bits" not in msgspec.json.encode(Preprocessing())
+    assert b"megapixels" not in msgspec.json.encode(Preprocessing())
+    chosen = Preprocessing(bits=12, max_megapixels=151.5)
+    assert msgspec.json.decode(msgspec.json.encode(chosen), type=Preprocessing) == chosen
+    assert chosen.max_pixels == 151_500_000
+
+
+@pytest.mark.parametrize("bits", [7, 17])
+def test_impossible_bits_are_refused(bits: int) -> None:
+    with pytest.raises(msgspec.ValidationError, match="bits"):
+        msgspec.convert({"bits": bits}, Preprocessing)
