@@ -29,7 +29,7 @@ from aggregator.validation import validate_upload
 from edgeflame.errors import FederationError
 from edgeflame.log import EventLog, Progress
 from edgeflame.metrics import MetricsServer
-from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, LastWill, ReceivedMessage
 from edgeflame.mqtt.messages import (
     BlobNeed,
@@ -154,7 +154,7 @@ class _AggregatorService:
         will = LastWill(topic=self._topics.aggregator_presence, payload=encode_message(self._presence(online=False)))
         link = MqttClient(
             broker,
-            client_id=f"edgeflame-aggregator-{self._topics.fleet}-{self._boot[:8]}",
+            client_id=new_client_id("aggregator"),
             filters=[
                 self._topics.all_up(),
                 self._topics.all_site_presences(),

@@ -358,7 +358,7 @@ def _other_line(config: MqttConfig, state_topic: str, session: Session, *, runs:
     if line is not None and line.online and not runs:
         yield problem(
             "broker",
-            f"a line {config.line} is online already, with {line.source}: two of a name throw each other out",
+            f"a line {config.line} is online already, with {line.source}: two of a name mix up what they publish",
             "give this one another name in [mqtt]",
         )
 

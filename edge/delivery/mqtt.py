@@ -9,24 +9,26 @@ edgeflame/v1/<fleet>/line/<line>/reply         the reply to a command
 A connection has only one last will. That of the connection for results sets the state, so the availability has a
 connection of its own, open as long as the other one.
 
-Discovery makes verdicts and scores appear in Home Assistant by themselves. Source: Home Assistant's documentation of
-MQTT discovery and of the MQTT sensor.
+Last wills may come late: that of a process of this line that was killed is published when the broker misses it, long
+after the next one has said that it is online. So what is said of the line is heard here too, and contradicted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from edge.config.outputs import MqttConfig
+from edge.delivery.home_assistant import home_assistant_discovery, outdated_discovery
 from edge.delivery.outbox import Delivery
-from edge.status import LineState
+from edge.status import DEFAULT_CAMERA, LineState
 from edgeflame.errors import ConfigError, LinkError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import (
     ClientEvent,
     Disconnected,
@@ -38,53 +40,12 @@ from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import Topics
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 
-_ENTITIES = {
-    "verdict": ("Verdict", "value_json.result.verdict"),
-    "score": (
-        "Score, 1 = at the threshold",
-        (
-            "(value_json.result.score / value_json.result.threshold) | round(3) "
-            "if value_json.result.score is not none else none"
-        ),
-    ),
-}
-"""Name and value template of each entity, by key."""
-
-
-def home_assistant_discovery(prefix: str, topics: Topics, line: str, cameras: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Discovery messages for the verdict and the score, of each camera if there are several: topic and payload.
-
-    Args:
-        prefix: beginning of Home Assistant's discovery topics.
-        topics: the fleet's.
-        line: the line's name.
-        cameras: the cameras' names.
-    """
-    unique = f"edgeflame_{topics.fleet}_{line}".replace(".", "_")
-    messages = []
-    for camera in cameras if len(cameras) > 1 else [None]:
-        for key, (name, value) in _ENTITIES.items():
-            own, title, template = key, name, value
-            if camera is not None:
-                own, title = f"{camera}_{key}".replace(".", "_"), f"{camera}: {name}"
-                # All cameras share one topic; an entity keeps its state when a message is another camera's.
-                template = f"({value}) if value_json.result.camera == '{camera}' else this.state"
-            entity = {
-                "state_topic": topics.line_result(line),
-                "availability_topic": topics.line_availability(line),
-                "device": {"identifiers": [unique], "name": f"Line {line}", "manufacturer": "EdgeFlame"},
-                "name": title,
-                "unique_id": f"{unique}_{own}",
-                "value_template": f"{{{{ {template} }}}}",
-            }
-            messages.append((f"{prefix}/sensor/{unique}/{own}/config", msgspec.json.encode(entity)))
-    return messages
-
-
 log = EventLog("mqtt")
 
 MAX_BATCH = 50
 """Results in flight at once; the client keeps to the broker's Receive Maximum by itself."""
+MAX_OTHERS = 20
+"""Other daemons of this line's name that are told apart, and contradicted once each."""
 
 
 CommandListener = Callable[[bytes, bool], None]
@@ -156,6 +117,13 @@ class MqttDestination:
         self._session: Session | None = None
         self._availability: _Availability | None = None
         self._on_command = on_command
+        self._client_id = new_client_id(f"line-{config.line}")
+        self._is_contradicted = threading.Event()
+        """Somebody else has said of this line what is not so, or other entities are known than it has."""
+        self._others: set[str] = set()
+        """Boots of other daemons that were heard under this line's name."""
+        self._cameras_before: tuple[str, ...] = ()
+        """Cameras whose entities Home Assistant may still have."""
 
     def publish_reply(self, reply: bytes) -> None:
         """Publish the reply to a command; it is dropped if there is no connection."""
@@ -213,7 +181,7 @@ class MqttDestination:
             session = Session(
                 self._url,
                 name="line",
-                client_id=_client_id(self._config),
+                client_id=self._client_id,
                 filters=(self._state_topic, self._topics.line_command(self._config.line)),
                 will=LastWill(topic=self._state_topic, payload=msgspec.json.encode(offline)),
                 connect_timeout_s=self._config.timeout_s,
@@ -222,22 +190,44 @@ class MqttDestination:
             )
             self._session, self._announced = session.connect(), None
             self._availability = _Availability(self._url, self._config)
-            if self._config.home_assistant is not None:
-                cameras = [camera.name for camera in self._state.cameras]
-                messages = home_assistant_discovery(
-                    self._config.home_assistant, self._topics, self._config.line, cameras
-                )
-                for topic, payload in messages:
-                    session.publish(topic, payload, retain=True)
+        if self._is_contradicted.is_set():
+            self._is_contradicted.clear()
+            self._announced = None
         if self._announced != (state := self._state):
             self._session.publish(self._state_topic, msgspec.json.encode(state), retain=True)
+            self._announce_entities(self._session, tuple(camera.name for camera in state.cameras))
             self._announced = state
         return self._session
 
+    def _announce_entities(self, session: Session, cameras: tuple[str, ...]) -> None:
+        prefix, line = self._config.home_assistant, self._config.line
+        if prefix is None:
+            return
+        for topic in outdated_discovery(prefix, self._topics, line, cameras, self._cameras_before):
+            session.publish(topic, b"", retain=True)
+        for topic, payload in home_assistant_discovery(prefix, self._topics, line, cameras):
+            session.publish(topic, payload, retain=True)
+        self._cameras_before = cameras
+
     def _on_message(self, message: ReceivedMessage) -> None:
-        """On the client's thread: hand on commands, and ignore the line's own state."""
+        """On the client's thread: hand on commands, and look at what is said of this line."""
         if message.topic != self._state_topic:
             self._on_command(message.payload, message.retained)
+            return
+        try:
+            said = msgspec.json.decode(message.payload, type=LineState)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        if message.retained and said.boot != self._state.boot:
+            # What the last process of this line left behind.
+            self._cameras_before = tuple(camera.name for camera in said.cameras) or (DEFAULT_CAMERA,)
+            self._is_contradicted.set()
+        elif not said.online:
+            self._is_contradicted.set()
+        elif said.boot != self._state.boot and said.boot not in self._others and len(self._others) < MAX_OTHERS:
+            self._others.add(said.boot)
+            log.error("line_name_in_use", line=self._config.line, fleet=self._config.fleet, by=said.source)
+            self._is_contradicted.set()
 
     def _drop(self, *, flush_s: float) -> None:
         if self._availability is not None:
@@ -248,18 +238,15 @@ class MqttDestination:
             self._session = None
 
 
-def _client_id(config: MqttConfig) -> str:
-    return f"edgeflame-line-{config.fleet}-{config.line}"
-
-
 class _Availability:
     """Publishes ``online`` until it is closed; if the connection breaks, the last will publishes ``offline``."""
 
     def __init__(self, url: BrokerUrl, config: MqttConfig) -> None:
         self._topic = Topics(fleet=config.fleet).line_availability(config.line)
+        self._is_closing = False
         self._link = MqttClient(
             url,
-            client_id=f"{_client_id(config)}-availability",
+            client_id=new_client_id(f"availability-{config.line}"),
             filters=[self._topic],
             sink=self._on_event,
             will=LastWill(topic=self._topic, payload=b"offline"),
@@ -267,6 +254,7 @@ class _Availability:
         self._link.publish(self._topic, b"online", retain=True)
 
     def close(self, *, flush_s: float) -> None:
+        self._is_closing = True
         self._link.publish(self._topic, b"offline", retain=True)
         self._link.close(flush_s=flush_s)
 
@@ -276,7 +264,10 @@ class _Availability:
             case Disconnected():
                 # By the time it is connected again, the broker has published the last will.
                 self._link.publish(self._topic, b"online", retain=True)
-            case ReceivedMessage():
+            case ReceivedMessage(payload=payload):
                 event.acknowledge()
+                if payload == b"offline" and not self._is_closing:
+                    # A last will that came late, or another daemon of this name that ended.
+                    self._link.publish(self._topic, b"online", retain=True)
             case _:
                 pass

@@ -21,7 +21,7 @@ from edge.models.store import PUBLISHER_OWNER, PackageStore
 from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, FederationError, LinkError, RuntimeUnavailableError, StorageError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, ReceivedMessage
 from edgeflame.mqtt.messages import BlobNeed, LineModels, ProductModels, Release, decode_release, encode_message
 from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
@@ -71,6 +71,7 @@ class ReleaseFetcher:
         self._broker = broker
         self._topics = Topics(fleet=fleet)
         self._line = line
+        self._client_id = new_client_id(f"models-{line}")
         self._on_change = on_change
         self._boot = uuid.uuid4().hex
         self._inbox: queue.SimpleQueue[ClientEvent | Callable[[], None] | str] = queue.SimpleQueue()
@@ -185,7 +186,7 @@ class ReleaseFetcher:
         try:
             self._link = MqttClient(
                 self._broker,
-                client_id=f"edgeflame-models-{self._topics.fleet}-{self._line}",
+                client_id=self._client_id,
                 filters=[self._topics.all_releases()],
                 sink=self._inbox.put,
             )

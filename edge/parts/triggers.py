@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import final
@@ -25,6 +24,7 @@ from edge.status import PartCounts
 from edgeflame.background import BackgroundThread, Backoff
 from edgeflame.errors import ConfigError, DataError, LinkError, UsageError, require_extra
 from edgeflame.log import EventLog
+from edgeflame.mqtt.client import new_client_id
 from edgeflame.mqtt.topics import Topics
 from edgeflame.mqtt.url import BrokerUrl, TlsFiles, parse_broker_url
 
@@ -290,7 +290,7 @@ def _over_mqtt(camera: str, config: MqttTriggerConfig, mqtt: MqttConfig | None) 
         if mqtt is None:
             raise ConfigError("trigger.mqtt.topic is missing; only with [mqtt] there is a topic of the line's own")
         topic = Topics(fleet=mqtt.fleet).line_trigger(mqtt.line)
-    name = f"edgeflame-trigger-{camera}-{uuid.uuid4().hex[:12]}"
+    name = new_client_id(f"trigger-{camera}")
     try:
         return MqttTrigger(_url(config, mqtt), topic=topic, client_id=name, config=config)
     except (UsageError, LinkError) as exc:

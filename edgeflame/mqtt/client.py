@@ -12,6 +12,7 @@ user holds the broker back instead of filling memory.
 
 from __future__ import annotations
 
+import secrets
 import socket
 import threading
 import time
@@ -40,6 +41,15 @@ MAX_QUEUED = 4096
 FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 20.0
 """Between attempts to connect: doubles from the first to the last, less up to half of it by chance."""
+
+
+def new_client_id(purpose: str) -> str:
+    """An id for a client that no other has and nobody can guess: whoever connects under another's id throws it out.
+
+    Args:
+        purpose: a word or two for whoever reads the broker's log.
+    """
+    return f"edgeflame-{purpose}-{secrets.token_hex(12)}"
 
 
 class MqttClient:

@@ -8,7 +8,6 @@ does the work on a thread of its own. Services with an event loop use :class:`~e
 from __future__ import annotations
 
 import itertools
-import os
 import queue
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from types import TracebackType
 from typing import TypeVar, final
 
 from edgeflame.errors import LinkError
-from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import (
     ClientEvent,
     Connected,
@@ -77,7 +76,7 @@ class Session:
         """Whether there is a connection, as far as events were looked at."""
         self.num_connects = 0
         self._url = url
-        self._client_id = client_id or f"edgeflame-{name}-{os.urandom(6).hex()}"
+        self._client_id = client_id or new_client_id(name)
         self._filters = tuple(filters)
         self._connect_timeout_s = connect_timeout_s
         self._will = will

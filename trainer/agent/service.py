@@ -18,7 +18,7 @@ from pathlib import Path
 from edgeflame.errors import EdgeFlameError, FederationError, NegativeAnswerError
 from edgeflame.log import EventLog, Progress
 from edgeflame.metrics import MetricsServer
-from edgeflame.mqtt.client import MqttClient
+from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, LastWill, ReceivedMessage
 from edgeflame.mqtt.messages import (
     BlobNeed,
@@ -147,7 +147,7 @@ class _SiteService:
         presence = topics.site_presence(options.site)
         link = MqttClient(
             options.broker,
-            client_id=f"edgeflame-site-{options.fleet}-{options.site}-{client.boot[:8]}",
+            client_id=new_client_id(f"site-{options.site}"),
             filters=[topics.round, topics.aggregator_presence, topics.site_down(options.site), presence],
             sink=self._inbox.put,
             will=LastWill(topic=presence, payload=client.offline_payload()),

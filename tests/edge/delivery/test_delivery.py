@@ -25,7 +25,7 @@ from edge.delivery.mqtt import MqttDestination
 from edge.delivery.outbox import Delivery, Outbox
 from edge.delivery.pipeline import Deliverer, Destination
 from edge.delivery.webhook import WebhookDestination
-from edge.status import LineState
+from edge.status import CameraState, LineState
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, LinkError, StorageError
 from edgeflame.mqtt.client import MqttClient
@@ -142,11 +142,88 @@ def test_availability_says_online_while_the_line_is_connected_and_offline_when_i
     wait_for(lambda: retained(broker) == ("offline", False), "it took its leave")
 
 
+def test_lines_whose_names_join_to_the_same_text_stay_connected(broker: BrokerProcess, tmp_path: Path) -> None:
+    """Of the fleet plant-a the line 1, and of the fleet plant the line a-1; and two daemons of one name."""
+    names = [("plant-a", "1"), ("plant", "a-1"), ("plant", "a-1")]
+    lines = [
+        MqttDestination(
+            MqttConfig(broker=broker.url, fleet=fleet, line=line, timeout_s=5.0),
+            msgspec.structs.replace(STATE, boot=f"boot-{number}"),
+        )
+        for number, (fleet, line) in enumerate(names)
+    ]
+    with contextlib.ExitStack() as stack:
+        outboxes = []
+        for number, line in enumerate(lines):
+            stack.callback(line.close)
+            outboxes.append(stack.enter_context(Outbox(tmp_path / f"{number}.sqlite", OutboxConfig())))
+            outboxes[-1].register("mqtt")
+        sessions = [line._connected() for line in lines]
+        for sequence in range(30):
+            for line, outbox in zip(lines, outboxes, strict=True):
+                outbox.append([body(sequence)])
+                assert line.deliver(outbox.next_batch("mqtt", 1)) == sequence + 1
+                outbox.acknowledge("mqtt", sequence + 1)
+        assert [line._session for line in lines] == sessions, "none has connected again"
+
+
+def test_a_last_will_that_comes_late_is_contradicted(broker: BrokerProcess) -> None:
+    """That of a process that was killed comes when the broker misses it, long after the next one is there."""
+    destination = mqtt(broker)
+    destination.idle()
+    late = msgspec.structs.replace(STATE, online=False, boot="the one before")
+    with listening(broker.url, LINE_STATE, AVAILABILITY) as other:
+        other.link.publish(LINE_STATE, msgspec.json.encode(late), retain=True)
+        other.link.publish(AVAILABILITY, b"offline", retain=True)
+
+        def is_online() -> bool:
+            destination.idle()
+            return retained(broker) == ("online", True)
+
+        wait_for(lambda: (AVAILABILITY, b"offline") in other.messages, "the last will is there")
+        wait_for(is_online, "the line is online again")
+    destination.close()
+    wait_for(lambda: retained(broker) == ("offline", False), "its own leave stays")
+
+
+def test_entities_of_a_camera_that_was_taken_out_go(broker: BrokerProcess) -> None:
+    def line(boot: str, *cameras: str) -> MqttDestination:
+        state = msgspec.structs.replace(
+            STATE,
+            boot=boot,
+            cameras=tuple(
+                CameraState(name=name, product="tile", model="0" * 12, threshold=1.0, source="camera:0")
+                for name in cameras
+            ),
+        )
+        config = MqttConfig(broker=broker.url, fleet="f", line="l1", timeout_s=5.0, home_assistant="ha")
+        return MqttDestination(config, state)
+
+    def entities() -> set[str]:
+        with listening(broker.url, "ha/#", LINE_STATE) as late:
+            wait_for(lambda: LINE_STATE in dict(late.messages), "what is retained is there")
+            return {topic.split("/")[3] for topic, _ in late.messages if topic.startswith("ha/")}
+
+    with contextlib.closing(line("1", "a", "b", "c")) as before:
+        before.idle()
+        wait_for(lambda: len(entities()) == 6, "each has its entities")
+        before.set_state(msgspec.structs.replace(before._state, cameras=before._state.cameras[:2]))
+        before.idle()
+        wait_for(lambda: entities() == {"a_verdict", "a_score", "b_verdict", "b_score"}, "taken out while it runs")
+    with contextlib.closing(line("2", "a")) as after:
+
+        def is_cleared() -> bool:
+            after.idle()
+            return entities() == {"verdict", "score"}
+
+        wait_for(is_cleared, "taken out between two runs")
+
+
 _LINE = """
 import sys, time
 from edge.config.outputs import MqttConfig
 from edge.delivery.mqtt import MqttDestination
-from edge.status import LineState
+from edge.status import CameraState, LineState
 state = LineState(online=True, boot="b", product="tile", model="0" * 12, threshold=1.0, source="camera:0")
 MqttDestination(MqttConfig(broker=sys.argv[1], fleet="f", line="l1"), state).idle()
 time.sleep(600)
