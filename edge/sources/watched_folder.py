@@ -6,6 +6,7 @@ reports changes by inotify, but not on network shares and some file systems; so 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import fnmatch
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, final
@@ -194,7 +196,8 @@ class WatchedFolder:
         # The daemon may have ended after a result was kept and before its file was moved.
         leftover = set(done) if self._options.after != "keep" else set()
         next_scan_s, earliest_s, forget_s, outage = 0.0, 0.0, time.monotonic(), None
-        with FolderEvents() as events:
+        with FolderEvents() as events, contextlib.ExitStack() as stack:
+            stack.callback(self._note, done_files.end_try)
             while not stop.is_set():
                 now_s = time.monotonic()
                 if now_s >= next_scan_s:
@@ -283,6 +286,13 @@ class WatchedFolder:
             if stop.is_set():
                 return
             path = self._folder / name
+            seen = stat_file(path)
+            if seen is not None and not self._note(partial(done_files.begin_try, name=name, identity=seen.identity)):
+                arrivals.mark_done(name, seen.identity)
+                reason = f"{done_files.MAX_TRIES} processes ended while they read it; written anew, it is tried again"
+                log.error("file_given_up", path=str(path), reason=reason)
+                yield self._without_image(name, reason, self._origin(name, seen.identity))
+                continue
             try:
                 identity, image, failure = read_complete(path, self._max_pixels)
             except FileNotFoundError:
@@ -291,6 +301,7 @@ class WatchedFolder:
                     arrivals.failed(name, seen.identity, "it is a link to nothing")
                 continue
             if image is None:
+                self._note(done_files.end_try)
                 arrivals.failed(name, identity, failure)
                 continue
             arrivals.mark_done(name, identity)
@@ -314,6 +325,14 @@ class WatchedFolder:
     def _without_image(self, name: str, error: str, origin: FileOrigin | None = None) -> Frame:
         path = self._folder / name if origin is not None else self._folder
         return make_frame(part_id=name, source=str(path), error=error, origin=origin)
+
+    def _note(self, note: Callable[[Path, str], bool]) -> bool:
+        """Keep in the outbox what is done with the folder's files; True where that fails, and a line in the log."""
+        try:
+            return self._outbox is None or note(self._outbox, str(self._folder))
+        except StorageError as exc:
+            log.warning("file_not_noted", folder=str(self._folder), reason=str(exc))
+            return True
 
     def _forget(self, names: list[str]) -> None:
         if self._outbox is not None and names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -380,3 +381,50 @@ def results(state: Path) -> Counter[str]:
         bodies = db.execute("SELECT body FROM results").fetchall()
     db.close()
     return Counter(str(msgspec.json.decode(body)["part_id"]) for (body,) in bodies)
+
+
+def test_a_file_that_ends_the_process_each_time_is_given_up(package_file: Path, folder: Path, tmp_path: Path) -> None:
+    """The daemon is killed while it decodes, as for lack of memory; its supervisor starts it again."""
+    state = tmp_path / "state"
+    command = [sys.executable, "-m", "edgeflame", "inspect", "--model", package_file, "--state", state, "--json"]
+    command += ["--source", f"watch:{folder}?{QUICK}", "--threads", "1"]
+    put(folder / "a.png", mtime_s=1_000_000)
+    # As large as may be decoded, so that it takes a while.
+    put(folder / "big.png", large_png(10_000), mtime_s=1_000_001)
+    put(folder / "c.png", mtime_s=1_000_002)
+    for tries in (1, 2):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as daemon:
+            wait_for(lambda tries=tries: being_read(state) == ("big.png", tries), "the file is being read")
+            daemon.send_signal(signal.SIGKILL)
+        assert "big.png" not in results(state)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as daemon:
+        wait_for(lambda: len(results(state)) == 3, "all have a result")
+        daemon.send_signal(signal.SIGTERM)
+    assert results(state) == Counter(["a.png", "big.png", "c.png"])
+    with sqlite3.connect(state / "outbox.sqlite") as db:
+        bodies = [msgspec.json.decode(body) for (body,) in db.execute("SELECT body FROM results")]
+        assert db.execute("SELECT * FROM tried").fetchall() == []
+    db.close()
+    big = next(body for body in bodies if body["part_id"] == "big.png")
+    assert (big["verdict"], big["reasons"]) == ("unknown", ["unreadable"])
+    assert "2 processes ended while they read it" in big["detail"]
+    # Another file under its name is another part.
+    put(folder / "big.png", mtime_s=1_000_003)
+    (again,) = inspect(package_file, folder, "--state", state, "--limit", 1, query=QUICK)
+    assert (again["part_id"], again["verdict"]) == ("big.png", "pass")
+
+
+def large_png(side: int) -> bytes:
+    return cv2.imencode(".png", np.zeros((side, side), np.uint8), [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+
+
+def being_read(state: Path) -> tuple[str, int] | None:
+    """The file, and how many processes have begun to read it."""
+    if not (state / "outbox.sqlite").exists():
+        return None
+    with contextlib.closing(sqlite3.connect(state / "outbox.sqlite")) as db:
+        try:
+            row = db.execute("SELECT name, tries FROM tried").fetchone()
+        except sqlite3.OperationalError:
+            return None
+    return None if row is None else (os.fsdecode(row[0]), row[1])
