@@ -12,7 +12,7 @@ from msgspec import Meta
 from aggregator.exchanges import EXCHANGES, Exchange
 from aggregator.strategies import AUTO, STRATEGIES, resolve_strategy
 from aggregator.strategies.interface import Rule
-from edgeflame.bounds import BASIC, Count, Positive, Share
+from edgeflame.bounds import BASIC, Count, NumBytes, Positive, Seconds, Seed, Share
 from edgeflame.errors import ConfigError, UsageError
 from edgeflame.methods import FEDERATED_METHODS, MAX_RANK, METHODS, Learning
 from edgeflame.mqtt.messages import MAX_ROUNDS, Codec
@@ -66,11 +66,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """If given, only these sites may take part, and the run begins when all of them are ready."""
     quorum: Annotated[Share, BASIC] = 0.6
     """Share of the asked sites whose updates a round needs; rounded up, at least one."""
-    deadline_s: Annotated[Positive, BASIC] = 300.0
+    deadline_s: Annotated[Seconds, BASIC] = 300.0
     """A site that makes no progress for this many seconds is left out of the round. Not a limit on a round's length."""
     fraction_train: Share = 1.0
     """Share of the sites asked to train in each round; rounded up."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of sites in each round."""
     strategy: StrategyName = AUTO
     """How updates become the next global model; ``auto`` is the learning method's own rule."""
@@ -88,7 +88,7 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     comes from a training that diverged and is refused."""
     max_samples: Count = 10_000_000
     """The most images that an update may claim; one that claims more is refused, for it would outweigh all others."""
-    max_model_bytes: Count = 4 << 30
+    max_model_bytes: NumBytes = 4 << 30
     """Largest initial model, and largest statistics of a site, in bytes; updates are as large as the model."""
     statistics: Literal["site", "federated"] = "site"
     """``site``: each site's package has statistics of its own images; ``federated``: of all sites' images, pooled

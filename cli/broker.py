@@ -6,11 +6,19 @@ import click
 
 from cli.output import echo
 
+_PORT = click.IntRange(0, 65535)
+
 
 @click.command(short_help="Run the embedded MQTT 5 broker.")
-@click.option("--port", type=int, default=1883, show_default=True, help="Port for MQTT 5; 0 takes a free one.")
+@click.option(
+    "--port",
+    type=_PORT,
+    default=1883,
+    show_default=True,
+    help="Port for MQTT 5; 0 takes a free one.",
+)
 @click.option("--bind", default="127.0.0.1", show_default=True, help="IPv4 address to listen on.")
-@click.option("--port-mqtt3", type=int, default=None, help="A second port, for MQTT 3.1.1 clients.")
+@click.option("--port-mqtt3", type=_PORT, default=None, help="A second port, for MQTT 3.1.1 clients.")
 def command(port: int, bind: str, port_mqtt3: int | None) -> None:
     """Run the embedded MQTT 5 broker until Ctrl-C.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.options import BrokerOptions, broker_options
+from cli.options import SECONDS, BrokerOptions, broker_options
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _reaches_the_broker(function: F) -> F:
             "--broker", metavar="URL", help="The broker, where it is reached otherwise from here.  [default: the kits']"
         ),
         click.option(
-            "--connect-timeout", type=float, default=5.0, show_default=True, metavar="S", help="How long to try."
+            "--connect-timeout", type=SECONDS, default=5.0, show_default=True, metavar="S", help="How long to try."
         ),
     ):
         function = option(function)

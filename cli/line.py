@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cli.options import BrokerOptions, broker_options
+from cli.options import SECONDS, BrokerOptions, broker_options
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _line_options(*, timeout_s: float = 20.0) -> Callable[[Callable[..., None]],
             broker_options(),
             click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
             click.option(
-                "--timeout", type=float, default=timeout_s, show_default=True, metavar="S", help="For each answer."
+                "--timeout", type=SECONDS, default=timeout_s, show_default=True, metavar="S", help="For each answer."
             ),
             click.argument("lines", metavar="LINE[,LINE]"),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Seconds(click.FloatRange):
+    """A time of up to a year; click's own range lets NaN through."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds(min=0, max=366 * 86_400)
 
 _PATH = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -126,7 +142,7 @@ _BROKER_OPTIONS = (
     click.option("--key", type=_FILE, help="mqtts: our private key (PEM)."),
     click.option(
         "--connect-timeout",
-        type=float,
+        type=SECONDS,
         metavar="S",
         help="Give up when the broker was not reached in S seconds [default: try for ever].",
     ),

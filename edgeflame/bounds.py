@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import json
 import math
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -23,17 +22,29 @@ from edgeflame.masking import without_secrets
 _ABSENT = (type(None), msgspec.UnsetType)
 """TOML has no value for them: the key is left out."""
 
-_LARGEST = sys.float_info.max
-"""msgspec takes no infinity as a bound; this one refuses infinity alone."""
+_LARGEST = 1e12
+"""Far above what anybody means, and far below where arithmetic, dates or clocks overflow."""
 
 Positive = Annotated[float, msgspec.Meta(gt=0, le=_LARGEST)]
-"""A finite number above 0."""
+"""A number above 0."""
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
-"""A finite number from 0."""
+"""A number from 0."""
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 86_400)]
+"""A time of up to a year."""
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 """A share of a whole that is not nothing."""
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 """How many, at least one."""
+NumBytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
+"""A size, up to a pebibyte."""
+Seed = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+"""A seed, as every library takes it."""
+LONGEST_SIDE = 10**6
+"""Longest side of a picture."""
+Pixel = Annotated[int, msgspec.Meta(ge=0, le=LONGEST_SIDE)]
+"""A place along a side of a picture, from 0."""
+Side = Annotated[int, msgspec.Meta(ge=1, le=LONGEST_SIDE)]
+"""A length in pixels."""
 NotEmpty = Annotated[str, msgspec.Meta(min_length=1)]
 """Some text."""
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -138,8 +149,6 @@ def _bounds(meta: msgspec.Meta) -> str:
     if meta.min_length is not None:
         return "not empty"
     low, high = meta.ge if meta.ge is not None else meta.gt, meta.le if meta.le is not None else meta.lt
-    if high == _LARGEST:
-        high = None
     if low is None and high is None:
         return ""
     multiple = f"a multiple of {meta.multiple_of} " if meta.multiple_of else ""
@@ -154,4 +163,7 @@ def _bounds(meta: msgspec.Meta) -> str:
 
 def _number(value: float | None) -> str:
     assert value is not None
-    return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:g}"
+    if not math.isfinite(value) or value != int(value):
+        return f"{value:g}"
+    digits, _, zeros = f"{value:.0e}".partition("e+")
+    return f"{digits}e{int(zeros)}" if value >= 1e7 and value == float(f"{digits}e{zeros}") else f"{value:.0f}"

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from edgeflame.bounds import Pixel, Side
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.image_files import ImageFile, jpeg_damage, look_through, other_format
 from edgeflame.state import atomic_write
@@ -56,18 +57,14 @@ if "OPENCV_LOG_LEVEL" not in os.environ:
 class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A rectangle in pixels of the camera frame: the region of interest that is cropped before resizing."""
 
-    x: int
+    x: Pixel
     """Its left edge."""
-    y: int
+    y: Pixel
     """Its upper edge."""
-    width: int
-    """At least 1."""
-    height: int
-    """At least 1."""
-
-    def __post_init__(self) -> None:
-        if self.x < 0 or self.y < 0 or self.width < 1 or self.height < 1:
-            raise ConfigError(f"region of interest must have x, y >= 0 and width, height >= 1, not {self}")
+    width: Side
+    """Its width."""
+    height: Side
+    """Its height."""
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -80,15 +77,22 @@ class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             x, y, width, height = (int(part) for part in text.split(","))
         except ValueError as exc:
             raise ConfigError(f"region of interest is written X,Y,WIDTH,HEIGHT in pixels, not {text!r}") from exc
-        return cls(x=x, y=y, width=width, height=height)
+        try:
+            return msgspec.convert({"x": x, "y": y, "width": width, "height": height}, cls)
+        except msgspec.ValidationError as exc:
+            raise ConfigError(f"region of interest must have x, y >= 0 and width, height >= 1, not {text!r}") from exc
+
+
+InputSide = Annotated[int, msgspec.Meta(ge=32, le=MAX_INPUT_SIDE, multiple_of=32)]
+"""A side of a model's input."""
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """From a camera frame to the model's input: crop to the region of interest, make 8 bits of more, resize."""
 
-    height: int = 256
+    height: InputSide = 256
     """Of the model's input, pixels."""
-    width: int = 256
+    width: InputSide = 256
     """Of the model's input, pixels."""
     roi: Region | None = None
     resize: Literal["area", "halving"] | msgspec.UnsetType = msgspec.UNSET
@@ -101,11 +105,6 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_megapixels: Annotated[float, Meta(gt=0, le=1000)] | msgspec.UnsetType = msgspec.UNSET
     """Largest photograph that is decoded, in millions of pixels; one that claims more is unreadable. Unset: 100. A line
     has its own (``capture.max_megapixels``)."""
-
-    def __post_init__(self) -> None:
-        for name, side in (("height", self.height), ("width", self.width)):
-            if not 32 <= side <= MAX_INPUT_SIDE or side % 32:
-                raise ConfigError(f"input {name} must be a multiple of 32 from 32 to {MAX_INPUT_SIDE}, not {side}")
 
     @property
     def sample_bits(self) -> int:

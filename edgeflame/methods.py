@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from edgeflame.bounds import BASIC, Count, NotNegative, Positive, Share
+from edgeflame.bounds import BASIC, Count, NotNegative, Positive, Seed, Share
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 
@@ -142,14 +142,17 @@ MOMENT_BUDGET_BYTES = 2 << 30
 grid to 256."""
 
 
+_Place = Annotated[int, Meta(ge=0, le=10_000)]
+
+
 class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A timm feature network."""
 
     name: str = "tf_efficientnet_lite0"
     """The network's name in timm."""
-    stages: tuple[int, ...] | Literal["auto"] = "auto"
+    stages: tuple[_Place, ...] | Literal["auto"] = "auto"
     """timm ``out_indices``; their maps are resized to the finest of them and concatenated. ``auto``: see ``TAPS``."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[_Place, ...] = ()
     """Used in place of stages: numbers of single blocks of an EfficientNet, from 0, as the FLAME paper counts B5's."""
     weights: str = "auto"
     """``auto`` (an installed weights package, then the timm hub), ``random``, or a .safetensors/.pth file."""
@@ -159,7 +162,7 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     channels: Literal["auto", "all"] | Count = "auto"
     """The number of channels to which a random semi-orthogonal projection reduces the embedding. ``auto``: as many as
     ``MOMENT_BUDGET_BYTES`` allow, which for narrow embeddings is all of them; ``all``: no projection."""
-    projection_seed: int = 0
+    projection_seed: Seed = 0
     """Seed of the projection. It must be the same at all sites, whose embeddings must mean the same."""
 
     @property
@@ -186,7 +189,7 @@ class Backbone(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One site's training: optimiser, FADE (Eq. 14-16) and FLAME (Eq. 19-21)."""
 
-    epochs: Annotated[int, Meta(ge=0)] = 1
+    epochs: Annotated[int, Meta(ge=0, le=10**6)] = 1
     """Passes over the site's images; in a federation, per round."""
     learning_rate: Positive = 1e-4
     """Learning rate of the backbone; low, because a long or fast adaptation makes the embedding collapse."""
@@ -196,7 +199,7 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Momentum of stochastic gradient descent."""
     weight_decay: NotNegative = 1e-5
     """Weight decay of the backbone and the discriminator."""
-    batch_size: Annotated[int, Meta(ge=2)] = 16
+    batch_size: Annotated[int, Meta(ge=2, le=1 << 16)] = 16
     """Images in one training step."""
     noise_std: Positive = 1.0
     """Standard deviation of the noise of Eq. 14, see ``noise_scale``."""
@@ -257,9 +260,9 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Share of the prototypes' mean variance added to every eigenvalue of their covariance before whitening."""
     max_patches: Count = 131_072
     """Patches of all images that a site learns from; about 80 MB per 131,072."""
-    min_group: Annotated[float, Meta(ge=1)] = 32.0
+    min_group: Annotated[float, Meta(ge=1, le=10**9)] = 32.0
     """Privacy floor: what is sent is worth at least so many equally weighted patches ..."""
-    min_images: Annotated[float, Meta(ge=1)] = 4.0
+    min_images: Annotated[float, Meta(ge=1, le=10**9)] = 4.0
     """... of so many equally weighted images. What is not is merged into its neighbour."""
 
 
@@ -285,7 +288,7 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How the backbone is adapted and what sites exchange: a name in ``METHODS``."""
     preset: Preset = "default"
     """The set of defaults that a file's settings replace, see ``edgeflame.methods``; without effect afterwards."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that learning draws: noise, batches, the discriminator's start."""
     backbone: Backbone = Backbone()
     input: Preprocessing = Preprocessing()

@@ -10,9 +10,11 @@ from msgspec import Meta
 from aggregator.config import MAX_SITES, AggregateConfig
 from boards.board import MIN_IMAGE_SIZE
 from boards.textures import TEXTURES
-from edgeflame.bounds import Count, Positive
+from edgeflame.bounds import Count, Positive, Seed
 from edgeflame.errors import ConfigError
+from edgeflame.images import MAX_INPUT_SIDE
 from edgeflame.methods import SOLO_METHODS, Learning
+from edgeflame.mqtt.messages import MAX_ROUNDS
 
 
 def _require(condition: bool, rule: str, value: object) -> None:
@@ -47,9 +49,9 @@ class BoardsData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Defective parts to test on."""
     photos: Count = 2
     """Photographs of each part."""
-    image_size: Annotated[int, Meta(ge=MIN_IMAGE_SIZE)] = 128
+    image_size: Annotated[int, Meta(ge=MIN_IMAGE_SIZE, le=MAX_INPUT_SIDE)] = 128
     """Side of the photographs, pixels."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generated parts."""
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is measured. The last round's model always is."""
 
-    every: Annotated[int, Meta(ge=0)] = 1
+    every: Annotated[int, Meta(ge=0, le=MAX_ROUNDS)] = 1
     """The global model is measured after every so many rounds, from round 0, the initial model, on; 0: after the last
     round only."""
     sites: bool = True
@@ -108,7 +110,7 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     data: FolderData | BoardsData
     sites: Annotated[int, Meta(ge=1, le=MAX_SITES)] = 5
     """Number of sites."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the partition, the cameras and the choice of parts."""
     cameras: Literal["common", "own"] = "common"
     """``own``: every site photographs with a camera of its own, fixed by the seed."""

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register
+from edgeflame.bounds import BASIC, LONGEST_SIDE, Count, NotEmpty, Port, Positive, Register, Side
 from edgeflame.errors import ConfigError
 from edgeflame.images import MAX_MEGAPIXELS
 
@@ -56,7 +56,7 @@ class ImageQualityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     min_sharpness: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Least sharpness, as a share of that of the package's reference images; a lens out of focus has a fifth of it or
     less. 0, the default, allows any: parts may differ in this more than lenses do."""
-    max_repeats: Annotated[int, Meta(ge=0)] = 5
+    max_repeats: Annotated[int, Meta(ge=0, le=10**6)] = 5
     """How many times in a row a live camera may give the same picture, to the last bit: a sensor's noise prevents it, a
     frozen driver does nothing else. 0 allows any number, which a synthetic stream needs."""
 
@@ -78,13 +78,14 @@ Rectangle = tuple[int, int, int, int]
 """x, y, width, height."""
 Point = tuple[int, int]
 Shape = tuple[int | Point, ...]
-"""A rectangle, or a polygon of points."""
+"""A rectangle, or a polygon of points. The numbers are checked by hand: msgspec 0.22 crashes on a union of a bounded
+number and a tuple."""
 
 
 class RoiConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[roi]``, the region of interest: pixels of the camera's frame, from its upper left corner."""
 
-    frame: tuple[Count, Count] | None = None
+    frame: tuple[Side, Side] | None = None
     """Width and height that every frame must have, or the part is ``unknown`` (``wrong_size``). If left out, a live
     camera must keep to the size of its first frame."""
     crop: Rectangle | None = None
@@ -107,10 +108,15 @@ class RoiConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def _check_shape(name: str, shape: Shape) -> None:
     if is_rectangle(shape):
         x, y, width, height = shape
-        fits = x >= 0 and y >= 0 and width > 0 and height > 0
+        fits = min(x, y) >= 0 and min(width, height) > 0 and max(shape) <= LONGEST_SIDE
     elif _is_polygon(shape):
         points = np.asarray(shape)
-        fits = len(points) >= 3 and points.min() >= 0 and cv2.contourArea(points.astype(np.float32)) > 0
+        fits = (
+            len(points) >= 3
+            and points.min() >= 0
+            and points.max() <= LONGEST_SIDE
+            and cv2.contourArea(points.astype(np.float32)) > 0
+        )
     else:
         fits = False
     if not fits:
@@ -138,7 +144,7 @@ class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     false_alarms_per_year: Positive = 1.0
     """Upper bound of the alarms in a year for one camera with one model, all its streams together, on a line where
     nothing changes."""
-    parts_per_year: Annotated[float, Meta(ge=1000)] = 2_000_000.0
+    parts_per_year: Annotated[float, Meta(ge=1000, le=10**12)] = 2_000_000.0
     """Parts in a year: a part every four seconds in one shift makes 1.8 million. Ten times as many delay an alarm by a
     sixth."""
     tolerance: Annotated[float, Meta(ge=0.01, le=0.4)] = 0.1
@@ -151,7 +157,7 @@ class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Number of parts that a reference is learnt from, if the package has none or after ``relearn``."""
     reference: Literal["auto", "line"] = "auto"
     """``auto``: the package's reference if it has one; ``line``: always learnt from the first parts."""
-    max_per_s: Annotated[float, Meta(gt=0)] = 10.0
+    max_per_s: Annotated[float, Meta(gt=0, le=10**6)] = 10.0
     """Most parts in a second that drift is computed for, which bounds the computing time; further ones are skipped."""
 
     def __post_init__(self) -> None:
@@ -300,6 +306,10 @@ Milliseconds = Annotated[float, Meta(ge=1, le=3_600_000)]
 """A time of up to an hour."""
 
 
+PartNumber = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+"""A number that parts have."""
+
+
 class PartsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[parts]``."""
 
@@ -316,7 +326,7 @@ class PartsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     number: str | None = None
     """Regular expression whose one group is the part's number in its name, for instance ``(\\d+)$``; for parts
     whose trigger gives no number, and for files."""
-    wrap: tuple[int, int] | None = None
+    wrap: tuple[PartNumber, PartNumber] | None = None
     """First and last number, where the numbers begin anew after the last; a counter in registers wraps by itself."""
     max_gap: Count = 1000
     """A jump by more than this means that the numbers began anew, not that as many parts are missing."""

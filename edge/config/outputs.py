@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from edge.config.inspection import DeviceId, RequestTimeout
-from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register
+from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register, Seconds
 from edgeflame.errors import ConfigError, UsageError
 from edgeflame.masking import without_secrets
 from edgeflame.mqtt.messages import MAX_OUTCOMES, MAX_SHADOW_PARTS
@@ -28,7 +28,7 @@ AnswerTimeout = Annotated[float, Meta(ge=0.1, le=600)]
 class OutboxConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[outbox]``."""
 
-    history: Annotated[int, Meta(ge=0)] = 10_000
+    history: Annotated[int, Meta(ge=0, le=10**9)] = 10_000
     """Delivered results kept for looking back; about 600 bytes each."""
     max_results: Count = 1_000_000
     """The most results that are kept, delivered or not. At one part a second, eleven days without a broker."""
@@ -164,7 +164,7 @@ class ImagesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The most pictures that are kept."""
     max_mib: Positive = 1000.0
     """The most disk that they may take together, MiB."""
-    max_age_days: Positive | None = None
+    max_age_days: Annotated[float, Meta(gt=0, le=36_500)] | None = None
     """Days after which a picture is deleted; if left out, its age does not matter."""
 
 
@@ -183,7 +183,7 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Names under which browsers open the page, as in ``http://line-1.plant.example:8080``. It is always served under
     addresses, ``localhost`` and the machine's own names; other names are refused, since a page elsewhere may have its
     own name lead here."""
-    stale_after_s: Positive = 30.0
+    stale_after_s: Seconds = 30.0
     """Without a part for this many seconds the line is not ready (``/readiness``), and the page says so."""
     recent: Annotated[int, Meta(ge=1, le=100)] = 8
     """Number of last parts whose pictures are kept in memory, whatever their verdict."""

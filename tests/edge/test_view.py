@@ -154,7 +154,7 @@ def test_what_is_not_finite_is_a_fault_also_where_nothing_is_judged(package: Pac
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("frame = [0, 480]", r"roi\.frame must be a list of 2 values, each >= 1, not \[0, 480\]"),
+        ("frame = [0, 480]", r"roi\.frame must be a list of 2 values, each 1..1000000, not \[0, 480\]"),
         (
             "roi = [0, 0, 0, 5]",
             r"roi\.roi is \[x, y, width, height\] with an area, in pixels from 0, not \[0, 0, 0, 5\]",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
 
 from aggregator.config import AggregateConfig
+from aggregator.simulation.config import SimulationConfig
+from edge.config import InspectConfig
 from edgeflame.bounds import Count
 from edgeflame.config import check_keys, load_config, parse_config
 from edgeflame.errors import ConfigError
@@ -46,16 +50,16 @@ def test_sections(tmp_path: Path) -> None:
         ("[imput]\nheight = 128", "unknown key [imput]; did you mean `input`?"),
         ("[input]\nhight = 128", "unknown key `hight` in [input]; did you mean `height`?"),
         ("[input]\nzzz = 128", "unknown key `zzz` in [input]; There are "),
-        ('[input]\nheight = "128"', 'input.height must be a whole number, not "128"'),
-        ('seed = "one"', 'seed must be a whole number, not "one"'),
-        ("[training]\nepochs = 1.5", "training.epochs must be a whole number, >= 0, not 1.5"),
-        ("[training]\nlearning_rate = nan", "training.learning_rate must be > 0, not NaN"),
-        ("[training]\nlearning_rate = inf", "training.learning_rate must be > 0, not Infinity"),
+        ('[input]\nheight = "128"', 'input.height must be a whole number, a multiple of 32 32..4096, not "128"'),
+        ('seed = "one"', 'seed must be a whole number, 0..4294967295, not "one"'),
+        ("[training]\nepochs = 1.5", "training.epochs must be a whole number, 0..1000000, not 1.5"),
+        ("[training]\nlearning_rate = nan", "training.learning_rate must be in (0, 1e12], not NaN"),
+        ("[training]\nlearning_rate = inf", "training.learning_rate must be in (0, 1e12], not Infinity"),
         ("training = 3", "training must be a section, not 3"),
         ("[backbone]\nneighbourhood = 2", "backbone.neighbourhood must be 1 or 3 or 5 or 7 or 9, not 2"),
-        ("[seed]", "seed must be a whole number, not a section"),
+        ("[seed]", "seed must be a whole number, 0..4294967295, not a section"),
         ("[input]\nheight = 100", "multiple of 32"),
-        ("[training]\nepochs = -1", "training.epochs must be >= 0, not -1"),
+        ("[training]\nepochs = -1", "training.epochs must be 0..1000000, not -1"),
         ("[training]\nbatch_size = 1", "training.batch_size"),
         ("[scoring]\nrank = -1", 'scoring.rank must be "auto" or 0..512, not -1'),
         ('[training]\nnoise_scale = "x"', 'training.noise_scale must be "relative" or "absolute", not "x"'),
@@ -160,8 +164,8 @@ def test_old_keys_work_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureF
             "[parts]\nremembered = 1\ndedup_window = 1",
             "parts.dedup_window and parts.remembered, its old name, are both",
         ),
-        ("[pieces]\nremembered = 0", "parts.dedup_window must be >= 1, not 0"),
-        ('[lines.a]\ndedup_window = "2"', 'lines.a.dedup_window must be a whole number, >= 1, not "2"'),
+        ("[pieces]\nremembered = 0", "parts.dedup_window must be 1..1e9, not 0"),
+        ('[lines.a]\ndedup_window = "2"', 'lines.a.dedup_window must be a whole number, 1..1e9, not "2"'),
         ("[part_settings]", "unknown key [part_settings]"),
         ("[lines.a]\nremember = 1", "unknown key `remember` in [lines.a]"),
     ],
@@ -194,3 +198,56 @@ def test_both_old_and_new_keys_of_a_run_work() -> None:
         b'min_available_sites = 3\nfraction_train = 0.5\ncompression = "float16"', AggregateConfig, "new"
     )
     assert old == new
+
+
+def _numbers(
+    hint: Any, key: str, metas: tuple[msgspec.Meta, ...] = ()
+) -> Iterator[tuple[str, type, list[msgspec.Meta]]]:
+    """Every number below a type: its dotted key, whether it is whole, and its bounds."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        mine = tuple(extra for extra in hint.__metadata__ if isinstance(extra, msgspec.Meta))
+        yield from _numbers(hint.__origin__, key, (*metas, *mine))
+    elif origin is not None and origin is not typing.Literal:
+        for inner in typing.get_args(hint):
+            yield from _numbers(inner, key)
+    elif isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        for name in hint.__struct_fields__:
+            yield from _numbers(hints[name], f"{key}.{name}")
+    elif hint in (int, float):
+        yield key, hint, list(metas)
+
+
+@pytest.mark.parametrize("kind", [InspectConfig, AggregateConfig, SimulationConfig, Learning])
+def test_every_number_has_a_sensible_range(kind: type) -> None:
+    numbers = list(_numbers(kind, kind.__name__))
+    assert len(numbers) > 10
+    for key, number, metas in numbers:
+        if re.search(r"\.roi\.(ignore|crop|roi)$", key):
+            continue  # checked by hand
+        low = [bound for meta in metas for bound in (meta.ge, meta.gt) if bound is not None]
+        high = [bound for meta in metas for bound in (meta.le, meta.lt) if bound is not None]
+        assert low, key
+        assert high, key
+        assert max(high) <= (1e12 if number is float else (1 << 63) - 1), key
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("[images]\nmax_age_days = 1e9", "images.max_age_days must be in (0, 36500], not 1000000000.0"),
+        (
+            '[web]\nlisten = "127.0.0.1:1"\nstale_after_s = inf',
+            "web.stale_after_s must be in (0, 31622400], not Infinity",
+        ),
+        ("[parts]\nmax_gap = 99999999999999999999", "parts.max_gap must be 1..1e9"),
+        ("[roi]\ncrop = [-1, 0, 5, 5]", "roi.crop"),
+        ("[roi]\nignore = [[0, 0, 5, 9999999999]]", "roi.ignore is [x, y, width, height] or a polygon"),
+        ("[verdict]\nthreshold = nan", "verdict.threshold must be in (0, 1e12], not NaN"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(tmp_path: Path, text: str, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), InspectConfig)
+    assert what in str(caught.value)

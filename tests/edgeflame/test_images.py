@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from boards.dataset import BoardStream
+from edgeflame.config import load_config
 from edgeflame.errors import ConfigError, DataError, StorageError
 from edgeflame.images import Preprocessing, Region, decode_image, read_image, read_mask, to_8_bit, write_image
+from edgeflame.methods import Learning
 
 
 def encode(image: np.ndarray, suffix: str) -> bytes:
@@ -175,11 +177,13 @@ def test_frames_of_the_wrong_kind_are_refused(frame: np.ndarray) -> None:
 
 @pytest.mark.parametrize("side", [0, 31, 100, 8192])
 def test_impossible_input_sides_are_refused(side: int) -> None:
-    with pytest.raises(ConfigError, match="multiple of 32"):
-        Preprocessing(height=side)
+    with pytest.raises(ConfigError, match=r"input.height must be a multiple of 32 32..4096, not"):
+        load_config(None, Learning, {"input": {"height": side}})
 
 
-@pytest.mark.parametrize("text", ["", "1,2,3", "a,b,c,d", "0,0,0,5", "-1,0,5,5"])
+@pytest.mark.parametrize(
+    "text", ["", "1,2,3", "a,b,c,d", "0,0,0,5", "-1,0,5,5", "0,0,5,9999999", f"{'9' * 5000},0,1,1"]
+)
 def test_impossible_regions_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="region of interest"):
         Region.parse(text)

@@ -112,7 +112,7 @@ def wrap_site() -> None:
     wrap(step_runner.StepRunner, "on_task_done", lambda self, _: f"done {begun(self.step)}")
     for name in ("store_initial", "store_update", "store_statistics", "store_finished"):
         wrap(state.SiteState, name, lambda *_, name=name, **__: name)
-    wrap(state, "write_json", lambda path, _: f"writing {path.name}")
+    wrap(state, "write_record", lambda path, _: f"writing {path.name}")
     wrap(state, "canonicalise", lambda _, path: f"writing {path.name}")
 
 
