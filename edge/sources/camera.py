@@ -33,6 +33,7 @@ from edge.frame import Frame
 from edge.sources import gst_child
 from edge.sources.address import AddressQuery
 from edge.sources.child import Remark, TakenImage, live_frames, taken_image
+from edge.sources.damage import UNDECODED, PipelineDamage
 from edgeflame.errors import DataError, MissingDependencyError, UsageError
 from edgeflame.images import ImageU8
 from edgeflame.masking import without_secrets
@@ -250,29 +251,57 @@ class GstSource:
         with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
             stdin.write(self.pipeline.encode())
         try:
+            damage = PipelineDamage()
             while not stop.is_set():
-                yield self._next(child.stdout)
+                yield from self._next(child.stdout, damage)
         finally:
             child.kill()
             child.wait()
             child.stdout.close()
 
-    def _next(self, stream: IO[bytes]) -> TakenImage:
+    def _next(self, stream: IO[bytes], damage: PipelineDamage) -> Iterator[TakenImage]:
+        """Read one record: an image, or something about the images that come."""
         header = stream.read(gst_child.HEADER.size)
         if len(header) < gst_child.HEADER.size:
             raise DataError(f"{self.name}: the process that runs the pipeline died")
-        kind, width, height, row_bytes, taken_ns, num_bytes = gst_child.HEADER.unpack(header)
+        kind, width, height, row_bytes, taken_ns, stamp_ns, num_bytes = gst_child.HEADER.unpack(header)
         payload = stream.read(num_bytes)
+        stamp = None if stamp_ns == gst_child.NO_TIME else stamp_ns
         match kind:
             case gst_child.IMAGE if len(payload) == num_bytes:
-                return taken_image(_image(payload, width, height, row_bytes), stamp_s=taken_ns / 1e9)
+                state = damage.take_image(stamp)
+                yield from self._undecoded(state.num_undecoded)
+                yield taken_image(
+                    None if state.damage else _image(payload, width, height, row_bytes),
+                    error=state.damage and f"{self.name}: {state.damage}",
+                    num_lost=state.num_lost,
+                    stamp_s=taken_ns / 1e9,
+                )
+                return
+            case gst_child.PACKET:
+                damage.add_packet(
+                    None if taken_ns == gst_child.NO_TIME else taken_ns,
+                    stamp,
+                    is_key=bool(width & gst_child.KEY),
+                    is_after_gap=bool(width & gst_child.AFTER_GAP),
+                    is_corrupt=bool(width & gst_child.CORRUPT),
+                )
+                return
+            case gst_child.PICTURE:
+                damage.take_picture(stamp, is_corrupt=bool(width & gst_child.CORRUPT))
+                return
             case gst_child.FAILED:
                 msg = f"{self.name}: {_plain(payload)}"
             case gst_child.MISSING:
                 raise _missing(_plain(payload))
             case _:
+                yield from self._undecoded(damage.end())
                 msg = f"{self.name}: the pipeline ended"
         raise DataError(msg)
+
+    def _undecoded(self, count: int) -> Iterator[TakenImage]:
+        for _ in range(count):
+            yield taken_image(None, error=f"{self.name}: {UNDECODED}")
 
 
 def gst_source(address: str) -> GstSource:

@@ -15,6 +15,7 @@ overwritten meanwhile and is dropped.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime as dt
@@ -33,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.frame import Frame, make_frame
+from edge.sources.damage import LOST
 from edgeflame.background import die_with_parent
 from edgeflame.errors import DataError, EdgeFlameError
 from edgeflame.images import ImageU8
@@ -48,12 +50,16 @@ OLDEST_STAMP_S = 10.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TakenImage:
-    """An image and when it was taken."""
+    """An image and when it was taken, or the reason why there is none."""
 
-    image: ImageU8
+    image: ImageU8 | None
+    """None with an ``error``."""
     monotonic_s: float
     """Seconds on the machine's monotonic clock, which all processes share."""
     utc: dt.datetime
+    error: str | None = None
+    num_lost: int = 0
+    """Number of images before it that the camera took and that did not arrive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +73,15 @@ ReadImages = Callable[[threading.Event], Iterator["TakenImage | Remark"]]
 """Opens a camera and yields its images; raises DataError if it cannot be opened, or when the images end."""
 
 
-def taken_image(image: ImageU8, *, stamp_s: float | None = None) -> TakenImage:
+def taken_image(
+    image: ImageU8 | None, *, error: str | None = None, num_lost: int = 0, stamp_s: float | None = None
+) -> TakenImage:
     """An image captured at ``stamp_s`` on the monotonic clock; now, if that is None or not plausible."""
     now_s, utc = time.monotonic(), dt.datetime.now(dt.timezone.utc)
-    if stamp_s is None or not 0 <= now_s - stamp_s <= OLDEST_STAMP_S:
-        return TakenImage(image=image, monotonic_s=now_s, utc=utc)
-    return TakenImage(image=image, monotonic_s=stamp_s, utc=utc - dt.timedelta(seconds=now_s - stamp_s))
+    age_s = 0.0 if stamp_s is None or not 0 <= now_s - stamp_s <= OLDEST_STAMP_S else now_s - stamp_s
+    return TakenImage(
+        image=image, error=error, num_lost=num_lost, monotonic_s=now_s - age_s, utc=utc - dt.timedelta(seconds=age_s)
+    )
 
 
 _HEADER_BYTES = 64
@@ -151,7 +160,6 @@ SLOTS = 4
 """Images in the ring: one being written, one being read, and two in case the reader is slow."""
 
 _POLL_S = 0.2
-_NO_PIXELS: ImageU8 = np.zeros((0, 0, 3), np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +185,7 @@ class _Broken:
     error: EdgeFlameError
 
 
-_Message = _Ring | _Image | Remark | _Broken
+_Message = _Ring | _Image | TakenImage | Remark | _Broken
 
 
 def read_in_child(
@@ -211,6 +219,8 @@ def read_in_child(
                 case _Image() if ring is not None:
                     image = ring.read(message.slot, message.generation)
                     yield Overwritten() if image is None else dataclasses.replace(message.taken, image=image)
+                case TakenImage():
+                    yield message
                 case Remark():
                     log.warning("source_remark", source=name, remark=message.text)
                 case _Broken():
@@ -260,7 +270,7 @@ def _serve(read: ReadImages, sender: Connection) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         try:
             for taken in read(threading.Event()):
-                if isinstance(taken, Remark):
+                if isinstance(taken, Remark) or taken.image is None:
                     sender.send(taken)
                     continue
                 image = taken.image
@@ -276,7 +286,7 @@ def _serve(read: ReadImages, sender: Connection) -> None:
                     )
                     sender.send(_Ring(ring=ring.ring))
                 slot, generation = ring.write(image)
-                without_pixels = dataclasses.replace(taken, image=_NO_PIXELS)
+                without_pixels = dataclasses.replace(taken, image=None)
                 sender.send(_Image(slot=slot, generation=generation, taken=without_pixels))
             sender.send(_Broken(error=DataError("the stream ended")))
         except EdgeFlameError as exc:
@@ -302,17 +312,19 @@ def live_frames(
         DataError: the camera cannot be opened, its stream failed or hangs, or the child died.
         MissingDependencyError: the package that reads it is not installed.
     """
-    missed = 0
+    missed: collections.Counter[str] = collections.Counter()
     for taken in read_in_child(read, name, stop, stall_timeout_s=stall_timeout_s):
         if isinstance(taken, Overwritten):
-            missed += 1
+            missed[OVERWRITTEN] += 1
             continue
+        missed[LOST] += taken.num_lost
         yield make_frame(
             part_id="",
             source=name,
             image_bgr=taken.image,
+            error=taken.error,
             captured_monotonic_s=taken.monotonic_s,
             captured_utc=taken.utc,
-            missed={OVERWRITTEN: missed} if missed else {},
+            missed=+missed,
         )
-        missed = 0
+        missed.clear()

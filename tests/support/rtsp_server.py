@@ -10,10 +10,16 @@ import pytest
 
 
 class RtspServer:
-    """GStreamer's RTSP server as a process."""
+    """GStreamer's RTSP server as a process.
 
-    def __init__(self, port: int) -> None:
-        self._command = ["/usr/bin/python3", str(Path(__file__).with_name("rtsp_server_program.py")), str(port)]
+    Args:
+        port: where it listens.
+        pipeline: what it serves; left out, a moving ball.
+    """
+
+    def __init__(self, port: int, *pipeline: str) -> None:
+        program = str(Path(__file__).with_name("rtsp_server_program.py"))
+        self._command = ["/usr/bin/python3", program, str(port), *pipeline]
         # Debian's Python has a path of its own.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, env=environment)
