@@ -100,7 +100,7 @@ def command(
     from fitting.evaluation import score_records
     from fitting.threshold import set_f1_threshold, set_threshold
 
-    report = LoadReport()
+    report = LoadReport(made_of=package.manifest.frames)
     with progress_bar("Scoring images") as progress:
         kept, scores, maps = score_records(
             runtime.score,

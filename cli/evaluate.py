@@ -77,7 +77,12 @@ def command(
 
     with progress_bar("Evaluating") as progress:
         scored = score_test_images(
-            runtime.score, dataset, manifest.learning.input, on_unreadable=on_unreadable, progress=progress
+            runtime.score,
+            dataset,
+            manifest.learning.input,
+            on_unreadable=on_unreadable,
+            made_of=manifest.frames,
+            progress=progress,
         )
     report = compute_metrics(
         scored,

@@ -39,7 +39,9 @@ import numpy.typing as npt
 from edge.config.inspection import ImageQualityConfig
 from edge.result import Reason
 from edgeflame.errors import ConfigError
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8
+from edgeflame.log import EventLog
 
 
 def sharpness(image: ImageU8) -> float:
@@ -71,6 +73,12 @@ def image_faults(
     return tuple(faults)
 
 
+log = EventLog("health")
+
+MAX_SIZES_TOLD = 8
+"""Number of sizes, other than the model's, that the log tells of: a camera that changes its size must not fill it."""
+
+
 @final
 class ImageHealth:
     """All checks of one camera's images.
@@ -81,6 +89,8 @@ class ImageHealth:
         is_live: whether the images come from a camera; only then one that repeats itself is frozen, and one that
             changes its size in mid-stream is wrong.
         frame: width and height that every frame must have; None for no such rule.
+        made_of: sizes of the photographs that the model was made of; None: not known.
+        is_strict: whether other sizes than those are wrong; the log tells of them in any case.
 
     Raises:
         ConfigError: a configured check is impossible with these references.
@@ -93,8 +103,13 @@ class ImageHealth:
         *,
         is_live: bool,
         frame: tuple[int, int] | None = None,
+        made_of: FrameSizes | None = None,
+        is_strict: bool = True,
     ) -> None:
         self._limits = limits
+        self._made_of = made_of
+        self._is_strict = is_strict
+        self._other_sizes: set[tuple[int, int]] = set()
         self._is_live = is_live
         self._frame = frame
         # A file may be there twice; a camera that sees parts pass gives no picture twice.
@@ -104,12 +119,19 @@ class ImageHealth:
         self._colour = ColourCheck(references, limits.min_colour)
         self._shift = ShiftCheck(references, limits.max_shift) if limits.max_shift else None
 
-    def is_wrong_size(self, frame: ImageU8) -> bool:
-        """Whether a frame, as the camera gave it, has another size than it should have."""
+    def size_fault(self, frame: ImageU8) -> str | None:
+        """What is wrong with the size of a frame, as the camera gave it; None if nothing is."""
         size = (frame.shape[1], frame.shape[0])
+        said = f"the frame has {size[0]}x{size[1]} pixels"
+        is_other = self._made_of is not None and not self._made_of.has(*size)
+        if is_other and size not in self._other_sizes and len(self._other_sizes) < MAX_SIZES_TOLD:
+            self._other_sizes.add(size)
+            log.warning("frame_of_another_size", frame=f"{size[0]}x{size[1]}", model_made_of=str(self._made_of))
+        if is_other and self._is_strict:
+            return f"{said}, the model was made of {self._made_of} (image_quality.frame_size)"
         if self._frame is None and self._is_live:
             self._frame = size
-        return self._frame not in (None, size)
+        return None if self._frame in (None, size) else said
 
     def faults(self, image: ImageU8) -> tuple[Reason, ...]:
         """What is wrong with an image as an image, ``[H, W, 3]`` uint8 BGR, the model's input; empty if nothing is.

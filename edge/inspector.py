@@ -153,8 +153,15 @@ class Inspector:
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
         self.package = package
         self.precision = runtime.precision
-        self._health = ImageHealth(config.image_quality, references, is_live=is_live, frame=config.roi.frame)
-        self._photograph_health = ImageHealth(config.image_quality, references, is_live=False, frame=config.roi.frame)
+        health = partial(
+            ImageHealth,
+            config.image_quality,
+            references,
+            frame=config.roi.frame,
+            made_of=package.manifest.frames,
+            is_strict=config.image_quality.frame_size == "model" and config.roi.frame is None and not config.roi.crop,
+        )
+        self._health, self._photograph_health = health(is_live=is_live), health(is_live=False)
 
     def warm_up(self) -> None:
         """Score a grey image, so that the first part does not pay for the runtime's allocations."""
@@ -271,9 +278,9 @@ class Inspector:
 def _in_order(captured: Captured, observation: Observation, health: ImageHealth) -> Observation:
     """The observation with the checks across frames added: another size, the very same picture again."""
     frame, faults, details = captured.frame, [*observation.faults], [*observation.details]
-    if frame.image_bgr is not None and health.is_wrong_size(frame.image_bgr):
+    if frame.image_bgr is not None and (wrong := health.size_fault(frame.image_bgr)) is not None:
         faults.insert(0, Reason.WRONG_SIZE)
-        details.insert(0, f"the frame has {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]} pixels")
+        details.insert(0, wrong)
     if observation.image is not None and health.is_frozen(observation.image):
         faults.append(Reason.FROZEN)
     return replace(observation, faults=faults, details=details)

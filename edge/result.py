@@ -48,7 +48,7 @@ class Reason(str, enum.Enum):
     OUT_OF_FOCUS = "out_of_focus"
     """Far less sharp than the good parts the model was made of."""
     WRONG_SIZE = "wrong_size"
-    """The frame has another size than it should have, or than the camera's first one had."""
+    """The frame has another size than it should have, than the model was made of, or than the camera's first."""
     SHIFTED = "shifted"
     """The camera no longer looks where it looked when the model was made."""
     COLOUR_LOST = "colour_lost"

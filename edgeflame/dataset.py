@@ -24,6 +24,7 @@ from typing import Literal
 
 from edgeflame.errors import DataError
 from edgeflame.fitted_images import image_digest
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import (
     IMAGE_SUFFIXES,
     LISTED_SUFFIXES,
@@ -129,6 +130,8 @@ class LoadReport:
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     digests: dict[str, bytes] = field(default_factory=dict)
+    made_of: FrameSizes | None = None
+    """Of the photographs that the model at hand was made of, where there is one that says so."""
     most_used: float = 0.0
     """Largest share of the range of samples that an image uses."""
 
@@ -139,6 +142,16 @@ class LoadReport:
         if len(self.sizes) > 1:
             common = ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.sizes.most_common(3))
             log.warning("mixed_image_sizes", sizes=len(self.sizes), most_common=common, all_resized=True)
+        others = {size: count for size, count in self.sizes.items() if self.made_of and not self.made_of.has(*size)}
+        if others:
+            width, height = next(iter(others))
+            log.warning(
+                "images_of_another_size",
+                count=sum(others.values()),
+                such_as=f"{width}x{height}",
+                model_made_of=str(self.made_of),
+                consequence="a line would not judge them (image_quality.frame_size)",
+            )
         if self.num_read and self.most_used <= LITTLE_USED:
             log.warning("little_of_range_used", most=round(self.most_used, 4), images=self.num_read, advice=BITS_ADVICE)
 

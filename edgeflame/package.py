@@ -39,6 +39,7 @@ from edgeflame.archive import Archive, open_archive, write_archive
 from edgeflame.drift_reference import DriftReference, decode_drift_reference, encode_drift_reference
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
 from edgeflame.fitted_images import MAX_FITTED_BYTES, decode_fitted_images, encode_fitted_images
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8, Preprocessing, decode_image
 from edgeflame.methods import Learning, RejectUnit
 from edgeflame.statistics.codec import PackageStatistics, decode_statistics, encode_statistics
@@ -230,6 +231,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What the model says of the reference images, in their order."""
     num_prototypes: int = 0
     """The size of a memory; 0 for Gaussian statistics."""
+    frames: FrameSizes | None = None
+    """Of the photographs that it was fitted to; None in packages of earlier versions."""
 
     @property
     def size_in_words(self) -> str:
@@ -319,6 +322,7 @@ def new_manifest(
     statistics: PackageStatistics,
     threshold: Threshold,
     provenance: dict[str, Any],
+    frames: FrameSizes | None = None,
 ) -> Manifest:
     """A manifest of this version's format; hashes are filled in by :func:`write_package`."""
     return Manifest(
@@ -337,6 +341,7 @@ def new_manifest(
         num_prototypes=statistics.num_prototypes,
         threshold=threshold,
         provenance=provenance,
+        frames=frames,
         sha256={},
     )
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from edgeflame.dataset import Dataset, ImageRecord, LoadReport, UnreadablePolicy, load_images
 from edgeflame.errors import DataError, NumericalError
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8, Preprocessing, read_mask
 from edgeflame.layout import GOOD
 from edgeflame.log import Progress, no_progress
@@ -139,6 +140,7 @@ def score_test_images(
     preprocessing: Preprocessing,
     *,
     on_unreadable: UnreadablePolicy = "skip",
+    made_of: FrameSizes | None = None,
     progress: Progress = no_progress,
 ) -> ScoredImages:
     """Score the test images of a data set.
@@ -148,6 +150,7 @@ def score_test_images(
         dataset: its ``test`` part is used.
         preprocessing: the model's.
         on_unreadable: skip or refuse images that cannot be read.
+        made_of: sizes of the photographs that the model was made of; the log tells of others.
         progress: counts images.
 
     Raises:
@@ -156,7 +159,7 @@ def score_test_images(
     """
     if not dataset.test:
         raise DataError(f"{dataset.root}: no test images (expected test/good and test/<defect>)")
-    report = LoadReport()
+    report = LoadReport(made_of=made_of)
     records, scores, maps = score_records(
         score, dataset.test, preprocessing, on_unreadable=on_unreadable, report=report, progress=progress
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.methods import Learning
 from edgeflame.package import Manifest, ReferenceImage, WeightsOrigin, make_references, new_manifest, write_package
@@ -98,6 +99,7 @@ def save_package(
         statistics=site_statistics.statistics,
         threshold=site_statistics.threshold,
         provenance=provenance,
+        frames=FrameSizes.of(site_statistics.images.report.sizes),
     )
     graph = exporter(
         network,

@@ -63,6 +63,10 @@ class ImageQualityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     min_colour: Annotated[float, Meta(ge=0, le=0.9)] = 0.25
     """Least chroma, as a share of that of the package's least colourful reference image: less is a camera that fell
     back to grey. This check also notices exchanged red and blue. It cannot judge grey products. 0 switches it off."""
+    frame_size: Literal["model", "any"] = "model"
+    """``model``: a frame whose size is not among those of the photographs that the model was made of is ``unknown``
+    (``wrong_size``). ``any``: it is judged, and the log says so; likewise where ``roi.frame`` or ``roi.crop`` is set,
+    which then counts. Packages of earlier versions do not say which sizes they were made of."""
     max_shift: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """Largest shift against the package's reference images, as a share of the picture's side; 0, the default, allows
     any. The check needs something that stays in its place from part to part; where there is nothing it is refused."""

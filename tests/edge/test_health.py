@@ -16,6 +16,7 @@ from edge.health import ColourCheck, FreezeDetector, ImageHealth, ShiftCheck, im
 from edge.result import Reason
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import read_image
 
 NOISE = np.random.default_rng(0).integers(0, 4, (64, 64, 3), dtype=np.uint8)
@@ -171,11 +172,30 @@ def test_photographs_without_anything_in_common_are_refused_and_without_colours_
 def test_a_live_camera_keeps_to_the_size_of_its_first_frame() -> None:
     small, large = np.zeros((48, 64, 3), np.uint8), np.zeros((96, 128, 3), np.uint8)
     live = ImageHealth(ImageQualityConfig(), [], is_live=True)
-    assert [live.is_wrong_size(frame) for frame in (small, small, large, small)] == [False, False, True, False]
+    assert [bool(live.size_fault(frame)) for frame in (small, small, large, small)] == [False, False, True, False]
     files = ImageHealth(ImageQualityConfig(), [], is_live=False)
-    assert not any(files.is_wrong_size(frame) for frame in (small, large))
+    assert not any(files.size_fault(frame) for frame in (small, large))
     stated = ImageHealth(ImageQualityConfig(), [], is_live=True, frame=(128, 96))
-    assert [stated.is_wrong_size(frame) for frame in (small, large)] == [True, False]
+    assert [bool(stated.size_fault(frame)) for frame in (small, large)] == [True, False]
+
+
+def test_a_live_camera_that_begins_with_another_size_than_the_models_may_come_to_it() -> None:
+    small, large = np.zeros((48, 64, 3), np.uint8), np.zeros((96, 128, 3), np.uint8)
+    made_of = FrameSizes.of([(128, 96)])
+    live = ImageHealth(ImageQualityConfig(), [], is_live=True, made_of=made_of)
+    assert [bool(live.size_fault(frame)) for frame in (small, large, small)] == [True, False, True]
+
+
+def test_sizes_that_the_model_was_made_of_are_a_range() -> None:
+    assert FrameSizes.of([]) is None
+    one, several = FrameSizes.of([(256, 256)]), FrameSizes.of([(1920, 1080), (640, 480), (800, 600)])
+    assert one is not None
+    assert several is not None
+    sizes = [(256, 256), (64, 64), (512, 512), (256, 255), (1920, 540)]
+    assert [one.has(*size) for size in sizes] == [True, False, False, False, False]
+    sizes = [(640, 480), (1280, 960), (1920, 1080), (1920, 540), (480, 640), (639, 479), (1921, 1080)]
+    assert [several.has(*size) for size in sizes] == [True, True, True, False, False, False, False]
+    assert (str(one), str(several)) == ("256x256", "640x480 to 1920x1080")
 
 
 def test_one_reason_is_enough_for_a_dark_picture_but_a_frozen_one_is_still_counted() -> None:

@@ -17,6 +17,7 @@ from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
+from edgeflame.images import read_image, write_image
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from tests.support.commands import edgeflame, error_of
@@ -261,3 +262,46 @@ def test_pictures_of_other_formats_are_named_and_counted_as_unreadable(folder: P
     assert fitted.report.unreadable == ["train/good/a.gif"]
     with pytest.raises(DataError, match=r"a\.gif: .*GIF is not read"):
         fit(open_dataset(folder), settings, on_unreadable="refuse")
+
+
+def test_frames_of_another_shape_than_the_model_was_made_of_are_unknown(
+    fitted_package: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    """A film strip and a stamp, squeezed into the model's input, must not pass unsaid."""
+    photo = read_image(parts_folder / "test" / "good" / "0.png")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    height, width = photo.shape[:2]
+    for name, size in {
+        "same": (width, height),
+        "stamp": (width // 2, height // 2),
+        "strip": (width * 3, height),
+    }.items():
+        write_image(folder / f"{name}.png", cv2.resize(photo, size))
+
+    def inspect(settings: str) -> dict[str, dict[str, object]]:
+        config = tmp_path / "line.toml"
+        config.write_text(settings)
+        result = edgeflame("inspect", "--model", fitted_package, "--source", folder, "--json", "--config", config)
+        assert result.exit_code == 0, result.output
+        return {part["part_id"]: part for part in map(msgspec.json.decode, result.stdout.splitlines())}
+
+    parts = inspect("")
+    assert parts["same.png"]["verdict"] != "unknown"
+    for name, size in (("stamp.png", f"{width // 2}x{height // 2}"), ("strip.png", f"{width * 3}x{height}")):
+        assert (parts[name]["verdict"], parts[name]["reasons"]) == ("unknown", ["wrong_size"])
+        made_of = f"the frame has {size} pixels, the model was made of {width}x{height} (image_quality.frame_size)"
+        assert parts[name]["detail"] == made_of
+    for settings in ('[image_quality]\nframe_size = "any"\n', f"[roi]\ncrop = [0, 0, {width // 2}, {height // 2}]\n"):
+        assert all("wrong_size" not in part["reasons"] for part in inspect(settings).values())  # type: ignore[operator]
+    # What a person has said counts.
+    stated = inspect(f"[roi]\nframe = [{width // 2}, {height // 2}]\n")
+    assert [stated[f"{name}.png"]["reasons"] == ["wrong_size"] for name in ("same", "stamp")] == [True, False]
+
+
+def test_figures_of_images_of_another_shape_are_told_of(fitted_package: Path, folder: Path) -> None:
+    arguments = ("evaluate", "--model", fitted_package, "--data", folder, "--json")
+    assert "images_of_another_size" not in edgeflame(*arguments).stderr
+    for file in (folder / "test" / "good").iterdir():
+        write_image(file, cv2.resize(read_image(file), None, fx=2, fy=1))
+    assert "images_of_another_size count=6" in edgeflame(*arguments).stderr

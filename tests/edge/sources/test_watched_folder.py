@@ -377,9 +377,8 @@ def test_killed_at_any_moment_each_file_has_one_result(package_file: Path, folde
 
 
 def results(state: Path) -> Counter[str]:
-    with sqlite3.connect(state / "outbox.sqlite") as db:
+    with contextlib.closing(sqlite3.connect(state / "outbox.sqlite")) as db:
         bodies = db.execute("SELECT body FROM results").fetchall()
-    db.close()
     return Counter(str(msgspec.json.decode(body)["part_id"]) for (body,) in bodies)
 
 
@@ -401,10 +400,9 @@ def test_a_file_that_ends_the_process_each_time_is_given_up(package_file: Path, 
         wait_for(lambda: len(results(state)) == 3, "all have a result")
         daemon.send_signal(signal.SIGTERM)
     assert results(state) == Counter(["a.png", "big.png", "c.png"])
-    with sqlite3.connect(state / "outbox.sqlite") as db:
+    with contextlib.closing(sqlite3.connect(state / "outbox.sqlite")) as db:
         bodies = [msgspec.json.decode(body) for (body,) in db.execute("SELECT body FROM results")]
         assert db.execute("SELECT * FROM tried").fetchall() == []
-    db.close()
     big = next(body for body in bodies if body["part_id"] == "big.png")
     assert (big["verdict"], big["reasons"]) == ("unknown", ["unreadable"])
     assert "2 processes ended while they read it" in big["detail"]
