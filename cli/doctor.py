@@ -21,7 +21,7 @@ import msgspec
 from cli.options import BrokerOptions, broker_options
 from cli.output import print_findings
 from edgeflame import __version__
-from edgeflame.errors import ConfigError, EdgeFlameError, StorageError
+from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.findings import Finding, ok, problem
 
 if TYPE_CHECKING:
@@ -62,8 +62,13 @@ def _pretty(value: object) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
 
 
-def check_config(path: Path) -> Iterator[Finding]:
-    """Check a configuration of any command; of an inspection with cameras also everything that it names."""
+def check_config(path: Path, state: Path | None = None) -> Iterator[Finding]:
+    """Check a configuration of any command; of an inspection with cameras also everything that it names.
+
+    Args:
+        path: the file.
+        state: the state folder that the command is given.
+    """
     from edge.config import InspectConfig
     from edgeflame.config import check_keys, load_config
 
@@ -76,13 +81,16 @@ def check_config(path: Path) -> Iterator[Finding]:
     for command, kind in _config_kinds():
         try:
             settings: object = load_config(path, kind)
-        except ConfigError as exc:
+        except EdgeFlameError as exc:
             failures.append((_num_known(text, kind), f"{command}: {str(exc).removeprefix(f'{path}: ')}"))
         else:
             yield ok("configuration", f"{path} is one for edgeflame {command}")
             yield from check_keys(path, kind)
             if isinstance(settings, InspectConfig) and settings.cameras and settings.products:
-                yield from _check_line(settings)
+                try:
+                    yield from _check_line(settings, state)
+                except EdgeFlameError as exc:
+                    yield problem("line", str(exc), "correct what the message names")
             return
     # Where its keys show whose configuration it is, the errors of the other commands are left out.
     most = max(known for known, _ in failures)
@@ -99,29 +107,36 @@ def _num_known(text: bytes, kind: type[msgspec.Struct]) -> int:
     return len(keys & {*kind.__struct_fields__, *getattr(kind, "OLD_KEYS", {})})
 
 
-def _check_line(settings: InspectConfig) -> Iterator[Finding]:
-    from edge.cameras import plan_cameras
+def _check_line(settings: InspectConfig, state: Path | None) -> Iterator[Finding]:
+    from edge.cameras import Plan, plan_cameras
     from edge.check import check_daemon
     from edge.inspector import InspectorLoader
 
     loader = InspectorLoader()
-    plan = plan_cameras(
-        settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product
-    )
-    for finding in check_daemon(lambda: plan, loader, state=None, images=None):
+
+    def read_plan() -> Plan:
+        return plan_cameras(
+            settings, model=None, source=None, product_of=lambda file: loader.package(file).manifest.product
+        )
+
+    for finding in check_daemon(read_plan, loader, state=state, images=None):
         # The file was found to be right already, and state folders are looked at by an option of their own.
-        if finding.check not in ("configuration", "state folder"):
+        if finding.check != "state folder" and (finding.check, finding.level) != ("configuration", "ok"):
             yield finding
 
 
 def _config_kinds() -> Iterator[tuple[str, type[msgspec.Struct]]]:
     from aggregator.config import AggregateConfig
+    from aggregator.simulation.config import SimulationConfig
+    from cli.train import SiteFile
     from edge.config import InspectConfig
     from edgeflame.methods import Learning
 
     yield "inspect", InspectConfig
     yield "aggregate", AggregateConfig
     yield "fit", Learning
+    yield "train", SiteFile
+    yield "simulate", SimulationConfig
 
 
 CONNECT_TIMEOUT_S = 5.0
@@ -135,7 +150,7 @@ _FILE = click.Path(path_type=Path)
     "--config",
     type=_FILE,
     metavar="FILE",
-    help="Check this configuration of inspect, aggregate or fit; of a line also all it names.",
+    help="Check this configuration, of whichever command; of a line also all it names.",
 )
 @click.option("--state", type=_FILE, metavar="DIR", help="Check this state folder and its disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
@@ -164,7 +179,7 @@ def command(
 
         findings += check_package(model)
     if config is not None:
-        findings += check_config(config)
+        findings += check_config(config, state)
     if broker.broker is not None or broker.kit is not None:
         findings += _check_member(broker)
     if bundle is not None:

@@ -132,7 +132,7 @@ _BROKER_OPTIONS = (
     click.option(
         "--broker",
         metavar="URL",
-        help="mqtt://[user@]host[:port], or mqtts://; the password from EDGEFLAME_MQTT_PASSWORD.",
+        help="mqtt://[user@]host[:port], mqtts://, ws:// or wss://; the password from EDGEFLAME_MQTT_PASSWORD.",
     ),
     click.option(
         "--kit", type=_FILE, help="A kit of `edgeflame fleet`: the broker, the fleet, our name and certificate."

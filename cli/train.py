@@ -24,7 +24,8 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The keys of ``edgeflame train --config F``, in place of its options. The aggregator decides what is learnt."""
 
     broker: Annotated[str | None, BASIC] = None
-    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``."""
+    """``mqtt://[user@]host[:port]``, ``mqtts://``, ``ws://`` or ``wss://``; the password from
+    ``EDGEFLAME_MQTT_PASSWORD``."""
     kit: Annotated[str | None, BASIC] = None
     """A kit of `edgeflame fleet enrol`: the broker, the fleet, the site's name and certificate."""
     ca: str | None = None

@@ -59,8 +59,8 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Section ``[mqtt]``."""
 
     broker: Annotated[str | None, BASIC] = None
-    """``mqtt://[user@]host[:port]`` or ``mqtts://``; the password from ``EDGEFLAME_MQTT_PASSWORD``. Not needed with a
-    kit, which names its broker."""
+    """``mqtt://[user@]host[:port]`` or ``mqtts://``, or through a web server's port ``ws://host/path`` or ``wss://``;
+    the password from ``EDGEFLAME_MQTT_PASSWORD``. Not needed with a kit, which names its broker."""
     fleet: Annotated[str, BASIC]
     """Name of the fleet that the line belongs to."""
     line: Annotated[str, BASIC]

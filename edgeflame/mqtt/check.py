@@ -42,6 +42,9 @@ def check_broker(
     logger.setLevel(logging.ERROR)
     try:
         with Session(url, name="check", filters=filters, connect_timeout_s=timeout_s) as session:
+            if session.lacks is not None:
+                yield problem("broker", f"{url.address}: {session.lacks}", "switch it on there, or use another broker")
+                return
             yield ok("broker", f"{url.address} takes us{member and f' as {member}'}")
             yield from look(session)
     except EdgeFlameError as exc:

@@ -42,6 +42,8 @@ class Connected:
     """Connected and subscribed. ``chunk_bytes`` is the largest chunk to send, within the broker's packet limit."""
 
     chunk_bytes: int
+    lacks: str | None = None
+    """What the broker says that it cannot do, though EdgeFlame needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,13 @@ _REFUSALS = frozenset(
         "Bad authentication method",
     }
 )
+
+
+# It lacks what nothing here works without, and will not learn it by being asked again.
+_LACKS = {
+    "Retain not supported": "it keeps no retained messages",
+    "QoS not supported": "it delivers nothing surely (no QoS 1)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +194,7 @@ class Connection:
         """Packet numbers to acknowledge one by one, as the user acknowledges messages."""
         self._max_in_flight = MAX_IN_FLIGHT
         self._max_packet_bytes: int | None = None
+        self._retains = self._has_qos_1 = True
         self._ready = False
         self._first_suback: int | None = None
         self._end_reason: str | None = None
@@ -197,7 +207,10 @@ class Connection:
             protocol=mqtt.MQTTv5,
             manual_ack=True,
             reconnect_on_failure=False,
+            transport="tcp" if shared.url.websocket_path is None else "websockets",
         )
+        if shared.url.websocket_path is not None:
+            client.ws_set_options(path=shared.url.websocket_path)
         client.max_inflight_messages = MAX_IN_FLIGHT
         client.connect_timeout = HANDSHAKE_TIMEOUT_S
         if shared.ssl is not None:
@@ -224,6 +237,10 @@ class Connection:
         properties.MaximumPacketSize = MAX_PACKET_BYTES
         try:
             self._client.connect(url.host, url.port, keepalive=KEEPALIVE_S, clean_start=True, properties=properties)
+        except mqtt.WebsocketConnectionError as exc:
+            # A web server that answers otherwise: another path, or no broker.
+            reason = f"no WebSocket of a broker there ({exc}); is the path right?"
+            return ConnectionEnd(was_up=False, reason=reason)
         except (OSError, ValueError) as exc:
             # socket.gaierror, TimeoutError and ssl.SSLError are OSErrors; a bad certificate name is a ValueError.
             refusal = explain_tls_error(exc) if isinstance(exc, OSError) else None
@@ -314,6 +331,10 @@ class Connection:
                 log.error("message_too_large_for_broker", topic=item.topic, bytes=size, limit=self._max_packet_bytes)
                 self._report_result(item, f"{size} bytes, the broker takes {self._max_packet_bytes}")
                 continue
+            if not self._has_qos_1 or (item.retain and not self._retains):
+                outbox.appendleft(item)
+                self._refuse_for_lack("QoS not supported" if not self._has_qos_1 else "Retain not supported")
+                return
             info = self._client.publish(item.topic, item.payload, qos=1, retain=item.retain)
             self._shared.bytes_out += len(item.payload)
             self._in_flight[info.mid] = item
@@ -343,9 +364,12 @@ class Connection:
         if reason.is_failure:
             self._end_reason = reason.getName()
             self._refused = self._end_reason in _REFUSALS
+            self._refuse_for_lack(self._end_reason)
             return
         self._max_in_flight = min(MAX_IN_FLIGHT, getattr(properties, "ReceiveMaximum", MAX_IN_FLIGHT))
         self._max_packet_bytes = getattr(properties, "MaximumPacketSize", None)
+        self._retains = bool(getattr(properties, "RetainAvailable", 1))
+        self._has_qos_1 = getattr(properties, "MaximumQoS", 2) > 0
         topics = [(topic_filter, 1) for topic_filter in self._shared.filters]
         self._first_suback = client.subscribe(topics)[1]
 
@@ -363,7 +387,8 @@ class Connection:
             log.info("broker_connected", address=self._shared.url.address)
             # A topic and the packet's own header share the packet with the chunk.
             limit = DEFAULT_CHUNK_BYTES if self._max_packet_bytes is None else self._max_packet_bytes - 1024
-            self._shared.sink(Connected(chunk_bytes=max(1024, min(DEFAULT_CHUNK_BYTES, limit))))
+            chunk_bytes = max(1024, min(DEFAULT_CHUNK_BYTES, limit))
+            self._shared.sink(Connected(chunk_bytes=chunk_bytes, lacks=self._lacks()))
 
     def _refuse_for_rights(self, reason: str) -> None:
         """Nothing works without our subscriptions; whoever may not have them is not whom the broker expects."""
@@ -376,6 +401,17 @@ class Connection:
                 f"we may not read what we have to ({reason}): the certificate is of another name or fleet than ours, "
                 "or was revoked"
             )
+
+    def _lacks(self) -> str | None:
+        if not self._has_qos_1:
+            return _LACKS["QoS not supported"]
+        return None if self._retains else _LACKS["Retain not supported"]
+
+    def _refuse_for_lack(self, code: str) -> None:
+        """End for good where the broker says that it lacks what is needed; any other code is left as it is."""
+        if code in _LACKS:
+            self._is_final = True
+            self._end_reason = f"{_LACKS[code]}, which EdgeFlame needs; switch it on there, or use another broker"
 
     def _on_publish(
         self, _client: mqtt.Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Properties | None
@@ -424,6 +460,8 @@ class Connection:
             if said and self._end_reason == "Administrative action":
                 self._shared.was_disconnected_by_admin = True
                 self._end_reason = "the broker's administrator ended the connection"
+            if said:
+                self._refuse_for_lack(reason.getName())
 
     def _on_log(self, _client: mqtt.Client, _userdata: Any, _level: int, text: str) -> None:
         # paho tells nowhere else what a socket's error was.

@@ -71,6 +71,8 @@ class Session:
         on_message: Callable[[ReceivedMessage], None] | None = None,
     ) -> None:
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
+        self.lacks: str | None = None
+        """What the broker says that it cannot do, though EdgeFlame needs it."""
         """The largest chunk to send, as the broker said when it last took us."""
         self.is_up = False
         """Whether there is a connection, as far as events were looked at."""
@@ -229,8 +231,8 @@ class Session:
         match event:
             case ConnectionFailed(error=error):
                 raise error
-            case Connected(chunk_bytes=chunk_bytes):
-                self.is_up, self.chunk_bytes = True, chunk_bytes
+            case Connected(chunk_bytes=chunk_bytes, lacks=lacks):
+                self.is_up, self.chunk_bytes, self.lacks = True, chunk_bytes, lacks
                 self.num_connects += 1
             case Disconnected(reason=reason):
                 self.is_up = False

@@ -1,5 +1,7 @@
 """Where the broker is and who we are to it: ``mqtt://[user[:password]@]host[:port]``, or ``mqtts://``.
 
+Where only a web server's ports are open, ``ws://host[:port]/path`` and ``wss://`` speak MQTT through a WebSocket.
+
 Also what TLS's errors mean to whoever runs a site, and what to do about them.
 """
 
@@ -63,7 +65,10 @@ def explain_tls_error(error: OSError | str) -> TlsRefusal | None:
 
 
 PASSWORD_VARIABLE = "EDGEFLAME_MQTT_PASSWORD"  # noqa: S105 - the name of a variable
-DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
+DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
+_SECURE = ("mqtts", "wss")
+DEFAULT_WEBSOCKET_PATH = "/mqtt"
+"""Where brokers and their proxies expect it, unless the URL says otherwise."""
 CERTIFICATE_ALERT_WAIT_S = 0.5
 """How long we wait after a TLS 1.3 handshake for an alert that refuses our certificate, seconds."""
 
@@ -98,11 +103,15 @@ class BrokerUrl:
     password: str | None = field(default=None, repr=False)
     tls: TlsFiles | TlsPem | None = None
     """None: plain TCP."""
+    websocket_path: str | None = None
+    """Where on a web server the broker answers; None: MQTT without a WebSocket."""
 
     @property
     def address(self) -> str:
-        """For people: scheme, host and port."""
+        """For people: scheme, host and port, and a WebSocket's path."""
         host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.websocket_path is not None:
+            return f"{'wss' if self.tls else 'ws'}://{host}:{self.port}{self.websocket_path}"
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
     def ssl_context(self) -> ssl.SSLContext | None:
@@ -187,20 +196,23 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
     Raises:
         UsageError: not such a URL; the message does not repeat a password.
     """
+    is_websocket, path = False, ""
     try:
         parts = urlsplit(text if "://" in text else f"mqtt://{text}")
         port = parts.port
-        sound = parts.scheme in DEFAULT_PORTS and parts.hostname and not parts.path.strip("/") and not parts.query
+        is_websocket = parts.scheme in ("ws", "wss")
+        path = parts.path.rstrip("/")
+        sound = parts.scheme in DEFAULT_PORTS and parts.hostname and not parts.query and (is_websocket or not path)
     except ValueError:
         # A port or an IPv6 address that is none; the exception may quote the password.
         sound = False
     if not sound:
         shown = without_secrets(f"...{text.rpartition('@')[2]}" if "@" in text else text)[:100]
-        raise UsageError(f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], or mqtts://")
+        raise UsageError(f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], mqtts://, ws:// or wss://")
     assert parts.hostname
-    secure = parts.scheme == "mqtts"
+    secure = parts.scheme in _SECURE
     if tls is not None and not secure and (tls.ca or tls.cert or tls.key):
-        raise UsageError("certificates need a broker URL that starts with mqtts://")
+        raise UsageError("certificates need a broker URL that starts with mqtts:// or wss://")
     password = unquote(parts.password) if parts.password is not None else os.environ.get(PASSWORD_VARIABLE)
     return BrokerUrl(
         host=parts.hostname,
@@ -208,4 +220,5 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
         user=unquote(parts.username) if parts.username else None,
         password=password if parts.username else None,
         tls=(tls or TlsFiles()) if secure else None,
+        websocket_path=(path or DEFAULT_WEBSOCKET_PATH) if is_websocket else None,
     )

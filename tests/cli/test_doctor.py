@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from cli import cli, doctor_machine
 from edgeflame.errors import NegativeAnswerError, StorageError
+from edgeflame.signing import PUBLIC_KEY, write_keys
 from edgeflame.state import locked_state_dir
 from tests.support.brokers import BrokerProcess
 from tests.support.ports import free_port
@@ -191,3 +192,64 @@ def test_a_machine_without_torch_trains_not_and_is_well(monkeypatch: pytest.Monk
     # scikit-learn is there, for an aggregator.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
     assert doctor()[1]["training"]["level"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('data = "photos"\nsite = "a"\n', "one for edgeflame train"),
+        ('[data]\nkind = "boards"\n[partition]\nbeta = 3.0\n', "one for edgeflame simulate"),
+    ],
+)
+def test_configurations_of_sites_and_simulations_are_known_too(text: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    assert what in doctor("--config", path)[1]["configuration"]["what"]
+
+
+def test_models_of_a_line_are_looked_at_with_its_state_folder(package_file: Path, tmp_path: Path) -> None:
+    key = tmp_path / "edgeflame-key.pub"
+    write_keys(tmp_path / "keys")
+    key.write_bytes((tmp_path / "keys" / PUBLIC_KEY).read_bytes())
+    with BrokerProcess("embedded", tmp_path) as broker:
+        path = tmp_path / "line.toml"
+        path.write_text(
+            f'[products]\nsmall = "{package_file}"\n[cameras.side]\nsource = "boards:warm_wood?parts=1&size=64"\n'
+            f'[mqtt]\nbroker = "{broker.url}"\nfleet = "test"\nline = "line-1"\n[models]\npublic_keys = ["{key}"]\n'
+        )
+        code, findings = doctor("--config", path, "--state", tmp_path / "state")
+    wrong = {name: finding["what"] for name, finding in findings.items() if finding["level"] == "problem"}
+    assert (code, wrong) == (0, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[cameras.a]\nsource = "camera:0?fps=banana"\n',
+        '[cameras.a]\nsource = "rtsp://"\n',
+        '[cameras.a]\nsource = "no such kind:"\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=x"\nproduct = "p"\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\nproduct = "unknown"\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\n[mqtt]\nbroker = "http://x"\nfleet = "f"\nline = "l"\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\n[mqtt]\nkit = "no.kit"\nfleet = "f"\nline = "l"\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\n[models]\npublic_keys = ["no.pub"]\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\n[roi]\nignore_image = "no.png"\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\n[trigger.mqtt]\n',
+        '[cameras.a]\nsource = "boards:warm_wood?parts=1"\n[web]\nlisten = "no.such.host:1"\n',
+    ],
+)
+def test_a_bad_value_is_a_finding_among_the_others(text: str, package_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "line.toml"
+    path.write_text(f'[products]\np = "{package_file}"\n{text}')
+    code, findings = doctor("--config", path, "--state", tmp_path / "state")
+    assert code == 1
+    assert "python" in findings
+    assert any(finding["level"] == "problem" and finding["do"] for finding in findings.values())
+
+
+@pytest.mark.parametrize("lines", ["retain_available false", "max_qos 0"])
+def test_a_broker_that_cannot_do_what_is_needed_is_a_problem(lines: str, tmp_path: Path) -> None:
+    with BrokerProcess("mosquitto", tmp_path, mosquitto_lines=f"allow_anonymous true\n{lines}") as broker:
+        code, findings = doctor("--broker", broker.url)
+    assert (code, findings["broker"]["level"]) == (1, "problem")
+    assert "switch it on there" in findings["broker"]["do"]
