@@ -126,7 +126,8 @@ def command(
 
     An image that cannot be read or is no picture of a part gets the verdict "unknown" with the reason; none is
     skipped. Ctrl-C or SIGTERM ends the run after the part in hand, with the summary. The exit code is 0 when
-    all was inspected, whatever the verdicts, and 130 when the run was stopped before its source ended.
+    all was inspected, whatever the verdicts, and 130 when the run was stopped before its source ended. Cameras,
+    streams and watched folders have no end: of them the code is 0 when the run was stopped.
 
     With --check nothing is inspected: cameras give one frame, models, broker, web service, PLC, page and folders are
     touched, and the exit code is 0 when all is well and 1 otherwise.

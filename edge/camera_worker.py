@@ -5,10 +5,10 @@ Theory of operation
 The loop runs on a thread of its own, in :meth:`CameraWorker.run`. Other threads change it through the methods that
 stand before it; these wait for the frame being inspected and take effect before the next one (:class:`FrameLock`).
 
-A camera that cannot be opened, or whose capture fails, is tried again with growing pauses. Each outage gives one part
-with the verdict ``unknown``. If an inspector fails unexpectedly, the part gets the verdict ``unknown`` and the daemon
-goes on; if that happens too often (:class:`RestartBudget`), :class:`CrashLoopError` ends the daemon, for its
-supervisor to start it afresh.
+A camera that cannot be opened, be it at the start, or whose capture fails, is tried again with growing pauses. Each
+outage gives one part with the verdict ``unknown``. If an inspector fails unexpectedly, the part gets the verdict
+``unknown`` and the daemon goes on; if that happens too often (:class:`RestartBudget`), :class:`CrashLoopError` ends the
+daemon, for its supervisor to start it afresh.
 
 The golden part of a self-test is the first part whose picture was taken after the request: frames that were waiting
 at that moment show earlier parts. It does not count as production.
@@ -243,7 +243,6 @@ class CameraWorker:
         self._dropped: collections.Counter[str] = collections.Counter()
         self._crashes = RestartBudget(name, clock)
         self._next_sequence = 0
-        self._has_worked = False
         self._ended = False
         self._problem: str | None = None
         self._busy_since: float | None = None
@@ -390,20 +389,19 @@ class CameraWorker:
 
     # The loop.
 
-    def run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool = True) -> None:
+    def run(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
         """Inspect until the source ends or ``halt`` is set; a part being inspected still gets its verdict.
 
         Args:
             accept: called with every result; an exception of it ends the run.
             halt: ends the run.
-            is_alone: whether it is the daemon's only camera. If it does not work at the start, that is an error; one
-                camera of several is waited for.
 
         Raises:
-            EdgeFlameError: the source cannot be read, ``accept`` raised it, or there were too many unexpected errors.
+            EdgeFlameError: a source that has an end cannot be read, or one without for want of something installed;
+                ``accept`` raised it, or there were too many unexpected errors.
         """
         try:
-            self._run(accept, halt, is_alone=is_alone)
+            self._run(accept, halt)
         except CrashLoopError:
             self._report_unread(accept)
             raise
@@ -412,7 +410,7 @@ class CameraWorker:
         finally:
             self._tracker.close()
 
-    def _run(self, accept: Callable[[Inspected], None], halt: threading.Event, *, is_alone: bool) -> None:
+    def _run(self, accept: Callable[[Inspected], None], halt: threading.Event) -> None:
         backoff, is_out = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S, jitter=0.0), False
         while not halt.is_set():
             first = self._next_sequence
@@ -423,7 +421,7 @@ class CameraWorker:
             except (StorageError, CrashLoopError, *_HOPELESS):
                 raise
             except EdgeFlameError as exc:
-                if not self.is_endless or (is_alone and not self._has_worked):
+                if not self.is_endless:
                     self._problem = str(exc)
                     raise
                 reason = str(exc)
@@ -462,7 +460,6 @@ class CameraWorker:
             with ahead as frames:
                 for captured in frames:
                     self._next_sequence = captured.sequence + 1
-                    self._has_worked |= captured.frame.image_bgr is not None
                     wanted = captured if self._resumed.is_set() else self._wait_while_paused(captured, halt)
                     if wanted is not None:
                         self._process(wanted, accept)

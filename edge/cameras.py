@@ -12,7 +12,7 @@ threshold is a raw distance of one model and means nothing to another, so it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.parts.tracker import PartTracker
 from edge.sources.locate import open_image_source
 from edge.status import DEFAULT_CAMERA
-from edgeflame.errors import ConfigError, UsageError
+from edgeflame.errors import ConfigError, RuntimeUnavailableError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.state import read_json, storage_errors, write_record
 
@@ -261,11 +261,11 @@ class Cameras:
             The replaced inspectors, by camera.
 
         Raises:
-            EdgeFlameError: an inspector cannot be opened, or a part being inspected does not come to an end.
+            EdgeFlameError: an inspector cannot be opened, or a part being inspected does not come to an end; every
+                camera keeps its inspector then.
         """
-        self._products[product] = file
         self._loader.forget()
-        replaced: dict[str, InspectorProtocol] = {}
+        switches: list[tuple[CameraWorker, InspectorProtocol]] = []
         for worker in self.workers:
             if worker.inspector.product != product:
                 continue
@@ -273,9 +273,11 @@ class Cameras:
             if inspector.model_id == worker.inspector.model_id:
                 continue
             # The configuration may have changed since it was opened.
-            inspector = inspector.reconfigured(self._settings[worker.name])
-            threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
-            before = replaced[worker.name] = worker.replace_inspector(inspector, threshold=threshold)
+            switches.append((worker, inspector.reconfigured(self._settings[worker.name])))
+        replaced = self._switch(switches)
+        self._products[product] = file
+        for worker, inspector in switches:
+            before = replaced[worker.name]
             log.warning(
                 "model_switched",
                 camera=worker.name,
@@ -287,6 +289,31 @@ class Cameras:
             )
         return replaced
 
+    def _switch(self, switches: Sequence[tuple[CameraWorker, InspectorProtocol]]) -> dict[str, InspectorProtocol]:
+        """Give cameras other inspectors, all of them or none; returns the ones before, by camera.
+
+        A camera whose part in hand does not come to an end refuses. The others go back to their inspectors then: no
+        camera is made to wait for another.
+
+        Raises:
+            RuntimeUnavailableError: a camera refuses.
+        """
+        replaced: dict[str, InspectorProtocol] = {}
+        were_set = {worker.name: worker.status().threshold_set for worker, _ in switches}
+        try:
+            for worker, inspector in switches:
+                threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
+                replaced[worker.name] = worker.replace_inspector(inspector, threshold=threshold)
+        except RuntimeUnavailableError:
+            for worker, _ in switches[: len(replaced)]:
+                before = replaced[worker.name]
+                try:
+                    worker.replace_inspector(before, threshold=before.threshold if were_set[worker.name] else None)
+                except RuntimeUnavailableError as exc:
+                    log.error("inspector_not_put_back", camera=worker.name, reason=str(exc))
+            raise
+        return replaced
+
     def on_section_change(self, name: str, taker: Callable[[Any], None]) -> None:
         """Call ``taker`` with the new section of this name, ``images`` for instance, when a reload changes it."""
         self._takers[name] = taker
@@ -295,7 +322,8 @@ class Cameras:
         """Change what can be changed to the new plan.
 
         Raises:
-            EdgeFlameError: a package of the new plan cannot be used here; nothing is changed then.
+            EdgeFlameError: a package of the new plan cannot be used here, or a part being inspected does not come to
+                an end; nothing is changed then.
         """
         self._loader.forget()
         changed: list[str] = []
@@ -321,9 +349,7 @@ class Cameras:
             and getattr(plan.config, name) != getattr(self.plan.config, name)
         ]
         # Everything has been opened successfully; the changes take effect from here on.
-        for worker, inspector in inspectors:
-            threshold = self._overrides.get(worker.name).thresholds.get(inspector.model_id)
-            worker.replace_inspector(inspector, threshold=threshold)
+        self._switch(inspectors)
         for name in sections:
             if name in self._takers:
                 self._takers[name](getattr(plan.config, name))

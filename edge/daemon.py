@@ -126,9 +126,7 @@ class CameraThreads:
         self._halt = threading.Event()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(
-                target=self._run_worker, args=(worker, len(workers) == 1), name=f"edgeflame-{worker.name}", daemon=True
-            )
+            threading.Thread(target=self._run_worker, args=(worker,), name=f"edgeflame-{worker.name}", daemon=True)
             for worker in workers
         ]
 
@@ -144,12 +142,13 @@ class CameraThreads:
             on_stop: called when a signal requests a stop.
 
         Raises:
-            EdgeFlameError: the first error of a camera. A ``DataError`` concerns one camera alone and is raised only
-                after the others have ended; any other error stops them all.
+            EdgeFlameError: the gravest error of a camera, the first of several such. A ``DataError`` concerns one
+                camera alone and is raised only after the others have ended; any other error stops them all.
         """
         for thread in self._threads:
             thread.start()
-        running, failures = len(self._threads), []
+        running = len(self._threads)
+        failures: list[BaseException] = []
         try:
             while running:
                 watchdog.heartbeat()
@@ -179,7 +178,11 @@ class CameraThreads:
                 if (failure := self._done.get_nowait()) is not None:
                     failures.append(failure)
         if failures:
-            raise failures[0]
+            gravest = max(failures, key=_gravity)
+            for failure in failures:
+                if failure is not gravest:
+                    log.error("camera_failed", reason=str(failure) or repr(failure))
+            raise gravest
 
     def _join(self) -> None:
         until = time.monotonic() + LINE_STOP_S
@@ -188,9 +191,9 @@ class CameraThreads:
             if thread.is_alive():
                 log.error("camera_does_not_stop", thread=thread.name, waited_s=LINE_STOP_S)
 
-    def _run_worker(self, worker: CameraWorker, is_alone: bool) -> None:
+    def _run_worker(self, worker: CameraWorker) -> None:
         try:
-            worker.run(self._accept, self._halt, is_alone=is_alone)
+            worker.run(self._accept, self._halt)
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the main thread raises it
             self._done.put(exc)
         else:
@@ -200,6 +203,13 @@ class CameraThreads:
         self._outlet.accept(inspected)
         if not inspected.result.golden and self._tally.add(inspected.result) == self._limit:
             self._halt.set()
+
+
+def _gravity(failure: BaseException) -> int:
+    """How much an error says of the daemon: that of one camera's source least, one that nobody expected most."""
+    if isinstance(failure, DataError):
+        return 0
+    return 1 if isinstance(failure, EdgeFlameError) else 2
 
 
 def _reload(watchdog: Watchdog, reload: Callable[[], object]) -> None:

@@ -102,7 +102,9 @@ class CommandServer:
             with contextlib.suppress(queue.Empty):
                 while True:
                     waiting.get_nowait()
-            waiting.put(None)
+            # Another command may just have come.
+            with contextlib.suppress(queue.Full):
+                waiting.put_nowait(None)
         # A worker may be waiting for a part or a model; a stop does not wait for that.
         for thread in self._threads:
             thread.join(0.5)

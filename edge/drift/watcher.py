@@ -6,6 +6,7 @@ model, its monitor continues from there.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import queue
 import threading
@@ -23,6 +24,7 @@ from edge.drift.monitor import DriftMonitor, SavedMonitor
 from edge.frame import Captured
 from edge.result import Inspected
 from edge.status import DriftCondition, DriftStatus
+from edgeflame.background import BackgroundThread
 from edgeflame.drift_reference import PART_STREAMS, AlignmentTemplate, DriftReference, image_streams, part_streams
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
@@ -117,17 +119,19 @@ class DriftWatcher:
         self._next_part = 0.0
         self._last_save = clock()
         self._switch_model(model)
-        self._thread = threading.Thread(target=self._run, name=f"edgeflame-drift-{camera}", daemon=True)
+        self._thread = BackgroundThread(f"drift-{camera}", self._run, wake=self._wake, join_s=_CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> DriftWatcher:
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._queue.put(None)
-        self._thread.join(_CLOSE_TIMEOUT_S)
-        with self._lock:
-            self._save()
+        # A thread that hangs, on a disk say, may hold the lock for ever; what it knew is lost since the last save.
+        if self._thread.close():
+            with self._lock:
+                self._save()
+        else:
+            log.error("drift_not_saved", camera=self._camera, reason=f"its thread hangs for {_CLOSE_TIMEOUT_S:g} s")
 
     def on_part(self, captured: Captured, inspected: Inspected) -> None:
         """Queue one part, on the camera worker's thread; it is skipped if parts come too fast."""
@@ -163,8 +167,13 @@ class DriftWatcher:
                 self._save()
         self._on_change()
 
-    def _run(self) -> None:
-        while (inspected := self._queue.get()) is not None:
+    def _wake(self) -> None:
+        # If the queue is full the thread does not wait for a part.
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+
+    def _run(self, stop: threading.Event) -> None:
+        while not (stop.is_set() and self._queue.empty()) and (inspected := self._queue.get()) is not None:
             try:
                 self._observe(inspected)
             except Exception as exc:  # noqa: BLE001 - the thread's outermost frame: a part is left out, watching goes on

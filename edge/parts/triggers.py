@@ -45,8 +45,8 @@ class TriggeredSource:
     A part without an image gets a frame with the reason in place of an image; the camera's other frames are dropped
     and counted. The reading thread, the trigger's thread and the caller share a pure matcher under one lock.
 
-    A camera that fails is opened again here, with growing pauses, because triggers go on meanwhile: parts announced
-    while it is away get frames without images.
+    A camera that fails, be it at the start, is opened again here, with growing pauses, because triggers go on
+    meanwhile: parts announced while it is away get frames without images.
 
     Args:
         source: a camera or stream.
@@ -77,7 +77,6 @@ class TriggeredSource:
         self._changed = threading.Condition()
         self._ended: str | None = None
         self._failure: BaseException | None = None
-        self._has_worked = False
         self._backoff = Backoff(FIRST_DELAY_S, LONGEST_DELAY_S, jitter=0.0)
         self._num_unnamed = 0
 
@@ -90,7 +89,7 @@ class TriggeredSource:
         """One frame for each trigger, in order, until ``stop`` is set.
 
         Raises:
-            EdgeFlameError: the camera cannot be opened the first time.
+            EdgeFlameError: what reads the camera is not installed.
         """
         reader = BackgroundThread("triggered", self._read, join_s=_STOP_TIMEOUT_S)
         reader.start()
@@ -164,7 +163,6 @@ class TriggeredSource:
         """Read the camera until it ends (returns None) or fails (returns the reason)."""
         try:
             for frame in self._source.frames(done):
-                self._has_worked = True
                 self._backoff.reset()
                 with self._changed:
                     self._matcher.dropped.update(frame.missed)
@@ -176,8 +174,6 @@ class TriggeredSource:
                 if done.is_set():
                     break
         except DataError as exc:
-            if not self._has_worked:
-                raise
             with self._changed:
                 self._matcher.camera_away(f"parts may pass unseen: {exc}")
                 self._changed.notify_all()

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ import pytest
 from edge import camera_worker
 from edge.camera_worker import MAX_CRASHES, PAUSED, CameraWorker
 from edge.config.inspection import CaptureConfig
+from edge.daemon import CameraThreads
 from edge.frame import Captured
 from edge.result import Inspected
+from edge.status import Tally
+from edge.systemd import Signals, SystemdNotifier, Watchdog
 from edgeflame.errors import CrashLoopError, DataError, RuntimeUnavailableError, StorageError
 from tests.support.scripted_camera import Belt, FakeInspector
 from tests.support.waiting import wait_for
@@ -30,7 +34,6 @@ class Running:
         self.error: BaseException | None = None
         self.refuse: Exception | None = None
         self.worker = CameraWorker("a", lambda: belt, inspector, CaptureConfig(depth=16), **keys)
-        self.is_alone = True
         self.thread = threading.Thread(target=self._run)
 
     def _accept(self, inspected: Inspected) -> None:
@@ -40,7 +43,7 @@ class Running:
 
     def _run(self) -> None:
         try:
-            self.worker.run(self._accept, self.halt, is_alone=self.is_alone)
+            self.worker.run(self._accept, self.halt)
         except BaseException as exc:  # noqa: BLE001 - the test looks at it
             self.error = exc
 
@@ -57,11 +60,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     monkeypatch.setattr(camera_worker, "LONGEST_DELAY_S", 0.05)
     with contextlib.ExitStack() as stack:
 
-        def begin(
-            belt: Belt | None = None, inspector: FakeInspector | None = None, *, alone: bool = True, **keys: Any
-        ) -> Running:
+        def begin(belt: Belt | None = None, inspector: FakeInspector | None = None, **keys: Any) -> Running:
             running = Running(belt or Belt(), inspector or FakeInspector(), **keys)
-            running.is_alone = alone
             running.thread.start()
             stack.callback(running.thread.join, 20)
             stack.callback(running.halt.set)
@@ -216,23 +216,17 @@ class TestFailures:
         assert running.worker.status().problem is None
         assert running.error is None
 
-    def test_alone_it_is_an_error_that_a_camera_cannot_be_opened_and_beside_others_it_is_waited_for(
-        self, start: Start
-    ) -> None:
-        alone, beside = Belt(), Belt()
-        for belt in (alone, beside):
-            belt.fail(DataError("no such camera"))
-        running = start(alone)
-        running.thread.join(20)
-        assert isinstance(running.error, DataError)
-        running = start(beside, alone=False)
+    def test_a_camera_that_cannot_be_opened_at_the_start_is_waited_for(self, start: Start) -> None:
+        running = start()
+        for _ in range(3):
+            running.belt.fail(DataError("no such camera"))
         running.wait(1)
-        beside.put()
+        running.belt.put()
         running.wait(2)
         assert [told.verdict for told in running.told] == ["unknown", "pass"]
 
     def test_a_file_that_ends_in_an_error_ends_the_line(self, start: Start) -> None:
-        running = start(Belt(is_live=False, is_endless=False), alone=False)
+        running = start(Belt(is_live=False, is_endless=False))
         running.belt.put()
         running.wait(1)
         running.belt.fail(DataError("cut short"))
@@ -289,3 +283,34 @@ class TestFailures:
         running.belt.put()
         running.wait(3)
         assert not running.worker.status().ended
+
+
+def test_of_two_cameras_failures_the_graver_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One camera's folder ends in an error first; then the other's results cannot be kept."""
+    gone, full = Belt(is_live=False, is_endless=False), Belt(is_live=False)
+    workers = [
+        CameraWorker(name, lambda belt=belt: belt, FakeInspector(), CaptureConfig())
+        for name, belt in (("gone", gone), ("full", full))
+    ]
+
+    class Full:
+        def accept(self, inspected: Inspected) -> None:
+            raise StorageError("the disk is full")
+
+        def close(self) -> None:
+            pass
+
+    told: list[str] = []
+
+    def ended(event: str, **fields: Any) -> None:
+        told.append(f"{event} {fields['reason']}")
+        if event == "camera_ended":
+            full.put()
+
+    monkeypatch.setattr("edge.daemon.log", SimpleNamespace(error=ended))
+    threads = CameraThreads(workers, Full(), Tally(), None)
+    gone.fail(DataError("the folder is gone"))
+    watchdog = Watchdog(SystemdNotifier(), busy_s={}, status=lambda: "")
+    with pytest.raises(StorageError, match="the disk is full"):
+        threads.run(Signals(), watchdog, reload=lambda: None, on_stop=lambda: None)
+    assert told == ["camera_ended the folder is gone", "camera_failed the folder is gone"]

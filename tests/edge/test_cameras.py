@@ -81,9 +81,10 @@ def test_a_camera_that_is_not_there_does_not_stop_the_others(package_file: Path,
     assert outage["detail"].startswith("parts may pass unseen: camera:97: no such camera")
 
 
-def test_alone_a_camera_that_is_not_there_is_an_error(package_file: Path) -> None:
-    with pytest.raises(DataError, match="no such camera"):
-        inspect("--model", package_file, "--source", "camera:97")
+def test_alone_a_camera_that_is_not_there_is_waited_for(package_file: Path) -> None:
+    (outage,) = lines(inspect("--model", package_file, "--source", "camera:97", "--json", "--limit", "1"))
+    assert (outage["verdict"], outage["reasons"]) == ("unknown", ["unreadable"])
+    assert outage["detail"].startswith("parts may pass unseen: camera:97: no such camera")
 
 
 def test_a_block_of_registers_for_each_camera_in_their_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import threading
 import time
@@ -24,6 +25,7 @@ from edge.config.inspection import DriftConfig, SelfTestConfig
 from edge.control import DaemonControl
 from edge.daemon import open_monitoring
 from edge.drift.monitor import SavedMonitor
+from edge.drift.watcher import DriftModel, DriftWatcher
 from edge.frame import Captured, make_frame
 from edge.golden_parts import GoldenTester, golden_photographs, is_due
 from edge.inspector import InspectorLoader
@@ -382,3 +384,33 @@ class TestGolden:
     def test_settings_that_make_no_sense_are_refused(self, keys: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="self_test"):
             parse_config(b"", SelfTestConfig, "self_test", keys)
+
+
+def test_a_drift_watcher_that_hangs_does_not_hold_up_the_stop(
+    package_with_reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.drift.watcher._CLOSE_TIMEOUT_S", 0.1)
+    package, goes_on, hangs = read_package(package_with_reference), threading.Event(), threading.Event()
+
+    def model_of(model: str) -> DriftModel:
+        if hangs.is_set():
+            goes_on.wait(60)  # as on a disk that does not answer
+        return DriftModel.of(package, scores_as_fitted=True)
+
+    watcher = DriftWatcher("camera", QUICK, package.sha256[:12], model_of, folder=tmp_path)
+    part = dataclasses.replace(judged(0), image=good_image(0), anomaly_map=np.zeros((8, 8), np.float32))
+    stopped = threading.Event()
+
+    def stop() -> None:
+        watcher.__exit__(None, None, None)
+        stopped.set()
+
+    try:
+        watcher.__enter__()
+        hangs.set()
+        frame = Captured(sequence=0, frame=make_frame(part_id="p", source="s"))
+        wait_for(lambda: (watcher.on_part(frame, part), watcher._queue.full())[1], "more parts wait than it takes")
+        threading.Thread(target=stop, daemon=True).start()
+        assert stopped.wait(20)
+    finally:
+        goes_on.set()

@@ -11,7 +11,7 @@ from edge.cameras import Cameras, Overrides, Plan, ReloadReport, plan_cameras
 from edge.config import InspectConfig
 from edge.inspector import InspectorLoader
 from edgeflame.config import parse_config
-from edgeflame.errors import EdgeFlameError
+from edgeflame.errors import EdgeFlameError, RuntimeUnavailableError
 from edgeflame.package import read_package
 from tests.support.small_package import write_images, write_small_package
 
@@ -113,3 +113,27 @@ def test_cameras_that_come_and_go_and_what_else_needs_a_restart(factory: Factory
     assert factory.reload(more="[capture]\ndepth = 9\n").needs_restart == (
         "cameras.a.capture", "cameras.b", "cameras.c",
     )  # fmt: skip
+
+
+def test_where_one_camera_refuses_no_camera_changes(
+    factory: Factory, other_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.camera_worker.PATIENCE_S", 0.05)
+    first, second = factory.cameras.workers
+    first.set_threshold(9.0)
+    old_file = shutil.copy(factory.file, factory.folder / "old.edgeflame")
+    before = factory.models
+    shutil.copy(other_file, factory.file)
+    with second._frame_lock.hold_frame():  # its model hangs
+        with pytest.raises(RuntimeUnavailableError, match="camera b: the part in hand has been judged for more than"):
+            factory.reload(more="[verdict]\nreview_band = 0.1\n")
+        with pytest.raises(RuntimeUnavailableError):
+            factory.cameras.use_package("tile", other_file, {})
+    assert factory.models == before
+    assert (first.inspector.threshold, first.status().threshold_set) == (9.0, True)
+    assert first.inspector.review_band == 0.0
+    assert factory.cameras.products["tile"] == factory.file
+    # The next reload finds the same differences.
+    assert factory.reload().changed == ("products.tile",)
+    assert factory.models == [model_of(other_file)] * 2
+    assert model_of(Path(old_file)) == before[0]
