@@ -62,6 +62,7 @@ def verify(
     from cli.output import print_json
     from edge.runtimes.interface import check_runtime_fits
     from edge.runtimes.load import compare_with_references, open_runtime, require_parity
+    from edge.runtimes.trial import try_graph
     from edgeflame.errors import UsageError
     from edgeflame.package import read_package
     from edgeflame.signing import read_signature, verify_signature
@@ -76,6 +77,7 @@ def verify(
             graph = onnx_file.read_bytes()
         except OSError as exc:
             raise UsageError(f"{onnx_file}: cannot be read ({exc.strerror})") from exc
+    try_graph(graph)
     runtime = open_runtime(graph, device=device)
     check_runtime_fits(runtime, package.manifest)
     report = compare_with_references(runtime, package) if package.references else None

@@ -36,6 +36,7 @@ from edge.parts.triggers import trigger_source
 from edge.runtimes.interface import Device, check_runtime_fits
 from edge.runtimes.load import compare_with_references, open_runtime
 from edge.runtimes.onnx_runtime import available_devices
+from edge.runtimes.trial import try_graph
 from edge.sources.locate import open_image_source
 from edge.status import LineState
 from edgeflame.config import check_keys
@@ -139,6 +140,7 @@ def check_package(path: Path) -> Iterator[Finding]:
 def _run_package(package: Package, device: Device) -> Iterator[Finding]:
     suffix = "" if device == "cpu" else f" {device}"
     try:
+        try_graph(package.model_onnx)
         runtime = open_runtime(package.model_onnx, device=device)
         check_runtime_fits(runtime, package.manifest)
         if not package.references:

@@ -26,6 +26,7 @@ from edge.result import Inspected, Reason
 from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_parity
 from edge.runtimes.onnx_runtime import CPU
+from edge.runtimes.trial import try_graph
 from edge.status import DEFAULT_CAMERA
 from edge.verdict import Observation, make_result, with_evidence
 from edge.view import View
@@ -35,6 +36,7 @@ from edgeflame.images import LITTLE_USED, ImageU8, ImageU16, share_of_range
 from edgeflame.log import EventLog
 from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import verify_signature
+from edgeflame.tensorrt import TENSORRT_KINDS
 
 
 class FrameObserver(Protocol):
@@ -313,6 +315,8 @@ class InspectorLoader:
         self._num_threads = num_threads
         self._public_key = public_key
         self._packages: dict[Path, Package] = {}
+        self._tried: set[str] = set()
+        """SHA-256 of packages whose graph has run once, in a process of its own."""
         self._lock = threading.Lock()
 
     def share_cores(self, num_cameras: int) -> None:
@@ -358,6 +362,7 @@ class InspectorLoader:
             EdgeFlameError: the package cannot be used here; the message says why.
         """
         package = self.package(file)
+        self._try(package)
         runtime, _ = open_for_line(package, device=self._device, engines=self._engines, num_threads=self._num_threads)
         check_runtime_fits(runtime, package.manifest)
         if package.references:
@@ -378,6 +383,13 @@ class InspectorLoader:
         )
         inspector.warm_up()
         return inspector
+
+    def _try(self, package: Package) -> None:
+        with self._lock:
+            # Engines are made of a graph on this machine, and may run where ONNX Runtime is not installed.
+            if package.sha256 not in self._tried and self._device not in TENSORRT_KINDS:
+                try_graph(package.model_onnx)
+                self._tried.add(package.sha256)
 
     def _parallel(self, package: Package, runtime: Runtime) -> tuple[int, Runtime | None]:
         """Number of images observed at once, and the runtime for them, which divides the CPU threads among them.

@@ -32,6 +32,7 @@ import onnx.helper
 
 from edgeflame.errors import DataError
 from edgeflame.images import Preprocessing
+from edgeflame.operators import check_operators
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smoothing_matrix
 from edgeflame.tensors import F32
@@ -118,6 +119,8 @@ def assemble_graph(
     onnx.helper.set_model_props(whole, dict(metadata))
     onnx.checker.check_model(whole, full_check=True)
     data: bytes = whole.SerializeToString()
+    # What lines refuse is not to be written.
+    check_operators(data)
     return data
 
 

@@ -10,6 +10,7 @@ import onnx.shape_inference
 
 from edgeflame.errors import PackageError
 from edgeflame.images import ImageU8
+from edgeflame.operators import check_operators
 from edgeflame.package import Package
 from export.int8 import Target
 from export.precision import Precision, with_precision
@@ -48,6 +49,7 @@ def onnx_with_metadata(
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {**known, **export_description(package)})
     data: bytes = model.SerializeToString()
+    check_operators(data)
     return data
 
 

@@ -16,6 +16,7 @@ from edge.runtimes.interface import INPUT, MAP, PRECISION_KEY, SCORE, Device, Sc
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import MAX_INPUT_SIDE, ImageU8
 from edgeflame.log import EventLog
+from edgeflame.operators import check_operators
 
 log = EventLog("runtime")
 
@@ -109,11 +110,14 @@ def open_onnx_runtime(model_onnx: bytes, *, device: Device, num_threads: int | N
 
 
 def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) -> Any:
-    """Load any graph into a session, with the options of :func:`open_onnx_runtime`, without checking its signature."""
+    """Load any graph into a session, with the options of :func:`open_onnx_runtime`, without checking its contract."""
     library = _import_library()
     failures = _failures(library)
     providers = _providers(library, device)
+    check_operators(model_onnx)
     options = library.SessionOptions()
+    # What was checked is what is read: never a model in ONNX Runtime's own format.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = _LOG_ERRORS_ONLY
     # A model in memory must be complete; one that names external files would otherwise read them from the
     # working directory.
@@ -162,10 +166,13 @@ def _import_library() -> ModuleType:
 
 
 def _failures(library: ModuleType) -> tuple[type[Exception], ...]:
-    """Every error ONNX Runtime raises; they share no base but Exception. ValueError is from its Python part."""
+    """Every error ONNX Runtime raises; they share no base but Exception.
+
+    ValueError is from its Python part, MemoryError and RuntimeError are C++'s own, as its binding hands them on.
+    """
     state = library.capi.onnxruntime_pybind11_state
     kinds = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    return (*kinds, ValueError)
+    return (*kinds, ValueError, MemoryError, RuntimeError)
 
 
 def _providers(library: ModuleType, device: Device) -> tuple[str, ...]:
