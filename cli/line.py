@@ -166,14 +166,17 @@ def rollback(lines: str, product: str, to_file: bool, **options: Any) -> None:
 @command.command("switch-model")
 @_line_options(timeout_s=60.0)
 @click.argument("product")
-def switch_model(lines: str, product: str, **options: Any) -> None:
+@click.option(
+    "--allow-older", is_flag=True, help="Take up the release that was refused because a newer one was seen before."
+)
+def switch_model(lines: str, product: str, allow_older: bool, **options: Any) -> None:
     """Have LINE switch to the released model of PRODUCT that passed its shadow run and waits for this word.
 
     Lines wait for it where their configuration says models.auto_promote = false.
     """
     from edge.commands.messages import SwitchModel
 
-    _send(lines, options, SwitchModel, product=product)
+    _send(lines, options, SwitchModel, product=product, allow_older=allow_older)
 
 
 @command.command()

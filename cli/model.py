@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ from cli.model_release import publish, rollback, status, switch, withdraw
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
-    from edgeflame.package import Package
+    from edgeflame.package import Package, PackageHead
 
 
 _FILE = click.Path(path_type=Path)
@@ -33,11 +32,17 @@ def keygen(out: Path) -> None:
 @click.command("sign")
 @click.argument("package_file", metavar="FILE", type=_FILE)
 @click.option("--key", type=_FILE, required=True, metavar="FILE", help="Private key.")
-def sign(package_file: Path, key: Path) -> None:
-    """Sign a package, in place."""
+@click.option(
+    "--release-number",
+    type=click.IntRange(1, 2**53),
+    metavar="N",
+    help="Lines take no lower number of a product than they have seen.  [default: the one it has, else the time]",
+)
+def sign(package_file: Path, key: Path, release_number: int | None) -> None:
+    """Sign a package, in place, and number the release."""
     from edgeflame.signing import sign_package
 
-    echo(f"{package_file}: signed with key {sign_package(package_file, key)}")
+    echo(f"{package_file}: signed with key {sign_package(package_file, key, release=release_number)}")
 
 
 @click.command("verify")
@@ -65,9 +70,13 @@ def verify(
     from edge.runtimes.trial import try_graph
     from edgeflame.errors import UsageError
     from edgeflame.package import read_package
-    from edgeflame.signing import read_signature, verify_signature
+    from edgeflame.signing import read_signature, verify_release, verify_signature
 
-    accept = None if public_key is None else partial(verify_signature, public_key=public_key)
+    def accept(head: PackageHead) -> None:
+        if public_key is not None:
+            verify_signature(head, public_key)
+            verify_release(head, public_key)
+
     package = read_package(package_file, accept=accept)
     signature = read_signature(package)
     verified = signature.key_id if signature is not None and public_key is not None else None
@@ -86,7 +95,8 @@ def verify(
     else:
         echo(f"{package_file}: whole, sha256 {package.sha256}")
         if verified is not None:
-            echo(f"signature: good, key {verified}")
+            release = f", release number {signature.release}" if signature is not None and signature.release else ""
+            echo(f"signature: good, key {verified}{release}")
         else:
             text = "none" if signature is None else f"key {signature.key_id!r}, not verified (--public-key)"
             echo(f"signature: {text}")

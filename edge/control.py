@@ -55,6 +55,14 @@ class ModelSwitcher(Protocol):
         """
         ...
 
+    def allow_older(self, name: str) -> ProductModels:
+        """Take the release that was refused because its number is lower than one seen before.
+
+        Raises:
+            UsageError: there is no such product, or no such release.
+        """
+        ...
+
     def status_of(self, name: str) -> ProductModels | None:
         """A product's models; None if the fleet has no such product."""
         ...
@@ -268,11 +276,14 @@ class DaemonControl:
             raise _not_set_up("rollback")
         return self.models.roll_back(product, to_file=to_file)
 
-    def switch_model(self, product: str) -> ProductModels:
-        """Switch to the released model that has passed its shadow run and waits for a person's decision."""
+    def switch_model(self, product: str, *, allow_older: bool = False) -> ProductModels:
+        """Switch to the released model that has passed its shadow run and waits for a person's decision.
+
+        With ``allow_older`` take up the one that was refused because its number is lower than one seen before.
+        """
         if self.models is None:
             raise _not_set_up("switch_model")
-        return self.models.promote(product)
+        return self.models.allow_older(product) if allow_older else self.models.promote(product)
 
     def reload(self) -> ReloadReport:
         """Read the configuration again and change what can be changed.

@@ -3,6 +3,10 @@
 The signature covers the manifest's bytes as they lie in the package, after a prefix that no other signature of
 EdgeFlame shares. It is a member of its own, ``signature.json``, so that signing changes nothing that is signed. Keys
 are PEM files: PKCS #8 for the private key, SubjectPublicKeyInfo for the public one, as OpenSSL writes them.
+
+A package is good for ever, and so is its signature; that there is a newer one it cannot know. So whoever signs numbers
+the release, in rising order for each product, and signs the number with the manifest; a line takes no lower one than it
+has seen. That signature is a second one beside the first, which earlier versions verify alone.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ import base64
 import binascii
 import hashlib
 import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 ALGORITHM = "ed25519"
 PREFIX = b"EdgeFlame package manifest 1\n"
+RELEASE_PREFIX = b"EdgeFlame package release 1\n"
+MAX_RELEASE_NUMBER = 2**53
 
 PRIVATE_KEY, PUBLIC_KEY = "edgeflame-key.pem", "edgeflame-key.pub"
 """Names of the files that :func:`write_keys` makes."""
@@ -41,6 +48,10 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True):
     """First 16 hexadecimal digits of the SHA-256 of the raw public key."""
     signature: str
     """Base64 of 64 bytes."""
+    release: Annotated[int, msgspec.Meta(ge=0, le=MAX_RELEASE_NUMBER)] = 0
+    """The release's number; 0 in packages of earlier versions, which have none."""
+    release_signature: str = ""
+    """Base64 of 64 bytes: over the number and the manifest."""
 
 
 def write_keys(folder: Path) -> str:
@@ -87,8 +98,14 @@ def write_keys(folder: Path) -> str:
     return key_id(private.public_key())
 
 
-def sign_package(path: Path, private_key: Path) -> str:
+def sign_package(path: Path, private_key: Path, *, release: int | None = None) -> str:
     """Sign a package in place, atomically; an earlier signature is replaced.
+
+    Args:
+        path: the package.
+        private_key: the key's file.
+        release: the release's number; None: the one that this key has given it before, or else the time, in seconds
+            since 1970, which is higher than that of any release before.
 
     Returns:
         The key's id.
@@ -102,10 +119,13 @@ def sign_package(path: Path, private_key: Path) -> str:
     key = _read_private(private_key)
     package = read_package(path)
     identity = key_id(key.public_key())
+    number = release or _release_given(package, key.public_key()) or int(time.time())
     signature = Signature(
         algorithm=ALGORITHM,
         key_id=identity,
         signature=base64.b64encode(key.sign(PREFIX + package.manifest_json)).decode(),
+        release=number,
+        release_signature=base64.b64encode(key.sign(_numbered(number, package.manifest_json))).decode(),
     )
     with open_archive(path) as archive:
         members = read_members(path, archive, package.manifest)
@@ -128,6 +148,51 @@ def read_signature(package: Package | PackageHead) -> Signature | None:
         raise PackageError(f"the package's {SIGNATURE_MEMBER} cannot be read ({exc})") from exc
 
 
+def verify_release(package: Package | PackageHead, public_key: Path) -> int:
+    """The number that the holder of a key gave to this release of exactly this package; 0 if none was given.
+
+    Raises:
+        PackageError: a number was altered, or is of another package. Whether the package itself is signed says
+            :func:`verify_signature`.
+        UsageError: not a public Ed25519 key.
+        MissingDependencyError: cryptography is not installed.
+    """
+    key = _read_public(public_key)
+    signature = read_signature(package)
+    if signature is None or not signature.release:
+        return 0
+    if not _is_signed(key, signature.release_signature, _numbered(signature.release, package.manifest_json)):
+        raise PackageError(
+            f"the package's release number {signature.release} was altered after key {key_id(key)} signed it"
+        )
+    return signature.release
+
+
+def _release_given(package: Package, key: Ed25519PublicKey) -> int:
+    try:
+        signature = read_signature(package)
+    except PackageError:
+        return 0
+    if signature is None:
+        return 0
+    signed = _numbered(signature.release, package.manifest_json)
+    return signature.release if _is_signed(key, signature.release_signature, signed) else 0
+
+
+def _numbered(release: int, manifest_json: bytes) -> bytes:
+    return RELEASE_PREFIX + f"{release}\n".encode() + manifest_json
+
+
+def _is_signed(key: Ed25519PublicKey, signature: str, data: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(base64.b64decode(signature, validate=True), data)
+    except (InvalidSignature, binascii.Error, ValueError):
+        return False
+    return True
+
+
 def verify_signature(package: Package | PackageHead, public_key: Path) -> str:
     """Make sure that the holder of a key signed exactly this package.
 
@@ -143,8 +208,6 @@ def verify_signature(package: Package | PackageHead, public_key: Path) -> str:
         MissingDependencyError: cryptography is not installed.
     """
     key = _read_public(public_key)
-    from cryptography.exceptions import InvalidSignature
-
     expected = key_id(key)
     signature = read_signature(package)
     if signature is None:
@@ -155,12 +218,10 @@ def verify_signature(package: Package | PackageHead, public_key: Path) -> str:
         raise PackageError(f"the package is signed with {signature.algorithm!r}; this version verifies {ALGORITHM}")
     if signature.key_id != expected:
         raise PackageError(f"the package is signed with key {signature.key_id!r}, not with {expected}")
-    try:
-        key.verify(base64.b64decode(signature.signature, validate=True), PREFIX + package.manifest_json)
-    except (InvalidSignature, binascii.Error, ValueError) as exc:
+    if not _is_signed(key, signature.signature, PREFIX + package.manifest_json):
         raise PackageError(
             f"the package was altered after key {expected} signed it: the signature does not fit its manifest"
-        ) from exc
+        )
     return expected
 
 

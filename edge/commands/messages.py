@@ -94,10 +94,13 @@ class RollBackModel(_Command, frozen=True, kw_only=True, tag="rollback"):
     """Go back to the configuration's file, past all earlier released models."""
 
 
-class SwitchModel(_Command, frozen=True, kw_only=True, tag="switch_model"):
+class SwitchModel(_Command, frozen=True, kw_only=True, tag="switch_model", omit_defaults=True):
     """Switch to the released model that waits for a person's decision."""
 
     product: Name
+    allow_older: bool = False
+    """Take up the release that was refused because its number is lower than one seen before. Left out where false, for
+    lines of earlier versions."""
 
 
 class ReloadConfig(_Command, frozen=True, kw_only=True, tag="reload"):

@@ -192,7 +192,7 @@ class CommandServer:
             case RollBackModel():
                 return control.roll_back(command.product, to_file=command.to_file)
             case SwitchModel():
-                return control.switch_model(command.product)
+                return control.switch_model(command.product, allow_older=command.allow_older)
             case ReloadConfig():
                 return control.reload()
             case DescribeLine():

@@ -129,6 +129,10 @@ class ReleaseFetcher:
 
     # The rest runs on the thread.
 
+    def offer(self, release: Release) -> None:
+        """Take up a release as if it were announced now."""
+        self._on_release(release)
+
     def _run(self, stop: threading.Event) -> None:
         try:
             self._guarded(self.manager.restore)

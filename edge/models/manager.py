@@ -24,6 +24,7 @@ from edge.models.state import (
     begin_candidate,
     confirm_present,
     drop_candidate,
+    reconsider_release,
     record_outcome,
 )
 from edge.models.store import PackageStore, RefusedError, TrustedKeys, read_trusted, refuse_announced
@@ -83,6 +84,10 @@ class ModelManager:
         self._wake = wake
         self._deployment = deployment
         self._deadline_ms = deadline_ms
+        self._older: dict[str, Release] = {}
+        """By product, the release that was last refused for its number."""
+        self._allowed: set[str] = set()
+        """Releases that a person wants whatever their number."""
         self._rollouts = Rollouts(products, deployment=deployment, store=store, state_file=state_file, keep=config.keep)
 
     def poll(self) -> None:
@@ -154,9 +159,17 @@ class ModelManager:
         try:
             with self._store.checking(release.release):
                 path = self._store.adopt(sha256)
-                read_trusted(path, sha256=sha256, product=product, keys=self._keys)
+                highest = self._store.release_number(product)
+                least = slot.configured.release_number if highest is None else highest
+                is_allowed = release.release in self._allowed
+                number = read_trusted(
+                    path, sha256=sha256, product=product, keys=self._keys, least=0 if is_allowed else least
+                )
+                self._store.keep_release_number(product, number)
                 slot.inspectors = self._rollouts.open(slot, path, sha256)
         except RefusedError as exc:
+            if exc.reason == "older":
+                self._older[product] = release
             self.reject(product, exc.reason, str(exc))
             return
         log.info("package_checked", product=product, sha256=sha256[:12])
@@ -179,6 +192,23 @@ class ModelManager:
             stage = "there is none" if entry.candidate is None else f"it is in the stage {entry.candidate.stage!r}"
             raise UsageError(f"{product}: no candidate waits to be switched to ({stage})")
         self._rollouts.promote(product, entry.candidate.disagreement)
+
+    def allow_older(self, product: str) -> Release:
+        """Take up the release again that was refused for its number; returns it, to be fetched.
+
+        Raises:
+            UsageError: no release was refused for that since the start.
+        """
+        release = self._older.pop(product, None)
+        if release is None:
+            raise UsageError(
+                f"{product}: no release was refused as older since the line's start; publish it again "
+                "(edgeflame model publish --again), and allow it then"
+            )
+        self._allowed.add(release.release)
+        self._rollouts.save(product, reconsider_release(self._rollouts.state_of(product), release))
+        log.warning("older_release_allowed", product=product, release=release.release[:8], name=release.name)
+        return release
 
     def roll_back(self, product: str, *, reason: str = "command", detail: str = "", to_file: bool = False) -> None:
         """Go back to the model before, or to the configuration's file.

@@ -52,6 +52,7 @@ def read_models_settings(
             "[models] needs the section [mqtt], where models are announced, and --state DIR, where they are kept"
         )
     check_thresholds(plan)
+    keys = TrustedKeys(config.models.public_keys)
     products: dict[str, ConfiguredProduct] = {}
     for name, file in plan.products.items():
         package = loader.package(file)
@@ -61,8 +62,14 @@ def read_models_settings(
                 f"products.{products[product].name} and products.{name} are both packages of the product {product!r}; "
                 "with [models] each product is there once, or a release would be for both"
             )
-        products[product] = ConfiguredProduct(name=name, product=product, file=str(file), sha256=package.sha256)
-    return products, TrustedKeys(config.models.public_keys), state / MODELS_FOLDER
+        products[product] = ConfiguredProduct(
+            name=name,
+            product=product,
+            file=str(file),
+            sha256=package.sha256,
+            release_number=keys.release_number(package),
+        )
+    return products, keys, state / MODELS_FOLDER
 
 
 def check_thresholds(plan: Plan) -> None:
@@ -202,6 +209,16 @@ class ReleasedModels:
             UsageError: there is no such product, or no candidate waits.
         """
         return self._decide(name, ModelManager.promote)
+
+    def allow_older(self, name: str) -> ProductModels:
+        """Take the release that was refused because its number is lower than one seen before.
+
+        Raises:
+            UsageError: there is no such product, or no such release.
+        """
+        assert self._fetcher is not None
+        fetcher = self._fetcher
+        return self._decide(name, lambda manager, product: fetcher.offer(manager.allow_older(product)))
 
     def status_of(self, name: str) -> ProductModels | None:
         """The models of a product of the configuration, as published to the fleet; None if it is not known there."""

@@ -210,6 +210,11 @@ def use_configured_file(entry: ProductState, configured: str) -> ProductState:
     return msgspec.structs.replace(entry, configured=configured, present=None, previous=(), on_trial=False)
 
 
+def reconsider_release(entry: ProductState, release: Release) -> ProductState:
+    """Forget that a release was decided about, so that it is taken up again."""
+    return msgspec.structs.replace(entry, decided=tuple(one for one in entry.decided if one != release.release))
+
+
 def _changed(
     entry: ProductState,
     fate: ReleaseFate,
@@ -311,6 +316,8 @@ class ConfiguredProduct(msgspec.Struct, frozen=True, kw_only=True):
     """Its name in its packages, and in the fleet."""
     file: str
     sha256: str
+    release_number: int = 0
+    """Of the package, if a trusted key vouches for it; 0: none."""
 
 
 log = EventLog("models")

@@ -4,6 +4,7 @@ STATE/models/<sha256>.edgeflame     packages in use or being checked
 STATE/models/incoming/              packages being fetched; see :mod:`edgeflame.transfer.store`
 STATE/models/shadow/<sha256>/       report of a shadow run, and pictures of the parts with the largest differences
 STATE/models/record.json            the decisions; see :mod:`edge.models.state`
+STATE/models/release-numbers.json   the highest release number seen, by product
 STATE/models/checking               the release being checked; still there at a start, the check ended the process
 """
 
@@ -18,8 +19,8 @@ from pathlib import Path
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.mqtt.messages import Release
 from edgeflame.package import Package, PackageHead, read_package
-from edgeflame.signing import public_key_id, read_signature, verify_signature
-from edgeflame.state import atomic_write, fsync_folder, storage_errors
+from edgeflame.signing import public_key_id, read_signature, verify_release, verify_signature
+from edgeflame.state import atomic_write, fsync_folder, read_json, storage_errors, write_json
 from edgeflame.transfer.store import BlobStore
 
 
@@ -58,8 +59,8 @@ class TrustedKeys:
     def __str__(self) -> str:
         return ", ".join(sorted(self._files))
 
-    def verify(self, package: PackageHead) -> str:
-        """Verify a package's signature; returns the id of the key.
+    def verify(self, package: PackageHead) -> int:
+        """Verify a package's signature; returns the number of its release, 0 if it has none.
 
         Raises:
             RefusedError: ``unsigned``, ``untrusted`` or ``altered``.
@@ -74,9 +75,20 @@ class TrustedKeys:
         if file is None:
             raise RefusedError("untrusted", f"signed with key {signature.key_id[:16]!r}; trusted keys are {self}")
         try:
-            return verify_signature(package, file)
+            verify_signature(package, file)
+            return verify_release(package, file)
         except PackageError as exc:
             raise RefusedError("altered", str(exc)) from exc
+
+    def release_number(self, package: Package) -> int:
+        """The number of a package's release; 0 if it has none that a trusted key vouches for."""
+        head = PackageHead(
+            manifest=package.manifest, manifest_json=package.manifest_json, signature_json=package.signature_json
+        )
+        try:
+            return self.verify(head)
+        except RefusedError:
+            return 0
 
 
 def refuse_announced(release: Release, *, keys: TrustedKeys, max_bytes: int) -> None:
@@ -94,7 +106,7 @@ def refuse_announced(release: Release, *, keys: TrustedKeys, max_bytes: int) -> 
         raise RefusedError("untrusted", f"announced as signed with key {release.key}; trusted keys are {keys}")
 
 
-def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) -> Package:
+def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys, least: int = 0) -> int:
     """Read a package and check its signature, product and hash; the first two before anything large is read.
 
     Args:
@@ -102,17 +114,29 @@ def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) ->
         sha256: the expected hash of the file.
         product: the expected product.
         keys: the trusted keys.
+        least: the lowest release number that is accepted.
+
+    Returns:
+        The number of its release; 0 if it has none.
 
     Raises:
         RefusedError: ``package`` (broken, or of a format that is not read), ``hash``, ``unsigned``, ``untrusted``,
-            ``altered`` or ``product``.
+            ``altered``, ``product`` or ``older``.
     """
+    number = 0
 
     def accept(head: PackageHead) -> None:
-        keys.verify(head)
+        nonlocal number
+        number = keys.verify(head)
         found = head.manifest.product
         if found != product:
             raise RefusedError("product", f"the package is for {found[:80]!r}, not for {product[:80]!r}")
+        if number < least:
+            raise RefusedError(
+                "older",
+                f"release number {number or 'none'}, and number {least} was seen here: an older model, or one signed "
+                "by an earlier version. To take it all the same: edgeflame line switch-model ... --allow-older",
+            )
 
     try:
         package = read_package(path, accept=accept)
@@ -121,7 +145,7 @@ def read_trusted(path: Path, *, sha256: str, product: str, keys: TrustedKeys) ->
         raise RefusedError("package", str(exc).removeprefix(f"{path}: ")) from exc
     if package.sha256 != sha256:
         raise RefusedError("hash", f"the file's SHA-256 is {package.sha256}, announced was {sha256}")
-    return package
+    return number
 
 
 def as_refusal(exc: EdgeFlameError) -> RefusedError:
@@ -140,7 +164,7 @@ def as_refusal(exc: EdgeFlameError) -> RefusedError:
     return RefusedError(reason, str(exc))
 
 
-MODELS_FOLDER, RECORD_FILE, CHECKING_FILE = "models", "record.json", "checking"
+MODELS_FOLDER, RECORD_FILE, CHECKING_FILE, NUMBERS_FILE = "models", "record.json", "checking", "release-numbers.json"
 PUBLISHER_OWNER = "publisher"
 """Owner of unfinished packages in the blob store."""
 
@@ -199,6 +223,21 @@ class PackageStore:
         path = self._root / CHECKING_FILE
         with storage_errors(path, "read"):
             return path.is_file() and path.read_bytes() == release.encode()
+
+    def release_number(self, product: str) -> int | None:
+        """The highest release number seen of a product, or the one that a person has allowed since; None: none."""
+        return self._release_numbers().get(product)
+
+    def keep_release_number(self, product: str, number: int) -> None:
+        """Keep a product's release number, durably."""
+        numbers = self._release_numbers()
+        if numbers.get(product) != number:
+            write_json(self._root / NUMBERS_FILE, {**numbers, product: number}, indent=1)
+
+    def _release_numbers(self) -> dict[str, int]:
+        path = self._root / NUMBERS_FILE
+        advice = f"without it older models are taken: move {path.name} away if that is what you want"
+        return read_json(path, dict[str, int], advice=advice) or {}
 
     def forget_check(self) -> None:
         """Forget which release was being checked: it was decided about, or the process ends in order."""

@@ -32,7 +32,16 @@ MAX_ORDERS = 8
 """Most requests carried out at once."""
 
 Action = Literal[
-    "pause", "resume", "snapshot", "golden", "acknowledge", "drift-clear", "drift-relearn", "product", "rollback"
+    "pause",
+    "resume",
+    "snapshot",
+    "golden",
+    "acknowledge",
+    "drift-clear",
+    "drift-relearn",
+    "product",
+    "rollback",
+    "allow-older",
 ]
 
 
@@ -121,6 +130,10 @@ class OperatorActions:
             product = next(status.product for status in self._control.statuses() if status.camera == camera)
             self._control.roll_back(product)
             return PageAnswer(ok=True, message=f"{product}: back to the model before.")
+        if order.action == "allow-older":
+            product = next(status.product for status in self._control.statuses() if status.camera == camera)
+            self._control.switch_model(product, allow_older=True)
+            return PageAnswer(ok=True, message=f"{product}: the older model is taken up.")
         report = self._control.test_golden_parts(camera, order.expected)
         verdict = "Self-test passed" if report.passed else "Self-test FAILED"
         return PageAnswer(ok=report.passed, message=f"{verdict}: {report.message}.")

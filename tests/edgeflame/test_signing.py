@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -26,7 +27,7 @@ from edgeflame.package import (
     read_package,
     write_package,
 )
-from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, sign_package, verify_signature, write_keys
+from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, sign_package, verify_release, verify_signature, write_keys
 from tests.support.small_package import random_gaussian, small_manifest, with_references, write_images
 
 STATS = random_gaussian(grid=(2, 3), channels=5, rank=2)
@@ -128,6 +129,38 @@ def test_a_member_with_its_hash_made_to_fit(path: Path, keys: Path) -> None:
     assert package.model_onnx == b"other"
     with pytest.raises(PackageError, match="altered after key"):
         verify_signature(package, keys / PUBLIC_KEY)
+
+
+def test_a_release_is_numbered_and_the_number_signed(path: Path, keys: Path, tmp_path: Path) -> None:
+    sign_package(path, keys / PRIVATE_KEY, release=7)
+    assert verify_release(read_package(path), keys / PUBLIC_KEY) == 7
+    sign_package(path, keys / PRIVATE_KEY)
+    assert verify_release(read_package(path), keys / PUBLIC_KEY) == 7, "signed again it is the same release"
+    rewrite(path, signature=lambda data: json.dumps({**json.loads(data), "release": 8}).encode())
+    with pytest.raises(PackageError, match="release number 8 was altered"):
+        verify_release(read_package(path), keys / PUBLIC_KEY)
+    sign_package(path, keys / PRIVATE_KEY)
+    assert verify_release(read_package(path), keys / PUBLIC_KEY) > 1_700_000_000, "a number that nobody gave is none"
+    write_keys(tmp_path / "other")
+    with pytest.raises(PackageError, match="altered"):
+        verify_release(read_package(path), tmp_path / "other" / PUBLIC_KEY)
+
+
+def test_a_signature_of_an_earlier_version_has_no_number_and_that_version_reads_ours(path: Path, keys: Path) -> None:
+    sign_package(path, keys / PRIVATE_KEY, release=7)
+
+    class Former(msgspec.Struct, frozen=True, kw_only=True):
+        algorithm: str
+        key_id: str
+        signature: str
+
+    document = read_package(path).signature_json
+    assert document is not None
+    former = msgspec.json.decode(document, type=Former)
+    rewrite(path, signature=lambda _: msgspec.json.encode(former))
+    package = read_package(path)
+    assert verify_signature(package, keys / PUBLIC_KEY) == former.key_id
+    assert verify_release(package, keys / PUBLIC_KEY) == 0
 
 
 def test_a_zip_bomb_is_neither_unpacked_nor_signed(path: Path, keys: Path) -> None:

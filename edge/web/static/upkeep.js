@@ -98,6 +98,7 @@ function showModels(models) {
     ...outcomes.slice(0, 3).map((one) => [new Date(one.at).toLocaleString(), `${modelName(one)}: ${one.fate.replaceAll("_", " ")}${one.detail ? `, ${one.detail}` : ""}${compared(one.disagreement)}`]),
   ]);
   $("rollback").disabled = previous.length === 0;
+  $("allow-older").hidden = !(undone && last.reason === "older");
 }
 
 function showOperate(status) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -27,12 +28,13 @@ from edge.models.state import (
     settle_at_start,
 )
 from edge.models.store import PackageStore, TrustedKeys
+from edgeflame.archive import open_archive, write_archive
 from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 from edgeflame.images import ImageU8
 from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.package import Package, read_package
-from edgeflame.signing import public_key_id, write_keys
+from edgeflame.signing import public_key_id, sign_package, verify_release, write_keys
 from fleet.publish import withdraw_release
 from tests.support.brokers import BrokerProcess
 from tests.support.release_server import Server
@@ -299,3 +301,62 @@ def test_a_package_whose_check_ended_the_process_is_not_checked_again(
         assert not (folder / "checking").exists()
         server.wait_for(server.announce(new, key=public_key_id(keys.public)), "confirmed")
         assert not (folder / "checking").exists()
+
+
+def test_an_older_release_is_refused_unless_a_person_says_so(
+    embedded: BrokerProcess, signed: Path, referenced: Package, keys: Keys, tmp_path: Path
+) -> None:
+    def numbered(name: str, number: int, factor: float) -> Path:
+        path = variant(referenced, tmp_path / f"{name}.edgeflame", keys.private, factor=factor)
+        sign_package(path, keys.private, release=number)
+        return path
+
+    # The file's own number is the time of its signature.
+    start = verify_release(referenced, keys.public)
+    old, between, new = (numbered(name, start + n, 1 + n / 100) for n, name in ((1, "old"), (2, "between"), (3, "new")))
+    key = public_key_id(keys.public)
+    with (
+        Daemon(
+            tmp_path / "line",
+            broker=embedded,
+            model=signed,
+            key=keys.public,
+            source=stream(tmp_path / "parts", [good_image(seed) for seed in range(4)], 40_000),
+            fleet="older",
+            models="shadow_parts = 0\ntrial_parts = 0",
+        ) as daemon,
+        Server(embedded, fleet="older") as server,
+    ):
+
+        def refused(path: Path) -> str:
+            outcome = server.wait_for(server.announce(path, key=key))
+            assert outcome.fate == "refused", outcome
+            assert outcome.reason is not None
+            return outcome.reason
+
+        assert refused(numbered("before the file", start - 1, 1.04)) == "older", "than the configuration's file"
+        server.wait_for(server.announce(new, key=key), "confirmed")
+        assert refused(old) == "older"
+        stripped, raised = tmp_path / "stripped", tmp_path / "raised"
+        for path, change in ((stripped, {"release": 0}), (raised, {"release": start + 9})):
+            with open_archive(old) as archive:
+                members = {name: archive.read_small(name, 1 << 24) or b"" for name in archive.names}
+            signature = json.loads(members["signature.json"])
+            members["signature.json"] = json.dumps({**signature, **change}).encode()
+            write_archive(path, {"manifest.json": members.pop("manifest.json"), **members})
+        assert refused(stripped) == "older"
+        assert refused(raised) == "altered"
+        daemon.kill()
+        daemon.start()
+        daemon.wait_until_announced()
+        arguments = ["line", "switch-model", "line-1", "test piece", "--allow-older"]
+        arguments += ["--broker", embedded.url, "--fleet", "older"]
+        wait_for(lambda: "no release was refused as older" in CliRunner().invoke(cli, arguments).stderr, "it answers")
+        release = server.announce(old, key=key)
+        assert server.wait_for(release).reason == "older", "also after a restart"
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 0, done.stderr
+        server.wait_for(release, "confirmed")
+        wait_for(lambda: daemon.results()[-1]["model"] == read_package(old).sha256[:12], "the older model judges")
+        server.wait_for(server.announce(between, key=key), "confirmed")
+        assert refused(old) == "older"

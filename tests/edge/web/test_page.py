@@ -40,7 +40,7 @@ from edgeflame.config import parse_config
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError, UsageError
 from edgeflame.images import read_image, write_image
-from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, RunningModel
+from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, ReleaseOutcome, RunningModel
 from tests.support.inspection_results import result
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import GRID, bad_image, good_image, write_images
@@ -603,6 +603,10 @@ def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_
         def promote(self, name: str) -> ProductModels:
             raise NotImplementedError
 
+        def allow_older(self, name: str) -> ProductModels:
+            asked.append(f"older {name}")
+            return models
+
         def status_of(self, name: str) -> ProductModels:
             return models
 
@@ -622,6 +626,17 @@ def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_
         page.get_by_role("button", name="Sure?").click()
         page.locator("#done.good").get_by_text("tile: back to the model before.").wait_for()
         assert asked == ["tile"]
+        assert page.locator("#allow-older").is_hidden()
+        older = ReleaseOutcome(
+            release="1" * 32, sha256="c" * 64, fate="refused", reason="older", detail="number 1", at=release.since
+        )
+        models = ProductModels(product="tile", present=file, outcomes=(older,))
+        judge(opened, part(2))
+        message.get_by_text("refused: number 1").wait_for()
+        page.locator("#allow-older").click()
+        page.get_by_role("button", name="Sure?").click()
+        page.locator("#done.good").get_by_text("tile: the older model is taken up.").wait_for()
+        assert asked == ["tile", "older tile"]
         page.close()
 
 
