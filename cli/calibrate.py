@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.options import (
+    cost_of_a_miss,
     dataset_options,
+    defects_options,
     device_option,
     json_option,
     model_option,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 )
 @dataset_options
 @promise_options("as fitted")
+@defects_options
 @click.option("--max-f1", is_flag=True, help="Take the threshold of the highest F1 on test/good and test/<defect>.")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write the package with the new threshold."
@@ -63,6 +66,8 @@ def command(
     false_reject_rate: float | None,
     confidence: float | None,
     unit: str | None,
+    defects: Path | None,
+    cost_of_miss: float | None,
     max_f1: bool,
     out: Path | None,
     in_place: bool,
@@ -86,6 +91,7 @@ def command(
     from edgeflame.package import read_package, write_package
 
     target = _target(model, out, in_place=in_place)
+    miss = cost_of_a_miss(cost_of_miss, defects)
     replace = msgspec.structs.replace
     package = read_package(model)
     manifest = package.manifest
@@ -93,11 +99,12 @@ def command(
         manifest.learning.calibration, false_reject_rate=false_reject_rate, confidence=confidence, unit=unit
     )
     dataset = open_dataset(data, groups)
-    records = _records(dataset, data, max_f1=max_f1)
+    records = _records(dataset, data, defects, max_f1=max_f1)
     runtime = open_runtime(package.model_onnx, device=device)
     check_runtime_fits(runtime, manifest)
 
     from fitting.evaluation import score_records
+    from fitting.expected_cost import set_least_cost
     from fitting.threshold import set_f1_threshold, set_threshold
 
     report = LoadReport(made_of=package.manifest.frames)
@@ -120,6 +127,9 @@ def command(
         if max_f1
         else set_threshold(good, parts, calibration, groups_known=known)
     )
+    if defects is not None and not max_f1:
+        kinds = [record.group for record in kept if not record.is_good]
+        threshold = set_least_cost(threshold, good, parts, defective, kinds, cost_of_miss=miss)
     worse = None if target is None else _worse_promise(target, threshold, calibration)
     refused = worse is not None and not accept_worse
     if target is not None and not refused:
@@ -134,7 +144,7 @@ def command(
                     "calibrated": {
                         "previous_threshold": manifest.threshold.value,
                         "num_images": len(good),
-                        "num_defective": len(defective) if max_f1 else 0,
+                        "num_defective": len(defective) if max_f1 or defects is not None else 0,
                     },
                 },
             ),
@@ -184,16 +194,17 @@ def _refuse_fitted(package: Package, report: LoadReport, *, allowed: bool) -> No
         DataError: there are such images, and they were not asked for.
     """
     from edgeflame.errors import DataError
+    from edgeflame.fitted_images import known_among
 
     if not package.fitted:
         echo("the package does not say which images it was fitted on: give none of them", err=True)
-    seen = [name for name, digest in report.digests.items() if digest in package.fitted]
-    if not seen:
+    seen = known_among(report.digests, package.fitted)
+    if seen is None:
         return
-    count = f"{len(seen)} of {len(report.digests)} images, such as {seen[0]}, are among those the model was fitted on"
+    seen += " are among those the model was fitted on: their scores, and so the threshold, are too low"
     if not allowed:
-        raise DataError(f"{count}: their scores are too low to set a threshold with; give others, or --allow-fitted")
-    echo(f"{count}: their scores, and so the threshold, are too low", err=True)
+        raise DataError(f"{seen}; give others, or --allow-fitted")
+    echo(seen, err=True)
 
 
 WORSE_BY = 1.1
@@ -288,13 +299,19 @@ def _condition(package: Package, records: Sequence[ImageRecord], scores: F32, ma
     )
 
 
-def _records(dataset: Dataset, data: Path, *, max_f1: bool) -> tuple[ImageRecord, ...]:
-    """Choose the images to score: not the training part of a data set, which the statistics were fitted on."""
+def _records(dataset: Dataset, data: Path, defects: Path | None, *, max_f1: bool) -> tuple[ImageRecord, ...]:
+    """Choose the images to score: not the training part of a data set, which the statistics were fitted on.
+
+    Labelled defects that were given take the place of the data set's.
+    """
+    from edgeflame.dataset import open_defects
     from edgeflame.errors import DataError
 
     records = dataset.test or dataset.train
     if not any(record.is_good for record in records):
         raise DataError(f"{data}: no good images to calibrate with (a data set needs test/good)")
+    if defects is not None:
+        records = (*(record for record in records if record.is_good), *open_defects(defects).test)
     if max_f1 and all(record.is_good for record in records):
         raise DataError(f"{data}: no defective images: the highest F1 needs labelled defects (test/<defect>)")
     return records

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
-from cli.options import dataset_options, promise_options
+from cli.options import cost_of_a_miss, dataset_options, defects_options, promise_options
 from cli.output import echo, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import UsageError
@@ -53,6 +53,7 @@ log = EventLog("fit")
 @dataset_options
 @click.option("--seed", type=int, help="Of everything random.")
 @promise_options("the configuration's")
+@defects_options
 @click.option(
     "--drop-worst",
     type=click.FloatRange(0, 0.5),
@@ -82,6 +83,8 @@ def command(
     config: Path | None,
     product: str,
     groups: Path | None,
+    defects: Path | None,
+    cost_of_miss: float | None,
     on_unreadable: Literal["skip", "refuse"],
     reference_images: int,
     report_dir: Path | None,
@@ -92,14 +95,16 @@ def command(
 
     No defective image is needed. The package can inspect at once.
     """
+    miss = cost_of_a_miss(cost_of_miss, defects)
     learning = _learning(config, method, preset, settings)
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
 
-    from edgeflame.dataset import open_dataset
+    from edgeflame.dataset import open_dataset, open_defects
 
     # Before the heavy imports: a wrong path should not take seconds to be found.
     dataset = open_dataset(data, groups)
+    labelled = () if defects is None else open_defects(defects).test
 
     if report_dir is not None:
         from cli.pages.page import prepare_report_folder
@@ -117,6 +122,8 @@ def command(
         on_unreadable=on_unreadable,
         device=pick_device(device),
         num_references=reference_images,
+        defects=labelled,
+        cost_of_miss=miss,
         stage=progress_bar,
     )
     manifest = save_package(
@@ -172,7 +179,7 @@ def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
     echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")
     print_threshold(manifest.threshold)
-    print_promises(manifest.threshold, fitted.site.held_out_scores)
+    print_promises(manifest.threshold, fitted.site.held_out_scores, fitted.defective_scores)
     named = [
         f"{one.record.name} ({one.score / manifest.threshold.value:.2f} x threshold{', left out' * one.left_out})"
         for one in fitted.site.suspects[:NUM_NAMED]

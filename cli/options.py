@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from cli.output import echo
-from edgeflame.methods import RejectUnit
+from edgeflame.methods import DEFAULT_COST_OF_MISS, RejectUnit
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -239,6 +239,37 @@ def dataset_options(function: F) -> F:
         metavar="CSV",
         help="Which images show the same part.  [default: groups.csv or tiles.csv in the folder]",
     )(function)
+
+
+def defects_options(function: F) -> F:
+    """``--defects`` and ``--cost-of-miss``."""
+    function = click.option(
+        "--cost-of-miss",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="With --defects: what missing a share of the defective costs against rejecting that share of the good.  "
+        f"[default: {DEFAULT_COST_OF_MISS:g}]",
+    )(function)
+    return click.option(
+        "--defects",
+        type=_PATH,
+        metavar="DIR",
+        help="Labelled defects, a folder or a data set's test/<defect>: take the threshold of least expected cost, no "
+        "lower than the good parts allow. They are in no statistics.",
+    )(function)
+
+
+def cost_of_a_miss(value: float | None, defects: Path | None) -> float:
+    """The value of ``--cost-of-miss``, or its default.
+
+    Raises:
+        UsageError: it was given without defects.
+    """
+    from edgeflame.errors import UsageError
+
+    if value is not None and defects is None:
+        raise UsageError("--cost-of-miss needs labelled defects: --defects DIR")
+    return DEFAULT_COST_OF_MISS if value is None else value
 
 
 def promise_options(default: str) -> Callable[[F], F]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from edgeflame.images import (
     printable_name,
     share_of_range,
 )
-from edgeflame.layout import GOOD, FolderLayout, read_layout
+from edgeflame.layout import GOOD, FolderLayout, read_defects, read_layout
 from edgeflame.log import EventLog
 
 log = EventLog("dataset")
@@ -100,16 +100,37 @@ def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
         DataError: the folder is not there or holds no image, its name or what lies below it says that it is not what
             is meant (see :func:`edgeflame.layout.read_layout`), or the groups file is wrong.
     """
+    return _open(root, groups_file, read_layout, "good images")
+
+
+def open_defects(root: Path, groups_file: Path | None = None) -> Dataset:
+    """Find the labelled defects below ``root``, as the ``test`` of a data set; no image is opened.
+
+    Args:
+        root: a data set in the MVTec layout, its test folder, another folder of classes, or a folder of defects.
+        groups_file: see :func:`open_dataset`.
+
+    Raises:
+        DataError: the folder is not there or holds no labelled defect (see :func:`edgeflame.layout.read_defects`), or
+            the groups file is wrong.
+    """
+    return _open(root, groups_file, read_defects, "images of labelled defects")
+
+
+def _open(
+    root: Path, groups_file: Path | None, read: Callable[[Path, Sequence[Path]], FolderLayout], wanted: str
+) -> Dataset:
     files = list_images(root)
     groups = _read_groups(root, groups_file)
-    layout = read_layout(root, files)
+    layout = read(root, files)
     for folder, count in sorted(layout.left_out.items()):
         log.warning("folder_left_out", folder=folder, images=count, data=str(root))
     train = [_record(root, path, GOOD, groups, layout) for path in layout.train]
     test = [_record(root, path, label, groups, layout) for path, label in layout.test]
     if not train and not test:
         folders = ", ".join(sorted(layout.left_out))
-        raise DataError(f"{root}: no good images: the names of its folders say that these are not: {folders}")
+        said = f": the names of its folders say that these are not: {folders}" if folders else ""
+        raise DataError(f"{root}: no {wanted}{said}")
     if groups:
         missing = [record.name for record in (*train, *test) if record.name not in groups]
         if len(missing) == len(train) + len(test):
@@ -124,12 +145,12 @@ def open_dataset(root: Path, groups_file: Path | None = None) -> Dataset:
 
 @dataclass
 class LoadReport:
-    """What happened while images were read: counts, names of those left out, digests of the others by name."""
+    """What happened while images were read: counts, names of those left out, digests of the others."""
 
     num_read: int = 0
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    digests: dict[str, bytes] = field(default_factory=dict)
+    digests: dict[Path, bytes] = field(default_factory=dict)
     made_of: FrameSizes | None = None
     """Of the photographs that the model at hand was made of, where there is one that says so."""
     most_used: float = 0.0
@@ -185,7 +206,7 @@ def load_images(
             continue
         report.num_read += 1
         report.sizes[(frame.shape[1], frame.shape[0])] += 1
-        report.digests[record.name] = image_digest(frame)
+        report.digests[record.path] = image_digest(frame)
         report.most_used = max(report.most_used, share_of_range(frame, preprocessing.sample_bits))
         try:
             image = preprocessing.apply(frame)

@@ -7,10 +7,11 @@ and in another format without loss. It tells nothing about an image to whoever d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from edgeflame.errors import PackageError
-from edgeflame.images import ImageU8, ImageU16
+from edgeflame.images import ImageU8, ImageU16, printable_name
 
 DIGEST_BYTES = 16
 
@@ -23,6 +24,12 @@ def image_digest(frame: ImageU8 | ImageU16) -> bytes:
     digest = hashlib.blake2b(repr(frame.shape).encode(), digest_size=DIGEST_BYTES)
     digest.update(frame.tobytes())
     return digest.digest()
+
+
+def known_among(found: Mapping[Path, bytes], known: Collection[bytes]) -> str | None:
+    """How many images, given by their digests, are among the known ones, in words for a message; None if none is."""
+    names = [path for path, digest in found.items() if digest in known]
+    return f"{len(names)} of {len(found)} images, such as {printable_name(str(names[0]))}," if names else None
 
 
 def encode_fitted_images(digests: Iterable[bytes]) -> bytes:

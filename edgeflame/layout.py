@@ -17,7 +17,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgeflame.errors import DataError
@@ -36,7 +36,10 @@ NOT_GOOD = frozenset(
 )
 """Names of folders of parts that are not good, or perhaps not."""
 
-NOT_TRAINING = NOT_GOOD | {TEST, "val", "valid", "validation", "truth", "groundtruth", "mask", "masks"}
+MASKS = frozenset({"truth", "groundtruth", "mask", "masks"})
+"""Words in the names of folders of masks."""
+
+NOT_TRAINING = NOT_GOOD | MASKS | {TEST, "val", "valid", "validation"}
 """The same, and words in the names of folders that hold no good parts to learn from."""
 
 
@@ -101,12 +104,7 @@ def read_layout(root: Path, files: Sequence[Path]) -> FolderLayout:
     Raises:
         DataError: the folder is one of defective parts or of masks, or data sets lie below it.
     """
-    data_sets = {path: kinds for path, kinds in data_sets_in(root, files).items() if kinds & {TRAIN, TEST}}
-    below = sorted(path for path in data_sets if path != root)
-    if below:
-        first = ", ".join(str(path) for path in below[:3])
-        raise DataError(f"{root}: a whole data set lies below it; give the one that is meant: {first}")
-    if root in data_sets:
+    if _is_data_set(root, files):
         return _read_mvtec(root, files)
     _refuse_other_parts(root, files)
     layout = FolderLayout()
@@ -123,6 +121,43 @@ def read_layout(root: Path, files: Sequence[Path]) -> FolderLayout:
         else:
             layout.left_out[folder] += 1
     return layout
+
+
+def read_defects(root: Path, files: Sequence[Path]) -> FolderLayout:
+    """Find the labelled defects of a folder, as the layout's ``test``: those of a data set, or all that is not good.
+
+    A defect is called by the folder of its image, or by the root.
+
+    Args:
+        root: the folder that was given.
+        files: all images below it, sorted.
+
+    Raises:
+        DataError: the folder is one of good parts, or data sets lie below it.
+    """
+    if _is_data_set(root, files):
+        layout = _read_mvtec(root, files)
+        return replace(layout, train=[], test=[(path, label) for path, label in layout.test if label != GOOD])
+    if is_good_name(root.resolve().name):
+        raise DataError(f"{root}: labelled defects are expected, and this folder's name says that its parts are good")
+    layout = FolderLayout()
+    for path in files:
+        folders = path.relative_to(root).parent.parts
+        other = next((n for n, name in enumerate(folders) if is_good_name(name) or _words(name) & MASKS), None)
+        if other is None:
+            layout.test.append((path, folders[-1] if folders else root.resolve().name))
+        elif not is_good_name(folders[other]):
+            layout.left_out["/".join(folders[: other + 1])] += 1
+    return layout
+
+
+def _is_data_set(root: Path, files: Sequence[Path]) -> bool:
+    data_sets = {path: kinds for path, kinds in data_sets_in(root, files).items() if kinds & {TRAIN, TEST}}
+    below = sorted(path for path in data_sets if path != root)
+    if below:
+        first = ", ".join(str(path) for path in below[:3])
+        raise DataError(f"{root}: a whole data set lies below it; give the one that is meant: {first}")
+    return root in data_sets
 
 
 def _read_mvtec(root: Path, files: Sequence[Path]) -> FolderLayout:
@@ -177,5 +212,9 @@ def _speaking_folder(root: Path, path: Path, with_good: set[Path]) -> str | None
 
 
 def _says_not(name: str) -> bool:
-    words = re.split(r"[\W\d_]+", name.casefold())
-    return not NOT_TRAINING.isdisjoint(words) or words[:2] in (["not", "good"], ["not", "ok"])
+    words = _words(name)
+    return bool(words & NOT_TRAINING) or ("not" in words and bool(words & GOOD_NAMES))
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[\W\d_]+", name.casefold()))

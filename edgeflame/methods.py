@@ -266,6 +266,11 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """... of so many equally weighted images. What is not is merged into its neighbour."""
 
 
+DEFAULT_COST_OF_MISS = 10.0
+"""Of a missed defective part against a rejected good one, as shares of each: it costs far more, and comes far less
+often."""
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the threshold is set from good images alone."""
 

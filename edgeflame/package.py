@@ -54,6 +54,48 @@ class ThresholdPromise(msgspec.Struct, frozen=True, kw_only=True):
     expected_false_reject_rate: float | None
 
 
+class LabelledDefects(msgspec.Struct, frozen=True, kw_only=True):
+    """What labelled defects said about a threshold, see ``fitting.expected_cost``."""
+
+    cost_of_miss: float
+    """What a missed defective part costs, in rejected good ones."""
+    num_groups: int
+    num_images: int
+    missed: float
+    """Share of them that the threshold passes."""
+    least_cost_at: float
+    """The threshold of least cost, had good parts not bounded it ..."""
+    least_cost_rejected: float
+    """... the share of good ones that it rejects ..."""
+    least_cost_missed: float
+    """... and of the labelled defects that it passes."""
+    interval: tuple[float, float]
+    """Where it lies, with the threshold's confidence (bootstrap over parts)."""
+
+    @property
+    def too_few(self) -> bool:
+        """Whether so few were labelled that they could not move the threshold."""
+        return self.num_groups + 1 <= self.cost_of_miss
+
+    def describe(self, threshold: float) -> str:
+        """What came of them, a sentence without a full stop."""
+        text = (
+            f"of {self.num_groups} labelled defective parts ({self.num_images} images) it misses {self.missed:.1%}; a "
+            f"miss counts as {self.cost_of_miss:g} false rejects"
+        )
+        if self.too_few:
+            return f"{text}: so few labelled defects do not move the threshold of the good parts"
+        low, high = self.interval
+        text += f"; the least cost lies at {self.least_cost_at:.4g} (interval {low:.4g} to {high:.4g})"
+        if self.least_cost_at < threshold:
+            rate = min(0.99, math.ceil(self.least_cost_rejected * 100) / 100)
+            text += (
+                f", where {self.least_cost_rejected:.1%} of the good are rejected and {self.least_cost_missed:.1%} of "
+                f"the defects missed: --false-reject-rate {rate:g} allows it"
+            )
+        return text
+
+
 class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     """Where good ends, and what that promises.
 
@@ -76,8 +118,11 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the good units at hand that score above ``value``: what to expect, where the promise is the worst."""
     num_left_out: int = 0
     """Images that looked defective and were left out; the promise is about good parts like the others."""
-    chosen_by: Literal["promise", "f1"] = "promise"
-    """``f1``: the highest F1 on labelled images; the promise is then what this threshold happens to keep."""
+    chosen_by: Literal["promise", "f1", "cost"] = "promise"
+    """``f1``: the highest F1 on labelled images; the promise is then what this threshold happens to keep. ``cost``: the
+    least expected cost of rejected good and missed labelled parts, no lower than the promise allows."""
+    labelled: LabelledDefects | None = None
+    """The labelled defects that ``cost`` rests on."""
     others: tuple[ThresholdPromise, ...] = ()
     """What other promises would have cost or brought, in rising order of their rates."""
 
@@ -105,7 +150,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     def caveats(self) -> list[str]:
         """What limits the promise, a sentence without a full stop each."""
         notes = []
-        if self.chosen_by == "promise" and self.false_reject_rate > self.requested_false_reject_rate:
+        if self.chosen_by != "f1" and self.false_reject_rate > self.requested_false_reject_rate:
             notes.append(f"{self.requested_false_reject_rate:.2%} was asked for; that takes more parts than there are")
         if self.num_left_out:
             worst = self.false_reject_rate + self.num_left_out / (self.num_left_out + self.num_images)
@@ -113,6 +158,8 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
                 f"{self.num_left_out} images were left out as suspects; had they all been good, the promise would be "
                 f"{min(1.0, worst):.2%}"
             )
+        if self.labelled is not None:
+            notes.append(self.labelled.describe(self.value))
         return notes
 
 

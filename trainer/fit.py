@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from edgeflame.dataset import Dataset, LoadReport, UnreadablePolicy
+from edgeflame.dataset import Dataset, ImageRecord, LoadReport, UnreadablePolicy
 from edgeflame.errors import DataError, UsageError
+from edgeflame.fitted_images import known_among
 from edgeflame.images import ImageU8
 from edgeflame.log import Progress, no_progress
-from edgeflame.methods import SOLO_METHODS, Learning
+from edgeflame.methods import DEFAULT_COST_OF_MISS, SOLO_METHODS, Learning
 from edgeflame.package import DEFAULT_REFERENCES, WeightsOrigin
-from fitting.crossfit import require_enough
+from edgeflame.tensors import F32
+from fitting.crossfit import image_scores, require_enough, score_maps
+from fitting.evaluation import score_records
+from fitting.expected_cost import set_least_cost
 from fitting.imageset import ImageSet
 from fitting.packaging import choose_references
 from fitting.site_statistics import SiteStatistics
 from trainer.backbone import EmbeddingNetwork
-from trainer.device import keep_freed_memory
-from trainer.exchange import open_learner
+from trainer.device import keep_freed_memory, rgb_tensor
+from trainer.embedding import embed
+from trainer.exchange import TrainedModel, open_learner
 
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Opens the progress of one stage of the work by its name."""
@@ -48,6 +54,7 @@ class FittedModel:
         training: metrics of the training, empty without one.
         seconds: by stage.
         references: good images for the package, ``[R, height, width, 3]``.
+        defective_scores: ``[M]`` scores of the labelled defects; empty without any.
     """
 
     network: EmbeddingNetwork
@@ -58,6 +65,7 @@ class FittedModel:
     training: dict[str, Any]
     seconds: dict[str, float]
     references: ImageU8
+    defective_scores: F32
 
     def provenance(self) -> dict[str, Any]:
         """How this fit went, for the package's manifest."""
@@ -80,9 +88,21 @@ def fit(
     on_unreadable: UnreadablePolicy = "skip",
     device: torch.device | None = None,
     num_references: int = DEFAULT_REFERENCES,
+    defects: Sequence[ImageRecord] = (),
+    cost_of_miss: float = DEFAULT_COST_OF_MISS,
     stage: Stage = quiet_stage,
 ) -> FittedModel:
-    """Fit a model from the good training images of a data set; ``num_references`` of them go into the package.
+    """Fit a model from the good training images of a data set.
+
+    Args:
+        dataset: its good training images are used.
+        learning: the settings.
+        on_unreadable: what to do about images that cannot be read.
+        device: the CPU by default.
+        num_references: good images that go into the package.
+        defects: labelled defects, which move the threshold (:mod:`fitting.expected_cost`) and nothing else.
+        cost_of_miss: of one of them against a rejected good part.
+        stage: shows the progress of each stage.
 
     Raises:
         UsageError: the method needs other sites.
@@ -106,6 +126,18 @@ def fit(
         model, training = learner.train_alone(images, seed=learning.seed, progress=progress)
     with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
         site = model.fit_statistics(images, groups_known=dataset.groups_known, progress=progress)
+    defective = np.zeros(0, dtype=np.float32)
+    if defects:
+        with _timed(seconds, "defects"), stage("Scoring defects") as progress:
+            site, defective = _weigh_defects(
+                model,
+                site,
+                learning,
+                defects,
+                cost_of_miss=cost_of_miss,
+                on_unreadable=on_unreadable,
+                progress=progress,
+            )
     return FittedModel(
         network=model.network.cpu(),
         site=site,
@@ -115,7 +147,43 @@ def fit(
         training=training,
         seconds=seconds,
         references=choose_references(site.images, num_references),
+        defective_scores=defective,
     )
+
+
+def _weigh_defects(
+    model: TrainedModel,
+    site: SiteStatistics,
+    learning: Learning,
+    defects: Sequence[ImageRecord],
+    *,
+    cost_of_miss: float,
+    on_unreadable: UnreadablePolicy,
+    progress: Progress,
+) -> tuple[SiteStatistics, F32]:
+    """The site with the threshold of least expected cost, and the defects' scores ``[M]``."""
+    device, report = next(model.network.parameters()).device, LoadReport()
+
+    def score(batch: ImageU8) -> tuple[F32, F32]:
+        maps = score_maps(site.statistics, embed(model.network, rgb_tensor(batch, device)), learning.scoring)
+        return image_scores(maps), maps
+
+    kept, scores, _ = score_records(
+        score, defects, learning.input, on_unreadable=on_unreadable, report=report, progress=progress
+    )
+    both = known_among(report.digests, set(site.images.report.digests.values()))
+    if both is not None:
+        raise DataError(f"{both} are labelled as defects, and are among the good training images too")
+    threshold = set_least_cost(
+        site.threshold,
+        site.held_out_scores,
+        site.images.groups,
+        scores,
+        [record.group for record in kept],
+        cost_of_miss=cost_of_miss,
+        seed=learning.seed,
+    )
+    return replace(site, threshold=threshold), scores
 
 
 def read_training_images(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeflame.dataset import Dataset, list_images, open_dataset
+from edgeflame.dataset import Dataset, list_images, open_dataset, open_defects
 from edgeflame.errors import DataError
 
 
@@ -137,3 +137,35 @@ def test_a_groups_file_of_another_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_text("path,group\ntrain/good/1.png,A\n")
     with pytest.raises(DataError, match=r"no image is in the groups file; paths such as Train/Good/1\.png"):
         open_dataset(tmp_path)
+
+
+def test_labelled_defects_of_a_data_set_of_its_test_folder_and_of_a_folder_of_their_own(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "Train/Good/1.png",
+        "Test/good/2.png",
+        "Test/crack/3.png",
+        "Test/crack/4.png",
+        "ground_truth/crack/3.png",
+    )
+    (tmp_path / "groups.csv").write_text("path,part\nTest/crack/3.png,A\nTest/crack/4.png,A\n")
+    whole = open_defects(tmp_path)
+    assert whole.train == ()
+    assert [(one.name, one.label, one.group) for one in whole.test] == [
+        ("Test/crack/3.png", "crack", "A"),
+        ("Test/crack/4.png", "crack", "A"),
+    ]
+    assert [one.name for one in open_defects(tmp_path / "Test").test] == ["crack/3.png", "crack/4.png"]
+    assert {one.label for one in open_defects(tmp_path / "Test" / "crack").test} == {"crack"}
+    put(tmp_path, "marks/good/5.png", "marks/bad/6.png", "marks/bad/masks/6.png")
+    assert [one.name for one in open_defects(tmp_path / "marks").test] == ["bad/6.png"]
+
+
+def test_what_holds_no_labelled_defects(tmp_path: Path) -> None:
+    put(tmp_path, "train/good/1.png", "test/good/2.png")
+    with pytest.raises(DataError, match="no images of labelled defects"):
+        open_defects(tmp_path)
+    with pytest.raises(DataError, match="this folder's name says that its parts are good"):
+        open_defects(tmp_path / "test" / "good")
+    with pytest.raises(DataError, match="a whole data set lies below it"):
+        open_defects(tmp_path.parent)

@@ -163,7 +163,7 @@ def test_images_that_the_model_was_fitted_on_are_recognised(
     # A copy under another name, in another format, among new ones.
     cv2.imwrite(str(new_parts / "copy.bmp"), read_image(parts_folder / "train/good/03.png"))
     error = error_of(edgeflame(*arguments, new_parts))
-    assert "1 of 9 images, such as copy.bmp, are among those the model was fitted on" in str(error)
+    assert f"1 of 9 images, such as {new_parts / 'copy.bmp'}, are among those the model was fitted on" in str(error)
     assert not out.exists()
     allowed = edgeflame(*arguments, new_parts, "--allow-fitted")
     assert allowed.exit_code == 0, allowed.output
@@ -177,3 +177,68 @@ def test_two_places_to_write_to(fitted_package: Path, new_parts: Path, tmp_path:
     arguments = ("calibrate", "--model", fitted_package, "--data", new_parts, "--in-place", "--out")
     error = error_of(edgeflame(*arguments, tmp_path / "x.edgeflame"))
     assert (error.exit_code, "exclude each other" in str(error)) == (2, True)
+
+
+def test_labelled_defects_move_the_threshold_and_nothing_else(
+    fitted_package: Path, settings_file: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "d.edgeflame"
+    fit = ("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
+    result = edgeflame(*fit, "--defects", parts_folder, "--cost-of-miss", 2, "--false-reject-rate", 0.5)
+    assert result.exit_code == 0, result.output
+    assert "of the least expected cost" in result.output
+    assert "of 6 labelled defective parts (6 images) it misses" in result.output
+    assert "defective caught" in result.output
+    weighed, plain = read_package(out), read_package(fitted_package)
+    threshold = weighed.manifest.threshold
+    assert threshold.chosen_by == "cost"
+    assert threshold.labelled is not None
+    assert threshold.labelled.cost_of_miss == 2
+    assert weighed.model_onnx == plain.model_onnx
+    assert weighed.manifest.num_images == plain.manifest.num_images
+    assert weighed.condition == plain.condition
+    assert weighed.fitted == plain.fitted
+    assert threshold.value >= edgeflame_threshold(*fit, "--false-reject-rate", 0.5, out=out)
+
+
+def edgeflame_threshold(*fit: object, out: Path) -> float:
+    """The threshold that a command has written."""
+    result = edgeflame(*fit)
+    assert result.exit_code == 0, result.output
+    return read_package(out).manifest.threshold.value
+
+
+def test_labelled_defects_at_calibration(
+    fitted_package: Path, parts_folder: Path, new_parts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c.edgeflame"
+    arguments = ("calibrate", "--model", fitted_package, "--data", new_parts, "--out", out)
+    result = edgeflame(*arguments, "--defects", parts_folder / "test" / "hole", "--cost-of-miss", 3)
+    assert result.exit_code == 0, result.output
+    after = read_package(out).manifest
+    assert after.threshold.labelled is not None
+    assert after.threshold.labelled.num_images == 6
+    assert after.threshold.num_images == 8
+    assert after.provenance["calibrated"]["num_defective"] == 6
+    alone = edgeflame(*arguments, "--json")
+    assert after.threshold.value >= msgspec.json.decode(alone.stdout)["threshold"]["value"]
+
+
+def test_a_defect_that_was_learnt_as_good_is_refused(
+    fitted_package: Path, settings_file: Path, parts_folder: Path, new_parts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "defects"
+    folder.mkdir()
+    shutil.copy(parts_folder / "train/good/07.png", folder / "stain.png")
+    out = tmp_path / "x.edgeflame"
+    fit = ("fit", "--data", parts_folder, "--out", out, "--config", settings_file)
+    error = error_of(edgeflame(*fit, "--defects", folder))
+    assert (error.exit_code, "are labelled as defects, and are among the good training images" in str(error)) == (
+        3,
+        True,
+    )
+    calibrate = ("calibrate", "--model", fitted_package, "--data", new_parts, "--out", out, "--defects", folder)
+    assert "are among those the model was fitted on" in str(error_of(edgeflame(*calibrate)))
+    assert not out.exists()
+    error = error_of(edgeflame(*fit, "--cost-of-miss", 5))
+    assert (error.exit_code, "needs labelled defects" in str(error)) == (2, True)
