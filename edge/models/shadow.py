@@ -405,8 +405,7 @@ class Shadow:
         if len(self._worst) == PICTURES and distance <= self._worst[0][0]:
             return
         result = present.result
-        camera = "".join(sign if sign.isalnum() else "_" for sign in result.camera)
-        name = f"{camera}-{result.sequence:08d}-{result.verdict}-{other.result.verdict}.png"
+        name = f"{result.camera}-{result.sequence:08d}-{result.verdict}-{other.result.verdict}.png"
         pictures = [_picture(one) for one in (present, other)]
         if any(picture is None for picture in pictures):
             return

@@ -57,7 +57,9 @@ class FeedbackStore:
         result, image = inspected.result, inspected.image
         if image is None:
             raise DataError(f"part {result.part_id} has no picture to keep")
-        name = f"{result.captured:%Y%m%dT%H%M%S%f}Z-{result.sequence:08d}-{result.part_file_name}.png"
+        # Cameras with one trigger may capture the same part at the same moment, each as its first.
+        when = f"{result.captured:%Y%m%dT%H%M%S%f}Z"
+        name = f"{when}-{result.camera}-{result.sequence:08d}-{result.part_file_name}.png"
         other = self._folder / ("bad" if was == "good" else "good") / name
         mark = FeedbackMark(
             was=was,

@@ -421,6 +421,14 @@ def test_an_empty_or_damaged_token_opens_nothing(
     assert operator_token(tmp_path)
 
 
+def test_the_same_part_before_two_cameras_is_two_marks(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path)
+    moment = dt.datetime(2026, 1, 2, tzinfo=dt.timezone.utc)
+    files = {store.add(part(1, captured=moment, camera=camera), "good").file for camera in ("left.1", "left_1")}
+    assert len(files) == 2
+    assert len(list((tmp_path / "good").iterdir())) == 2
+
+
 def test_a_page_is_never_served_with_an_empty_token(tmp_path: Path, package_file: Path) -> None:
     with pytest.raises(UsageError, match="needs a token"), station(tmp_path, package_file, token=""):
         pass
