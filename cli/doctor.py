@@ -21,6 +21,7 @@ import msgspec
 from cli.options import BrokerOptions, broker_options
 from cli.output import print_findings
 from edgeflame import __version__
+from edgeflame.cpus import usable_cpus
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.findings import Finding, ok, problem
 
@@ -44,6 +45,7 @@ def write_bundle(path: Path, findings: Sequence[Finding]) -> None:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
+        "cpus_to_use": usable_cpus(),
     }
     home = str(Path.home())
     try:

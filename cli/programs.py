@@ -14,6 +14,7 @@ from types import TracebackType
 
 import edgeflame
 from edgeflame.background import die_with_parent
+from edgeflame.cpus import usable_cpus
 from edgeflame.errors import EdgeFlameError
 from edgeflame.log import Progress, no_progress
 
@@ -152,7 +153,7 @@ class ChildProcesses:
         Raises:
             ChildFailedError: one of them failed; the others are stopped on leaving the context.
         """
-        cores = os.cpu_count() or 1
+        cores = usable_cpus()
         at_a_time = parallel or min(len(command_lines), cores)
         waiting = list(command_lines.items())
         running: list[ChildProcess] = []

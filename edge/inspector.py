@@ -9,7 +9,6 @@ opens a package file as an inspector: signature, runtime, parity with the refere
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from dataclasses import replace
@@ -30,6 +29,7 @@ from edge.runtimes.trial import try_graph
 from edge.status import DEFAULT_CAMERA
 from edge.verdict import Observation, make_result, with_evidence
 from edge.view import View
+from edgeflame.cpus import usable_cpus
 from edgeflame.dataset import BITS_ADVICE
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.images import LITTLE_USED, ImageU8, ImageU16, share_of_range
@@ -298,7 +298,7 @@ class InspectorLoader:
     Args:
         device: what runs models.
         engines: folder of built TensorRT engines.
-        num_threads: CPU threads for one image; None: as many as there are cores.
+        num_threads: CPU threads for one image; None: as many as there are cores to use.
         public_key: file of the key that must have signed every package; None: signatures are not required.
     """
 
@@ -322,7 +322,7 @@ class InspectorLoader:
     def share_cores(self, num_cameras: int) -> None:
         """Divide the cores among cameras, which inspect at the same time; an explicit ``num_threads`` is kept."""
         if self._num_threads is None and num_cameras > 1:
-            self._num_threads = max(1, (os.cpu_count() or 1) // num_cameras)
+            self._num_threads = max(1, usable_cpus() // num_cameras)
 
     def package(self, file: Path) -> Package:
         """A package, read once and then kept until :meth:`forget`.
@@ -396,7 +396,7 @@ class InspectorLoader:
 
         ``(1, None)`` on other devices than the CPU, or with one thread.
         """
-        threads = self._num_threads or os.cpu_count() or 1
+        threads = self._num_threads or usable_cpus()
         num_parallel = min(threads, MAX_PARALLEL)
         if runtime.provider != CPU or num_parallel == 1:
             return 1, None

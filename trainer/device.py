@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from edgeflame.cpus import usable_cpus
 from edgeflame.errors import UsageError
 from edgeflame.images import ImageU8
 from edgeflame.methods import Precision
@@ -28,9 +29,13 @@ _KEPT_BYTES = 1 << 30
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is the first CUDA device if there is one, else the CPU; any other name is torch's.
 
+    torch is kept from computing with more threads than there are cores to use.
+
     Raises:
         UsageError: torch does not know the device or cannot use it here.
     """
+    if torch.get_num_threads() > usable_cpus():
+        torch.set_num_threads(usable_cpus())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -20,6 +20,7 @@ from pathlib import Path
 import brokers
 import load
 
+from edgeflame.cpus import usable_cpus
 from edgeflame.mqtt.url import parse_broker_url
 
 FLEET = "load"
@@ -42,7 +43,7 @@ def main() -> None:
             if options.out:
                 with options.out.open("a") as stream:
                     stream.write(row + "\n")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end")
+    print(f"{platform.machine()}, {usable_cpus()} cores, load average {os.getloadavg()[0]:.1f} at the end")
 
 
 def measure(broker: str, rule: str, num_sites: int, megabytes: int, rounds: int, timeout_s: float) -> str:

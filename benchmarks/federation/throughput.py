@@ -22,6 +22,8 @@ import brokers
 import numpy as np
 import peers
 
+from edgeflame.cpus import usable_cpus
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["peers"])
 TIMEOUT_S = 120.0
@@ -183,7 +185,7 @@ def markdown(rows: list[Row], alternations: int) -> str:
     """The table, with what it was measured on."""
     conditions = (
         f"Medians of {alternations} alternations; one broker and all ends on one {platform.machine()} machine with "
-        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end; {brokers.mosquitto_version()}; "
+        f"{usable_cpus()} cores, load average {os.getloadavg()[0]:.1f} at the end; {brokers.mosquitto_version()}; "
         f"paho-mqtt {importlib.metadata.version('paho-mqtt')}."
     )
     lines = [

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from edgeflame.cpus import usable_cpus
+
 GRID, CHANNELS, RANK, BATCH = (32, 32), 152, 24, 64
 OURS, ANOMALIB = "EdgeFlame", "anomalib"
 
@@ -31,7 +33,7 @@ def main() -> None:
         print(json.dumps(_fit(options.child, options.images[0])))
         return
     conditions = (
-        f"1024 positions x {CHANNELS} channels, rank {RANK}, {platform.machine()} with {os.cpu_count()} cores, other "
+        f"1024 positions x {CHANNELS} channels, rank {RANK}, {platform.machine()} with {usable_cpus()} cores, other "
         f"programs beside it (load average {os.getloadavg()[0]:.1f} at the start); at most {options.budget:.0f} s each."
     )
     lines = [conditions, "", "| | images | seconds | peak memory, MB |", "|---|---|---|---|"]

@@ -41,6 +41,7 @@ from edge.frame import Frame, make_frame
 from edge.result import Result
 from edge.runtimes.interface import INPUT
 from edge.sources.child import Remark, TakenImage, live_frames, taken_image
+from edgeflame.cpus import usable_cpus
 from edgeflame.images import ImageU8
 from edgeflame.package import read_package
 
@@ -322,7 +323,7 @@ def _report(rows: list[Measured], options: argparse.Namespace) -> str:
     first = os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO)
     conditions = (
         f"Default model, 256x256, ONNX Runtime {onnxruntime.__version__} on the CPU, {platform.machine()} with "
-        f"{os.cpu_count()} cores, {mosquitto_version()}, load average {os.getloadavg()[0]:.1f} at the end"
+        f"{usable_cpus()} cores, {mosquitto_version()}, load average {os.getloadavg()[0]:.1f} at the end"
         f"{', at real-time priority' if first else ''}. Medians of {options.repeats} segments of "
         f"{options.seconds:g} s (least to most)."
     )

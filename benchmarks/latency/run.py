@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime
 
 from edge.runtimes.bench import take_turns
+from edgeflame.cpus import usable_cpus
 
 sys.path.insert(0, str(Path(__file__).parent))
 from models import (  # beside this script
@@ -163,7 +164,7 @@ def _conditions(threads: int) -> str:
     first = os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO)
     return (
         f"{SIDE}x{SIDE}, rank 24, ONNX Runtime {onnxruntime.__version__} on the CPU with {threads} threads, "
-        f"{platform.machine()} with {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end"
+        f"{platform.machine()} with {usable_cpus()} cores, load average {os.getloadavg()[0]:.1f} at the end"
         f"{', at real-time priority' if first else ''}. Milliseconds."
     )
 

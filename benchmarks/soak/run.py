@@ -32,6 +32,8 @@ import msgspec
 import numpy as np
 from scipy import stats
 
+from edgeflame.cpus import usable_cpus
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 from world import Arrived, Disturbances, PageVisitor, Service, Subscriber, broker, camera
@@ -228,7 +230,7 @@ def _report(checks: list[Check], samples: Samples, options: argparse.Namespace) 
     cpu = (samples.cpu_s[-1] - samples.cpu_s[0]) / (samples.at_s[-1] - samples.at_s[0])
     conditions = (
         f"{options.minutes:g} minutes, an RTSP camera of {options.size} pixels and {options.rate} frames a second, "
-        f"every part rejected, a disturbance every {options.every:g} s; {platform.machine()} with {os.cpu_count()} "
+        f"every part rejected, a disturbance every {options.every:g} s; {platform.machine()} with {usable_cpus()} "
         f"cores, load average {os.getloadavg()[0]:.1f} at the end. Slopes are from the averages of {BLOCK_S:g} s after "
         f"the first {WARM_UP_SHARE:.0%} of the time, with their 95% confidence intervals."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 from cli.demo.plan import DemoPlan, DemoSiteResult, read_inspected
 from cli.demo.report import Sample
 from cli.programs import POLL_INTERVAL_S, ChildProcess, ChildProcesses, program
+from edgeflame.cpus import usable_cpus
 from edgeflame.log import Progress
 
 FLEET = "demo"
@@ -59,7 +59,7 @@ def train_together(plan: DemoPlan, children: ChildProcesses, progress: Progress)
         f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n\n'
         f"[learning.input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
     )
-    num_threads = max(1, (os.cpu_count() or 1) // plan.num_sites)
+    num_threads = max(1, usable_cpus() // plan.num_sites)
     with EmbeddedBroker(port=0) as broker:
         fleet = ("--broker", broker.url, "--fleet", FLEET)
         aggregate = edgeflame("aggregate", *fleet, "--state", state / "aggregator", "--config", config, "--out", models)

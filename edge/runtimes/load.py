@@ -30,7 +30,7 @@ def open_runtime(model_onnx: bytes, *, device: Device = "auto", num_threads: int
     Args:
         model_onnx: the ONNX model; it need not be trusted.
         device: ``auto`` uses CUDA if the installed ONNX Runtime has it and it works, otherwise the CPU.
-        num_threads: CPU threads for one image; None: as many as there are cores.
+        num_threads: CPU threads for one image; None: as many as there are cores to use.
 
     Raises:
         PackageError: the bytes are not a scoring graph that this runtime can load.
@@ -156,7 +156,7 @@ def open_for_line(
         package: the package.
         device: the requested device.
         engines: folder written by ``edgeflame export --trt``; without it, ``auto`` tries no engines.
-        num_threads: CPU threads for one image; None: as many as there are cores.
+        num_threads: CPU threads for one image; None: as many as there are cores to use.
 
     Raises:
         UsageError: an engine is requested without a folder.

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.runtimes.interface import INPUT, MAP, PRECISION_KEY, SCORE, Device, Scores, check_batch
+from edgeflame.cpus import are_cpus_limited, usable_cpus
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import MAX_INPUT_SIDE, ImageU8
 from edgeflame.log import EventLog
@@ -124,6 +125,8 @@ def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     # Threads that wait for the next operator must not keep their cores busy between two images.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if num_threads is None and are_cpus_limited():
+        num_threads = usable_cpus()
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     try:

@@ -6,7 +6,6 @@ Axes: N images, P = grid height x grid width positions, C embedding channels.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeflame.cpus import usable_cpus
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.tensors import F32, F64
 
@@ -171,7 +171,7 @@ def map_position_blocks(num_positions: int, work: Callable[[slice], None]) -> No
         slice(start, min(start + POSITIONS_PER_BLOCK, num_positions))
         for start in range(0, num_positions, POSITIONS_PER_BLOCK)
     ]
-    workers = min(len(blocks), os.cpu_count() or 1, MAX_WORKERS)
+    workers = min(len(blocks), usable_cpus(), MAX_WORKERS)
     with _one_blas_thread():
         if workers < 2:
             for block in blocks:
