@@ -23,6 +23,8 @@ from edgeflame.findings import Finding, note, ok, problem
 MIN_PYTHON = (3, 10)
 MIN_FREE_BYTES = 2 << 30
 """A day of results and evidence pictures on a busy line."""
+MIN_FREE_SHARED_BYTES = 250_000_000
+"""Live cameras' images lie in it; containers have 64 MB unless they are given more."""
 _GPU_TIMEOUT_S = 10.0
 _TRAINING = ("torch", "torchvision", "timm", "sklearn", "onnx", "onnxscript")
 
@@ -41,6 +43,7 @@ def check_machine(state: Path | None) -> Iterator[Finding]:
     yield _cameras()
     yield _clock()
     yield _disk(state or Path.cwd())
+    yield from _shared_memory()
     if state is not None:
         yield _state(state)
 
@@ -181,6 +184,19 @@ def _disk(folder: Path) -> Finding:
     if usage.free < MIN_FREE_BYTES:
         return problem("disk", text, "free some space, or set images.max_mib and outbox.max_results lower")
     return ok("disk", text)
+
+
+def _shared_memory() -> Iterator[Finding]:
+    from edge.sources.child import MORE_SHARED_MEMORY, SHARED_MEMORY
+
+    if SHARED_MEMORY.is_dir():
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        text = f"{usage.free / 1e6:.0f} of {usage.total / 1e6:.0f} MB free in {SHARED_MEMORY}"
+        if usage.free < MIN_FREE_SHARED_BYTES:
+            text += "; a camera of 5 megapixels needs 60"
+            yield note("shared memory", text, f"for live cameras {MORE_SHARED_MEMORY}")
+        else:
+            yield ok("shared memory", text)
 
 
 def _state(folder: Path) -> Finding:

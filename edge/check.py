@@ -7,6 +7,7 @@ a result: no verdict is written to the PLC, and nothing is posted to the web ser
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import http.client
 import os
@@ -37,6 +38,7 @@ from edge.runtimes.interface import Device, check_runtime_fits
 from edge.runtimes.load import compare_with_references, open_runtime
 from edge.runtimes.onnx_runtime import available_devices
 from edge.runtimes.trial import try_graph
+from edge.sources.child import MORE_SHARED_MEMORY, SHARED_MEMORY, SLOTS, ring_bytes
 from edge.sources.locate import open_image_source
 from edge.status import LineState
 from edgeflame.config import check_keys
@@ -96,9 +98,12 @@ def check_daemon(
     runs = state is not None and is_in_use(state)
     for name, file in plan.products.items():
         yield from _product(name, file, plan, loader)
+    rings: list[int] = []
     for camera in plan.cameras:
-        yield from _camera(camera, plan, loader, runs=runs)
+        yield from _camera(camera, plan, loader, rings, runs=runs)
         yield from _trigger(camera, config.mqtt)
+    if rings and not runs:
+        yield from _shared_memory(sum(rings))
     needy = [name for name in ("mqtt", "webhook", "web") if getattr(config, name) is not None]
     if state is not None:
         yield from _state(state, runs=runs)
@@ -201,7 +206,9 @@ def _models(plan: Plan, loader: InspectorLoader, state: Path | None) -> Iterator
     yield ok("models", f"packages signed with key {keys} are taken; of released models {runs}")
 
 
-def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bool) -> Iterator[Finding]:
+def _camera(
+    camera: CameraPlan, plan: Plan, loader: InspectorLoader, rings: list[int], *, runs: bool
+) -> Iterator[Finding]:
     check = f"camera {camera.name}"
     try:
         source = open_image_source(camera.source, max_pixels=camera.settings.capture.max_pixels)
@@ -222,6 +229,8 @@ def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bo
     if frame.image_bgr is None:
         yield problem(check, f"{source.name}: {frame.error}", "see to the camera, or to the file that is named")
         return
+    if source.is_live:
+        rings.append(ring_bytes(frame.image_bgr.shape, SLOTS))
     size = f"{source.name}: a frame of {frame.image_bgr.shape[1]}x{frame.image_bgr.shape[0]}"
     try:
         inspector: InspectorProtocol = loader.open(
@@ -240,6 +249,20 @@ def _camera(camera: CameraPlan, plan: Plan, loader: InspectorLoader, *, runs: bo
     else:
         ratio = "" if result.ratio is None else f", {result.ratio:.2f} x threshold"
         yield ok(check, f"{size}, judged {result.verdict}{ratio}, in {result.latency_ms:.0f} ms")
+
+
+def _shared_memory(needed_bytes: int) -> Iterator[Finding]:
+    """Whether the images of all cameras at the same time have room: each alone had."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+    what = (
+        f"the cameras' images need {needed_bytes / 1e6:.0f} MB in {SHARED_MEMORY}, {free_bytes / 1e6:.0f} MB are free"
+    )
+    if free_bytes < needed_bytes:
+        yield problem("shared memory", what, MORE_SHARED_MEMORY)
+    else:
+        yield ok("shared memory", what)
 
 
 def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
@@ -272,18 +295,26 @@ def _trigger(camera: CameraPlan, mqtt: MqttConfig | None) -> Iterator[Finding]:
 
 
 def _first_frame(source: Source) -> Frame | None:
-    """The first frame of a source; None if none came in time.
+    """The first frame of a source that has an image; None if no frame came in time.
+
+    A stream that is joined in the middle has none before its first keyframe: the last of them, with its reason, is
+    returned if no image comes in time.
 
     Raises:
         EdgeFlameError: the source cannot be read.
     """
     stop = threading.Event()
     came: queue.SimpleQueue[Frame | EdgeFlameError | None] = queue.SimpleQueue()
+    seen: collections.deque[Frame] = collections.deque(maxlen=1)
 
     def read() -> None:
         try:
             frames = source.frames(stop)
-            came.put(next(frames, None))
+            for frame in frames:
+                seen.append(frame)
+                if frame.image_bgr is not None or not source.is_live:
+                    break
+            came.put(seen[-1] if seen else None)
             stop.set()
             # Running the generator to its end releases the camera.
             for _ in frames:
@@ -296,7 +327,7 @@ def _first_frame(source: Source) -> Frame | None:
     try:
         answer = came.get(timeout=FRAME_TIMEOUT_S)
     except queue.Empty:
-        answer = None
+        answer = seen[-1] if seen else None
     finally:
         stop.set()
         thread.join(3.0)

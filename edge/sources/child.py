@@ -19,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime as dt
+import math
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,6 +100,22 @@ class RingName:
     """``[height, width, 3]`` of every image in it; another size needs another ring."""
 
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Linux's folder of shared memory, not one for temporary files
+"""Where shared memory is on Linux; in containers it is small unless they are given more."""
+
+MORE_SHARED_MEMORY = "give the container more shared memory: docker run --shm-size 512m, shm_size in a compose file"
+
+
+def ring_bytes(shape: tuple[int, ...], slots: int) -> int:
+    """Size of a ring of images of this shape ``[height, width, 3]`` in shared memory."""
+    return slots * _slot_bytes(shape)
+
+
+def _slot_bytes(shape: tuple[int, ...]) -> int:
+    image_bytes = math.prod(shape)
+    return _HEADER_BYTES + image_bytes + -image_bytes % _HEADER_BYTES
+
+
 class FrameRing:
     """A ring of images ``[height, width, 3]`` uint8 of one size in shared memory.
 
@@ -107,15 +125,18 @@ class FrameRing:
             its last user.
 
     Raises:
-        OSError: no shared memory of that size or name.
+        OSError: no shared memory of that name, or no room for that size.
     """
 
     def __init__(self, ring: RingName, *, create: bool) -> None:
         self.ring = ring
-        self._image_bytes = int(np.prod(ring.shape))
-        self._slot_bytes = _HEADER_BYTES + self._image_bytes + -self._image_bytes % _HEADER_BYTES
-        self._memory = SharedMemory(ring.name, create=create, size=self._slot_bytes * ring.slots)
-        if not create:
+        self._image_bytes = math.prod(ring.shape)
+        self._slot_bytes = _slot_bytes(ring.shape)
+        size_bytes = ring_bytes(ring.shape, ring.slots)
+        self._memory = SharedMemory(ring.name, create=create, size=size_bytes)
+        if create:
+            self._allocate(size_bytes)
+        else:
             self._memory.unlink()
         self._written = 0
 
@@ -141,6 +162,21 @@ class FrameRing:
     def close(self) -> None:
         """Detach from the memory."""
         self._memory.close()
+
+    def _allocate(self, size_bytes: int) -> None:
+        """Take all the memory now; else the kernel kills whoever writes into the first page that it has no room for."""
+        file = SHARED_MEMORY / self.ring.name
+        if not file.exists():  # not Linux
+            return
+        descriptor = os.open(file, os.O_RDWR)
+        try:
+            os.posix_fallocate(descriptor, 0, size_bytes)
+        except OSError:
+            self._memory.close()
+            self._memory.unlink()
+            raise
+        finally:
+            os.close(descriptor)
 
     def _views(self, slot: int) -> tuple[npt.NDArray[np.uint64], ImageU8]:
         start = slot * self._slot_bytes
@@ -281,9 +317,7 @@ def _serve(read: ReadImages, sender: Connection) -> None:
                     if ring is not None:
                         ring.close()
                     number += 1
-                    ring = FrameRing(
-                        RingName(name=f"edgeflame-{os.getpid()}-{number}", slots=SLOTS, shape=shape), create=True
-                    )
+                    ring = _new_ring(RingName(name=f"edgeflame-{os.getpid()}-{number}", slots=SLOTS, shape=shape))
                     sender.send(_Ring(ring=ring.ring))
                 slot, generation = ring.write(image)
                 without_pixels = dataclasses.replace(taken, image=None)
@@ -291,6 +325,18 @@ def _serve(read: ReadImages, sender: Connection) -> None:
             sender.send(_Broken(error=DataError("the stream ended")))
         except EdgeFlameError as exc:
             sender.send(_Broken(error=exc))
+
+
+def _new_ring(ring: RingName) -> FrameRing:
+    try:
+        return FrameRing(ring, create=True)
+    except OSError as exc:
+        height, width, _ = ring.shape
+        needed = f"{ring_bytes(ring.shape, ring.slots) / 1e6:.0f} MB"
+        raise DataError(
+            f"no room for its images of {width}x{height} in shared memory: {needed} are needed in {SHARED_MEMORY} "
+            f"({exc.strerror}); {MORE_SHARED_MEMORY}"
+        ) from exc
 
 
 OVERWRITTEN = "overwritten"
