@@ -46,10 +46,10 @@ reference: $(VENV)/.installed-dev
 
 # The documentation site in site/; any dead link, missing anchor or page outside of the menu is an error
 # (not with --quiet, which silences what makes it one).
-docs: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-docs-serve: $(VENV)/.installed-dev
+docs-serve: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 format: $(VENV)/.installed-dev
@@ -67,6 +67,11 @@ $(VENV)/.installed: pyproject.toml requirements/ci.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -c requirements/ci.txt -e ".[cpu,train,broker,demo,report,dev]"
+	touch $@
+
+# The site is made of text alone: EdgeFlame itself, and all that it needs, can stay away.
+$(VENV)/.installed-docs: requirements/ci.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -c requirements/ci.txt "mkdocs>=1.6,<2" "mkdocs-material>=9.5"
 	touch $@
 
 clean:

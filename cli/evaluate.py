@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from cli.options import dataset_options, device_option, json_option, model_option
-from cli.output import echo, print_json, print_promises, print_threshold, progress_bar
+from cli.output import echo, print_json, print_promises, print_threshold, progress_bar, reconcile
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
@@ -96,6 +96,8 @@ def command(
     else:
         _print_tables(manifest, report, data)
         print_threshold(manifest.threshold)
+        if (both := reconcile(manifest.threshold, report.good_rejected_interval)) is not None:
+            echo(both)
         print_promises(manifest.threshold, scored.scores_of("good"), scored.defective_scores)
     if report_dir is not None:
         from cli.pages.evaluation import write_evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from edgeflame.errors import UsageError
 from edgeflame.images import MAX_INPUT_SIDE, Region
 from edgeflame.log import EventLog
 from edgeflame.methods import METHODS, PRESETS, SOLO_METHODS, Learning
+from edgeflame.mqtt.topics import MAX_NAME_CHARS
 from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ log = EventLog("fit")
     help="What settings start from: what measured best here, or what the FLAME paper prints.  [default: default]",
 )
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with the learning's settings.")
-@click.option("--product", default="product", show_default=True, help="Name of the kind of part.")
+@click.option("--product", help="Name of the kind of part.  [default: the folder's]")
 @click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
 @click.option("--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="Side of the square model input, in pixels.")
 @click.option(
@@ -81,7 +83,7 @@ def command(
     method: str | None,
     preset: str | None,
     config: Path | None,
-    product: str,
+    product: str | None,
     groups: Path | None,
     defects: Path | None,
     cost_of_miss: float | None,
@@ -134,7 +136,7 @@ def command(
         weights=fitted.weights,
         provenance=fitted.provenance(),
         exporter=scoring_graph,
-        product=product,
+        product=product or product_of(data),
         site=None,
         references=fitted.references,
     )
@@ -144,6 +146,15 @@ def command(
 
         page = write_fit(report_dir, fitted=fitted, manifest=manifest, package_file=out, data=data)
         echo(f"report: {page}")
+
+
+def product_of(data: Path) -> str:
+    """A product's name from its folder of images; of a data set from the data set's, which has them in train/good."""
+    folder = data.resolve()
+    while folder.name in ("good", "train") and folder.parent != folder:
+        folder = folder.parent
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:MAX_NAME_CHARS]
+    return name or "product"
 
 
 def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:

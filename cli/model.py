@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 
+MAX_PRODUCT_CHARS = 64
+
 
 @click.command("keygen")
 @click.option("--out", type=_FILE, required=True, metavar="DIR", help="Folder for the two key files.")
@@ -112,12 +114,39 @@ def verify(
         )
 
 
+@click.command("rename")
+@click.argument("package_file", metavar="FILE", type=_FILE)
+@click.argument("product", metavar="PRODUCT")
+def rename(package_file: Path, product: str) -> None:
+    """Give a package's product another name, in place. Lines tell products apart by it; a signature is lost."""
+    import msgspec
+
+    from edgeflame.errors import UsageError
+    from edgeflame.package import read_package, write_package
+
+    if not product.strip() or len(product) > MAX_PRODUCT_CHARS or not product.isprintable():
+        raise UsageError(f"product {product[:80]!r}: expected a name of 1 to {MAX_PRODUCT_CHARS} characters")
+    package = read_package(package_file)
+    write_package(
+        package_file,
+        manifest=msgspec.structs.replace(package.manifest, product=product),
+        model_onnx=package.model_onnx,
+        statistics=package.statistics,
+        references=package.references,
+        condition=package.condition,
+        fitted=package.fitted,
+    )
+    echo(f"{package_file}: {product}, before {package.manifest.product}")
+    if package.signature_json is not None:
+        echo(f"{package_file}: not signed any more; `edgeflame model sign` signs it", err=True)
+
+
 @click.group("model")
 def command() -> None:
     """Look into model packages, sign and verify them, bring them to the lines."""
 
 
-for _other in (keygen, sign, verify, publish, withdraw, status, switch, rollback):
+for _other in (keygen, sign, verify, rename, publish, withdraw, status, switch, rollback):
     command.add_command(_other)
 
 
@@ -227,8 +256,25 @@ def _lines(package: Package, path: Path) -> list[tuple[str, str]]:
         ("references", _references(package)),
         ("signature", _signature(package)),
         ("needs", _needs(package)),
-        *[(f"· {name}", _short(value)) for name, value in manifest.provenance.items()],
+        *[(f"· {name.replace('_', ' ')}", _short(in_words(value))) for name, value in manifest.provenance.items()],
     ]
+
+
+def in_words(value: Any) -> str:
+    """A value of a manifest as people read it: figures short, what is nested parted by commas and brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_bracketed(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_bracketed, value)) or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _bracketed(value: Any) -> str:
+    return f"({in_words(value)})" if isinstance(value, (dict, list, tuple)) and value else in_words(value)
 
 
 def _references(package: Package) -> str:
@@ -252,10 +298,7 @@ def _needs(package: Package) -> str:
     return f"ONNX Runtime 1.17 or later, or an engine built by edgeflame export --trt; {camera}, as in training"
 
 
-def _short(value: Any) -> str:
-    import msgspec
-
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+def _short(text: str) -> str:
     return text if len(text) <= 400 else f"{text[:400]} ... (all of it: --json)"
 
 

@@ -61,7 +61,7 @@ def progress_bar(description: str) -> Iterator[Progress]:
         task = bar.add_task(description, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=note)
+            bar.update(task, completed=done, total=total, note=printable(note))
 
         yield report
 
@@ -112,6 +112,34 @@ def print_threshold(threshold: Threshold) -> None:
     echo(f"threshold {threshold.value:.4g}: {how}{threshold.promise()}")
     for note in threshold.caveats():
         echo(f"({note})")
+
+
+def reconcile(threshold: Threshold, rejected: tuple[float, float] | None) -> str | None:
+    """How what a threshold promises and what a test saw go together, a sentence with its full stop; None if the test
+    says nothing of it.
+
+    Args:
+        threshold: with its promise.
+        rejected: 95% interval of the share of good photographs that were rejected in the test.
+    """
+    if rejected is None:
+        return None
+    low, high = rejected
+    promised = f"at most {threshold.false_reject_rate:.2%}"
+    seen = f"{low:.0%} to {high:.0%} of new good photographs rejected"
+    if threshold.unit == "part":
+        return f"This test says {seen}; the promise ({promised}) counts parts, which have several photographs each."
+    if low > threshold.false_reject_rate:
+        return (
+            f"This test says {seen}, more than the promise ({promised}): its good parts differ from those that the "
+            "threshold was set from; look at what is rejected, and set it anew from parts like these."
+        )
+    if high > threshold.false_reject_rate:
+        return (
+            f"This test says {seen}, the promise {promised}: both hold. The promise rests on {threshold.basis()}, the "
+            "range on this test alone, which is too small to say it more closely."
+        )
+    return f"This test says {seen}, within the promise ({promised})."
 
 
 def print_promises(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli.output import THIS_PACKAGE, promise_rows
+from cli.output import THIS_PACKAGE, promise_rows, reconcile
 from cli.pages.charts import class_styles, histogram_chart, precision_recall_chart, roc_chart
 from cli.pages.page import Example, draw_example, render_page, write_page
 from edgeflame.layout import GOOD
@@ -44,6 +44,7 @@ def write_evaluation(
         "evaluation.html.j2",
         manifest=manifest,
         threshold=manifest.threshold,
+        both=reconcile(manifest.threshold, report.good_rejected_interval),
         report=report,
         fields=msgspec.structs.asdict,
         package_file=package_file,

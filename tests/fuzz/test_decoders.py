@@ -10,9 +10,10 @@ import io
 import os
 import random
 import resource
+import socket
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from aggregator.config import AggregateConfig
 from aggregator.control import PauseSite, RequestQueue, StopRun
 from aggregator.exchanges import WEIGHTS, validate_weights
 from aggregator.journal import Journal
+from aggregator.simulation.config import SimulationConfig
 from cli.train import SiteFile
+from edge.config import InspectConfig
 from edge.parts.mqtt_trigger import read_announcement
 from edgeflame.config import parse_config
 from edgeflame.dataset import open_dataset
@@ -55,10 +58,11 @@ from edgeflame.statistics.memory import MemoryBank, read_bank, write_bank
 from edgeflame.statistics.merge import StatisticsFile, read_moments, write_site_statistics
 from edgeflame.tensors import TensorFile
 from edgeflame.transfer.protocol import unpack_mask
+from tests.edge.web.test_page import TOKEN, judge, part, station
 from tests.support import mutations
 from tests.support.mutations import Mutator
 from tests.support.paths import RECORDED
-from tests.support.small_package import good_image, random_gaussian, small_manifest
+from tests.support.small_package import good_image, random_gaussian, small_manifest, write_small_package
 from trainer.agent.control import SiteControl, SitePause, parse_schedule
 from trainer.agent.state import FinishRecord, SiteState
 
@@ -352,6 +356,18 @@ def targets(folder: Path) -> dict[str, Target]:
             feed=from_file(folder / "requests", "1.json", request),
             errors=(),
         ),
+        "line's configuration": Target(
+            valid=[LINE],
+            mutate=mutations.toml,
+            feed=lambda data: parse_config(data, InspectConfig, "line.toml"),
+            errors=(ConfigError,),
+        ),
+        "simulation's configuration": Target(
+            valid=[SIMULATION],
+            mutate=mutations.toml,
+            feed=lambda data: parse_config(data, SimulationConfig, "simulation.toml"),
+            errors=(ConfigError,),
+        ),
         "schedule": Target(
             valid=[b"mon-fri 22:00-06:00, sat-sun"],
             mutate=mutations.raw,
@@ -359,6 +375,114 @@ def targets(folder: Path) -> dict[str, Target]:
             errors=(UsageError,),
         ),
     }
+
+
+LINE = b"""
+[products]
+tile = "tile.edgeflame"
+[cameras.infeed]
+source = "camera:0"
+product = "tile"
+[cameras.infeed.verdict]
+review_band = 0.1
+[image_quality]
+min_mean = 3.0
+max_repeats = 5
+[roi]
+frame = [640, 480]
+crop = [0, 0, 64, 64]
+ignore = [[0, 0, 5, 5], [[1, 1], [9, 1], [9, 9]]]
+[drift]
+parts_per_year = 2e6
+[self_test]
+folder = "golden"
+times = ["06:00"]
+[trigger]
+delay_ms = 10.0
+[trigger.modbus]
+host = "plc"
+register = 3
+[parts]
+deadline_ms = 300.0
+wrap = [1, 999]
+number = "(.+)$"
+[images]
+max_age_days = 30.0
+[outbox]
+history = 100
+[retry]
+max_delay_s = 30.0
+[mqtt]
+broker = "mqtts://broker:8883"
+fleet = "f"
+line = "l"
+[webhook]
+url = "https://mes/results"
+[web]
+listen = "127.0.0.1:8080"
+names = ["line-1"]
+stale_after_s = 30.0
+[modbus]
+host = "plc"
+layout = 2
+[models]
+public_keys = ["key.pub"]
+keep = 2
+"""
+SIMULATION = b"""
+seed = 1
+[data]
+kind = "boards"
+train_parts = 8
+image_size = 64
+[partition]
+beta = 0.5
+[fleet]
+rounds = 2
+deadline_s = 60.0
+[fleet.learning]
+method = "flame"
+[fleet.learning.training]
+learning_rate = 1e-4
+batch_size = 4
+[fleet.learning.input]
+height = 64
+width = 64
+roi = {x = 0, y = 0, width = 9, height = 9}
+[evaluation]
+every = 1
+"""
+
+REQUESTS = [
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\n\r\n",
+    b"GET /api/view?camera=camera HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /api/line HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /parts/1/plain.jpg?side=100 HTTP/1.1\r\nHost: [::1]:80\r\n\r\n",
+    b"GET /parts/1/heat.jpg HTTP/1.0\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nHost: line\r\n\r\n",
+    *(
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        for path, body in (
+            ("/api/parts/1/mark", '{"was": "good"}'),
+            ("/api/cameras/camera/do", '{"action": "acknowledge"}'),
+            ("/api/cameras/camera/do", '{"action": "product", "product": "tile"}'),
+        )
+    ),
+]
+
+
+def send(address: str, request: bytes) -> None:
+    """A request, whole or not, over a connection of its own; what comes back must not be an error of ours."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        # The server may have answered, and closed, before it has all.
+        with contextlib.suppress(OSError):
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            status = connection.recv(64)
+            assert not status.startswith(b"HTTP/1.1 500"), status
 
 
 def image_files() -> dict[str, list[bytes]]:
@@ -406,8 +530,12 @@ def journal_bytes(folder: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def all_targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    return targets(tmp_path_factory.mktemp("fuzz"))
+def all_targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    with station(folder / "page", write_small_package(folder / "page.edgeflame")) as (page, address):
+        judge(page, part(0, "fail"))
+        routes = Target(valid=REQUESTS, mutate=mutations.raw, feed=lambda data: send(address, data), errors=())
+        yield {**targets(folder), "the page's routes": routes}
 
 
 NAMES = (
@@ -416,6 +544,7 @@ NAMES = (
     "package statistics", "public key", "aggregator's configuration", "learning",
     "site's configuration", "kit", "broker URL", "groups file", "journal", "site's record", "wish", "request",
     "schedule", "announcement of a part", "JPEG image", "PNG image", "BMP image", "TIFF image", "WebP image",
+    "line's configuration", "simulation's configuration", "the page's routes",
 )  # fmt: skip
 
 

@@ -84,6 +84,31 @@ def json_document(data: bytes, rng: random.Random) -> bytes:
     return raw(data, rng) if rng.random() < 0.4 else json.dumps(structured(json.loads(data), rng)).encode()
 
 
+TOML_VALUES = (
+    "nan", "inf", "-inf", "1e999", "-1", "0", "1e9", "9" * 400, "0x7fffffffffffffffff", "true", '""', '"x"', "[]",
+    "[[]]", "[1, 2]", "{}", "{a = 1}", "1979-05-27", "07:32:00", "2026-13-45T99:99:99Z", '"\\u0000"',
+    '"' + "A" * 5000 + '"', '["x", 1]', "[nan]", "''",
+)  # fmt: skip
+
+
+def toml(data: bytes, rng: random.Random) -> bytes:
+    """Raw damage to a TOML file, or values of it replaced, and keys moved to where they do not belong."""
+    if rng.random() < 0.4:
+        return raw(data, rng)
+    lines = data.decode().splitlines()
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.choice([number for number, line in enumerate(lines) if " = " in line])
+        key = lines[at].partition(" = ")[0]
+        match rng.randrange(4):
+            case 0:
+                lines.insert(rng.randrange(len(lines) + 1), lines[at])
+            case 1:
+                lines[at] = f"{rng.choice(('x', '', 'a.b', key[:-1], key.upper()))} = {rng.choice(TOML_VALUES)}"
+            case _:
+                lines[at] = f"{key} = {rng.choice(TOML_VALUES)}"
+    return "\n".join(lines).encode()
+
+
 def image(data: bytes, rng: random.Random) -> bytes:
     """Raw damage to an image file, or numbers of its header or directory, front or back, replaced by extreme ones."""
     if rng.random() < 0.5:
