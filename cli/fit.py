@@ -189,6 +189,9 @@ def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
     unreadable = len(fitted.report.unreadable)
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
     echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")
+    if fitted.report.unfit:
+        unfit = [f"{name} ({', '.join(reasons)})" for name, reasons in list(fitted.report.unfit.items())[:NUM_NAMED]]
+        echo(f"{len(fitted.report.unfit)} that a line would not judge, take them out: {', '.join(unfit)}")
     print_threshold(manifest.threshold)
     print_promises(manifest.threshold, fitted.site.held_out_scores, fitted.defective_scores)
     named = [

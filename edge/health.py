@@ -1,13 +1,8 @@
 """Checks of image quality: whether an image is fit to be inspected at all.
 
 Brightness, spread, sharpness, the frame's size, and repetition (a frozen camera) are compared with configured limits: a
-covered lens or a dead lamp must not be read as "nothing found". Two checks compare with the package's reference images.
-
-Colours
--------
-Whether the camera has lost its colours, or exchanged red and blue. Cameras fall back to grey when a driver is reset or
-the light is taken for night, and a changed pixel format exchanges the outer channels. A model finds something odd about
-every part then, or nothing at all.
+covered lens or a dead lamp must not be read as "nothing found". Two checks compare with the package's reference images:
+of colours, in :mod:`edgeflame.image_quality`, and of the shift.
 
 Shift
 -----
@@ -40,6 +35,7 @@ from edge.config.inspection import ImageQualityConfig
 from edge.result import Reason
 from edgeflame.errors import ConfigError
 from edgeflame.frame_sizes import FrameSizes
+from edgeflame.image_quality import ColourCheck, picture_faults
 from edgeflame.images import ImageU8
 from edgeflame.log import EventLog
 
@@ -59,18 +55,12 @@ def image_faults(
         limits: where wrong begins.
         reference_sharpness: :func:`sharpness` of good parts; None: unknown, sharpness is not checked.
     """
-    means, spreads = cv2.meanStdDev(image)
-    mean, spread = float(means.mean()), float(spreads.max())
-    faults = []
-    if mean < limits.min_mean:
-        faults.append(Reason.TOO_DARK)
-    if mean > limits.max_mean:
-        faults.append(Reason.TOO_BRIGHT)
-    if spread < limits.min_spread:
-        faults.append(Reason.BLANK)
+    faults = list(
+        picture_faults(image, min_mean=limits.min_mean, max_mean=limits.max_mean, min_spread=limits.min_spread)
+    )
     if limits.min_sharpness and reference_sharpness and sharpness(image) < limits.min_sharpness * reference_sharpness:
         faults.append(Reason.OUT_OF_FOCUS)
-    return tuple(faults)
+    return tuple(map(Reason, faults))
 
 
 log = EventLog("health")
@@ -141,7 +131,7 @@ class ImageHealth:
         faults = list(image_faults(image, self._limits, reference_sharpness=self._sharpness))
         if not faults:
             # A dark picture has no colours, either; one reason is enough.
-            faults += self._colour.faults(image)
+            faults += map(Reason, self._colour.faults(image))
             if self._shift is not None and self._shift.is_shifted(image):
                 faults.append(Reason.SHIFTED)
         return tuple(faults)
@@ -171,62 +161,6 @@ class FreezeDetector:
         self._repeats = self._repeats + 1 if checksum == self._last else 0
         self._last = checksum
         return self._repeats > self._max_repeats
-
-
-MIN_CHROMA = 4.0
-"""Mean chroma, in grey levels, that all reference images must have: less is a grey product, or a grey camera."""
-
-MIN_CAST = 8.0
-"""Least difference of mean red and mean blue in a reference image for telling one from the other."""
-
-MIRROR_TOLERANCE = 0.25
-"""How far a mean may be from the exchanged one, as a share of that difference."""
-
-
-@final
-class ColourCheck:
-    """Compares the colours of images with those of good ones.
-
-    Args:
-        references: ``[H, W, 3]`` uint8 BGR each, the model's input; none for no check.
-        min_colour: least share of the references' chroma.
-    """
-
-    def __init__(self, references: Sequence[ImageU8], min_colour: float) -> None:
-        least = min((chroma(image) for image in references), default=0.0)
-        self._min_chroma = min_colour * least if least >= MIN_CHROMA else 0.0
-        means = [_means(image) for image in references]
-        self._means = [mean for mean in means if abs(mean[2] - mean[0]) >= MIN_CAST] if min_colour else []
-
-    def faults(self, image: ImageU8) -> tuple[Reason, ...]:
-        """What is wrong with an image's colours, ``[H, W, 3]`` uint8 BGR."""
-        if self._min_chroma and chroma(image) < self._min_chroma:
-            return (Reason.COLOUR_LOST,)
-        if self._means and self._is_mirrored(_means(image)):
-            return (Reason.COLOUR_SWAPPED,)
-        return ()
-
-    def _is_mirrored(self, mean: npt.NDArray[np.float64]) -> bool:
-        # Green stays where it is; it tells how much brighter the picture is.
-        if mean[1] == 0:
-            return False
-        for reference in self._means:
-            scaled = mean * (reference[1] / mean[1])
-            tolerance = MIRROR_TOLERANCE * abs(reference[2] - reference[0])
-            if max(abs(scaled[0] - reference[2]), abs(scaled[2] - reference[0])) <= tolerance:
-                return True
-        return False
-
-
-def chroma(image: ImageU8) -> float:
-    """Mean over the pixels of their largest minus their smallest channel, in grey levels; 0 is grey."""
-    blue, green, red = cv2.split(image)
-    largest, smallest = cv2.max(cv2.max(blue, green), red), cv2.min(cv2.min(blue, green), red)
-    return float(cv2.subtract(largest, smallest).mean())
-
-
-def _means(image: ImageU8) -> npt.NDArray[np.float64]:
-    return np.asarray(cv2.mean(image)[:3])
 
 
 SIDE = 128

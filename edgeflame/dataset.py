@@ -25,6 +25,7 @@ from typing import Literal
 from edgeflame.errors import DataError
 from edgeflame.fitted_images import image_digest
 from edgeflame.frame_sizes import FrameSizes
+from edgeflame.image_quality import picture_faults
 from edgeflame.images import (
     IMAGE_SUFFIXES,
     LISTED_SUFFIXES,
@@ -151,6 +152,8 @@ class LoadReport:
     unreadable: list[str] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     digests: dict[Path, bytes] = field(default_factory=dict)
+    unfit: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Images that a line would not judge, and its reasons."""
     made_of: FrameSizes | None = None
     """Of the photographs that the model at hand was made of, where there is one that says so."""
     most_used: float = 0.0
@@ -163,6 +166,16 @@ class LoadReport:
         if len(self.sizes) > 1:
             common = ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.sizes.most_common(3))
             log.warning("mixed_image_sizes", sizes=len(self.sizes), most_common=common, all_resized=True)
+        if self.unfit:
+            name, reasons = next(iter(self.unfit.items()))
+            log.warning(
+                "images_a_line_would_not_judge",
+                count=len(self.unfit),
+                of=self.num_read,
+                first=name,
+                reasons=",".join(reasons),
+                advice="take them out; where all good parts look so, see to light and exposure",
+            )
         others = {size: count for size, count in self.sizes.items() if self.made_of and not self.made_of.has(*size)}
         if others:
             width, height = next(iter(others))
@@ -212,6 +225,9 @@ def load_images(
             image = preprocessing.apply(frame)
         except DataError as exc:
             raise DataError(f"{record.name}: {exc}") from exc
+        faults = picture_faults(image)
+        if faults:
+            report.unfit[record.name] = faults
         yield record, image
 
 

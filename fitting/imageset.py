@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeflame.dataset import ImageRecord, LoadReport, UnreadablePolicy, load_images
+from edgeflame.image_quality import MIN_COLOUR, ColourCheck
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.log import Progress, no_progress
+from edgeflame.package import DEFAULT_REFERENCES, evenly_spaced
 
 MAX_CACHE_BYTES = 1 << 30
 """Pre-processed images kept in memory: 5461 of 256 x 256. The rest is read from disk each time."""
@@ -48,7 +50,19 @@ class ImageSet:
             readable.append(record)
             progress(self.report.num_read + len(self.report.unreadable), len(records))
         self.records = tuple(readable)
+        self._check_colours()
         self.report.log_summary()
+
+    def _check_colours(self) -> None:
+        """Note images whose colours a line would not judge; those that are not in memory are not read again for it."""
+        fit = {
+            index: image for index, image in self._cache.items() if self.records[index].name not in self.report.unfit
+        }
+        chosen = evenly_spaced(len(fit), DEFAULT_REFERENCES)
+        check = ColourCheck([list(fit.values())[index] for index in chosen], MIN_COLOUR)
+        for index, image in fit.items():
+            if faults := check.faults(image):
+                self.report.unfit[self.records[index].name] = faults
 
     def __len__(self) -> int:
         return len(self.records)

@@ -75,6 +75,8 @@ class FittedModel:
             "num_images": len(self.site.images),
             "num_unreadable": len(self.report.unreadable),
             "unreadable": self.report.unreadable[:20],
+            "num_unfit": len(self.report.unfit),
+            "unfit": {name: list(reasons) for name, reasons in list(self.report.unfit.items())[:20]},
             "training": self.training,
             "statistics": self.site.details,
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},

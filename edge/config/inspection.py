@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from edgeflame.bounds import BASIC, LONGEST_SIDE, Count, NotEmpty, Port, Positive, Register, Side
 from edgeflame.errors import ConfigError
+from edgeflame.image_quality import MAX_MEAN, MIN_COLOUR, MIN_MEAN, MIN_SPREAD
 from edgeflame.images import MAX_MEGAPIXELS
 
 DeviceId = Annotated[int, Meta(ge=0, le=255)]
@@ -45,11 +46,11 @@ class ImageQualityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     would give.
     """
 
-    min_mean: Annotated[float, Meta(ge=0, le=255)] = 3.0
+    min_mean: Annotated[float, Meta(ge=0, le=255)] = MIN_MEAN
     """Darkest mean grey level, 0..255, of the model's input; 0 allows any."""
-    max_mean: Annotated[float, Meta(ge=0, le=255)] = 252.0
+    max_mean: Annotated[float, Meta(ge=0, le=255)] = MAX_MEAN
     """Brightest mean grey level; 255 allows any."""
-    min_spread: Annotated[float, Meta(ge=0, le=128)] = 0.5
+    min_spread: Annotated[float, Meta(ge=0, le=128)] = MIN_SPREAD
     """Smallest standard deviation, in grey levels, of the channel that varies most; a real sensor's noise alone is
     more than this, a dropped signal's even grey is less. 0 allows any."""
 
@@ -60,7 +61,7 @@ class ImageQualityConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     """How many times in a row a live camera may give the same picture, to the last bit: a sensor's noise prevents it, a
     frozen driver does nothing else. 0 allows any number, which a synthetic stream needs."""
 
-    min_colour: Annotated[float, Meta(ge=0, le=0.9)] = 0.25
+    min_colour: Annotated[float, Meta(ge=0, le=0.9)] = MIN_COLOUR
     """Least chroma, as a share of that of the package's least colourful reference image: less is a camera that fell
     back to grey. This check also notices exchanged red and blue. It cannot judge grey products. 0 switches it off."""
     frame_size: Literal["model", "any"] = "model"

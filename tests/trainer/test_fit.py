@@ -13,13 +13,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from boards.dataset import BoardStream
 from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
-from edgeflame.images import read_image, write_image
+from edgeflame.images import Preprocessing, read_image, write_image
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
+from fitting.imageset import ImageSet
 from tests.support.commands import edgeflame, error_of
 from tests.support.paths import REPOSITORY
 from trainer.fit import fit
@@ -305,3 +307,38 @@ def test_figures_of_images_of_another_shape_are_told_of(fitted_package: Path, fo
     for file in (folder / "test" / "good").iterdir():
         write_image(file, cv2.resize(read_image(file), None, fx=2, fy=1))
     assert "images_of_another_size count=6" in edgeflame(*arguments).stderr
+
+
+def test_fit_says_which_images_a_line_would_not_judge(folder: Path, settings_file: Path, tmp_path: Path) -> None:
+    good = folder / "train" / "good"
+    shape = read_image(good / "00.png").shape
+    write_image(good / "03.png", np.zeros(shape, np.uint8))
+    write_image(good / "04.png", np.full(shape, 255, np.uint8))
+    out = tmp_path / "m.edgeflame"
+    result = edgeflame("fit", "--data", folder, "--out", out, "--config", settings_file)
+    assert result.exit_code == 0, result.output
+    named = "train/good/03.png (too_dark, blank), train/good/04.png (too_bright, blank)"
+    assert f"2 that a line would not judge, take them out: {named}" in result.stdout
+    assert "images_a_line_would_not_judge count=2 of=24" in result.stderr
+    unfit = read_package(out).manifest.provenance["unfit"]
+    assert unfit == {"train/good/03.png": ["too_dark", "blank"], "train/good/04.png": ["too_bright", "blank"]}
+    # And the line does not judge them.
+    lines = edgeflame("inspect", "--model", out, "--source", good, "--json").stdout.splitlines()
+    unknown = {
+        part["part_id"]: part["reasons"] for part in map(msgspec.json.decode, lines) if part["verdict"] == "unknown"
+    }
+    assert unknown == {"03.png": ["too_dark", "blank"], "04.png": ["too_bright", "blank"]}
+
+
+def test_photographs_without_the_colours_of_the_others_are_named(tmp_path: Path) -> None:
+    boards = list(BoardStream(texture="warm_wood", seed=0, defect_rate=0.0, num_parts=8, image_size=128))
+    # Of the eight, 0, 2, 5 and 7 are what the others are compared with.
+    for index, board in enumerate(boards):
+        image = board.image_bgr
+        if index == 3:
+            image = np.repeat(image[..., :1], 3, axis=2)
+        if index == 4:
+            image = image[..., ::-1].copy()
+        write_image(tmp_path / f"{index}.png", image)
+    report = ImageSet(open_dataset(tmp_path).train, Preprocessing(height=64, width=64)).report
+    assert report.unfit == {"3.png": ("colour_lost",), "4.png": ("colour_swapped",)}
