@@ -126,7 +126,7 @@ def _file_source(address: str, max_pixels: int) -> Source:
     if path.is_file() and suffix in IMAGE_SUFFIXES:
         return image_source(path, max_pixels=max_pixels)
     if path.is_file() and suffix in VIDEO_SUFFIXES:
-        return VideoFileSource(name=str(path))
+        return VideoFileSource(path=path)
     if path.exists():
         raise DataError(f"{path}: neither an image nor a video by its name ({suffix or 'no suffix'})")
     if "://" in address:

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edge.frame import Frame, make_frame
 from edge.sources.child import TakenImage, live_frames, taken_image
 from edge.sources.damage import LOST, UNDECODED, StreamDamage
 from edgeflame.errors import DataError, require_extra
-from edgeflame.images import ImageU8
+from edgeflame.images import ImageU8, printable_name
 from edgeflame.masking import without_secrets
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})
@@ -55,15 +57,19 @@ class VideoFileSource:
     Lost pictures are counted, and leave a gap in the part ids.
     """
 
-    name: str
+    path: Path
     is_live: bool = False
     is_endless: bool = False
     num_frames: int | None = None
 
+    @property
+    def name(self) -> str:
+        return printable_name(str(self.path))
+
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         av = _import_av()
         number = 0
-        for picture in _decode(av, self.name, self.name, stop, timeout=None, options={}):
+        for picture in _decode(av, str(self.path), self.name, stop, timeout=None, options={}):
             number += picture.num_lost
             yield make_frame(
                 part_id=f"frame-{number:06d}",
@@ -241,7 +247,18 @@ def _complaint(lines: Sequence[tuple[int, str, str]]) -> str | None:
 
 
 def _to_bgr(frame: Any) -> ImageU8:
-    return np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
+    """The picture as it is to be shown: cameras and phones write down how they were held, and turn nothing."""
+    image = np.asarray(frame.to_ndarray(format="bgr24"), dtype=np.uint8)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return image if matrix is None else _upright(image, np.frombuffer(bytes(matrix), np.int32))
+
+
+def _upright(image: ImageU8, matrix: npt.NDArray[np.int32]) -> ImageU8:
+    """Turn and mirror ``[height, width, 3]`` by quarters, by ISO/IEC 14496-12: x' = a x + c y, y' = b x + d y."""
+    a, b, _, c, d = matrix[:5].tolist()
+    if abs(b) > abs(a):
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _reason(error: BaseException) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +126,41 @@ def test_a_server_that_accepts_and_says_nothing_is_an_error_within_its_time() ->
         frames = live_frames(url, RtspSource(url=url).read, threading.Event(), stall_timeout_s=2.0)
         with pytest.raises(DataError, match="no image for 2 s; the process that reads it was killed"):
             next(frames)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((1, 0, 0, 1), lambda image: image),
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
+        ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda image: image.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda image: np.rot90(image, 2).transpose(1, 0, 2)),
+    ],
+)
+def test_a_video_is_turned_as_its_file_says(
+    video: Path, matrix: tuple[int, int, int, int], shown: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    (plain, *_) = open_image_source(str(video)).frames(threading.Event())
+    data = bytearray(video.read_bytes())
+    # The matrix of the track's header, in 16.16 fixed point.
+    start = data.index(b"tkhd") + 44
+    a, b, c, d = (number << 16 for number in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    video.write_bytes(data)
+    (turned, *_) = open_image_source(str(video)).frames(threading.Event())
+    assert plain.image_bgr is not None
+    np.testing.assert_array_equal(turned.image_bgr, shown(plain.image_bgr))
+
+
+def test_a_video_whose_name_is_not_utf8_is_read(video: Path) -> None:
+    odd = video.rename(video.with_name(os.fsdecode(b"clip\xff.mp4")))
+    source = open_image_source(str(odd))
+    assert source.name.endswith("clip\\xff.mp4")
+    frames = list(source.frames(threading.Event()))
+    assert len(frames) == 8
+    assert all(frame.image_bgr is not None for frame in frames)
+    assert {frame.source for frame in frames} == {source.name}
