@@ -130,6 +130,11 @@ class Matcher(Generic[F]):
         return self._gives_up_at(self._pending[0]) if self._pending else None
 
     @property
+    def away(self) -> str | None:
+        """Why the camera is away; None if it is not, or nothing is known of it yet."""
+        return self._away
+
+    @property
     def num_waiting(self) -> int:
         """Number of triggers that wait for an image, and of matches not yet taken."""
         return len(self._pending) + len(self._ready)

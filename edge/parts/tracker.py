@@ -187,6 +187,8 @@ class PartTracker:
         """Why parts cannot be announced or inspected at present; None if they can."""
         if self._announced is not None and (unannounced := self._announced.problem()) is not None:
             return unannounced
+        if self._announced is not None and (away := self._announced.camera_problem()) is not None:
+            return away
         if self._model is None or self._parts.deadline_ms is None:
             return None
         busy_s = self._model.busy_s()

@@ -85,6 +85,11 @@ class TriggeredSource:
         reason = self._trigger.problem()
         return None if reason is None else f"no trigger can come: {reason}"
 
+    def camera_problem(self) -> str | None:
+        """Why the camera gives no images at present; None if it does, or was not asked yet."""
+        with self._changed:
+            return self._matcher.away
+
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """One frame for each trigger, in order, until ``stop`` is set.
 
@@ -258,6 +263,10 @@ class TriggeredCamera:
     def problem(self) -> str | None:
         """Why no part can be announced at present; None if it can."""
         return None if self._source is None else self._source.problem()
+
+    def camera_problem(self) -> str | None:
+        """Why the camera gives no images at present; None if it does."""
+        return None if self._source is None else self._source.camera_problem()
 
 
 def trigger_source(camera: str, trigger: TriggerConfig, parts: PartsConfig, mqtt: MqttConfig | None) -> TriggerSource:

@@ -310,11 +310,13 @@ def test_a_trigger_while_the_camera_is_away_gets_a_frame_that_says_so_until_it_i
 def test_parts_that_are_announced_before_a_camera_can_be_opened_are_not_forgotten() -> None:
     with rigged(MatchWindow(delay_s=0.0, window_s=0.05)) as rig:
         rig.camera.given.put(DataError("no such camera"))
-        wait_for(rig.camera.given.empty, "the camera was tried")
+        wait_for(rig.source.camera_problem, "it is told before a part is announced")
         rig.button.press("A-1")
         frame = rig.next()
         assert (frame.part_id, frame.fault) == ("A-1", Reason.NO_IMAGE)
         assert "the camera is away: parts may pass unseen: no such camera" in (frame.error or "")
+        rig.camera.show()
+        wait_for(lambda: rig.source.camera_problem() is None, "the camera is back")
 
 
 def test_a_trigger_that_cannot_come_is_a_problem() -> None:
