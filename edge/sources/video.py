@@ -6,6 +6,7 @@ packets and pictures that it is about (:mod:`edge.sources.damage`).
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -242,7 +243,7 @@ def _complaint(lines: Sequence[tuple[int, str, str]]) -> str | None:
     """The first of the log lines that tells of a picture that is lost or damaged; None: there is none."""
     for level, _, text in lines:
         if text.startswith(_TELLING) or (level <= _ERROR and not text.startswith(_HARMLESS)):
-            return "".join(filter(str.isprintable, " ".join(text.split())))[:_MAX_COMPLAINT]
+            return without_secrets("".join(filter(str.isprintable, " ".join(text.split()))))[:_MAX_COMPLAINT]
     return None
 
 
@@ -269,5 +270,10 @@ def _reason(error: BaseException) -> str:
 def _import_av() -> ModuleType:
     with require_extra("video", "reading video needs PyAV"):
         import av
+    libav = logging.getLogger("libav")
+    if libav.propagate:
+        # Its lines are read where they tell something; elsewhere they are not shown: addresses may be among them.
+        libav.propagate = False
+        libav.addHandler(logging.NullHandler())
     module: ModuleType = av
     return module
