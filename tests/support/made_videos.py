@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from edge.frame import Frame
+from edge.sources.child import OVERWRITTEN
+from edge.sources.damage import LOST
 from edgeflame.images import ImageU8
 
 KEY_EVERY = 20
@@ -75,7 +77,10 @@ def zero_packets(path: Path, numbers: Collection[int]) -> Path:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a source made of a video: a letter a picture, ``.`` to be judged, ``u`` unknown, ``-`` lost."""
+    """What a source made of a video.
+
+    A letter a picture: ``.`` to be judged, ``u`` unknown, ``-`` lost, ``o`` overwritten because the test was slow.
+    """
 
     letters: str
     errors: frozenset[str]
@@ -90,7 +95,7 @@ def judged(frames: Collection[Frame], whole: Path, *, first: int = 0) -> Judged:
         right = [picture.to_ndarray(format="bgr24").astype(float) for picture in container.decode(video=0)]
     letters, wrong = "", []
     for frame in frames:
-        letters += "-" * sum(frame.missed.values())
+        letters += "-" * frame.missed.get(LOST, 0) + "o" * frame.missed.get(OVERWRITTEN, 0)
         place = first + len(letters)
         if frame.image_bgr is not None and not (
             place < len(right) and np.abs(frame.image_bgr - right[place]).mean() < 8
