@@ -253,10 +253,11 @@ def write_json(path: Path, value: object, *, indent: int | None = None, mode: in
     atomic_write(path, data if indent is None else msgspec.json.format(data, indent=indent) + b"\n", mode=mode)
 
 
-def write_record(path: Path, value: msgspec.Struct) -> None:
-    """Write a record of ours as JSON, durably, with a checksum that :func:`read_json` asks for: the key ``crc32``.
+def write_record(path: Path, value: object) -> None:
+    """Write a record of ours, an object with keys, as JSON, durably, with a checksum: the key ``crc32``.
 
-    Versions without it pass over a key that they do not know, so this is not for structs that refuse unknown ones.
+    :func:`read_json` compares it. Versions without it pass over a key that they do not know, so this is not for structs
+    that refuse unknown ones.
 
     Raises:
         StorageError: it cannot be written; an old file at ``path`` is intact.

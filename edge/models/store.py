@@ -20,7 +20,7 @@ from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, Pac
 from edgeflame.mqtt.messages import Release
 from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import public_key_id, read_signature, verify_release, verify_signature
-from edgeflame.state import atomic_write, fsync_folder, read_json, storage_errors, write_json
+from edgeflame.state import atomic_write, fsync_folder, read_json, storage_errors, write_record
 from edgeflame.transfer.store import BlobStore
 
 
@@ -232,7 +232,7 @@ class PackageStore:
         """Keep a product's release number, durably."""
         numbers = self._release_numbers()
         if numbers.get(product) != number:
-            write_json(self._root / NUMBERS_FILE, {**numbers, product: number}, indent=1)
+            write_record(self._root / NUMBERS_FILE, {**numbers, product: number})
 
     def _release_numbers(self) -> dict[str, int]:
         path = self._root / NUMBERS_FILE

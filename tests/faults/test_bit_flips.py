@@ -213,6 +213,15 @@ def test_a_record_is_as_it_was_written_or_damaged(tmp_path: Path) -> None:
     assert read_json(path, UpdateRecord, advice="") == record, "as versions without checksums wrote it"
 
 
+def test_a_release_number_that_was_changed_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "release-numbers.json"
+    write_record(path, {"tile": 7, "lid": 12})
+    assert read_json(path, dict[str, int], advice="") == {"tile": 7, "lid": 12}
+    path.write_bytes(path.read_bytes().replace(b"12", b"02"))
+    with pytest.raises(StorageError, match="damaged"):
+        read_json(path, dict[str, int], advice="")
+
+
 def test_a_threshold_that_was_changed_is_not_judged_by(tmp_path: Path) -> None:
     Overrides(tmp_path).set_threshold("camera", "m" * 64, 12.5)
     (path,) = tmp_path.glob("*.json")
