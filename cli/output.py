@@ -108,7 +108,8 @@ THIS_PACKAGE = "this package"
 
 def print_threshold(threshold: Threshold) -> None:
     """Print the threshold, and what it promises."""
-    how = {"f1": "of the highest F1, ", "cost": "of the least expected cost, "}.get(threshold.chosen_by, "")
+    ways = {"f1": "of the highest F1, ", "cost": "of the least expected cost that good parts allow, "}
+    how = ways.get(threshold.chosen_by, "")
     echo(f"threshold {threshold.value:.4g}: {how}{threshold.promise()}")
     for note in threshold.caveats():
         echo(f"({note})")

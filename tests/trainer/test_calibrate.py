@@ -186,7 +186,7 @@ def test_labelled_defects_move_the_threshold_and_nothing_else(
     fit = ("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
     result = edgeflame(*fit, "--defects", parts_folder, "--cost-of-miss", 2, "--false-reject-rate", 0.5)
     assert result.exit_code == 0, result.output
-    assert "of the least expected cost" in result.output
+    assert "of the least expected cost that good parts allow" in result.output
     assert "of 6 labelled defective parts (6 images) it misses" in result.output
     assert "defective caught" in result.output
     weighed, plain = read_package(out), read_package(fitted_package)

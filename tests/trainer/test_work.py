@@ -80,6 +80,7 @@ def test_two_rounds_and_a_package(work: TorchSiteTrainer, tmp_path: Path) -> Non
     assert (package.manifest.site, package.manifest.product) == ("west", "plate")
     assert package.manifest.provenance["ledger"] == {"rounds": [{"sites": ["west"]}]}
     assert package.manifest.weights.source == "random"
+    assert len(package.fitted) == 24
     assert decode_statistics((out_dir / STATISTICS_FILE).read_bytes()).count == 24
     assert outcome.summary["threshold"] == package.manifest.threshold.value
 
