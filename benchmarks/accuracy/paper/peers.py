@@ -15,10 +15,10 @@ from aggregator.simulation.run import METRICS_FILE
 from edgeflame.dataset import open_dataset
 from edgeflame.images import ImageU8
 from edgeflame.log import no_progress
-from edgeflame.methods import Backbone
+from edgeflame.methods import Backbone, Learning
 from edgeflame.state import write_json
 from edgeflame.tensors import F32
-from fitting.evaluation import evaluate
+from fitting.evaluation import ScoreFunction, evaluate
 from fitting.imageset import ImageSet
 from trainer.backbone import build_network
 from trainer.device import pick_device, rgb_tensor
@@ -38,11 +38,19 @@ def measure_peer(name: str, config: SimulationConfig, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     layout = prepare_site_data(config, out, no_progress)
     learning = config.fleet.learning
+    records = [record for site in layout.sites for record in open_dataset(out / site.data).train]
+    score = fit_peer(name, ImageSet(records, learning.input), learning)
+    test = open_dataset(out / layout.common)
+    answer = measure_answer(name, evaluate(score, test, learning.input, threshold=0.0, num_resamples=0))
+    one = {"figures": answer.figures, "classes": answer.classes}
+    write_json(out / METRICS_FILE, {"rounds": [], "sites": {"all": one}})
+
+
+def fit_peer(name: str, images: ImageSet, learning: Learning) -> ScoreFunction:
+    """Fit a peer to good images; what scores others."""
     seed = learning.seed
     torch.manual_seed(seed)
     device = pick_device("auto")
-    records = [record for site in layout.sites for record in open_dataset(out / site.data).train]
-    images = ImageSet(records, learning.input)
     batches = [
         rgb_tensor(images.batch(range(start, min(start + BATCH, len(images)))), device)
         for start in range(0, len(images), BATCH)
@@ -71,10 +79,7 @@ def measure_peer(name: str, config: SimulationConfig, out: Path) -> None:
         maps = result.anomaly_map.reshape(len(batch), *result.anomaly_map.shape[-2:])
         return np.asarray(result.pred_score.reshape(-1).cpu()), np.asarray(maps.float().cpu())
 
-    test = open_dataset(out / layout.common)
-    answer = measure_answer(name, evaluate(score, test, learning.input, threshold=0.0, num_resamples=0))
-    one = {"figures": answer.figures, "classes": answer.classes}
-    write_json(out / METRICS_FILE, {"rounds": [], "sites": {"all": one}})
+    return score
 
 
 def _with_our_weights(
