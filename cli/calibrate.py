@@ -110,7 +110,7 @@ def command(
     report = LoadReport(made_of=package.manifest.frames)
     with progress_bar("Scoring images") as progress:
         kept, scores, maps = score_records(
-            runtime.score,
+            lambda images: runtime.score(images)[:2],
             records,
             manifest.learning.input,
             on_unreadable=on_unreadable,

@@ -77,7 +77,7 @@ def command(
 
     with progress_bar("Evaluating") as progress:
         scored = score_test_images(
-            runtime.score,
+            lambda images: runtime.score(images).scores_and_shown(),
             dataset,
             manifest.learning.input,
             on_unreadable=on_unreadable,

@@ -160,7 +160,8 @@ def _require_parity(package: Package, model_onnx: bytes, images: ImageU8) -> Non
     from edgeflame.package import evenly_spaced, make_references
 
     some = images[list(evenly_spaced(len(images), _MAX_COMPARED))]
-    expected = make_references(some, open_runtime(package.model_onnx, device="cpu").score(some).maps)
+    by_itself = open_runtime(package.model_onnx, device="cpu").score(some)
+    expected = make_references(some, by_itself.maps, by_itself.unsmoothed)
     whole = dataclasses.replace(package, references=(*package.references, *expected))
     report = require_parity(open_runtime(model_onnx, device="cpu"), whole)
     assert report.worst is not None

@@ -230,7 +230,7 @@ class DaemonControl:
             return CameraSnapshot(result=result, file=None)
         picture = inspected.image
         if inspected.anomaly_map is not None:
-            picture = draw_overlay(picture, inspected.anomaly_map, result.threshold)
+            picture = draw_overlay(picture, inspected.anomaly_map, result.threshold, shown=inspected.shown_map)
         file = self._snapshots / f"{result.captured:%Y%m%dT%H%M%S%f}Z-{worker.name}-{result.part_file_name}.png"
         with storage_errors(self._snapshots, "keep snapshots"):
             self._snapshots.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ from edgeflame.images import LITTLE_USED, ImageU8, ImageU16, share_of_range
 from edgeflame.log import EventLog
 from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import verify_signature
+from edgeflame.statistics.maps import shown_maps
 from edgeflame.tensorrt import TENSORRT_KINDS
 
 
@@ -228,7 +229,7 @@ class Inspector:
     def _observe(self, frame: Frame, runtime: Runtime) -> Observation:
         faults: list[Reason] = []
         details: list[str] = []
-        image = evidence = view = anomaly_map = score = None
+        image = evidence = view = area = anomaly_map = shown_map = score = None
         samples = frame.samples
         if samples is None:
             faults.append(frame.fault or Reason.UNREADABLE)
@@ -240,13 +241,14 @@ class Inspector:
                 image = self._view.preprocessing.apply(samples)
                 evidence = self._view.preprocessing.picture(samples)
                 self._note_range(samples)
+                area = self._view.area(height=samples.shape[0], width=samples.shape[1])
             except DataError as exc:
                 faults.append(Reason.UNFIT_IMAGE)
                 details.append(str(exc))
         if image is not None and view is not None:
             faults.extend(self._health.faults(image))
             try:
-                scores, maps = runtime.score(image[None])
+                scores, maps, unsmoothed = runtime.score(image[None])
             except (DataError, PackageError, RuntimeUnavailableError) as exc:
                 faults.append(Reason.RUNTIME_FAILED)
                 details.append(str(exc))
@@ -257,6 +259,8 @@ class Inspector:
                     score = math.nan
                 else:
                     score = float(scores[0]) if view.judged is None else float(anomaly_map.max())
+                if unsmoothed is not None:
+                    shown_map = shown_maps(unsmoothed, np.array([score], np.float32), view.judged)[0]
         return Observation(
             image=image,
             evidence=evidence,
@@ -265,6 +269,8 @@ class Inspector:
             details=details,
             score=score,
             anomaly_map=anomaly_map,
+            shown_map=shown_map,
+            area=area,
         )
 
     def _note_range(self, samples: ImageU8 | ImageU16) -> None:

@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from edge.regions import region_mask, relative_map
 from edgeflame.images import ImageU8
 
 MIN_SIDE = 384
 """Images with a side shorter than this (pixels) are enlarged, so that the score can be read."""
 
-HEAT_FROM, HEAT_FULL = 0.7, 1.5
-"""Anomaly over threshold at which the heat begins to show and at which it is full."""
+HEAT_FROM, HEAT_FULL = 0.7, 1.4
+"""Anomaly over the level of a region at which the heat begins to show and at which it is full."""
 
 MOST_HEAT = 0.62
 """Opacity of full heat; the defect must stay visible beneath it."""
@@ -33,20 +34,22 @@ def draw_overlay(
     threshold: float,
     mask: ImageU8 | None = None,
     *,
+    shown: npt.NDArray[np.floating] | None = None,
     ignored: ImageU8 | None = None,
     label: bool = True,
 ) -> ImageU8:
     """Draw an anomaly map over its image.
 
-    Below ``HEAT_FROM`` of the threshold the image stays as it is; heat rises to full at ``HEAT_FULL``. The white
-    line is the threshold, the blue one the mask. A map with NaN or infinite values is not drawn, and the label
-    says "unknown".
+    The white line goes around the regions (:mod:`edge.regions`), the blue one around the mask. Heat begins to show at
+    ``HEAT_FROM`` of the level at which a region begins, and is full at ``HEAT_FULL``. A map with NaN or infinite values
+    is not drawn, and the label says "unknown".
 
     Args:
         image_bgr: ``[height, width, 3]`` uint8, the area the model saw.
-        anomaly_map: ``[h, w]`` raw distance over the same area.
+        anomaly_map: ``[h, w]`` raw distance over the same area, its maximum the score.
         threshold: raw distance.
         mask: ``[height, width]`` uint8, above 0 on the true defect, or None.
+        shown: ``[h, w]``, the sharper map to draw in its place, :func:`edgeflame.statistics.maps.shown_maps`, or None.
         ignored: ``[rows, columns]`` uint8 over the same area, above 0 where it is ignored and drawn dimmed.
         label: whether the score is written on the picture.
 
@@ -60,11 +63,12 @@ def draw_overlay(
     ratio = float(anomaly_map.max() / threshold) if finite else math.nan
     line_width = max(1, round(max(size) / 320))
     if finite:
+        relative = relative_map(anomaly_map if shown is None else shown, threshold, anomaly_map)
         # Beside a cell that is left out, a cubic's ringing would draw heat that is not there.
         smooth = cv2.INTER_CUBIC if ignored is None else cv2.INTER_LINEAR
-        relative = cv2.resize((anomaly_map / threshold).astype(np.float32), size, interpolation=smooth)
-        canvas = _blend_heat(canvas, np.asarray(relative, dtype=np.float32))
-        _outline(canvas, np.asarray(relative) > 1.0, _OUTLINE, line_width)
+        heat = cv2.resize(relative, size, interpolation=smooth)
+        canvas = _blend_heat(canvas, np.asarray(heat, dtype=np.float32))
+        _outline(canvas, region_mask(relative, size[::-1]) > 0, _OUTLINE, line_width)
     if ignored is not None:
         _dim(canvas, cv2.resize(ignored, size, interpolation=cv2.INTER_NEAREST) > 0)
     if mask is not None:

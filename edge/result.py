@@ -88,6 +88,17 @@ class FileOrigin:
     """What to do with the file once the result is on the disk."""
 
 
+class AnomalyRegion(msgspec.Struct, frozen=True, kw_only=True):
+    """One connected region of a part that looks like no good part."""
+
+    outline: tuple[tuple[int, int], ...]
+    """Corners of the polygon around it, x and y in pixels of the camera's frame, without holes."""
+    area_px: int
+    """Its area in pixels of the camera's frame, holes left out."""
+    peak: float
+    """Raw distance at its highest cell; the highest of all regions is the part's score."""
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One line of ``edgeflame inspect --json``."""
 
@@ -127,6 +138,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     golden: bool = False
     """A golden part of a self-test; it does not count as production."""
 
+    regions: tuple[AnomalyRegion, ...] = ()
+    """Where it is above the threshold, the highest first, 20 at most; empty if it is not, or has no score."""
+
     @property
     def is_right(self) -> bool | None:
         """Whether the verdict agrees with the label; None without a label or with the verdict ``unknown``."""
@@ -154,7 +168,9 @@ class Inspected:
     """``[height, width, 3]`` uint8 BGR: the area the model saw, at the camera's resolution; the whole frame if that
     area does not fit into it, None if there is no frame."""
     anomaly_map: npt.NDArray[np.float32] | None
-    """``[h, w]`` raw distance over the same area, 0 where it is ignored; or None."""
+    """``[h, w]`` smoothed raw distance there, its maximum the score, 0 where it is ignored; or None."""
+    shown_map: npt.NDArray[np.float32] | None = None
+    """The sharper map for pictures, :func:`edgeflame.statistics.maps.shown_maps`; None where the graph gives none."""
     ignored: ImageU8 | None = None
     """``[height, width]`` uint8 over the same area, 255 where it is ignored; None if nothing is."""
     due_monotonic_s: float | None = None

@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from edge.frame import Captured
 from edge.parts.sequence import SequenceFinding, SequenceKind
-from edge.result import Inspected, Reason, Result, Verdict
-from edgeflame.images import ImageU8
+from edge.regions import find_regions
+from edge.result import AnomalyRegion, Inspected, Reason, Result, Verdict
+from edgeflame.images import ImageU8, Region
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +47,11 @@ class Observation:
     ignored: ImageU8 | None = None
     """``[height, width]`` uint8, above 0 where that area is ignored; None if nothing is."""
     anomaly_map: npt.NDArray[np.float32] | None = None
-    """``[h, w]`` raw distance over the same area."""
+    """``[h, w]`` smoothed raw distance over the same area; its maximum is the score."""
+    shown_map: npt.NDArray[np.float32] | None = None
+    """``[h, w]``, the map to show, with the same maximum; None where the graph gives none before smoothing."""
+    area: Region | None = None
+    """The same area in pixels of the frame."""
 
 
 def unscored(captured: Captured, reason: Reason, detail: str) -> Observation:
@@ -98,6 +103,7 @@ def make_result(
             latency_ms=round(1000 * (now_s - frame.captured_monotonic_s), 3),
             label=frame.label,
             model=model,
+            regions=_regions(observation, threshold),
         ),
         now_s=now_s,
         due_s=due_s,
@@ -144,10 +150,18 @@ def with_evidence(
         result=result,
         image=observation.evidence,
         anomaly_map=observation.anomaly_map,
+        shown_map=observation.shown_map,
         ignored=observation.ignored,
         due_monotonic_s=due_s,
         origin=captured.frame.origin,
     )
+
+
+def _regions(observation: Observation, threshold: float) -> tuple[AnomalyRegion, ...]:
+    smoothed, shown = observation.anomaly_map, observation.shown_map
+    if smoothed is None or observation.area is None:
+        return ()
+    return find_regions(smoothed if shown is None else shown, threshold, observation.area, smoothed)
 
 
 def _decide(

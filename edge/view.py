@@ -76,6 +76,10 @@ class View:
             except DataError as exc:
                 raise ConfigError(str(exc)) from exc
 
+    def area(self, *, height: int, width: int) -> Region:
+        """What the map covers of a frame of this size, in its pixels."""
+        return self.preprocessing.roi or Region(x=0, y=0, width=width, height=height)
+
     def fit(self, *, height: int, width: int) -> FittedView:
         """The view on frames of one size; kept for the next frame.
 

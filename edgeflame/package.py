@@ -177,6 +177,10 @@ class ReferenceScore(msgspec.Struct, frozen=True, kw_only=True):
     map_max: float
     map_mean: float
     """The anomaly map's mean; it exposes a map that is right in its maximum only."""
+    unsmoothed_mean: float | None = None
+    """Of the map before smoothing; None in packages of older versions."""
+    unsmoothed_rms: float | None = None
+    """The root of its mean square: its maximum is one cell's, and so rough in int8 that it tells nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,17 +203,34 @@ class ReferenceImage:
         return decode_image(self.png, "a reference image")
 
 
-def make_references(images: ImageU8, maps: npt.NDArray[np.floating]) -> tuple[ReferenceImage, ...]:
-    """References of images ``[R, height, width, 3]`` uint8 BGR and their anomaly maps ``[R, h, w]``."""
+def make_references(
+    images: ImageU8, maps: npt.NDArray[np.floating], unsmoothed: npt.NDArray[np.floating] | None = None
+) -> tuple[ReferenceImage, ...]:
+    """References of images ``[R, height, width, 3]`` uint8 BGR and their anomaly maps ``[R, h, w]``.
+
+    Args:
+        images: the images.
+        maps: their smoothed maps.
+        unsmoothed: the same before smoothing; None where they are not known.
+    """
+    sharp: Sequence[npt.NDArray[np.floating] | None] = [None] * len(maps) if unsmoothed is None else list(unsmoothed)
     return tuple(
         ReferenceImage(
             png=_encode_png(image),
             expected=ReferenceScore(
-                score=float(one.max()), map_max=float(one.max()), map_mean=float(one.mean(dtype=np.float64))
+                score=float(one.max()),
+                map_max=float(one.max()),
+                map_mean=float(one.mean(dtype=np.float64)),
+                unsmoothed_mean=None if before is None else float(before.mean(dtype=np.float64)),
+                unsmoothed_rms=None if before is None else root_mean_square(before),
             ),
         )
-        for image, one in zip(images, maps, strict=True)
+        for image, one, before in zip(images, maps, sharp, strict=True)
     )
+
+
+def root_mean_square(values: npt.NDArray[np.floating]) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:

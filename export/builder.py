@@ -1,4 +1,4 @@
-"""Nodes and constants of the hand-written part of the scoring graph, and the names that set it apart.
+"""Nodes and constants of the hand-written part of the scoring graph.
 
 Constants that follow from other constants can be computed ahead (:func:`fold_constants`). ONNX Runtime does so by
 itself when it loads a model. TensorRT folds only some of them: of the distances it would keep the products of
@@ -16,11 +16,7 @@ import onnx.helper
 import onnx.numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-OWN_PREFIX = "edgeflame."
-"""The names of all nodes and constants outside the backbone begin with this."""
-
-INPUT, SCORE, MAP = "image", "score", "anomaly_map"
-"""Names of the graph's input and outputs: the contract with the runtimes."""
+from edgeflame.scoring_graph import MAP, OWN_PREFIX, SCORE
 
 RGB = "rgb"
 """Where the backbone begins: ``[N, 3, H, W]`` float32, 0..255."""

@@ -7,6 +7,7 @@ stage on its own h_s x w_s.
       -> float32, planes, RGB                 -> backbone -> its stages' maps
       -> embeddings [P, N, C]                 stages put on the grid
       -> distance of every position [P, N]    `export.distances`
+      -> edgeflame.unsmoothed_map [N, h, w]   what runtimes ask for as well: `edgeflame.scoring_graph`
       -> Gaussian smoothing                   two products with constant matrices, no padding
       -> anomaly_map [N, h, w], score [N] = its maximum
 
@@ -33,10 +34,11 @@ import onnx.helper
 from edgeflame.errors import DataError
 from edgeflame.images import Preprocessing
 from edgeflame.operators import check_operators
+from edgeflame.scoring_graph import INPUT, MAP, OWN_PREFIX, SCORE, UNSMOOTHED
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smoothing_matrix
 from edgeflame.tensors import F32
-from export.builder import INPUT, MAP, RGB, SCORE, GraphBuilder
+from export.builder import RGB, GraphBuilder
 from export.distances import add_distances
 
 BATCH_AXIS = "N"
@@ -187,7 +189,9 @@ def _add_map(g: GraphBuilder, distances: str, *, grid: tuple[int, int], sigma: f
     """Distances ``[P, N]`` to the smoothed map ``[N, h, w]`` and its maximum, the graph's outputs."""
     height, width = grid
     images_first = g.node("Transpose", distances, result="distance", perm=[1, 0])
-    unsmoothed = g.node("Reshape", images_first, g.integers("map_shape", 0, height, width), result="unsmoothed_map")
+    unsmoothed = g.node(
+        "Reshape", images_first, g.integers("map_shape", 0, height, width), result=UNSMOOTHED.removeprefix(OWN_PREFIX)
+    )
     # Also without smoothing (then with identities): 0 * NaN is NaN, so the two products carry a fault at one
     # position to every cell, and the maximum cannot overlook it, whatever it does with single NaNs.
     rows = g.constant("smoothing_rows", smoothing_matrix(height, sigma))

@@ -22,7 +22,7 @@ import onnx.helper
 
 from edgeflame.errors import UsageError, require_extra
 from edgeflame.images import ImageU8
-from export.builder import INPUT, OWN_PREFIX
+from edgeflame.scoring_graph import INPUT, OWN_PREFIX
 
 Target = Literal["cpu", "tensorrt"]
 

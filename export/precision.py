@@ -19,15 +19,11 @@ import onnx.utils
 
 from edgeflame.errors import NumericalError
 from edgeflame.images import ImageU8
-from export.builder import OWN_PREFIX
+from edgeflame.scoring_graph import OWN_PREFIX, PRECISION_KEY
 from export.int8 import Target, quantised
 
 Precision = Literal["fp32", "fp16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-PRECISION_KEY = "edgeflame.precision"
-"""Key in the model's ``metadata_props``; a graph without it is ``fp32``."""
-
 
 _FLOAT, _HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 _LARGEST_HALF = float(np.finfo(np.float16).max)

@@ -16,11 +16,10 @@ from typing import Any
 import msgspec
 
 from edgeflame.errors import PackageError, RuntimeUnavailableError, StorageError
+from edgeflame.scoring_graph import INPUT, with_unsmoothed_map
 from edgeflame.state import atomic_write, write_json
 from edgeflame.tensorrt import ENGINE_REPORT_FILE, BuildReport, EngineRecord, TensorRT, read_build_report
 from export.precision import Precision
-
-INPUT = "image"
 
 
 def build_engines(
@@ -53,6 +52,7 @@ def build_engines(
         RuntimeUnavailableError: TensorRT cannot take the graph; the message names the ONNX node.
         StorageError: a file cannot be written; older ones are intact.
     """
+    model_onnx = with_unsmoothed_map(model_onnx)
     model_sha256 = hashlib.sha256(model_onnx).hexdigest()
     try:
         out.mkdir(parents=True, exist_ok=True)

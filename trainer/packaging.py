@@ -42,8 +42,8 @@ def score_references(
     if not len(images):
         return ()
     embeddings = np.concatenate([embed(network, rgb_tensor(one[None], torch.device("cpu"))) for one in images])
-    distances = statistics.distances(embeddings.astype(np.float64))
-    return make_references(images, smooth_maps(distances.reshape(-1, *statistics.grid), smoothing_sigma))
+    unsmoothed = statistics.distances(embeddings.astype(np.float64)).reshape(-1, *statistics.grid)
+    return make_references(images, smooth_maps(unsmoothed, smoothing_sigma), unsmoothed)
 
 
 class Exporter(Protocol):

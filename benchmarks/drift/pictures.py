@@ -121,7 +121,7 @@ class Line:
     def values(self, image: ImageU8) -> dict[str, float]:
         """All streams of one picture."""
         seen = self._preprocessing.apply(image)
-        scores, maps = self._runtime.score(seen[None])
+        scores, maps, _ = self._runtime.score(seen[None])
         return {**part_streams(float(scores[0]), maps[0]), **image_streams(seen, self._template)}
 
     def monitor(self) -> DriftMonitor:

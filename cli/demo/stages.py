@@ -192,7 +192,7 @@ def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
     samples = []
     for index, record in enumerate(chosen):
         photo = read_image(record.path)
-        scores, maps = runtime.score(preprocessing.apply(photo)[None])
+        scores, maps = runtime.score(preprocessing.apply(photo)[None]).scores_and_shown()
         mask = read_mask(record.mask) if record.mask else None
         samples.append(
             Sample(

@@ -304,7 +304,9 @@ class OutboxWriter:
 
 
 def _size_bytes(inspected: Inspected) -> int:
-    return sum(array.nbytes for array in (inspected.image, inspected.anomaly_map) if array is not None)
+    return sum(
+        array.nbytes for array in (inspected.image, inspected.anomaly_map, inspected.shown_map) if array is not None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

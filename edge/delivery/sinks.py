@@ -307,7 +307,9 @@ class RejectsSink:
         assert inspected.image is not None
         picture = shrink(inspected.image, MAX_SIDE)
         if inspected.anomaly_map is not None:
-            picture = draw_overlay(picture, inspected.anomaly_map, result.threshold, ignored=inspected.ignored)
+            picture = draw_overlay(
+                picture, inspected.anomaly_map, result.threshold, shown=inspected.shown_map, ignored=inspected.ignored
+            )
         taken = result.captured.astimezone(dt.timezone.utc)
         name = f"{self._next_number:010d}-{taken:%Y%m%dT%H%M%S%f}Z-{result.part_file_name}-{result.verdict}.png"
         path = self._folder / name

@@ -457,7 +457,10 @@ def _picture(inspected: Inspected) -> ImageU8 | None:
         return None
     picture = shrink(inspected.image, PICTURE_SIDE)
     if inspected.anomaly_map is not None:
-        picture = shrink(draw_overlay(picture, inspected.anomaly_map, inspected.result.threshold), PICTURE_SIDE)
+        picture = shrink(
+            draw_overlay(picture, inspected.anomaly_map, inspected.result.threshold, shown=inspected.shown_map),
+            PICTURE_SIDE,
+        )
     canvas = np.zeros((PICTURE_SIDE, PICTURE_SIDE, 3), dtype=np.uint8)
     canvas[: picture.shape[0], : picture.shape[1]] = picture
     return canvas

@@ -15,9 +15,10 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from edge.runtimes.interface import INPUT, Device, Runtime
+from edge.runtimes.interface import Device, Runtime
 from edge.runtimes.load import RuntimeCandidate
 from edge.runtimes.onnx_runtime import open_session
+from edgeflame.scoring_graph import INPUT
 
 GRAPH, BACKBONE = "graph", "backbone"
 WARM_UP_CALLS = 3

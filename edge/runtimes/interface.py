@@ -10,17 +10,12 @@ import numpy.typing as npt
 from edgeflame.errors import DataError, PackageError
 from edgeflame.images import ImageU8
 from edgeflame.package import Manifest
+from edgeflame.statistics.maps import shown_maps
 
 Device = Literal["auto", "cpu", "cuda", "ort-tensorrt"]
 """Devices of ONNX Runtime: the CPU, or a GPU by its CUDA or its TensorRT provider. ``auto``: CUDA if it works here,
 else the CPU."""
 DEVICES: tuple[Device, ...] = get_args(Device)
-
-INPUT, SCORE, MAP = "image", "score", "anomaly_map"
-"""Names of the scoring graph's input and outputs."""
-
-PRECISION_KEY = "edgeflame.precision"
-"""Key of the precision in the graph's metadata."""
 
 
 class Scores(NamedTuple):
@@ -29,7 +24,13 @@ class Scores(NamedTuple):
     scores: npt.NDArray[np.float32]
     """``[N]`` raw distance, the maximum of the map; NaN if something inside the graph went wrong."""
     maps: npt.NDArray[np.float32]
-    """``[N, h, w]`` raw distance at every cell of the patch grid."""
+    """``[N, h, w]`` raw distance at every cell of the patch grid, smoothed."""
+    unsmoothed: npt.NDArray[np.float32] | None = None
+    """The same before smoothing; None where the graph does not give it."""
+
+    def scores_and_shown(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The scores, and the maps to show and to measure by pixel: :func:`edgeflame.statistics.maps.shown_maps`."""
+        return self.scores, self.maps if self.unsmoothed is None else shown_maps(self.unsmoothed, self.scores)
 
 
 class Runtime(Protocol):

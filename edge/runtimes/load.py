@@ -20,7 +20,7 @@ from edge.runtimes.onnx_runtime import available_devices
 from edge.runtimes.tensorrt import open_engine_runtime
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.package import Package
+from edgeflame.package import Package, root_mean_square
 from edgeflame.tensorrt import TENSORRT_KINDS
 
 
@@ -58,7 +58,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: float
     num_images: int
     worst: float | None
-    """Largest relative difference of a score, or of a map's maximum or mean; None if one is not finite."""
+    """Largest relative difference of a score, of a map's maximum or mean, or of the mean or mean square of the map
+    before smoothing; None if one is not finite."""
     flipped: tuple[int, ...]
     """Indices of reference images whose verdict at the package's threshold differs."""
 
@@ -84,13 +85,16 @@ def compare_with_references(runtime: Runtime, package: Package) -> ParityReport:
             image = reference.image(package.manifest.learning.input)
         except DataError as exc:
             raise PackageError(str(exc)) from exc
-        scores, maps = runtime.score(image[None])
+        scores, maps, unsmoothed = runtime.score(image[None])
         expected = reference.expected
-        pairs = (
+        pairs = [
             (float(scores[0]), expected.score),
             (float(maps[0].max()), expected.map_max),
             (float(maps[0].mean(dtype="float64")), expected.map_mean),
-        )
+        ]
+        if unsmoothed is not None and expected.unsmoothed_mean is not None and expected.unsmoothed_rms is not None:
+            pairs.append((float(unsmoothed[0].mean(dtype="float64")), expected.unsmoothed_mean))
+            pairs.append((root_mean_square(unsmoothed[0]), expected.unsmoothed_rms))
         for got, wanted in pairs:
             # The sum is NaN or infinite if any difference is, where a maximum could overlook it.
             difference = abs(got - wanted) / max(abs(wanted), 1e-12)

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edge.runtimes.interface import INPUT, MAP, PRECISION_KEY, SCORE, Device, Scores, check_batch
+from edge.runtimes.interface import Device, Scores, check_batch
 from edgeflame.cpus import are_cpus_limited, usable_cpus
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import MAX_INPUT_SIDE, ImageU8
 from edgeflame.log import EventLog
 from edgeflame.operators import check_operators
+from edgeflame.scoring_graph import INPUT, MAP, PRECISION_KEY, SCORE, UNSMOOTHED, with_unsmoothed_map
 
 log = EventLog("runtime")
 
@@ -41,6 +42,7 @@ class OnnxRuntime:
         self._session = session
         self._failures = failures
         self._input_size, self._grid = _read_signature(session)
+        self._gives_unsmoothed = any(node.name == UNSMOOTHED for node in session.get_outputs())
         self._provider: str = session.get_providers()[0]
         self._idle: list[_Bound] = []
         self._precision: str = session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, "fp32")
@@ -78,7 +80,8 @@ class OnnxRuntime:
             raise RuntimeUnavailableError(
                 f"ONNX Runtime failed on a batch of {len(batch)} ({_first_line(exc)})"
             ) from exc
-        scores = Scores(bound.scores.copy(), bound.maps.copy())
+        unsmoothed = None if bound.unsmoothed is None else bound.unsmoothed.copy()
+        scores = Scores(bound.scores.copy(), bound.maps.copy(), unsmoothed)
         self._idle.append(bound)
         return scores
 
@@ -88,11 +91,14 @@ class OnnxRuntime:
         # NaN until written: if a graph writes fewer values than declared, that shows as a fault.
         scores = np.full(count, np.nan, dtype=np.float32)
         maps = np.full((count, *self._grid), np.nan, dtype=np.float32)
+        outputs = {SCORE: scores, MAP: maps}
+        if self._gives_unsmoothed:
+            outputs[UNSMOOTHED] = np.full_like(maps, np.nan)
         binding = self._session.io_binding()
         binding.bind_input(INPUT, "cpu", 0, image.dtype, image.shape, image.ctypes.data)
-        for name, array in ((SCORE, scores), (MAP, maps)):
+        for name, array in outputs.items():
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return _Bound(binding, image, scores, maps)
+        return _Bound(binding, image, scores, maps, outputs.get(UNSMOOTHED))
 
 
 class _Bound(NamedTuple):
@@ -102,11 +108,12 @@ class _Bound(NamedTuple):
     image: ImageU8
     scores: npt.NDArray[np.float32]
     maps: npt.NDArray[np.float32]
+    unsmoothed: npt.NDArray[np.float32] | None
 
 
 def open_onnx_runtime(model_onnx: bytes, *, device: Device, num_threads: int | None) -> OnnxRuntime:
     """Load a scoring graph into ONNX Runtime; see :func:`edge.runtimes.load.open_runtime`."""
-    session = open_session(model_onnx, device=device, num_threads=num_threads)
+    session = open_session(with_unsmoothed_map(model_onnx), device=device, num_threads=num_threads)
     return OnnxRuntime(session, failures=_failures(_import_library()))
 
 
@@ -207,6 +214,7 @@ def _read_signature(session: Any) -> tuple[tuple[int, int], tuple[int, int]]:
         f"not a scoring graph: expected {INPUT} tensor(uint8) [N, H, W, 3], {SCORE} tensor(float) [N] and "
         f"{MAP} tensor(float) [N, h, w], got {found}"
     )
+    unsmoothed = outputs.pop(UNSMOOTHED, None)
     if set(inputs) != {INPUT} or set(outputs) != {SCORE, MAP}:
         raise PackageError(msg)
     image, score, anomaly_map = inputs[INPUT], outputs[SCORE], outputs[MAP]
@@ -214,6 +222,8 @@ def _read_signature(session: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     if types != ("tensor(uint8)", "tensor(float)", "tensor(float)"):
         raise PackageError(msg)
     if len(image.shape) != 4 or image.shape[3] != 3 or len(score.shape) != 1 or len(anomaly_map.shape) != 3:
+        raise PackageError(msg)
+    if unsmoothed is not None and (unsmoothed.type, unsmoothed.shape[1:]) != (anomaly_map.type, anomaly_map.shape[1:]):
         raise PackageError(msg)
     sides = (*image.shape[1:3], *anomaly_map.shape[1:])
     if not all(isinstance(side, int) and 1 <= side <= MAX_INPUT_SIDE for side in sides):

@@ -1,8 +1,8 @@
 """Runs TensorRT engines: on RTX GPUs by ``tensorrt_rtx``, on Jetson and data-centre GPUs by ``tensorrt``.
 
 All buffers are allocated once, for the engine's largest batch, pinned on the host; their addresses are bound once. A
-frame costs a copy in, one execution and two copies out, on one stream. tensorrt_rtx captures its kernels as a CUDA
-graph by itself, which saves launching them one by one.
+frame costs a copy in, one execution and a copy out for each output, on one stream. tensorrt_rtx captures its kernels as
+a CUDA graph by itself, which saves launching them one by one.
 
 Written after NVIDIA's documentation and tested against a stand-in: it has not been run on a GPU.
 
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge.runtimes.interface import INPUT, MAP, SCORE, Scores, check_batch
+from edge.runtimes.interface import Scores, check_batch
 from edgeflame.errors import MissingDependencyError, PackageError, RuntimeUnavailableError
 from edgeflame.images import ImageU8
 from edgeflame.package import Package
+from edgeflame.scoring_graph import INPUT, MAP, SCORE, UNSMOOTHED
 from edgeflame.tensorrt import EngineRecord, TensorRT, TensorRTKind, device_capability, find_engine, load_tensorrt
 
 Bytes = npt.NDArray[np.uint8]
@@ -146,7 +147,7 @@ class EngineRuntime:
             raise RuntimeUnavailableError(
                 f"{record.file}: {trt.__name__} {library.version} refuses the engine ({why}); build it again"
             )
-        self._input_size, self._grid, self._max_batch = _read_signature(self._engine, record.file)
+        self._input_size, self._grid, self._max_batch, maps = _read_signature(self._engine, record.file)
         self._context = _context(trt, self._engine)
         if self._context is None:
             why = "; ".join(library.take_errors()) or "it does not say why"
@@ -156,14 +157,15 @@ class EngineRuntime:
         self._image_bytes, self._map_bytes = height * width * 3, map_bytes
         most = self._max_batch
         self._images_host = cuda.pinned(most * self._image_bytes)
-        self._scores_host, self._maps_host = cuda.pinned(most * 4), cuda.pinned(most * map_bytes)
+        self._scores_host = cuda.pinned(most * 4)
+        self._maps_host = {name: cuda.pinned(most * map_bytes) for name in maps}
         self._images = self._images_host.reshape(most, height, width, 3)
         self._scores = self._scores_host.view(np.float32)
-        self._maps = self._maps_host.view(np.float32).reshape(most, *self._grid)
+        self._maps = {name: host.view(np.float32).reshape(most, *self._grid) for name, host in self._maps_host.items()}
         self._device = {
             INPUT: cuda.device(most * self._image_bytes),
             SCORE: cuda.device(most * 4),
-            MAP: cuda.device(most * map_bytes),
+            **{name: cuda.device(most * map_bytes) for name in maps},
         }
         for name, address in self._device.items():
             if not self._context.set_tensor_address(name, address):
@@ -191,7 +193,13 @@ class EngineRuntime:
         parts = [self._run(batch[start : start + self._max_batch]) for start in range(0, len(batch), self._max_batch)]
         if len(parts) == 1:
             return parts[0]
-        return Scores(np.concatenate([part.scores for part in parts]), np.concatenate([part.maps for part in parts]))
+        return Scores(
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.maps for part in parts]),
+            None
+            if parts[0].unsmoothed is None
+            else np.concatenate([part.unsmoothed for part in parts if part.unsmoothed is not None]),
+        )
 
     def close(self) -> None:
         """Free the engine and all memory."""
@@ -212,9 +220,11 @@ class EngineRuntime:
             why = "; ".join(self._library.take_errors()) or "it does not say why"
             raise RuntimeUnavailableError(f"{self.provider} failed on a batch of {count} ({why})")
         cuda.copy_out(self._scores_host, self._device[SCORE], count * 4)
-        cuda.copy_out(self._maps_host, self._device[MAP], count * self._map_bytes)
+        for name, host in self._maps_host.items():
+            cuda.copy_out(host, self._device[name], count * self._map_bytes)
         cuda.wait()
-        return Scores(self._scores[:count].copy(), self._maps[:count].copy())
+        maps = {name: values[:count].copy() for name, values in self._maps.items()}
+        return Scores(self._scores[:count].copy(), maps[MAP], maps.get(UNSMOOTHED))
 
 
 def _context(trt: Any, engine: Any) -> Any:
@@ -225,17 +235,20 @@ def _context(trt: Any, engine: Any) -> Any:
     return engine.create_execution_context(config)
 
 
-def _read_signature(engine: Any, file: str) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Input size (height, width), grid (height, width) and largest batch.
+def _read_signature(engine: Any, file: str) -> tuple[tuple[int, int], tuple[int, int], int, tuple[str, ...]]:
+    """Input size (height, width), grid (height, width), largest batch, and the names of the maps it gives.
 
     Raises:
         PackageError: it is not the engine of a scoring graph.
     """
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    if names != {INPUT, SCORE, MAP}:
+    # Engines that older versions built give the smoothed map alone.
+    maps = (MAP, UNSMOOTHED) if UNSMOOTHED in names else (MAP,)
+    if names != {INPUT, SCORE, *maps}:
         raise PackageError(f"{file}: not the engine of a scoring graph: its tensors are {', '.join(sorted(names))}")
     image, anomaly_map = tuple(engine.get_tensor_shape(INPUT)), tuple(engine.get_tensor_shape(MAP))
-    if len(image) != 4 or image[3] != 3 or len(anomaly_map) != 3:
+    same = all(tuple(engine.get_tensor_shape(name)) == anomaly_map for name in maps)
+    if len(image) != 4 or image[3] != 3 or len(anomaly_map) != 3 or not same:
         raise PackageError(f"{file}: not the engine of a scoring graph: image {list(image)}, map {list(anomaly_map)}")
     largest = engine.get_tensor_profile_shape(INPUT, 0)[2]
-    return (image[1], image[2]), (anomaly_map[1], anomaly_map[2]), int(largest[0])
+    return (image[1], image[2]), (anomaly_map[1], anomaly_map[2]), int(largest[0]), maps

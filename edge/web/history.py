@@ -205,7 +205,9 @@ class PartHistory:
             return None
         image = shrink(part.image, PICTURE_SIDE)
         if with_heat and part.anomaly_map is not None:
-            image = draw_overlay(image, part.anomaly_map, part.result.threshold, ignored=part.ignored)
+            image = draw_overlay(
+                image, part.anomaly_map, part.result.threshold, shown=part.shown_map, ignored=part.ignored
+            )
         return _jpeg(shrink(image, min(side, PICTURE_SIDE)))
 
     def _memory(self, camera: str) -> _Memory:

@@ -105,7 +105,7 @@ def test_on_a_full_disk_pictures_go_first_and_then_it_ends_with_every_shown_resu
     state, rejects = small_disk / "state", small_disk / "rejects"
     everything_fails = "[verdict]\nthreshold = 1e-6\n"
     with daemon(package_file, tmp_path, everything_fails, "--images", str(rejects), state=state) as process:
-        wait_for(lambda: rejects.is_dir() and len(list(rejects.glob("*.png"))) > 30, "pictures are kept")
+        wait_for(lambda: rejects.is_dir() and len(list(rejects.glob("*.png"))) > 15, "pictures are kept")
         fill(small_disk)
         wait_for(lambda: "rejects_discarded_for_room" in logged(tmp_path), "pictures make room")
         before = judged(tmp_path)

@@ -52,7 +52,9 @@ def package_with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = read_package(write_small_package(folder / "plain.edgeflame"))
     runtime = open_runtime(package.model_onnx, device="cpu")
     images = [LEARNING.input.apply(good_image(seed, 96)) for seed in range(200)]
-    parts = [part_streams(float(scores[0]), maps[0]) for scores, maps in (runtime.score(one[None]) for one in images)]
+    parts = [
+        part_streams(float(scores[0]), maps[0]) for scores, maps, _ in (runtime.score(one[None]) for one in images)
+    ]
     condition = make_drift_reference(
         {name: np.array([one[name] for one in parts]) for name in ("score", "embedding")},
         [image_streams(image, None) for image in images],

@@ -44,11 +44,14 @@ class Runtime:
 
     provider, precision, input_size, grid = "fake", "fp32", (SIZE, SIZE), (GRID, GRID)
 
-    def __init__(self, package: Package, change: Any) -> None:
+    def __init__(self, package: Package, change: Any, change_unsmoothed: Any = lambda maps: maps) -> None:
         self._real, self._change = open_runtime(package.model_onnx, device="cpu"), change
+        self._change_unsmoothed = change_unsmoothed
 
     def score(self, batch: ImageU8) -> Scores:
-        return Scores(*self._change(*self._real.score(batch)))
+        found = self._real.score(batch)
+        assert found.unsmoothed is not None
+        return Scores(*self._change(found.scores, found.maps), unsmoothed=self._change_unsmoothed(found.unsmoothed))
 
 
 def run(*arguments: object) -> Any:
@@ -82,6 +85,33 @@ def test_any_other_answer_is_refused(checked: Path, change: Any, message: str) -
     package = read_package(checked)
     with pytest.raises(NegativeAnswerError, match=message):
         require_parity(Runtime(package, change), package)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda maps: maps * 0.99, "difference of 1.00%"),
+        (lambda maps: np.where(maps < maps.max(), 0, maps), "difference of"),
+        (lambda maps: np.full_like(maps, maps.mean()), "difference of"),
+        (lambda maps: maps * np.nan, "a score that is not finite"),
+    ],
+)
+def test_any_other_map_before_smoothing_is_refused(checked: Path, change: Any, message: str) -> None:
+    package = read_package(checked)
+    with pytest.raises(NegativeAnswerError, match=message):
+        require_parity(Runtime(package, lambda scores, maps: (scores, maps), change), package)
+
+
+def test_a_package_of_an_older_version_has_no_map_before_smoothing_to_compare(checked: Path) -> None:
+    package = read_package(checked)
+    older = [
+        dataclasses.replace(
+            one, expected=msgspec.structs.replace(one.expected, unsmoothed_mean=None, unsmoothed_rms=None)
+        )
+        for one in package.references
+    ]
+    altered = Runtime(package, lambda scores, maps: (scores, maps), lambda maps: maps * 2)
+    assert require_parity(altered, dataclasses.replace(package, references=tuple(older))).passed
 
 
 def test_a_difference_within_the_tolerance_may_not_flip_a_verdict(checked: Path) -> None:

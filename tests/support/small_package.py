@@ -116,13 +116,13 @@ def with_references(package: Package, path: Path, count: int = 3) -> Path:
 
     images = np.stack([good_image(seed) for seed in range(count)])
     distances = package.statistics.distances(embed(small_network(), images).astype(np.float64))
-    maps = smooth_maps(distances.reshape(-1, GRID, GRID), LEARNING.scoring.smoothing_sigma)
+    unsmoothed = distances.reshape(-1, GRID, GRID)
     write_package(
         path,
         manifest=package.manifest,
         model_onnx=package.model_onnx,
         statistics=package.statistics,
-        references=make_references(images, maps),
+        references=make_references(images, smooth_maps(unsmoothed, LEARNING.scoring.smoothing_sigma), unsmoothed),
     )
     return path
 

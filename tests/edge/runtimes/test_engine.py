@@ -21,6 +21,7 @@ from edge.runtimes.load import choose, open_for_line, open_runtime, require_pari
 from edge.runtimes.tensorrt import Cuda, EngineRuntime
 from edgeflame.errors import NegativeAnswerError, PackageError, RuntimeUnavailableError, UsageError
 from edgeflame.package import Package, read_package
+from edgeflame.scoring_graph import with_unsmoothed_map
 from edgeflame.tensorrt import ENGINE_REPORT_FILE, BuildReport, EngineRecord, find_engine
 from tests.support.small_package import GRID, SIZE, bad_image, good_image
 
@@ -76,15 +77,16 @@ class StandInTensorRT:
 
     def __init__(self, model_onnx: bytes, cuda: StandInCuda) -> None:
         self.session = onnxruntime.InferenceSession(model_onnx, providers=["CPUExecutionProvider"])
+        self.outputs = [output.name for output in self.session.get_outputs()]
         self.cuda, self.addresses, self.count = cuda, {}, 0
         context = SimpleNamespace(
             set_tensor_address=lambda name, address: self.addresses.setdefault(name, address) is not None,
             set_input_shape=self._shape,
             execute_async_v3=self._execute,
         )
-        shapes = {"image": (-1, SIZE, SIZE, 3), "score": (-1,), "anomaly_map": (-1, GRID, GRID)}
+        shapes = {"image": (-1, SIZE, SIZE, 3), **dict.fromkeys(self.outputs, (-1, GRID, GRID)), "score": (-1,)}
         engine = SimpleNamespace(
-            num_io_tensors=3,
+            num_io_tensors=len(shapes),
             get_tensor_name=lambda index: list(shapes)[index],
             get_tensor_shape=shapes.__getitem__,
             get_tensor_profile_shape=lambda name, profile: [(1,), (1,), (MAX_BATCH, SIZE, SIZE, 3)],
@@ -104,9 +106,7 @@ class StandInTensorRT:
     def _execute(self, stream: int) -> bool:
         data = ctypes.string_at(self.addresses["image"], self.count * SIZE * SIZE * 3)
         image = np.frombuffer(data, np.uint8).reshape(self.count, SIZE, SIZE, 3)
-        for name, result in zip(
-            ("score", "anomaly_map"), self.session.run(["score", "anomaly_map"], {"image": image}), strict=True
-        ):
+        for name, result in zip(self.outputs, self.session.run(self.outputs, {"image": image}), strict=True):
             ctypes.memmove(self.addresses[name], result.tobytes(), result.nbytes)
         return stream == 7
 
@@ -146,7 +146,7 @@ def find(folder: Path, package: Package, version: str = "1.7", capability: str =
 @pytest.fixture
 def runtime(package: Package) -> EngineRuntime:
     cuda = StandInCuda()
-    library: Any = StandInTensorRT(package.model_onnx, cuda)
+    library: Any = StandInTensorRT(with_unsmoothed_map(package.model_onnx), cuda)
     return EngineRuntime(library, b"engine", record(package), Cuda(cuda))
 
 
@@ -154,11 +154,18 @@ def runtime(package: Package) -> EngineRuntime:
 def test_frames_go_through_in_one_set_of_buffers(runtime: EngineRuntime, package: Package, count: int) -> None:
     expected = open_runtime(package.model_onnx, device="cpu").score(IMAGES[:count])
     for _ in range(2):
-        scores, maps = runtime.score(IMAGES[:count])
-        np.testing.assert_allclose(scores, expected.scores, rtol=1e-6)
-        np.testing.assert_allclose(maps, expected.maps, rtol=1e-6)
+        for got, wanted in zip(runtime.score(IMAGES[:count]), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
     assert (runtime.input_size, runtime.grid, runtime.precision) == ((SIZE, SIZE), (GRID, GRID), "fp32")
     assert runtime.provider == "tensorrt_rtx 1.7"
+
+
+def test_an_engine_that_an_older_version_built_gives_the_smoothed_map_alone(package: Package) -> None:
+    cuda = StandInCuda()
+    library: Any = StandInTensorRT(package.model_onnx, cuda)
+    found = EngineRuntime(library, b"engine", record(package), Cuda(cuda)).score(IMAGES[:3])
+    assert found.unsmoothed is None
+    np.testing.assert_array_equal(found.scores_and_shown()[1], found.maps)
 
 
 def test_it_allocates_once_and_gives_all_back(package: Package) -> None:
@@ -271,8 +278,8 @@ class Slow:
 
     def score(self, batch: np.ndarray) -> Scores:
         for _ in range(self.repeats):
-            scores, maps = self.inner.score(batch)
-        return Scores(scores * np.float32(self.factor), maps * np.float32(self.factor))
+            found = self.inner.score(batch)
+        return Scores(found.scores * np.float32(self.factor), found.maps * np.float32(self.factor))
 
 
 def test_auto_takes_the_fastest_that_scores_the_references_right(package: Package, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnx.external_data_helper
+import onnx.helper
 import onnxruntime
 import pytest
 
@@ -19,6 +20,8 @@ from edge.runtimes.load import open_runtime
 from edge.runtimes.onnx_runtime import open_onnx_runtime
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package
+from edgeflame.scoring_graph import UNSMOOTHED, with_unsmoothed_map
+from edgeflame.statistics.gaussian import smooth_maps
 from tests.support.small_package import GRID, SIZE, bad_image, good_image
 
 
@@ -26,11 +29,36 @@ def test_it_scores_a_batch(package: Package) -> None:
     runtime = open_runtime(package.model_onnx, device="cpu", num_threads=1)
     assert runtime.provider == "CPUExecutionProvider"
     assert (runtime.input_size, runtime.grid) == ((SIZE, SIZE), (GRID, GRID))
-    scores, maps = runtime.score(np.stack([good_image(1), bad_image(2)]))
+    scores, maps, unsmoothed = runtime.score(np.stack([good_image(1), bad_image(2)]))
     assert scores.shape == (2,)
     assert maps.shape == (2, GRID, GRID)
     np.testing.assert_array_equal(scores, maps.max(axis=(1, 2)))
+    assert unsmoothed is not None
+    sigma = package.manifest.learning.scoring.smoothing_sigma
+    np.testing.assert_allclose(smooth_maps(unsmoothed, sigma), maps, rtol=1e-5)
     assert scores[0] <= package.manifest.threshold.value < scores[1]
+
+
+def test_a_graph_without_a_map_before_smoothing_gives_the_smoothed_one(package: Package) -> None:
+    """Of an unknown maker, say: score and map are all that a scoring graph must have."""
+    other = package.model_onnx.replace(UNSMOOTHED.encode(), UNSMOOTHED[:-1].encode() + b"q")
+    assert other != package.model_onnx
+    assert with_unsmoothed_map(other) == other
+    images = np.stack([good_image(1), bad_image(2)])
+    found = open_runtime(other, device="cpu", num_threads=1).score(images)
+    assert found.unsmoothed is None
+    np.testing.assert_array_equal(found.scores_and_shown()[1], found.maps)
+    np.testing.assert_array_equal(
+        found.scores, open_runtime(package.model_onnx, device="cpu", num_threads=1).score(images).scores
+    )
+
+
+def test_the_further_output_is_what_onnx_itself_would_write(package: Package) -> None:
+    model = onnx.load_from_string(with_unsmoothed_map(package.model_onnx))
+    assert [output.name for output in model.graph.output] == ["score", "anomaly_map", UNSMOOTHED]
+    plain = onnx.load_from_string(package.model_onnx)
+    plain.graph.output.append(onnx.helper.make_tensor_value_info(UNSMOOTHED, onnx.TensorProto.FLOAT, None))
+    assert model == plain
 
 
 @pytest.mark.parametrize(
