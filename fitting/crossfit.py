@@ -19,6 +19,7 @@ from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning, Scoring
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
+from edgeflame.statistics.maps import shown_maps
 from edgeflame.statistics.moments import MomentAccumulator, Moments
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
@@ -57,7 +58,7 @@ class HeldOutScores:
     Attributes:
         scores: ``[N]`` raw image scores.
         means: ``[N]`` means of the maps whose maxima these are.
-        highest_maps: image index to raw map ``[h, w]`` of the highest of these scores, the highest first.
+        highest_maps: image index to the map ``[h, w]`` to show of the highest of these scores, the highest first.
     """
 
     scores: F64
@@ -96,7 +97,14 @@ def require_enough(num_images: int, num_groups: int) -> None:
 
 def score_maps(statistics: PackageStatistics, embeddings: F32, scoring: Scoring) -> F32:
     """Smoothed distances (Eq. 18, 23): ``[N, P, C]`` to ``[N, h, w]`` float32."""
-    maps = statistics.distances(embeddings).reshape(-1, *statistics.grid)
+    return _smoothed(_unsmoothed_maps(statistics, embeddings), scoring)
+
+
+def _unsmoothed_maps(statistics: PackageStatistics, embeddings: F32) -> F32:
+    return statistics.distances(embeddings).reshape(-1, *statistics.grid).astype(np.float32)
+
+
+def _smoothed(maps: F32, scoring: Scoring) -> F32:
     return smooth_maps(maps, scoring.smoothing_sigma).astype(np.float32)
 
 
@@ -156,9 +164,10 @@ def score_held_out(
     scores, means, highest = np.zeros(len(embeddings)), np.zeros(len(embeddings)), HighestMaps()
     for fold, statistics in folds:
         for indices, batch in embeddings.batches(fold):
-            maps = score_maps(statistics, batch, scoring)
+            unsmoothed = _unsmoothed_maps(statistics, batch)
+            maps = _smoothed(unsmoothed, scoring)
             scores[indices], means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
-            highest.add(indices, scores[indices], maps)
+            highest.add(indices, scores[indices], shown_maps(unsmoothed, scores[indices]))
             counter.add(len(indices), "scoring held-out parts")
     return HeldOutScores(scores=scores, means=means, highest_maps=highest.by_index())
 

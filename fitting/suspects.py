@@ -26,7 +26,7 @@ class Suspect:
     Attributes:
         record: the image.
         score: raw, by statistics that did not see its part.
-        anomaly_map: ``[h, w]`` raw, by the same.
+        anomaly_map: ``[h, w]``, the map to show of the same, :func:`edgeflame.statistics.maps.shown_maps`.
         left_out: whether it was left out of statistics and threshold.
     """
 
