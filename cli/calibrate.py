@@ -65,6 +65,7 @@ def command(
     groups: Path | None,
     false_reject_rate: float | None,
     confidence: float | None,
+    mode: str | None,
     unit: str | None,
     defects: Path | None,
     cost_of_miss: float | None,
@@ -96,7 +97,11 @@ def command(
     package = read_package(model)
     manifest = package.manifest
     calibration = updated_calibration(
-        manifest.learning.calibration, false_reject_rate=false_reject_rate, confidence=confidence, unit=unit
+        manifest.learning.calibration,
+        mode=mode,
+        false_reject_rate=false_reject_rate,
+        confidence=confidence,
+        unit=unit,
     )
     dataset = open_dataset(data, groups)
     records = _records(dataset, data, defects, max_f1=max_f1)

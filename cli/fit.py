@@ -167,7 +167,7 @@ def _learning(config: Path | None, method: str | None, preset: str | None, setti
         "seed": settings["seed"],
         "scoring": {"rank": None if rank is None else _rank(rank), "drop_worst": settings["drop_worst"]},
         "input": {"height": size, "width": size, "roi": roi, "bits": settings["bits"]},
-        "calibration": {name: settings[name] for name in ("false_reject_rate", "confidence", "unit")},
+        "calibration": {name: settings[name] for name in ("mode", "false_reject_rate", "confidence", "unit")},
     }
     return load_config(config, Learning, overrides)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from cli.output import echo
-from edgeflame.methods import DEFAULT_COST_OF_MISS, RejectUnit
+from edgeflame.methods import DEFAULT_COST_OF_MISS, RejectUnit, ThresholdMode
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -273,7 +273,7 @@ def cost_of_a_miss(value: float | None, defects: Path | None) -> float:
 
 
 def promise_options(default: str) -> Callable[[F], F]:
-    """``--false-reject-rate``, ``--confidence`` and ``--unit``; ``default`` says where the defaults come from."""
+    """``--mode``, ``--false-reject-rate``, ``--confidence`` and ``--unit``, whose defaults are ``default``."""
 
     def decorate(function: F) -> F:
         for option in (
@@ -283,7 +283,13 @@ def promise_options(default: str) -> Callable[[F], F]:
                 help="What the line rejects: each photograph by itself, or a part as soon as one of its photographs is."
                 f"  [default: {default}]",
             ),
-            click.option("--confidence", type=float, help=f"With which this is promised.  [default: {default}]"),
+            click.option("--confidence", type=float, help=f"With which a rate is promised.  [default: {default}]"),
+            click.option(
+                "--mode",
+                type=click.Choice(get_args(ThresholdMode)),
+                help="Whether the rate is what to expect, or what is promised not to be exceeded; a promise takes many "
+                f"parts.  [default: {default}]",
+            ),
             click.option(
                 "--false-reject-rate",
                 type=float,

@@ -23,6 +23,9 @@ from edgeflame.bounds import BASIC, Count, NotNegative, Positive, Seed, Share
 from edgeflame.errors import ConfigError
 from edgeflame.images import Preprocessing
 
+ThresholdMode = Literal["expected", "promise"]
+"""What a rate of false rejects means: what is to be expected, or what is not exceeded with confidence."""
+
 RejectUnit = Literal["photograph", "part"]
 """What is rejected: each photograph by itself, or a part as soon as one of its photographs is."""
 
@@ -274,16 +277,20 @@ often."""
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the threshold is set from good images alone."""
 
+    mode: ThresholdMode = "expected"
+    """``expected``: this share of the good is rejected on average, and what can be promised is told beside it.
+    ``promise``: no more than this share is rejected, with ``confidence``; 5% takes 59 parts, 1% takes 299. With fewer,
+    the threshold is then the highest score of all, where one odd part can hide real defects."""
     false_reject_rate: Annotated[float, Meta(gt=0, lt=1)] = 0.05
-    """Share of the good that the line may reject, if the number of parts allows to promise it: 5% takes 59, 1% takes
-    299 of them. With fewer, the threshold is the highest score of all, where one odd part can hide real defects."""
+    """Share of the good that the line may reject, in the sense of ``mode``."""
     confidence: Annotated[float, Meta(gt=0, lt=1)] = 0.95
     """Probability with which the promised rate holds, see docs/methods.md."""
     unit: RejectUnit = "photograph"
     """What the line rejects, and so what the rate counts: each ``photograph`` by itself, as `inspect` does, or a
     ``part`` as soon as one of its photographs is rejected. Either way parts are what is independent."""
-    folds: Annotated[int, Meta(ge=2, le=100)] = 5
-    """Number of folds of the cross-fit: each fold is scored by the statistics of all the others."""
+    folds: Annotated[int, Meta(ge=2, le=100)] = 10
+    """Number of folds of the cross-fit: each fold is scored by the statistics of all the others. Fewer folds leave out
+    more parts at a time, and find good parts less normal than the final statistics do."""
 
 
 class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -99,8 +99,8 @@ class LabelledDefects(msgspec.Struct, frozen=True, kw_only=True):
 class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     """Where good ends, and what that promises.
 
-    ``value`` is set by scores of good images that the statistics had not seen. With the stated confidence no more
-    than ``false_reject_rate`` of good units will score above it.
+    ``value`` is set by scores of good images that the statistics had not seen. Of such good units
+    ``expected_false_reject_rate`` score above it, and with the stated confidence no more than ``false_reject_rate``.
     """
 
     value: float
@@ -111,18 +111,22 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     num_images: int
     groups_known: bool
     requested_false_reject_rate: float
-    """What was asked for; lower than ``false_reject_rate`` when there were too few parts to promise it."""
+    """What was asked for, in the sense of ``chosen_by``."""
     unit: RejectUnit = "part"
     """What the rates count."""
     expected_false_reject_rate: float | None = None
     """Share of the good units at hand that score above ``value``: what to expect, where the promise is the worst."""
     num_left_out: int = 0
     """Images that looked defective and were left out; the promise is about good parts like the others."""
-    chosen_by: Literal["promise", "f1", "cost"] = "promise"
-    """``f1``: the highest F1 on labelled images; the promise is then what this threshold happens to keep. ``cost``: the
-    least expected cost of rejected good and missed labelled parts, no lower than the promise allows."""
+    chosen_by: Literal["promise", "expected", "f1", "cost"] = "promise"
+    """``promise``: the rate asked for is not exceeded, if there are parts enough. ``expected``: it is what is to be
+    expected. ``f1``: the highest F1 on labelled images. ``cost``: the least expected cost of rejected good and missed
+    labelled parts, no lower than the good parts allow. But for ``promise``, the promise is what the threshold happens to
+    keep."""
     labelled: LabelledDefects | None = None
     """The labelled defects that ``cost`` rests on."""
+    with_more_parts: tuple[int, float] | None = None
+    """A larger number of parts, and what could about be promised if as large a share of theirs were rejected."""
     others: tuple[ThresholdPromise, ...] = ()
     """What other promises would have cost or brought, in rising order of their rates."""
 
@@ -132,14 +136,18 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
             raise NumericalError(f"a threshold must be a finite number above 0, not {self.value}")
 
     def promise(self) -> str:
-        """The promise in a sentence without a full stop, as all commands print it."""
+        """What to expect and the promise, in a sentence without a full stop, as all commands print it."""
+        expected = self.expected_false_reject_rate
+        if self.chosen_by == "expected" and expected is not None:
+            return (
+                f"about {expected:.1%} of good {self.unit}s rejected; at most {self.false_reject_rate:.1%} with "
+                f"{self.confidence:.0%} confidence, from {self.basis()}"
+            )
         text = (
             f"at most {self.false_reject_rate:.2%} of good {self.unit}s rejected, with {self.confidence:.0%} "
             f"confidence, from {self.basis()}"
         )
-        if self.expected_false_reject_rate is not None:
-            text += f"; expected {self.expected_false_reject_rate:.2%}"
-        return text
+        return text if expected is None else f"{text}; expected {expected:.2%}"
 
     def basis(self) -> str:
         """What the promise rests on."""
@@ -150,8 +158,10 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     def caveats(self) -> list[str]:
         """What limits the promise, a sentence without a full stop each."""
         notes = []
-        if self.chosen_by != "f1" and self.false_reject_rate > self.requested_false_reject_rate:
+        if self.chosen_by == "promise" and self.false_reject_rate > self.requested_false_reject_rate:
             notes.append(f"{self.requested_false_reject_rate:.2%} was asked for; that takes more parts than there are")
+        if self.with_more_parts is not None:
+            notes.append("{} parts would promise about {:.1%}".format(*self.with_more_parts))
         if self.num_left_out:
             worst = self.false_reject_rate + self.num_left_out / (self.num_left_out + self.num_images)
             notes.append(

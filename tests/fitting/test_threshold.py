@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy.stats import binom, norm
+from scipy.stats import binom, lognorm, norm
+from scipy.stats import t as student_t
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import Calibration
 from edgeflame.package import Threshold
 from fitting.threshold import GoodScores, set_f1_threshold, set_threshold
 
-BY_PART = Calibration(unit="part")
+PROMISE = Calibration(mode="promise")
+BY_PART = Calibration(mode="promise", unit="part")
 
 
 def singles(count: int) -> list[str]:
@@ -24,7 +27,7 @@ def singles(count: int) -> list[str]:
 @pytest.mark.parametrize("num_parts", [59, 100, 473, 2000])
 def test_with_one_photograph_a_part_it_is_the_order_statistic_of_the_binomial_law(num_parts: int) -> None:
     scores = np.random.default_rng(num_parts).permutation(np.arange(1.0, num_parts + 1))
-    value = set_threshold(scores, singles(num_parts), Calibration(), groups_known=True).value
+    value = set_threshold(scores, singles(num_parts), PROMISE, groups_known=True).value
     above = num_parts - value
     assert binom.cdf(above, num_parts, 0.05) <= 0.05 < binom.cdf(above + 1, num_parts, 0.05)
 
@@ -36,6 +39,46 @@ def test_no_more_is_promised_than_the_parts_allow() -> None:
     # More photographs of the same parts promise no more.
     many = GoodScores(np.arange(1.0, 5 * 298 + 1), [str(index % 298) for index in range(5 * 298)], "photograph")
     assert many.lowest_threshold(0.01, 0.95) is None
+
+
+def test_the_expected_rate_is_a_plain_quantile_that_one_odd_photograph_does_not_move() -> None:
+    scores = np.arange(1.0, 41.0)
+    threshold = set_threshold(scores, singles(40), Calibration(), groups_known=True)
+    assert (threshold.value, threshold.chosen_by, threshold.expected_false_reject_rate) == (38.0, "expected", 0.05)
+    odd = np.where(scores == 40.0, 1e6, scores)
+    assert set_threshold(odd, singles(40), Calibration(), groups_known=True).value == 38.0
+    # What can be promised there is the exact binomial bound at 2 of 40.
+    assert binom.cdf(2, 40, threshold.false_reject_rate) == pytest.approx(0.05, abs=1e-6)
+    assert threshold.with_more_parts is not None
+    parts, rate = threshold.with_more_parts
+    assert (parts, binom.cdf(6, parts, rate)) == (120, pytest.approx(0.05, abs=1e-6))
+    assert rate < 0.8 * threshold.false_reject_rate
+
+
+def test_the_expected_rate_counts_parts_and_not_their_photographs() -> None:
+    # One part of twenty with 30 photographs, all high: a twentieth of the parts, most of the photographs.
+    scores = np.concatenate([np.full(30, 99.0), np.arange(1.0, 20.0)])
+    threshold = set_threshold(scores, ["odd"] * 30 + singles(19), Calibration(), groups_known=True)
+    assert (threshold.value, threshold.expected_false_reject_rate) == (19.0, pytest.approx(0.05))
+
+
+@pytest.mark.parametrize("num_parts", [20, 30, 60, 120, 500])
+@pytest.mark.parametrize("tail", ["normal", "lognormal", "student"])
+def test_the_rate_realised_on_new_parts_is_about_what_was_asked_for(num_parts: int, tail: str) -> None:
+    """Mean over 400 calibrations of the true rate: within a factor of two, also for heavy tails."""
+    rng = np.random.default_rng(num_parts)
+    draw, law = {
+        "normal": (rng.normal, norm),
+        "lognormal": (lambda size: rng.lognormal(0.0, 1.0, size), lognorm(1.0)),
+        "student": (lambda size: rng.standard_t(2, size), student_t(2)),
+    }[tail]
+    rates = []
+    for _ in range(400):
+        scores = draw(size=num_parts)
+        lift = 1.0 - scores.min()  # a threshold is above zero
+        value = set_threshold(scores + lift, singles(num_parts), Calibration(), groups_known=True).value - lift
+        rates.append(law.sf(value))
+    assert 0.025 < np.mean(rates) < 0.1
 
 
 def clustered(rng: np.random.Generator, num_parts: int, sizes: npt.NDArray[np.int64], between: float):
@@ -81,7 +124,9 @@ def test_a_part_judged_as_a_whole_counts_by_its_highest_photograph(caplog: pytes
     scores = np.arange(400.0)
     parts = [str(index // 4) for index in range(400)]
     with caplog.at_level(logging.WARNING, logger="edgeflame"):
-        threshold = set_threshold(scores, parts, Calibration(false_reject_rate=0.01, unit="part"), groups_known=True)
+        threshold = set_threshold(
+            scores, parts, Calibration(mode="promise", false_reject_rate=0.01, unit="part"), groups_known=True
+        )
     # 100 parts cannot promise one percent: the tightest promise instead, and a log line that says so.
     assert threshold.value == 399.0
     assert (threshold.num_groups, threshold.num_images, threshold.unit) == (100, 400, "part")
@@ -90,13 +135,13 @@ def test_a_part_judged_as_a_whole_counts_by_its_highest_photograph(caplog: pytes
     record = next(record for record in caplog.records if record.getMessage() == "too_few_parts_for_promise")
     assert record.__dict__["fields"]["parts_needed"] == 299
     whole = set_threshold(scores, parts, BY_PART, groups_known=True)
-    each = set_threshold(scores, parts, Calibration(), groups_known=True)
+    each = set_threshold(scores, parts, PROMISE, groups_known=True)
     assert each.value < whole.value
     assert whole.expected_false_reject_rate == pytest.approx(np.mean(np.arange(3.0, 400, 4) > whole.value))
 
 
 def test_enough_parts_get_what_was_asked_for_and_see_what_else_there_was() -> None:
-    calibration = Calibration(false_reject_rate=0.03)
+    calibration = Calibration(mode="promise", false_reject_rate=0.03)
     threshold = set_threshold(np.arange(1.0, 201), singles(200), calibration, groups_known=False)
     assert threshold.false_reject_rate == 0.03
     assert not threshold.groups_known
@@ -145,6 +190,13 @@ def test_what_is_promised_is_said_in_words() -> None:
     assert threshold.promise() == (
         "at most 5.00% of good photographs rejected, with 95% confidence, from 30 parts (98 images); expected 2.00%"
     )
+    expected = msgspec.structs.replace(
+        threshold, chosen_by="expected", expected_false_reject_rate=0.04, num_left_out=0, with_more_parts=(120, 0.021)
+    )
+    assert expected.promise() == (
+        "about 4.0% of good photographs rejected; at most 5.0% with 95% confidence, from 30 parts (98 images)"
+    )
+    assert expected.caveats() == ["120 parts would promise about 2.1%"]
     assert threshold.caveats() == [
         "1.00% was asked for; that takes more parts than there are",
         "2 images were left out as suspects; had they all been good, the promise would be 7.00%",
