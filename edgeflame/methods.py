@@ -232,11 +232,16 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Gaussian statistics and the score made of them (Eq. 17, 18, 22, 23)."""
 
     rank: Literal["auto"] | Annotated[int, Meta(ge=0, le=MAX_RANK)] = "auto"
-    """Eigenpairs kept per position; ``auto`` takes what held-out groups find most likely."""
+    """Eigenpairs kept per position; ``auto`` takes ``max_rank``, or as many as the images can determine."""
     max_rank: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 24
-    """The highest rank that ``auto`` may choose; the inspection's time and memory grow with it."""
+    """The rank that ``auto`` takes; the inspection's time and memory grow with it."""
     ridge: Literal["auto"] | Positive = "auto"
-    """Share of the mean variance added to every eigenvalue; ``auto`` chooses as for the rank. Few images need much."""
+    """Share of the mean variance added to every eigenvalue. Few images need much: ``auto`` takes 12 over their number,
+    at least 0.03 and at most 0.3."""
+    pooling_radius: Literal["auto"] | Annotated[int, Meta(ge=0, le=8)] = "auto"
+    """Each position's statistics take in the square of cells of the patch grid within this radius, for parts that do
+    not lie exactly alike; 0 takes in none. ``auto`` takes 0 or 1: the one that accepts the least while it keeps as many
+    of the held-out parts."""
     drop_worst: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """Share of the training images that look least normal to statistics without their part, left out of statistics
     and threshold; 0 leaves none out. They are named in the log and in the package."""

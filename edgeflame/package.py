@@ -121,8 +121,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     chosen_by: Literal["promise", "expected", "f1", "cost"] = "promise"
     """``promise``: the rate asked for is not exceeded, if there are parts enough. ``expected``: it is what is to be
     expected. ``f1``: the highest F1 on labelled images. ``cost``: the least expected cost of rejected good and missed
-    labelled parts, no lower than the good parts allow. But for ``promise``, the promise is what the threshold happens to
-    keep."""
+    labelled parts, no lower than the good parts allow. But for ``promise``, the promise is what it happens to keep."""
     labelled: LabelledDefects | None = None
     """The labelled defects that ``cost`` rests on."""
     with_more_parts: tuple[int, float] | None = None

@@ -1,29 +1,35 @@
-"""Fitting Gaussian statistics to embeddings, choosing rank and ridge, and scoring good images as if they were unseen.
+"""Fitting Gaussian statistics to embeddings, and scoring good images as if they were unseen.
 
-Cross-fitting: the parts are dealt into folds; the statistics of all folds but one score the one. Every image gets
-an honest score, and still serves the final statistics. The same held-out images choose rank and ridge, where the
-configuration leaves them open, by their likelihood. Fewer images than channels are fitted from the embeddings
-themselves; more of them from moments, whose memory does not grow with the images.
+Cross-fitting: the parts are dealt into folds; the statistics of all folds but one score the one. Every image gets an
+honest score, and still serves the final statistics. A fold is left out by taking its moments from those of the whole,
+so that memory does not grow with the images.
+
+The held-out scores also choose the radius over which moments are pooled, where the configuration leaves it open: the
+one that accepts the least while it keeps as many of the good parts. What is accepted at the threshold t is an ellipsoid
+at every position; the mean logarithm of its volume is, but for a constant, C log t + 1/2 log det S (a minimum-volume
+set: Scott and Nowak 2006, "Learning minimum volume sets"). Unlike a likelihood it does not reward a close fit to most
+good parts that makes outliers of some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from edgeflame.errors import DataError
 from edgeflame.log import EventLog, Progress, no_progress
-from edgeflame.methods import Learning, Scoring
+from edgeflame.methods import Calibration, Learning, Scoring
 from edgeflame.statistics.codec import PackageStatistics
-from edgeflame.statistics.gaussian import LowRankGaussian, fit_gaussian, fit_gaussian_to_samples, smooth_maps
+from edgeflame.statistics.gaussian import LowRankGaussian, fit_gaussian, smooth_maps
 from edgeflame.statistics.maps import shown_maps
 from edgeflame.statistics.moments import MomentAccumulator, Moments
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
 from fitting.suspects import HighestMaps
+from fitting.threshold import GoodScores
 
 log = EventLog("gaussian")
 
@@ -34,8 +40,15 @@ MIN_GROUPS = 2
 """With one part nothing can be held out."""
 
 
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Tried when the ridge is chosen automatically; few images call for much of it."""
+RADII = (0, 1)
+"""Tried when the pooling radius is chosen automatically. Wider pooling takes positions apart that differ."""
+
+RIDGE_IMAGES, MIN_RIDGE, MAX_RIDGE = 12.0, 0.03, 0.3
+"""The automatic ridge is 12 over the number of images, within these bounds. A likelihood takes far too little of it
+where parts lie differently, and one odd part is then far from normal; see docs/experiments.md."""
+
+EXTRA_COLUMNS = 8
+"""Eigenvectors of the whole that the folds' start from, beyond the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +85,16 @@ class CrossFit:
 
     Attributes:
         statistics: of all images, as a package stores them.
+        radius: over which moments were pooled, in cells.
         held_out: by the statistics of the other folds.
-        likelihoods: mean held-out log-likelihood per image and position, by ridge (text), then by rank 0, 1, ...
-            (where the rank was given, only that one); None if neither was to be chosen.
+        volumes: radius to the mean logarithm of the volume that its threshold accepts, per channel and but for a
+            constant; of the radii that were tried.
     """
 
     statistics: LowRankGaussian
+    radius: int
     held_out: HeldOutScores
-    likelihoods: dict[str, list[float]] | None
+    volumes: dict[int, float]
 
 
 def require_enough(num_images: int, num_groups: int) -> None:
@@ -138,38 +153,32 @@ def make_folds(groups: Sequence[str], num_folds: int, seed: int) -> list[list[in
     return [sorted(fold) for fold in folds]
 
 
-def require_images_left(count: int) -> None:
-    if count < 2:
-        raise DataError("one part holds nearly all the images; the statistics need other parts to be tested on")
-
-
-def score_held_out(
-    embeddings: Embeddings,
-    folds: Iterable[tuple[list[int], PackageStatistics]],
-    scoring: Scoring,
-    *,
-    counter: ProgressCounter,
-) -> HeldOutScores:
-    """Score each fold's images by statistics that did not see them.
+class HeldOutScoring:
+    """Scores of N images, one fold after another, each by statistics that did not see it.
 
     Args:
-        embeddings: of all images.
-        folds: image indices, and the statistics of the others; together they are all images.
+        num_images: N.
         scoring: the configuration.
-        counter: counts images.
-
-    Raises:
-        NumericalError: an embedding is not finite.
     """
-    scores, means, highest = np.zeros(len(embeddings)), np.zeros(len(embeddings)), HighestMaps()
-    for fold, statistics in folds:
-        for indices, batch in embeddings.batches(fold):
-            unsmoothed = _unsmoothed_maps(statistics, batch)
-            maps = _smoothed(unsmoothed, scoring)
-            scores[indices], means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
-            highest.add(indices, scores[indices], shown_maps(unsmoothed, scores[indices]))
-            counter.add(len(indices), "scoring held-out parts")
-    return HeldOutScores(scores=scores, means=means, highest_maps=highest.by_index())
+
+    def __init__(self, num_images: int, scoring: Scoring) -> None:
+        self._scoring = scoring
+        self._scores, self._means, self._highest = np.zeros(num_images), np.zeros(num_images), HighestMaps()
+
+    def add(self, indices: list[int], batch: F32, statistics: PackageStatistics) -> None:
+        """Score the embeddings ``batch [n, P, C]`` of some images.
+
+        Raises:
+            NumericalError: an embedding is not finite.
+        """
+        unsmoothed = _unsmoothed_maps(statistics, batch)
+        maps = _smoothed(unsmoothed, self._scoring)
+        self._scores[indices], self._means[indices] = image_scores(maps), maps.mean(axis=(1, 2), dtype=np.float64)
+        self._highest.add(indices, self._scores[indices], shown_maps(unsmoothed, self._scores[indices]))
+
+    def result(self) -> HeldOutScores:
+        """The scores, once all images were added."""
+        return HeldOutScores(scores=self._scores, means=self._means, highest_maps=self._highest.by_index())
 
 
 def cross_fit(
@@ -185,7 +194,7 @@ def cross_fit(
     Args:
         embeddings: of the N good images.
         groups: the part that each image shows.
-        learning: ``scoring``, ``calibration.folds`` and ``seed`` are used.
+        learning: ``scoring``, ``calibration`` and ``seed`` are used.
         pooled: statistics of more images than these, to be used instead of these images' own.
         progress: counts images, over all passes.
 
@@ -193,49 +202,91 @@ def cross_fit(
         DataError: fewer images or parts than the method needs.
         NumericalError: an embedding is not finite, or nothing varies between the images.
     """
-    scoring = learning.scoring
-    num_images = len(groups)
+    scoring, num_images = learning.scoring, len(groups)
     require_enough(num_images, len(set(groups)))
-    folds = make_folds(groups, learning.calibration.folds, learning.seed)
-    automatic = scoring.rank == "auto" or scoring.ridge == "auto"
-    rank = scoring.max_rank if scoring.rank == "auto" else scoring.rank
-    ridges = RIDGES if scoring.ridge == "auto" else (scoring.ridge,)
-    counter = ProgressCounter(progress, total=num_images * (4 if automatic else 3))
-    few = pooled is None and num_images <= embeddings.num_channels
-    fitter: _Fitter = _SampleFitter(embeddings, counter) if few else _MomentFitter(embeddings, counter, pooled)
-
-    without: list[LowRankGaussian] = []
-    likelihoods = np.zeros((len(ridges), rank + 1))
-    for fold in folds:
-        gaussian = fitter.fit(leave_out=fold, rank=rank, ridge=ridges[0])
-        without.append(gaussian)
-        likelihoods = likelihoods[:, : gaussian.rank + 1]
-        if automatic:
-            for indices, batch in embeddings.batches(fold):
-                share = len(indices) / num_images
-                likelihoods += share * gaussian.log_likelihoods(batch, ridges)[:, : likelihoods.shape[1]]
-                counter.add(len(indices), "choosing rank and ridge")
-    ridge = ridges[0]
-    if automatic:
-        if scoring.rank != "auto":
-            likelihoods[:, :-1] = -np.inf
-        row, rank = (int(index) for index in np.unravel_index(np.argmax(likelihoods), likelihoods.shape))
-        ridge = ridges[row]
-        log.info("rank_and_ridge_chosen", rank=rank, ridge=ridge, log_likelihood=float(likelihoods[row, rank]))
-
-    stored = (replace(one.truncated(rank), ridge=ridge).as_stored() for one in without)
-    held_out = score_held_out(embeddings, zip(folds, stored, strict=True), scoring, counter=counter)
-    statistics = fitter.fit(leave_out=[], rank=rank, ridge=ridge).as_stored()
-    return CrossFit(
-        statistics=statistics,
-        held_out=held_out,
-        likelihoods={
-            f"{value:g}": [round(float(one), 3) for one in row if np.isfinite(one)]
-            for value, row in zip(ridges, likelihoods, strict=True)
-        }
-        if automatic
-        else None,
+    radii = RADII if scoring.pooling_radius == "auto" else (scoring.pooling_radius,)
+    counter = ProgressCounter(progress, total=num_images * 2)
+    whole = _moments(embeddings, counter) if pooled is None else pooled.moments
+    fit = _Fit(
+        grid=embeddings.grid,
+        rank=scoring.max_rank if scoring.rank == "auto" else scoring.rank,
+        ridge=automatic_ridge(whole.count) if scoring.ridge == "auto" else scoring.ridge,
     )
+    wholes = {radius: fit(whole, radius, extra_columns=EXTRA_COLUMNS) for radius in radii}
+    scored = {radius: HeldOutScoring(num_images, scoring) for radius in radii}
+    log_determinants = dict.fromkeys(radii, 0.0)
+    for fold in make_folds(groups, learning.calibration.folds, learning.seed):
+        moments = whole
+        if pooled is None or pooled.holds_these:
+            moments = _leave_out(whole, embeddings, fold)
+        without = {radius: fit(moments, radius, near=wholes[radius]).as_stored() for radius in radii}
+        for indices, batch in embeddings.batches(fold):
+            for radius, statistics in without.items():
+                scored[radius].add(indices, batch, statistics)
+            counter.add(len(indices), "scoring held-out parts")
+        for radius, statistics in without.items():
+            log_determinants[radius] += statistics.mean_log_determinant * len(fold) / num_images
+    held_out = {radius: one.result() for radius, one in scored.items()}
+    volumes = {
+        radius: _log_volume(
+            held_out[radius].scores, groups, learning.calibration, log_determinants[radius], wholes[radius]
+        )
+        for radius in radii
+    }
+    radius = min(radii, key=lambda one: volumes[one])
+    log.info("pooling_radius", radius=radius, log_volume={str(one): round(value, 4) for one, value in volumes.items()})
+    return CrossFit(
+        statistics=wholes[radius].truncated(fit.rank).as_stored(),
+        radius=radius,
+        held_out=held_out[radius],
+        volumes=volumes,
+    )
+
+
+def automatic_ridge(num_images: int) -> float:
+    """Few images call for much of it."""
+    return float(np.clip(RIDGE_IMAGES / num_images, MIN_RIDGE, MAX_RIDGE))
+
+
+def _log_volume(
+    scores: F64, groups: Sequence[str], calibration: Calibration, log_determinant: float, statistics: LowRankGaussian
+) -> float:
+    """Mean logarithm of the accepted volume, per channel."""
+    threshold = GoodScores(scores, groups, calibration.unit).quantile(calibration.false_reject_rate)
+    return math.log(max(threshold, np.finfo(np.float64).tiny)) + 0.5 * log_determinant / statistics.num_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """What all fits have in common."""
+
+    grid: tuple[int, int]
+    rank: int
+    ridge: float
+
+    def __call__(
+        self, moments: Moments, radius: int, *, extra_columns: int = 0, near: LowRankGaussian | None = None
+    ) -> LowRankGaussian:
+        return fit_gaussian(
+            moments, grid=self.grid, rank=self.rank + extra_columns, ridge=self.ridge, radius=radius, near=near
+        )
+
+
+def _moments(embeddings: Embeddings, counter: ProgressCounter) -> Moments:
+    accumulator = MomentAccumulator()
+    for indices, batch in embeddings.batches(range(len(embeddings))):
+        accumulator.add(batch)
+        counter.add(len(indices), "moments")
+    return accumulator.moments()
+
+
+def _leave_out(whole: Moments, embeddings: Embeddings, fold: Sequence[int]) -> Moments:
+    accumulator = MomentAccumulator(whole)
+    for _, batch in embeddings.batches(fold):
+        accumulator.remove(batch)
+    if accumulator.count < 2:
+        raise DataError("one part holds nearly all the images; the statistics need other parts to be tested on")
+    return accumulator.moments()
 
 
 class ProgressCounter:
@@ -249,56 +300,3 @@ class ProgressCounter:
     def add(self, count: int, note: str) -> None:
         self._done += count
         self._progress(self._done, self._total, note)
-
-
-class _Fitter(Protocol):
-    def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
-        """Statistics of all images but some."""
-        ...
-
-
-class _SampleFitter:
-    """From the embeddings themselves: for fewer images than channels, where that is far less work."""
-
-    def __init__(self, embeddings: Embeddings, counter: ProgressCounter) -> None:
-        self._grid = embeddings.grid
-        self._counter = counter
-        batches = []
-        for indices, batch in embeddings.batches(range(len(embeddings))):
-            batches.append(batch)
-            counter.add(len(indices), "embeddings")
-        self._all = np.concatenate(batches)
-
-    def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
-        samples = np.delete(self._all, list(leave_out), axis=0)
-        require_images_left(len(samples))
-        self._counter.add(len(leave_out), "leaving parts out")
-        return fit_gaussian_to_samples(samples, grid=self._grid, rank=rank, ridge=ridge)
-
-
-class _MomentFitter:
-    """From moments, whose memory does not grow with the images; a fold is left out by taking it from the whole."""
-
-    def __init__(self, embeddings: Embeddings, counter: ProgressCounter, pooled: PooledStatistics | None) -> None:
-        self._embeddings = embeddings
-        self._counter = counter
-        self._holds_these = pooled is None or pooled.holds_these
-        if pooled is not None:
-            self._whole = pooled.moments
-            return
-        accumulator = MomentAccumulator()
-        for indices, batch in embeddings.batches(range(len(embeddings))):
-            accumulator.add(batch)
-            counter.add(len(indices), "moments")
-        self._whole = accumulator.moments()
-
-    def fit(self, *, leave_out: Sequence[int], rank: int, ridge: float) -> LowRankGaussian:
-        moments = self._whole
-        if len(leave_out) and self._holds_these:
-            accumulator = MomentAccumulator(self._whole)
-            for indices, batch in self._embeddings.batches(leave_out):
-                accumulator.remove(batch)
-                self._counter.add(len(indices), "leaving parts out")
-            require_images_left(accumulator.count)
-            moments = accumulator.moments()
-        return fit_gaussian(moments, grid=self._embeddings.grid, rank=rank, ridge=ridge)

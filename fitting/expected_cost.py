@@ -157,6 +157,7 @@ def set_least_cost(
         value=value,
         expected_false_reject_rate=good.above(value),
         chosen_by="cost",
+        with_more_parts=None,
         labelled=labelled,
     )
 

@@ -33,7 +33,7 @@ class SiteStatistics:
         held_out_scores: ``[N]`` of these images, by statistics that did not see them.
         held_out_means: ``[N]`` means of the maps whose maxima these scores are.
         suspects: of all images those that look least normal, the worst first.
-        details: for the package's provenance: rank, likelihoods, counts, seconds.
+        details: for the package's provenance: rank, pooling, counts, seconds.
     """
 
     statistics: PackageStatistics
@@ -92,6 +92,8 @@ def fit_statistics(
     details: dict[str, Any] = {
         "rank": result.statistics.rank,
         "ridge": result.statistics.ridge,
+        "pooling_radius": result.radius,
+        "log_volume_by_pooling_radius": {str(radius): round(value, 4) for radius, value in result.volumes.items()},
         "num_forward_passes": embeddings.num_forward,
         "channels": embeddings.num_channels,
         "channels_before_projection": num_tapped_channels,
@@ -103,13 +105,12 @@ def fit_statistics(
     ]
     if left_out:
         details["left_out"] = [images.records[index].name for index in left_out]
-    if result.likelihoods is not None:
-        details["held_out_log_likelihood_by_ridge_and_rank"] = result.likelihoods
     log.info(
         "statistics",
         images=len(kept),
         rank=result.statistics.rank,
         ridge=result.statistics.ridge,
+        pooling_radius=result.radius,
         threshold=threshold.value,
         parts=threshold.num_groups,
         promised_false_reject_rate=round(threshold.false_reject_rate, 4),

@@ -161,16 +161,13 @@ class Moments:
         return Moments(count=self.count, shift=shift, total=self.total + self.count * step, outer=outer)
 
 
-def map_position_blocks(num_positions: int, work: Callable[[slice], None]) -> None:
-    """Call ``work`` on blocks of positions, on all cores.
+def map_position_blocks(num_positions: int, work: Callable[[slice], None], *, size: int = POSITIONS_PER_BLOCK) -> None:
+    """Call ``work`` on blocks of ``size`` positions, on all cores.
 
     Thousands of small matrices gain nothing from a BLAS that splits each over threads, and lose a hundredfold
     to its locking when the machine is busy; so each block runs with one BLAS thread, blocks side by side.
     """
-    blocks = [
-        slice(start, min(start + POSITIONS_PER_BLOCK, num_positions))
-        for start in range(0, num_positions, POSITIONS_PER_BLOCK)
-    ]
+    blocks = [slice(start, min(start + size, num_positions)) for start in range(0, num_positions, size)]
     workers = min(len(blocks), usable_cpus(), MAX_WORKERS)
     with _one_blas_thread():
         if workers < 2:

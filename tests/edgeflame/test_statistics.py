@@ -16,12 +16,10 @@ from edgeflame.statistics.codec import decode_statistics, encode_statistics
 from edgeflame.statistics.gaussian import (
     LowRankGaussian,
     fit_gaussian,
-    fit_gaussian_to_samples,
     smooth_maps,
     smoothing_matrix,
 )
 from edgeflame.statistics.moments import MomentAccumulator, Moments
-from tests.support.likelihood import log_likelihood
 
 F32 = npt.NDArray[np.float32]
 GRID = (3, 4)
@@ -203,51 +201,74 @@ def test_a_fault_is_never_a_pass() -> None:
         NARROW.distances(query)
 
 
-def test_log_likelihoods_of_all_ranks_are_those_of_each() -> None:
-    held_out = embeddings(20, seed=3)
-    ridges = (NARROW.ridge, 0.3)
-    by_rank = NARROW.log_likelihoods(held_out, ridges)
-    for row, ridge in zip(by_rank, ridges, strict=True):
-        each = [log_likelihood(replace(NARROW, ridge=ridge).truncated(rank), held_out) for rank in range(C)]
-        np.testing.assert_allclose(row, each, rtol=1e-5)
-    np.testing.assert_array_equal(NARROW.log_likelihoods(held_out), by_rank[:1])
+@pytest.mark.parametrize("radius", [0, 1, 2, 5])
+def test_pooled_statistics_are_those_of_all_embeddings_within_the_radius(radius: int) -> None:
+    """Against the long way: the neighbours' embeddings, put together and given to numpy."""
+    data = embeddings(9) + np.linspace(-4, 4, P)[None, :, None].astype(np.float32)
+    height, width = GRID
+    gaussian = fit_gaussian(accumulate(data), grid=GRID, rank=C - 1, radius=radius)
+    for position in range(P):
+        y, x = divmod(position, width)
+        near = [
+            v * width + u
+            for v in range(max(0, y - radius), min(height, y + radius + 1))
+            for u in range(max(0, x - radius), min(width, x + radius + 1))
+        ]
+        together = data[:, near].reshape(-1, C).astype(np.float64)
+        np.testing.assert_allclose(gaussian.mean[position], together.mean(axis=0), rtol=1e-5)
+        scatter = np.cov(together, rowvar=False, bias=True) * len(data) / (len(data) - 1)
+        expected = np.linalg.eigvalsh(scatter)[::-1]
+        rank = gaussian.rank
+        np.testing.assert_allclose(gaussian.eigenvalues[position], expected[:rank], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(gaussian.residual[position], expected[rank:].mean(), rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize(("count", "rank"), [(2, 1), (5, 2), (C, 3), (C + 3, C - 1)])
-def test_statistics_of_samples_are_those_of_their_moments(count: int, rank: int) -> None:
-    data, query = embeddings(count, seed=count), embeddings(9, seed=99)
-    from_moments = fit_gaussian(accumulate(data), grid=GRID, rank=rank, ridge=0.05)
-    from_samples = fit_gaussian_to_samples(data, grid=GRID, rank=rank, ridge=0.05)
-    assert (from_samples.rank, from_samples.count) == (from_moments.rank, count)
-    np.testing.assert_allclose(from_samples.distances(query), from_moments.distances(query), rtol=1e-4)
-    np.testing.assert_allclose(from_samples.residual, from_moments.residual, rtol=1e-4, atol=1e-5)
+def test_pooling_goes_on_across_blocks_of_rows_as_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = accumulate(embeddings(9))
+    whole = fit_gaussian(moments, grid=GRID, rank=3, radius=1)
+    monkeypatch.setattr("edgeflame.statistics.pooling.BLOCK_BYTES", 1)  # one row at a time
+    by_rows = fit_gaussian(moments, grid=GRID, rank=3, radius=1)
+    np.testing.assert_allclose(by_rows.distances(embeddings(4, 5)), whole.distances(embeddings(4, 5)), rtol=1e-5)
 
 
-def test_samples_with_a_position_that_never_varies() -> None:
+def test_pooled_moments_of_two_sites_are_those_of_all_images() -> None:
+    first, second = embeddings(12, 1), embeddings(7, 2) + 1
+    together = fit_gaussian(accumulate(np.concatenate([first, second])), grid=GRID, rank=5, radius=1)
+    accumulator = MomentAccumulator(accumulate(first))
+    accumulator.add(second)
+    merged = fit_gaussian(accumulator.moments(), grid=GRID, rank=5, radius=1)
+    query = embeddings(5, 9)
+    np.testing.assert_allclose(merged.distances(query), together.distances(query), rtol=1e-4)
+
+
+@pytest.mark.parametrize("radius", [0, 1])
+def test_statistics_near_others_are_those_made_from_nothing(radius: int) -> None:
+    data, query = embeddings(40, channels=24), embeddings(9, seed=99, channels=24)
+    whole = fit_gaussian(accumulate(data), grid=GRID, rank=12, radius=radius)
+    without = accumulate(data[4:])
+    near = fit_gaussian(without, grid=GRID, rank=4, radius=radius, near=whole)
+    expected = fit_gaussian(without, grid=GRID, rank=4, radius=radius)
+    assert near.rank == 4
+    np.testing.assert_allclose(near.distances(query), expected.distances(query), rtol=5e-3)
+
+
+def test_a_position_that_never_varies_is_no_obstacle() -> None:
     data = embeddings(6)
     data[:, 0] = data[0, 0]
-    gaussian = fit_gaussian_to_samples(data, grid=GRID, rank=3)
-    assert np.isfinite(gaussian.distances(embeddings(4, seed=5))).all()
-    gram = gaussian.basis.transpose(0, 2, 1) @ gaussian.basis
-    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=1e-5)
+    gaussian = fit_gaussian(accumulate(data), grid=GRID, rank=3)
+    near = fit_gaussian(accumulate(data[1:]), grid=GRID, rank=2, near=gaussian)
+    assert np.isfinite(near.distances(embeddings(4, seed=5))).all()
+    with pytest.raises(DataError, match="radius"):
+        fit_gaussian(accumulate(data), grid=GRID, rank=3, radius=-1)
 
 
-def test_samples_that_are_no_numbers_or_too_few_are_refused() -> None:
-    data = embeddings(4)
-    with pytest.raises(DataError, match="at least 2 images"):
-        fit_gaussian_to_samples(data[:1], grid=GRID, rank=1)
-    data[0, 0, 0] = np.nan
-    with pytest.raises(NumericalError, match="NaN or infinite"):
-        fit_gaussian_to_samples(data, grid=GRID, rank=1)
-
-
-def test_the_likelihood_finds_the_true_rank() -> None:
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(P, 20, 3)) * 4
-    data = np.einsum("npk,pck->npc", rng.normal(size=(400, P, 3)), mixing) + rng.normal(size=(400, P, 20))
-    data = data.astype(np.float32)
-    gaussian = fit_gaussian(accumulate(data[:300]), grid=GRID, rank=12, ridge=1e-4)
-    assert int(np.argmax(gaussian.log_likelihoods(data[300:]))) == 3
+def test_the_log_determinant_is_that_of_the_full_covariance() -> None:
+    data = embeddings(30)
+    gaussian = fit_gaussian(accumulate(data), grid=GRID, rank=C - 1, ridge=0.1)
+    covariances = [np.cov(data[:, p].astype(np.float64), rowvar=False) for p in range(P)]
+    ridge = gaussian.ridge_variance * np.eye(C)
+    expected = np.mean([np.linalg.slogdet(one + ridge)[1] for one in covariances])
+    assert gaussian.mean_log_determinant == pytest.approx(expected, rel=1e-4)
 
 
 def test_identical_images_are_refused() -> None:

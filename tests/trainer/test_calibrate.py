@@ -30,7 +30,7 @@ def test_calibrate_sets_the_threshold_from_images_not_seen(
 ) -> None:
     out = tmp_path / "calibrated.edgeflame"
     arguments = ("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", out)
-    result = edgeflame(*arguments, "--false-reject-rate", 0.4, "--confidence", 0.9)
+    result = edgeflame(*arguments, "--mode", "promise", "--false-reject-rate", 0.4, "--confidence", 0.9)
     assert result.exit_code == 0, result.output
     before, after = read_package(fitted_package), read_package(out)
     threshold = after.manifest.threshold
@@ -45,7 +45,7 @@ def test_calibrate_shows_what_each_promise_costs_and_catches(
     fitted_package: Path, parts_folder: Path, tmp_path: Path
 ) -> None:
     arguments = ("calibrate", "--model", fitted_package, "--data", parts_folder, "--out", tmp_path / "c.edgeflame")
-    result = edgeflame(*arguments, "--unit", "part")
+    result = edgeflame(*arguments, "--unit", "part", "--mode", "promise")
     assert result.exit_code == 0, result.output
     assert "good parts rejected" in result.output
     assert "5.00% was asked for; that takes more parts than there are" in result.output

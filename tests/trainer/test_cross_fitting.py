@@ -1,4 +1,4 @@
-"""Folds, cross-fitting and the choice of the rank."""
+"""Folds, cross-fitting, and what it chooses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ from edgeflame.images import Preprocessing
 from edgeflame.methods import Backbone, Learning
 from edgeflame.statistics.gaussian import fit_gaussian
 from edgeflame.statistics.moments import MomentAccumulator
-from fitting.crossfit import RIDGES, cross_fit, image_scores, make_folds, require_enough, score_maps
+from fitting.crossfit import (
+    RADII,
+    automatic_ridge,
+    cross_fit,
+    image_scores,
+    make_folds,
+    require_enough,
+    score_maps,
+)
 from fitting.imageset import ImageSet
-from tests.support.likelihood import log_likelihood
+from fitting.threshold import set_threshold
 from trainer import embedding as embedding_module
 from trainer.backbone import EmbeddingNetwork, build_network
 from trainer.device import rgb_tensor
@@ -61,15 +69,18 @@ def test_held_out_scores_are_those_of_statistics_without_the_part(
         accumulator = MomentAccumulator()
         accumulator.add(np.delete(everything, fold, axis=0))
         gaussian = fit_gaussian(
-            accumulator.moments(), grid=network.grid, rank=6, ridge=small_learning.scoring.ridge
+            accumulator.moments(),
+            grid=network.grid,
+            rank=6,
+            ridge=small_learning.scoring.ridge,
+            radius=result.radius,
         ).as_stored()
         expected[fold] = image_scores(score_maps(gaussian, everything[fold], small_learning.scoring))
     np.testing.assert_allclose(result.held_out.scores, expected, rtol=5e-3)
     assert result.statistics.count == len(images)
     assert result.statistics.rank == 6
-    assert result.likelihoods is None
     passes = embeddings.num_forward / len(images)
-    assert passes == 1 if max_cache_bytes == 1 << 30 else 1 < passes <= 3
+    assert passes == 1 if max_cache_bytes == 1 << 30 else 1 < passes <= 4
 
 
 def test_what_was_seen_scores_lower_than_what_was_not(
@@ -89,32 +100,48 @@ def test_the_statistics_are_as_a_package_stores_them(
     np.testing.assert_array_equal(statistics.basis, statistics.basis.astype(np.float16).astype(np.float32))
 
 
-@pytest.mark.parametrize(("rank", "ridge"), [("auto", "auto"), ("auto", 0.03), (5, "auto")])
-def test_rank_and_ridge_are_the_likeliest_within_the_cap(
-    network: EmbeddingNetwork, images: ImageSet, small_learning: Learning, rank: int | str, ridge: float | str
+def test_the_pooling_radius_is_the_one_that_accepts_least(
+    network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
 ) -> None:
-    """Against the long way: every pair by itself, on images its statistics have not seen."""
-    scoring = msgspec.structs.replace(small_learning.scoring, rank=rank, ridge=ridge, max_rank=7)
-    result = cross_fit(
+    """Against the long way: the volume at the threshold that each radius would have by itself."""
+    embeddings = network_embeddings(network, images, device=CPU)
+    result = cross_fit(embeddings, images.groups, small_learning)
+    everything = embed(network, rgb_tensor(images.batch(range(len(images))), CPU))
+    volumes, alone = {}, {}
+    for radius in RADII:
+        scoring = msgspec.structs.replace(small_learning.scoring, pooling_radius=radius)
+        alone[radius] = cross_fit(embeddings, images.groups, msgspec.structs.replace(small_learning, scoring=scoring))
+        assert alone[radius].radius == radius
+        log_determinant = 0.0
+        for fold in make_folds(images.groups, small_learning.calibration.folds, small_learning.seed):
+            accumulator = MomentAccumulator()
+            accumulator.add(np.delete(everything, fold, axis=0))
+            gaussian = fit_gaussian(accumulator.moments(), grid=network.grid, rank=6, ridge=0.01, radius=radius)
+            log_determinant += gaussian.mean_log_determinant * len(fold) / len(images)
+        threshold = set_threshold(
+            alone[radius].held_out.scores, images.groups, small_learning.calibration, groups_known=True
+        )
+        volumes[radius] = np.log(threshold.value) + 0.5 * log_determinant / network.num_channels
+        assert result.volumes[radius] == pytest.approx(volumes[radius], abs=2e-2)
+    best = min(volumes, key=lambda radius: volumes[radius])
+    assert result.radius == best
+    np.testing.assert_allclose(result.held_out.scores, alone[best].held_out.scores, rtol=1e-6)
+
+
+def test_few_images_get_much_ridge() -> None:
+    assert [automatic_ridge(count) for count in (5, 40, 120, 400, 10_000)] == [0.3, 0.3, 0.1, 0.03, 0.03]
+
+
+def test_rank_and_ridge_go_by_the_number_of_images_where_they_are_left_open(
+    network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
+) -> None:
+    scoring = msgspec.structs.replace(small_learning.scoring, rank="auto", ridge="auto", max_rank=7)
+    statistics = cross_fit(
         network_embeddings(network, images, device=CPU),
         images.groups,
         msgspec.structs.replace(small_learning, scoring=scoring),
-    )
-    everything = embed(network, rgb_tensor(images.batch(range(len(images))), CPU))
-    likelihoods: dict[tuple[float, int], float] = {}
-    for fold in make_folds(images.groups, small_learning.calibration.folds, small_learning.seed):
-        accumulator = MomentAccumulator()
-        accumulator.add(np.delete(everything, fold, axis=0))
-        for one_ridge in RIDGES if ridge == "auto" else (ridge,):
-            for one_rank in range(8) if rank == "auto" else (rank,):
-                gaussian = fit_gaussian(accumulator.moments(), grid=network.grid, rank=one_rank, ridge=one_ridge)
-                key = (one_ridge, one_rank)
-                share = len(fold) / len(images)
-                likelihoods[key] = likelihoods.get(key, 0.0) + share * log_likelihood(gaussian, everything[fold])
-    best_ridge, best_rank = max(likelihoods, key=lambda key: likelihoods[key])
-    assert (result.statistics.ridge, result.statistics.rank) == (best_ridge, best_rank)
-    assert result.likelihoods is not None
-    assert max(result.likelihoods[f"{best_ridge:g}"]) == pytest.approx(likelihoods[best_ridge, best_rank], rel=1e-3)
+    ).statistics
+    assert (statistics.rank, statistics.ridge) == (7, automatic_ridge(len(images)))
 
 
 def test_too_few_images_or_parts_are_refused() -> None:

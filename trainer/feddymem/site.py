@@ -21,11 +21,11 @@ from edgeflame.package import WeightsOrigin
 from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
 from fitting.crossfit import (
     HeldOutScores,
+    HeldOutScoring,
     PooledStatistics,
     ProgressCounter,
     make_folds,
     require_enough,
-    score_held_out,
 )
 from fitting.embeddings import Embeddings
 from fitting.imageset import ImageSet
@@ -111,8 +111,12 @@ def held_out_scores(
         memory_statistics(memory, patches.without(fold), fleet, whitening, learning, grid=embeddings.grid)
         for fold in folds
     )
-    counter = ProgressCounter(progress, total=len(groups))
-    return score_held_out(embeddings, zip(folds, without, strict=True), learning.scoring, counter=counter)
+    counter, scoring = ProgressCounter(progress, total=len(groups)), HeldOutScoring(len(groups), learning.scoring)
+    for fold, statistics in zip(folds, without, strict=True):
+        for indices, batch in embeddings.batches(fold):
+            scoring.add(indices, batch, statistics)
+            counter.add(len(indices), "scoring held-out parts")
+    return scoring.result()
 
 
 def _reduce_site_memory(
