@@ -182,16 +182,17 @@ def lay_out(dataset: Dataset, folder: Path, *, with_groups: bool) -> None:
             csv.writer(stream).writerows([("path", "group"), *named])
 
 
-def measure(folder: Path) -> Figures:
+def measure(folder: Path, *fit_options: str) -> Figures:
     """Fit and judge, as a user does."""
     package_file = folder.with_suffix(".edgeflame")
     begun, cpu = time.monotonic(), time.process_time()
-    fit_command.main(["--data", str(folder), "--out", str(package_file)], standalone_mode=False)
+    fit_command.main(["--data", str(folder), "--out", str(package_file), *fit_options], standalone_mode=False)
     fit_s, fit_cpu_s = time.monotonic() - begun, time.process_time() - cpu
     package = read_package(package_file)
     manifest = package.manifest
+    runtime = open_runtime(package.model_onnx)
     scored = score_test_images(
-        open_runtime(package.model_onnx).score, open_dataset(folder), manifest.learning.input, on_unreadable="refuse"
+        lambda images: runtime.score(images)[:2], open_dataset(folder), manifest.learning.input, on_unreadable="refuse"
     )
     statistics = manifest.provenance["statistics"]
     return {
@@ -332,7 +333,7 @@ def main() -> None:
     parser.add_argument("--toy", type=Path, default=SHARED / "toy-figures", metavar="DIR")
     parser.add_argument("--tile", type=Path, default=SHARED / "magnetic-tile", metavar="DIR")
     parser.add_argument(
-        "--rows", nargs="+", metavar="NAME", help="which rows, or how their names begin; all by default"
+        "--rows", nargs="+", metavar="NAME", help="which rows, or the first word of their names; all by default"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=range(NUM_SEEDS))
     parser.add_argument(
@@ -344,7 +345,9 @@ def main() -> None:
     options = parser.parse_args()
     judge = partial(measure_peer, options.peer) if options.peer else measure
     order = rows(options.toy, options.tile)
-    wanted = [row for row in order if not options.rows or row.name.startswith(tuple(options.rows))]
+    wanted = [
+        row for row in order if not options.rows or any(f"{row.name}-".startswith(f"{name}-") for name in options.rows)
+    ]
     if not wanted:
         sys.exit(f"no such row; there are {', '.join(row.name for row in order)}")
     file = options.out / f"decisions-{options.label}.json"

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from boards.dataset import DatasetSpec, write_dataset
+from cli import cli
 from edgeflame.dataset import open_dataset
 from tests.support.paths import REPOSITORY
 
@@ -39,6 +41,20 @@ def test_figures_of_scores(decisions: Any) -> None:
     assert found["ratio"] == 2 / 3
     assert found["image_AUROC"] == (19 + 20 + 21 + 21) / (4 * 21)
     assert decisions.verdicts([1.0, 2.0], [0.0], 1.5)["ratio"] is None
+
+
+def test_verdicts_are_those_of_fit_and_evaluate(decisions: Any, tmp_path: Path) -> None:
+    spec = DatasetSpec(
+        texture="warm_wood", num_train_parts=8, num_test_good_parts=5, num_test_defective_parts=10, num_photos=1
+    )
+    write_dataset(tmp_path / "boards", spec)
+    found = decisions.measure(tmp_path / "boards", "--size", "64")
+    package = str(tmp_path / "boards.edgeflame")
+    told = CliRunner().invoke(cli, ["evaluate", "--model", package, "--data", str(tmp_path / "boards"), "--json"])
+    report = json.loads(told.stdout)
+    names = ("threshold", "num_good", "num_defective", "good_rejected", "defective_caught")
+    assert {name: found[name] for name in names} == {name: report[name] for name in names}
+    assert found["image_AUROC"] == pytest.approx(report["image_AUROC"])
 
 
 @pytest.mark.parametrize("with_groups", [True, False])
