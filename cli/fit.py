@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from cli.options import cost_of_a_miss, dataset_options, defects_options, promise_options
-from cli.output import echo, print_promises, print_threshold, progress_bar
+from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import UsageError
 from edgeflame.images import MAX_INPUT_SIDE, Region
@@ -194,6 +194,9 @@ def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
         echo(f"{len(fitted.report.unfit)} that a line would not judge, take them out: {', '.join(unfit)}")
     print_threshold(manifest.threshold)
     print_promises(manifest.threshold, fitted.site.held_out_scores, fitted.defective_scores)
+    influential = influential_in_words(fitted.site)
+    if influential is not None:
+        echo(influential)
     named = [
         f"{one.record.name} ({one.score / manifest.threshold.value:.2f} x threshold{', left out' * one.left_out})"
         for one in fitted.site.suspects[:NUM_NAMED]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from edgeflame.findings import Finding
     from edgeflame.package import Threshold
+    from fitting.site_statistics import SiteStatistics
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
@@ -74,6 +75,9 @@ def print_json(value: object) -> None:
     sys.stdout.write(printable_json(encoded).decode() + "\n")
     sys.stdout.flush()
 
+
+NUM_INFLUENTIAL = 3
+"""Of the parts that move the threshold so many are named; the package names more, and the page shows them."""
 
 _STYLES = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✕", "red")}
 
@@ -185,6 +189,24 @@ def promise_rows(threshold: Threshold) -> Sequence[tuple[float | None, str, str]
         )
         for rate, value in sorted(rates.items())
     ]
+
+
+def influential_in_words(site: SiteStatistics) -> str | None:
+    """Which parts move the threshold by themselves, a sentence with its full stop; None if none does."""
+    if not site.influential:
+        return None
+    found, records = site.influential, site.images.records
+    named = [
+        f"without {records[one.images[0]].name}{' and the others of its part' * (len(one.images) > 1)} it would be "
+        f"{one.without:.4g}"
+        for one in found[:NUM_INFLUENTIAL]
+    ]
+    more = f", and so on for {len(found) - len(named)} more" if len(found) > len(named) else ""
+    who = "One part moves" if len(found) == 1 else f"Each of {len(found)} parts by itself moves"
+    return (
+        f"{who} the threshold of the good parts: {', '.join(named)}{more} (by the same scores, nothing fitted again). "
+        "What is not a good part, take out and fit again."
+    )
 
 
 def share_above(scores: npt.NDArray[np.floating], value: float) -> str:

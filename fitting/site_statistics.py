@@ -16,7 +16,7 @@ from edgeflame.statistics.codec import PackageStatistics
 from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
 from fitting.embeddings import Embeddings
 from fitting.imageset import ImageSet
-from fitting.suspects import Suspect, worst_indices
+from fitting.suspects import InfluentialPart, Suspect, influential_parts, worst_indices
 from fitting.threshold import set_threshold
 
 log = EventLog("fit")
@@ -33,6 +33,7 @@ class SiteStatistics:
         held_out_scores: ``[N]`` of these images, by statistics that did not see them.
         held_out_means: ``[N]`` means of the maps whose maxima these scores are.
         suspects: of all images those that look least normal, the worst first.
+        influential: good parts without any one of which the threshold of the good would be much lower.
         details: for the package's provenance: rank, pooling, counts, seconds.
     """
 
@@ -42,6 +43,7 @@ class SiteStatistics:
     held_out_scores: npt.NDArray[np.float64]
     held_out_means: npt.NDArray[np.float64]
     suspects: tuple[Suspect, ...]
+    influential: tuple[InfluentialPart, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +91,7 @@ def fit_statistics(
         num_left_out=len(left_out),
     )
     suspects = find_suspects(images, first.held_out, left_out)
+    influential = find_influential(kept, result.held_out.scores, learning, threshold)
     details: dict[str, Any] = {
         "rank": result.statistics.rank,
         "ridge": result.statistics.ridge,
@@ -103,6 +106,7 @@ def fit_statistics(
     details["least_normal"] = [
         {"file": one.record.name, "score": one.score, "left_out": one.left_out} for one in suspects[:10]
     ]
+    details["influential_parts"] = describe_influential(kept, influential)
     if left_out:
         details["left_out"] = [images.records[index].name for index in left_out]
     log.info(
@@ -124,6 +128,7 @@ def fit_statistics(
         held_out_scores=result.held_out.scores,
         held_out_means=result.held_out.means,
         suspects=suspects,
+        influential=influential,
         details=details,
     )
 
@@ -139,3 +144,27 @@ def find_suspects(images: ImageSet, held_out: HeldOutScores, left_out: Sequence[
         )
         for index, one in held_out.highest_maps.items()
     )
+
+
+def find_influential(
+    images: ImageSet, scores: npt.NDArray[np.float64], learning: Learning, threshold: Threshold
+) -> tuple[InfluentialPart, ...]:
+    """Parts that move the threshold by themselves; they are in the log, too. ``scores`` are held-out, ``[N]``."""
+    found = influential_parts(scores, images.groups, learning.calibration)
+    if found:
+        log.warning(
+            "part_moves_threshold",
+            threshold=threshold.value,
+            without_it=found[0].without,
+            images=", ".join(images.records[index].name for index in found[0].images[:5]),
+            such_parts=len(found),
+        )
+    return found
+
+
+def describe_influential(images: ImageSet, parts: Sequence[InfluentialPart]) -> list[dict[str, Any]]:
+    """For the package's provenance: the photographs of a part, and what the threshold would be without it."""
+    return [
+        {"files": [images.records[index].name for index in one.images[:10]], "threshold_without": one.without}
+        for one in parts[:10]
+    ]

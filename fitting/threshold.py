@@ -150,7 +150,7 @@ class GoodScores:
         return len(self._sizes)
 
     def shares(self, value: float) -> F64:
-        """``[parts]``: the share of each part's photographs above a threshold; for whole parts 0 or 1."""
+        """``[parts]``, by name: the share of a part's photographs above a threshold; for whole parts 0 or 1."""
         above = np.bincount(self._part, weights=self.scores > value).astype(np.float64)
         return (above > 0).astype(np.float64) if self._unit == "part" else above / self._sizes
 
@@ -204,7 +204,8 @@ def set_threshold(
         NumericalError: a score is not finite.
     """
     good = GoodScores(scores, groups, calibration.unit)
-    value, promised = _expected(good, calibration) if calibration.mode == "expected" else _promised(good, calibration)
+    value = rule_threshold(good, calibration)
+    promised = _promise_at(good, value, calibration)
     if not groups_known:
         log.warning("parts_unknown", note="each photograph counted as a part of its own; the promise is optimistic")
     return Threshold(
@@ -228,17 +229,20 @@ MORE_PARTS = (60, 120, 300, 1000)
 """Of these the first that would tighten a promise by a fifth is told."""
 
 
-def _expected(good: GoodScores, calibration: Calibration) -> tuple[float, float]:
-    """The threshold to be expected to reject the rate asked for, and what it promises."""
-    value = good.quantile(calibration.false_reject_rate)
-    return value, upper_confidence_bound(good.shares(value), calibration.confidence)
-
-
-def _promised(good: GoodScores, calibration: Calibration) -> tuple[float, float]:
-    """The lowest threshold that keeps the promise, or the highest score and the tightest promise the parts allow."""
+def rule_threshold(good: GoodScores, calibration: Calibration) -> float:
+    """The threshold by the rule asked for; the highest score where the parts are too few for a promise."""
+    if calibration.mode == "expected":
+        return good.quantile(calibration.false_reject_rate)
     value = good.lowest_threshold(calibration.false_reject_rate, calibration.confidence)
-    if value is not None:
-        return value, calibration.false_reject_rate
+    return float(good.candidates[-1]) if value is None else value
+
+
+def _promise_at(good: GoodScores, value: float, calibration: Calibration) -> float:
+    """What the threshold promises: what was asked for, or what it happens to keep."""
+    if calibration.mode == "expected":
+        return upper_confidence_bound(good.shares(value), calibration.confidence)
+    if exceedance_probability(good.shares(value), calibration.false_reject_rate) <= 1.0 - calibration.confidence:
+        return calibration.false_reject_rate
     promised = tightest_rate(good.num_parts, calibration.confidence)
     log.warning(
         "too_few_parts_for_promise",
@@ -248,7 +252,7 @@ def _promised(good: GoodScores, calibration: Calibration) -> tuple[float, float]
         parts=good.num_parts,
         parts_needed=parts_needed(calibration.false_reject_rate, calibration.confidence),
     )
-    return float(good.candidates[-1]), promised
+    return promised
 
 
 def _with_more_parts(good: GoodScores, value: float, confidence: float) -> tuple[int, float] | None:

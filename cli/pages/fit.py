@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.output import influential_in_words
 from cli.pages.charts import histogram_chart
 from cli.pages.page import draw_example, render_page, write_page
 from edgeflame.layout import GOOD
@@ -25,16 +26,23 @@ def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_
         StorageError: it cannot be written.
     """
     threshold = manifest.threshold
-    # What had to be left out is shown in any case, and that is what scores highest.
-    suspects = fitted.site.suspects[: max(NUM_SHOWN, sum(one.left_out for one in fitted.site.suspects))]
+    site = fitted.site
+    without = {site.images.records[index].name: part.without for part in site.influential for index in part.images}
+    # What had to be left out, and what moves the threshold, is shown in any case; that is what scores highest.
+    suspects = [
+        one
+        for place, one in enumerate(site.suspects)
+        if place < NUM_SHOWN or one.left_out or one.record.name in without
+    ]
     page = render_page(
         "fit.html.j2",
         manifest=manifest,
         threshold=threshold,
         package_file=package_file,
         data=data,
+        influential=influential_in_words(site),
         num_unreadable=len(fitted.report.unreadable),
-        histogram=histogram_chart({GOOD: fitted.site.held_out_scores}, threshold.value),
+        histogram=histogram_chart({GOOD: site.held_out_scores}, threshold.value),
         examples=[
             {
                 "example": draw_example(
@@ -42,6 +50,7 @@ def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_
                 ),
                 "ratio": one.score / threshold.value,
                 "left_out": one.left_out,
+                "without": without.get(one.record.name),
             }
             for one in suspects
         ],

@@ -14,7 +14,8 @@ from scipy.stats import t as student_t
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import Calibration
 from edgeflame.package import Threshold
-from fitting.threshold import GoodScores, set_f1_threshold, set_threshold
+from fitting.suspects import InfluentialPart, influential_parts
+from fitting.threshold import GoodScores, rule_threshold, set_f1_threshold, set_threshold
 
 PROMISE = Calibration(mode="promise")
 BY_PART = Calibration(mode="promise", unit="part")
@@ -173,6 +174,46 @@ def test_the_threshold_of_the_highest_f1_promises_what_its_parts_allow() -> None
 def binom_upper(rejected: int, total: int) -> float:
     rates = np.linspace(0, 1, 10001)
     return float(rates[np.argmax(binom.cdf(rejected, total, rates) <= 0.05)])
+
+
+@pytest.mark.parametrize("unit", ["part", "photograph"])
+@pytest.mark.parametrize("mode", ["expected", "promise"])
+def test_parts_that_move_the_threshold_are_those_found_by_leaving_out_each(mode, unit) -> None:
+    found = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(1, 4, size=rng.integers(2, 70))
+        parts = np.repeat([f"part {index}" for index in range(len(sizes))], sizes)
+        scores = np.exp(rng.normal(0.0, 0.4, size=len(parts)))
+        scores[parts == "part 1"] *= rng.choice([1.0, 5.0])
+        calibration = Calibration(mode=mode, unit=unit, false_reject_rate=float(rng.choice([0.05, 0.1])))
+
+        def threshold(kept: npt.NDArray[np.bool_]) -> float:
+            return rule_threshold(GoodScores(scores[kept], list(parts[kept]), unit), calibration)  # noqa: B023
+
+        whole = threshold(np.ones(len(parts), bool))
+        without = {name: threshold(parts != name) for name in np.unique(parts)}
+        expected = {name: value for name, value in without.items() if value < 0.8 * whole}
+        influential = influential_parts(scores, list(parts), calibration)
+        assert {parts[one.images[0]]: one.without for one in influential} == expected
+        for one in influential:
+            assert sorted(one.images) == np.flatnonzero(parts == parts[one.images[0]]).tolist()
+            assert scores[one.images[0]] == scores[list(one.images)].max()
+        highest = [scores[one.images[0]] for one in influential]
+        assert highest == sorted(highest, reverse=True)
+        found.append(len(influential))
+    assert 0 in found
+    assert max(found) > 1
+
+
+def test_a_step_of_just_a_fifth_is_not_named_and_a_larger_one_is() -> None:
+    for second, named in ((8.0, ()), (7.9, (InfluentialPart(images=(0,), without=7.9),))):
+        assert influential_parts(np.array([10.0, second, 2.0]), singles(3), PROMISE) == named
+    # From twenty parts on one odd photograph does not set the expected rate's threshold, nor is it named.
+    scores = np.append(np.linspace(9.0, 10.0, 40), 1000.0)
+    assert influential_parts(scores, singles(41), Calibration()) == ()
+    assert influential_parts(scores, singles(41), PROMISE) == (InfluentialPart(images=(40,), without=10.0),)
+    assert influential_parts(np.array([1.0, 2.0]), ["a", "a"], PROMISE) == ()
 
 
 def test_scores_that_are_no_numbers_are_refused() -> None:

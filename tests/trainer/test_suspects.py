@@ -19,6 +19,7 @@ from edgeflame.images import write_image
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from fitting.suspects import HighestMaps, worst_indices
+from fitting.threshold import set_threshold
 from tests.support.part_images import part_image
 from trainer.fit import fit
 
@@ -54,6 +55,36 @@ def test_mixed_in_defects_are_the_first_suspects(soiled: Path, small_learning: L
         one.record.name for one in site.suspects[:2]
     ]
     assert "left_out" not in site.details
+
+
+@pytest.mark.parametrize("mode", ["expected", "promise"])
+def test_a_part_that_moves_the_threshold_by_itself_is_named(
+    soiled: Path,
+    parts_folder: Path,
+    small_learning: Learning,
+    mode: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learning = msgspec.structs.replace(
+        small_learning, calibration=msgspec.structs.replace(small_learning.calibration, mode=mode)
+    )
+    with caplog.at_level(logging.WARNING, logger="edgeflame"):
+        site = fit(open_dataset(soiled), learning).site
+    (part,) = site.influential
+    assert sorted(site.images.records[index].name for index in part.images) == BAD
+    others = [index for index in range(len(site.images)) if index not in part.images]
+    groups = [site.images.groups[index] for index in others]
+    assert (
+        part.without
+        == set_threshold(site.held_out_scores[others], groups, learning.calibration, groups_known=True).value
+    )
+    assert part.without < 0.8 * site.threshold.value
+    (told,) = site.details["influential_parts"]
+    assert (sorted(told["files"]), told["threshold_without"]) == (BAD, part.without)
+    record = next(record for record in caplog.records if record.getMessage() == "part_moves_threshold")
+    assert record.__dict__["fields"]["without_it"] == part.without
+    clean = fit(open_dataset(parts_folder), learning).site
+    assert (clean.influential, clean.details["influential_parts"]) == ((), [])
 
 
 def test_what_is_left_out_leaves_no_trace_but_its_name(
@@ -102,6 +133,25 @@ def test_the_command_names_them_and_shows_them(soiled: Path, tmp_path: Path) -> 
     assert page.index("bad-") < page.index("train/good/0")
     assert page.count(", left out") == 2
     assert "http://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_the_command_and_its_page_say_what_the_threshold_would_be_without(
+    soiled: Path, parts_folder: Path, settings_file: Path, tmp_path: Path
+) -> None:
+    out, report = tmp_path / "m.edgeflame", tmp_path / "report"
+    options = ["--out", str(out), "--config", str(settings_file), "--report", str(report)]
+    result = CliRunner().invoke(cli, ["fit", "--data", str(soiled), *options])
+    assert result.exit_code == 0, result.output
+    (told,) = read_package(out).manifest.provenance["statistics"]["influential_parts"]
+    without = f"{told['threshold_without']:.4g}"
+    line = f"without {told['files'][0]} and the others of its part it would be {without}"
+    assert f"One part moves the threshold of the good parts: {line} (" in result.stdout
+    page = (report / "index.html").read_text()
+    assert line in page
+    assert page.count(f"without its part the threshold would be {without}") == 2
+    result = CliRunner().invoke(cli, ["fit", "--data", str(parts_folder), *options])
+    assert result.exit_code == 0, result.output
+    assert "moves the threshold" not in result.output + (report / "index.html").read_text()
 
 
 def test_no_more_can_be_left_out_than_leaves_something(soiled: Path, small_learning: Learning, tmp_path: Path) -> None:

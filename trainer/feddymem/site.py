@@ -29,7 +29,7 @@ from fitting.crossfit import (
 )
 from fitting.embeddings import Embeddings
 from fitting.imageset import ImageSet
-from fitting.site_statistics import SiteStatistics, find_suspects
+from fitting.site_statistics import SiteStatistics, describe_influential, find_influential, find_suspects
 from fitting.threshold import set_threshold
 from trainer.agent.tasks import TaskResult, TrainTask
 from trainer.embedding import network_embeddings
@@ -292,6 +292,7 @@ class MemoryModel:
         held_out = held_out_scores(memory, patches, fleet, whitening, learning, embeddings, progress=progress)
         scores = held_out.scores
         threshold = set_threshold(scores, images.groups, learning.calibration, groups_known=groups_known)
+        influential = find_influential(images, scores, learning, threshold)
         log.info(
             "memory",
             prototypes=statistics.num_prototypes,
@@ -306,6 +307,7 @@ class MemoryModel:
             held_out_scores=scores,
             held_out_means=held_out.means,
             suspects=find_suspects(images, held_out),
+            influential=influential,
             details={
                 "num_prototypes": statistics.num_prototypes,
                 "num_global_prototypes": statistics.num_global,
@@ -313,5 +315,6 @@ class MemoryModel:
                 "num_forward_passes": embeddings.num_forward,
                 "held_out_score_median": float(sorted(scores)[len(scores) // 2]),
                 "held_out_score_max": float(scores.max()),
+                "influential_parts": describe_influential(images, influential),
             },
         )
