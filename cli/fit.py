@@ -141,11 +141,29 @@ def command(
         references=fitted.references,
     )
     _print_summary(out, manifest, fitted)
+    if not dataset.groups_known:
+        _write_groups(out.with_suffix(".groups.csv"), fitted)
     if report_dir is not None:
         from cli.pages.fit import write_fit
 
         page = write_fit(report_dir, fitted=fitted, manifest=manifest, package_file=out, data=data)
         echo(f"report: {page}")
+
+
+def _write_groups(path: Path, fitted: FittedModel) -> None:
+    """Say which photographs were taken for one part, in a file that a person can correct."""
+    from edgeflame.dataset import write_groups
+
+    images = fitted.site.images
+    several = len(images) - len(set(images.groups))
+    told = f"{len(images)} photographs taken for {len(set(images.groups))} parts by their looks"
+    if not several:
+        told = "each photograph taken for a part of its own"
+    if path.exists():
+        echo(f"{told}; {path} is there already and was left as it is")
+        return
+    write_groups(path, images.records)
+    echo(f"{told}: {path}; where that is wrong, correct it and fit again with --groups {path}")
 
 
 def product_of(data: Path) -> str:

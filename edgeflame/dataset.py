@@ -15,6 +15,7 @@ Any other folder is read as good images to train on, subfolders included, as far
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from edgeflame.images import (
 )
 from edgeflame.layout import GOOD, FolderLayout, read_defects, read_layout
 from edgeflame.log import EventLog
+from edgeflame.state import atomic_write
 
 log = EventLog("dataset")
 
@@ -44,6 +46,9 @@ GROUPS_FILES = ("groups.csv", "tiles.csv")
 """Looked for in this order in the data set's root when no groups file is named."""
 
 BITS_ADVICE = "samples of 10 or 12 bits in files of 16? set input.bits of fit; otherwise see to light and exposure"
+
+_UNGROUPED = "file:"
+"""Before the name of a photograph that is a part of its own; it keeps such parts from those of a groups file."""
 
 UnreadablePolicy = Literal["skip", "refuse"]
 
@@ -286,7 +291,20 @@ def _record(root: Path, path: Path, label: str, groups: dict[str, str], layout: 
         mask = next((candidate for candidate in candidates if candidate.is_file()), None)
     # A photograph without an entry is a part of its own; the prefix keeps it apart from named groups.
     label = printable_name(label)
-    return ImageRecord(path=path, name=name, label=label, group=groups.get(name, f"file:{name}"), mask=mask)
+    return ImageRecord(path=path, name=name, label=label, group=groups.get(name, f"{_UNGROUPED}{name}"), mask=mask)
+
+
+def write_groups(path: Path, records: Sequence[ImageRecord]) -> None:
+    """Write a groups file, which a person can correct and :func:`open_dataset` reads.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("path", "group"))
+    writer.writerows((record.name, record.group.removeprefix(_UNGROUPED)) for record in records)
+    atomic_write(path, stream.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _read_groups(root: Path, groups_file: Path | None) -> dict[str, str]:

@@ -150,8 +150,10 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
 
     def basis(self) -> str:
         """What the promise rests on."""
-        if not self.groups_known:
+        if not self.groups_known and self.num_groups == self.num_images:
             return f"{self.num_groups} images, each taken for a part of its own"
+        if not self.groups_known:
+            return f"{self.num_groups} parts ({self.num_images} images, told apart by their looks)"
         return f"{self.num_groups} parts ({self.num_images} images)"
 
     def caveats(self) -> list[str]:

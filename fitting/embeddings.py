@@ -85,6 +85,12 @@ class Embeddings:
         part._cache = held  # noqa: SLF001 - of this very class
         return part
 
+    def with_groups(self, groups: Sequence[str]) -> Embeddings:
+        """The same embeddings, of photographs of these parts; what is computed is shared."""
+        regrouped = copy.copy(self)
+        regrouped.images = self.images.with_groups(groups)
+        return regrouped
+
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], F32]]:
         """Embeddings of some images, in order.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -79,6 +80,14 @@ class ImageSet:
         held = {new: self._cache[old] for new, old in enumerate(indices) if old in self._cache}
         part._cache = held  # noqa: SLF001 - of this very class
         return part
+
+    def with_groups(self, groups: Sequence[str]) -> ImageSet:
+        """The same images, as photographs of these parts."""
+        regrouped = self.subset(range(len(self)))
+        regrouped.records = tuple(
+            replace(record, group=group) for record, group in zip(self.records, groups, strict=True)
+        )
+        return regrouped
 
     def batch(self, indices: Sequence[int]) -> ImageU8:
         """Images ``[N, height, width, 3]`` uint8, BGR."""

@@ -15,6 +15,7 @@ from edgeflame.package import Threshold
 from edgeflame.statistics.codec import PackageStatistics
 from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
 from fitting.embeddings import Embeddings
+from fitting.grouping import find_parts
 from fitting.imageset import ImageSet
 from fitting.suspects import InfluentialPart, Suspect, influential_parts, worst_indices
 from fitting.threshold import set_threshold
@@ -61,7 +62,7 @@ def fit_statistics(
     Args:
         embeddings: of the images.
         learning: the configuration.
-        groups_known: whether the images' parts are known, or each is taken for a part of its own.
+        groups_known: whether the images' parts are known; otherwise they are told by their looks.
         num_tapped_channels: of the backbone's maps before their projection, for the package's provenance.
         pooled: statistics of more images than these; then only the threshold is of these images.
         progress: counts images, over all passes.
@@ -70,6 +71,8 @@ def fit_statistics(
         DataError: too few images or parts.
         NumericalError: an embedding is not finite, or nothing varies between the images.
     """
+    if not groups_known:
+        embeddings = embeddings.with_groups(find_parts(embeddings))
     images = embeddings.images
     first = cross_fit(embeddings, images.groups, learning, pooled=pooled, progress=progress)
     result, kept, left_out = first, images, worst_indices(first.held_out.scores, learning.scoring.drop_worst)

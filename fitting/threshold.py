@@ -207,7 +207,12 @@ def set_threshold(
     value = rule_threshold(good, calibration)
     promised = _promise_at(good, value, calibration)
     if not groups_known:
-        log.warning("parts_unknown", note="each photograph counted as a part of its own; the promise is optimistic")
+        log.warning(
+            "parts_unknown",
+            note="no groups file; where more photographs show one part than were found, the promise is optimistic",
+            parts=good.num_parts,
+            photographs=len(good.scores),
+        )
     return Threshold(
         value=value,
         false_reject_rate=promised,

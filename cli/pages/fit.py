@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 from cli.output import influential_in_words
 from cli.pages.charts import histogram_chart
 from cli.pages.page import draw_example, render_page, write_page
+from edgeflame.images import ImageU8, shrink
 from edgeflame.layout import GOOD
+from fitting.grouping import largest_groups
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
+    from fitting.imageset import ImageSet
     from trainer.fit import FittedModel
 
+
+GROUP_PICTURE_SIDE = 128
+"""Pixels; of the photographs that were taken for one part."""
+
+NUM_OF_GROUP = 6
+"""Photographs shown of each group."""
 
 NUM_SHOWN = 24
 
@@ -42,6 +51,7 @@ def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_
         data=data,
         influential=influential_in_words(site),
         num_unreadable=len(fitted.report.unreadable),
+        groups=_draw_groups(site.images),
         histogram=histogram_chart({GOOD: site.held_out_scores}, threshold.value),
         examples=[
             {
@@ -56,3 +66,13 @@ def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_
         ],
     )
     return write_page(folder / "index.html", page)
+
+
+def _draw_groups(images: ImageSet) -> list[list[tuple[ImageU8, str]]]:
+    """Pictures and names of some photographs of the largest groups, the largest group first."""
+    groups = []
+    for indices in largest_groups(images.groups):
+        few = indices[:NUM_OF_GROUP]
+        pictures = (shrink(image, GROUP_PICTURE_SIDE) for image in images.batch(few))
+        groups.append([(picture, images.records[index].name) for picture, index in zip(pictures, few, strict=True)])
+    return groups

@@ -342,3 +342,27 @@ def test_photographs_without_the_colours_of_the_others_are_named(tmp_path: Path)
         write_image(tmp_path / f"{index}.png", image)
     report = ImageSet(open_dataset(tmp_path).train, Preprocessing(height=64, width=64)).report
     assert report.unfit == {"3.png": ("colour_lost",), "4.png": ("colour_swapped",)}
+
+
+def test_parts_told_by_their_looks_are_written_down_to_be_corrected(
+    parts_folder: Path, settings_file: Path, tmp_path: Path
+) -> None:
+    data, out, groups = tmp_path / "plain", tmp_path / "m.edgeflame", tmp_path / "m.groups.csv"
+    shutil.copytree(parts_folder / "train/good", data)
+    arguments = ("fit", "--data", data, "--out", out, "--config", settings_file)
+    first = edgeflame(*arguments)
+    assert first.exit_code == 0, first.output
+    assert str(groups) in first.output
+    threshold = read_package(out).manifest.threshold
+    rows = [line.split(",") for line in groups.read_text().splitlines()]
+    assert rows[0] == ["path", "group"]
+    assert (len(rows) - 1, len({row[1] for row in rows[1:]})) == (24, threshold.num_groups)
+    assert not threshold.groups_known
+    # What a person corrected is not written over, and is what counts once it is named.
+    corrected = "path,group\n" + "".join(f"{row[0]},{int(row[0][:2]) // 3}\n" for row in rows[1:])
+    groups.write_text(corrected)
+    assert "left as it is" in edgeflame(*arguments).output
+    assert groups.read_text() == corrected
+    assert edgeflame(*arguments, "--groups", groups).exit_code == 0
+    threshold = read_package(out).manifest.threshold
+    assert (threshold.groups_known, threshold.num_groups) == (True, 8)
