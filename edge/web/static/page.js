@@ -60,13 +60,36 @@ function choose(camera) {
   listen(camera);
 }
 
+// The line sends something at least every two seconds. Nothing for longer means that what is shown may be over,
+// whatever the browser thinks of the connection: a tablet's Wi-Fi or a NAT can drop it without a word.
+const SILENT_MS = 6000, REOPEN_MS = 15000;
+let heard = performance.now(), opened = heard;
+
 function listen(camera) {
   if (events) events.close();
+  opened = performance.now();
   events = new EventSource(camera ? `api/events?camera=${encodeURIComponent(camera)}` : "api/events");
-  events.onopen = () => { $("link").className = "up"; text("link", "live"); };
   events.onerror = () => { $("link").className = "down"; text("link", "connection lost, trying again"); };
-  events.onmessage = (event) => show(JSON.parse(event.data));
+  events.onmessage = (event) => {
+    heard = performance.now();
+    document.body.classList.remove("silent");
+    $("link").className = "up";
+    text("link", "live");
+    show(JSON.parse(event.data));
+  };
 }
+
+function watchSilence() {
+  const now = performance.now(), silent = now - heard > SILENT_MS;
+  document.body.classList.toggle("silent", silent);
+  if (!silent) return;
+  $("link").className = "down";
+  text("link", `nothing heard for ${Math.round((now - heard) / 1000)} s: what is shown is old`);
+  document.title = "⚠ nothing heard – EdgeFlame";
+  if (now - Math.max(heard, opened) > REOPEN_MS) listen(decodeURIComponent(location.hash.slice(1)));
+}
+
+setInterval(watchSilence, 1000);
 
 fetch("api/line").then((response) => response.json()).then((line) => {
   $("switch").hidden = line.products.length < 2;

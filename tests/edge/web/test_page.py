@@ -11,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -655,3 +657,64 @@ def test_the_page_says_when_the_daemon_is_gone(browser: Any, tmp_path: Path, pac
         page.get_by_text("live", exact=True).wait_for()
     page.get_by_text("connection lost, trying again").wait_for()
     page.close()
+
+
+@contextlib.contextmanager
+def forwarder(address: str) -> Iterator[tuple[str, threading.Event]]:
+    """A way to the page that can fall silent while its connections stay open, as a tablet's Wi-Fi does."""
+    host, port = address.removeprefix("http://").split(":")
+    frozen, closing = threading.Event(), threading.Event()
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                while frozen.is_set() and not closing.is_set():
+                    time.sleep(0.05)
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+        server.settimeout(0.2)
+
+        def accept() -> None:
+            while not closing.is_set():
+                try:
+                    outer, _ = server.accept()
+                except (TimeoutError, OSError):
+                    continue
+                inner = socket.create_connection((host, int(port)))
+                for one in (outer, inner):
+                    one.settimeout(None)
+                    stack.callback(one.close)
+                for pair in ((outer, inner), (inner, outer)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}", frozen
+        finally:
+            closing.set()
+            thread.join()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1400, 900), (390, 844)])
+def test_a_silent_connection_is_not_taken_for_a_green_line(
+    browser: Any, tmp_path: Path, package_file: Path, width: int, height: int
+) -> None:
+    with station(tmp_path, package_file) as (opened, address), forwarder(address) as (through, frozen):
+        judge(opened, part(1))
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.goto(through)
+        page.get_by_text("live", exact=True).wait_for()
+        assert page.evaluate("getComputedStyle(document.querySelector('main')).filter") == "none"
+        frozen.set()
+        page.get_by_text(re.compile(r"nothing heard for \d+ s")).wait_for(timeout=15_000)
+        assert page.get_by_text("live", exact=True).count() == 0
+        assert page.evaluate("getComputedStyle(document.querySelector('main')).filter") == "grayscale(1)"
+        assert "nothing heard" in page.title()
+        frozen.clear()
+        page.get_by_text("live", exact=True).wait_for(timeout=30_000)
+        assert page.evaluate("document.body.className") == ""
+        page.close()
