@@ -16,7 +16,15 @@ from cli.options import (
     model_option,
     promise_options,
 )
-from cli.output import echo, print_json, print_promises, print_threshold, progress_bar, share_above
+from cli.output import (
+    echo,
+    influential_in_words,
+    print_json,
+    print_promises,
+    print_threshold,
+    progress_bar,
+    share_above,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,6 +118,7 @@ def command(
 
     from fitting.evaluation import score_records
     from fitting.expected_cost import set_least_cost
+    from fitting.suspects import influential_parts
     from fitting.threshold import set_f1_threshold, set_threshold
 
     report = LoadReport(made_of=package.manifest.frames)
@@ -174,6 +183,10 @@ def command(
     else:
         _print_both(model, manifest.threshold, threshold, good, defective)
         print_promises(threshold, good, defective)
+        moving = () if max_f1 else influential_parts(good, parts, calibration)
+        words = influential_in_words(moving, [record for record in kept if record.is_good])
+        if words is not None:
+            echo(words)
     _tell_what_was_written(written, package, worse=worse, refused=refused)
 
 

@@ -212,7 +212,7 @@ def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
         echo(f"{len(fitted.report.unfit)} that a line would not judge, take them out: {', '.join(unfit)}")
     print_threshold(manifest.threshold)
     print_promises(manifest.threshold, fitted.site.held_out_scores, fitted.defective_scores)
-    influential = influential_in_words(fitted.site)
+    influential = influential_in_words(fitted.site.influential, fitted.site.images.records)
     if influential is not None:
         echo(influential)
     named = [

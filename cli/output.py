@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from rich.text import Text
 
+    from edgeflame.dataset import ImageRecord
     from edgeflame.findings import Finding
     from edgeflame.package import Threshold
-    from fitting.site_statistics import SiteStatistics
+    from fitting.suspects import InfluentialPart
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
@@ -191,11 +192,15 @@ def promise_rows(threshold: Threshold) -> Sequence[tuple[float | None, str, str]
     ]
 
 
-def influential_in_words(site: SiteStatistics) -> str | None:
-    """Which parts move the threshold by themselves, a sentence with its full stop; None if none does."""
-    if not site.influential:
+def influential_in_words(found: Sequence[InfluentialPart], records: Sequence[ImageRecord]) -> str | None:
+    """Which parts move the threshold by themselves, in two sentences with their full stops; None if none does.
+
+    Args:
+        found: with indices of ``records``.
+        records: good images.
+    """
+    if not found:
         return None
-    found, records = site.influential, site.images.records
     named = [
         f"without {records[one.images[0]].name}{' and the others of its part' * (len(one.images) > 1)} it would be "
         f"{one.without:.4g}"
@@ -205,7 +210,7 @@ def influential_in_words(site: SiteStatistics) -> str | None:
     who = "One part moves" if len(found) == 1 else f"Each of {len(found)} parts by itself moves"
     return (
         f"{who} the threshold of the good parts: {', '.join(named)}{more} (by the same scores, nothing fitted again). "
-        "What is not a good part, take out and fit again."
+        "Look at it: what is not a good part, take out and do this again."
     )
 
 

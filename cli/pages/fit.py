@@ -49,7 +49,7 @@ def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_
         threshold=threshold,
         package_file=package_file,
         data=data,
-        influential=influential_in_words(site),
+        influential=influential_in_words(site.influential, site.images.records),
         num_unreadable=len(fitted.report.unreadable),
         groups=_draw_groups(site.images),
         histogram=histogram_chart({GOOD: site.held_out_scores}, threshold.value),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def test_calibrate_shows_what_each_promise_costs_and_catches(
     plain = edgeflame(*arguments[:4], parts_folder / "test/good", *arguments[5:])
     assert "defective caught" not in plain.output
     assert "6 images, each taken for a part of its own" in plain.output
+
+
+def test_a_part_that_moves_the_threshold_by_itself_is_named(fitted_package: Path, new_parts: Path) -> None:
+    arguments = ("calibrate", "--model", fitted_package, "--data", new_parts)
+    clean = edgeflame(*arguments)
+    assert clean.exit_code == 0, clean.output
+    assert "moves the threshold" not in clean.output
+    write_image(new_parts / "odd.png", part_image(6000, hole=True))
+    odd = edgeflame(*arguments)
+    assert odd.exit_code == 0, odd.output
+    # Of eight parts as of nine it is the highest score: without the odd one it is what it was before.
+    value = f"{msgspec.json.decode(edgeflame(*arguments, '--json').stdout)['threshold']['value']:.4g}"
+    words = re.search(r"One part moves .*: without (\S+) it would be ([\d.]+) \(", odd.output)
+    assert words is not None, odd.output
+    assert f"threshold {value}" in odd.output
+    assert words[1] == "odd.png"
+    assert f"threshold {words[2]}:" in clean.output
 
 
 def test_calibrate_takes_the_highest_f1_where_defects_are_labelled(
