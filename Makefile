@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults fuzz guides check lock coverage reference docs docs-serve format clean
+.PHONY: demo test faults fuzz guides check lock pin-images sbom coverage reference docs docs-serve format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
@@ -31,10 +31,28 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-# The newest of everything, and what the tests then ran with, as constraints for the next installation.
+# The newest of everything; what the tests then ran with, as constraints for the next installation, and the locks of deploy/.
 lock: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --upgrade --upgrade-strategy eager -e ".[cpu,train,broker,demo,report,dev]"
 	$(BIN)/python requirements/lock.py
+	$(BIN)/python requirements/deploy_locks.py
+
+# The digests that the tags of all base images have now, into deploy/docker; needs their registries, and skopeo or buildx.
+pin-images:
+	deploy/docker/pin.sh
+
+# What a machine of each role consists of, in CycloneDX: from its lock, with every file's hash, for this Python and
+# processor or SBOM_TARGET (--python-version 3.10 --platform manylinux_2_28_aarch64); and what is installed in VENV, with
+# its licences.
+sbom: $(VENV)/.installed-dev
+	mkdir -p sbom
+	for lock in $(filter-out build,$(basename $(notdir $(wildcard deploy/locks/*.txt)))); do \
+		$(BIN)/python deploy/lock_for.py deploy/locks/$$lock.txt $(SBOM_TARGET) >sbom/$$lock.txt && \
+		$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+			--output-file sbom/$$lock.cdx.json sbom/$$lock.txt || exit 1; \
+	done
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file sbom/environment.cdx.json $(BIN)/python
 
 # Which lines and branches the tests run, those in child processes included; slower than the tests alone.
 coverage: $(VENV)/.installed-dev

@@ -159,6 +159,12 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--bundle", type=_FILE, metavar="FILE", help="Also write a zip for whoever helps you: no secrets, no images."
 )
+@click.option(
+    "--licences",
+    "--licenses",
+    is_flag=True,
+    help="Only list everything that is installed with its licence, weights included; with --model those it is made of.",
+)
 @broker_options(fleet=False)
 def command(
     model: Path | None,
@@ -166,6 +172,7 @@ def command(
     state: Path | None,
     as_json: bool,
     bundle: Path | None,
+    licences: bool,
     broker: BrokerOptions,
 ) -> None:
     """Check this machine and this installation, and whatever is named: a package, a configuration, a broker.
@@ -173,6 +180,11 @@ def command(
     Each line says what was found, and under it the one thing to do if something is wrong. The exit code is 0 when
     nothing is, and 1 otherwise.
     """
+    if licences:
+        from cli.doctor_licences import print_licences
+
+        print_licences(model, as_json=as_json)
+        return
     from cli.doctor_machine import check_machine, check_services
 
     findings = [*check_machine(state), *check_services()]

@@ -29,6 +29,8 @@ usage: install.sh [options] [ROLE...]      install or upgrade; ROLE: aggregator,
                            [default: the wheelhouse's, else the newest edgeflame of the package index]
   --gpu                    models run on an NVIDIA GPU (onnxruntime-gpu)
   --with REQUIREMENT       a package more that the machine needs; may be given again
+  --unlocked               the newest of everything that fits, in place of what the locks name with its hashes
+                           (locks/, or those of the wheelhouse)
   --python PYTHON          of which Python; 3.10 or later  [default: python3]
   --system-site-packages   also see the system's Python packages (TensorRT and OpenCV of a Jetson)
   --root DIR               install below this folder (an image being made); starts and asks nothing of systemd
@@ -52,7 +54,7 @@ run() {
     fi
 }
 
-root="" dry=0 action=install purge=0 wheelhouse="" package="" runtime=cpu python=python3 site_packages="" roles="" more=""
+root="" dry=0 action=install purge=0 wheelhouse="" package="" runtime=cpu python=python3 site_packages="" roles="" more="" locked=1
 while [ $# -gt 0 ]; do
     case $1 in
         --wheelhouse | --package | --with | --python | --root) [ $# -ge 2 ] || fail "$1 needs a value; see --help" 2 ;;
@@ -62,6 +64,7 @@ while [ $# -gt 0 ]; do
         --package) package=$2; shift ;;
         --with) more="$more $2"; shift ;;
         --gpu) runtime=gpu ;;
+        --unlocked) locked=0 ;;
         --python) python=$2; shift ;;
         --system-site-packages) site_packages=--system-site-packages ;;
         --root) root=${2%/}; shift ;;
@@ -112,6 +115,50 @@ restart_advice() {
     say "  systemctl restart 'edgeflame-*'"
 }
 
+# Which locks hold: those of the roles, beside the wheels or beside this script. A wheelhouse without any (of --unlocked,
+# or of an earlier release) is as its SHA256SUMS says.
+find_locks() {
+    locks=$here/locks
+    if [ -n "$wheelhouse" ]; then
+        locks=$wheelhouse/locks
+        [ -d "$locks" ] || locked=0
+    fi
+    [ "$locked" = 1 ] || return 0
+    for role in $roles; do
+        [ -f "$locks/$(lock_of "$role" "$runtime")" ] ||
+            fail "$locks has no $(lock_of "$role" "$runtime"): make the wheelhouse for the role $role as well"
+    done
+}
+
+pip_of() { # pip of a new release, whatever the variables of this shell say
+    new_python=$1/bin/python
+    shift
+    env -u PYTHONPATH -u PYTHONHOME "$new_python" -m pip "$@"
+}
+
+# install_packages NEW PIP-OPTIONS...: all of it into an environment.
+install_packages() {
+    into=$1
+    shift
+    if [ "$locked" = 0 ]; then
+        # shellcheck disable=SC2086 # words of a list
+        pip_of "$into" install --quiet "$@" "${package:-edgeflame}[$extras]" $more ||
+            fail "pip could not install it; the release that was current still is"
+        return
+    fi
+    for role in $roles; do cat "$locks/$(lock_of "$role" "$runtime")"; done >"$into/locked.txt"
+    pip_of "$into" install --quiet "$@" --no-deps --only-binary :all: --require-hashes -r "$into/locked.txt" ||
+        fail "pip could not install what $locks says; the release that was current still is"
+    pip_of "$into" install --quiet "$@" --no-deps "${package:-edgeflame}" ||
+        fail "pip could not install it; the release that was current still is"
+    # shellcheck disable=SC2086 # words of a list
+    [ -z "$more" ] || pip_of "$into" install --quiet "$@" $more ||
+        fail "pip could not install$more; the release that was current still is"
+    # Nothing is fetched any more; it fails where something is missing, or is of a version that does not fit.
+    pip_of "$into" --isolated install --quiet --disable-pip-version-check --no-index "edgeflame[$extras]" ||
+        fail "the locks of $locks are not those of this edgeflame: take both from one release, or --unlocked"
+}
+
 install_release() {
     "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
         fail "$python is not Python 3.10 or later with venv: apt install python3-venv, or name another with --python"
@@ -126,10 +173,14 @@ install_release() {
         # Isolated: no variable and no pip.conf of this machine brings in another index.
         set -- --isolated "$@" --no-index --find-links "$wheelhouse"
     fi
+    find_locks
     release=$(date -u +%Y%m%dT%H%M%SZ)
     if [ "$dry" = 1 ]; then
         # shellcheck disable=SC2086 # one option or none
         run "$python" -m venv $site_packages "$opt/releases/$release"
+        if [ "$locked" = 1 ]; then
+            for role in $roles; do set -- "$@" --require-hashes -r "$locks/$(lock_of "$role" "$runtime")"; done
+        fi
         # shellcheck disable=SC2086 # words of a list
         run "$opt/releases/$release/bin/python" -m pip install "$@" "${package:-edgeflame}[$extras]" $more
         switch_to "$release"
@@ -143,10 +194,7 @@ install_release() {
     trap 'exit 130' INT TERM
     # shellcheck disable=SC2086 # one option or none
     "$python" -m venv $site_packages "$new"
-    # shellcheck disable=SC2086 # words of a list
-    env -u PYTHONPATH -u PYTHONHOME "$new/bin/python" -m pip install --quiet "$@" \
-        "${package:-edgeflame}[$extras]" $more ||
-        fail "pip could not install it; the release that was current still is"
+    install_packages "$new" "$@"
     # The system's own packages are not ours to judge, where they are seen.
     [ -n "$site_packages" ] || env -u PYTHONPATH "$new/bin/python" -I -m pip check >/dev/null ||
         fail "the packages do not fit together"

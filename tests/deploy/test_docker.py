@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from edgeflame.metrics import Metric, MetricsServer
+from requirements.deploy_locks import wanted
+from tests.support.image_registry import REGISTRY, image_registry, push
 from tests.support.paths import REPOSITORY
 from tests.test_architecture import PACKAGES
 
@@ -48,6 +50,88 @@ def test_an_image_is_pinned_not_roots_and_stops_on_signals(path: Path) -> None:
     # Exec form: the program itself is process 1 and gets SIGTERM.
     assert re.search(r'^ENTRYPOINT \["', last, re.MULTILINE)
     assert re.search(r'^HEALTHCHECK (.|\\\n)*CMD \["', last, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_what_an_image_installs_is_held_by_hashes(path: Path) -> None:
+    text = path.read_text()
+    if "ARG EXTRAS=" not in text:
+        assert "pip" not in text
+        return
+    lock = re.search(r"^ARG LOCK=(\S+)$", text, re.MULTILINE)
+    assert lock is not None
+    (asked, *_) = wanted()[lock[1]]
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", text, re.MULTILINE)
+    assert set(re.findall(r"[\w-]+", asked)) == set(extras.split(","))
+    assert "-m pip" not in text
+    assert 'install.sh /opt/edgeflame/venv "${LOCK}" ".[${EXTRAS}]"' in text
+
+
+@pytest.mark.wheel
+@pytest.mark.timeout(900)
+def test_an_image_takes_what_the_lock_says_and_refuses_other_files(tmp_path: Path) -> None:
+    for name in (*PACKAGES, "deploy"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, env=environment)
+
+    def install() -> subprocess.CompletedProcess[str]:
+        command = ["deploy/docker/install.sh", "venv", "aggregator.txt", ".[fleet,memory,metrics,zstd]"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    lock = tmp_path / "deploy" / "locks" / "aggregator.txt"
+    right = lock.read_text()
+    lock.write_text(
+        re.sub(r"(?m)^(click==\S+ ; .*\\\n)(    --hash=.*\n)+", rf"\1    --hash=sha256:{'0' * 64}\n", right)
+    )
+    done = install()
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert not list((tmp_path / "venv").rglob("click"))
+    lock.write_text(right)
+    done = install()
+    assert done.returncode == 0, done.stderr
+    versions = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-m", "pip", "freeze", "--exclude", "edgeflame"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert len(versions.stdout.splitlines()) > 10
+    assert all(f"{line.lower().replace('_', '-')} ;" in right for line in versions.stdout.splitlines())
+
+
+@pytest.mark.skipif(REGISTRY is None or not shutil.which("skopeo"), reason="docker-registry or skopeo is not installed")
+def test_base_images_are_pinned_by_the_digests_that_their_registry_has(tmp_path: Path) -> None:
+    folder = tmp_path / "docker"
+    shutil.copytree(DOCKER, folder, ignore=shutil.ignore_patterns("data"))
+    files = [*folder.glob("*.Dockerfile"), folder / "compose.yml"]
+    with image_registry(tmp_path) as address:
+        for path in files:
+            named = r"(?m)^((?:ARG BASE=| *image: | *BASE: )(?!edgeflame-))(?:nvcr\.io/)?([^@\s]+).*$"
+            path.write_text(re.sub(named, rf"\1{address}/\2", path.read_text()))
+        before = {path.name: path.read_text() for path in files}
+        images = {found for text in before.values() for found in re.findall(rf"{address}/(\S+)", text)}
+        assert len(images) == 6
+        first, *others = sorted(images)
+        digests = {image: push(address, image) for image in others}
+
+        # One that is not there: nothing is pinned by halves.
+        done = subprocess.run([folder / "pin.sh"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"no digest of {address}/{first}; nothing was changed" in done.stderr
+        assert {path.name: path.read_text() for path in files} == before
+
+        digests[first] = push(address, first)
+        for _ in range(2):
+            done = subprocess.run([folder / "pin.sh"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            for path in files:
+                expected = before[path.name]
+                for image, digest in digests.items():
+                    expected = re.sub(rf"(?m){re.escape(image)}$", f"{image}@{digest}", expected)
+                assert path.read_text() == expected
+    assert HADOLINT is None or subprocess.run([HADOLINT, *files[:-1]]).returncode == 0
 
 
 def test_what_is_copied_is_let_in_and_nothing_else() -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], what: str, 
 def test_a_dry_run_says_everything_and_does_nothing(tmp_path: Path) -> None:
     done = run(INSTALL, "--root", tmp_path, "--dry-run", "line", "site")
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
-    assert (
-        "pip install --disable-pip-version-check --no-input edgeflame[cpu,web,plc,video,sign,cpu,train" in done.stdout
-    )
+    locks = f"--require-hashes -r {DEPLOY}/locks/line.txt --require-hashes -r {DEPLOY}/locks/site.txt"
+    extras = "edgeflame[cpu,web,plc,video,sign,cpu,train"
+    assert f"pip install --disable-pip-version-check --no-input {locks} {extras}" in done.stdout
+    unlocked = run(INSTALL, "--root", tmp_path, "--dry-run", "--unlocked", "line").stdout
+    assert "pip install --disable-pip-version-check --no-input edgeflame[cpu,web,plc,video,sign]" in unlocked
     assert all(f"{tmp_path}/usr/local/lib/systemd/system/{name}" in done.stdout for name in SERVICES)
     assert "gpu" in run(INSTALL, "--root", tmp_path, "--dry-run", "--gpu", "line").stdout
 
@@ -115,3 +118,21 @@ def test_from_a_wheelhouse_to_a_line_and_back(tmp_path: Path, package_file: Path
     assert list((root / "usr/local/lib/systemd/system").iterdir()) == []
     assert run(INSTALL, "--root", root, "--uninstall", "--purge").returncode == 0
     assert (etc.exists(), state.exists()) == (False, False)
+
+    assert "has no site.txt: make the wheelhouse for the role site as well" in run(*install, "site").stderr
+    # Somebody who changes a wheel can write its sum anew; the lock does not know it.
+    (wheel,) = wheels.glob("click-*.whl")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("click/more.py", "")
+    sums = subprocess.run("sha256sum -- *.whl locks/*.txt > SHA256SUMS", shell=True, cwd=wheels)
+    assert sums.returncode == 0
+    done = run(*install, "line")
+    assert done.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert "the release that was current still is" in done.stderr
+    assert not (opt / "current").exists()
+    # A wheelhouse without locks, as earlier releases made it.
+    shutil.rmtree(wheels / "locks")
+    subprocess.run("sha256sum -- *.whl > SHA256SUMS", shell=True, cwd=wheels, check=True)
+    done = run(*install, "line")
+    assert done.returncode == 0, done.stderr
