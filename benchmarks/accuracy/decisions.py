@@ -282,8 +282,9 @@ def table(figures: Sequence[Figures], order: Sequence[Row]) -> Iterator[str]:
                 if found:
                     yield _line(row.title, label, found)
         for label in labels:
-            if missing := list(_not_run(order, [one["row"] for one in of_groups if one["code"] == label])):
-                yield from ("", f"Not run of {label}: {', '.join(missing)}.")
+            done = [one["row"] for one in of_groups if one["code"] == label]
+            if missing := list(_not_run(order, done)):
+                yield from ("", f"Not run of {label}: {', '.join(missing) if done else 'any'}.")
 
 
 def _not_run(order: Sequence[Row], run_rows: Sequence[str]) -> Iterator[str]:
