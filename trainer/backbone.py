@@ -45,9 +45,14 @@ class EmbeddingNetwork(nn.Module):
 
     def __init__(self, backbone: Backbone, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.network, channels, reductions = _feature_network(backbone)
+        self.network, channels, reductions = _feature_network(backbone, preprocessing)
         self._neighbourhood = backbone.neighbourhood
         finest = min(reductions)
+        if preprocessing.height % finest or preprocessing.width % finest:
+            raise ConfigError(
+                f"backbone {backbone.name} looks at patches of {finest} pixels: input.height and input.width must be "
+                f"multiples of {math.lcm(finest, 32)}, not {preprocessing.height} and {preprocessing.width}"
+            )
         self.grid = (preprocessing.height // finest, preprocessing.width // finest)
         self.num_tapped_channels = sum(channels)
         self.num_channels = _num_kept(backbone, self.num_tapped_channels, self.grid[0] * self.grid[1])
@@ -162,7 +167,7 @@ def _num_kept(backbone: Backbone, num_channels: int, positions: int) -> int:
     return backbone.channels
 
 
-def _feature_network(backbone: Backbone) -> tuple[nn.Module, list[int], list[int]]:
+def _feature_network(backbone: Backbone, preprocessing: Preprocessing) -> tuple[nn.Module, list[int], list[int]]:
     """A network that gives the tapped maps, their channels, and by how much each is smaller than the input."""
     if not timm.is_model(backbone.name):
         near = ", ".join(timm.list_models(f"*{backbone.name}*")[:5]) or "tf_efficientnet_lite0, resnet18"
@@ -171,8 +176,13 @@ def _feature_network(backbone: Backbone) -> tuple[nn.Module, list[int], list[int
     if taps.layers:
         blocks = BlockFeatures(backbone.name, taps.layers)
         return blocks, blocks.channels, blocks.reductions
+    # A transformer's positions are those of one input size.
+    fixed = getattr(timm.get_pretrained_cfg(backbone.name), "fixed_input_size", False)
+    size: dict[str, Any] = {"img_size": (preprocessing.height, preprocessing.width)} if fixed else {}
     try:
-        network = timm.create_model(backbone.name, features_only=True, out_indices=taps.stages, pretrained=False)
+        network = timm.create_model(
+            backbone.name, features_only=True, out_indices=taps.stages, pretrained=False, **size
+        )
     except (AssertionError, IndexError, ValueError, RuntimeError) as exc:
         raise ConfigError(f"backbone {backbone.name} has no feature stages {list(taps.stages)} ({exc})") from exc
     assert isinstance(network, nn.Module)

@@ -18,6 +18,8 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 # torch.load(weights_only=True) reports a file that holds more than tensors with this error.
@@ -67,7 +69,11 @@ def load_weights(network: nn.Module, backbone: Backbone) -> WeightsOrigin:
         tensors = _read_tensors(file)
     else:
         source, tensors = f"timm hub {backbone.name}", _from_hub(backbone.name)
-    network.load_state_dict(_fit_to(network, tensors, backbone.name, source))
+    # timm's wrapper of a transformer holds it whole, with the names that weights have.
+    wanted = network.model if isinstance(network, FeatureGetterNet) else network
+    if isinstance(wanted, VisionTransformer):
+        tensors = checkpoint_filter_fn(tensors, wanted)  # its positions, resampled to the input's size
+    wanted.load_state_dict(_fit_to(wanted, tensors, backbone.name, source))
     return WeightsOrigin(source=source, sha256=tensors_sha256(network.state_dict()))
 
 
