@@ -240,8 +240,8 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     at least 0.03 and at most 0.3."""
     pooling_radius: Literal["auto"] | Annotated[int, Meta(ge=0, le=8)] = "auto"
     """Each position's statistics take in the square of cells of the patch grid within this radius, for parts that do
-    not lie exactly alike; 0 takes in none. ``auto`` takes 0 or 1: the one that accepts the least while it keeps as many
-    of the held-out parts."""
+    not lie exactly alike; 0 takes in none. ``auto`` takes 1 where that accepts clearly less while it keeps as many of
+    the held-out parts, else 0."""
     drop_worst: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """Share of the training images that look least normal to statistics without their part, left out of statistics
     and threshold; 0 leaves none out. They are named in the log and in the package."""
