@@ -10,6 +10,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+LEEWAY = 1.25
+"""How far beyond the range of photographs of several sizes a frame may lie: cut-outs of parts come as they are."""
+
 
 class FrameSizes(msgspec.Struct, frozen=True, kw_only=True):
     """Least and largest sizes of photographs, as the camera gave them: width, height, and width over height."""
@@ -31,9 +34,11 @@ class FrameSizes(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def has(self, width: int, height: int) -> bool:
-        """Whether a frame's size lies in the range: where all photographs have one size, whether it is that."""
+        """Whether a frame is of a size that the photographs had: the one they all have, or near the range of theirs."""
+        if self.widths[0] == self.widths[1] and self.heights[0] == self.heights[1]:
+            return (width, height) == (self.widths[0], self.heights[0])
         within = zip((width, height, width / height), (self.widths, self.heights, self.ratios), strict=True)
-        return all(least <= value <= most for value, (least, most) in within)
+        return all(least / LEEWAY <= value <= most * LEEWAY for value, (least, most) in within)
 
     def __str__(self) -> str:
         (width, most_width), (height, most_height) = self.widths, self.heights
