@@ -24,6 +24,7 @@ from aggregator.publisher import StatePublisher
 from aggregator.rounds import AggregateRound, RecordEvent, RoundMachine, RoundOutput
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
+from edgeflame.methods import Calibration
 from edgeflame.mqtt.messages import RoundState
 from edgeflame.state import atomic_copy, write_json
 from edgeflame.statistics.merge import pool_statistics
@@ -63,12 +64,9 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
         config.rule.check()
     state = journal.last_run()
     if state is not None and not (new_run and state.ended):
-        if state.ended is None and state.config != config:
-            changed = [
-                name
-                for name in AggregateConfig.__struct_fields__
-                if getattr(state.config, name) != getattr(config, name)
-            ]
+        begun, now = _without_calibration(state.config), _without_calibration(config)
+        if state.ended is None and begun != now:
+            changed = [name for name in AggregateConfig.__struct_fields__ if getattr(begun, name) != getattr(now, name)]
             raise ConfigError(
                 f"the state directory holds an unfinished run with another configuration ({', '.join(changed)}); "
                 "continue it with the same one, or use another --state"
@@ -79,6 +77,15 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
     journal.append(event.run, [event])
     log.info("run_started", run=event.run, rounds=config.rounds, method=config.learning.method)
     return initial_state(event)
+
+
+def _without_calibration(config: AggregateConfig) -> AggregateConfig:
+    """What decides the models of a run: thresholds are set by each site after the last round, as the run began.
+
+    Their defaults may so change from one version to the next without ending a run in progress.
+    """
+    learning = msgspec.structs.replace(config.learning, calibration=Calibration())
+    return msgspec.structs.replace(config, learning=learning)
 
 
 class Run:
