@@ -207,6 +207,7 @@ class CameraWorker:
         capture: how frames are queued.
         listeners: get every part after its verdict.
         tracker: follows the parts' numbers and deadlines; left out, parts have neither.
+        waits: whether the source is a folder in which files arrive.
         clock: monotonic, seconds.
 
     Raises:
@@ -222,9 +223,11 @@ class CameraWorker:
         *,
         listeners: Sequence[PartListener] = (),
         tracker: PartTracker | None = None,
+        waits: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
+        self._waits = waits
         self._open_source = open_source
         self._source = open_source()
         self._inspector = inspector
@@ -304,6 +307,7 @@ class CameraWorker:
             threshold_set=self._threshold_set,
             paused=self.is_paused,
             ended=self._ended,
+            waits=self._waits,
             problem=hangs or self._tracker.problem() or self._problem,
             parts=self.parts,
             dropped=dict(self.dropped),

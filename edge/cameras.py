@@ -26,7 +26,7 @@ from edge.config.outputs import ModbusConfig
 from edge.delivery.outbox import OUTBOX_FILE
 from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.parts.tracker import PartTracker
-from edge.sources.locate import open_image_source
+from edge.sources.locate import WATCHED, open_image_source
 from edge.status import DEFAULT_CAMERA
 from edgeflame.errors import ConfigError, RuntimeUnavailableError, UsageError
 from edgeflame.log import EventLog
@@ -439,7 +439,8 @@ class Cameras:
         inspector = self._load(camera.name, product, self._products[product], camera.settings, is_live=is_live)
         own = inspector.threshold
         capture = tracker.capture_config(camera.settings.capture, is_live=is_live)
-        worker = CameraWorker(camera.name, opener, inspector, capture, tracker=tracker)
+        waits = camera.source.startswith(WATCHED)
+        worker = CameraWorker(camera.name, opener, inspector, capture, tracker=tracker, waits=waits)
         threshold = self._overrides.get(camera.name).thresholds.get(inspector.model_id)
         if threshold is not None:
             worker.set_threshold(threshold)

@@ -24,6 +24,7 @@ from edge.cameras import Cameras, Overrides, Plan
 from edge.commands.server import CommandServer
 from edge.config.inspection import RoiConfig
 from edge.control import SNAPSHOTS_FOLDER, DaemonControl
+from edge.delivery.outbox import OUTBOX_FILE
 from edge.delivery.pipeline import OutboxWriter, Pipeline, open_pipeline
 from edge.delivery.sinks import LockedSinks, RejectsSink, Sink, of_camera, of_production
 from edge.drift.watcher import DriftModel, DriftWatcher
@@ -305,7 +306,7 @@ def run_inspection(
                 control.on_change(lambda: mqtt.set_state(LineState.of(control.statuses(), boot=boot)))
             stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
             if config.web is not None:
-                outlets += _page(stack, config.web, state, pipeline, control, plcs, models)
+                outlets += _page(stack, config.web, state, pipeline, control, plcs, models, pictures)
             stack.callback(_start_flush, pipeline, plcs)
             outlet = stack.enter_context(OutboxWriter(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
@@ -385,6 +386,7 @@ def _page(
     control: DaemonControl,
     plcs: Mapping[str, PlcSink],
     models: ReleasedModels | None,
+    pictures: RejectsSink | None,
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     with require_extra("web", "[web] needs more than is installed here"):
@@ -392,6 +394,7 @@ def _page(
         from edge.web.history import PartHistory
         from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
         from edge.web.page import OperatorPage
+        from edge.web.rejects import PastRejects
         from edge.web.server import operator_token, serve_page
 
     past = (result for _, result in reversed(pipeline.outbox.latest(10_000)))
@@ -407,6 +410,7 @@ def _page(
         history=history,
         metrics=metrics,
         feedback=FeedbackStore(state / MARKS_FOLDER, max_marks=config.max_marks),
+        rejects=PastRejects(state / OUTBOX_FILE, pictures),
         deliverers=pipeline.deliverers,
         token=operator_token(state),
     )

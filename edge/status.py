@@ -192,6 +192,8 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     paused: bool = False
     ended: bool = False
     """Whether its source has come to its end."""
+    waits: bool = False
+    """Whether its source is a folder in which files arrive: no file is then no fault."""
     problem: str | None = None
     """Why no parts come from it; None while they do."""
     parts: int = 0
@@ -220,12 +222,14 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
 
         Args:
             last_part_s: seconds since the last part was inspected; None: there was none since the start.
-            stale_after_s: a last part longer ago than this makes it not ready.
+            stale_after_s: a last part longer ago than this makes it not ready; not where files are waited for.
         """
         if self.ended:
             return None
         if (trouble := self.trouble) is not None:
             return trouble
+        if self.waits:
+            return None
         if last_part_s is None:
             return "no part has been judged since the start"
         return f"no part for {last_part_s:.0f} s" if last_part_s > stale_after_s else None

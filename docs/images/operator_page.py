@@ -3,7 +3,7 @@
     python docs/images/operator_page.py [--out docs/images/operator-page.jpg]
 
 Fits a small model, starts `edgeflame inspect` with two cameras and golden parts, and has Chromium (with Playwright)
-look at it: operator-page.jpg, and operator-page-upkeep.jpg of what lies further down.
+look at it: operator-page.jpg, and operator-page-upkeep.jpg of the tab Health.
 """
 
 from __future__ import annotations
@@ -77,22 +77,18 @@ def photograph(out: Path, token: str, *, all_looks: bool) -> None:
             page.locator("#recent li").nth(7).wait_for()
             if not name:
                 page.locator("#order-token").fill(token)
+                page.get_by_role("tab", name="Health").click()
                 page.get_by_role("button", name="Test photographs").click()
                 page.locator("#golden-message").get_by_text("golden parts judged").wait_for()
                 page.locator("#done").evaluate("node => { node.textContent = ''; }")
+                page.get_by_role("tab", name="Inspect").click()
             page.wait_for_timeout(1500)  # pictures of the newest parts
             page.evaluate("scrollTo(0, 0)")
             page.screenshot(path=out.with_name(f"{out.stem}{name}.jpg"), full_page=bool(name), type="jpeg", quality=78)
             if not name:
+                page.get_by_role("tab", name="Health").click()
                 file = out.with_name(f"{out.stem}-upkeep.jpg")
-                first, last = (page.locator(one).bounding_box() for one in ("#condition", "#operate"))
-                clip = {
-                    "x": 10,
-                    "y": first["y"] - 10,
-                    "width": 1480,
-                    "height": last["y"] + last["height"] - first["y"] + 20,
-                }
-                page.screenshot(path=file, full_page=True, clip=clip, type="jpeg", quality=78)
+                page.screenshot(path=file, full_page=True, type="jpeg", quality=78)
             page.close()
             if not all_looks:
                 break

@@ -184,7 +184,8 @@ class WebConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     addresses, ``localhost`` and the machine's own names; other names are refused, since a page elsewhere may have its
     own name lead here."""
     stale_after_s: Seconds = 30.0
-    """Without a part for this many seconds the line is not ready (``/readiness``), and the page says so."""
+    """Without a part for this many seconds the line is not ready (``/readiness``), and the page says so. A watched
+    folder is excepted: no file is no fault there."""
     recent: Annotated[int, Meta(ge=1, le=100)] = 8
     """Number of last parts whose pictures are kept in memory, whatever their verdict."""
     rejects: Annotated[int, Meta(ge=1, le=100)] = 12

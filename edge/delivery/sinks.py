@@ -177,6 +177,15 @@ _OURS = re.compile(
 unfinished ones do not begin with a dot."""
 
 
+_NUMBER = re.compile(r"^\d{10}-", re.ASCII)
+
+
+def _name_of(result: Result) -> str:
+    """A picture's file name after its number."""
+    taken = result.captured.astimezone(dt.timezone.utc)
+    return f"{taken:%Y%m%dT%H%M%S%f}Z-{result.part_file_name}-{result.verdict}.png"
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
     name: str
@@ -191,6 +200,8 @@ class _Folder:
         self.config = config
         self._pictures: collections.deque[_Picture] = collections.deque()
         self._bytes = 0
+        self.by_part: dict[str, str] = {}
+        """File names by what they hold after their number."""
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -198,10 +209,12 @@ class _Folder:
     def add(self, picture: _Picture) -> None:
         self._pictures.append(picture)
         self._bytes += picture.num_bytes
+        self.by_part[_NUMBER.sub("", picture.name)] = picture.name
 
     def pop_oldest(self) -> _Picture:
         picture = self._pictures.popleft()
         self._bytes -= picture.num_bytes
+        self.by_part.pop(_NUMBER.sub("", picture.name), None)
         return picture
 
     def has_surplus(self, now: dt.datetime) -> bool:
@@ -263,6 +276,12 @@ class RejectsSink:
                     log.error("reject_not_stored", part=result.part_id, reason=str(exc))
             self._drop_surplus()
 
+    def find(self, result: Result) -> Path | None:
+        """The file with a part's picture; None if there is none, or it has made room for others."""
+        with self._lock:
+            name = self._kept.by_part.get(_name_of(result))
+        return None if name is None else self._folder / name
+
     def reconfigure(self, config: ImagesConfig) -> None:
         """Change the bounds, and delete what exceeds them."""
         with self._lock:
@@ -311,7 +330,7 @@ class RejectsSink:
                 picture, inspected.anomaly_map, result.threshold, shown=inspected.shown_map, ignored=inspected.ignored
             )
         taken = result.captured.astimezone(dt.timezone.utc)
-        name = f"{self._next_number:010d}-{taken:%Y%m%dT%H%M%S%f}Z-{result.part_file_name}-{result.verdict}.png"
+        name = f"{self._next_number:010d}-{_name_of(result)}"
         path = self._folder / name
         write_image(path, picture)
         self._next_number += 1

@@ -392,6 +392,9 @@ def _worst(conditions: list[DriftCondition]) -> DriftCondition:
     return max(conditions, key=_BADNESS.__getitem__, default=DriftCondition.LEARNING)
 
 
+_AS_LEARNT = "parts, camera and light are as they were learnt"
+
+
 def _message(parts: DriftCondition, camera: DriftCondition, streams: tuple[StreamStatus, ...], learn: int) -> str:
     def those(group: tuple[str, ...]) -> str:
         drifting = [one for one in streams if one.name in group and one.direction is not None]
@@ -403,7 +406,9 @@ def _message(parts: DriftCondition, camera: DriftCondition, streams: tuple[Strea
 
     worst = _worst([parts, camera])
     if worst is DriftCondition.OK:
-        return "parts, camera and light are as they were learnt"
+        off = [one for one in streams if one.is_off and one.rank is not None]
+        told = [f"{one.name.replace('_', ' ')} {'higher' if (one.rank or 0) > 0.5 else 'lower'}" for one in off]
+        return f"no change is sure yet; the last parts: {', '.join(told)}" if told else _AS_LEARNT
     if worst is DriftCondition.LEARNING:
         done = min((one.learnt for one in streams if one.learnt is not None), default=0)
         return f"learning what this line looks like ({done} of {learn} parts)"

@@ -80,6 +80,10 @@ def _label(folder: Path, path: Path, has_classes: bool) -> str | None:
     return GOOD if name is not None and is_good_name(name) else name
 
 
+WATCHED = "watch:"
+"""Before the address of a folder in which files arrive."""
+
+
 def open_image_source(address: str, *, outbox: Path | None = None, max_pixels: int = MAX_PIXELS) -> Source:
     """Make the source for an address; cameras and streams are opened only when frames are read.
 
@@ -97,7 +101,7 @@ def open_image_source(address: str, *, outbox: Path | None = None, max_pixels: i
         from edge.sources.boards import board_source
 
         return board_source(address)
-    if address.startswith("watch:"):
+    if address.startswith(WATCHED):
         from edge.sources.watched_folder import watched_folder
 
         return watched_folder(address, outbox=outbox, max_pixels=max_pixels)

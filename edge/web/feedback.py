@@ -31,6 +31,15 @@ class FeedbackMark(msgspec.Struct, frozen=True, kw_only=True):
     result: msgspec.Raw
 
 
+class MarkCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """``/api/marks``: how many marked parts there are."""
+
+    good: int
+    bad: int
+    at_most: int
+    folder: str
+
+
 class FeedbackStore:
     """Stores marked parts: pictures in ``good/`` and ``bad/``, and one line each in ``marks.jsonl``.
 
@@ -87,6 +96,14 @@ class FeedbackStore:
         log.info("part_marked", part=result.part_id, verdict=result.verdict, was=was)
         return mark
 
+    def counts(self) -> MarkCounts:
+        """How many marked parts there are."""
+        good, bad = (self._count_of(was) for was in get_args(TrueLabel))
+        return MarkCounts(good=good, bad=bad, at_most=self._max_marks, folder=str(self._folder))
+
     def _count(self) -> int:
+        return sum(self._count_of(was) for was in get_args(TrueLabel))
+
+    def _count_of(self, was: TrueLabel) -> int:
         # Marks are rare, so the folders can be listed each time.
-        return sum(len(list((self._folder / was).glob("*.png"))) for was in get_args(TrueLabel))
+        return len(list((self._folder / was).glob("*.png")))

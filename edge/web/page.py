@@ -23,6 +23,7 @@ from edge.status import CameraStatus
 from edge.web.feedback import FeedbackStore
 from edge.web.history import HistoryView, PartHistory, ShownPart
 from edge.web.metrics import LineMetrics
+from edge.web.rejects import PastRejects
 from edgeflame.errors import EdgeFlameError, RuntimeUnavailableError, UsageError
 from edgeflame.log import EventLog
 
@@ -215,6 +216,19 @@ class PageView(msgspec.Struct, frozen=True, kw_only=True):
     health: LineHealth
 
 
+TOKEN_HEADER = "X-EdgeFlame-Token"  # noqa: S105 - the name of a header
+
+
+def given_token(request: Request) -> str:
+    """The token of a request: in a header of its own, since ``Authorization`` is the proxy's where one stands before
+    the page and asks for a name and a password; or as ``Authorization: Bearer``. Empty if there is none.
+    """
+    if (own := request.headers.get(TOKEN_HEADER)) is not None:
+        return own
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 class OperatorPage:
     """What the page's routes need of a running inspection.
 
@@ -224,6 +238,7 @@ class OperatorPage:
         history: recent parts.
         metrics: the Prometheus metrics.
         feedback: stores parts that operators mark.
+        rejects: finds earlier rejects; None: none are kept.
         deliverers: one for each destination.
         token: required of requests that change something.
 
@@ -241,12 +256,14 @@ class OperatorPage:
         feedback: FeedbackStore,
         deliverers: Sequence[Deliverer],
         token: str,
+        rejects: PastRejects | None = None,
     ) -> None:
         if not token:
             raise UsageError("the page needs a token: an empty one would let everybody change everything")
         self.history = history
         self.metrics = metrics
         self.feedback = feedback
+        self.rejects = rejects
         self.closing = threading.Event()
         """Set before the server stops, so that open event streams end."""
         self._config = config
@@ -302,8 +319,7 @@ class OperatorPage:
 
     def may_change(self, request: Request) -> bool:
         """Whether a request carries the token."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self._token.encode())
+        return hmac.compare_digest(given_token(request).encode(), self._token.encode())
 
     def _light(self, status: CameraStatus) -> CameraLight:
         latest, age_s = self.history.latest(status.camera)

@@ -7,7 +7,10 @@ GET  /api/line                what runs here (:class:`edge.web.page.LineInfo`)
 GET  /api/view                the view now (:class:`edge.web.page.PageView`), with ?camera=NAME of that camera
 GET  /api/events              the view as server-sent events, whenever it changes
 GET  /parts/{key}/plain.jpg   picture of a remembered part; heat.jpg with its heat map
-POST /api/parts/{key}/mark    {"was": "good" | "bad"}, with Authorization: Bearer <token>
+GET  /api/rejects             earlier rejects, with ?since=...&part=... (:class:`edge.web.rejects.RejectQuery`)
+GET  /api/rejects/{number}.jpg  the picture of one
+GET  /api/marks               how many parts were marked (:class:`edge.web.feedback.MarkCounts`)
+POST /api/parts/{key}/mark    {"was": "good" | "bad"}, with X-EdgeFlame-Token: <token>, or Authorization: Bearer <token>
 POST /api/cameras/{name}/do   :class:`edge.web.page.PageRequest`, with the same token
 GET  /metrics                 Prometheus
 GET  /healthz                 200: the process serves
@@ -37,13 +40,15 @@ from edge.config.outputs import WebConfig
 from edge.web.feedback import TrueLabel
 from edge.web.guard import Guard
 from edge.web.metrics import CONTENT_TYPE
-from edge.web.page import OperatorPage, PageRequest, http_status_of
+from edge.web.page import OperatorPage, PageRequest, given_token, http_status_of
+from edge.web.rejects import RejectQuery
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
 from edgeflame.listener import IDLE_S, BoundedListener
 from edgeflame.log import EventLog
 from edgeflame.state import atomic_write, storage_errors
 
 STATIC = Path(__file__).parent / "static"
+ASSETS = ("page.css", "tabs.css", "page.js", "parts.js", "rejects.js", "upkeep.js", "marks.js", "icon.svg")
 
 _EVENT_INTERVAL_S = 0.25
 """Least time between two events, seconds; parts may come every ten milliseconds."""
@@ -51,6 +56,7 @@ _EVENT_INTERVAL_S = 0.25
 _MAX_BODY_BYTES = 10_000
 
 _KEY = re.compile(r"[0-9]{1,18}", re.ASCII)
+_SIDE = re.compile(r"[1-9][0-9]{1,3}", re.ASCII)
 
 _HEADERS = {
     # Everything is loaded from this server, and no other site may frame the page.
@@ -88,7 +94,7 @@ def build_app(page: OperatorPage) -> Starlette:
     async def picture(request: Request) -> Response:
         kind, side = request.path_params["kind"], request.query_params.get("side", "960")
         key = _key(request)
-        if kind not in ("plain", "heat") or not re.fullmatch(r"[1-9][0-9]{1,3}", side, re.ASCII):
+        if kind not in ("plain", "heat") or not _SIDE.fullmatch(side):
             return _problem(404, "plain.jpg or heat.jpg, with ?side=10..9999")
         data = None
         if key is not None:
@@ -97,6 +103,27 @@ def build_app(page: OperatorPage) -> Starlette:
             return _problem(404, "this part's picture is no longer kept")
         # A key names one part for as long as the daemon runs, but not over its restart.
         return Response(data, media_type="image/jpeg", headers=_HEADERS)
+
+    async def rejects(request: Request) -> Response:
+        if page.rejects is None:
+            return _problem(404, "this line keeps no results")
+        try:
+            query = RejectQuery.parse(dict(request.query_params))
+            return _json(await asyncio.to_thread(page.rejects.find, query))
+        except EdgeFlameError as exc:
+            return _problem(http_status_of(exc), str(exc))
+
+    async def reject_picture(request: Request) -> Response:
+        key, side = _key(request), request.query_params.get("side", "1024")
+        data = None
+        if page.rejects is not None and key is not None and _SIDE.fullmatch(side):
+            data = await asyncio.to_thread(page.rejects.picture, key, side=int(side))
+        if data is None:
+            return _problem(404, "this part's picture is no longer kept")
+        return Response(data, media_type="image/jpeg", headers=_HEADERS)
+
+    async def marks(_request: Request) -> Response:
+        return _json(await asyncio.to_thread(page.feedback.counts))
 
     async def mark(request: Request) -> Response:
         if not page.may_change(request):
@@ -147,15 +174,14 @@ def build_app(page: OperatorPage) -> Starlette:
     return Starlette(
         routes=[
             Route("/", index),
-            Route("/page.css", asset),
-            Route("/page.js", asset),
-            Route("/parts.js", asset),
-            Route("/upkeep.js", asset),
-            Route("/icon.svg", asset),
+            *(Route(f"/{name}", asset) for name in ASSETS),
             Route("/api/line", line),
             Route("/api/view", view),
             Route("/api/events", events),
             Route("/parts/{key}/{kind}.jpg", picture),
+            Route("/api/rejects", rejects),
+            Route("/api/rejects/{key}.jpg", reject_picture),
+            Route("/api/marks", marks),
             Route("/api/parts/{key}/mark", mark, methods=["POST"]),
             Route("/api/cameras/{camera}/do", do, methods=["POST"]),
             Route("/metrics", metrics),
@@ -209,8 +235,9 @@ def _json(value: Any) -> Response:
 
 
 def _not_taken(request: Request) -> Response:
-    given = request.headers.get("authorization", "").removeprefix("Bearer").strip()
-    return _problem(401, "that is not the operator's token" if given else "this needs the operator's token")
+    return _problem(
+        401, "that is not the operator's token" if given_token(request) else "this needs the operator's token"
+    )
 
 
 def _problem(status: int, text: str) -> Response:

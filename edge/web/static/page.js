@@ -12,7 +12,9 @@ function show(page) {
   text("runs", [page.lights.length > 1 ? status.camera : "", status.source, `model ${status.model}`, status.provider].filter(Boolean).join(" · "));
   document.title = `${status.product} – EdgeFlame`;
   showStanding(status, page.health.problem);
+  showChips(page);
   showLights(page);
+  showCameras(page.lights);
   showLatest(page.view.latest);
   showCounts(page.view.today);
   showChart(page.view.scores);
@@ -55,8 +57,69 @@ function showLights(page) {
   });
 }
 
+// The verdict of every camera, in view whatever else is looked at.
+function showChips(page) {
+  const box = $("chips");
+  const several = page.lights.length > 1;
+  box.classList.toggle("several", several);
+  if (box.children.length !== page.lights.length) {
+    box.replaceChildren(...page.lights.map((one) => {
+      const button = make("button");
+      button.type = "button";
+      button.append(make("small", "", several ? one.camera : ""), make("span"));
+      button.addEventListener("click", () => { choose(one.camera); showTab("inspect"); });
+      return button;
+    }));
+  }
+  page.lights.forEach((one, index) => {
+    const { paused } = page.health.cameras[index];
+    const verdict = one.latest && !paused ? one.latest.verdict : "none";
+    const said = paused ? `${PAUSED_SIGN} paused` : one.latest ? `${SIGNS[verdict]} ${verdict}` : "– no part";
+    const button = box.children[index];
+    button.className = verdict;
+    button.setAttribute("aria-pressed", String(one.camera === page.camera));
+    button.setAttribute("aria-label", `${one.camera}: ${said}`);
+    if (button.lastChild.textContent !== said) button.lastChild.textContent = said;
+  });
+}
+
+// The address remembers camera and tab: "#outfeed" or "#outfeed/health".
+const place = () => location.hash.slice(1).split("/").map(decodeURIComponent);
+
+function remember(camera, tab) {
+  const tail = tab && tab !== "inspect" ? `/${tab}` : "";
+  history.replaceState(null, "", `#${encodeURIComponent(camera || "")}${tail}`);
+}
+
+const tabs = [...document.querySelectorAll("[role=tab]")];
+const onTab = {}; // what a tab does when it is shown, by its panel's id
+
+function showTab(name) {
+  const known = tabs.find((tab) => tab.getAttribute("aria-controls") === name) || tabs[0];
+  const chosen = known.getAttribute("aria-controls");
+  for (const tab of tabs) {
+    const isChosen = tab === known;
+    tab.setAttribute("aria-selected", String(isChosen));
+    tab.tabIndex = isChosen ? 0 : -1;
+    $(tab.getAttribute("aria-controls")).hidden = !isChosen;
+  }
+  remember(place()[0], chosen);
+  if (onTab[chosen]) onTab[chosen]();
+}
+
+for (const [index, tab] of tabs.entries()) {
+  tab.addEventListener("click", () => { showTab(tab.getAttribute("aria-controls")); scrollTo(0, 0); });
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const next = tabs[(index + step + tabs.length) % tabs.length];
+    showTab(next.getAttribute("aria-controls"));
+    next.focus();
+  });
+}
+
 function choose(camera) {
-  history.replaceState(null, "", `#${encodeURIComponent(camera)}`);
+  remember(camera, place()[1]);
   listen(camera);
 }
 
@@ -86,7 +149,7 @@ function watchSilence() {
   $("link").className = "down";
   text("link", `nothing heard for ${Math.round((now - heard) / 1000)} s: what is shown is old`);
   document.title = "⚠ nothing heard – EdgeFlame";
-  if (now - Math.max(heard, opened) > REOPEN_MS) listen(decodeURIComponent(location.hash.slice(1)));
+  if (now - Math.max(heard, opened) > REOPEN_MS) listen(place()[0]);
 }
 
 setInterval(watchSilence, 1000);
@@ -96,4 +159,6 @@ fetch("api/line").then((response) => response.json()).then((line) => {
   $("products").replaceChildren(...line.products.map((name) => make("option", "", name)));
 });
 
-listen(decodeURIComponent(location.hash.slice(1)));
+onTab.marks = showMarks;
+showTab(place()[1]);
+listen(place()[0]);

@@ -35,9 +35,9 @@ function showLatest(part) {
   $("light").className = part && !rests ? part.verdict : "none";
   text("sign", rests ? PAUSED_SIGN : part ? SIGNS[part.verdict] : "–");
   text("word", rests ? "paused" : part ? part.verdict : "no part yet");
-  text("ratio", part ? ratioOf(part) : "\u00a0");
-  text("why", (part && reasonsOf(part)) || "\u00a0");
-  text("part", part ? `${part.part_id} · ${timeOf(part)} · ${part.latency_ms.toFixed(0)} ms` : "\u00a0");
+  text("ratio", part && !rests ? ratioOf(part) : "\u00a0");
+  text("why", (part && !rests && reasonsOf(part)) || "\u00a0");
+  text("part", part ? `${rests ? "before the pause: " : ""}${part.part_id} · ${timeOf(part)} · ${part.latency_ms.toFixed(0)} ms` : "\u00a0");
   const picture = $("picture");
   picture.hidden = !(part && part.has_picture);
   $("open-latest").disabled = !part;
@@ -170,10 +170,12 @@ async function post(path, body) {
   const given = token();
   const response = await fetch(path, {
     method: "POST",
-    headers: { Authorization: `Bearer ${given}`, "Content-Type": "application/json" },
+    // Not in Authorization: that is the proxy's where one asks for a name and a password.
+    headers: { "X-EdgeFlame-Token": given, "Content-Type": "application/json" },
     body: JSON.stringify(body),
   });
-  const answer = await response.json();
+  // A proxy in between may answer with a page of its own.
+  const answer = await response.json().catch(() => ({ error: `refused with status ${response.status}, not by the line` }));
   if (response.status === 401) sessionStorage.removeItem("token");
   else sessionStorage.setItem("token", given);
   showTokens();
@@ -183,7 +185,7 @@ async function post(path, body) {
 function showTokens() {
   const known = Boolean(sessionStorage.getItem("token"));
   $("token-row").hidden = known;
-  document.querySelector("#operate .token").hidden = known;
+  document.querySelector("#tabs .token").hidden = known;
 }
 
 async function mark(was) {

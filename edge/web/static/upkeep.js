@@ -15,7 +15,9 @@ function showStanding(status, problem) {
 const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}.`;
 
 function showDrift(drift) {
-  $("drift-message").className = `standing ${drift ? GRADE[drift.condition] : "none"}`;
+  // Green says that all is as learnt; while a row below it says otherwise it does not.
+  const unsure = drift && drift.condition === "ok" && drift.streams.some((one) => one.is_off);
+  $("drift-message").className = `standing ${drift && !unsure ? GRADE[drift.condition] : "none"}`;
   text("drift-message", drift ? sentence(drift.message) : "Nothing to be said yet.");
   for (const button of document.querySelectorAll("#condition [data-do]")) button.disabled = !drift;
   const rows = drift ? drift.streams : [];
@@ -82,7 +84,7 @@ function compared(found) {
 }
 
 function showModels(models) {
-  $("models").hidden = !models;
+  $("fleet-models").hidden = !models;
   if (!models) return;
   const { present, candidate, previous, outcomes } = models;
   const last = outcomes[0];
@@ -102,18 +104,22 @@ function showModels(models) {
 }
 
 function showOperate(status) {
-  text("operated", current.lights.length > 1 ? status.camera : "");
+  text("operated", current.lights.length > 1 ? `Camera ${status.camera}` : "");
   $("pause").disabled = status.paused;
   $("resume").disabled = !status.paused;
   if (document.activeElement !== $("products") && $("products").value !== status.product) $("products").value = status.product;
 }
 
 function showHealth(health, status) {
+  facts($("model-facts"), [
+    ["Product", status.product],
+    ["Model", `${status.model}, on ${status.provider}`],
+    ["Threshold", `${status.threshold.toPrecision(5)}${status.threshold_set ? ", set by command" : ""}`],
+  ]);
   const told = [];
   const dropped = Object.entries(status.dropped).filter(([, count]) => count);
-  told.push(["Model", `${status.model} for ${status.product}, on ${status.provider}`]);
-  told.push(["Threshold", status.threshold.toPrecision(5)]);
-  if (status.problem) told.push(["Camera", status.problem]);
+  told.push(["Camera", status.problem || (status.ended ? "its source has ended" : status.waits ? "waits for files" : "works")]);
+  told.push(["Source", status.source]);
   told.push(["Frames dropped", dropped.length ? dropped.map(([why, count]) => `${count} ${why.replaceAll("_", " ")}`).join(", ") : "none"]);
   const counted = { triggers: "Parts announced", missing: "Parts missing", duplicates: "Parts repeated", late: "Parts late" };
   for (const [key, name] of Object.entries(counted)) {

@@ -139,6 +139,15 @@ class TestMonitor:
         )
         assert all(abs((one.rank or 0) - 0.5) < 0.1 for one in status.streams)
 
+    def test_what_is_off_without_being_sure_is_not_called_as_learnt(self) -> None:
+        monitor = DriftMonitor(QUICK, normal_reference())
+        feed(monitor, parts(100, brightness=-0.45))
+        status = monitor.status()
+        off = [one.name for one in status.streams if one.is_off]
+        assert (status.condition, "brightness" in off) == (DriftCondition.OK, True)
+        assert status.message.startswith("no change is sure yet; the last parts: ")
+        assert "brightness lower" in status.message
+
     def test_darker_pictures_are_the_camera_and_other_parts_are_not(self) -> None:
         monitor = DriftMonitor(QUICK, normal_reference())
         changes = feed(monitor, parts(400, brightness=-1.5, score=1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import http.client
 import os
@@ -27,9 +28,11 @@ from cli import cli
 from edge.cameras import Cameras, Overrides, plan_cameras
 from edge.config import CameraConfig, InspectConfig
 from edge.config.inspection import SelfTestConfig
-from edge.config.outputs import WebConfig
+from edge.config.outputs import ImagesConfig, OutboxConfig, WebConfig
 from edge.control import DaemonControl
 from edge.daemon import open_monitoring
+from edge.delivery.outbox import Outbox
+from edge.delivery.sinks import RejectsSink
 from edge.inspector import InspectorLoader
 from edge.result import Inspected
 from edge.status import CameraStatus, DriftCondition, DriftStatus, RolloutStatus, ShadowStatus, StreamStatus
@@ -37,6 +40,7 @@ from edge.web.feedback import FeedbackStore
 from edge.web.history import PartHistory
 from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
 from edge.web.page import OperatorPage
+from edge.web.rejects import MAX_READ, PastRejects, RejectQuery
 from edge.web.server import operator_token, serve_page
 from edgeflame.config import parse_config
 from edgeflame.drift_reference import STREAMS
@@ -149,13 +153,15 @@ def station(
     cameras: Sequence[str] = ("camera",),
     golden: SelfTestConfig | None = None,
     token: str = TOKEN,
+    rejects: PastRejects | None = None,
+    source: str = "boards:warm_wood",
     **keys: Any,
 ) -> Iterator[tuple[OperatorPage, str]]:
     """A page over real cameras, whose parts are shown by hand; with drift and golden parts as in a daemon."""
     config = WebConfig(listen="127.0.0.1:0", **keys)
     settings = InspectConfig(
         products={"tile": str(package), "other": str(package)},
-        cameras={name: CameraConfig(source="boards:warm_wood", product="tile") for name in cameras},
+        cameras={name: CameraConfig(source=source, product="tile") for name in cameras},
         self_test=golden or SelfTestConfig(),
     )
     plan = plan_cameras(settings, model=None, source=None, product_of=str)
@@ -180,6 +186,7 @@ def station(
             metrics=metrics,
             feedback=FeedbackStore(folder / "marks"),
             deliverers=[],
+            rejects=rejects,
             token=token,
         )
         with serve_page(opened, config) as address:
@@ -192,11 +199,18 @@ def judge(opened: OperatorPage, inspected: Inspected) -> None:
 
 
 def ask(
-    address: str, path: str, *, method: str = "GET", body: bytes = b"", token: str | None = None
+    address: str,
+    path: str,
+    *,
+    method: str = "GET",
+    body: bytes = b"",
+    token: str | None = None,
+    headers: dict[str, str] | None = None,
 ) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
     with contextlib.closing(connection):
-        connection.request(method, path, body, {"Authorization": f"Bearer {token}"} if token else {})
+        given = {"Authorization": f"Bearer {token}"} if token else {}
+        connection.request(method, path, body, {**given, **(headers or {})})
         response = connection.getresponse()
         return response.status, response.read()
 
@@ -230,6 +244,17 @@ class TestOrders:
             assert order(address, action="product", product="unheard of")[0] == 400
             assert order(address, action="product")[0] == 400
             assert ask(address, "/readiness")[1] == b"no part has been judged since the start\n"
+
+    def test_the_token_goes_beside_the_name_and_password_of_a_proxy(self, tmp_path: Path, package_file: Path) -> None:
+        basic = {"Authorization": "Basic b3BlcmF0b3I6c2VjcmV0"}
+        pause = b'{"action": "pause"}'
+        with station(tmp_path, package_file) as (_, address):
+            path = "/api/cameras/camera/do"
+            status, answer = ask(address, path, method="POST", body=pause, headers=basic)
+            assert (status, b"needs the operator's token" in answer) == (401, True)
+            for header, expected in ((TOKEN, 200), ("guess", 401), ("", 401)):
+                own = {**basic, "X-EdgeFlame-Token": header}
+                assert ask(address, path, method="POST", body=pause, headers=own)[0] == expected
 
     def test_pause_resume_and_switch(self, tmp_path: Path, package_file: Path) -> None:
         with station(tmp_path, package_file, cameras=("left", "right")) as (_, address):
@@ -285,6 +310,13 @@ def test_health_says_ready_only_while_parts_come(tmp_path: Path, package_file: P
         assert ask(address, "/readiness")[1].startswith(b"no part for ")
 
 
+def test_a_folder_without_files_is_no_fault(tmp_path: Path, package_file: Path) -> None:
+    (tmp_path / "arriving").mkdir()
+    with station(tmp_path, package_file, source=f"watch:{tmp_path / 'arriving'}", stale_after_s=0.01) as (_, address):
+        time.sleep(0.05)
+        assert ask(address, "/readiness") == (200, b"ready\n")
+
+
 def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, package_file: Path) -> None:
     with station(tmp_path, package_file) as (opened, address):
         for sequence, verdict in enumerate(["pass", "fail", "unknown"]):
@@ -307,6 +339,78 @@ def test_every_metric_is_documented_and_none_that_is_not_there(tmp_path: Path, p
     told = set(re.findall(r"^# HELP (\S+)", text, re.MULTILINE))
     documented = set(re.findall(r"^\| `(edgeflame_\w+)`", (DOCS / "inspection.md").read_text(), re.MULTILINE))
     assert told == documented
+
+
+NOON = dt.datetime(2026, 5, 4, 12, tzinfo=dt.timezone.utc)
+
+
+@pytest.fixture
+def past(tmp_path: Path) -> Iterator[PastRejects]:
+    """Forty parts an hour apart on two cameras, every other one a reject; the pictures of the last six are kept."""
+    pictures = RejectsSink(tmp_path / "pictures", ImagesConfig(max_count=6), now=lambda: NOON)
+    with Outbox(tmp_path / "outbox.sqlite", OutboxConfig()) as outbox:
+        for number in range(40):
+            one = part(
+                number,
+                "fail" if number % 2 else "pass",
+                captured=NOON + dt.timedelta(hours=number),
+                camera="left" if number % 4 < 2 else "right",
+            )
+            kept = dataclasses.replace(one, result=msgspec.structs.replace(one.result, score=1.0 + number))
+            outbox.append([msgspec.json.encode(kept.result)])
+            pictures.accept(kept)
+        yield PastRejects(tmp_path / "outbox.sqlite", pictures)
+
+
+def query(**given: str) -> RejectQuery:
+    return RejectQuery.parse(given)
+
+
+class TestPastRejects:
+    """Earlier rejects."""
+
+    def test_they_are_found_by_day_camera_score_and_part(self, past: PastRejects) -> None:
+        everything = past.find(query())
+        assert [one.part_id for one in everything.parts][:2] == ["part-0039", "part-0037"]
+        assert (len(everything.parts), everything.before) == (20, None)
+        assert sum(one.has_picture for one in everything.parts) == 6
+        on_the_day = past.find(query(since="2026-05-05T00:00:00Z", until="2026-05-06T00:00:00Z"))
+        assert [one.captured.day for one in on_the_day.parts] == [5] * 12
+        assert {one.camera for one in past.find(query(camera="right")).parts} == {"right"}
+        assert min(one.ratio or 0 for one in past.find(query(score="20")).parts) >= 20
+        assert [one.part_id for one in past.find(query(part="ART-0007")).parts] == ["part-0007"]
+        assert past.find(query(part="part-0008")).parts == ()  # it passed
+
+    def test_what_was_shown_goes_on_where_it_ended(self, past: PastRejects, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("edge.web.rejects.PAGE_SIZE", 8)
+        seen, before = [], None
+        for _ in range(4):
+            answer = past.find(msgspec.structs.replace(query(), before=before))
+            seen += [one.part_id for one in answer.parts]
+            before = answer.before
+            if before is None:
+                break
+        assert seen == [f"part-{number:04d}" for number in range(39, 0, -2)]
+        assert MAX_READ > 10_000
+
+    def test_over_http_with_pictures_and_bad_questions(
+        self, tmp_path: Path, package_file: Path, past: PastRejects
+    ) -> None:
+        with station(tmp_path, package_file, rejects=past) as (_, address):
+            status, answer = ask(address, "/api/rejects?part=0039")
+            (found,) = msgspec.json.decode(answer)["parts"]
+            assert (status, found["part_id"]) == (200, "part-0039")
+            status, picture = ask(address, f"/api/rejects/{found['number']}.jpg?side=64")
+            assert (status, picture[:2]) == (200, b"\xff\xd8")
+            for gone in ("2", "0", "99999", "x", "9" * 30):
+                assert ask(address, f"/api/rejects/{gone}.jpg")[0] == 404
+            for junk in ("score=high", "since=yesterday", "colour=red", "before=x"):
+                assert ask(address, f"/api/rejects?{junk}")[0] == 400
+            assert ask(address, "/api/rejects?score=nan")[0] == 200
+
+    def test_a_line_that_keeps_no_results_says_so(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file) as (_, address):
+            assert ask(address, "/api/rejects") == (404, b'{"error":"this line keeps no results"}')
 
 
 def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package_file: Path) -> None:
@@ -557,7 +661,10 @@ def test_several_cameras_drift_and_orders_in_a_browser(
         assert page.locator("#rejects li").count() == 1
         page.reload()
         page.locator("#light.fail").wait_for()
-        # Drift: what it is, and since when; nothing moves when it comes.
+        # Drift: what it is, and since when; nothing moves when it comes. The verdict stays in view.
+        page.get_by_role("tab", name="Health").click()
+        assert page.locator("#inspect").is_hidden()
+        page.locator("#chips .fail[aria-pressed=true]").get_by_text("✕ fail").wait_for()
         page.get_by_text("Parts, camera and light are as they were learnt.").wait_for()
         page.evaluate("window.shifts = 0")
         state = drifting(DriftCondition.ALARM, brightness=DriftCondition.ALARM)
@@ -576,22 +683,76 @@ def test_several_cameras_drift_and_orders_in_a_browser(
         page.locator("#standing").get_by_text("Not ready: right: the self-test failed").wait_for()
         page.get_by_role("button", name="Acknowledge").press("Enter")
         page.locator("#golden-message.warn").wait_for()
+        # Back by the keyboard: tabs are gone through with the arrows.
+        page.get_by_role("tab", name="Health").press("ArrowLeft")
+        page.get_by_role("tab", name="Marks").press("ArrowLeft")
         page.get_by_role("button", name="Pause").press("Enter")
         page.locator("#standing").get_by_text("Not ready: right: paused.").wait_for()
         # No light of a verdict while nothing is looked at.
         page.locator("#light.none").get_by_text("paused", exact=True).wait_for()
         lights.nth(1).locator(".word").get_by_text("paused").wait_for()
+        assert page.locator("#ratio").inner_text().strip() == ""  # nor an old score
+        page.locator("#part").get_by_text("before the pause: part-").wait_for()
         page.get_by_role("button", name="Resume").press("Enter")
         page.locator("#done.good").get_by_text("Goes on.").wait_for()
         # What cannot be undone asks again.
+        page.get_by_role("tab", name="Health").click()
         page.get_by_role("button", name="Learn anew").press("Enter")
         page.get_by_role("button", name="Sure?").press("Enter")
         page.locator("#done.good").get_by_text("The next parts are learnt.").wait_for()
+        page.get_by_role("tab", name="Inspect").click()
         page.locator("#products").select_option("other")
         page.locator("#product").get_by_text("other", exact=True).wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()
     assert [text for text in complaints if "401" not in text] == []
+
+
+def test_earlier_rejects_and_long_reasons_in_a_browser(
+    browser: Any, tmp_path: Path, package_file: Path, past: PastRejects
+) -> None:
+    with station(tmp_path, package_file, rejects=past) as (opened, address):
+        one = part(1, "unknown")
+        detail = "the picture cannot be read: " + "the cable of the camera may be loose " * 8
+        told = msgspec.structs.replace(one.result, detail=detail)
+        judge(opened, dataclasses.replace(one, result=told))
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(address)
+        why = page.locator("#why")
+        why.get_by_text("cable of the camera").wait_for()
+        # Read whole: nothing is cut off.
+        assert why.evaluate("e => e.scrollHeight <= e.clientHeight && e.scrollWidth <= e.clientWidth")
+        page.locator("#sought-part").fill("0039")
+        page.locator("#sought-part").press("Enter")
+        page.locator("#past-told").get_by_text("1 found; the newest first.").wait_for()
+        assert "above threshold" in page.locator("#found a").inner_text()
+        page.locator("#found img").evaluate("e => e.decode()")
+        page.locator("#sought-part").fill("")
+        page.locator("#sought-day").fill("2026-05-05")
+        page.get_by_role("button", name="Find").click()
+        page.locator("#past-told").get_by_text("12 found").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        # What is shown stays when the page is loaded again.
+        page.get_by_role("tab", name="Marks").click()
+        page.locator("#marks").get_by_text("Marked good").wait_for()
+        page.reload()
+        page.locator("#marks").get_by_text("Marked good").wait_for()
+        page.close()
+
+
+def test_green_says_nothing_else_than_the_rows_below_it(browser: Any, tmp_path: Path, package_file: Path) -> None:
+    with station(tmp_path, package_file) as (opened, address):
+        shown = drifting()
+        off = [msgspec.structs.replace(shown.streams[0], is_off=True, rank=0.9), *shown.streams[1:]]
+        state = msgspec.structs.replace(shown, streams=tuple(off), message="no change is sure yet")
+        for watcher in opened._control.drift_watchers.values():
+            watcher.status = lambda: state  # type: ignore[method-assign]
+        judge(opened, part(0))
+        page = browser.new_page()
+        page.goto(f"{address}/#/health")
+        page.locator("#drift-message.none").get_by_text("No change is sure yet.").wait_for()
+        page.locator("#streams").get_by_text("higher, not yet sure").wait_for()
+        page.close()
 
 
 def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_file: Path) -> None:
@@ -625,6 +786,7 @@ def test_models_of_the_fleet_in_a_browser(browser: Any, tmp_path: Path, package_
         judge(opened, part(0))
         page = browser.new_page()
         page.goto(address)
+        page.get_by_role("tab", name="Models").click()
         message = page.locator("#models-message")
         message.get_by_text("summer: shadow 200 of 500, 3 of 200 verdicts differ (at most 4.3 %)").wait_for()
         assert page.locator("#rollback").is_disabled()
