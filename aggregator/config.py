@@ -68,6 +68,9 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Share of the asked sites whose updates a round needs; rounded up, at least one."""
     deadline_s: Annotated[Seconds, BASIC] = 300.0
     """A site that makes no progress for this many seconds is left out of the round. Not a limit on a round's length."""
+    straggler_factor: Annotated[float, Meta(ge=1, le=1e6)] = 10.0
+    """The limit on a round's length, once enough sites are done: so many times as long as these took, or as
+    ``deadline_s`` where that is longer. A site that is not done by then is left out, though it makes progress."""
     fraction_train: Share = 1.0
     """Share of the sites asked to train in each round; rounded up."""
     seed: Seed = 0

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from aggregator.rounds import RoundMachine, RoundOutput
+from aggregator.outputs import RoundOutput
+from aggregator.rounds import RoundMachine
 from edgeflame.errors import EdgeFlameError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.messages import Name, Text

@@ -80,6 +80,8 @@ class UpdateAccepted(_Event, frozen=True, kw_only=True, tag="update_accepted"):
     purpose: RoundPurpose = "update"
     decoded: str | None = None
     """SHA-256 of the update in the store, where ``sha256`` is of an encoded one."""
+    elapsed_s: float = 0.0
+    """How long the round had lasted by then, seconds; 0 in journals that do not say."""
 
 
 class UpdateRefused(_Event, frozen=True, kw_only=True, tag="update_refused"):
@@ -99,6 +101,8 @@ class RoundClosed(_Event, frozen=True, kw_only=True, tag="round_closed"):
     purpose: RoundPurpose = "update"
     paused: tuple[str, ...] = ()
     """Those of ``left_out`` that were paused; they do not count as lost."""
+    overdue: tuple[str, ...] = ()
+    """Those of ``left_out`` that went on when the round had lasted as long as it may (:mod:`aggregator.deadlines`)."""
 
 
 class ModelAggregated(_Event, frozen=True, kw_only=True, tag="model_made"):
@@ -207,6 +211,8 @@ class Round:
     left_out: tuple[str, ...] = ()
     paused: tuple[str, ...] = ()
     """Those of ``left_out`` that were paused."""
+    overdue: tuple[str, ...] = ()
+    """Those of ``left_out`` that were overdue."""
     is_closed: bool = False
     result_sha256: str | None = None
     """Its result: the next model, or the pooled statistics."""
@@ -362,7 +368,9 @@ def _apply_round_event(
                 refusals_by_reason={**by_reason, event.reason: by_reason.get(event.reason, 0) + 1},
             )
         case RoundClosed():
-            current = replace(current, left_out=event.left_out, paused=event.paused, is_closed=True)
+            current = replace(
+                current, left_out=event.left_out, paused=event.paused, overdue=event.overdue, is_closed=True
+            )
     if event.purpose == "statistics":
         return replace(state, statistics=current)
     return replace(state, rounds=(*state.rounds[:-1], current))

@@ -75,10 +75,12 @@ def _statistics_entry(entry: Round, state: RunState) -> dict[str, Any]:
 
 
 def _left_out_entries(entry: Round) -> list[dict[str, str]]:
-    left_out = [
-        {"site": site, "reason": "paused" if site in entry.paused else "no progress until the deadline", "detail": ""}
-        for site in entry.left_out
-    ]
+    left_out = []
+    for site in entry.left_out:
+        reason = "paused" if site in entry.paused else "no progress until the deadline"
+        if site in entry.overdue:
+            reason = "not done when the round had lasted as long as it may"
+        left_out.append({"site": site, "reason": reason, "detail": ""})
     refused = [
         {"site": site, "reason": refusal.reason, "detail": refusal.detail}
         for site, refusal in sorted(entry.refused.items())

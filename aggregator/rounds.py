@@ -13,8 +13,9 @@ A run goes through these phases::
     waiting     Sites say that they are ready (data, worker and an initial model at hand).
     initialise  One site, the first by name, is asked for its initial model. If it is refused or silent, the next.
     train       A sample of the members is asked. Each asked site ends up accepted, refused (bad update, or it says
-                that it cannot), or left out (no progress for ``deadline_s``). When none is open the round closes:
-                with a quorum of accepted updates the next model is made of them, without one the run fails.
+                that it cannot), or left out (no progress for ``deadline_s``; or it is overdue, when the quorum has
+                long been there). When none is open the round closes: with a quorum of accepted updates the next model
+                is made of them, without one the run fails.
     statistics  Only where statistics are federated. Each member is asked for its own with the final model, and ends
                 up as in a round: round 0 of the journal, with the same quorum. Then they are pooled.
     finish      Each member makes its package from the final model and reports it; silent ones are left out.
@@ -29,16 +30,19 @@ Three things may happen in any phase before the end:
     leave       A site, or the operator, ends its part for good. What it has contributed stays; nothing is asked of
                 it or waited for any more. It may come back as another install, by joining anew.
     early end   The rounds are over before their number when the configuration's criterion says that the model has
-                converged (:func:`convergence_reason`; from journalled events only), or the operator wants no further
+                converged (:mod:`aggregator.convergence`; from journalled events only), or the operator wants no further
                 one; then the finish follows. ``stop`` ends the run.
 
-Every decision is an :class:`~aggregator.events.Event`. A call returns the events it decided on, as
-:class:`RecordEvent` outputs, before the outputs that act on them; the caller writes all events of a call in one
+Every decision is an :class:`~aggregator.events.Event`. A call returns the events it decided on, as outputs
+(:mod:`aggregator.outputs`), before the outputs that act on them; the caller writes all events of a call in one
 transaction before it does anything else. A restarted aggregator folds the events into the same state and calls
 :meth:`RoundMachine.restart`, which asks for whatever that state still waits for.
 
-What is *not* journalled is who made progress when, and who was heard when. It only delays the deadline: after a
-restart every site has the whole of it again.
+Whom a step waits for, and for how long, is in :mod:`aggregator.deadlines`. Who made progress when, and who was heard
+when, is *not* journalled. It only delays the deadline: after a restart every site has the whole of it again.
+
+A site that joins, leaves, pauses or goes on more often than :mod:`aggregator.allowances` lets it is not listened to
+until it may again: it would fill the journal.
 
 Answers are idempotent. An offer that was accepted gets its receipt again, one that was refused its refusal; an
 offer is checked against the state at hand, so nothing depends on the order or number of messages. A site that was left
@@ -48,8 +52,10 @@ out is not asked in the next rounds until it shows progress again.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
+from aggregator.allowances import change_allowances
+from aggregator.convergence import convergence_reason
+from aggregator.deadlines import Deadlines
 from aggregator.events import (
     Event,
     InitialModelAccepted,
@@ -75,102 +81,17 @@ from aggregator.events import (
     apply_event,
 )
 from aggregator.exchanges import ValidationResult
+from aggregator.outputs import (
+    AggregateRound,
+    DismissSite,
+    PublishState,
+    ReceiveUpload,
+    RecordEvent,
+    RoundOutput,
+    SendToSite,
+)
 from aggregator.validation import answer_from_state, receipt_for, refusal_for, validate_offer
 from edgeflame.mqtt.messages import DownMessage, FinishReport, Offer, Receipt, Refusal, RefusalReason, TaskFailed
-
-
-def convergence_reason(state: RunState) -> str | None:
-    """Why the rounds may end after the newest one, in words; None if they may not.
-
-    The criterion (:class:`aggregator.config.Convergence`) has to hold in each of the last ``patience`` rounds.
-    """
-    rule = state.config.convergence
-    if (rule.model_change is None and rule.metric_change is None) or len(state.rounds) < rule.min_rounds:
-        return None
-    newest = range(len(state.rounds) - rule.patience, len(state.rounds))
-    if newest.start < 0:
-        return None
-    found: list[str] = []
-    for index in newest:
-        entry = state.rounds[index]
-        found = []
-        if rule.model_change is not None:
-            change = entry.relative_change
-            if change is None or change >= rule.model_change:
-                return None
-            found.append(f"the model changed by {change:.3g} (below {rule.model_change:g})")
-        if rule.metric_change is not None:
-            change = _metric_change(state, index, rule.metric)
-            if change is None or change >= rule.metric_change:
-                return None
-            found.append(f"{rule.metric} by {change:.3g} (below {rule.metric_change:g})")
-    return f"converged in round {len(state.rounds)}: {' and '.join(found)}, for {rule.patience} rounds"
-
-
-def _mean_metric(entry: Round, name: str) -> float | None:
-    """A figure of the accepted updates, averaged by samples over the sites that reported it; None if none did."""
-    reported = [(part.num_samples, part.metrics[name]) for part in entry.accepted.values() if name in part.metrics]
-    if not reported:
-        return None
-    return sum(samples * value for samples, value in reported) / sum(samples for samples, _ in reported)
-
-
-def _metric_change(state: RunState, index: int, name: str) -> float | None:
-    """The change of a mean metric from one round to the next, relative to the earlier one."""
-    if index == 0:
-        return None
-    before, after = (_mean_metric(state.rounds[number], name) for number in (index - 1, index))
-    if before is None or after is None:
-        return None
-    return abs(after - before) / (abs(before) or 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordEvent:
-    """Write an event to the journal, before anything after it."""
-
-    event: Event
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishState:
-    """Publish the run's state to all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SendToSite:
-    """Send a message to a site."""
-
-    site: str
-    message: DownMessage
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReceiveUpload:
-    """Receive the offered blob, check it, and call :meth:`RoundMachine.upload_validated`."""
-
-    site: str
-    offer: Offer
-
-
-@dataclass(frozen=True, kw_only=True)
-class AggregateRound:
-    """Make the round's model from its accepted updates, and call :meth:`RoundMachine.model_aggregated`; or pool the
-    accepted statistics, and call :meth:`RoundMachine.statistics_pooled`.
-    """
-
-    round: Round
-
-
-@dataclass(frozen=True, kw_only=True)
-class DismissSite:
-    """A site is no longer part of the run: tell its process, drop its unfinished upload, and release its name."""
-
-    site: str
-    detail: str
-
-
-RoundOutput = RecordEvent | PublishState | SendToSite | ReceiveUpload | AggregateRound | DismissSite
 
 
 class RoundMachine:
@@ -183,19 +104,21 @@ class RoundMachine:
 
     def __init__(self, state: RunState, *, now: float) -> None:
         self._state = state
-        self._last_progress: dict[str, float] = dict.fromkeys(state.members, now)
-        self._last_heartbeat: dict[str, float] = {}
-        self._restarted_at = now
-        self._recovered: set[str] = set()
+        self._deadlines = Deadlines(state, now=now)
+        self._changes = change_allowances()
 
     @property
     def state(self) -> RunState:
         return self._state
 
+    def available_sites(self) -> list[str]:
+        """Members that may be asked, sorted."""
+        return self._deadlines.available_sites(self._state)
+
     @property
     def last_progress_at(self) -> float:
-        """When any site last made progress; the start, if none did."""
-        return max((*self._last_progress.values(), self._restarted_at))
+        """When any site last made progress; the beginning of the step, if none did."""
+        return self._deadlines.last_progress_at
 
     def restart(self, now: float) -> list[RoundOutput]:
         """Ask again for what the state waits for; called once, after construction."""
@@ -211,22 +134,30 @@ class RoundMachine:
         known = self._state.members.get(site)
         if self._state.ended or (known is not None and known.install == install):
             return []
-        self._last_progress[site] = now
+        if not self._changes.take(site, now):
+            return []
+        self._deadlines.progress_made(site, now)
         joined = self._record(SiteJoined(site=site, install=install, initial=initial))
         return [*joined, *self._advance(now)]
 
     def heartbeat_received(self, site: str, now: float) -> None:
         """A site's process is alive; that alone is no progress."""
-        self._last_heartbeat[site] = now
+        self._deadlines.heartbeat_received(site, now)
 
-    def progress_made(self, site: str, now: float, *, is_ready: bool = True) -> None:
+    def progress_made(self, site: str, now: float, *, is_ready: bool = True, is_claim: bool = False) -> None:
         """A site has made progress: it trained, sent or fetched something new.
 
-        ``is_ready`` is false while it prepares, and after a failure of its; a lost site is then not asked again.
+        Args:
+            site: the site.
+            now: monotonic clock, seconds.
+            is_ready: false while it prepares, and after a failure of its; a lost site is then not asked again.
+            is_claim: nothing but its word says so. That does not count for an initial model, which is there already
+                and needs only to be sent.
         """
-        self._last_progress[site] = now
+        if not (is_claim and self._state.phase == "initialise"):
+            self._deadlines.progress_made(site, now)
         if is_ready:
-            self._recovered.add(site)
+            self._deadlines.recovered(site)
 
     def offer_received(self, site: str, offer: Offer, now: float) -> list[RoundOutput]:
         """A site offers a model or statistics, perhaps not for the first time."""
@@ -265,6 +196,7 @@ class RoundMachine:
                 relative_change=result.relative_change,
                 purpose=offer.purpose,
                 decoded=result.decoded,
+                elapsed_s=round(self._deadlines.elapsed_s(now), 3),
             )
             answer = receipt_for(offer)
         return [*self._record(event), SendToSite(site=site, message=answer), *self._close_if_complete(now)]
@@ -286,7 +218,7 @@ class RoundMachine:
                 and not current.is_closed
                 and site in current.open_sites
             ):
-                self._recovered.discard(site)
+                self._deadlines.lost(site)
                 outputs = [
                     *self._refuse_without_update(current, site, "failed", message.detail),
                     *self._close_if_complete(now),
@@ -307,7 +239,7 @@ class RoundMachine:
         if not self._state.rounds_over and (reason := convergence_reason(self._state)) is not None:
             outputs += self._record(RoundsEndedEarly(cause="converged", reason=reason))
         if self._state.phase == "finish":
-            self._restart_deadlines(now)
+            self._deadlines.begin_step(self._state, now)
             return [*outputs, PublishState()]
         return [*outputs, *(self._advance(now) or [PublishState()])]
 
@@ -315,7 +247,7 @@ class RoundMachine:
         self, *, sha256: str, size_bytes: int, truncation: dict[str, float], now: float
     ) -> list[RoundOutput]:
         """The pooled statistics are on disk."""
-        self._restart_deadlines(now)
+        self._deadlines.begin_step(self._state, now)
         made = StatisticsPooled(sha256=sha256, size_bytes=size_bytes, truncation=truncation)
         return [*self._record(made), PublishState()]
 
@@ -339,7 +271,9 @@ class RoundMachine:
         state = self._state
         if state.ended or site not in state.active_members or by in state.paused.get(site, {}):
             return []
-        self._last_progress[site] = now
+        if by == "site" and not self._changes.take(site, now):
+            return []
+        self._deadlines.progress_made(site, now)
         outputs = self._record(SitePaused(site=site, by=by, reason=reason))
         return [*outputs, PublishState()] if by == "operator" else outputs
 
@@ -347,7 +281,9 @@ class RoundMachine:
         """End a site's pause by its own or the aggregator's operator; it goes on when neither pauses it."""
         if self._state.ended or by not in self._state.paused.get(site, {}):
             return []
-        self._last_progress[site] = now
+        if by == "site" and not self._changes.take(site, now):
+            return []
+        self._deadlines.progress_made(site, now)
         outputs = self._record(SiteResumed(site=site, by=by))
         if by == "operator":
             outputs.append(PublishState())
@@ -357,6 +293,8 @@ class RoundMachine:
         """A site leaves the run for good, or is removed from it."""
         state, current = self._state, self._state.current_round
         if state.ended or site not in state.active_members:
+            return []
+        if by == "site" and not self._changes.take(site, now):
             return []
         outputs = self._record(SiteLeft(site=site, install=state.members[site].install, by=by, detail=detail))
         outputs.append(DismissSite(site=site, detail=detail))
@@ -375,7 +313,7 @@ class RoundMachine:
             return []
         outputs = self._record(RoundsEndedEarly(cause="operator", reason=reason))
         if self.state.phase == "finish":
-            self._restart_deadlines(now)
+            self._deadlines.begin_step(self._state, now)
         return [*outputs, *(self._advance(now) or [PublishState()])]
 
     def stop_run(self, reason: str) -> list[RoundOutput]:
@@ -384,14 +322,16 @@ class RoundMachine:
 
     def tick(self, now: float) -> list[RoundOutput]:
         """Check deadlines; call it at least every second."""
-        state, current = self._state, self._state.current_round
+        state, current, deadlines = self._state, self._state.current_round, self._deadlines
         match state.phase:
-            case "initialise" if state.initial is None and self._is_silent(state.initial_sites_asked[-1], now):
-                return self._choose_next_initial_site(now)
+            case "initialise" if state.initial is None:
+                is_silent = deadlines.is_silent(state, state.initial_sites_asked[-1], now)
+                # While nobody else could be asked, there is nothing to win by giving up a site that goes on.
+                if is_silent or (deadlines.limit_passed(state, now) and self._initial_candidates()):
+                    return self._choose_next_initial_site(now)
             case "train" | "statistics" if current is not None and not current.is_closed:
-                if all(self._is_silent(site, now) for site in current.open_sites) and not self._must_wait_for_paused(
-                    now
-                ):
+                is_over = all(deadlines.is_silent(state, site, now) for site in current.open_sites)
+                if (is_over and not deadlines.must_wait_for_paused(state, now)) or deadlines.limit_passed(state, now):
                     return self._close(now)
             case _:
                 return self._advance(now)
@@ -438,13 +378,17 @@ class RoundMachine:
 
     def _choose_next_initial_site(self, now: float) -> list[RoundOutput]:
         state = self._state
-        candidates = sorted(state.active_members - set(state.initial_sites_asked) - state.paused.keys())
+        candidates = self._initial_candidates()
         if not candidates:
             if (state.active_members & state.paused.keys()) - state.refused_initial.keys():
                 return []
             return self._end_run(succeeded=False, reason="no site could give an initial model")
-        self._restart_deadlines(now)
+        self._deadlines.begin_step(self._state, now)
         return [*self._record(InitialSiteChosen(site=candidates[0])), PublishState()]
+
+    def _initial_candidates(self) -> list[str]:
+        state = self._state
+        return sorted(state.active_members - set(state.initial_sites_asked) - state.paused.keys())
 
     def _initial_validated(self, site: str, offer: Offer, result: ValidationResult, now: float) -> list[RoundOutput]:
         if result.reason is not None:
@@ -474,22 +418,8 @@ class RoundMachine:
             number = len(self._state.rounds) + 1
             sample = random.Random(f"{config.seed}:{number}").sample(asked, config.sample_size(len(asked)))
             event = RoundStarted(round=number, asked=tuple(sorted(sample)))
-        self._restart_deadlines(now)
+        self._deadlines.begin_step(self._state, now)
         return [*self._record(event), PublishState()]
-
-    def available_sites(self) -> list[str]:
-        """Members that may be asked, sorted: not those that left, are paused, or are lost."""
-        awake = self._state.active_members - self._state.paused.keys()
-        # If all are lost they are asked all the same; those that stay silent miss the deadline.
-        return sorted(awake - self._lost_sites() or awake)
-
-    def _lost_sites(self) -> set[str]:
-        lost: set[str] = set()
-        for entry in (*self._state.rounds, *filter(None, [self._state.statistics])):
-            failed = {site for site, refusal in entry.refused.items() if refusal.reason == "failed"}
-            missed = set(entry.left_out) - set(entry.paused)
-            lost = (lost - entry.accepted.keys() - entry.refused.keys()) | failed | missed
-        return lost - self._recovered
 
     def _close_if_complete(self, now: float) -> list[RoundOutput]:
         current = self._state.current_round
@@ -499,9 +429,14 @@ class RoundMachine:
     def _close(self, now: float) -> list[RoundOutput]:
         current = self._state.current_round
         assert current is not None
-        paused = tuple(site for site in current.open_sites if site in self._state.paused)
-        self._recovered -= set(current.open_sites) - set(paused)
-        closed = RoundClosed(round=current.number, left_out=current.open_sites, purpose=current.purpose, paused=paused)
+        left_out = current.open_sites
+        # Who goes on, or changes between pause and work, when the limit has passed.
+        overdue = tuple(site for site in left_out if not self._deadlines.is_silent(self._state, site, now))
+        paused = tuple(site for site in left_out if site in self._state.paused and site not in overdue)
+        self._deadlines.lost(*(site for site in left_out if site not in paused))
+        closed = RoundClosed(
+            round=current.number, left_out=left_out, purpose=current.purpose, paused=paused, overdue=overdue
+        )
         outputs = self._record(closed)
         needed = self._state.config.replies_needed(len(current.asked))
         if len(current.accepted) < needed:
@@ -509,7 +444,7 @@ class RoundMachine:
             which = "the statistics phase" if current.purpose == "statistics" else f"round {current.number}"
             reason = f"quorum missed in {which}: {came} of {asked} sites contributed, {needed} needed"
             return [*outputs, *self._end_run(succeeded=False, reason=reason)]
-        self._restart_deadlines(now)
+        self._deadlines.begin_step(self._state, now)
         assert self._state.current_round is not None
         return [*outputs, AggregateRound(round=self._state.current_round)]
 
@@ -518,27 +453,12 @@ class RoundMachine:
         if state.phase != "finish":
             return []
         settled = state.finished.keys() | state.not_finished.keys()
-        if all(site in settled or self._is_silent(site, now) for site in state.active_members - self._lost_sites()):
+        awaited = state.active_members - self._deadlines.lost_sites(state) - settled
+        if self._deadlines.limit_passed(state, now) or all(
+            self._deadlines.is_silent(state, site, now) for site in awaited
+        ):
             return self._end_run(succeeded=True, reason="")
         return []
 
     def _end_run(self, *, succeeded: bool, reason: str) -> list[RoundOutput]:
         return [*self._record(RunEnded(succeeded=succeeded, reason=reason)), PublishState()]
-
-    def _must_wait_for_paused(self, now: float) -> bool:
-        """Whether the open round lacks its quorum, and a paused site whose heartbeats come could still contribute."""
-        state, current = self._state, self._state.current_round
-        assert current is not None
-        if len(current.accepted) >= state.config.replies_needed(len(current.asked)):
-            return False
-        deadline_s = state.config.deadline_s
-        return any(
-            site in state.paused and now - self._last_heartbeat.get(site, self._restarted_at) < deadline_s
-            for site in current.open_sites
-        )
-
-    def _is_silent(self, site: str, now: float) -> bool:
-        return now - self._last_progress.get(site, self._restarted_at) >= self._state.config.deadline_s
-
-    def _restart_deadlines(self, now: float) -> None:
-        self._last_progress = dict.fromkeys(self._state.members, now)

@@ -20,8 +20,9 @@ from aggregator.config import AggregateConfig
 from aggregator.events import Event, Round, RunStarted, RunState, initial_state
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
+from aggregator.outputs import AggregateRound, RecordEvent, RoundOutput
 from aggregator.publisher import StatePublisher
-from aggregator.rounds import AggregateRound, RecordEvent, RoundMachine, RoundOutput
+from aggregator.rounds import RoundMachine
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
 from edgeflame.methods import Calibration

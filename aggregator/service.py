@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aggregator.allowances import message_allowances
 from aggregator.config import AggregateConfig
 from aggregator.control import OperatorRequest, RequestQueue, apply_request
 from aggregator.events import RunState
@@ -22,7 +23,7 @@ from aggregator.exchanges import ValidationResult
 from aggregator.journal import Journal
 from aggregator.membership import Membership
 from aggregator.metrics import StatusReporter, run_summary
-from aggregator.rounds import DismissSite, PublishState, ReceiveUpload, RoundOutput, SendToSite
+from aggregator.outputs import DismissSite, PublishState, ReceiveUpload, RoundOutput, SendToSite
 from aggregator.run import Run, RunResult, open_run, write_results
 from aggregator.uploads import ReceivedUpload, UploadReceiver
 from aggregator.validation import validate_upload
@@ -138,6 +139,7 @@ class _AggregatorService:
         self._run = Run(state, journal=journal, store=store, clock=time.monotonic, handle=self._handle)
         self._machine = self._run.machine
         self._membership = Membership(state, aggregator_boot=self._boot, now=time.monotonic())
+        self._allowances = message_allowances()
         self._inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
         self._uploads = UploadReceiver(store, self._send)
         self._status = StatusReporter(state_dir, self._publish_tag, metrics, certificate_expires=certificate_expires)
@@ -266,7 +268,14 @@ class _AggregatorService:
                 is_same = published.run == state.run and published.phase == state.phase
                 self._is_end_published = is_same and state.ended is not None
             case MessageTopic(kind="up", site=str(site)):
-                self._on_site_message(site, decode_up(event.payload), now)
+                try:
+                    message = decode_up(event.payload)
+                except FederationError:
+                    if self._allowances.take(site, now):
+                        raise
+                    return
+                if isinstance(message, BlobNeed) or self._allowances.take(site, now):
+                    self._on_site_message(site, message, now)
             case _:
                 log.warning("message_on_unknown_topic", topic=event.topic[:200])
 
@@ -309,7 +318,7 @@ class _AggregatorService:
             return
         machine.heartbeat_received(site, now)
         if self._membership.is_progress(site, message):
-            machine.progress_made(site, now, is_ready=message.ready)
+            machine.progress_made(site, now, is_ready=message.ready, is_claim=True)
         install = self._membership.install_of(site)
         if message.ready and message.run == machine.state.run and message.initial and install:
             self._run.execute(machine.site_ready(site, install=install, initial=message.initial, now=now))

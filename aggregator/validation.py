@@ -143,11 +143,14 @@ def refusal_for(offer: Offer, reason: RefusalReason, detail: str) -> Refusal:
     )
 
 
-def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path | None) -> ValidationResult:
+def validate_statistics(
+    path: Path, *, config: AggregateConfig, model: str, num_samples: int, like: Path | None
+) -> ValidationResult:
     """Whether a site's statistics can be pooled.
 
     Args:
         path: the blob.
+        config: of the run; they must have the form that it asks for.
         model: SHA-256 of the final model; the statistics must be of its embeddings.
         num_samples: number of images by the offer.
         like: statistics that were accepted before, whose shape these must have; None for the first.
@@ -161,6 +164,11 @@ def validate_statistics(path: Path, *, model: str, num_samples: int, like: Path 
             if header.count != num_samples or header.sites:
                 detail = f"statistics of {header.count} images of {len(header.sites) or 1} sites; {num_samples} offered"
                 return ValidationResult(reason="samples", detail=detail)
+            form, rank = config.statistics_form, config.statistics_rank
+            if header.form != form or header.rank > rank:
+                wanted = form if form == "moments" else f"{form} of rank {rank} at most"
+                detail = f"statistics as {header.form} of rank {header.rank}; asked for was {wanted}"
+                return ValidationResult(reason="schema", detail=detail)
             if like is not None:
                 with StatisticsFile(like) as other:
                     if reason := header_difference(other.header, header):
@@ -185,7 +193,9 @@ def validate_upload(state: RunState, offer: Offer, store: BlobStore) -> Validati
         return None
     if entry.purpose == "statistics":
         like = next((store.path(part.sha256) for part in entry.accepted.values()), None)
-        return validate_statistics(path, model=entry.base_sha256, num_samples=offer.num_samples, like=like)
+        return validate_statistics(
+            path, config=state.config, model=entry.base_sha256, num_samples=offer.num_samples, like=like
+        )
     base, decoded = store.path(entry.base_sha256), None
     if codec != "raw":
         draft = store.draft_path("decoded")

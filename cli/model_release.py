@@ -15,7 +15,7 @@ from cli.output import cell, echo
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from edgeflame.mqtt.messages import ProductModels
+    from edgeflame.mqtt.release_messages import ProductModels
     from fleet.observe import FleetModels, ReleaseProgress
 
 

@@ -24,7 +24,7 @@ from edge.status import CameraStatus, GoldenReport, GoldenStatus
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.log import EventLog
-from edgeflame.mqtt.messages import ProductModels
+from edgeflame.mqtt.release_messages import ProductModels
 from edgeflame.state import storage_errors
 
 log = EventLog("control")

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from edge.result import Result
-from edgeflame.mqtt.messages import Disagreement, ProductModels
+from edgeflame.mqtt.release_messages import Disagreement, ProductModels
 
 
 class PartCounts(msgspec.Struct, kw_only=True):

@@ -18,21 +18,17 @@ from edgeflame.mqtt.messages import (
     MAX_MESSAGE_BYTES,
     Heartbeat,
     Leaving,
-    LineModels,
     Offer,
-    ProductModels,
     Refusal,
-    Release,
     RoundState,
     TaskFailed,
     TurnedAway,
     decode_down,
-    decode_line_models,
     decode_presence,
-    decode_release,
     decode_round,
     decode_up,
 )
+from edgeflame.mqtt.release_messages import LineModels, ProductModels, Release, decode_line_models, decode_release
 from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import MessageTopic, Topics
 

@@ -21,7 +21,8 @@ import msgspec
 from edgeflame.errors import FederationError, NegativeAnswerError, PackageError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.connection import ReceivedMessage
-from edgeflame.mqtt.messages import Release, decode_need, decode_release, encode_message
+from edgeflame.mqtt.messages import encode_message
+from edgeflame.mqtt.release_messages import Release, decode_need, decode_release
 from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import MessageTopic, Topics
 from edgeflame.mqtt.url import BrokerUrl

@@ -25,7 +25,7 @@ import msgspec
 
 from aggregator.events import RunState
 from aggregator.journal import Journal
-from aggregator.rounds import ReceiveUpload, RoundOutput, SendToSite
+from aggregator.outputs import ReceiveUpload, RoundOutput, SendToSite
 from aggregator.run import LEDGER_FILE, Run, RunResult, open_run, write_results
 from aggregator.simulation.config import SimulationConfig
 from aggregator.simulation.data import SiteLayout, prepare_site_data

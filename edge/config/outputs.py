@@ -16,7 +16,7 @@ from edge.config.inspection import DeviceId, RequestTimeout
 from edgeflame.bounds import BASIC, Count, NotEmpty, Port, Positive, Register, Seconds
 from edgeflame.errors import ConfigError, UsageError
 from edgeflame.masking import without_secrets
-from edgeflame.mqtt.messages import MAX_OUTCOMES, MAX_SHADOW_PARTS
+from edgeflame.mqtt.release_messages import MAX_OUTCOMES, MAX_SHADOW_PARTS
 from edgeflame.mqtt.topics import check_name
 
 TopicPrefix = Annotated[str, Meta(pattern="^[^+#]+$", description="a topic prefix without wildcards")]

@@ -23,7 +23,8 @@ from edgeflame.errors import EdgeFlameError, FederationError, LinkError, Runtime
 from edgeflame.log import EventLog
 from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, ReceivedMessage
-from edgeflame.mqtt.messages import BlobNeed, LineModels, ProductModels, Release, decode_release, encode_message
+from edgeflame.mqtt.messages import BlobNeed, encode_message
+from edgeflame.mqtt.release_messages import LineModels, ProductModels, Release, decode_release
 from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
 from edgeflame.mqtt.url import BrokerUrl
 from edgeflame.transfer.store import Download

@@ -32,7 +32,7 @@ from edge.result import Inspected
 from edge.status import RolloutStatus, ShadowStatus
 from edgeflame.errors import EdgeFlameError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, Release
+from edgeflame.mqtt.release_messages import CandidateModel, Disagreement, ProductModels, Release
 
 log = EventLog("models")
 

@@ -19,7 +19,7 @@ from edge.models.store import MODELS_FOLDER, RECORD_FILE, PackageStore, TrustedK
 from edge.status import RolloutStatus
 from edgeflame.errors import ConfigError, NegativeAnswerError, PackageError, RuntimeUnavailableError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.messages import ProductModels
+from edgeflame.mqtt.release_messages import ProductModels
 from edgeflame.state import file_sha256
 
 log = EventLog("models")

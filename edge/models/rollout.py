@@ -31,7 +31,7 @@ from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import open_runtime
 from edgeflame.errors import EdgeFlameError, PackageError, UsageError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.messages import Disagreement, ReleaseFate
+from edgeflame.mqtt.release_messages import Disagreement, ReleaseFate
 from edgeflame.package import Package, read_package
 
 

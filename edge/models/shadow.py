@@ -51,7 +51,7 @@ from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.images import ImageU8, shrink, write_image
 from edgeflame.log import EventLog
-from edgeflame.mqtt.messages import Disagreement
+from edgeflame.mqtt.release_messages import Disagreement
 from edgeflame.state import write_json
 
 SCORES_KEPT = 10_000

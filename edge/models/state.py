@@ -28,7 +28,7 @@ import msgspec
 from edge.models.store import PackageStore, RefusedError, TrustedKeys, read_trusted
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
-from edgeflame.mqtt.messages import (
+from edgeflame.mqtt.release_messages import (
     MAX_OUTCOMES,
     Disagreement,
     Release,

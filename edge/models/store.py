@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, RuntimeUnavailableError
-from edgeflame.mqtt.messages import Release
+from edgeflame.mqtt.release_messages import Release
 from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import public_key_id, read_signature, verify_release, verify_signature
 from edgeflame.state import atomic_write, fsync_folder, read_json, storage_errors, write_record

@@ -187,7 +187,7 @@ _SHADOWED = (
     ("differing", "Of these, with two verdicts."),
     ("skipped", "Parts the second model was busy for."),
 )
-"""Fields of :class:`edgeflame.mqtt.messages.Disagreement`: field and meaning."""
+"""Fields of :class:`edgeflame.mqtt.release_messages.Disagreement`: field and meaning."""
 
 
 @final

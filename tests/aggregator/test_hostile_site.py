@@ -177,3 +177,56 @@ def test_a_hostile_site_is_refused_and_the_run_goes_on(embedded: BrokerProcess, 
         ledger = fleet.ledger()
         assert [[c["site"] for c in entry["contributed"]] for entry in ledger["rounds"]] == [["good"], ["good"]]
         assert ledger["initial_model"]["site"] == "good"
+
+
+@pytest.mark.parametrize("broker", ["mosquitto"], indirect=True)
+def test_a_site_that_only_claims_to_go_on_holds_nobody_up(broker: BrokerProcess, tmp_path: Path) -> None:
+    deadline_s, rounds = 3.0, 3
+    config = (
+        f"min_available_sites = 3\nquorum = 0.6\nrounds = {rounds}\ndeadline_s = {deadline_s}\nstraggler_factor = 1.0"
+    )
+    with Fleet(broker, tmp_path, config=config) as fleet:
+        aggregator = fleet.aggregator()
+        aggregator.wait_for_log("broker_connected")
+        evil = Evil(broker.port)
+        evil.join()
+        good = [fleet.site("good"), fleet.site("other")]
+        stop = threading.Event()
+        sent = 0
+
+        def claim() -> None:
+            """Heartbeats with a rising step, hundreds a second, in turns at rest and not."""
+            nonlocal sent
+            while not stop.wait(0.002):
+                sent += 1
+                run = evil.state.run if evil.state is not None else None
+                is_begun = evil.state is not None and evil.state.phase == "train"
+                resting = "no reason" if is_begun and sent % 2 else None
+                evil.say(
+                    encode_message(
+                        Heartbeat(
+                            boot=BOOT, run=run, ready=True, initial="c" * 64, activity="training", round=1,
+                            step=sent, num_steps=10**9, paused=resting,
+                        )
+                    )
+                )  # fmt: skip
+
+        thread = threading.Thread(target=claim)
+        thread.start()
+        try:
+            assert [aggregator.wait(), *(site.wait() for site in good)] == [0, 0, 0]
+        finally:
+            stop.set()
+            thread.join()
+            evil.close()
+        ledger = fleet.ledger()
+        assert [[c["site"] for c in entry["contributed"]] for entry in ledger["rounds"]] == [["good", "other"]] * rounds
+        # Silent when asked for the initial model, overdue in a round, and at the end: each time one deadline.
+        assert [entry["site"] for entry in ledger["rounds"][0]["left_out"]] == [NAME]
+        assert ledger["rounds"][1]["asked"] == ["good", "other"]
+        assert [entry["site"] for entry in ledger["packages_missing"]] == [NAME]
+        assert "site_slowed_down site=aaa too_many=messages" in aggregator.log
+        assert "site_slowed_down site=aaa too_many=changes" in aggregator.log
+        assert sent > 1000
+        changes = aggregator.log.count("site_paused site=aaa") + aggregator.log.count("site_resumed site=aaa")
+        assert 1 <= changes <= 12, "of hundreds"

@@ -17,7 +17,7 @@ from aggregator.control import (
     apply_request,
 )
 from aggregator.events import RoundsEndedEarly, RunEnded, SiteLeft, SitePaused, SiteResumed
-from aggregator.rounds import DismissSite, PublishState, RecordEvent
+from aggregator.outputs import DismissSite, PublishState, RecordEvent
 from edgeflame.errors import UsageError
 from tests.support.round_driver import Driver
 

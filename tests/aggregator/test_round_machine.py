@@ -14,15 +14,8 @@ from aggregator.config import AggregateConfig, Convergence
 from aggregator.events import Event, RunEnded, RunStarted, RunState, UpdateAccepted, apply_event, initial_state
 from aggregator.exchanges import ValidationResult
 from aggregator.ledger import build_ledger
-from aggregator.rounds import (
-    AggregateRound,
-    DismissSite,
-    ReceiveUpload,
-    RecordEvent,
-    RoundMachine,
-    RoundOutput,
-    SendToSite,
-)
+from aggregator.outputs import AggregateRound, DismissSite, ReceiveUpload, RecordEvent, RoundOutput, SendToSite
+from aggregator.rounds import RoundMachine
 from edgeflame.methods import Learning
 from edgeflame.mqtt.messages import BlobManifest, FinishReport, Offer, Receipt, Refusal, TaskFailed
 

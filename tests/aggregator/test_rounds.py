@@ -12,7 +12,8 @@ from aggregator.config import AggregateConfig, Convergence
 from aggregator.exchanges import ValidationResult
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
-from aggregator.rounds import AggregateRound, PublishState, RecordEvent, RoundMachine, SendToSite
+from aggregator.outputs import AggregateRound, PublishState, RecordEvent, SendToSite
+from aggregator.rounds import RoundMachine
 from edgeflame.config import load_config
 from edgeflame.errors import ConfigError, StorageError
 from edgeflame.mqtt.messages import Offer, Receipt, Refusal, TaskFailed
@@ -132,17 +133,144 @@ def test_quorum_missed_fails_and_says_so() -> None:
     assert isinstance(run.said[-1], PublishState)
 
 
-def test_deadlines_are_about_progress_and_not_about_time() -> None:
-    run = Driver()
+def goes_on(run: Driver, site: str, *, since: float, until: float) -> float:
+    """A site shows progress in time, again and again; returns when the machine last decided nothing because of it."""
+    now = since
+    while now + DEADLINE_S / 2 <= until:
+        now += DEADLINE_S / 2
+        run.machine.progress_made(site, now, is_claim=True)
+        assert run.take(run.machine.tick(now)) == []
+    return now
+
+
+def test_a_site_that_goes_on_is_waited_for_as_long_as_the_quorum_needs_it() -> None:
+    run = Driver(quorum=1.0)
     run.start("a", "b", "c")
     run.update("a", 1)
     run.update("b", 1)
-    now = 0.0
-    for _ in range(50):
-        now += DEADLINE_S - 1
-        run.machine.progress_made("c", now)
-        assert run.take(run.machine.tick(now)) == []
+    now = goes_on(run, "c", since=0.0, until=50 * DEADLINE_S)
     assert isinstance(run.update("c", 1, now=now), Receipt)
+
+
+@pytest.mark.parametrize(("took", "limit"), [(1.0, 4 * DEADLINE_S), (3 * DEADLINE_S, 12 * DEADLINE_S)])
+def test_once_the_quorum_stands_a_round_has_a_limit(took: float, limit: float) -> None:
+    run = Driver(rounds=6, straggler_factor=4.0)
+    run.start("a", "b", "c")
+    run.update("a", 1, now=0.5)
+    goes_on(run, "c", since=0.0, until=took)
+    run.update("b", 1, now=took)
+    goes_on(run, "c", since=took, until=limit - 1)
+    run.take(run.machine.tick(limit))
+    first = run.state.rounds[0]
+    assert (first.left_out, first.overdue, first.is_closed) == (("c",), ("c",), True)
+    assert build_ledger(run.state)["rounds"][0]["left_out"] == [
+        {"site": "c", "reason": "not done when the round had lasted as long as it may", "detail": ""}
+    ]
+    assert run.state.rounds[1].asked == ("a", "b")
+
+
+def test_a_site_that_is_overdue_again_and_again_is_asked_ever_more_rarely() -> None:
+    run = Driver(rounds=16, straggler_factor=1.0)
+    run.start("a", "b", "c")
+    asked = []
+    for number in range(1, 15):
+        current = run.state.latest_round
+        assert current is not None
+        # The driver makes models at time 0, so that is when each round begins.
+        run.machine.progress_made("c", DEADLINE_S - 1)
+        run.update("a", number)
+        run.update("b", number)
+        if "c" in current.asked:
+            asked.append(number)
+            run.machine.progress_made("c", DEADLINE_S - 1)
+            run.take(run.machine.tick(DEADLINE_S))
+            run.machine.progress_made("c", 0.0)
+    assert asked == [1, 3, 6, 11]
+    # It is in the journal: a restarted machine holds it back as well.
+    again = RoundMachine(run.state, now=0.0)
+    again.progress_made("c", 1.0)
+    assert again.available_sites() == ["a", "b"]
+
+
+def test_a_slow_site_whose_update_came_after_all_is_asked_again_as_before() -> None:
+    run = Driver(rounds=6, straggler_factor=1.0)
+    run.start("a", "b", "c")
+    for number in (1, 2, 3):
+        run.machine.progress_made("c", DEADLINE_S - 1)
+        run.update("a", number)
+        run.update("b", number)
+        if number == 1:
+            run.take(run.machine.tick(DEADLINE_S))
+            run.machine.progress_made("c", 0.0)
+        elif number == 3:
+            assert isinstance(run.update("c", 3), Receipt)
+    assert [entry.asked for entry in run.state.rounds] == [
+        ("a", "b", "c"), ("a", "b"), ("a", "b", "c"), ("a", "b", "c")
+    ]  # fmt: skip
+
+
+def test_a_site_that_toggles_its_pause_holds_nobody_up_and_does_not_fill_the_journal() -> None:
+    run = Driver(rounds=3, straggler_factor=2.0)
+    run.start("a", "b", "c")
+    run.update("a", 1)
+    run.update("b", 1)
+    before, now = len(run.facts), 0.0
+    while len(run.state.rounds) == 1:
+        now += 1.0
+        assert now <= 2 * DEADLINE_S
+        run.take(run.machine.pause_site("c", by="site", reason="on", now=now))
+        run.take(run.machine.resume_site("c", by="site", now=now))
+        run.machine.progress_made("c", now, is_claim=True)
+        run.take(run.machine.tick(now))
+    assert run.state.rounds[0].overdue == ("c",)
+    assert len(run.facts) - before < 15
+    # Its operator's word is not its own, and is always heard.
+    run.take(run.machine.resume_site("c", by="site", now=now + 3600))
+    run.take(run.machine.pause_site("c", by="operator", reason="enough", now=now + 3600))
+    assert "operator" in run.state.paused["c"]
+
+
+def test_a_site_that_comes_and_goes_does_not_fill_the_journal() -> None:
+    run = Driver(rounds=3)
+    run.start("a", "b", "c")
+    before = len(run.facts)
+    for number in range(200):
+        run.take(run.machine.site_leaves("c", by="site", detail="bye", now=1.0))
+        run.take(run.machine.site_ready("c", install=f"{number + 9:032x}", initial=sha(0), now=1.0))
+    assert len(run.facts) - before < 15
+
+
+def test_the_end_has_a_limit_too() -> None:
+    run = Driver(rounds=1, straggler_factor=3.0)
+    run.start("a", "b", "c")
+    for site in "abc":
+        run.update(site, 1)
+    run.finish("a", "b")
+    run.take(run.machine.tick(0.0))
+    goes_on(run, "c", since=0.0, until=3 * DEADLINE_S - 1)
+    run.take(run.machine.tick(3 * DEADLINE_S))
+    assert run.state.phase == "done"
+    assert [entry["site"] for entry in build_ledger(run.state)["packages_missing"]] == ["c"]
+
+
+def test_a_word_is_no_progress_for_an_initial_model_and_chunks_have_a_limit() -> None:
+    run = Driver(straggler_factor=3.0)
+    run.ready("a", "b", "c")
+    run.machine.progress_made("a", DEADLINE_S - 1, is_claim=True)
+    run.take(run.machine.tick(DEADLINE_S))
+    assert run.state.initial_sites_asked == ("a", "b")
+    now = DEADLINE_S
+    while now < 4 * DEADLINE_S - 10:
+        now += DEADLINE_S / 2
+        run.machine.progress_made("b", now)
+        run.take(run.machine.tick(now))
+    run.take(run.machine.tick(4 * DEADLINE_S))
+    assert run.state.initial_sites_asked == ("a", "b", "c")
+    for _ in range(20):
+        now += DEADLINE_S / 2
+        run.machine.progress_made("c", now)
+        run.take(run.machine.tick(now))
+    assert run.state.phase == "initialise", "it is the last that could give one"
 
 
 def test_a_silent_site_is_left_out_and_not_asked_until_it_shows_progress() -> None:

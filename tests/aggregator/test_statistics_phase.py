@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from aggregator.config import AggregateConfig
 from aggregator.events import apply_event, initial_state
 from aggregator.exchanges import ValidationResult
 from aggregator.ledger import build_ledger
-from aggregator.rounds import AggregateRound, PublishState, RoundMachine
+from aggregator.outputs import AggregateRound, PublishState
+from aggregator.rounds import RoundMachine
+from aggregator.validation import validate_statistics
 from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 from edgeflame.methods import Learning, Training
 from edgeflame.mqtt.messages import Receipt, Refusal, TaskFailed
-from edgeflame.statistics.merge import StatisticsFile, read_moments
+from edgeflame.statistics.merge import StatisticsFile, read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
@@ -121,6 +124,29 @@ def test_sites_with_batch_norms_of_their_own_share_no_statistics() -> None:
     assert AggregateConfig(learning=local).statistics == "site"
     with pytest.raises(ConfigError, match="need one embedding space"):
         AggregateConfig(statistics="federated", learning=local)
+
+
+@pytest.mark.parametrize(
+    ("sent", "wanted", "detail"),
+    [
+        (("moments", 0), ("low_rank", 2), "as moments of rank 0; asked for was low_rank of rank 2 at most"),
+        (("low_rank", 2), ("moments", 48), "as low_rank of rank 2; asked for was moments"),
+        (("low_rank", 3), ("low_rank", 2), "as low_rank of rank 3; asked for was low_rank of rank 2 at most"),
+        (("low_rank", 2), ("low_rank", 3), ""),
+    ],
+)
+def test_the_first_statistics_cannot_decide_the_form_of_all_others(
+    sent: tuple[Any, int], wanted: tuple[Any, int], detail: str, tmp_path: Path
+) -> None:
+    accumulator = MomentAccumulator()
+    accumulator.add(images_of("a", 30))
+    path = tmp_path / "statistics"
+    form, rank = sent
+    write_site_statistics(path, accumulator.moments(), grid=(2, 3), model=sha(1), form=form, rank=rank)
+    config = AggregateConfig(statistics="federated", statistics_form=wanted[0], statistics_rank=wanted[1])
+    result = validate_statistics(path, config=config, model=sha(1), num_samples=30, like=None)
+    assert result.is_valid == (not detail)
+    assert result.detail.removeprefix("statistics ") == detail
 
 
 @pytest.mark.timeout(90)

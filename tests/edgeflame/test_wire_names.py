@@ -17,7 +17,8 @@ from aggregator.control import OperatorRequest
 from aggregator.events import Event
 from aggregator.simulation.config import BoardsData, FolderData
 from edge.commands.messages import Command
-from edgeflame.mqtt.messages import DownMessage, LineModels, Presence, Release, RoundState, UpMessage
+from edgeflame.mqtt.messages import DownMessage, Presence, RoundState, UpMessage
+from edgeflame.mqtt.release_messages import LineModels, Release
 from edgeflame.simulation import SimulationAnswer, SimulationTask
 from fleet import observe
 from trainer.agent.plan import PlanStep

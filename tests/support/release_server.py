@@ -13,15 +13,8 @@ from typing import Any
 
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected, ReceivedMessage
-from edgeflame.mqtt.messages import (
-    BlobManifest,
-    ProductModels,
-    Release,
-    ReleaseOutcome,
-    decode_line_models,
-    decode_need,
-    encode_message,
-)
+from edgeflame.mqtt.messages import BlobManifest, encode_message
+from edgeflame.mqtt.release_messages import ProductModels, Release, ReleaseOutcome, decode_line_models, decode_need
 from edgeflame.mqtt.topics import MessageTopic, Topics
 from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.transfer.protocol import describe_file, unpack_mask

@@ -18,7 +18,7 @@ import msgspec
 
 from edgeflame.images import ImageU8, write_image
 from edgeflame.log import no_progress
-from edgeflame.mqtt.messages import ProductModels, Release
+from edgeflame.mqtt.release_messages import ProductModels, Release
 from edgeflame.mqtt.topics import Topics
 from edgeflame.mqtt.url import parse_broker_url
 from edgeflame.package import Package, write_package

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from aggregator.config import AggregateConfig
 from aggregator.events import Event, RunStarted, RunState, initial_state
 from aggregator.exchanges import ValidationResult
-from aggregator.rounds import AggregateRound, ReceiveUpload, RecordEvent, RoundMachine, RoundOutput, SendToSite
+from aggregator.outputs import AggregateRound, ReceiveUpload, RecordEvent, RoundOutput, SendToSite
+from aggregator.rounds import RoundMachine
 from edgeflame.mqtt.messages import BlobManifest, FinishReport, Offer, Receipt, Refusal
 
 RUN = "0" * 32

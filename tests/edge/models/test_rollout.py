@@ -27,15 +27,8 @@ from edge.models.state import (
 from edge.result import Result
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, FederationError, StorageError
-from edgeflame.mqtt.messages import (
-    BlobManifest,
-    Disagreement,
-    LineModels,
-    Release,
-    decode_line_models,
-    decode_release,
-    encode_message,
-)
+from edgeflame.mqtt.messages import BlobManifest, encode_message
+from edgeflame.mqtt.release_messages import Disagreement, LineModels, Release, decode_line_models, decode_release
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 CONFIG = ModelsConfig(public_keys=("k",), max_disagreement=0.02)

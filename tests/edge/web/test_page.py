@@ -46,7 +46,7 @@ from edgeflame.config import parse_config
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError, UsageError
 from edgeflame.images import read_image, write_image
-from edgeflame.mqtt.messages import CandidateModel, Disagreement, ProductModels, ReleaseOutcome, RunningModel
+from edgeflame.mqtt.release_messages import CandidateModel, Disagreement, ProductModels, ReleaseOutcome, RunningModel
 from tests.support.inspection_results import result
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import GRID, bad_image, good_image, write_images
