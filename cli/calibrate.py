@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from edgeflame.dataset import Dataset, ImageRecord, LoadReport
     from edgeflame.drift_reference import DriftReference
     from edgeflame.methods import Calibration
-    from edgeflame.package import Package, Threshold
+    from edgeflame.package import Package
+    from edgeflame.threshold import Threshold
 
     F32 = npt.NDArray[np.float32]
 

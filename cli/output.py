@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgeflame.dataset import ImageRecord
     from edgeflame.findings import Finding
-    from edgeflame.package import Threshold
+    from edgeflame.threshold import Threshold
     from fitting.suspects import InfluentialPart
 
 

@@ -26,8 +26,8 @@ from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8, Preprocessing, read_mask
 from edgeflame.layout import GOOD
 from edgeflame.log import Progress, no_progress
-from edgeflame.package import ThresholdPromise
 from edgeflame.tensors import F32, F64
+from edgeflame.threshold import ThresholdPromise
 from fitting import metrics
 from fitting.metrics import PixelCounts, auroc, best_f1, bin_edges, f1_max
 from fitting.threshold import confidence_interval

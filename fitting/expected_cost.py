@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import RejectUnit
-from edgeflame.package import LabelledDefects, Threshold
 from edgeflame.tensors import F64
+from edgeflame.threshold import LabelledDefects, Threshold
 
 NUM_RESAMPLES = 1000
 

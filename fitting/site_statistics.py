@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
-from edgeflame.package import Threshold
 from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.threshold import Threshold
 from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
 from fitting.embeddings import Embeddings
 from fitting.grouping import find_parts

@@ -36,8 +36,8 @@ import numpy.typing as npt
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.log import EventLog
 from edgeflame.methods import Calibration, RejectUnit
-from edgeflame.package import Threshold, ThresholdPromise
 from edgeflame.tensors import F64
+from edgeflame.threshold import Threshold, ThresholdPromise
 from fitting.metrics import best_f1
 
 _ACCURACY = 1e-9

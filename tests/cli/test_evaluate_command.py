@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from cli import cli
 from edgeflame.errors import MissingDependencyError, NegativeAnswerError, StorageError
 from edgeflame.images import write_image
-from edgeflame.package import ThresholdPromise, read_package, write_package
+from edgeflame.package import read_package, write_package
+from edgeflame.threshold import ThresholdPromise
 from tests.support.small_package import bad_image, good_image, write_small_package
 
 

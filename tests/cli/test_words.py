@@ -14,8 +14,9 @@ from cli.fit import product_of
 from cli.output import reconcile
 from edgeflame.errors import UsageError
 from edgeflame.mqtt.topics import is_name
-from edgeflame.package import Threshold, read_package, write_package
+from edgeflame.package import read_package, write_package
 from edgeflame.signing import PRIVATE_KEY, sign_package, write_keys
+from edgeflame.threshold import Threshold
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import write_small_package
 

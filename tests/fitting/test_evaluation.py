@@ -14,8 +14,8 @@ from sklearn.metrics import roc_auc_score
 from edgeflame.dataset import ImageRecord, open_dataset
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.images import ImageU8, Preprocessing, read_mask, write_image
-from edgeflame.package import ThresholdPromise
 from edgeflame.tensors import F32
+from edgeflame.threshold import ThresholdPromise
 from fitting.evaluation import METRIC_NAMES, ScoredImages, compute_metrics, evaluate, score_test_images
 from fitting.metrics import Resamples
 

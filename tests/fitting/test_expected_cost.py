@@ -11,7 +11,7 @@ import pytest
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import RejectUnit
-from edgeflame.package import LabelledDefects, Threshold
+from edgeflame.threshold import LabelledDefects, Threshold
 from fitting.expected_cost import set_least_cost
 
 

@@ -13,7 +13,7 @@ from scipy.stats import t as student_t
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import Calibration
-from edgeflame.package import Threshold
+from edgeflame.threshold import Threshold
 from fitting.suspects import InfluentialPart, influential_parts
 from fitting.threshold import GoodScores, rule_threshold, set_f1_threshold, set_threshold
 

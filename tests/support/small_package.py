@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from edgeflame.images import ImageU8, Preprocessing, write_image
 from edgeflame.methods import Learning, Scoring
-from edgeflame.package import Manifest, Package, Threshold, WeightsOrigin, new_manifest, write_package
+from edgeflame.package import Manifest, Package, WeightsOrigin, new_manifest, write_package
 from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.memory import MemoryStatistics
+from edgeflame.threshold import Threshold
 
 SIZE, GRID = 64, 8
 PREPROCESSING = Preprocessing(height=SIZE, width=SIZE)
