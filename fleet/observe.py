@@ -155,6 +155,11 @@ class FleetView:
             ],
         }
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to a good end. Its aggregator and sites then leave, by and by."""
+        return self.state is not None and self.state.phase == "done"
+
     def problem(self) -> str | None:
         """Why the run needs attention: it failed, or its aggregator is gone or unknown; None if all is well."""
         if self.state is None:
@@ -163,7 +168,7 @@ class FleetView:
             )
         if self.state.phase == "failed":
             return f"the run failed: {self.state.detail}"
-        if self.state.phase != "done" and not self.aggregator_online:
+        if not self.is_finished and not self.aggregator_online:
             return "the aggregator is offline in the middle of a run; start it again with the same --state"
         return None
 

@@ -14,6 +14,35 @@ from cli.pages.page import format_figure, render_page
 
 MAX_TICKS = 12
 
+METRICS = {
+    "loss": "what the training makes as small as it can",
+    "fade": "FADE's part of the loss: how badly the site's patches are told from noised ones",
+    "distillation": "FLAME's part of the loss: small where the model stays near the fleet's and leaves the site's last",
+    "distance_squared": "FedProx's part of the loss: how far the weights are from the fleet's, squared",
+    "contrast": "MOON's part of the loss: small where the model is nearer to the fleet's than to the site's last",
+    "pull": "how far patches are from the entry of the memory that they belong to, squared",
+    "separated": "share of the patches that are told from noised ones; 0.5 is guessing",
+    "codec_error": "what the compression of the update lost, over the length of the update's change",
+}
+"""What the sites' figures mean; others are shown without."""
+
+_LOSS_TERMS = ("distillation", "distance_squared", "contrast")
+"""What a method adds to FADE's loss, some from the second round on."""
+
+_INTERNAL = ("num_",)
+"""Beginnings of the names of counts that tell developers what a computation cost."""
+
+_SUMMARY = {
+    "num_images": "photographs",
+    "num_images_in_statistics": "photographs in its statistics",
+    "num_parts": "parts",
+    "num_unreadable": "unreadable photographs",
+    "num_prototypes": "prototypes",
+    "promised_false_reject_rate": "good rejected, at most",
+    "confidence": "with confidence",
+}
+"""What the figures of a package are called; others by their names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundChart:
@@ -22,6 +51,8 @@ class RoundChart:
     title: str
     meaning: str
     svg: str
+    note: str = ""
+    """What a reader could mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +93,21 @@ def render_run_page(ledger: dict[str, Any]) -> str:
         statistics=ledger.get("statistics"),
         num_contributions=sum(len(entry["contributed"]) for entry in rounds),
         rounds_done=sum(1 for entry in rounds if entry["model_sha256"]),
-        summaries=sorted({name for package in ledger["packages"] for name in package["summary"]}),
+        summaries=summary_columns(ledger["packages"]),
+        is_internal=is_internal,
     )
+
+
+def is_internal(name: str) -> bool:
+    """Whether a figure is left out of the page; the ledger has it."""
+    return name.startswith(_INTERNAL)
+
+
+def summary_columns(packages: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Key and heading of the figures of the sites' packages: first those with a heading, without those that are 0."""
+    found = {name for package in packages for name, value in package["summary"].items() if value != 0}
+    named = [(name, heading) for name, heading in _SUMMARY.items() if name in found]
+    return named + [(name, name.replace("_", " ")) for name in sorted(found - _SUMMARY.keys())]
 
 
 def contributors(rounds: Sequence[dict[str, Any]]) -> list[str]:
@@ -78,14 +122,45 @@ def site_styles(sites: Sequence[str]) -> dict[str, str]:
 
 
 def round_charts(rounds: Sequence[dict[str, Any]], styles: dict[str, str]) -> list[RoundChart]:
-    """A chart for each metric that was reported, losses first, and one for how far the updates were."""
+    """A chart for each metric that was reported, the loss and its parts first, and one for how far the updates were.
+
+    Of several rounds a figure that only one of them has is no chart; it stands in the table of updates.
+    """
     names = {name for entry in rounds for update in entry["contributed"] for name in update["metrics"]}
-    ordered = sorted(names, key=lambda name: ("loss" not in name, name))
-    source = "as each site reported it with its update"
-    charts = [_chart(rounds, styles, name, source, partial(_metric, name)) for name in ordered]
+    known = list(METRICS)
+    ordered = sorted(
+        (name for name in names if not is_internal(name)),
+        key=lambda name: (known.index(name) if name in METRICS else len(known), name),
+    )
+    joined = joined_terms(rounds)
+    charts = []
+    for name in ordered:
+        note, at = "", None
+        if name == "loss" and joined:
+            at = min(joined.values())
+            parts = " and ".join(f"{term.replace('_', ' ')} (from round {n})" for term, n in sorted(joined.items()))
+            what = "fade" if "fade" in names else "the other parts"
+            note = (
+                f"At the dashed line another term joins the loss: {parts}. A step up there is this term, not a worse "
+                f"site; what can be compared over all rounds is {what}."
+            )
+        meaning = METRICS.get(name, "as each site reported it with its update")
+        charts.append(_chart(rounds, styles, name, meaning, partial(_metric, name), note=note, joined_at=at))
     meaning = "how far each update was from the round's model, in units of that model's norm"
     charts.append(_chart(rounds, styles, "relative change", meaning, lambda update: update["relative_change"]))
     return [chart for chart in charts if chart is not None]
+
+
+def joined_terms(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The parts that the loss has only from a later round on, and from which."""
+    reported = [(entry["round"], update["metrics"]) for entry in rounds for update in entry["contributed"]]
+    first = min((number for number, metrics in reported if "loss" in metrics), default=0)
+    found = {}
+    for term in _LOSS_TERMS:
+        begins = min((number for number, metrics in reported if term in metrics), default=first)
+        if begins > first:
+            found[term] = begins
+    return found
 
 
 def round_shares(entry: dict[str, Any], styles: dict[str, str]) -> list[WeightShare]:
@@ -105,8 +180,11 @@ def round_shares(entry: dict[str, Any], styles: dict[str, str]) -> list[WeightSh
 
 
 def _metric(name: str, update: dict[str, Any]) -> float | None:
-    value: float | None = update["metrics"].get(name)
-    return value
+    metrics: dict[str, float] = update["metrics"]
+    if name == "fade" and name not in metrics and not any(term in metrics for term in _LOSS_TERMS):
+        # Without another term the loss is all of it, and is reported as that alone.
+        name = "loss"
+    return metrics.get(name)
 
 
 def _chart(
@@ -115,17 +193,23 @@ def _chart(
     title: str,
     meaning: str,
     value_of: Callable[[dict[str, Any]], float | None],
+    *,
+    note: str = "",
+    joined_at: int | None = None,
 ) -> RoundChart | None:
-    """A line for each site, and their mean; None if no site has a value."""
+    """A line for each site, and their mean; None if no site has a value, or only in one of several rounds.
+
+    ``joined_at`` is the round before which a dashed line is drawn.
+    """
     values: dict[str, dict[int, float]] = {}
     for entry in rounds:
         for update in entry["contributed"]:
             value = value_of(update)
             if value is not None and math.isfinite(value):
                 values.setdefault(update["site"], {})[entry["round"]] = value
-    if not values:
-        return None
     numbers = sorted({number for by_round in values.values() for number in by_round})
+    if not values or (len(numbers) == 1 and sum(bool(entry["contributed"]) for entry in rounds) > 1):
+        return None
     lines = [(site, styles[site], values[site]) for site in styles if site in values]
     if len(values) > 1:
         means = {n: fmean(by_round[n] for by_round in values.values() if n in by_round) for n in numbers}
@@ -140,9 +224,11 @@ def _chart(
         width=HALF,
         height=190,
     )
+    if joined_at is not None:
+        chart.rule("limit", x=joined_at - 0.5)
     for name, style, points in lines:
         if len(points) > 1:
             chart.curve(points.items(), style)
         dots = [(n, value, f"{name}, round {n}: {format_figure(value)}") for n, value in points.items()]
         chart.dots(dots, style, radius=3 if style in ("mean", "many") else 4.5)
-    return RoundChart(title=title.replace("_", " "), meaning=meaning, svg=chart.svg())
+    return RoundChart(title=title.replace("_", " "), meaning=meaning, svg=chart.svg(), note=note)

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from aggregator.config import AggregateConfig
 from aggregator.events import (
     InitialModelAccepted,
+    ModelAggregated,
     RoundClosed,
     RoundStarted,
     RunEnded,
@@ -120,7 +121,7 @@ def test_a_run_can_be_watched(embedded: BrokerProcess, tmp_path: Path) -> None:
         (gate / "go").touch()
         assert [aggregator.wait(), site.wait()] == [0, 0]
         assert watch.wait() == 0
-        assert "done" in watch.out.read_text().splitlines()[-1]
+        assert "finished after 1 round" in watch.out.read_text().splitlines()[-1]
 
         told: dict[str, list[str]] = {}
         while not heard.empty():
@@ -305,6 +306,55 @@ def test_the_report_shows_weights_reasons_and_curves_and_runs_nothing() -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<script" not in page
     assert not re.search(r"(src|href)=|url\(|@import", page), "it loads nothing"
+
+
+def trained_for_two_rounds() -> RunState:
+    """FLAME: FADE alone in the first round, and the distillation with it in the second."""
+    state = initial_state(RunStarted(run=RUN, config=AggregateConfig(), time="2030-01-01T00:00:00Z"))
+    facts = [
+        *(SiteJoined(site=site, install=site, initial=SHA) for site in "ab"),
+        InitialModelAccepted(site="a", sha256=SHA, size_bytes=10),
+    ]
+    first = {"loss": 0.9, "separated": 0.5, "num_forward": 40.0}
+    second = {"loss": 1.2, "fade": 0.8, "distillation": 0.7, "separated": 0.6, "num_forward": 40.0}
+    for number, metrics in ((1, first), (2, second)):
+        facts.append(RoundStarted(round=number, asked=("a", "b")))
+        facts += [
+            UpdateAccepted(round=number, site=site, sha256=SHA, num_samples=9, metrics=metrics, relative_change=0.1)
+            for site in "ab"
+        ]
+        facts += [
+            RoundClosed(round=number, left_out=()),
+            ModelAggregated(round=number, sha256=SHA, size_bytes=10),
+        ]
+    for fact in facts:
+        state = apply_event(state, fact)
+    return state
+
+
+def test_the_report_says_why_a_loss_rises_and_leaves_internals_out() -> None:
+    page = page_of(trained_for_two_rounds())
+    assert "another term joins the loss: distillation (from round 2)" in page
+    assert "forward" not in page
+    # The first round's loss is FADE's alone, so the line of FADE begins there; one dot of a term is no chart.
+    assert "<title>a, round 1: 0.9</title>" in page.split("<h3>fade</h3>")[1]
+    assert "<h3>distillation</h3>" not in page
+    assert "distillation 0.7" in page
+    assert "another term" not in page_of(run_state())
+
+
+def test_after_a_good_end_nobody_is_missing() -> None:
+    from cli.fleet_run import _line
+
+    gone = Presence(boot=RUN, online=False)
+    done = RoundState(run=RUN, phase="done", round=2, num_rounds=2, base=BASE)
+    left = (TOPICS.aggregator_presence, gone, 0.0)
+    view = view_of((TOPICS.round, done, 0.0), left, (TOPICS.site_presence("a"), gone, 0.0))
+    assert _line(view) == f"run {RUN[:8]}: finished after 2 rounds"
+    failed = RoundState(run=RUN, phase="failed", round=1, num_rounds=2, detail="quorum missed")
+    assert _line(view_of((TOPICS.round, failed, 0.0))).startswith(f"run {RUN[:8]}: FAILED in round 1 of 2")
+    running = RoundState(run=RUN, phase="train", round=1, num_rounds=2)
+    assert "aggregator OFFLINE" in _line(view_of((TOPICS.round, running, 0.0), left))
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
