@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("cli.export", "Write a package's model for other runtimes."),
     "inspect": ("cli.inspect", "Judge the parts that pass a camera: pass, fail or unknown."),
     "line": ("cli.line", "Ask something of a running inspection: status, pause, snapshot."),
+    "marks": ("cli.marks", "See, export and import what people said parts really were."),
     "bench": ("cli.bench", "Time a package on this machine."),
     "fleet": ("cli.fleet", "Make a fleet, enrol and revoke its sites, see how it is doing."),
     "model": ("cli.model", "Look into model packages."),

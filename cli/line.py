@@ -149,6 +149,30 @@ def drift(lines: str, action: Literal["clear", "relearn"], camera: str | None, *
 
 
 @command.command()
+@_line_options()
+@_CAMERA
+@click.argument("part")
+@click.argument("was", type=click.Choice(["good", "bad"]))
+@click.option("--kind", metavar="NAME", help="Of the defect, for instance scratch.")
+def mark(lines: str, part: str, was: str, camera: str | None, kind: str | None, **options: Any) -> None:
+    """Tell LINE what PART really was, good or bad, while the line remembers it; see `edgeflame marks`.
+
+    PART is its name in the results. The line keeps its picture; `edgeflame learn` learns from it.
+    """
+    import msgspec
+
+    from edge.commands.messages import MarkPart
+    from edgeflame.errors import UsageError
+    from edgeflame.marks import Kind
+
+    try:
+        msgspec.convert(kind, Kind | None)
+    except msgspec.ValidationError as exc:
+        raise UsageError(f"--kind {(kind or '')[:80]!r}: letters, digits, ' _.-', at most 40 of them") from exc
+    _send(lines, options, MarkPart, camera=camera, part=part, was=was, kind=kind)
+
+
+@command.command()
 @_line_options(timeout_s=60.0)
 @click.argument("product")
 @click.option("--to-file", is_flag=True, help="To that of its configuration's file, however many were between.")
@@ -199,7 +223,7 @@ def _number(value: str) -> float | None:
         raise UsageError(f"threshold {value[:80]!r}: expected a number, or default") from exc
 
 
-def _send(lines: str, options: dict[str, Any], kind: Callable[..., Command], **fields: Any) -> None:
+def _send(lines: str, options: dict[str, Any], kind: Callable[..., Command], /, **fields: Any) -> None:
     """Send the command to one line after the other, and print the answers.
 
     Raises:

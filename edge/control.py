@@ -24,6 +24,7 @@ from edge.status import CameraStatus, GoldenReport, GoldenStatus
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.log import EventLog
+from edgeflame.marks import Mark, TrueLabel
 from edgeflame.mqtt.release_messages import ProductModels
 from edgeflame.state import storage_errors
 
@@ -65,6 +66,19 @@ class ModelSwitcher(Protocol):
 
     def status_of(self, name: str) -> ProductModels | None:
         """A product's models; None if the fleet has no such product."""
+        ...
+
+
+class Marker(Protocol):
+    """The part of :class:`edge.web.marks.PartMarks` that commands use."""
+
+    def mark_part(self, camera: str | None, part_id: str, was: TrueLabel, *, kind: str | None, by: str) -> Mark:
+        """Mark the last part of a name.
+
+        Raises:
+            UsageError: no such part is remembered, or several cameras have seen it.
+            EdgeFlameError: the mark cannot be kept; nothing has changed.
+        """
         ...
 
 
@@ -114,6 +128,8 @@ class DaemonControl:
         """By camera; empty where drift is not watched."""
         self.models: ModelSwitcher | None = None
         """The released models; None without ``[models]``."""
+        self.marker: Marker | None = None
+        """Keeps marks; None without ``[web]``."""
         self._listeners: tuple[Callable[[], None], ...] = ()
         # One change at a time: two at once could leave a mixture.
         self._lock = threading.RLock()
@@ -269,6 +285,12 @@ class DaemonControl:
         else:
             watcher.relearn()
         return self._status(worker)
+
+    def mark(self, camera: str | None, part_id: str, was: TrueLabel, *, kind: str | None = None, by: str = "") -> Mark:
+        """Keep what a part that was inspected a short while ago really was; errors as :meth:`Marker.mark_part`."""
+        if self.marker is None:
+            raise UsageError("this daemon keeps no marks: they need [web], which remembers the last parts")
+        return self.marker.mark_part(camera, part_id, was, kind=kind, by=by)
 
     def roll_back(self, product: str, *, to_file: bool = False) -> ProductModels:
         """Go back to the model before, or to the configuration's file, on every camera with this product."""

@@ -37,6 +37,7 @@ from edge.status import LineState, PartCounts, Summary, Tally
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, require_extra
 from edgeflame.log import EventLog
+from edgeflame.marks import MarkStore
 
 if TYPE_CHECKING:
     from edge.config.outputs import ModbusConfig, WebConfig
@@ -390,8 +391,8 @@ def _page(
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     with require_extra("web", "[web] needs more than is installed here"):
-        from edge.web.feedback import FeedbackStore
         from edge.web.history import PartHistory
+        from edge.web.marks import PartMarks
         from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
         from edge.web.page import OperatorPage
         from edge.web.rejects import PastRejects
@@ -404,12 +405,14 @@ def _page(
     metrics.registry.register(HostMetrics(state, plcs, certificate_expires=expires))
     if models is not None:
         metrics.registry.register(RolloutMetrics(models.metrics))
+    marks = PartMarks(MarkStore(state / MARKS_FOLDER, max_marks=config.max_marks), history, control.statuses)
+    control.marker = marks
     page = OperatorPage(
         config,
         control,
         history=history,
         metrics=metrics,
-        feedback=FeedbackStore(state / MARKS_FOLDER, max_marks=config.max_marks),
+        marks=marks,
         rejects=PastRejects(state / OUTBOX_FILE, pictures),
         deliverers=pipeline.deliverers,
         token=operator_token(state),

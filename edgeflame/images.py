@@ -306,7 +306,7 @@ def shrink(image: ImageU8, max_side: int) -> ImageU8:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def write_image(path: Path, image: ImageU8) -> None:
+def write_image(path: Path, image: ImageU8 | ImageU16) -> None:
     """Write an image in the format of the path's suffix, whole or not at all.
 
     Raises:

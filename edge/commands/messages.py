@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edgeflame.errors import FederationError
+from edgeflame.marks import Kind, TrueLabel
 
 MAX_COMMAND_BYTES = 4096
 
@@ -86,6 +87,17 @@ class HandleDrift(_Command, frozen=True, kw_only=True, tag="drift"):
     """``clear``: the cause was removed; ``relearn``: the present state is right, and becomes the reference."""
 
 
+class MarkPart(_Command, frozen=True, kw_only=True, tag="mark"):
+    """Say what a part that was inspected a short while ago really was."""
+
+    camera: Name | None = None
+    part: Name
+    """Its name, ``part_id`` of its result."""
+    was: TrueLabel
+    kind: Kind | None = None
+    """Of the defect."""
+
+
 class RollBackModel(_Command, frozen=True, kw_only=True, tag="rollback"):
     """Go back to the model before."""
 
@@ -120,6 +132,7 @@ Command = (
     | RunGoldenTest
     | AcknowledgeTest
     | HandleDrift
+    | MarkPart
     | RollBackModel
     | SwitchModel
     | ReloadConfig

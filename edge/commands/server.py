@@ -26,6 +26,7 @@ from edge.commands.messages import (
     Command,
     DescribeLine,
     HandleDrift,
+    MarkPart,
     PauseCamera,
     ReloadConfig,
     Reply,
@@ -189,6 +190,8 @@ class CommandServer:
                 return control.acknowledge(command.camera)
             case HandleDrift():
                 return control.handle_drift(command.camera, command.action)
+            case MarkPart():
+                return control.mark(command.camera, command.part, command.was, kind=command.kind, by=command.by)
             case RollBackModel():
                 return control.roll_back(command.product, to_file=command.to_file)
             case SwitchModel():

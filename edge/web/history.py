@@ -16,6 +16,7 @@ from edge.config.outputs import WebConfig
 from edge.overlay import draw_overlay
 from edge.result import Inspected, Result
 from edge.status import DEFAULT_CAMERA
+from edgeflame.errors import UsageError
 from edgeflame.images import ImageU8, shrink
 
 PICTURE_SIDE = 960
@@ -197,6 +198,22 @@ class PartHistory:
         """The part with this key; None if it is no longer remembered."""
         with self._lock:
             return self._kept.get(key)
+
+    def find(self, part_id: str, camera: str | None = None) -> Inspected | None:
+        """The last remembered part of a name, of one camera or any; None if there is none.
+
+        Raises:
+            UsageError: no camera is named, and several remember such a part.
+        """
+        with self._lock:
+            found = {
+                one.result.camera: one
+                for _, one in sorted(self._kept.items())
+                if one.result.part_id == part_id and camera in (None, one.result.camera)
+            }
+        if len(found) > 1:
+            raise UsageError(f"several cameras have seen {part_id[:100]!r}: say which of {', '.join(sorted(found))}")
+        return next(iter(found.values()), None)
 
     def picture(self, key: int, *, with_heat: bool, side: int = PICTURE_SIDE) -> bytes | None:
         """A part's picture as JPEG, at most ``side`` pixels long; None if there is none, or it is no longer kept."""

@@ -20,8 +20,8 @@ from edge.config.outputs import WebConfig
 from edge.control import DaemonControl
 from edge.delivery.pipeline import Deliverer
 from edge.status import CameraStatus
-from edge.web.feedback import FeedbackStore
 from edge.web.history import HistoryView, PartHistory, ShownPart
+from edge.web.marks import PartMarks
 from edge.web.metrics import LineMetrics
 from edge.web.rejects import PastRejects
 from edgeflame.errors import EdgeFlameError, RuntimeUnavailableError, UsageError
@@ -237,7 +237,7 @@ class OperatorPage:
         control: the daemon's.
         history: recent parts.
         metrics: the Prometheus metrics.
-        feedback: stores parts that operators mark.
+        marks: marks parts, and keeps the marks.
         rejects: finds earlier rejects; None: none are kept.
         deliverers: one for each destination.
         token: required of requests that change something.
@@ -253,7 +253,7 @@ class OperatorPage:
         *,
         history: PartHistory,
         metrics: LineMetrics,
-        feedback: FeedbackStore,
+        marks: PartMarks,
         deliverers: Sequence[Deliverer],
         token: str,
         rejects: PastRejects | None = None,
@@ -262,7 +262,7 @@ class OperatorPage:
             raise UsageError("the page needs a token: an empty one would let everybody change everything")
         self.history = history
         self.metrics = metrics
-        self.feedback = feedback
+        self.marks = marks
         self.rejects = rejects
         self.closing = threading.Event()
         """Set before the server stops, so that open event streams end."""

@@ -9,8 +9,11 @@ GET  /api/events              the view as server-sent events, whenever it change
 GET  /parts/{key}/plain.jpg   picture of a remembered part; heat.jpg with its heat map
 GET  /api/rejects             earlier rejects, with ?since=...&part=... (:class:`edge.web.rejects.RejectQuery`)
 GET  /api/rejects/{number}.jpg  the picture of one
-GET  /api/marks               how many parts were marked (:class:`edge.web.feedback.MarkCounts`)
-POST /api/parts/{key}/mark    {"was": "good" | "bad"}, with X-EdgeFlame-Token: <token>, or Authorization: Bearer <token>
+GET  /api/marks               the marks (:class:`edge.web.marks.MarksView`), with ?was=...&kind=...&camera=...&part=...
+GET  /api/marks/{name}.jpg    the picture of one, with the outline of what was marked
+POST /api/parts/{key}/mark    :class:`edge.web.marks.MarkBody`, with X-EdgeFlame-Token: <token>, or with
+                              Authorization: Bearer <token>
+POST /api/marks/{name}        :class:`edge.web.marks.ChangeBody`: correct, undo, delete; with the same token
 POST /api/cameras/{name}/do   :class:`edge.web.page.PageRequest`, with the same token
 GET  /metrics                 Prometheus
 GET  /healthz                 200: the process serves
@@ -25,7 +28,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +40,15 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from edge.config.outputs import WebConfig
-from edge.web.feedback import TrueLabel
 from edge.web.guard import Guard
+from edge.web.marks import ChangeBody, MarkBody, MarkQuery
 from edge.web.metrics import CONTENT_TYPE
 from edge.web.page import OperatorPage, PageRequest, given_token, http_status_of
 from edge.web.rejects import RejectQuery
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
 from edgeflame.listener import IDLE_S, BoundedListener
 from edgeflame.log import EventLog
+from edgeflame.marks import Mark
 from edgeflame.state import atomic_write, storage_errors
 
 STATIC = Path(__file__).parent / "static"
@@ -65,10 +69,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-
-
-class _MarkBody(msgspec.Struct, forbid_unknown_fields=True):
-    was: TrueLabel
 
 
 def build_app(page: OperatorPage) -> Starlette:
@@ -122,8 +122,33 @@ def build_app(page: OperatorPage) -> Starlette:
             return _problem(404, "this part's picture is no longer kept")
         return Response(data, media_type="image/jpeg", headers=_HEADERS)
 
-    async def marks(_request: Request) -> Response:
-        return _json(await asyncio.to_thread(page.feedback.counts))
+    async def marks(request: Request) -> Response:
+        try:
+            query = MarkQuery.parse(dict(request.query_params))
+            return _json(await asyncio.to_thread(page.marks.view, query))
+        except EdgeFlameError as exc:
+            return _problem(http_status_of(exc), str(exc))
+
+    async def mark_picture(request: Request) -> Response:
+        name, side = request.path_params["name"], request.query_params.get("side", "960")
+        data = None
+        if _SIDE.fullmatch(side):
+            with contextlib.suppress(StorageError):
+                data = await asyncio.to_thread(page.marks.picture, name, side=int(side))
+        if data is None:
+            return _problem(404, "there is no such mark")
+        return Response(data, media_type="image/jpeg", headers=_HEADERS)
+
+    async def change_mark(request: Request) -> Response:
+        if not page.may_change(request):
+            return _not_taken(request)
+        if not isinstance(body := await _body(request), bytes):
+            return body
+        try:
+            said = msgspec.json.decode(body, type=ChangeBody)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            return _problem(400, f'expected {{"action": ...}} ({exc})')
+        return await _marked(page.marks.change, request.path_params["name"], said)
 
     async def mark(request: Request) -> Response:
         if not page.may_change(request):
@@ -131,20 +156,13 @@ def build_app(page: OperatorPage) -> Starlette:
         if not isinstance(body := await _body(request), bytes):
             return body
         try:
-            was = msgspec.json.decode(body, type=_MarkBody).was
+            said = msgspec.json.decode(body, type=MarkBody)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             return _problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
         key = _key(request)
-        part = None if key is None else page.history.part(key)
-        if part is None:
+        if key is None or page.history.part(key) is None:
             return _problem(404, "this part is no longer kept")
-        try:
-            kept = await asyncio.to_thread(page.feedback.add, part, was)
-        except DataError as exc:
-            return _problem(409, str(exc))
-        except EdgeFlameError as exc:
-            return _problem(507, str(exc))
-        return _json(kept)
+        return await _marked(page.marks.mark, key, said)
 
     async def do(request: Request) -> Response:
         if not page.may_change(request):
@@ -182,6 +200,8 @@ def build_app(page: OperatorPage) -> Starlette:
             Route("/api/rejects", rejects),
             Route("/api/rejects/{key}.jpg", reject_picture),
             Route("/api/marks", marks),
+            Route("/api/marks/{name}.jpg", mark_picture),
+            Route("/api/marks/{name}", change_mark, methods=["POST"]),
             Route("/api/parts/{key}/mark", mark, methods=["POST"]),
             Route("/api/cameras/{camera}/do", do, methods=["POST"]),
             Route("/metrics", metrics),
@@ -203,6 +223,18 @@ async def _events(page: OperatorPage, camera: str | None) -> AsyncIterator[bytes
             yield b"data: " + msgspec.json.encode(view) + b"\n\n"
         await asyncio.sleep(_EVENT_INTERVAL_S)
         quiet += _EVENT_INTERVAL_S
+
+
+async def _marked(change: Callable[..., Mark | None], which: int | str, said: MarkBody | ChangeBody) -> Response:
+    """Change marks, and answer with what holds now."""
+    try:
+        return _json(await asyncio.to_thread(change, which, said))
+    except UsageError as exc:
+        return _problem(400, str(exc))
+    except DataError as exc:
+        return _problem(409, str(exc))
+    except EdgeFlameError as exc:
+        return _problem(507, str(exc))
 
 
 async def _body(request: Request) -> bytes | Response:

@@ -17,6 +17,7 @@ from aggregator.control import OperatorRequest
 from aggregator.events import Event
 from aggregator.simulation.config import BoardsData, FolderData
 from edge.commands.messages import Command
+from edgeflame.mark_shapes import Shape
 from edgeflame.mqtt.messages import DownMessage, Presence, RoundState, UpMessage
 from edgeflame.mqtt.release_messages import LineModels, Release
 from edgeflame.simulation import SimulationAnswer, SimulationTask
@@ -83,11 +84,17 @@ TAGS: dict[str, tuple[Any, str, set[str]]] = {
             "golden",
             "acknowledge",
             "drift",
+            "mark",
             "rollback",
             "switch_model",
             "reload",
             "describe",
         },
+    ),
+    "where a mark is": (
+        Shape,
+        "shape",
+        {"polygon", "brush"},
     ),
     "what a worker reads": (
         ToWorker,

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ from edge.delivery.sinks import RejectsSink
 from edge.inspector import InspectorLoader
 from edge.result import Inspected
 from edge.status import CameraStatus, DriftCondition, DriftStatus, RolloutStatus, ShadowStatus, StreamStatus
-from edge.web.feedback import FeedbackStore
 from edge.web.history import PartHistory
+from edge.web.marks import MarkBody, PartMarks
 from edge.web.metrics import HostMetrics, LineMetrics, RolloutMetrics
 from edge.web.page import OperatorPage
 from edge.web.rejects import MAX_READ, PastRejects, RejectQuery
@@ -46,6 +47,7 @@ from edgeflame.config import parse_config
 from edgeflame.drift_reference import STREAMS
 from edgeflame.errors import ConfigError, LinkError, StorageError, UsageError
 from edgeflame.images import read_image, write_image
+from edgeflame.marks import MarkStore
 from edgeflame.mqtt.release_messages import CandidateModel, Disagreement, ProductModels, ReleaseOutcome, RunningModel
 from tests.support.inspection_results import result
 from tests.support.paths import REPOSITORY
@@ -179,12 +181,14 @@ def station(
         beside = ShadowStatus(product="tile", role="candidate", on_trial=False, found=found)
         figures = RolloutStatus(beside=(beside,), fates={("tile", "refused"): 2})
         metrics.registry.register(RolloutMetrics(lambda: figures))
+        history = PartHistory(config)
+        control.marker = marks = PartMarks(MarkStore(folder / "marks"), history, control.statuses)
         opened = OperatorPage(
             config,
             control,
-            history=PartHistory(config),
+            history=history,
             metrics=metrics,
-            feedback=FeedbackStore(folder / "marks"),
+            marks=marks,
             deliverers=[],
             rejects=rejects,
             token=token,
@@ -441,19 +445,6 @@ def test_marks_need_the_token_and_a_part_that_is_there(tmp_path: Path, package_f
         ]
 
 
-def test_marks_are_refused_rather_than_deleted_when_there_are_too_many(tmp_path: Path) -> None:
-    store = FeedbackStore(tmp_path / "marks", max_marks=2)
-    marked = [part(sequence) for sequence in range(2)]
-    for one in marked:
-        store.add(one, "good")
-    with pytest.raises(StorageError, match=r"2 marked parts are kept.*take good/ and bad/ away"):
-        store.add(part(2), "good")
-    store.add(marked[1], "bad")  # a second thought is no new mark
-    assert sorted(path.parent.name for path in (tmp_path / "marks").glob("*/*.png")) == ["bad", "good"]
-    (tmp_path / "marks" / "good").rename(tmp_path / "taken")
-    store.add(part(2), "good")
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -527,12 +518,106 @@ def test_an_empty_or_damaged_token_opens_nothing(
     assert operator_token(tmp_path)
 
 
+def marking(folder: Path) -> tuple[PartMarks, PartHistory]:
+    history = PartHistory(WebConfig())
+    return PartMarks(MarkStore(folder), history, list), history
+
+
 def test_the_same_part_before_two_cameras_is_two_marks(tmp_path: Path) -> None:
-    store = FeedbackStore(tmp_path)
+    marks, history = marking(tmp_path)
     moment = dt.datetime(2026, 1, 2, tzinfo=dt.timezone.utc)
-    files = {store.add(part(1, captured=moment, camera=camera), "good").file for camera in ("left.1", "left_1")}
+    for camera in ("left.1", "left_1"):
+        history.accept(part(1, captured=moment, camera=camera))
+    files = {marks.mark(key, MarkBody(was="good")).file for key in (1, 2)}
     assert len(files) == 2
     assert len(list((tmp_path / "good").iterdir())) == 2
+    with pytest.raises(UsageError, match=r"several cameras have seen 'part-0001': say which of left\.1, left_1"):
+        marks.mark_part(None, "part-0001", "bad", kind=None, by="")
+    assert marks.mark_part("left_1", "part-0001", "bad", kind="dent", by="qa").judged.camera == "left_1"
+    with pytest.raises(UsageError, match="no part 'part-0009' is remembered"):
+        marks.mark_part(None, "part-0009", "bad", kind=None, by="")
+
+
+class TestMarks:
+    """Marking, looking through and correcting, over real HTTP."""
+
+    def test_what_is_said_is_kept_shown_corrected_and_taken_back(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file) as (opened, address):
+            for sequence, verdict in enumerate(("fail", "pass", "unknown")):
+                judge(opened, part(sequence, verdict))
+            box = {"shape": "polygon", "points": [[10, 10], [40, 10], [40, 40], [10, 40]]}
+            stroke = {"shape": "brush", "points": [[60, 60], [70, 70]], "radius": 4}
+            self.post(address, "/api/parts/1/mark", was="good", by="Kim")
+            kept = self.post(address, "/api/parts/2/mark", was="bad", kind="scratch", where=[box, stroke])
+            self.post(address, "/api/parts/3/mark", was="bad")
+            view = self.view(address)
+            assert (view["good"], view["bad"], view["kinds"], view["fitting"]) == (1, 2, {"scratch": 1}, 3)
+            assert [(one["part_id"], one["verdict"], one["was"], one["by"]) for one in view["marks"]] == [
+                ("part-0002", "unknown", "bad", ""),
+                ("part-0001", "pass", "bad", ""),
+                ("part-0000", "fail", "good", "Kim"),
+            ]
+            assert view["marks"][1]["has_place"]
+            assert self.view(address, "?was=bad&kind=-")["fitting"] == 1
+            assert self.view(address, "?part=0001&camera=camera")["fitting"] == 1
+            assert self.view(address, "?skip=2")["marks"][0]["part_id"] == "part-0000"
+            name = kept["file"].removeprefix("bad/").removesuffix(".png")
+            status, picture = ask(address, f"/api/marks/{name}.jpg?side=96")
+            assert (status, picture[:2]) == (200, b"\xff\xd8")
+            corrected = self.post(address, f"/api/marks/{name}", action="correct", kind="dent")
+            assert (corrected["kind"], len(corrected["where"])) == ("dent", 2)
+            assert self.post(address, f"/api/marks/{name}", action="correct", was="good")["file"] == f"good/{name}.png"
+            assert self.post(address, f"/api/marks/{name}", action="undo")["kind"] == "dent"
+            assert self.post(address, f"/api/marks/{name}", action="undo")["kind"] == "scratch"
+            assert self.post(address, f"/api/marks/{name}", action="undo") is None
+            assert self.view(address)["bad"] == 1
+            assert ask(address, f"/api/marks/{name}.jpg")[0] == 404
+
+    def test_what_makes_no_sense_is_refused(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file) as (opened, address):
+            judge(opened, part(0))
+            name = self.post(address, "/api/parts/1/mark", was="bad")["file"].removeprefix("bad/").removesuffix(".png")
+            assert ask(address, f"/api/marks/{name}", method="POST", body=b'{"action": "delete"}')[0] == 401
+            for path, body in (
+                ("parts/1/mark", {"was": "good", "kind": "dent"}),
+                ("parts/1/mark", {"was": "bad", "kind": "../up"}),
+                ("parts/1/mark", {"was": "bad", "kind": "good"}),
+                ("parts/1/mark", {"was": "bad", "where": [{"shape": "polygon", "points": []}]}),
+                (f"marks/{name}", {"action": "burn"}),
+                (f"marks/{name}", {"action": "correct", "was": "good", "kind": "dent"}),
+                ("marks/nobody", {"action": "undo"}),
+                ("marks/..%2Fup", {"action": "delete"}),
+            ):
+                status, _ = ask(address, f"/api/{path}", method="POST", body=msgspec.json.encode(body), token=TOKEN)
+                assert status in (400, 404), (path, body)
+            for junk in ("was=fine", "colour=red", "skip=x"):
+                assert ask(address, f"/api/marks?{junk}")[0] == 400
+            assert self.view(address)["bad"] == 1
+            self.post(address, f"/api/marks/{name}", action="delete")
+            assert list((tmp_path / "marks").glob("*/*.png")) == []
+
+    def test_the_product_is_that_of_the_model_that_judged(self, tmp_path: Path, package_file: Path) -> None:
+        with station(tmp_path, package_file) as (opened, address):
+            model = msgspec.json.decode(ask(address, "/api/line")[1])["cameras"][0]["model"]
+            judged = part(0)
+            told = msgspec.structs.replace(judged.result, model=model)
+            judge(opened, replace(judged, result=told))
+            judge(opened, part(1))
+            assert self.post(address, "/api/parts/1/mark", was="bad")["product"] == "tile"
+            assert "product" not in self.post(address, "/api/parts/2/mark", was="bad")  # a model that nobody knows
+
+    @staticmethod
+    def post(address: str, path: str, **said: Any) -> Any:
+        status, answer = ask(address, path, method="POST", body=msgspec.json.encode(said), token=TOKEN)
+        assert status == 200, answer
+        return msgspec.json.decode(answer)
+
+    @staticmethod
+    def view(address: str, query: str = "") -> dict[str, Any]:
+        status, answer = ask(address, f"/api/marks{query}")
+        assert status == 200, answer
+        view: dict[str, Any] = msgspec.json.decode(answer)
+        return view
 
 
 def test_a_page_is_never_served_with_an_empty_token(tmp_path: Path, package_file: Path) -> None:
