@@ -99,7 +99,11 @@ def _training() -> Finding:
     missing = [name for name in _TRAINING if importlib.util.find_spec(name) is None]
     # Others need scikit-learn or onnx as well; training begins with torch.
     if "torch" in missing:
-        return ok("training", "not installed, and not needed to inspect (for training: pip install 'edgeflame[train]')")
+        return ok(
+            "training",
+            "PyTorch is not installed, and not needed to inspect, nor to fit with --backbone-from (for training: "
+            "pip install 'edgeflame[train]')",
+        )
     if missing:
         return problem("training", f"{', '.join(missing)} missing", "pip install 'edgeflame[train]'")
     return ok("training", f"torch {distribution_version('torch')}, timm {distribution_version('timm')}")

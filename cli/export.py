@@ -1,4 +1,4 @@
-"""``edgeflame export``: a package's model for other runtimes."""
+"""``edgeflame export``: a package's model for other runtimes, or its backbone for `fit`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from cli.output import cell, echo
+from edgeflame.errors import MissingDependencyError, UsageError, require_extra
+from edgeflame.images import MAX_INPUT_SIDE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,13 +24,25 @@ _MAX_COMPARED = 16
 
 
 @click.command("export")
-@click.option("--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Model package.")
+@click.option("--model", type=click.Path(path_type=Path), metavar="FILE", help="Model package.")
 @click.option(
     "--onnx",
     "onnx_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Write the scoring graph as an ONNX model.",
+)
+@click.option(
+    "--backbone",
+    "backbone_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the backbone alone, for `fit --backbone-from` where PyTorch is not: the package's or, without --model, "
+    "the one that PyTorch makes by --config and --size.",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="With --backbone: TOML file of a learning's settings.")
+@click.option(
+    "--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="With --backbone: side of its square input, in pixels."
 )
 @click.option("--trt", is_flag=True, help="Build TensorRT engines into the folder --out.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where engines and their report go.")
@@ -69,8 +83,11 @@ _MAX_COMPARED = 16
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the build report as JSON.")
 def command(
-    model: Path,
+    model: Path | None,
     onnx_file: Path | None,
+    backbone_file: Path | None,
+    config: Path | None,
+    size: int | None,
     trt: bool,
     out: Path | None,
     precision: Literal["fp32", "fp16", "int8"],
@@ -80,18 +97,24 @@ def command(
     kind: Literal["auto", "rtx", "tensorrt"],
     as_json: bool,
 ) -> None:
-    """Write a package's model for runtimes other than EdgeFlame's own.
+    """Write a package's model for runtimes other than EdgeFlame's own, or a backbone for `fit`.
 
     One graph from camera bytes to score: colour order, normalisation, backbone, distances, smoothing and
     maximum are inside; cropping and resizing are not.
 
     Engines for RTX GPUs are built on any machine; a Jetson or a data-centre GPU builds its own.
     """
-    from edgeflame.errors import MissingDependencyError, UsageError
     from edgeflame.package import read_package
 
-    if (onnx_file is None) == (not trt) or (trt and out is None):
-        raise UsageError("give either --onnx FILE or --trt with --out DIR")
+    if sum((onnx_file is not None, backbone_file is not None, trt)) != 1 or (trt and out is None):
+        raise UsageError("give either --onnx FILE, --trt with --out DIR, or --backbone FILE")
+    if (config is not None or size is not None) and (backbone_file is None or model is not None):
+        raise UsageError("--config and --size go with --backbone, for a backbone that PyTorch makes")
+    if backbone_file is not None:
+        _write_backbone(backbone_file, model, config, size)
+        return
+    if model is None:
+        raise UsageError("--model FILE: which package")
     package = read_package(model)
     try:
         from edgeflame.state import atomic_write
@@ -130,12 +153,56 @@ def command(
         _print_engines(records, out)
 
 
+def _write_backbone(path: Path, model: Path | None, config: Path | None, size: int | None) -> None:
+    """Write the backbone of a package, or the one that PyTorch makes by a configuration."""
+    from fitting.backbone import ExportedBackbone, open_backbone, write_backbone
+    from fitting.embeddings import Embedder
+
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent}: no such folder to write {path.name} into")
+    embedder: Embedder
+    if model is not None:
+        with require_extra("cpu", "taking a backbone out of a package needs onnx"):
+            from export.graph import cut_embedding_graph
+
+        backbone, embedder = open_backbone(model, cut_embedding_graph)
+    else:
+        from edgeflame.config import load_config
+        from edgeflame.methods import Learning
+
+        learning = load_config(config, Learning, {"input": {"height": size, "width": size}})
+        with require_extra("train", "making a backbone needs PyTorch; the one of a package, by --model, does not"):
+            from export.network import embedding_graph_of
+            from trainer.backbone import build_network
+            from trainer.embedding import TorchEmbedder
+
+        network, weights = build_network(learning.backbone, learning.input, seed=learning.seed)
+        embedder = TorchEmbedder(network)
+        backbone = ExportedBackbone(
+            graph=embedding_graph_of(network, learning.input),
+            backbone=learning.backbone,
+            height=learning.input.height,
+            width=learning.input.width,
+            grid=network.grid,
+            num_channels=network.num_channels,
+            num_tapped_channels=network.num_tapped_channels,
+            weights=weights,
+            origin={},
+        )
+    write_backbone(path, backbone, embedder)
+    chosen = backbone.backbone
+    echo(
+        f"{path}: {chosen.name}, {chosen.taps}, for images of {backbone.width}x{backbone.height}, "
+        f"{path.stat().st_size / 1e6:.1f} MB; weights: {backbone.weights.source}"
+    )
+
+
 def _calibration_images(package: Package, folder: Path | None) -> ImageU8:
     """``[N, H, W, 3]`` as the graph takes them, from a folder or the package."""
     import numpy as np
 
     from edgeflame.dataset import open_dataset
-    from edgeflame.errors import DataError, UsageError
+    from edgeflame.errors import DataError
     from edgeflame.package import evenly_spaced
     from export.int8 import MAX_CALIBRATION_IMAGES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ import msgspec
 from cli.options import cost_of_a_miss, dataset_options, defects_options, promise_options
 from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
-from edgeflame.errors import UsageError
+from edgeflame.errors import MissingDependencyError, UsageError, require_extra
 from edgeflame.images import MAX_INPUT_SIDE, Region
 from edgeflame.log import EventLog
 from edgeflame.methods import METHODS, PRESETS, SOLO_METHODS, Learning
@@ -20,8 +21,11 @@ from edgeflame.mqtt.topics import MAX_NAME_CHARS
 from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
 
 if TYPE_CHECKING:
+    from edgeflame.onnx_session import Device
     from edgeflame.package import Manifest
-    from trainer.fit import FittedModel
+    from fitting.backbone import ExportedBackbone, OnnxEmbedder
+    from fitting.fit import FittedModel, GaussianModel, Learner, Model
+    from fitting.packaging import GraphFunction
 
 
 log = EventLog("fit")
@@ -76,7 +80,14 @@ log = EventLog("fit")
     show_default=True,
     help="Good images put into the package, against which what runs it is checked; 0 keeps all images here.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--backbone-from",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Take the backbone of this package, whatever its product, or of a file of `export --backbone`, as it is: "
+    "needs no PyTorch, and starts sooner.  [default: PyTorch makes it]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda; with PyTorch also cuda:1, ...")
 def command(
     data: Path,
     out: Path,
@@ -90,6 +101,7 @@ def command(
     on_unreadable: Literal["skip", "refuse"],
     reference_images: int,
     report_dir: Path | None,
+    backbone_from: Path | None,
     device: str,
     **settings: Any,
 ) -> None:
@@ -98,7 +110,7 @@ def command(
     No defective image is needed. The package can inspect at once.
     """
     miss = cost_of_a_miss(cost_of_miss, defects)
-    learning = _learning(config, method, preset, settings)
+    learning = _learning(config, method, preset, settings) if backbone_from is None else None
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
 
@@ -113,16 +125,26 @@ def command(
 
         prepare_report_folder(report_dir)
 
-    from export.network import scoring_graph
-    from trainer.device import pick_device
-    from trainer.fit import fit
-    from trainer.packaging import save_package
+    learner: Learner[Any]
+    if learning is None:
+        assert backbone_from is not None
+        backbone, embedder = _open_backbone(backbone_from, device)
+        learning = _learning(config, method, preset, settings, backbone.settings())
+        backbone.require_fits(learning)
+        learner = _frozen(backbone, embedder, learning)
+        learnt_from = {"backbone": backbone.origin}
+    else:
+        backbone, learnt_from = None, {}
+        learner = _torch_learner(learning, device)
+
+    from fitting.fit import fit
+    from fitting.packaging import save_package
 
     fitted = fit(
         dataset,
         learning,
+        learner,
         on_unreadable=on_unreadable,
-        device=pick_device(device),
         num_references=reference_images,
         defects=labelled,
         cost_of_miss=miss,
@@ -130,12 +152,12 @@ def command(
     )
     manifest = save_package(
         out,
-        network=fitted.network,
+        make_graph=_graph_of(fitted.model, learning, backbone),
+        embedder=fitted.model.embedder,
         site_statistics=fitted.site,
         learning=learning,
-        weights=fitted.weights,
-        provenance=fitted.provenance(),
-        exporter=scoring_graph,
+        weights=fitted.model.weights,
+        provenance={**fitted.provenance(), **learnt_from},
         product=product or product_of(data),
         site=None,
         references=fitted.references,
@@ -150,7 +172,63 @@ def command(
         echo(f"report: {page}")
 
 
-def _write_groups(path: Path, fitted: FittedModel) -> None:
+def _open_backbone(path: Path, device: str) -> tuple[ExportedBackbone, OnnxEmbedder]:
+    """The backbone of a file, in ONNX Runtime."""
+    devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}
+    if device not in devices:
+        raise UsageError(f"--device {device}: with --backbone-from it is one of {', '.join(devices)}")
+    with require_extra("cpu", "putting a package together needs onnx"):
+        from export.graph import cut_embedding_graph
+    from fitting.backbone import open_backbone
+
+    return open_backbone(path, cut_embedding_graph, device=devices[device])
+
+
+def _frozen(backbone: ExportedBackbone, embedder: OnnxEmbedder, learning: Learning) -> Learner[GaussianModel]:
+    from fitting.fit import FrozenLearner, GaussianModel
+
+    return FrozenLearner(GaussianModel(embedder, backbone.weights, learning))
+
+
+def _torch_learner(learning: Learning, device: str) -> Learner[Any]:
+    """What learns by PyTorch.
+
+    Raises:
+        MissingDependencyError: it is not installed; the message says what does without.
+    """
+    try:
+        import onnxscript  # noqa: F401 - PyTorch's export asks for it at the very end
+        import timm  # noqa: F401
+
+        from trainer.device import keep_freed_memory, pick_device
+        from trainer.exchange import open_learner
+    except ImportError as exc:
+        install = f"({exc}): pip install 'edgeflame[train]'"
+        if METHODS[learning.method].learns:
+            raise MissingDependencyError(
+                f"method {learning.method} needs PyTorch, which is not here {install}"
+            ) from exc
+        raise MissingDependencyError(
+            "there is no backbone: either give one, by --backbone-from FILE (any package, or what `edgeflame export "
+            f"--backbone` wrote where PyTorch is), or have PyTorch make one {install}"
+        ) from exc
+    keep_freed_memory()
+    return open_learner(learning, pick_device(device))
+
+
+def _graph_of(model: Any, learning: Learning, backbone: ExportedBackbone | None) -> GraphFunction:
+    """What makes the scoring graph, in both ways the same from the embeddings on."""
+    if backbone is not None:
+        from export.graph import complete_graph
+
+        return partial(complete_graph, backbone.graph)
+    from export.network import scoring_graph
+
+    # Reference images are scored there, too.
+    return partial(scoring_graph, model.network.cpu(), preprocessing=learning.input)
+
+
+def _write_groups(path: Path, fitted: FittedModel[Model]) -> None:
     """Say which photographs were taken for one part, in a file that a person can correct."""
     from edgeflame.dataset import write_groups
 
@@ -175,8 +253,14 @@ def product_of(data: Path) -> str:
     return name or "product"
 
 
-def _learning(config: Path | None, method: str | None, preset: str | None, settings: dict[str, Any]) -> Learning:
-    """Read the configuration file, and put the options that were given over it."""
+def _learning(
+    config: Path | None,
+    method: str | None,
+    preset: str | None,
+    settings: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
+) -> Learning:
+    """Read the configuration file, put the options that were given over it, and both over ``defaults``."""
     rank, size = settings["rank"], settings["size"]
     roi = None if settings["roi"] is None else msgspec.structs.asdict(Region.parse(settings["roi"]))
     overrides = {
@@ -187,7 +271,7 @@ def _learning(config: Path | None, method: str | None, preset: str | None, setti
         "input": {"height": size, "width": size, "roi": roi, "bits": settings["bits"]},
         "calibration": {name: settings[name] for name in ("mode", "false_reject_rate", "confidence", "unit")},
     }
-    return load_config(config, Learning, overrides)
+    return load_config(config, Learning, overrides, defaults)
 
 
 def _rank(text: str) -> int | Literal["auto"]:
@@ -203,7 +287,7 @@ NUM_NAMED = 5
 """How many of the least normal images the command names; the package names more, and the page shows them."""
 
 
-def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel) -> None:
+def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel[Model]) -> None:
     unreadable = len(fitted.report.unreadable)
     skipped = f", {unreadable} unreadable skipped" if unreadable else ""
     echo(f"{out}: {manifest.learning.method}, {manifest.num_images} images{skipped}, {manifest.size_in_words}")

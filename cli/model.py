@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from cli.model_release import publish, rollback, status, switch, withdraw
+from cli.model_release import fetch, publish, rollback, status, switch, withdraw
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def command() -> None:
     """Look into model packages, sign and verify them, bring them to the lines."""
 
 
-for _other in (keygen, sign, verify, rename, publish, withdraw, status, switch, rollback):
+for _other in (keygen, sign, verify, rename, publish, fetch, withdraw, status, switch, rollback):
     command.add_command(_other)
 
 

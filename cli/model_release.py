@@ -1,4 +1,4 @@
-"""``edgeflame model publish|withdraw|status``: releasing packages to the lines, and the state of each on every line."""
+"""``edgeflame model publish|fetch|withdraw|status``: packages to the lines, and the state of each on every line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from cli.line import rollback as roll_back
 from cli.line import switch_model
-from cli.options import BrokerOptions, broker_options, former_name
+from cli.options import SECONDS, BrokerOptions, broker_options, former_name
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -122,6 +122,44 @@ def publish(
 
 def _short(one: ReleaseProgress) -> str:
     return f"{one.line} {one.word.replace('_', ' ')}" + (f" {one.done}/{one.total}" if one.total else "")
+
+
+@click.command("fetch")
+@click.argument("product")
+@click.option("--out", type=_FILE, required=True, metavar="FILE", help="The package to write.")
+@broker_options()
+@click.option("--public-key", type=_FILE, metavar="FILE", help="Take it only if this key signed it.")
+@click.option(
+    "--timeout", type=SECONDS, default=60.0, show_default=True, metavar="S", help="Give up after S seconds of silence."
+)
+def fetch(product: str, out: Path, broker: BrokerOptions, public_key: Path | None, timeout: float) -> None:
+    """Fetch the package that is released for PRODUCT, while its publisher serves it.
+
+    To look at, or to fit another product by its backbone (`fit --backbone-from`). No line begins to use it.
+    """
+    from cli.output import progress_bar
+    from edgeflame.errors import UsageError
+    from edgeflame.mqtt.topics import Topics
+    from fleet.fetch import fetch_release, find_release
+
+    if not out.parent.is_dir():
+        raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
+    access = broker.resolve("line")
+    topics = Topics(fleet=access.fleet)
+    release = find_release(access.url, topics, product, connect_timeout_s=broker.connect_timeout)
+    with progress_bar("fetching") as progress:
+        fetch_release(
+            release,
+            out,
+            broker=access.url,
+            topics=topics,
+            line=access.name,
+            public_key=public_key,
+            connect_timeout_s=broker.connect_timeout,
+            timeout_s=timeout,
+            progress=progress,
+        )
+    echo(f"{out}: {product}, {release.manifest.size_bytes / 1e6:.1f} MB, {release.manifest.sha256[:12]}")
 
 
 @click.command("withdraw")

@@ -34,9 +34,8 @@ from edge.models.state import ModelStateFile
 from edge.models.store import RECORD_FILE
 from edge.parts.tracker import PartTracker
 from edge.parts.triggers import trigger_source
-from edge.runtimes.interface import Device, check_runtime_fits
+from edge.runtimes.interface import check_runtime_fits
 from edge.runtimes.load import compare_with_references, open_runtime
-from edge.runtimes.onnx_runtime import available_devices
 from edge.runtimes.trial import try_graph
 from edge.sources.child import MORE_SHARED_MEMORY, SHARED_MEMORY, SLOTS, ring_bytes
 from edge.sources.locate import open_image_source
@@ -55,6 +54,7 @@ from edgeflame.findings import Finding, note, ok, problem
 from edgeflame.mqtt.check import check_broker
 from edgeflame.mqtt.session import Session
 from edgeflame.mqtt.topics import Topics
+from edgeflame.onnx_session import Device, available_devices
 from edgeflame.package import Package, read_package
 from edgeflame.state import atomic_write, is_in_use, storage_errors
 

@@ -24,7 +24,6 @@ from edge.health import ImageHealth
 from edge.result import Inspected, Reason
 from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_parity
-from edge.runtimes.onnx_runtime import CPU
 from edge.runtimes.trial import try_graph
 from edge.status import DEFAULT_CAMERA
 from edge.verdict import Observation, make_result, with_evidence
@@ -34,6 +33,7 @@ from edgeflame.dataset import BITS_ADVICE
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.images import LITTLE_USED, ImageU8, ImageU16, share_of_range
 from edgeflame.log import EventLog
+from edgeflame.onnx_session import CPU
 from edgeflame.package import Package, PackageHead, read_package
 from edgeflame.signing import verify_signature
 from edgeflame.statistics.maps import shown_maps

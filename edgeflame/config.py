@@ -37,7 +37,12 @@ _AT = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.D
 """How msgspec says where something is wrong."""
 
 
-def load_config(path: Path | None, kind: type[T], overrides: Mapping[str, Any] | None = None) -> T:
+def load_config(
+    path: Path | None,
+    kind: type[T],
+    overrides: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
     """Read a TOML file as ``kind``; the defaults when no path is given.
 
     Settings of a learning start from the preset they name, see :mod:`edgeflame.methods`.
@@ -46,17 +51,24 @@ def load_config(path: Path | None, kind: type[T], overrides: Mapping[str, Any] |
         path: the file.
         kind: a struct.
         overrides: what wins over the file, nested as it is and under today's keys; None leaves the file's value.
+        defaults: what the file wins over, likewise; they win over a preset.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or does not fit ``kind``.
     """
     if path is None:
-        return parse_config(b"", kind, "defaults", overrides)
-    return parse_config(_read(path), kind, str(path), overrides)
+        return parse_config(b"", kind, "defaults", overrides, defaults)
+    return parse_config(_read(path), kind, str(path), overrides, defaults)
 
 
-def parse_config(data: bytes, kind: type[T], name: str, overrides: Mapping[str, Any] | None = None) -> T:
-    """Decode TOML bytes as ``kind``; ``name`` is what errors call them, ``overrides`` as in :func:`load_config`.
+def parse_config(
+    data: bytes,
+    kind: type[T],
+    name: str,
+    overrides: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
+    """Decode TOML bytes as ``kind``; ``name`` is what errors call them, the rest as in :func:`load_config`.
 
     Raises:
         ConfigError: not TOML, or it does not fit ``kind``.
@@ -65,7 +77,8 @@ def parse_config(data: bytes, kind: type[T], name: str, overrides: Mapping[str, 
         raw, renamed = _with_new_keys(_decode_toml(data), kind)
         for old, new in renamed.items():
             log.warning("old_key", file=name, key=old, use=new)
-        return _convert(merge_settings(raw, _without_none(overrides or {})), kind)
+        given = merge_settings(_without_none(defaults or {}), raw)
+        return _convert(merge_settings(given, _without_none(overrides or {})), kind)
     except ConfigError as exc:
         raise ConfigError(f"{name}: {exc}") from exc
 

@@ -55,6 +55,11 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     """A key of ``aggregator.strategies.STRATEGIES``, its own rule at the server; None: it does not federate."""
     exchange: ExchangeKind = "weights"
 
+    @property
+    def learns(self) -> bool:
+        """Whether it learns more than statistics: weights, or a memory. That needs PyTorch."""
+        return self.objective is not None or self.exchange == "memory"
+
 
 METHODS: dict[str, Method] = {
     "none": Method(

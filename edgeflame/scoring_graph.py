@@ -17,6 +17,10 @@ OWN_PREFIX = "edgeflame."
 UNSMOOTHED = f"{OWN_PREFIX}unsmoothed_map"
 """Name of the distances ``[N, h, w]`` before they are smoothed."""
 
+EMBEDDINGS = f"{OWN_PREFIX}embeddings"
+"""Name of the embeddings ``[P, N, C]`` float32, of which the distances are taken. What leads to them is a
+graph of its own for `fit` where PyTorch is not (`export.graph`)."""
+
 PRECISION_KEY = f"{OWN_PREFIX}precision"
 """Key of the precision in the graph's metadata; a graph without it is ``fp32``."""
 

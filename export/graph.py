@@ -1,11 +1,11 @@
-"""The scoring graph: camera bytes in, score and anomaly map out, as one ONNX model.
+"""The scoring graph, camera bytes in, score and anomaly map out, as one ONNX model; and its first half, to embeddings.
 
 Axes: N images, H x W the input, h x w the patch grid, P = h * w positions, C embedding channels, C_s channels of one
 stage on its own h_s x w_s.
 
     image [N, H, W, 3] uint8, BGR
       -> float32, planes, RGB                 -> backbone -> its stages' maps
-      -> embeddings [P, N, C]                 stages put on the grid
+      -> embeddings [P, N, C]                 stages put on the grid; here the first half ends
       -> distance of every position [P, N]    `export.distances`
       -> edgeflame.unsmoothed_map [N, h, w]   what runtimes ask for as well: `edgeflame.scoring_graph`
       -> Gaussian smoothing                   two products with constant matrices, no padding
@@ -14,6 +14,9 @@ stage on its own h_s x w_s.
 The backbone comes as ONNX, as `export.network` has PyTorch's exporter write it; the rest is written by hand, node by
 node: the order of axes is what ONNX Runtime runs fastest. Opset 18 is the exporter's lowest, and one that TensorRT
 10.3 takes.
+
+:func:`embedding_graph` makes the first half of a network, and :func:`cut_embedding_graph` takes it out of any package's
+graph again; :func:`complete_graph` puts statistics behind it. So a new product needs a network's ONNX, and no PyTorch.
 
 Resizing a stage to the grid and averaging with neighbours are linear, and rows are apart from columns, so both
 together are two products with small constant matrices. They are taken with the channels last, where the distances want
@@ -26,15 +29,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import google.protobuf.message
 import numpy as np
 import onnx
 import onnx.checker
 import onnx.helper
+import onnx.shape_inference
 
-from edgeflame.errors import DataError
+from edgeflame.errors import DataError, PackageError
 from edgeflame.images import Preprocessing
 from edgeflame.operators import check_operators
-from edgeflame.scoring_graph import INPUT, MAP, OWN_PREFIX, SCORE, UNSMOOTHED
+from edgeflame.scoring_graph import EMBEDDINGS, INPUT, MAP, OWN_PREFIX, SCORE, UNSMOOTHED
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smoothing_matrix
 from edgeflame.tensors import F32
@@ -45,9 +50,6 @@ BATCH_AXIS = "N"
 OPSET = 18
 IR_VERSION = 8
 """The oldest that allows opset 18, so that older runtimes on the line load the file."""
-
-EMBEDDINGS = "embeddings"
-"""Name of the result of :func:`_add_embeddings`: ``[P, N, C]`` float32."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,28 +65,97 @@ class StageMixing:
     columns: F32
 
 
-def assemble_graph(
-    body: onnx.GraphProto,
-    statistics: PackageStatistics,
-    *,
-    mixing: Sequence[StageMixing] | None,
-    sums_stages: bool,
-    preprocessing: Preprocessing,
-    smoothing_sigma: float,
-    metadata: Mapping[str, str],
+def embedding_graph(
+    body: onnx.GraphProto, *, mixing: Sequence[StageMixing] | None, sums_stages: bool, preprocessing: Preprocessing
 ) -> bytes:
-    """The scoring graph of a network that is already ONNX, serialised.
+    """From camera bytes to embeddings: a network that is already ONNX, serialised.
+
+    Args:
+        body: the network, from ``rgb [N, 3, H, W]`` float32 0..255 (normalisation inside) to its stages' maps
+            ``[N, C_s, h_s, w_s]`` or its embeddings ``[N, C, h, w]``, opset ``OPSET``.
+        mixing: for each of the outputs of ``body`` how it is put on the grid; None if ``body`` gives embeddings.
+        sums_stages: stages on the grid are summed, not concatenated over channels.
+        preprocessing: gives H and W.
+
+    Returns:
+        A model with input ``image [N, H, W, 3]`` uint8 BGR and output ``EMBEDDINGS [P, N, C]`` float32, N dynamic.
+    """
+    ending = GraphBuilder()
+    num_positions, num_channels = _add_embeddings(ending, body, mixing, sums_stages=sums_stages)
+    entry = GraphBuilder()
+    _to_rgb_planes(entry)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [*entry.nodes, *body.node, *ending.nodes],
+        "edgeflame",
+        [value(INPUT, onnx.TensorProto.UINT8, [BATCH_AXIS, preprocessing.height, preprocessing.width, 3])],
+        [value(EMBEDDINGS, onnx.TensorProto.FLOAT, [num_positions, BATCH_AXIS, num_channels])],
+        initializer=[*entry.constants, *body.initializer, *ending.constants],
+    )
+    return _serialised(
+        onnx.helper.make_model(
+            graph,
+            producer_name="edgeflame",
+            ir_version=IR_VERSION,
+            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        )
+    )
+
+
+def cut_embedding_graph(model_onnx: bytes, *, num_positions: int, num_channels: int) -> bytes:
+    """The first half of a package's graph, as :func:`embedding_graph` made it.
+
+    Args:
+        model_onnx: the package's graph; it need not be trusted.
+        num_positions: P, by the package's manifest.
+        num_channels: C, likewise.
+
+    Raises:
+        PackageError: the graph is damaged, or holds no such embeddings.
+    """
+    check_operators(model_onnx)
+    try:
+        model = onnx.load_from_string(model_onnx)
+        graph = model.graph
+        needed, nodes = {EMBEDDINGS}, []
+        for node in reversed(graph.node):
+            if needed.intersection(node.output):
+                nodes.append(node)
+                needed.update(node.input)
+        if not nodes:
+            raise PackageError("the package's graph holds no embeddings that a backbone could end in")
+        value = onnx.helper.make_tensor_value_info
+        cut = onnx.helper.make_graph(
+            nodes[::-1],
+            graph.name,
+            graph.input,
+            [value(EMBEDDINGS, onnx.TensorProto.FLOAT, [num_positions, BATCH_AXIS, num_channels])],
+            initializer=[entry for entry in graph.initializer if entry.name in needed],
+        )
+        return _serialised(
+            onnx.helper.make_model(
+                cut, producer_name="edgeflame", ir_version=model.ir_version, opset_imports=model.opset_import
+            )
+        )
+    except (
+        google.protobuf.message.DecodeError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as exc:
+        raise PackageError(f"the package's graph is not valid ONNX ({str(exc).strip().splitlines()[0]})") from exc
+
+
+def complete_graph(
+    embeddings_onnx: bytes, statistics: PackageStatistics, *, smoothing_sigma: float, metadata: Mapping[str, str]
+) -> bytes:
+    """The scoring graph of a network, as ONNX, and statistics of its embeddings, serialised.
 
     The basis is stored in float16 and cast up once, when a runtime loads the model; arithmetic is float32.
     A NaN or infinite value at any position makes every cell of the map, and the score, NaN.
 
     Args:
-        body: the network, from ``rgb [N, 3, H, W]`` float32 0..255 (normalisation inside) to its stages' maps
-            ``[N, C_s, h_s, w_s]`` or its embeddings ``[N, C, h, w]``, opset ``OPSET``.
-        statistics: of the network's embeddings.
-        mixing: for each of the outputs of ``body`` how it is put on the grid; None if ``body`` gives embeddings.
-        sums_stages: stages on the grid are summed, not concatenated over channels.
-        preprocessing: gives H and W.
+        embeddings_onnx: as :func:`embedding_graph` and :func:`cut_embedding_graph` give it.
+        statistics: of its embeddings.
         smoothing_sigma: of the map, in cells; 0 for none.
         metadata: written into the model's ``metadata_props``.
 
@@ -95,32 +166,32 @@ def assemble_graph(
     Raises:
         DataError: the network's embeddings are not those the statistics describe.
     """
-    head = GraphBuilder()
-    embeddings = _add_embeddings(
-        head, body, mixing, sums_stages=sums_stages, grid=statistics.grid, num_channels=statistics.num_channels
-    )
-    _add_map(head, add_distances(head, embeddings, statistics), grid=statistics.grid, sigma=smoothing_sigma)
-    entry = GraphBuilder()
-    _to_rgb_planes(entry)
+    whole = onnx.load_from_string(embeddings_onnx)
+    graph = whole.graph
+    (embeddings,) = graph.output
+    num_positions, _, num_channels = (dim.dim_value for dim in embeddings.type.tensor_type.shape.dim)
     height, width = statistics.grid
-    float32, uint8 = onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [*entry.nodes, *body.node, *head.nodes],
-        "edgeflame",
-        [value(INPUT, uint8, [BATCH_AXIS, preprocessing.height, preprocessing.width, 3])],
+    if (num_positions, num_channels) != (height * width, statistics.num_channels):
+        raise DataError(
+            f"the network gives embeddings of {num_channels} channels at {num_positions} positions, the statistics "
+            f"describe {statistics.num_channels} on a grid of {height} x {width}"
+        )
+    head = GraphBuilder()
+    _add_map(head, add_distances(head, EMBEDDINGS, statistics), grid=statistics.grid, sigma=smoothing_sigma)
+    graph.node.extend(head.nodes)
+    graph.initializer.extend(head.constants)
+    del graph.output[:]
+    value, float32 = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph.output.extend(
         [value(SCORE, float32, [BATCH_AXIS]), value(MAP, float32, [BATCH_AXIS, height, width])],
-        initializer=[*entry.constants, *body.initializer, *head.constants],
-    )
-    whole = onnx.helper.make_model(
-        graph,
-        producer_name="edgeflame",
-        ir_version=IR_VERSION,
-        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
     )
     onnx.helper.set_model_props(whole, dict(metadata))
-    onnx.checker.check_model(whole, full_check=True)
-    data: bytes = whole.SerializeToString()
+    return _serialised(whole)
+
+
+def _serialised(model: onnx.ModelProto) -> bytes:
+    onnx.checker.check_model(model, full_check=True)
+    data: bytes = model.SerializeToString()
     # What lines refuse is not to be written.
     check_operators(data)
     return data
@@ -132,37 +203,28 @@ def output_shapes(body: onnx.GraphProto) -> dict[str, list[int]]:
 
 
 def _add_embeddings(
-    g: GraphBuilder,
-    body: onnx.GraphProto,
-    mixing: Sequence[StageMixing] | None,
-    *,
-    sums_stages: bool,
-    grid: tuple[int, int],
-    num_channels: int,
-) -> str:
-    """The outputs of ``body`` as embeddings ``[P, N, C]``."""
+    g: GraphBuilder, body: onnx.GraphProto, mixing: Sequence[StageMixing] | None, *, sums_stages: bool
+) -> tuple[int, int]:
+    """The outputs of ``body`` as ``EMBEDDINGS [P, N, C]``; returns P and C."""
     outputs = output_shapes(body)
+    result = EMBEDDINGS.removeprefix(OWN_PREFIX)
     if mixing is None:
-        (found,) = outputs.values()
-    else:
-        channels = [shape[0] for shape in outputs.values()]
-        found = [channels[0] if sums_stages else sum(channels), len(mixing[0].rows), len(mixing[0].columns)]
-    if found != [num_channels, *grid]:
-        raise DataError(
-            f"the network gives embeddings of shape {found} (C, h, w), the statistics describe {[num_channels, *grid]}"
-        )
-    if mixing is None:
-        by_cell = g.node(
-            "Reshape", *outputs, g.integers("cells_shape", 0, num_channels, grid[0] * grid[1]), result="by_cell"
-        )
-        return g.node("Transpose", by_cell, result=EMBEDDINGS, perm=[2, 0, 1])
+        ((num_channels, height, width),) = outputs.values()
+        cells = g.integers("cells_shape", 0, num_channels, height * width)
+        by_cell = g.node("Reshape", *outputs, cells, result="by_cell")
+        g.node("Transpose", by_cell, result=result, perm=[2, 0, 1])
+        return height * width, num_channels
     stages = [
         _add_stage(g, f"stage_{index}", maps, shape, mixed)
         for index, ((maps, shape), mixed) in enumerate(zip(outputs.items(), mixing, strict=True))
     ]
+    channels = [shape[0] for shape in outputs.values()]
+    num_positions = len(mixing[0].rows) * len(mixing[0].columns)
     if sums_stages:
-        return g.node("Sum", *stages, result=EMBEDDINGS)
-    return g.node("Concat", *stages, result=EMBEDDINGS, axis=2)
+        g.node("Sum", *stages, result=result)
+        return num_positions, channels[0]
+    g.node("Concat", *stages, result=result, axis=2)
+    return num_positions, sum(channels)
 
 
 def _add_stage(g: GraphBuilder, name: str, maps: str, shape: list[int], mixing: StageMixing) -> str:

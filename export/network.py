@@ -21,7 +21,7 @@ from edgeflame.errors import NumericalError
 from edgeflame.images import Preprocessing
 from edgeflame.statistics.codec import PackageStatistics
 from export.builder import RGB
-from export.graph import OPSET, StageMixing, assemble_graph, output_shapes
+from export.graph import OPSET, StageMixing, complete_graph, embedding_graph, output_shapes
 
 
 @runtime_checkable
@@ -42,6 +42,28 @@ class StagedNetwork(Protocol):
         ...
 
 
+def embedding_graph_of(network: nn.Module, preprocessing: Preprocessing) -> bytes:
+    """The way from a pre-processed camera image to its embeddings, as a serialised ONNX model.
+
+    Args:
+        network: maps ``rgb [N, 3, H, W]`` float32 0..255 to ``[N, C, h, w]`` float32, normalisation inside. One that
+            is also a :class:`StagedNetwork` gives a faster graph.
+        preprocessing: gives H and W.
+
+    Returns:
+        The model that :func:`export.graph.embedding_graph` describes.
+
+    Raises:
+        NumericalError: a weight of the network is NaN or infinite.
+    """
+    body = export_network(network, preprocessing).graph
+    mixing, sums_stages = None, False
+    if isinstance(network, StagedNetwork):
+        mixing = [_mixing(network, shape[1:]) for shape in output_shapes(body).values()]
+        sums_stages = network.sums_stages
+    return embedding_graph(body, mixing=mixing, sums_stages=sums_stages, preprocessing=preprocessing)
+
+
 def scoring_graph(
     network: nn.Module,
     statistics: PackageStatistics,
@@ -50,37 +72,21 @@ def scoring_graph(
     smoothing_sigma: float,
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The whole way from a pre-processed camera image to its score, as a serialised ONNX model.
+    """The whole way from a pre-processed camera image to its score, as :func:`export.graph.complete_graph` gives it.
 
     Args:
-        network: maps ``rgb [N, 3, H, W]`` float32 0..255 to ``[N, C, h, w]`` float32, normalisation inside. One that
-            is also a :class:`StagedNetwork` gives a faster graph.
-        statistics: of the network's embeddings.
+        network: as :func:`embedding_graph_of` takes it.
+        statistics: of its embeddings.
         preprocessing: gives H and W.
         smoothing_sigma: of the map, in cells; 0 for none.
         metadata: written into the model's ``metadata_props``.
-
-    Returns:
-        The model that :func:`export.graph.assemble_graph` describes.
 
     Raises:
         DataError: the network's embeddings are not those the statistics describe.
         NumericalError: a weight of the network is NaN or infinite.
     """
-    body = export_network(network, preprocessing).graph
-    mixing, sums_stages = None, False
-    if isinstance(network, StagedNetwork):
-        mixing = [_mixing(network, shape[1:]) for shape in output_shapes(body).values()]
-        sums_stages = network.sums_stages
-    return assemble_graph(
-        body,
-        statistics,
-        mixing=mixing,
-        sums_stages=sums_stages,
-        preprocessing=preprocessing,
-        smoothing_sigma=smoothing_sigma,
-        metadata=metadata,
-    )
+    base = embedding_graph_of(network, preprocessing)
+    return complete_graph(base, statistics, smoothing_sigma=smoothing_sigma, metadata=metadata)
 
 
 def export_network(network: nn.Module, preprocessing: Preprocessing) -> onnx.ModelProto:

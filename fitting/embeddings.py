@@ -1,12 +1,13 @@
 """Embeddings of a site's images, each computed once and kept within a memory budget.
 
-What computes them is handed in: a network in torch, or a runtime's session.
+What computes them is handed in: a network in torch, or in ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -15,17 +16,40 @@ from edgeflame.images import ImageU8
 from edgeflame.tensors import F32
 from fitting.imageset import ImageSet
 
-EmbedFunction = Callable[[ImageU8], F32]
-"""Images ``[N, height, width, 3]`` uint8 BGR to their embeddings ``[N, P, C]``, positions row by row."""
+
+class Embedder(Protocol):
+    """A frozen network, whatever runs it: torch, or ONNX Runtime."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the P positions."""
+        ...
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def num_tapped_channels(self) -> int:
+        """Channels of its maps before their projection."""
+        ...
+
+    @property
+    def forward_size(self) -> int:
+        """How many images it embeds at a time the fastest."""
+        ...
+
+    def embed(self, images: ImageU8) -> F32:
+        """Images ``[N, height, width, 3]`` uint8 BGR to their embeddings ``[N, P, C]``, positions row by row."""
+        ...
+
 
 MAX_CACHE_BYTES = 1 << 30
 """Embeddings kept in memory: 1724 images at the default 1024 x 152. The rest is computed again when needed."""
 
 MAX_MOMENT_BYTES = 4 << 30
 """Second moments of all positions (P x C x C float64); beyond it the embedding is too wide for this form."""
-
-FORWARD_SIZE = 8
-"""Images embedded at a time; small batches stay in a CPU's cache, and are up to twice as fast as large ones."""
 
 BATCH_SIZE = 64
 """Images handed on at a time; each batch costs one pass over the second moments, so these want to be large."""
@@ -35,13 +59,14 @@ class Embeddings:
     """Embeddings of an image set under a frozen network.
 
     Args:
-        embed: computes them.
+        embedder: computes them.
         images: the image set.
-        grid: rows and columns of the P positions.
-        num_channels: C.
         max_cache_bytes: of embeddings kept.
 
     Attributes:
+        grid: rows and columns of the P positions.
+        num_channels: C.
+        num_tapped_channels: of the network's maps before their projection.
         num_forward: images embedded so far.
 
     Raises:
@@ -50,13 +75,12 @@ class Embeddings:
 
     def __init__(
         self,
-        embed: EmbedFunction,
+        embedder: Embedder,
         images: ImageSet,
         *,
-        grid: tuple[int, int],
-        num_channels: int,
         max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
+        grid, num_channels = embedder.grid, embedder.num_channels
         positions = grid[0] * grid[1]
         needed = positions * num_channels**2 * 8
         if needed > MAX_MOMENT_BYTES:
@@ -68,8 +92,9 @@ class Embeddings:
         self.images = images
         self.grid = grid
         self.num_channels = num_channels
+        self.num_tapped_channels = embedder.num_tapped_channels
         self.num_forward = 0
-        self._embed = embed
+        self._embedder = embedder
         self._cache: dict[int, F32] = {}
         self._room = max_cache_bytes // (positions * num_channels * 4)
 
@@ -107,8 +132,9 @@ class Embeddings:
     def _load_batch(self, chosen: list[int]) -> F32:
         missing = [index for index in chosen if index not in self._cache]
         computed: dict[int, F32] = {}
-        for start in range(0, len(missing), FORWARD_SIZE):
-            part = missing[start : start + FORWARD_SIZE]
+        size = self._embedder.forward_size
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
             computed.update(zip(part, self._compute(part), strict=True))
         batch = np.stack([computed[index] if index in computed else self._cache[index] for index in chosen])
         for index, embedding in computed.items():
@@ -118,7 +144,7 @@ class Embeddings:
 
     def _compute(self, indices: list[int]) -> F32:
         self.num_forward += len(indices)
-        embeddings = self._embed(self.images.batch(indices))
+        embeddings = self._embedder.embed(self.images.batch(indices))
         if not np.isfinite(embeddings).all():
             names = ", ".join(
                 self.images.records[index].name

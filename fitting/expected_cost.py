@@ -22,6 +22,7 @@ fifty and a miss that costs 500 false rejects, ``cost_of_miss`` is 10.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import msgspec
 import numpy as np
@@ -42,6 +43,9 @@ _WIDTH = 0.9 * 1.5
 
 _LEAST = 1e-9
 """Scores are distances, and this is none."""
+
+
+_normal_distribution = np.vectorize(NormalDist().cdf, otypes=[np.float64])
 
 
 class _Parts:
@@ -73,9 +77,8 @@ class _Parts:
 
     def smooth_above(self, thresholds: F64, width: float) -> F64:
         """``[T, N]``: how much of each score is above each threshold, 0..1, with a kernel of ``width`` about it."""
-        from scipy.special import ndtr
-
-        return np.asarray(ndtr(np.subtract.outer(-np.log(thresholds), -np.log(self.values)) / width))
+        steps = np.subtract.outer(-np.log(thresholds), -np.log(self.values)) / width
+        return np.asarray(_normal_distribution(steps), dtype=np.float64)
 
     def weights(self, rng: np.random.Generator | None = None) -> F64:
         """``[N]``: of each score, together 1; with ``rng`` after drawing as many parts with replacement."""

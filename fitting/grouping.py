@@ -65,18 +65,21 @@ def find_parts(embeddings: Embeddings) -> list[str]:
 
 def linked(sketches: F32) -> list[int]:
     """For each of ``sketches [N, S]`` the first of those it hangs together with."""
-    from scipy.sparse import csr_matrix
-    from scipy.sparse.csgraph import connected_components
-
     norms = np.linalg.norm(sketches, axis=1, keepdims=True)
     cosines = (sketches / np.maximum(norms, np.finfo(np.float32).tiny)) @ sketches.T / np.maximum(norms.T, 1e-30)
     between = cosines[np.triu_indices(len(cosines), 1)]
     median = np.median(between)
     deviation = 1.4826 * np.median(np.abs(between - median))
     alike = cosines >= max(LEAST_COSINE, float(median + LEAST_DEVIATIONS * deviation))
-    _, labels = connected_components(csr_matrix(alike), directed=False)
-    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
-    return [int(one) for one in first[which]]
+    first = np.full(len(alike), -1)
+    for start in range(len(alike)):
+        reached = np.zeros(len(alike), dtype=bool)
+        edge = np.array([start] if first[start] < 0 else [], dtype=np.intp)
+        while len(edge):
+            reached[edge] = True
+            edge = np.flatnonzero(alike[edge].any(axis=0) & ~reached)
+        first[reached] = start
+    return [int(one) for one in first]
 
 
 def _sketches(embeddings: Embeddings) -> F32:
@@ -102,10 +105,13 @@ def _sketches(embeddings: Embeddings) -> F32:
 
 def _without_neighbourhood(values: F32, grid: tuple[int, int]) -> F32:
     """``[N, P, C]`` less the mean over each position's neighbourhood."""
-    from scipy.ndimage import uniform_filter
-
     maps = values.reshape(len(values), *grid, -1)
-    smooth = uniform_filter(maps, (0, NEIGHBOURHOOD, NEIGHBOURHOOD, 0), mode="nearest")
+    smooth = maps
+    for axis in (1, 2):
+        # At the border the outermost cells count several times.
+        at = np.clip(np.arange(grid[axis - 1] + NEIGHBOURHOOD - 1) - NEIGHBOURHOOD // 2, 0, grid[axis - 1] - 1)
+        around = np.lib.stride_tricks.sliding_window_view(smooth.take(at, axis=axis), NEIGHBOURHOOD, axis=axis)
+        smooth = around.mean(axis=-1, dtype=np.float32)
     return np.asarray(maps - smooth, dtype=np.float32).reshape(values.shape)
 
 

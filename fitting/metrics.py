@@ -1,4 +1,4 @@
-"""Detection metrics, by scikit-learn, and their confidence intervals, by the cluster bootstrap.
+"""Detection metrics, and their confidence intervals, by the cluster bootstrap.
 
 **Metrics.** A test set has tens of millions of pixels but its maps only a few hundred thousand cells, so pixels are
 counted into bins first and memory stays bounded. The pixels' values lie between those of the cells, so bins with edges
@@ -8,10 +8,8 @@ one by less than 1e-4.
 **Intervals.** Parts are resampled, each with all its photographs (the cluster bootstrap), all resamples at once. A
 resample is the number of times each part was drawn. So what each part contributes, counted once (its photographs by
 score, its pixels by bin), times those numbers gives every resample's counts, by one matrix product; and the metrics of
-all resamples follow from their cumulative sums. scikit-learn computes the metrics themselves; a thousand resamples of
-ten metrics would take it minutes, so here they are written out, and held against it in the tests.
-
-scikit-learn is imported when the first metric is computed: to import this module costs nothing.
+all resamples follow from their cumulative sums. The tests hold all of them against scikit-learn, which would take
+minutes for a thousand resamples of ten metrics, and which a line does not have.
 
 Axes: ``R`` resamples, ``G`` parts, ``K`` values or bins in rising order of the score.
 """
@@ -39,10 +37,8 @@ def auroc(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]) -
     """Area under the ROC curve of image scores; None if either kind is missing."""
     if len(good) == 0 or len(defective) == 0:
         return None
-    from sklearn.metrics import roc_auc_score
-
-    labels = np.concatenate([np.zeros(len(good)), np.ones(len(defective))])
-    return float(roc_auc_score(labels, np.concatenate([good, defective])))
+    _, counts = _counts_by_value(good, defective)
+    return float(auroc_of_counts(*counts[:, None])[0])
 
 
 def f1_max(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]) -> float | None:
@@ -56,12 +52,29 @@ def best_f1(good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating])
     Neither kind may be missing. What scores above the threshold is called defective; it lies half way to the next
     lower score.
     """
-    scores = np.concatenate([good, defective])
-    labels = np.concatenate([np.zeros(len(good)), np.ones(len(defective))])
-    f1, value = _best_f1(labels, scores, None)
-    below = scores[scores < value]
-    low = float(below.max()) if len(below) else value * (1.0 - 1e-6)
+    values, (of_good, of_defective) = _counts_by_value(good, defective)
+    f1, at = _best_f1(of_good, of_defective)
+    value = float(values[at])
+    low = float(values[at - 1]) if at else value * (1.0 - 1e-6)
     return f1, (low + value) / 2.0
+
+
+def caught_and_rejected(
+    good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """``[K]`` each: how many defective and good scores reach each of the K distinct values, the highest first."""
+    _, counts = _counts_by_value(good, defective)
+    rejected, caught = np.cumsum(counts[:, ::-1], axis=1).astype(np.intp)
+    return caught, rejected
+
+
+def _counts_by_value(
+    good: npt.NDArray[np.floating], defective: npt.NDArray[np.floating]
+) -> tuple[npt.NDArray[np.floating], F64]:
+    """The distinct scores, rising ``[K]``, and how many of the good and of the defective have each ``[2, K]``."""
+    values, which = np.unique(np.concatenate([good, defective]), return_inverse=True)
+    counts = [np.bincount(part, minlength=len(values)) for part in (which[: len(good)], which[len(good) :])]
+    return values, np.stack(counts).astype(np.float64)
 
 
 class PixelCounts:
@@ -109,18 +122,15 @@ class PixelCounts:
         """Area under the ROC curve over pixels; None if either kind is missing."""
         if not self._good.any() or not self._defective.any():
             return None
-        from sklearn.metrics import roc_auc_score
-
-        labels, bins, weights = self._labelled_bins()
-        return float(roc_auc_score(labels, bins, sample_weight=weights))
+        return float(auroc_of_counts(self._good[None], self._defective[None])[0])
 
     def best_f1(self) -> tuple[float, float] | None:
         """The highest F1 over pixels and the threshold that gives it; None if either kind is missing."""
         if not self._good.any() or not self._defective.any() or not len(self._edges):
             return None
-        f1, value = _best_f1(*self._labelled_bins())
+        f1, value = _best_f1(self._good, self._defective)
         # Bin b begins at edge b - 1.
-        return f1, float(self._edges[max(0, int(value) - 1)])
+        return f1, float(self._edges[max(0, value - 1)])
 
     def aupro(self, max_fpr: float = AUPRO_MAX_FPR) -> float | None:
         """Area under the per-region-overlap curve up to ``max_fpr``, as a share of ``max_fpr``.
@@ -144,26 +154,19 @@ class PixelCounts:
         """Connected defect regions counted."""
         return self._num_regions
 
-    def _labelled_bins(self) -> tuple[F64, F64, F64]:
-        """Labels, bins and weights, as scikit-learn takes them."""
-        bins = np.arange(len(self._good), dtype=np.float64)
-        labels = np.concatenate([np.zeros_like(self._good), np.ones_like(self._defective)])
-        return labels, np.concatenate([bins, bins]), np.concatenate([self._good, self._defective])
-
     def _count(self, bins: npt.NDArray[np.intp]) -> F64:
         return np.bincount(bins, minlength=len(self._edges) + 1).astype(np.float64)
 
 
 def overlap_area(good: F64, regions: F64, num_regions: float, max_fpr: float) -> float:
     """Area under the per-region-overlap curve of counts ``[K]`` by rising bin, as a share of ``max_fpr``."""
-    from sklearn.metrics import auc
-
     fpr = np.concatenate([[0.0], np.cumsum(good[::-1]) / good.sum()])
     pro = np.concatenate([[0.0], np.cumsum(regions[::-1]) / num_regions])
     inside = fpr <= max_fpr
     fpr_cut = np.concatenate([fpr[inside], [max_fpr]])
     pro_cut = np.concatenate([pro[inside], [np.interp(max_fpr, fpr, pro)]])
-    return float(auc(fpr_cut, pro_cut) / max_fpr)
+    area = float((np.diff(fpr_cut) * (pro_cut[1:] + pro_cut[:-1])).sum() / 2.0)
+    return area / max_fpr
 
 
 def bin_edges(maps: npt.NDArray[np.float32], num_bins: int = NUM_BINS) -> npt.NDArray[np.float32]:
@@ -173,15 +176,13 @@ def bin_edges(maps: npt.NDArray[np.float32], num_bins: int = NUM_BINS) -> npt.ND
     return edges
 
 
-def _best_f1(labels: F64, scores: npt.NDArray[np.floating], weights: F64 | None) -> tuple[float, float]:
-    """The highest F1, and the lowest score that it calls positive."""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, values = precision_recall_curve(labels, scores, sample_weight=weights)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    # The last entry belongs to no score: there nothing is positive.
-    best = int(np.argmax(f1[:-1]))
-    return float(f1[best]), float(values[best])
+def _best_f1(good: F64, defective: F64) -> tuple[float, int]:
+    """The highest F1 of counts ``[K]`` by rising value, and the lowest value, by its index, that it calls positive."""
+    caught, rejected = np.cumsum(defective[::-1])[::-1], np.cumsum(good[::-1])[::-1]
+    # 2 TP / (2 TP + FP + FN), where TP + FN is the number of defective ones; nothing is called positive by no score.
+    f1 = np.where(good + defective > 0, 2 * caught / (caught + rejected + defective.sum()), -1.0)
+    best = int(np.argmax(f1))
+    return float(f1[best]), best
 
 
 NUM_RESAMPLES = 1000

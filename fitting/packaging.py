@@ -1,10 +1,16 @@
-"""What a package holds beside the model: reference images and the drift reference.
+"""From a fitted model to a package: the graph, reference images and the drift reference.
 
 The drift reference describes the site's good parts and their pictures; a line's drift is measured against it. The
-reference images are good images in the package against whose scores every runtime is checked.
+reference images are good images in the package against whose scores every runtime is checked: those of the network
+itself where it was fitted, with distances in float64. What puts the scoring graph together is handed in.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,9 +21,22 @@ from edgeflame.drift_reference import (
     image_streams,
     make_drift_reference,
 )
+from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8
 from edgeflame.log import EventLog
-from edgeflame.package import evenly_spaced
+from edgeflame.methods import Learning
+from edgeflame.package import (
+    Manifest,
+    ReferenceImage,
+    WeightsOrigin,
+    evenly_spaced,
+    make_references,
+    new_manifest,
+    write_package,
+)
+from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import smooth_maps
+from fitting.embeddings import Embedder
 from fitting.imageset import ImageSet
 from fitting.site_statistics import SiteStatistics
 
@@ -50,3 +69,98 @@ def choose_references(images: ImageSet, count: int) -> ImageU8:
         log.warning("no_reference_images", consequence="what runs this package cannot be checked against its training")
         return np.zeros((0, images.preprocessing.height, images.preprocessing.width, 3), dtype=np.uint8)
     return images.batch(evenly_spaced(len(images), count))
+
+
+def score_references(
+    embedder: Embedder, statistics: PackageStatistics, images: ImageU8, *, smoothing_sigma: float
+) -> tuple[ReferenceImage, ...]:
+    """Reference images with the score maps of float64 distances; the exported graph is not involved.
+
+    Args:
+        embedder: what the statistics were fitted with.
+        statistics: as the package stores them.
+        images: ``[R, height, width, 3]`` uint8 BGR.
+        smoothing_sigma: of the map, in cells.
+    """
+    if not len(images):
+        return ()
+    embeddings = np.concatenate([embedder.embed(one[None]) for one in images])
+    unsmoothed = statistics.distances(embeddings.astype(np.float64)).reshape(-1, *statistics.grid)
+    return make_references(images, smooth_maps(unsmoothed, smoothing_sigma), unsmoothed)
+
+
+class GraphFunction(Protocol):
+    """Makes the scoring graph of a network, which it knows, and its statistics."""
+
+    def __call__(
+        self, statistics: PackageStatistics, *, smoothing_sigma: float, metadata: Mapping[str, str]
+    ) -> bytes: ...
+
+
+def save_package(
+    path: Path,
+    *,
+    embedder: Embedder,
+    site_statistics: SiteStatistics,
+    learning: Learning,
+    weights: WeightsOrigin,
+    provenance: dict[str, Any],
+    make_graph: GraphFunction,
+    product: str,
+    site: str | None,
+    references: ImageU8 | None = None,
+) -> Manifest:
+    """Put the scoring graph together and write the package, whole or not at all.
+
+    Args:
+        path: of the package.
+        embedder: what the statistics were fitted with.
+        site_statistics: statistics and threshold.
+        learning: how it was learnt.
+        weights: where the backbone's weights came from.
+        provenance: how the learning went.
+        make_graph: puts the scoring graph together.
+        product: the kind of part.
+        site: where it was fitted, if that has a name.
+        references: good images ``[R, height, width, 3]`` that go into the package; None for none.
+
+    Raises:
+        StorageError: the package cannot be written.
+    """
+    manifest = new_manifest(
+        product=product,
+        site=site,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        learning=learning,
+        weights=weights,
+        statistics=site_statistics.statistics,
+        threshold=site_statistics.threshold,
+        provenance=provenance,
+        frames=FrameSizes.of(site_statistics.images.report.sizes),
+    )
+    graph = make_graph(
+        site_statistics.statistics,
+        smoothing_sigma=learning.scoring.smoothing_sigma,
+        metadata={
+            "edgeflame_version": manifest.edgeflame_version,
+            "product": product,
+            "method": learning.method,
+            "backbone": learning.backbone.name,
+            "weights_sha256": weights.sha256,
+        },
+    )
+    condition = site_drift_reference(site_statistics, references)
+    smoothing = learning.scoring.smoothing_sigma
+    statistics = site_statistics.statistics
+    write_package(
+        path,
+        manifest=manifest,
+        model_onnx=graph,
+        statistics=statistics,
+        references=()
+        if references is None
+        else score_references(embedder, statistics, references, smoothing_sigma=smoothing),
+        condition=condition,
+        fitted=site_statistics.images.report.digests.values(),
+    )
+    return manifest

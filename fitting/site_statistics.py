@@ -53,7 +53,6 @@ def fit_statistics(
     learning: Learning,
     *,
     groups_known: bool,
-    num_tapped_channels: int,
     pooled: PooledStatistics | None = None,
     progress: Progress = no_progress,
 ) -> SiteStatistics:
@@ -63,7 +62,6 @@ def fit_statistics(
         embeddings: of the images.
         learning: the configuration.
         groups_known: whether the images' parts are known; otherwise they are told by their looks.
-        num_tapped_channels: of the backbone's maps before their projection, for the package's provenance.
         pooled: statistics of more images than these; then only the threshold is of these images.
         progress: counts images, over all passes.
 
@@ -102,7 +100,7 @@ def fit_statistics(
         "log_volume_by_pooling_radius": {str(radius): round(value, 4) for radius, value in result.volumes.items()},
         "num_forward_passes": embeddings.num_forward,
         "channels": embeddings.num_channels,
-        "channels_before_projection": num_tapped_channels,
+        "channels_before_projection": embeddings.num_tapped_channels,
         "held_out_score_median": float(np.median(result.held_out.scores)),
         "held_out_score_max": float(result.held_out.scores.max()),
     }

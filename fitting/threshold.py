@@ -54,14 +54,12 @@ def exceedance_probability(shares: Sequence[float] | F64, rate: float) -> float:
         shares: one a part, each 0..1.
         rate: 0..1, both excluded.
     """
-    from scipy.stats import beta
-
     values, counts = np.unique(np.asarray(shares, dtype=np.float64), return_counts=True)
     if set(values) <= {0.0, 1.0}:
         rejected = int(counts[values == 1.0].sum())
         if rejected == len(shares):
             return 1.0
-        return float(beta.sf(rate, rejected + 1, len(shares) - rejected))
+        return _binomial_probability(rejected, len(shares), rate)
     # D is a vector of exponential variables over their sum, so the sum above exceeds the rate where
     # sum over g of E_g (z_g - rate) + E_0 (1 - rate) is positive.
     return _probability_positive(np.append(values - rate, 1.0 - rate), np.append(counts, 1))
@@ -69,14 +67,34 @@ def exceedance_probability(shares: Sequence[float] | F64, rate: float) -> float:
 
 def upper_confidence_bound(shares: Sequence[float] | F64, confidence: float) -> float:
     """The lowest rate whose :func:`exceedance_probability` is ``1 - confidence``."""
-    from scipy.optimize import brentq
-
     if min(shares) >= 1.0:
         return 1.0
     edge = 1e-12
-    return float(
-        brentq(lambda rate: exceedance_probability(shares, rate) - (1.0 - confidence), edge, 1.0 - edge, xtol=1e-10)
-    )
+    return _root(lambda rate: exceedance_probability(shares, rate) - (1.0 - confidence), edge, 1.0 - edge)
+
+
+def _binomial_probability(at_most: int, trials: int, rate: float) -> float:
+    """P(X <= at_most) of a binomial variable: the tail of a beta distribution above the rate."""
+    k = np.arange(at_most + 1)
+    log_ways = np.concatenate([[0.0], np.cumsum(np.log((trials - k[:-1]) / (k[:-1] + 1.0)))])
+    logs = log_ways + k * math.log(rate) + (trials - k) * math.log1p(-rate)
+    return min(1.0, float(np.exp(logs).sum()))
+
+
+def _root(function: Callable[[float], float], low: float, high: float, *, tolerance: float = 1e-10) -> float:
+    """Where a falling function crosses zero between two points, by Ridders' method (1979)."""
+    at_low, at_high = function(low), function(high)
+    root, before = low, high
+    while at_low > 0.0 > at_high and high - low > tolerance and abs(root - before) > tolerance:
+        middle = (low + high) / 2.0
+        at_middle = function(middle)
+        before, root = root, middle + (middle - low) * at_middle / math.sqrt(at_middle**2 - at_low * at_high)
+        for point, value in ((middle, at_middle), (root, function(root))):
+            if value > 0.0 and point > low:
+                low, at_low = point, value
+            elif value <= 0.0 and point < high:
+                high, at_high = point, value
+    return root
 
 
 def confidence_interval(shares: Sequence[float] | F64, confidence: float) -> tuple[float, float]:

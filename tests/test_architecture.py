@@ -246,6 +246,11 @@ def test_fitting_imports_no_torch() -> None:
     assert not breaches, report(breaches)
 
 
+def test_a_fit_by_a_given_backbone_loads_no_torch() -> None:
+    loaded = loaded_after("import fitting.fit, fitting.backbone, export.graph, cli.fit, cli.calibrate, cli.evaluate")
+    assert not loaded & {"torch", "torchvision", "timm", "onnxscript"}
+
+
 def test_the_export_imports_torch_in_one_module() -> None:
     breaches = [
         found for found in all_imports("export")

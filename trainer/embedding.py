@@ -20,18 +20,35 @@ def embed(network: EmbeddingNetwork, rgb: torch.Tensor) -> F32:
     return embeddings
 
 
+FORWARD_SIZE = 8
+"""Images embedded at a time; small batches stay in a CPU's cache, and are up to twice as fast as large ones."""
+
+
+class TorchEmbedder:
+    """A network in torch, on the device where it is; implements :class:`fitting.embeddings.Embedder`.
+
+    Args:
+        network: in evaluation mode.
+    """
+
+    def __init__(self, network: EmbeddingNetwork) -> None:
+        self._network = network
+        self.grid = network.grid
+        self.num_channels = network.num_channels
+        self.num_tapped_channels = network.num_tapped_channels
+        self.forward_size = FORWARD_SIZE
+
+    def embed(self, images: ImageU8) -> F32:
+        device = next(self._network.parameters()).device
+        return embed(self._network, rgb_tensor(images, device))
+
+
 def network_embeddings(
-    network: EmbeddingNetwork, images: ImageSet, *, device: torch.device, max_cache_bytes: int = MAX_CACHE_BYTES
+    network: EmbeddingNetwork, images: ImageSet, *, max_cache_bytes: int = MAX_CACHE_BYTES
 ) -> Embeddings:
-    """Embeddings of an image set by a network that is on ``device`` and in evaluation mode.
+    """Embeddings of an image set by a network that is in evaluation mode.
 
     Raises:
         ConfigError: the embeddings are too wide for their statistics.
     """
-
-    def embed_images(batch: ImageU8) -> F32:
-        return embed(network, rgb_tensor(batch, device))
-
-    return Embeddings(
-        embed_images, images, grid=network.grid, num_channels=network.num_channels, max_cache_bytes=max_cache_bytes
-    )
+    return Embeddings(TorchEmbedder(network), images, max_cache_bytes=max_cache_bytes)

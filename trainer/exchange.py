@@ -16,12 +16,11 @@ import torch
 from edgeflame.log import Progress, no_progress
 from edgeflame.methods import METHODS, Learning
 from edgeflame.package import WeightsOrigin
-from fitting.crossfit import PooledStatistics
+from fitting.fit import GaussianModel, Learner, Model
 from fitting.imageset import ImageSet
-from fitting.site_statistics import SiteStatistics, fit_statistics
 from trainer.agent.tasks import TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
-from trainer.embedding import network_embeddings
+from trainer.embedding import TorchEmbedder
 from trainer.feddymem.site import MemoryLearner
 from trainer.model import (
     SiteModel,
@@ -38,7 +37,7 @@ from trainer.training import train
 from trainer.weights import tensors_sha256
 
 
-class TrainedModel(Protocol):
+class TrainedModel(Model, Protocol):
     """A model as a site uses it: the global one with what the site keeps to itself, or one of its own."""
 
     @property
@@ -46,35 +45,9 @@ class TrainedModel(Protocol):
         """The embedding network, on the learner's device."""
         ...
 
-    @property
-    def weights(self) -> WeightsOrigin:
-        """Where the network's weights came from."""
-        ...
 
-    def fit_statistics(
-        self,
-        images: ImageSet,
-        *,
-        groups_known: bool,
-        pooled: PooledStatistics | None = None,
-        progress: Progress = no_progress,
-    ) -> SiteStatistics:
-        """Statistics and threshold of a site's good images; ``pooled`` are the fleet's, where it shares them.
-
-        Raises:
-            DataError: too few images or parts.
-            NumericalError: an embedding is not finite, or nothing varies between the images.
-        """
-        ...
-
-
-class LocalLearner(Protocol):
+class LocalLearner(Learner[TrainedModel], Protocol):
     """The learning of one site, by the kind of exchange of its method."""
-
-    @property
-    def trains(self) -> bool:
-        """Whether the method trains anything."""
-        ...
 
     def write_initial(self, path: Path) -> None:
         """Write what every run starts from; the same at every site with the same backbone weights.
@@ -93,17 +66,6 @@ class LocalLearner(Protocol):
             FederationError: a file is not of this configuration.
             NumericalError: the loss is not finite.
             StorageError: a file cannot be read or written.
-        """
-        ...
-
-    def train_alone(
-        self, images: ImageSet, *, seed: int, progress: Progress = no_progress
-    ) -> tuple[TrainedModel, dict[str, Any]]:
-        """A model of these images alone, and the metrics of its training; untrained where the method trains nothing.
-
-        Raises:
-            MissingDependencyError: no weights can be had here.
-            NumericalError: the loss is not finite.
         """
         ...
 
@@ -129,45 +91,16 @@ def open_learner(learning: Learning, device: torch.device) -> LocalLearner:
     return WeightsLearner(learning, device)
 
 
-class _WeightsModel:
+class _WeightsModel(GaussianModel):
     """Implements :class:`TrainedModel` by Gaussian statistics."""
 
-    def __init__(
-        self, model: SiteModel, weights: WeightsOrigin | None, learning: Learning, device: torch.device
-    ) -> None:
-        self._model = model
-        self._weights = weights
-        self._learning = learning
-        self._device = device
-
-    @property
-    def network(self) -> EmbeddingNetwork:
-        return self._model.backbone
-
-    @property
-    def weights(self) -> WeightsOrigin:
-        # The initial model says where its weights came from; averaging may have dropped that.
-        return self._weights or WeightsOrigin(
-            source="federated rounds", sha256=tensors_sha256(self.network.network.state_dict())
-        )
-
-    def fit_statistics(
-        self,
-        images: ImageSet,
-        *,
-        groups_known: bool,
-        pooled: PooledStatistics | None = None,
-        progress: Progress = no_progress,
-    ) -> SiteStatistics:
-        self._model.eval()
-        return fit_statistics(
-            network_embeddings(self.network, images, device=self._device),
-            self._learning,
-            groups_known=groups_known,
-            num_tapped_channels=self.network.num_tapped_channels,
-            pooled=pooled,
-            progress=progress,
-        )
+    def __init__(self, model: SiteModel, weights: WeightsOrigin | None, learning: Learning) -> None:
+        self.network = model.eval().backbone
+        if weights is None:
+            # The initial model says where its weights came from; averaging may have dropped that.
+            sha256 = tensors_sha256(self.network.network.state_dict())
+            weights = WeightsOrigin(source="federated rounds", sha256=sha256)
+        super().__init__(TorchEmbedder(self.network), weights, learning)
 
 
 class WeightsLearner:
@@ -222,11 +155,11 @@ class WeightsLearner:
         model, origin = build_model(self._learning)
         model.to(self._device)
         details = train(model, images, self._learning, seed=seed, progress=progress).details() if self.trains else {}
-        return _WeightsModel(model, origin, self._learning, self._device), details
+        return _WeightsModel(model, origin, self._learning), details
 
     def load(self, path: Path, private: Path | None) -> TrainedModel:
         model, origin = self._load(path, load_private(private))
-        return _WeightsModel(model, origin, self._learning, self._device)
+        return _WeightsModel(model, origin, self._learning)
 
     def _load(self, path: Path, private: Mapping[str, torch.Tensor]) -> tuple[SiteModel, WeightsOrigin | None]:
         """A model on the device, as this site sees it: with its own batch norms, where those stay at home."""

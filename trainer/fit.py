@@ -1,218 +1,31 @@
-"""Fitting one site's model from its good images: backbone, optional training, statistics, threshold."""
+"""Fitting one site's model in torch: :func:`fitting.fit.fit` with the learner of its method."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from edgeflame.dataset import Dataset, ImageRecord, LoadReport, UnreadablePolicy
-from edgeflame.errors import DataError, UsageError
-from edgeflame.fitted_images import known_among
-from edgeflame.images import ImageU8
-from edgeflame.log import Progress, no_progress
-from edgeflame.methods import DEFAULT_COST_OF_MISS, SOLO_METHODS, Learning
-from edgeflame.package import DEFAULT_REFERENCES, WeightsOrigin
-from edgeflame.tensors import F32
-from fitting.crossfit import image_scores, require_enough, score_maps
-from fitting.evaluation import score_records
-from fitting.expected_cost import set_least_cost
-from fitting.imageset import ImageSet
-from fitting.packaging import choose_references
-from fitting.site_statistics import SiteStatistics
-from trainer.backbone import EmbeddingNetwork
-from trainer.device import keep_freed_memory, rgb_tensor
-from trainer.embedding import embed
+from edgeflame.dataset import Dataset
+from edgeflame.methods import Learning
+from fitting.fit import FittedModel
+from fitting.fit import fit as fit_with
+from trainer.device import keep_freed_memory
 from trainer.exchange import TrainedModel, open_learner
-
-Stage = Callable[[str], AbstractContextManager[Progress]]
-"""Opens the progress of one stage of the work by its name."""
-
-
-@contextmanager
-def quiet_stage(name: str) -> Iterator[Progress]:
-    """A stage without a progress display."""
-    del name
-    yield no_progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class FittedModel:
-    """A model that can be exported and can inspect.
-
-    Attributes:
-        network: the embedding network, on the CPU, in evaluation mode.
-        site: statistics and threshold.
-        weights: where the backbone's weights came from before any training.
-        learning: the configuration it was fitted with.
-        report: what happened while the images were read.
-        training: metrics of the training, empty without one.
-        seconds: by stage.
-        references: good images for the package, ``[R, height, width, 3]``.
-        defective_scores: ``[M]`` scores of the labelled defects; empty without any.
-    """
-
-    network: EmbeddingNetwork
-    site: SiteStatistics
-    weights: WeightsOrigin
-    learning: Learning
-    report: LoadReport
-    training: dict[str, Any]
-    seconds: dict[str, float]
-    references: ImageU8
-    defective_scores: F32
-
-    def provenance(self) -> dict[str, Any]:
-        """How this fit went, for the package's manifest."""
-        return {
-            "kind": "fit",
-            "method": self.learning.method,
-            "num_images": len(self.site.images),
-            "num_unreadable": len(self.report.unreadable),
-            "unreadable": self.report.unreadable[:20],
-            "num_unfit": len(self.report.unfit),
-            "unfit": {name: list(reasons) for name, reasons in list(self.report.unfit.items())[:20]},
-            "training": self.training,
-            "statistics": self.site.details,
-            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
-        }
 
 
 def fit(
-    dataset: Dataset,
-    learning: Learning,
-    *,
-    on_unreadable: UnreadablePolicy = "skip",
-    device: torch.device | None = None,
-    num_references: int = DEFAULT_REFERENCES,
-    defects: Sequence[ImageRecord] = (),
-    cost_of_miss: float = DEFAULT_COST_OF_MISS,
-    stage: Stage = quiet_stage,
-) -> FittedModel:
-    """Fit a model from the good training images of a data set.
+    dataset: Dataset, learning: Learning, *, device: torch.device | None = None, **options: Any
+) -> FittedModel[TrainedModel]:
+    """Fit a model from the good training images of a data set; its network is then on the CPU.
 
     Args:
         dataset: its good training images are used.
         learning: the settings.
-        on_unreadable: what to do about images that cannot be read.
-        device: the CPU by default.
-        num_references: good images that go into the package.
-        defects: labelled defects, which move the threshold (:mod:`fitting.expected_cost`) and nothing else.
-        cost_of_miss: of one of them against a rejected good part.
-        stage: shows the progress of each stage.
-
-    Raises:
-        UsageError: the method needs other sites.
-        DataError: too few images, or an unreadable one where that is refused.
-        MissingDependencyError: no weights can be had.
-        NumericalError: an embedding or a loss is not finite.
+        device: to train on; the CPU by default.
+        options: those of :func:`fitting.fit.fit`, which also says what this raises.
     """
     keep_freed_memory()
-    device = device or torch.device("cpu")
-    if learning.method not in SOLO_METHODS:
-        raise UsageError(f"method {learning.method} needs other sites; fit takes {', '.join(SOLO_METHODS)}")
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "reading"), stage("Reading images") as progress:
-        images = read_training_images(dataset, learning, on_unreadable=on_unreadable, progress=progress)
-    learner = open_learner(learning, device)
-    with ExitStack() as stack:
-        progress = no_progress
-        if learner.trains:
-            stack.enter_context(_timed(seconds, "training"))
-            progress = stack.enter_context(stage("Training"))
-        model, training = learner.train_alone(images, seed=learning.seed, progress=progress)
-    with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
-        site = model.fit_statistics(images, groups_known=dataset.groups_known, progress=progress)
-    defective = np.zeros(0, dtype=np.float32)
-    if defects:
-        with _timed(seconds, "defects"), stage("Scoring defects") as progress:
-            site, defective = _weigh_defects(
-                model,
-                site,
-                learning,
-                defects,
-                cost_of_miss=cost_of_miss,
-                on_unreadable=on_unreadable,
-                progress=progress,
-            )
-    return FittedModel(
-        network=model.network.cpu(),
-        site=site,
-        weights=model.weights,
-        learning=learning,
-        report=images.report,
-        training=training,
-        seconds=seconds,
-        references=choose_references(site.images, num_references),
-        defective_scores=defective,
-    )
-
-
-def _weigh_defects(
-    model: TrainedModel,
-    site: SiteStatistics,
-    learning: Learning,
-    defects: Sequence[ImageRecord],
-    *,
-    cost_of_miss: float,
-    on_unreadable: UnreadablePolicy,
-    progress: Progress,
-) -> tuple[SiteStatistics, F32]:
-    """The site with the threshold of least expected cost, and the defects' scores ``[M]``."""
-    device, report = next(model.network.parameters()).device, LoadReport()
-
-    def score(batch: ImageU8) -> tuple[F32, F32]:
-        maps = score_maps(site.statistics, embed(model.network, rgb_tensor(batch, device)), learning.scoring)
-        return image_scores(maps), maps
-
-    kept, scores, _ = score_records(
-        score, defects, learning.input, on_unreadable=on_unreadable, report=report, progress=progress
-    )
-    both = known_among(report.digests, set(site.images.report.digests.values()))
-    if both is not None:
-        raise DataError(f"{both} are labelled as defects, and are among the good training images too")
-    threshold = set_least_cost(
-        site.threshold,
-        site.held_out_scores,
-        site.images.groups,
-        scores,
-        [record.group for record in kept],
-        cost_of_miss=cost_of_miss,
-        seed=learning.seed,
-    )
-    return replace(site, threshold=threshold), scores
-
-
-def read_training_images(
-    dataset: Dataset,
-    learning: Learning,
-    *,
-    on_unreadable: UnreadablePolicy = "skip",
-    progress: Progress = no_progress,
-) -> ImageSet:
-    """The readable good training images.
-
-    Raises:
-        DataError: too few of them, or an unreadable one where that is refused.
-    """
-    images = ImageSet(dataset.train, learning.input, on_unreadable=on_unreadable, progress=progress)
-    try:
-        require_enough(len(images), len(set(images.groups)))
-    except DataError as exc:
-        unreadable = len(images.report.unreadable)
-        raise DataError(
-            f"{dataset.root}: {exc}" + (f" ({unreadable} could not be read)" if unreadable else "")
-        ) from exc
-    return images
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - start
+    fitted = fit_with(dataset, learning, open_learner(learning, device or torch.device("cpu")), **options)
+    fitted.model.network.cpu()
+    return fitted

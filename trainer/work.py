@@ -10,40 +10,56 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import torch
+from torch import nn
 
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import UsageError
-from edgeflame.images import ImageU8
+from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import FEDERATED_METHODS, Learning
 from edgeflame.package import DEFAULT_REFERENCES
 from edgeflame.simulation import MeasureAnswer, MeasureTask
 from edgeflame.state import atomic_write
-from edgeflame.statistics.codec import encode_statistics
+from edgeflame.statistics.codec import PackageStatistics, encode_statistics
 from edgeflame.statistics.merge import read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
 from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, image_scores, score_maps
 from fitting.evaluation import EvaluationReport, evaluate
+from fitting.fit import read_training_images
 from fitting.imageset import ImageSet
-from fitting.packaging import choose_references
+from fitting.packaging import choose_references, save_package
 from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory, pick_device, rgb_tensor
-from trainer.embedding import embed, network_embeddings
+from trainer.embedding import TorchEmbedder, embed, network_embeddings
 from trainer.exchange import LocalLearner, TrainedModel, open_learner
-from trainer.fit import read_training_images
-from trainer.packaging import Exporter, save_package
 
 log = EventLog("work")
 
 PACKAGE_FILE = "model.edgeflame"
 STATISTICS_FILE = "statistics.safetensors"
+
+
+class Exporter(Protocol):
+    """Makes the scoring graph of a network and its statistics. It is handed in: the trainer knows no export format."""
+
+    def __call__(
+        self,
+        network: nn.Module,
+        statistics: PackageStatistics,
+        *,
+        preprocessing: Preprocessing,
+        smoothing_sigma: float,
+        metadata: Mapping[str, str],
+    ) -> bytes: ...
 
 
 class TorchSiteTrainer:
@@ -121,7 +137,7 @@ class TorchSiteTrainer:
         """
         images = self._training_images(report)
         network = self._learner.load(Path(task.model), None).network
-        embeddings = network_embeddings(network, images, device=self._device)
+        embeddings = network_embeddings(network, images)
         accumulator, done = MomentAccumulator(), 0
         for indices, batch in embeddings.batches(range(len(images))):
             accumulator.add(batch)
@@ -159,14 +175,15 @@ class TorchSiteTrainer:
         package = None
         if self._exporter is not None:
             package = out_dir / PACKAGE_FILE
+            network = model.network.cpu()
             save_package(
                 package,
-                network=model.network.cpu(),
+                embedder=TorchEmbedder(network),
                 site_statistics=result,
                 learning=self._learning,
                 weights=model.weights,
                 provenance={"kind": "federated", "ledger": task.ledger, "statistics": result.details},
-                exporter=self._exporter,
+                make_graph=functools.partial(self._exporter, network, preprocessing=self._learning.input),
                 product=self._product,
                 site=self._site,
                 references=choose_references(result.images, self._num_references),

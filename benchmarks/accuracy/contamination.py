@@ -21,7 +21,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from edgeflame.dataset import Dataset, ImageRecord, open_dataset
 from edgeflame.images import Preprocessing
@@ -77,7 +76,7 @@ def run(data: Path, seeds: Sequence[int], shares: Sequence[float], learning: Lea
     images = ImageSet([*dataset.train, *dataset.test], learning.input)
     model, _ = build_model(learning)
     model.eval()
-    embeddings = network_embeddings(model.backbone, images, device=torch.device("cpu"), max_cache_bytes=0)
+    embeddings = network_embeddings(model.backbone, images, max_cache_bytes=0)
     everything = np.concatenate([batch for _, batch in embeddings.batches(range(len(images)))])
     index = {record.name: number for number, record in enumerate(images.records)}
     good = [record for record in images.records if record.name.startswith("train/")]

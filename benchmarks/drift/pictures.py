@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -39,8 +40,8 @@ from edgeflame.images import ImageU8, read_image
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from export.network import scoring_graph
+from fitting.packaging import save_package
 from trainer.fit import fit
-from trainer.packaging import save_package
 
 CONFIG = DriftConfig()
 TEXTURE = "warm_wood"
@@ -103,12 +104,12 @@ class Line:
         path = folder / f"{data.name}.edgeflame"
         save_package(
             path,
-            network=fitted.network,
+            embedder=fitted.model.embedder,
             site_statistics=fitted.site,
             learning=learning,
-            weights=fitted.weights,
+            weights=fitted.model.weights,
             provenance=fitted.provenance(),
-            exporter=scoring_graph,
+            make_graph=partial(scoring_graph, fitted.model.network, preprocessing=learning.input),
             product=data.name,
             site=None,
             references=fitted.references,

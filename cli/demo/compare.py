@@ -24,7 +24,6 @@ def compare_methods(data: Path, config: Path) -> dict[str, object]:
         EdgeFlameError: as ``edgeflame fit`` and ``edgeflame evaluate`` would.
     """
     import msgspec
-    import torch
 
     from edgeflame.config import load_config
     from edgeflame.dataset import open_dataset
@@ -33,14 +32,9 @@ def compare_methods(data: Path, config: Path) -> dict[str, object]:
     from edgeflame.tensors import F32
     from fitting.crossfit import image_scores, score_maps
     from fitting.evaluation import evaluate
-    from trainer.device import rgb_tensor
-    from trainer.embedding import embed
-    from trainer.fit import FittedModel, fit
-
-    def score_with(fitted: FittedModel, batch: ImageU8) -> tuple[F32, F32]:
-        embeddings = embed(fitted.network, rgb_tensor(batch, torch.device("cpu")))
-        maps = score_maps(fitted.site.statistics, embeddings, fitted.learning.scoring)
-        return image_scores(maps), maps
+    from fitting.fit import FittedModel
+    from trainer.exchange import TrainedModel
+    from trainer.fit import fit
 
     learning = load_config(config, Learning)
     dataset = open_dataset(data)
@@ -48,8 +42,9 @@ def compare_methods(data: Path, config: Path) -> dict[str, object]:
     for condition, method in CONDITION_METHODS.items():
         fitted = fit(dataset, msgspec.structs.replace(learning, method=method))
 
-        def score(batch: ImageU8, fitted: FittedModel = fitted) -> tuple[F32, F32]:
-            return score_with(fitted, batch)
+        def score(batch: ImageU8, fitted: FittedModel[TrainedModel] = fitted) -> tuple[F32, F32]:
+            maps = score_maps(fitted.site.statistics, fitted.model.embedder.embed(batch), learning.scoring)
+            return image_scores(maps), maps
 
         reports[condition] = evaluate(score, dataset, learning.input, threshold=fitted.site.threshold.value)
     return reports

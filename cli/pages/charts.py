@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeflame.layout import GOOD
 
@@ -167,13 +167,17 @@ def class_styles(names: Sequence[str]) -> dict[str, str]:
 def roc_chart(good: Scores, by_class: Mapping[str, Scores], threshold: float) -> str:
     """Shares of defective images caught against good ones rejected; the dot is the threshold."""
     import numpy as np
-    from sklearn.metrics import roc_curve
+
+    from fitting.metrics import caught_and_rejected
 
     chart = _unit_square("ROC", "good photographs rejected", "defective photographs caught")
     chart.curve([(0, 0), (1, 1)], "back")
-    for style, labels, scores in _curves(good, by_class):
-        rejected, caught, _ = roc_curve(labels, scores)
-        chart.curve(zip(rejected, caught, strict=True), style)
+    for style, defective in _curves(by_class):
+        caught, rejected = (np.concatenate([[0], counts]) for counts in caught_and_rejected(good, defective))
+        # Those between the ends of a straight piece are not drawn.
+        bends = (np.diff(rejected, 2) != 0) | (np.diff(caught, 2) != 0)
+        corner = np.concatenate([[True], bends, [True]])
+        chart.curve(zip(rejected[corner] / len(good), caught[corner] / len(defective), strict=True), style)
     everything = np.concatenate(list(by_class.values()))
     at = float((good > threshold).mean()), float((everything > threshold).mean())
     chart.dots([(*at, f"at the threshold: {at[0]:.1%} rejected, {at[1]:.1%} caught")], "accent", radius=5.5)
@@ -183,13 +187,17 @@ def roc_chart(good: Scores, by_class: Mapping[str, Scores], threshold: float) ->
 def precision_recall_chart(good: Scores, by_class: Mapping[str, Scores], threshold: float) -> str:
     """How many of the rejected are defective against how many of the defective are caught."""
     import numpy as np
-    from sklearn.metrics import precision_recall_curve
+
+    from fitting.metrics import caught_and_rejected
 
     chart = _unit_square(
         "precision and recall", "defective photographs caught", "share of the rejected that is defective"
     )
-    for style, labels, scores in _curves(good, by_class):
-        precision, recall, _ = precision_recall_curve(labels, scores)
+    for style, defective in _curves(by_class):
+        caught_there, rejected_there = caught_and_rejected(good, defective)
+        # From the lowest threshold up to one that nothing reaches.
+        precision = np.append((caught_there / (caught_there + rejected_there))[::-1], 1.0)
+        recall = np.append(caught_there[::-1] / len(defective), 0.0)
         # Between two thresholds the precision is that of the one before.
         corners = np.stack([np.repeat(recall, 2)[1:], np.repeat(precision, 2)[:-1]], axis=1)
         chart.curve(((x, y) for x, y in corners), style)
@@ -247,11 +255,10 @@ def _unit_square(name: str, x: str, y: str) -> Chart:
     return Chart(name, *axes, width=NARROW, height=310)
 
 
-def _curves(good: Scores, by_class: Mapping[str, Scores]) -> Iterator[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Style, labels and scores of each class against the good, thin, and of all of them, thick, on top."""
+def _curves(by_class: Mapping[str, Scores]) -> Iterator[tuple[str, Scores]]:
+    """Style and scores of each class, thin, and of all of them, thick, on top."""
     import numpy as np
 
     kinds = class_styles(list(by_class)) if len(by_class) > 1 else {}
-    curves = [(f"thin {style}", by_class[name]) for name, style in kinds.items()]
-    for style, scores in [*curves, ("all", np.concatenate(list(by_class.values())))]:
-        yield style, np.concatenate([np.zeros(len(good)), np.ones(len(scores))]), np.concatenate([good, scores])
+    yield from ((f"thin {style}", by_class[name]) for name, style in kinds.items())
+    yield "all", np.concatenate(list(by_class.values()))

@@ -14,8 +14,8 @@ from fitting.grouping import largest_groups
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest
+    from fitting.fit import FittedModel, Model
     from fitting.imageset import ImageSet
-    from trainer.fit import FittedModel
 
 
 GROUP_PICTURE_SIDE = 128
@@ -27,7 +27,7 @@ NUM_OF_GROUP = 6
 NUM_SHOWN = 24
 
 
-def write_fit(folder: Path, *, fitted: FittedModel, manifest: Manifest, package_file: Path, data: Path) -> Path:
+def write_fit(folder: Path, *, fitted: FittedModel[Model], manifest: Manifest, package_file: Path, data: Path) -> Path:
     """Write ``index.html`` into a folder that is there.
 
     Raises:

@@ -15,9 +15,9 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from edge.runtimes.interface import Device, Runtime
+from edge.runtimes.interface import Runtime
 from edge.runtimes.load import RuntimeCandidate
-from edge.runtimes.onnx_runtime import open_session
+from edgeflame.onnx_session import Device, open_session
 from edgeflame.scoring_graph import INPUT
 
 GRAPH, BACKBONE = "graph", "backbone"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,6 @@ from edgeflame.errors import DataError, PackageError
 from edgeflame.images import ImageU8
 from edgeflame.package import Manifest
 from edgeflame.statistics.maps import shown_maps
-
-Device = Literal["auto", "cpu", "cuda", "ort-tensorrt"]
-"""Devices of ONNX Runtime: the CPU, or a GPU by its CUDA or its TensorRT provider. ``auto``: CUDA if it works here,
-else the CPU."""
-DEVICES: tuple[Device, ...] = get_args(Device)
 
 
 class Scores(NamedTuple):

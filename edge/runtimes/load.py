@@ -15,11 +15,11 @@ from typing import Literal, cast, get_args
 import msgspec
 import numpy as np
 
-from edge.runtimes.interface import Device, Runtime
-from edge.runtimes.onnx_runtime import available_devices
+from edge.runtimes.interface import Runtime
 from edge.runtimes.tensorrt import open_engine_runtime
 from edgeflame.errors import DataError, EdgeFlameError, NegativeAnswerError, PackageError, UsageError
 from edgeflame.log import EventLog
+from edgeflame.onnx_session import Device, available_devices
 from edgeflame.package import Package, root_mean_square
 from edgeflame.tensorrt import TENSORRT_KINDS
 

@@ -192,7 +192,7 @@ def _one_blas_thread() -> AbstractContextManager[object]:
 
 @functools.cache
 def _blas_controller() -> Any:
-    # It comes with scikit-learn; without it (an inspection box, which fits nothing) BLAS keeps its own threads.
+    # Without it (a bare installation, which fits nothing) BLAS keeps its own threads.
     try:
         from threadpoolctl import ThreadpoolController
     except ImportError:

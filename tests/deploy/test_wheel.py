@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.support.commands import edgeflame
 from tests.support.paths import REPOSITORY
 from tests.support.small_package import write_images
 from tests.test_architecture import PACKAGES
@@ -34,6 +35,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (file,) = (root / "dist").glob("*.whl")
     return file
+
+
+@pytest.fixture(scope="module")
+def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, by PyTorch."""
+    folder = tmp_path_factory.mktemp("backbone")
+    settings = '[backbone]\nname = "test_efficientnet"\nstages = [1, 2]\nweights = "random"\n'
+    (folder / "learning.toml").write_text(settings)
+    out = folder / "backbone.edgeflame"
+    result = edgeflame("export", "--backbone", out, "--config", folder / "learning.toml", "--size", 64)
+    assert result.exit_code == 0, result.output
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +111,53 @@ def test_it_inspects_on_a_box_without_torch(box: Path, package_file: Path, tmp_p
     assert "test piece" in on_box(box, tmp_path, "edgeflame", "model", "show", package_file)
 
 
+def test_it_fits_a_new_product_without_torch(
+    box: Path, backbone_file: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    fitted = on_box(
+        box, tmp_path, "edgeflame", "fit", "--data", parts_folder, "--out", "m.edgeflame", "--rank", 6,
+        "--backbone-from", backbone_file, "--defects", parts_folder / "test/hole",
+    )  # fmt: skip
+    assert "24 images" in fitted
+    evaluated = on_box(
+        box, tmp_path, "edgeflame", "evaluate", "--model", "m.edgeflame", "--data", parts_folder, "--json"
+    )
+    assert msgspec.json.decode(evaluated)["image_AUROC"] > 0.8
+    on_box(
+        box,
+        tmp_path,
+        "edgeflame",
+        "calibrate",
+        "--model",
+        "m.edgeflame",
+        "--data",
+        parts_folder,
+        "--out",
+        "n.edgeflame",
+    )
+    inspected = on_box(
+        box,
+        tmp_path,
+        "edgeflame",
+        "inspect",
+        "--model",
+        "n.edgeflame",
+        "--source",
+        parts_folder / "test/good",
+        "--json",
+    )
+    assert len(inspected.splitlines()) == 6
+    # The next product is fitted by the package of this one.
+    on_box(
+        box, tmp_path, "edgeflame", "fit", "--data", parts_folder, "--out", "o.edgeflame", "--rank", 6,
+        "--backbone-from", "m.edgeflame",
+    )  # fmt: skip
+
+
 def test_torch_is_not_there(box: Path, tmp_path: Path) -> None:
     code = (
         "import importlib.util, edge.daemon\n"
-        "names = 'torch', 'torchvision', 'timm', 'sklearn', 'onnx'\n"
+        "names = 'torch', 'torchvision', 'timm', 'sklearn', 'scipy', 'onnxscript'\n"
         "print([name for name in names if importlib.util.find_spec(name)])"
     )
     assert on_box(box, tmp_path, "python", "-c", code).strip() == "[]"

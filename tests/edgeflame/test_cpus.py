@@ -76,7 +76,7 @@ import os
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
 from pathlib import Path
 from edge.inspector import InspectorLoader
-from edge.runtimes import onnx_runtime
+from edgeflame import onnx_session
 from edgeflame.cpus import usable_cpus
 from edgeflame.package import read_package
 
@@ -88,7 +88,7 @@ assert loader._parallel(package, open_runtime(package.model_onnx, device="cpu"))
 loader.share_cores(4)
 assert loader._num_threads == 1
 os.cpu_count = lambda: 8  # as in a container on a large machine
-session = onnx_runtime.open_session(package.model_onnx, device="cpu", num_threads=None)
+session = onnx_session.open_session(package.model_onnx, device="cpu", num_threads=None)
 assert session.get_session_options().intra_op_num_threads == 1
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -241,7 +241,7 @@ def test_folded_constants_change_no_score(graph: bytes) -> None:
 
 
 def test_statistics_of_another_network_are_refused() -> None:
-    with pytest.raises(DataError, match=r"\[6, 8, 8\] \(C, h, w\), the statistics describe \[5, 8, 8\]"):
+    with pytest.raises(DataError, match=r"6 channels at 64 positions, the statistics describe 5 on a grid of 8 x 8"):
         export(small_network(), random_gaussian(grid=(GRID, GRID), channels=5, rank=2))
 
 

@@ -155,7 +155,7 @@ def test_where_it_is_missing_the_error_says_what_this_machine_needs(
 
 @pytest.mark.parametrize("arguments", [(), ("--trt",), ("--trt", "--onnx", "x.onnx"), ("--out", "x")])
 def test_one_of_two_is_asked_for(arguments: tuple[str, ...], package_file: Path) -> None:
-    with pytest.raises(UsageError, match="either --onnx FILE or --trt with --out DIR"):
+    with pytest.raises(UsageError, match="either --onnx FILE, --trt with --out DIR"):
         CliRunner().invoke(cli, ["export", "--model", str(package_file), *arguments], catch_exceptions=False)
 
 

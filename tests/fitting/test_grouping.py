@@ -19,11 +19,17 @@ SIDE, CELL = 128, 8
 GRID = (SIDE // CELL, SIDE // CELL)
 
 
-def embed_cells(images: ImageU8) -> F32:
-    """The grey values of each cell: ``[N, P, 64]``."""
-    grey = images.mean(axis=3, dtype=np.float32)
-    cells = grey.reshape(len(grey), GRID[0], CELL, GRID[1], CELL).transpose(0, 1, 3, 2, 4)
-    return np.ascontiguousarray(cells.reshape(len(grey), -1, CELL * CELL))
+class CellEmbedder:
+    """The grey values of each cell."""
+
+    grid = GRID
+    num_channels = num_tapped_channels = CELL * CELL
+    forward_size = 8
+
+    def embed(self, images: ImageU8) -> F32:
+        grey = images.mean(axis=3, dtype=np.float32)
+        cells = grey.reshape(len(grey), GRID[0], CELL, GRID[1], CELL).transpose(0, 1, 3, 2, 4)
+        return np.ascontiguousarray(cells.reshape(len(grey), -1, CELL * CELL))
 
 
 def photograph(part: int, shot: int, *, lean: float = 0.0) -> ImageU8:
@@ -41,7 +47,7 @@ def embeddings_of(folder: Path, photographs: list[ImageU8]) -> Embeddings:
     for index, image in enumerate(photographs):
         cv2.imwrite(str(folder / f"{index:03}.png"), image)
     images = ImageSet(open_dataset(folder).train, Preprocessing(height=SIDE, width=SIDE))
-    return Embeddings(embed_cells, images, grid=GRID, num_channels=CELL * CELL)
+    return Embeddings(CellEmbedder(), images)
 
 
 @pytest.mark.parametrize("max_cache", [True, False])
@@ -49,7 +55,7 @@ def test_photographs_of_one_part_are_found_in_any_light(tmp_path: Path, max_cach
     shots = [(part, shot) for part in range(10) for shot in range(1 + part % 4)]
     embeddings = embeddings_of(tmp_path, [photograph(*one) for one in shots])
     if not max_cache:
-        embeddings = Embeddings(embed_cells, embeddings.images, grid=GRID, num_channels=CELL * CELL, max_cache_bytes=0)
+        embeddings = Embeddings(CellEmbedder(), embeddings.images, max_cache_bytes=0)
     found = find_parts(embeddings)
     first = {part: found[shots.index((part, 0))] for part, _ in shots}
     assert found == [first[part] for part, _ in shots]

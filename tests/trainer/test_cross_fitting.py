@@ -62,7 +62,7 @@ def test_held_out_scores_are_those_of_statistics_without_the_part(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning, max_cache_bytes: int
 ) -> None:
     """Against the long way: for each fold, statistics of the other images from nothing."""
-    embeddings = network_embeddings(network, images, device=CPU, max_cache_bytes=max_cache_bytes)
+    embeddings = network_embeddings(network, images, max_cache_bytes=max_cache_bytes)
     result = cross_fit(embeddings, images.groups, small_learning)
     everything = embed(network, rgb_tensor(images.batch(range(len(images))), CPU))
     expected = np.zeros(len(images))
@@ -87,7 +87,7 @@ def test_held_out_scores_are_those_of_statistics_without_the_part(
 def test_what_was_seen_scores_lower_than_what_was_not(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
 ) -> None:
-    embeddings = network_embeddings(network, images, device=CPU)
+    embeddings = network_embeddings(network, images)
     result = cross_fit(embeddings, images.groups, small_learning)
     _, everything = next(embeddings.batches(range(len(images))))
     seen = image_scores(score_maps(result.statistics, everything, small_learning.scoring))
@@ -97,7 +97,7 @@ def test_what_was_seen_scores_lower_than_what_was_not(
 def test_the_statistics_are_as_a_package_stores_them(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
 ) -> None:
-    statistics = cross_fit(network_embeddings(network, images, device=CPU), images.groups, small_learning).statistics
+    statistics = cross_fit(network_embeddings(network, images), images.groups, small_learning).statistics
     np.testing.assert_array_equal(statistics.basis, statistics.basis.astype(np.float16).astype(np.float32))
 
 
@@ -105,7 +105,7 @@ def test_the_wider_radius_is_taken_where_it_accepts_clearly_less(
     network: EmbeddingNetwork, images: ImageSet, small_learning: Learning
 ) -> None:
     """Against the long way: the volume at the threshold that each radius would have by itself."""
-    embeddings = network_embeddings(network, images, device=CPU)
+    embeddings = network_embeddings(network, images)
     result = cross_fit(embeddings, images.groups, small_learning)
     everything = embed(network, rgb_tensor(images.batch(range(len(images))), CPU))
     volumes, alone = {}, {}
@@ -140,7 +140,7 @@ def test_rank_and_ridge_go_by_the_number_of_images_where_they_are_left_open(
 ) -> None:
     scoring = msgspec.structs.replace(small_learning.scoring, rank="auto", ridge="auto", max_rank=7)
     statistics = cross_fit(
-        network_embeddings(network, images, device=CPU),
+        network_embeddings(network, images),
         images.groups,
         msgspec.structs.replace(small_learning, scoring=scoring),
     ).statistics
@@ -159,14 +159,14 @@ def test_one_part_that_holds_nearly_all_images_is_refused(
 ) -> None:
     groups = ["one"] * (len(images) - 1) + ["other"]
     with pytest.raises(DataError, match="one part holds nearly all"):
-        cross_fit(network_embeddings(network, images, device=CPU), groups, small_learning)
+        cross_fit(network_embeddings(network, images), groups, small_learning)
 
 
 def test_embeddings_too_wide_for_their_moments_are_refused_before_any_work(images: ImageSet) -> None:
     wide = Backbone(name="resnet18", channels="all", weights="random")
     network = build_network(wide, Preprocessing(height=1024, width=1024), seed=0)[0]
     with pytest.raises(ConfigError, match=r"backbone\.channels at auto.*a smaller input"):
-        network_embeddings(network, images, device=CPU)
+        network_embeddings(network, images)
 
 
 def test_a_network_that_gives_no_numbers_is_named_with_the_image(
@@ -179,11 +179,11 @@ def test_a_network_that_gives_no_numbers_is_named_with_the_image(
 
     monkeypatch.setattr(embedding_module, "embed", broken)
     with pytest.raises(NumericalError, match=images.records[1].name):
-        list(network_embeddings(network, images, device=CPU).batches(range(3)))
+        list(network_embeddings(network, images).batches(range(3)))
 
 
 def test_batches_keep_the_order_asked_for(network: EmbeddingNetwork, images: ImageSet) -> None:
-    embeddings = network_embeddings(network, images, device=CPU)
+    embeddings = network_embeddings(network, images)
     straight = np.concatenate([batch for _, batch in embeddings.batches(range(10))])
     order = [7, 2, 2, 9]
     ((indices, mixed),) = embeddings.batches(order)

@@ -314,7 +314,7 @@ def test_one_site_alone_finds_the_holes(images: ImageSet, parts_folder: Path, sm
     assert isinstance(fitted.site.statistics, MemoryStatistics)
     assert fitted.site.statistics.num_global == 0
     test = ImageSet(dataset.test, small_learning.input)
-    embeddings = embed(fitted.network, rgb_tensor(test.batch(range(len(test))), CPU))
+    embeddings = embed(fitted.model.network, rgb_tensor(test.batch(range(len(test))), CPU))
     scores = image_scores(score_maps(fitted.site.statistics, embeddings, small_learning.scoring))
     defective = np.array([not record.is_good for record in test.records])
     assert scores[defective].min() > np.median(scores[~defective])

@@ -82,9 +82,9 @@ def test_evaluate_runs_the_packages_own_graph(fitted_package: Path, parts_folder
 def test_the_graph_scores_as_the_trainer_does(fitted_package: Path, parts_folder: Path) -> None:
     from edge.runtimes.load import open_runtime
     from fitting.crossfit import image_scores, score_maps
+    from fitting.fit import read_training_images
     from trainer.device import rgb_tensor
     from trainer.embedding import embed
-    from trainer.fit import read_training_images
     from trainer.model import build_model
 
     torch = pytest.importorskip("torch")

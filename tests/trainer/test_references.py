@@ -12,10 +12,10 @@ from edgeflame.images import Preprocessing, write_image
 from edgeflame.methods import Backbone
 from edgeflame.statistics.gaussian import smooth_maps
 from fitting.imageset import ImageSet
-from fitting.packaging import choose_references
+from fitting.packaging import choose_references, score_references
 from tests.support.small_package import embed, good_image, random_gaussian
 from trainer.backbone import build_network
-from trainer.packaging import score_references
+from trainer.embedding import TorchEmbedder
 
 PREPROCESSING = Preprocessing(height=64, width=64)
 
@@ -38,7 +38,7 @@ def test_none_is_a_choice(images: ImageSet) -> None:
     assert none.shape == (0, 64, 64, 3)
     network, _ = build_network(Backbone(weights="random", stages=(1, 2)), PREPROCESSING, seed=0)
     statistics = random_gaussian(grid=network.grid, channels=network.num_channels, rank=2)
-    assert score_references(network, statistics, none, smoothing_sigma=1.0) == ()
+    assert score_references(TorchEmbedder(network), statistics, none, smoothing_sigma=1.0) == ()
 
 
 def test_their_scores_are_the_networks_own(images: ImageSet, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_their_scores_are_the_networks_own(images: ImageSet, tmp_path: Path) -> 
     statistics = random_gaussian(
         grid=network.grid, channels=network.num_channels, rank=2, mean=embeddings.mean(axis=0) + 0.1
     )
-    references = score_references(network, statistics, chosen, smoothing_sigma=1.0)
+    references = score_references(TorchEmbedder(network), statistics, chosen, smoothing_sigma=1.0)
     distances = statistics.distances(embeddings.astype(np.float64)).reshape(-1, *network.grid)
     for reference, image, expected in zip(references, chosen, smooth_maps(distances, 1.0), strict=True):
         np.testing.assert_array_equal(reference.image(PREPROCESSING), image)

@@ -32,7 +32,7 @@ from fitting.imageset import ImageSet
 from fitting.site_statistics import SiteStatistics, describe_influential, find_influential, find_suspects
 from fitting.threshold import set_threshold
 from trainer.agent.tasks import TaskResult, TrainTask
-from trainer.embedding import network_embeddings
+from trainer.embedding import TorchEmbedder, network_embeddings
 from trainer.feddymem.learning import (
     PatchSample,
     SiteMemory,
@@ -210,7 +210,7 @@ class MemoryLearner:
     def embed(self, images: ImageSet, progress: Progress = no_progress) -> tuple[Embeddings, PatchSample]:
         """The embeddings of a site's images, and the sample of their patches."""
         if self._embedded is None or self._embedded[0] is not images:
-            embeddings = network_embeddings(self.network, images, device=self._device)
+            embeddings = network_embeddings(self.network, images)
             patches = sample_patches(
                 embeddings,
                 max_patches=self.learning.memory.max_patches,
@@ -264,6 +264,7 @@ class MemoryModel:
 
     def __init__(self, learner: MemoryLearner, memory: SiteMemory | None, fleet: MemoryBank | None) -> None:
         self.network = learner.network
+        self.embedder = TorchEmbedder(learner.network)
         self.weights = learner.weights
         self._learner = learner
         self._memory = memory

@@ -14,10 +14,10 @@ import onnx.helper
 import onnxruntime
 import pytest
 
-from edge.runtimes import onnx_runtime
 from edge.runtimes.interface import check_runtime_fits
 from edge.runtimes.load import open_runtime
 from edge.runtimes.onnx_runtime import open_onnx_runtime
+from edgeflame import onnx_session
 from edgeflame.errors import DataError, PackageError, RuntimeUnavailableError
 from edgeflame.package import Package
 from edgeflame.scoring_graph import UNSMOOTHED, with_unsmoothed_map
@@ -97,7 +97,7 @@ def test_a_silent_fall_back_is_an_error_when_cuda_was_asked_for(
         InferenceSession=session,
         capi=onnxruntime.capi,
     )
-    monkeypatch.setattr(onnx_runtime, "_import_library", lambda: fake)
+    monkeypatch.setattr(onnx_session, "import_library", lambda: fake)
     with pytest.raises(RuntimeUnavailableError, match="falls back to CPUExecutionProvider"):
         open_runtime(package.model_onnx, device="cuda")
     assert open_runtime(package.model_onnx, device="auto").provider == "CPUExecutionProvider"
