@@ -65,6 +65,11 @@ def message_allowances() -> Allowances:
     return Allowances("messages", at_once=200, per_s=50)
 
 
+def warning_allowances() -> Allowances:
+    """Lines of the log that a site can cause at will: a few tell what is wrong, and more would fill the disk."""
+    return Allowances("warnings", at_once=20, per_s=0.1)
+
+
 def change_allowances() -> Allowances:
     """A site joins and leaves once or twice in a run, and is paused and resumed by hand or by its shift plan."""
     return Allowances("changes", at_once=10, per_s=1 / 300)

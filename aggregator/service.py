@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from aggregator.allowances import message_allowances
+from aggregator.allowances import message_allowances, warning_allowances
 from aggregator.config import AggregateConfig
 from aggregator.control import OperatorRequest, RequestQueue, apply_request
 from aggregator.events import RunState
@@ -48,7 +48,7 @@ from edgeflame.mqtt.messages import (
     decode_up,
     encode_message,
 )
-from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
+from edgeflame.mqtt.topics import MAX_NAME_CHARS, ChunkTopic, MessageTopic, Topics
 from edgeflame.mqtt.url import BrokerUrl
 from edgeflame.state import locked_state_dir, storage_errors
 from edgeflame.transfer.store import BlobStore
@@ -139,7 +139,8 @@ class _AggregatorService:
         self._run = Run(state, journal=journal, store=store, clock=time.monotonic, handle=self._handle)
         self._machine = self._run.machine
         self._membership = Membership(state, aggregator_boot=self._boot, now=time.monotonic())
-        self._allowances = message_allowances()
+        self._messages = message_allowances()
+        self._refusals_logged, self._failures_logged = warning_allowances(), warning_allowances()
         self._inbox: queue.SimpleQueue[ClientEvent] = queue.SimpleQueue()
         self._uploads = UploadReceiver(store, self._send)
         self._status = StatusReporter(state_dir, self._publish_tag, metrics, certificate_expires=certificate_expires)
@@ -243,14 +244,16 @@ class _AggregatorService:
             case ConnectionFailed():
                 raise event.error
             case ReceivedMessage():
+                address = self._topics.parse(event.topic)
                 try:
-                    self._on_message(event, now)
+                    self._on_message(address, event, now)
                 except FederationError as exc:
-                    log.warning("message_refused", topic=event.topic, reason=str(exc))
+                    if self._refusals_logged.take(_sender(event.topic), now):
+                        log.warning("message_refused", topic=event.topic[:200], reason=str(exc))
                 event.acknowledge()
 
-    def _on_message(self, event: ReceivedMessage, now: float) -> None:
-        match self._topics.parse(event.topic):
+    def _on_message(self, address: ChunkTopic | MessageTopic | None, event: ReceivedMessage, now: float) -> None:
+        match address:
             case ChunkTopic(site=str(site), sha256=sha256, index=index):
                 is_new, received = self._uploads.receive_chunk(site, sha256, index, event.payload, now=now)
                 if is_new:
@@ -259,7 +262,8 @@ class _AggregatorService:
                     self._on_upload_complete(site, received, now)
             case MessageTopic(kind="site_presence", site=str(site)):
                 presence = decode_presence(event.payload)
-                if not presence.online and self._membership.mark_offline(site, presence, now):
+                is_heard = self._messages.take(site, now)
+                if is_heard and not presence.online and self._membership.mark_offline(site, presence, now):
                     log.info("site_offline", site=site)
             case MessageTopic(kind="aggregator_presence") if event.payload:
                 self._on_own_presence(decode_presence(event.payload))
@@ -268,16 +272,11 @@ class _AggregatorService:
                 is_same = published.run == state.run and published.phase == state.phase
                 self._is_end_published = is_same and state.ended is not None
             case MessageTopic(kind="up", site=str(site)):
-                try:
-                    message = decode_up(event.payload)
-                except FederationError:
-                    if self._allowances.take(site, now):
-                        raise
-                    return
-                if isinstance(message, BlobNeed) or self._allowances.take(site, now):
+                message = decode_up(event.payload)
+                if isinstance(message, BlobNeed) or self._messages.take(site, now):
                     self._on_site_message(site, message, now)
             case _:
-                log.warning("message_on_unknown_topic", topic=event.topic[:200])
+                raise FederationError("nobody is told anything on this topic")
 
     def _on_own_presence(self, presence: Presence) -> None:
         if presence.boot == self._boot:
@@ -303,7 +302,8 @@ class _AggregatorService:
             case Offer():
                 self._run.execute(machine.offer_received(site, message, now))
             case TaskFailed():
-                log.warning("site_failed", site=site, task=message.purpose, reason=message.detail)
+                if self._failures_logged.take(site, now):
+                    log.warning("site_failed", site=site, task=message.purpose, reason=message.detail)
                 self._run.execute(machine.task_failed(site, message, now))
             case FinishReport():
                 self._run.execute(machine.finish_report_received(site, message, now))
@@ -406,3 +406,9 @@ class _AggregatorService:
         # While the connection is down nothing is queued: all of it is sent again when it is up, or asked for again.
         if self._is_up and self._link is not None:
             self._link.publish(topic, payload, retain=retain)
+
+
+def _sender(topic: str) -> str:
+    """The site below whose name a message was sent, which access control at the broker holds; empty if it is none."""
+    _, is_site, below = topic.partition("/site/")
+    return below.partition("/")[0][:MAX_NAME_CHARS] if is_site else ""

@@ -199,6 +199,7 @@ def test_a_site_that_only_claims_to_go_on_holds_nobody_up(broker: BrokerProcess,
             nonlocal sent
             while not stop.wait(0.002):
                 sent += 1
+                evil.say(b"{", TOPICS.site_presence(NAME))
                 run = evil.state.run if evil.state is not None else None
                 is_begun = evil.state is not None and evil.state.phase == "train"
                 resting = "no reason" if is_begun and sent % 2 else None
@@ -228,5 +229,6 @@ def test_a_site_that_only_claims_to_go_on_holds_nobody_up(broker: BrokerProcess,
         assert "site_slowed_down site=aaa too_many=messages" in aggregator.log
         assert "site_slowed_down site=aaa too_many=changes" in aggregator.log
         assert sent > 1000
+        assert 1 <= aggregator.log.count("message_refused") <= 30, "of thousands"
         changes = aggregator.log.count("site_paused site=aaa") + aggregator.log.count("site_resumed site=aaa")
         assert 1 <= changes <= 12, "of hundreds"
