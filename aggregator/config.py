@@ -93,11 +93,12 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The most images that an update may claim; one that claims more is refused, for it would outweigh all others."""
     max_model_bytes: NumBytes = 4 << 30
     """Largest initial model, and largest statistics of a site, in bytes; updates are as large as the model."""
-    statistics: Literal["site", "federated"] = "site"
+    statistics: Literal["site", "federated", "prior"] = "site"
     """``site``: each site's package has statistics of its own images; ``federated``: of all sites' images, pooled
-    after the last round without moving an image. Thresholds are each site's own in either."""
+    after the last round without moving an image; ``prior``: of its own, with their covariance shrunk towards the other
+    sites' as far as its held-out parts become likelier by it. Thresholds are each site's own in all three."""
     statistics_form: Literal["low_rank", "moments"] = "low_rank"
-    """What sites send of ``federated`` statistics: an approximation whose error the ledger states, or all of it
+    """What sites send of statistics that they share: an approximation whose error the ledger states, or all of it
     (48 MB a site by default), which pools exactly."""
     statistics_rank: Annotated[int, Meta(ge=1, le=MAX_RANK)] = 48
     """Used by ``low_rank``: eigenpairs per position that are sent and handed out (16 MB a site by default). More than a
@@ -125,7 +126,7 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             ),
             (
                 self.statistics == "site" or self.learning.training.batch_norm != "local",
-                'federated statistics need one embedding space: training.batch_norm must be "frozen" or "average"',
+                'shared statistics need one embedding space: training.batch_norm must be "frozen" or "average"',
                 self.learning.training.batch_norm,
             ),
             (

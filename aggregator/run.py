@@ -155,7 +155,8 @@ class Run:
             )
         draft = self.store.draft_path("statistics")
         parts = {site: self.store.path(part.sha256) for site, part in entry.accepted.items()}
-        truncation = pool_statistics(parts, draft, rank=self.state.config.statistics_rank)
+        config = self.state.config
+        truncation = pool_statistics(parts, draft, rank=config.statistics_rank, as_prior=config.statistics == "prior")
         pooled = self.store.add(draft)
         return self.machine.statistics_pooled(
             sha256=pooled.sha256, size_bytes=pooled.size_bytes, truncation=truncation.figures(), now=self._clock()

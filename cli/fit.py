@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fitting.backbone import ExportedBackbone, OnnxEmbedder
     from fitting.fit import FittedModel, GaussianModel, Learner, Model
     from fitting.packaging import GraphFunction
+    from fitting.prior import FleetPrior
 
 
 log = EventLog("fit")
@@ -87,6 +88,14 @@ log = EventLog("fit")
     help="Take the backbone of this package, whatever its product, or of a file of `export --backbone`, as it is: "
     "needs no PyTorch, and starts sooner.  [default: PyTorch makes it]",
 )
+@click.option(
+    "--prior",
+    "prior_file",
+    type=click.Path(path_type=Path),
+    metavar="PACKAGE",
+    help="Lean on what another line or the fleet learnt, as far as these images become likelier by it: from five "
+    "images on. Takes the package's backbone, too, so no PyTorch is needed.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda; with PyTorch also cuda:1, ...")
 def command(
     data: Path,
@@ -102,6 +111,7 @@ def command(
     reference_images: int,
     report_dir: Path | None,
     backbone_from: Path | None,
+    prior_file: Path | None,
     device: str,
     **settings: Any,
 ) -> None:
@@ -110,6 +120,9 @@ def command(
     No defective image is needed. The package can inspect at once.
     """
     miss = cost_of_a_miss(cost_of_miss, defects)
+    if prior_file is not None and backbone_from is not None:
+        raise UsageError("--prior takes the backbone of its package: leave --backbone-from out")
+    backbone_from = backbone_from or prior_file
     learning = _learning(config, method, preset, settings) if backbone_from is None else None
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
@@ -144,6 +157,7 @@ def command(
         dataset,
         learning,
         learner,
+        prior=None if prior_file is None else _read_prior(prior_file),
         on_unreadable=on_unreadable,
         num_references=reference_images,
         defects=labelled,
@@ -182,6 +196,24 @@ def _open_backbone(path: Path, device: str) -> tuple[ExportedBackbone, OnnxEmbed
     from fitting.backbone import open_backbone
 
     return open_backbone(path, cut_embedding_graph, device=devices[device])
+
+
+def _read_prior(path: Path) -> FleetPrior:
+    """A package's statistics, as a prior.
+
+    Raises:
+        UsageError: the package scores by a memory.
+    """
+    from edgeflame.package import read_package
+    from edgeflame.statistics.gaussian import LowRankGaussian
+    from fitting.prior import FleetPrior
+
+    package = read_package(path)
+    if not isinstance(package.statistics, LowRankGaussian):
+        raise UsageError(f"--prior {path}: it scores by a memory, which is no prior for Gaussian statistics")
+    manifest = package.manifest
+    source = {"file": path.name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
+    return FleetPrior.of_statistics(package.statistics, source)
 
 
 def _frozen(backbone: ExportedBackbone, embedder: OnnxEmbedder, learning: Learning) -> Learner[GaussianModel]:
@@ -294,6 +326,8 @@ def _print_summary(out: Path, manifest: Manifest, fitted: FittedModel[Model]) ->
     if fitted.report.unfit:
         unfit = [f"{name} ({', '.join(reasons)})" for name, reasons in list(fitted.report.unfit.items())[:NUM_NAMED]]
         echo(f"{len(fitted.report.unfit)} that a line would not judge, take them out: {', '.join(unfit)}")
+    if "prior" in fitted.site.details:
+        echo(fitted.site.details["prior"]["in_words"])
     print_threshold(manifest.threshold)
     print_promises(manifest.threshold, fitted.site.held_out_scores, fitted.defective_scores)
     influential = influential_in_words(fitted.site.influential, fitted.site.images.records)

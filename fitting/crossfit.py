@@ -14,8 +14,9 @@ close fit to most good parts that makes outliers of some.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from edgeflame.statistics.maps import shown_maps
 from edgeflame.statistics.moments import MomentAccumulator, Moments
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
+from fitting.prior import NUM_FOLDS, FleetPrior, PriorWeight, choose_weight
 from fitting.suspects import HighestMaps
 from fitting.threshold import GoodScores
 
@@ -69,6 +71,51 @@ class PooledStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PriorShare:
+    """How much of a site's statistics is its own, and how much the fleet's.
+
+    Attributes:
+        prior: of the other sites.
+        chosen: its weight.
+        num_images: the site's own images.
+    """
+
+    prior: FleetPrior
+    chosen: PriorWeight
+    num_images: int
+
+    @property
+    def share(self) -> float:
+        """Of the covariance, what is the fleet's."""
+        return self.chosen.weight / (self.chosen.weight + self.num_images - 1)
+
+    def in_words(self) -> str:
+        """A sentence without a full stop."""
+        if self.chosen.weight == 0:
+            return (
+                f"the prior of {self.prior.num_images} images does not fit: these images are likelier without it, so "
+                "the statistics are theirs alone"
+            )
+        return (
+            f"leans on {self.prior.num_images} images of others, which count as {self.chosen.weight} beside "
+            f"{self.num_images} of its own: {self.share:.0%} of how good parts vary is theirs, the mean is its own"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """For a package's provenance."""
+        weight = self.chosen.weight
+        return {
+            "in_words": self.in_words(),
+            **self.prior.source,
+            "images_of_others": self.prior.num_images,
+            "counts_as_images": weight,
+            "own_images": self.num_images,
+            "share_of_covariance": round(self.share, 4),
+            "log_likelihood_by_weight": {str(one): value for one, value in self.chosen.log_likelihoods.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeldOutScores:
     """Scores of N images by statistics that did not see their parts.
 
@@ -93,12 +140,14 @@ class CrossFit:
         held_out: by the statistics of the other folds.
         volumes: radius to the mean logarithm of the volume that its threshold accepts, per channel and but for a
             constant; of the radii that were tried.
+        prior: how much of the statistics is the fleet's, where there was a prior.
     """
 
     statistics: LowRankGaussian
     radius: int
     held_out: HeldOutScores
     volumes: dict[int, float]
+    prior: PriorShare | None = None
 
 
 def require_enough(num_images: int, num_groups: int) -> None:
@@ -190,7 +239,7 @@ def cross_fit(
     groups: Sequence[str],
     learning: Learning,
     *,
-    pooled: PooledStatistics | None = None,
+    pooled: PooledStatistics | FleetPrior | None = None,
     progress: Progress = no_progress,
 ) -> CrossFit:
     """Fit the statistics and score every image by those that did not see it.
@@ -199,30 +248,37 @@ def cross_fit(
         embeddings: of the N good images.
         groups: the part that each image shows.
         learning: ``scoring``, ``calibration`` and ``seed`` are used.
-        pooled: statistics of more images than these, to be used instead of these images' own.
+        pooled: statistics of more images than these, to be used instead of these images' own, or as a prior for them.
         progress: counts images, over all passes.
 
     Raises:
-        DataError: fewer images or parts than the method needs.
+        DataError: fewer images or parts than the method needs, or statistics of other embeddings.
         NumericalError: an embedding is not finite, or nothing varies between the images.
     """
     scoring, num_images = learning.scoring, len(groups)
     require_enough(num_images, len(set(groups)))
     radii = RADII if scoring.pooling_radius == "auto" else (scoring.pooling_radius,)
     counter = ProgressCounter(progress, total=num_images * 2)
-    whole = _moments(embeddings, counter) if pooled is None else pooled.moments
+    ridge = automatic_ridge if scoring.ridge == "auto" else _constant(scoring.ridge)
+    own = pooled.moments if isinstance(pooled, PooledStatistics) else _moments(embeddings, counter)
+    share = None
+    if isinstance(pooled, FleetPrior):
+        share = _weigh_prior(pooled, own, embeddings, groups, learning, ridge)
+    whole = own if share is None else share.prior.added_to(own, share.chosen.weight)
     fit = _Fit(
         grid=embeddings.grid,
         rank=scoring.max_rank if scoring.rank == "auto" else scoring.rank,
-        ridge=automatic_ridge(whole.count) if scoring.ridge == "auto" else scoring.ridge,
+        ridge=ridge(whole.count),
     )
     wholes = {radius: fit(whole, radius, extra_columns=EXTRA_COLUMNS) for radius in radii}
     scored = {radius: HeldOutScoring(num_images, scoring) for radius in radii}
     log_determinants = dict.fromkeys(radii, 0.0)
     for fold in make_folds(groups, learning.calibration.folds, learning.seed):
-        moments = whole
-        if pooled is None or pooled.holds_these:
-            moments = _leave_out(whole, embeddings, fold)
+        moments = own
+        if not isinstance(pooled, PooledStatistics) or pooled.holds_these:
+            moments = _leave_out(own, embeddings, fold)
+        if share is not None:
+            moments = share.prior.added_to(moments, share.chosen.weight)
         without = {radius: fit(moments, radius, near=wholes[radius]).as_stored() for radius in radii}
         for indices, batch in embeddings.batches(fold):
             for radius, statistics in without.items():
@@ -243,11 +299,37 @@ def cross_fit(
             radius = wider
     log.info("pooling_radius", radius=radius, log_volume={str(one): round(value, 4) for one, value in volumes.items()})
     return CrossFit(
-        statistics=wholes[radius].truncated(fit.rank).as_stored(),
+        statistics=replace(wholes[radius].truncated(fit.rank).as_stored(), count=own.count),
         radius=radius,
         held_out=held_out[radius],
         volumes=volumes,
+        prior=share,
     )
+
+
+def _weigh_prior(
+    prior: FleetPrior,
+    own: Moments,
+    embeddings: Embeddings,
+    groups: Sequence[str],
+    learning: Learning,
+    ridge: Callable[[int], float],
+) -> PriorShare | None:
+    """The prior of the other sites, and its weight; None where there are no others."""
+    prior.require_fits(embeddings)
+    others = prior.without(own)
+    if others is None:
+        return None
+    folds = make_folds(groups, NUM_FOLDS, learning.seed)
+    share = PriorShare(
+        prior=others, chosen=choose_weight(embeddings, folds, others, ridge=ridge), num_images=len(groups)
+    )
+    log.info("prior", **share.describe())
+    return share
+
+
+def _constant(value: float) -> Callable[[int], float]:
+    return lambda _: value
 
 
 def automatic_ridge(num_images: int) -> float:

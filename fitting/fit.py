@@ -27,6 +27,7 @@ from fitting.evaluation import score_records
 from fitting.expected_cost import set_least_cost
 from fitting.imageset import ImageSet
 from fitting.packaging import choose_references
+from fitting.prior import FleetPrior
 from fitting.site_statistics import SiteStatistics, fit_statistics
 
 Stage = Callable[[str], AbstractContextManager[Progress]]
@@ -58,10 +59,11 @@ class Model(Protocol):
         images: ImageSet,
         *,
         groups_known: bool,
-        pooled: PooledStatistics | None = None,
+        pooled: PooledStatistics | FleetPrior | None = None,
         progress: Progress = no_progress,
     ) -> SiteStatistics:
-        """Statistics and threshold of a site's good images; ``pooled`` are the fleet's, where it shares them.
+        """Statistics and threshold of a site's good images; ``pooled`` are the fleet's or a prior, where there
+        are any.
 
         Raises:
             DataError: too few images or parts.
@@ -112,7 +114,7 @@ class GaussianModel:
         images: ImageSet,
         *,
         groups_known: bool,
-        pooled: PooledStatistics | None = None,
+        pooled: PooledStatistics | FleetPrior | None = None,
         progress: Progress = no_progress,
     ) -> SiteStatistics:
         """As :meth:`Model.fit_statistics`."""
@@ -185,6 +187,7 @@ def fit(
     learning: Learning,
     learner: Learner[M_co],
     *,
+    prior: FleetPrior | None = None,
     on_unreadable: UnreadablePolicy = "skip",
     num_references: int = DEFAULT_REFERENCES,
     defects: Sequence[ImageRecord] = (),
@@ -197,6 +200,7 @@ def fit(
         dataset: its good training images are used.
         learning: the settings.
         learner: by them.
+        prior: how good parts vary elsewhere; needed where they are few.
         on_unreadable: what to do about images that cannot be read.
         num_references: good images that go into the package.
         defects: labelled defects, which move the threshold (:mod:`fitting.expected_cost`) and nothing else.
@@ -221,7 +225,7 @@ def fit(
             progress = stack.enter_context(stage("Training"))
         model, training = learner.train_alone(images, seed=learning.seed, progress=progress)
     with _timed(seconds, "statistics"), stage("Statistics and threshold") as progress:
-        site = model.fit_statistics(images, groups_known=dataset.groups_known, progress=progress)
+        site = model.fit_statistics(images, groups_known=dataset.groups_known, pooled=prior, progress=progress)
     defective = np.zeros(0, dtype=np.float32)
     if defects:
         with _timed(seconds, "defects"), stage("Scoring defects") as progress:

@@ -17,6 +17,7 @@ from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
 from fitting.embeddings import Embeddings
 from fitting.grouping import find_parts
 from fitting.imageset import ImageSet
+from fitting.prior import FleetPrior
 from fitting.suspects import InfluentialPart, Suspect, influential_parts, worst_indices
 from fitting.threshold import set_threshold
 
@@ -53,7 +54,7 @@ def fit_statistics(
     learning: Learning,
     *,
     groups_known: bool,
-    pooled: PooledStatistics | None = None,
+    pooled: PooledStatistics | FleetPrior | None = None,
     progress: Progress = no_progress,
 ) -> SiteStatistics:
     """Gaussian statistics and threshold of a site's good images under a finished backbone.
@@ -62,7 +63,8 @@ def fit_statistics(
         embeddings: of the images.
         learning: the configuration.
         groups_known: whether the images' parts are known; otherwise they are told by their looks.
-        pooled: statistics of more images than these; then only the threshold is of these images.
+        pooled: statistics of more images than these: either they are used, and only the threshold is of these images,
+            or they are a prior.
         progress: counts images, over all passes.
 
     Raises:
@@ -104,6 +106,8 @@ def fit_statistics(
         "held_out_score_median": float(np.median(result.held_out.scores)),
         "held_out_score_max": float(result.held_out.scores.max()),
     }
+    if result.prior is not None:
+        details["prior"] = result.prior.describe()
     details["least_normal"] = [
         {"file": one.record.name, "score": one.score, "left_out": one.left_out} for one in suspects[:10]
     ]

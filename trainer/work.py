@@ -36,6 +36,7 @@ from fitting.evaluation import EvaluationReport, evaluate
 from fitting.fit import read_training_images
 from fitting.imageset import ImageSet
 from fitting.packaging import choose_references, save_package
+from fitting.prior import FleetPrior
 from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory, pick_device, rgb_tensor
@@ -208,10 +209,13 @@ class TorchSiteTrainer:
     def _learner(self) -> LocalLearner:
         return open_learner(self._learning, self._device)
 
-    def _pooled(self, path: Path) -> PooledStatistics:
+    def _pooled(self, path: Path) -> PooledStatistics | FleetPrior:
         moments, header = read_moments(path)
-        log.info("pooled_statistics", images=header.count, sites=len(header.sites), own=header.sites.get(self._site, 0))
-        return PooledStatistics(moments=moments, holds_these=self._site in header.sites)
+        own = header.sites.get(self._site, 0)
+        log.info("pooled_statistics", images=header.count, sites=len(header.sites), own=own)
+        if header.centre == "site":
+            return FleetPrior.of_fleet(moments, header, num_own=own)
+        return PooledStatistics(moments=moments, holds_these=own > 0)
 
     def _training_images(self, report: Progress = no_progress) -> ImageSet:
         if self._images is None:

@@ -15,8 +15,9 @@ deviations from s2 is largest when each is at one end: (C - K) s2 (l_K - s2). Ro
 most ``ROUNDING`` times the sum of (l_j - s2).
 
 Pooling works position by position. With n = sum of n_i, the mean is m = sum of (n_i / n) m_i and the covariance is
-``sum of (n_i - 1)/(n - 1) S_i + n_i/(n - 1) (m_i - m)(m_i - m)'``. Only a block of positions of one site is in
-memory at a time. The errors of the parts add by the triangle inequality.
+``sum of (n_i - 1)/(n - 1) S_i + n_i/(n - 1) (m_i - m)(m_i - m)'``. As a prior, the covariance is the mean of S_i with
+weights :func:`shared_weight`: what differs between the sites' cameras is not in it, and no site dominates. Only a block
+of positions of one site is in memory at a time. The errors of the parts add by the triangle inequality.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ ROUNDING = 2 * 2.0**-11 + 2.0**-22
 """An entry of the basis is off by up to 2^-11 of itself, so a column u of unit length by d with |d| <= 2^-11, and uu'
 by |du' + ud' + dd'|."""
 
+MAX_SHARED_WEIGHT = 200
+"""The most that one site's covariance weighs in a prior, in images."""
+
 MAX_COUNT = 1_000_000_000
 MAX_CELLS = 1 << 20
 MAX_CHANNELS = 1 << 14
@@ -64,6 +68,9 @@ class StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """SHA-256 of the model whose embeddings these are: other models have other spaces."""
     sites: dict[str, int] = {}
     """In a pooled blob: whose images are in it, and how many of each."""
+    centre: Literal["site"] | msgspec.UnsetType = msgspec.UNSET
+    """In a pooled blob: ``site`` where the covariance is of each site's images about their own mean, unset where it is
+    about the mean of all."""
 
     def __post_init__(self) -> None:
         height, width = self.grid
@@ -381,13 +388,19 @@ def _spectral_bound(eigenvalues: F64, residual: F64, channels: int) -> F64:
     return bound
 
 
-def pool_statistics(paths: Mapping[str, Path], out: Path, *, rank: int) -> Truncation:
+def shared_weight(count: int) -> int:
+    """What the covariance of a site's ``count`` images weighs in a prior."""
+    return min(count - 1, MAX_SHARED_WEIGHT)
+
+
+def pool_statistics(paths: Mapping[str, Path], out: Path, *, rank: int, as_prior: bool = False) -> Truncation:
     """Pool the blobs of sites, in sorted order of their names: the same blobs give the same bytes.
 
     Args:
         paths: verified blobs, by site.
         out: where to write the pooled blob, of the same form.
         rank: K of the pooled blob, for ``low_rank``.
+        as_prior: whether each site's covariance stays about its own mean.
 
     Raises:
         DataError: no blobs, or they cannot be pooled: other embeddings, or of another model.
@@ -411,8 +424,10 @@ def pool_statistics(paths: Mapping[str, Path], out: Path, *, rank: int) -> Trunc
             count=count,
             model=first.model,
             sites={site: file.header.count for site, file in zip(sorted(paths), files, strict=True)},
+            centre="site" if as_prior else msgspec.UNSET,
         )
-        return write_blocks(out, header, (_pool_block(files, count, at) for at in position_blocks(header)))
+        pool = _pool_block_as_prior if as_prior else _pool_block
+        return write_blocks(out, header, (pool(files, count, at) for at in position_blocks(header)))
     finally:
         for file in files:
             file.close()
@@ -434,4 +449,18 @@ def _pool_block(files: Sequence[StatisticsFile], count: int, at: slice) -> Stati
         covariance += file.header.count / (count - 1) * step[:, :, None] * step[:, None, :]
         error += within * block.error
         bound += within * block.bound
+    return StatisticsBlock(mean=mean, covariance=covariance, error=error, bound=bound)
+
+
+def _pool_block_as_prior(files: Sequence[StatisticsFile], count: int, at: slice) -> StatisticsBlock:
+    weights = [shared_weight(file.header.count) for file in files]
+    size, channels = at.stop - at.start, files[0].header.num_channels
+    mean, covariance = np.zeros((size, channels)), np.zeros((size, channels, channels))
+    error, bound = np.zeros(size), np.zeros(size)
+    for file, weight in zip(files, weights, strict=True):
+        block, share = file.block(at), weight / sum(weights)
+        mean += file.header.count / count * block.mean
+        covariance += share * block.covariance
+        error += share * block.error
+        bound += share * block.bound
     return StatisticsBlock(mean=mean, covariance=covariance, error=error, bound=bound)

@@ -184,6 +184,24 @@ def test_a_fleet_shares_its_statistics(form: str, embedded: BrokerProcess, tmp_p
 
 
 @pytest.mark.timeout(90)
+def test_a_fleet_pools_a_prior(embedded: BrokerProcess, tmp_path: Path) -> None:
+    config = 'min_available_sites = 2\nrounds = 1\nstatistics = "prior"\nstatistics_form = "moments"'
+    with Fleet(embedded, tmp_path, config=config) as fleet:
+        processes = [fleet.aggregator(), fleet.site("a"), fleet.site("b")]
+        assert [process.wait() for process in processes] == [0, 0, 0]
+        entry = fleet.ledger()["statistics"]
+        counts = {part["site"]: part["num_samples"] for part in entry["contributed"]}
+        pooled, header = read_moments(fleet.folder / "aggregator" / "blobs" / entry["sha256"])
+    assert (header.centre, header.sites) == ("site", counts)
+    scatter = np.zeros((6, 5, 5))
+    for site, count in counts.items():
+        accumulator = MomentAccumulator()
+        accumulator.add(images_of(site, count))
+        scatter += (count - 1) * accumulator.moments().covariance()
+    np.testing.assert_allclose(pooled.covariance(), scatter / (sum(counts.values()) - 2), atol=1e-5)
+
+
+@pytest.mark.timeout(90)
 def test_everybody_killed_while_statistics_are_gathered(embedded: BrokerProcess, tmp_path: Path) -> None:
     config = 'min_available_sites = 2\nrounds = 1\nstatistics = "federated"'
     results = []

@@ -20,7 +20,7 @@ from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.statistics.codec import decode_statistics
 from edgeflame.statistics.merge import pool_statistics
 from export.network import scoring_graph
-from trainer.agent.tasks import FinishTask, InitialTask, SiteTrainer, StatisticsTask, TrainTask
+from trainer.agent.tasks import FinishTask, InitialTask, SiteTrainer, StatisticsTask, TaskResult, TrainTask
 from trainer.model import build_model, load_model, save_model
 from trainer.work import STATISTICS_FILE, TorchSiteTrainer
 
@@ -294,6 +294,36 @@ def test_a_site_uses_the_statistics_of_two(
     summary = work.finish(task, no_progress).summary
     assert (summary["num_images"], summary["num_images_in_statistics"]) == (24, 24)
     assert summary["threshold"] < summaries[0]["threshold"]
+
+
+def test_a_site_leans_on_the_others_statistics(
+    without_package: TorchSiteTrainer, parts_folder: Path, small_learning: Learning, tmp_path: Path
+) -> None:
+    work = without_package
+    initial, own, pooled = tmp_path / "initial.safetensors", tmp_path / "own", tmp_path / "pooled"
+    work.write_initial_model(InitialTask(out=str(initial)))
+    wanted = StatisticsWanted(form="low_rank", rank=8)
+    work.compute_statistics(
+        StatisticsTask(model=str(initial), model_sha256="a" * 64, wanted=wanted, out=str(own)), no_progress
+    )
+
+    def finish(sites: dict[str, Path]) -> tuple[TaskResult, bytes]:
+        pool_statistics(sites, pooled, rank=8, as_prior=True)
+        task = FinishTask(model=str(initial), out_dir=str(tmp_path), ledger={}, statistics=str(pooled))
+        return work.finish(task, no_progress), (tmp_path / STATISTICS_FILE).read_bytes()
+
+    alone = work.finish(FinishTask(model=str(initial), out_dir=str(tmp_path), ledger={}), no_progress)
+    by_itself = (tmp_path / STATISTICS_FILE).read_bytes()
+    # What only this site contributed is no prior for it.
+    lonely, statistics = finish({"west": own})
+    assert (lonely.summary, statistics) == (alone.summary, by_itself)
+    helped, statistics = finish({"west": own, "twin": own})
+    assert statistics != by_itself
+    # The mean is the site's own, and so is the number of images.
+    found, before = decode_statistics(statistics), decode_statistics(by_itself)
+    np.testing.assert_array_equal(found.mean, before.mean)
+    assert helped.summary["num_images_in_statistics"] == 24
+    assert helped.summary["threshold"] < alone.summary["threshold"]
 
 
 def test_loaded_models_share_nothing(small_learning: Learning, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fitting.crossfit import (
 )
 from fitting.embeddings import Embeddings
 from fitting.imageset import ImageSet
+from fitting.prior import FleetPrior
 from fitting.site_statistics import SiteStatistics, describe_influential, find_influential, find_suspects
 from fitting.threshold import set_threshold
 from trainer.agent.tasks import TaskResult, TrainTask
@@ -275,7 +276,7 @@ class MemoryModel:
         images: ImageSet,
         *,
         groups_known: bool,
-        pooled: PooledStatistics | None = None,
+        pooled: PooledStatistics | FleetPrior | None = None,
         progress: Progress = no_progress,
     ) -> SiteStatistics:
         """Statistics and threshold.
