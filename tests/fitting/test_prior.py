@@ -191,8 +191,12 @@ def test_held_out_scores_are_those_of_new_parts() -> None:
     typical = float(np.median(new.max(axis=(1, 2))))
     unsmoothed = float(np.median(fitted.statistics.distances(few).reshape(-1, *GRID).max(axis=(1, 2))))
     assert unsmoothed < typical
+    sharp = Learning(scoring=Scoring(smoothing_sigma=0, pooling_radius=0))
     exact = cross_fit(
-        stored(few), [str(index) for index in range(10)], Learning(scoring=Scoring(smoothing_sigma=0, pooling_radius=0)), pooled=prior
+        stored(few),
+        [str(index) for index in range(10)],
+        sharp,
+        pooled=prior,
     )
     assert float(np.median(exact.held_out.scores)) == pytest.approx(typical, rel=0.15)
 
