@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,28 +10,16 @@ from edgeflame.errors import NegativeAnswerError, PackageError
 from edgeflame.signing import write_keys
 from tests.support.brokers import BrokerProcess
 from tests.support.commands import edgeflame, error_of
-from tests.support.paths import REPOSITORY
+from tests.support.publishing import published
 from tests.support.signing_keys import Keys
 
 pytestmark = pytest.mark.timeout(120)
 
 
-@contextmanager
-def published(package: Path, broker: BrokerProcess) -> Iterator[tuple[str, ...]]:
-    """The package is served for as long as the block lasts; gives the options that name broker and fleet."""
-    where = ("--broker", broker.url, "--fleet", "boards")
-    command = [sys.executable, "-m", "edgeflame", "model", "publish", str(package), "--stay", *where]
-    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert any("release_announced" in line for line in process.stderr)
-        yield where
-        process.terminate()
-        process.communicate(timeout=30)
-
-
 def test_what_is_released_is_fetched_whole(signed: Path, keys: Keys, broker: BrokerProcess, tmp_path: Path) -> None:
     out = tmp_path / "got.edgeflame"
-    with published(signed, broker) as where:
+    where = ("--broker", broker.url, "--fleet", "boards")
+    with published(signed, *where):
         result = edgeflame("model", "fetch", "test piece", "--out", out, "--public-key", keys.public, *where)
         assert result.exit_code == 0, result.output
         assert out.read_bytes() == signed.read_bytes()

@@ -340,6 +340,20 @@ def test_a_machine_that_embeds_otherwise_is_refused(
         assert "other embeddings here than PyTorch did" in str(error)
 
 
+def test_a_package_without_reference_images_is_taken_and_the_log_says_what_is_not_known(
+    donor: Path, parts_folder: Path, tmp_path: Path
+) -> None:
+    package = read_package(donor)
+    bare = tmp_path / "bare.edgeflame"
+    write_package(bare, manifest=package.manifest, model_onnx=package.model_onnx, statistics=package.statistics)
+    result = edgeflame(
+        "fit", "--data", parts_folder, "--out", tmp_path / "m.edgeflame", "--backbone-from", bare, "--rank", 6
+    )
+    assert result.exit_code == 0, result.output
+    assert "backbone_not_checked" in result.stderr
+    assert read_package(tmp_path / "m.edgeflame").references, "the new one has its own"
+
+
 def test_a_package_whose_graph_ends_in_no_embeddings(donor: Path, parts_folder: Path, tmp_path: Path) -> None:
     package = read_package(donor)
     write_package(

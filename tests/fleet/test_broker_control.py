@@ -29,6 +29,7 @@ from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import REPOSITORY
 from tests.support.ports import free_port
+from tests.support.publishing import published
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(90)
@@ -148,6 +149,14 @@ def test_a_whole_run_over_mutual_tls(plant: Plant, tmp_path: Path, undisturbed_m
         assert [process.wait() for process in (aggregator, *sites)] == [0, 0, 0]
         assert fleet.model() == undisturbed_model, "the same as without TLS"
         assert all(word not in process.log for process in fleet.processes for word in ("_refused", "error "))
+
+
+def test_a_line_fetches_a_released_package_with_its_kit(plant: Plant, signed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "got.edgeflame"
+    with published(signed, "--kit", plant.kits / "engineer.kit"):
+        done = edgeflame("model", "fetch", "test piece", "--out", out, "--kit", plant.kits / "line-1.kit")
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == signed.read_bytes()
 
 
 def test_a_certificate_of_another_authority_is_refused(plant: Plant) -> None:
