@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,8 +25,7 @@ from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
 if TYPE_CHECKING:
     from edgeflame.onnx_session import Device
     from edgeflame.package import Manifest
-    from fitting.backbone import ExportedBackbone, OnnxEmbedder
-    from fitting.fit import FittedModel, GaussianModel, Learner, Model
+    from fitting.fit import FittedModel, Learner, Model
     from fitting.packaging import GraphFunction
     from fitting.prior import FleetPrior
 
@@ -123,7 +124,13 @@ def command(
     if prior_file is not None and backbone_from is not None:
         raise UsageError("--prior takes the backbone of its package: leave --backbone-from out")
     backbone_from = backbone_from or prior_file
-    learning = _learning(config, method, preset, settings) if backbone_from is None else None
+    read_learning = partial(_learning, config, method, preset, settings)
+    # What is wrong with the settings is said before anything is read.
+    open_means = (
+        partial(_torch_means, read_learning(), device)
+        if backbone_from is None
+        else partial(_given_means, backbone_from, device, read_learning)
+    )
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
 
@@ -138,25 +145,15 @@ def command(
 
         prepare_report_folder(report_dir)
 
-    learner: Learner[Any]
-    if learning is None:
-        assert backbone_from is not None
-        backbone, embedder = _open_backbone(backbone_from, device)
-        learning = _learning(config, method, preset, settings, backbone.settings())
-        backbone.require_fits(learning)
-        learner = _frozen(backbone, embedder, learning)
-        learnt_from = {"backbone": backbone.origin}
-    else:
-        backbone, learnt_from = None, {}
-        learner = _torch_learner(learning, device)
+    means = open_means()
 
     from fitting.fit import fit
     from fitting.packaging import save_package
 
     fitted = fit(
         dataset,
-        learning,
-        learner,
+        means.learning,
+        means.learner,
         prior=None if prior_file is None else _read_prior(prior_file),
         on_unreadable=on_unreadable,
         num_references=reference_images,
@@ -166,12 +163,12 @@ def command(
     )
     manifest = save_package(
         out,
-        make_graph=_graph_of(fitted.model, learning, backbone),
+        make_graph=means.graph_of(fitted.model),
         embedder=fitted.model.embedder,
         site_statistics=fitted.site,
-        learning=learning,
+        learning=means.learning,
         weights=fitted.model.weights,
-        provenance={**fitted.provenance(), **learnt_from},
+        provenance={**fitted.provenance(), **means.provenance},
         product=product or product_of(data),
         site=None,
         references=fitted.references,
@@ -186,16 +183,72 @@ def command(
         echo(f"report: {page}")
 
 
-def _open_backbone(path: Path, device: str) -> tuple[ExportedBackbone, OnnxEmbedder]:
+@dataclass(frozen=True, kw_only=True)
+class _Means:
+    """What a fit is made with, by PyTorch or by a backbone that is given.
+
+    Attributes:
+        learning: the settings.
+        learner: by them.
+        graph_of: gives, of the model that was fitted, what makes its scoring graph; reference images are scored by it
+            afterwards.
+        provenance: what the package says of it.
+    """
+
+    learning: Learning
+    learner: Learner[Any]
+    graph_of: Callable[[Any], GraphFunction]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def _given_means(path: Path, device: str, read_learning: Callable[[dict[str, Any]], Learning]) -> _Means:
     """The backbone of a file, in ONNX Runtime."""
     devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}
     if device not in devices:
-        raise UsageError(f"--device {device}: with --backbone-from it is one of {', '.join(devices)}")
+        raise UsageError(f"--device {device}: with a given backbone it is one of {', '.join(devices)}")
     with require_extra("cpu", "putting a package together needs onnx"):
-        from export.graph import cut_embedding_graph
+        from export.graph import complete_graph, cut_embedding_graph
     from fitting.backbone import open_backbone
+    from fitting.fit import FrozenLearner, GaussianModel
 
-    return open_backbone(path, cut_embedding_graph, device=devices[device])
+    backbone, embedder = open_backbone(path, cut_embedding_graph, device=devices[device])
+    learning = read_learning(backbone.settings())
+    backbone.require_fits(learning)
+    return _Means(
+        learning=learning,
+        learner=FrozenLearner(GaussianModel(embedder, backbone.weights, learning)),
+        graph_of=lambda _: partial(complete_graph, backbone.graph),
+        provenance={"backbone": backbone.origin},
+    )
+
+
+def _torch_means(learning: Learning, device: str) -> _Means:
+    """PyTorch.
+
+    Raises:
+        MissingDependencyError: it is not installed; the message says what does without.
+    """
+    try:
+        import onnxscript  # noqa: F401 - PyTorch's export asks for it at the very end
+        import timm  # noqa: F401
+
+        from export.network import scoring_graph
+        from trainer.device import keep_freed_memory, pick_device
+        from trainer.exchange import open_learner
+    except ImportError as exc:
+        install = f"({exc}): pip install 'edgeflame[train]'"
+        if METHODS[learning.method].learns:
+            raise MissingDependencyError(f"method {learning.method} needs PyTorch {install}") from exc
+        raise MissingDependencyError(
+            "there is no backbone: either give one, by --backbone-from FILE (any package, or what `edgeflame export "
+            f"--backbone` wrote where PyTorch is), or have PyTorch make one {install}"
+        ) from exc
+    keep_freed_memory()
+    return _Means(
+        learning=learning,
+        learner=open_learner(learning, pick_device(device)),
+        graph_of=lambda model: partial(scoring_graph, model.network.cpu(), preprocessing=learning.input),
+    )
 
 
 def _read_prior(path: Path) -> FleetPrior:
@@ -214,50 +267,6 @@ def _read_prior(path: Path) -> FleetPrior:
     manifest = package.manifest
     source = {"file": path.name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
     return FleetPrior.of_statistics(package.statistics, source)
-
-
-def _frozen(backbone: ExportedBackbone, embedder: OnnxEmbedder, learning: Learning) -> Learner[GaussianModel]:
-    from fitting.fit import FrozenLearner, GaussianModel
-
-    return FrozenLearner(GaussianModel(embedder, backbone.weights, learning))
-
-
-def _torch_learner(learning: Learning, device: str) -> Learner[Any]:
-    """What learns by PyTorch.
-
-    Raises:
-        MissingDependencyError: it is not installed; the message says what does without.
-    """
-    try:
-        import onnxscript  # noqa: F401 - PyTorch's export asks for it at the very end
-        import timm  # noqa: F401
-
-        from trainer.device import keep_freed_memory, pick_device
-        from trainer.exchange import open_learner
-    except ImportError as exc:
-        install = f"({exc}): pip install 'edgeflame[train]'"
-        if METHODS[learning.method].learns:
-            raise MissingDependencyError(
-                f"method {learning.method} needs PyTorch, which is not here {install}"
-            ) from exc
-        raise MissingDependencyError(
-            "there is no backbone: either give one, by --backbone-from FILE (any package, or what `edgeflame export "
-            f"--backbone` wrote where PyTorch is), or have PyTorch make one {install}"
-        ) from exc
-    keep_freed_memory()
-    return open_learner(learning, pick_device(device))
-
-
-def _graph_of(model: Any, learning: Learning, backbone: ExportedBackbone | None) -> GraphFunction:
-    """What makes the scoring graph, in both ways the same from the embeddings on."""
-    if backbone is not None:
-        from export.graph import complete_graph
-
-        return partial(complete_graph, backbone.graph)
-    from export.network import scoring_graph
-
-    # Reference images are scored there, too.
-    return partial(scoring_graph, model.network.cpu(), preprocessing=learning.input)
 
 
 def _write_groups(path: Path, fitted: FittedModel[Model]) -> None:

@@ -131,8 +131,8 @@ class ExportedBackbone:
         """
         if METHODS[learning.method].learns:
             raise UsageError(
-                f"--backbone-from takes a backbone as it is; method {learning.method} learns more than statistics, "
-                f"which takes PyTorch and starts from backbone.weights: leave one of both out"
+                f"--backbone-from and --prior take a backbone as it is; method {learning.method} learns more than "
+                "statistics, by PyTorch and from backbone.weights: leave one of both out"
             )
         for section, wanted in self.settings().items():
             asked = msgspec.to_builtins(getattr(learning, section))
