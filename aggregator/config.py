@@ -95,8 +95,8 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Largest initial model, and largest statistics of a site, in bytes; updates are as large as the model."""
     statistics: Literal["site", "federated", "prior"] = "site"
     """``site``: each site's package has statistics of its own images; ``federated``: of all sites' images, pooled
-    after the last round without moving an image; ``prior``: of its own, with their covariance shrunk towards the other
-    sites' as far as its held-out parts become likelier by it. Thresholds are each site's own in all three."""
+    after the last round without moving an image; ``prior``: of its own, shrunk towards the other sites'
+    as far as its held-out parts become likelier by it. Thresholds are each site's own in all three."""
     statistics_form: Literal["low_rank", "moments"] = "low_rank"
     """What sites send of statistics that they share: an approximation whose error the ledger states, or all of it
     (48 MB a site by default), which pools exactly."""

@@ -29,7 +29,7 @@ from edgeflame.statistics.maps import shown_maps
 from edgeflame.statistics.moments import MomentAccumulator, Moments
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
-from fitting.prior import NUM_FOLDS, FleetPrior, PriorWeight, choose_weight
+from fitting.prior import NUM_FOLDS, FleetPrior, PriorWeights, choose_weights
 from fitting.suspects import HighestMaps
 from fitting.threshold import GoodScores
 
@@ -76,18 +76,23 @@ class PriorShare:
 
     Attributes:
         prior: of the other sites.
-        chosen: its weight.
+        chosen: how many images it counts as.
         num_images: the site's own images.
     """
 
     prior: FleetPrior
-    chosen: PriorWeight
+    chosen: PriorWeights
     num_images: int
 
     @property
     def share(self) -> float:
         """Of the covariance, what is the fleet's."""
         return self.chosen.weight / (self.chosen.weight + self.num_images - 1)
+
+    @property
+    def mean_share(self) -> float:
+        """Of the mean, what is the fleet's."""
+        return self.chosen.mean_weight / (self.chosen.mean_weight + self.num_images)
 
     def in_words(self) -> str:
         """A sentence without a full stop."""
@@ -98,20 +103,25 @@ class PriorShare:
             )
         return (
             f"leans on {self.prior.num_images} images of others, which count as {self.chosen.weight} beside "
-            f"{self.num_images} of its own: {self.share:.0%} of how good parts vary is theirs, the mean is its own"
+            f"{self.num_images} of its own: {self.share:.0%} of how good parts vary is theirs, "
+            f"{self.mean_share:.0%} of what they look like"
         )
 
     def describe(self) -> dict[str, Any]:
         """For a package's provenance."""
-        weight = self.chosen.weight
         return {
             "in_words": self.in_words(),
             **self.prior.source,
             "images_of_others": self.prior.num_images,
-            "counts_as_images": weight,
+            "counts_as_images": self.chosen.weight,
+            "mean_counts_as_images": self.chosen.mean_weight,
             "own_images": self.num_images,
             "share_of_covariance": round(self.share, 4),
-            "log_likelihood_by_weight": {str(one): value for one, value in self.chosen.log_likelihoods.items()},
+            "share_of_mean": round(self.mean_share, 4),
+            "log_likelihood_by_weights": {
+                f"{weight}, {mean_weight}": value
+                for (weight, mean_weight), value in self.chosen.log_likelihoods.items()
+            },
         }
 
 
@@ -264,7 +274,7 @@ def cross_fit(
     share = None
     if isinstance(pooled, FleetPrior):
         share = _weigh_prior(pooled, own, embeddings, groups, learning, ridge)
-    whole = own if share is None else share.prior.added_to(own, share.chosen.weight)
+    whole = own if share is None else share.prior.added_to(own, share.chosen)
     fit = _Fit(
         grid=embeddings.grid,
         rank=scoring.max_rank if scoring.rank == "auto" else scoring.rank,
@@ -278,7 +288,7 @@ def cross_fit(
         if not isinstance(pooled, PooledStatistics) or pooled.holds_these:
             moments = _leave_out(own, embeddings, fold)
         if share is not None:
-            moments = share.prior.added_to(moments, share.chosen.weight)
+            moments = share.prior.added_to(moments, share.chosen)
         without = {radius: fit(moments, radius, near=wholes[radius]).as_stored() for radius in radii}
         for indices, batch in embeddings.batches(fold):
             for radius, statistics in without.items():
@@ -322,7 +332,7 @@ def _weigh_prior(
         return None
     folds = make_folds(groups, NUM_FOLDS, learning.seed)
     share = PriorShare(
-        prior=others, chosen=choose_weight(embeddings, folds, others, ridge=ridge), num_images=len(groups)
+        prior=others, chosen=choose_weights(embeddings, folds, others, ridge=ridge), num_images=len(groups)
     )
     log.info("prior", **share.describe())
     return share

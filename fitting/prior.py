@@ -1,16 +1,18 @@
 """The fleet's statistics as a prior for one site's, so that a site with few photographs leans on the others (empirical
 Bayes).
 
-A site's mean is its own: what differs between cameras, such as gain, colour and vignetting, is in the mean. How good
-parts vary about it differs little between sites, and is what few photographs cannot tell. So the prior is a covariance
-W of other sites' photographs, those of each site about their own mean. It counts as ``weight`` further photographs::
+The prior is a covariance W of other sites' photographs, those of each site about their own mean, and the mean m of all
+of them. How good parts vary about their mean differs little between sites, and is what few photographs cannot tell.
+Means differ with the cameras' gain, colour and vignetting, so they have a weight of their own. W counts as ``weight``
+further photographs and m as ``mean_weight`` of them (a normal-inverse-Wishart prior, Gelman et al. 2013, "Bayesian Data
+Analysis", section 3.6), for n photographs of mean x and covariance S::
 
-    S' = (weight W + (n - 1) S) / (weight + n - 1)
+    m' = (mean_weight m + n x) / (mean_weight + n)
+    S' = (weight W + (n - 1) S + n mean_weight / (n + mean_weight) (x - m)(x - m)') / (weight + n - 1)
 
-which is the posterior mean of a covariance with an inverse-Wishart prior, for n photographs of covariance S (Gelman et
-al. 2013, "Bayesian Data Analysis", section 3.6). The weight is the one under which the site's own held-out parts are
-most likely, among 0 and some up to the photographs behind the prior. So a site with five parts leans on the fleet, one
-with a thousand on itself, and one unlike the others is left alone.
+The weights are those under which the site's own held-out parts are most likely, among none and some up to the
+photographs behind the prior. So a site with five parts leans on the fleet, one with a thousand on itself, one with
+another camera keeps its own mean, and one unlike the others is left alone.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
 
 WEIGHTS = (5, 10, 20, 40, 80, 160, 320, 640)
-"""Numbers of photographs that a prior may count as; 0, for none, is tried as well."""
+"""Numbers of photographs that a prior's covariance may count as; 0, for none, is tried as well."""
+
+MEAN_WEIGHTS = (2, 5, 10, 20, 40, 80)
+"""The same of its mean, which is tried once the covariance counts."""
 
 NUM_POSITIONS = 32
 """Positions at which the weight is chosen, spread over the grid; it is one number for all of them."""
@@ -48,6 +53,7 @@ class FleetPrior:
 
     Attributes:
         grid: rows and columns of the P positions.
+        mean: ``[P, C]`` float32, of all photographs behind it.
         covariance: ``[P, C, C]`` float32.
         num_images: photographs behind it.
         num_own: how many of those are this site's own; their part is taken out before anything is fitted.
@@ -57,6 +63,7 @@ class FleetPrior:
     """
 
     grid: tuple[int, int]
+    mean: F32
     covariance: F32
     num_images: int
     num_own: int = 0
@@ -76,7 +83,13 @@ class FleetPrior:
             covariance[at, range(channels), range(channels)] += residual[:, None]
 
         map_position_blocks(positions, block)
-        return cls(grid=statistics.grid, covariance=covariance, num_images=statistics.count, source=source)
+        return cls(
+            grid=statistics.grid,
+            mean=statistics.mean,
+            covariance=covariance,
+            num_images=statistics.count,
+            source=source,
+        )
 
     @classmethod
     def of_fleet(cls, moments: Moments, header: StatisticsHeader, *, num_own: int) -> FleetPrior:
@@ -89,6 +102,7 @@ class FleetPrior:
         """
         return cls(
             grid=header.grid,
+            mean=moments.mean.astype(np.float32),
             covariance=moments.covariance().astype(np.float32),
             num_images=header.count,
             num_own=num_own,
@@ -130,45 +144,52 @@ class FleetPrior:
             covariance[at] = (self.total_weight * self.covariance[at] - own * moments.covariance(at)) / others
 
         map_position_blocks(len(covariance), block)
-        return replace(self, covariance=covariance, num_images=self.num_images - self.num_own, num_own=0)
+        rest = self.num_images - self.num_own
+        mean = ((self.num_images * self.mean - self.num_own * moments.mean) / rest).astype(np.float32)
+        return replace(self, mean=mean, covariance=covariance, num_images=rest, num_own=0)
 
-    def added_to(self, moments: Moments, weight: int) -> Moments:
-        """Moments with their own mean, and their covariance shrunk towards this one.
+    def added_to(self, moments: Moments, weights: PriorWeights) -> Moments:
+        """Moments that are shrunk towards this prior.
 
         Args:
             moments: of n photographs.
-            weight: how many photographs the prior counts as; 0 leaves the moments as they are.
+            weights: how many photographs the prior counts as; a weight of 0 leaves the moments as they are.
         """
-        if weight == 0:
+        if weights.weight == 0:
             return moments
+        own, count, kappa = moments.mean, moments.count, weights.mean_weight
+        step = self.mean - own
         outer = np.empty_like(moments.outer)
 
         def block(at: slice) -> None:
-            outer[at] = (moments.count - 1) * moments.covariance(at) + weight * self.covariance[at]
+            outer[at] = (count - 1) * moments.covariance(at) + weights.weight * self.covariance[at]
+            outer[at] += count * kappa / (count + kappa) * step[at, :, None] * step[at, None, :]
 
         map_position_blocks(len(outer), block)
-        mean = moments.mean
-        return Moments(count=moments.count + weight, shift=mean, total=np.zeros_like(mean), outer=outer)
+        mean = own + kappa / (count + kappa) * step
+        return Moments(count=count + weights.weight, shift=mean, total=np.zeros_like(mean), outer=outer)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorWeight:
+class PriorWeights:
     """How much a site leans on the prior.
 
     Attributes:
-        weight: photographs that the prior counts as; 0 where held-out parts are likelier without it.
-        log_likelihoods: each weight that was tried, to the mean log-likelihood of held-out photographs, per channel and
-            but for a constant.
+        weight: photographs that the prior's covariance counts as; 0 where held-out parts are likelier without it.
+        mean_weight: photographs that its mean counts as.
+        log_likelihoods: ``weight, mean_weight`` to the mean log-likelihood of held-out photographs, per channel and but
+            for a constant, of all that were tried.
     """
 
     weight: int
-    log_likelihoods: dict[int, float]
+    mean_weight: int = 0
+    log_likelihoods: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
-def choose_weight(
+def choose_weights(
     embeddings: Embeddings, folds: Sequence[Sequence[int]], prior: FleetPrior, *, ridge: Callable[[int], float]
-) -> PriorWeight:
-    """The weight under which held-out parts are most likely.
+) -> PriorWeights:
+    """The weights under which held-out parts are most likely; that of the covariance first, then that of the mean.
 
     Args:
         embeddings: of the site's N photographs.
@@ -183,47 +204,61 @@ def choose_weight(
     prior.require_fits(embeddings)
     folds = _thinned(folds)
     chosen = [index for fold in folds for index in fold]
-    positions = len(prior.covariance)
-    at = np.unique(np.linspace(0, positions - 1, NUM_POSITIONS + 2).round().astype(int)[1:-1])
+    at = np.unique(np.linspace(0, len(prior.covariance) - 1, NUM_POSITIONS + 2).round().astype(int)[1:-1])
     values = np.concatenate([batch[:, at] for _, batch in embeddings.batches(chosen)]).astype(np.float64)
     starts = np.cumsum([0, *(len(fold) for fold in folds)])
-    weights = [0, *(one for one in WEIGHTS if one <= max(prior.num_images, WEIGHTS[0]))]
-    covariance = prior.covariance[at].astype(np.float64)
-    sums = np.zeros((len(weights), len(at)))
+    mean, covariance = prior.mean[at].astype(np.float64), prior.covariance[at].astype(np.float64)
+    most = max(prior.num_images, WEIGHTS[0])
 
-    def block(positions: slice) -> None:
-        for first, last in itertools.pairwise(starts):
-            held_out = values[first:last, positions]
-            others = np.delete(values[:, positions], slice(first, last), axis=0)
-            if len(others) > 1:
-                sums[:, positions] += _log_likelihoods(others, held_out, covariance[positions], weights, ridge)
+    def evaluate(tried: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        sums = np.zeros((len(tried), len(at)))
 
-    map_position_blocks(len(at), block, size=max(1, len(at) // 4))
-    means = sums.sum(axis=1) / (len(chosen) * len(at) * values.shape[2])
-    best = int(np.argmax(means))
-    return PriorWeight(
-        weight=weights[best],
-        log_likelihoods={weight: round(float(mean), 4) for weight, mean in zip(weights, means, strict=True)},
-    )
+        def block(positions: slice) -> None:
+            for first, last in itertools.pairwise(starts):
+                held_out = values[first:last, positions]
+                others = np.delete(values[:, positions], slice(first, last), axis=0)
+                if len(others) > 1:
+                    sums[:, positions] += _log_likelihoods(
+                        others, held_out, mean[positions], covariance[positions], tried, ridge
+                    )
+
+        map_position_blocks(len(at), block, size=max(1, len(at) // 4))
+        means = sums.sum(axis=1) / (len(chosen) * len(at) * values.shape[2])
+        return {pair: round(float(one), 4) for pair, one in zip(tried, means, strict=True)}
+
+    found = evaluate([(0, 0), *((one, 0) for one in WEIGHTS if one <= most)])
+    weight, _ = max(found, key=lambda pair: found[pair])
+    if weight:
+        found.update(evaluate([(weight, one) for one in MEAN_WEIGHTS if one <= most]))
+    weight, mean_weight = max(found, key=lambda pair: found[pair])
+    return PriorWeights(weight=weight, mean_weight=mean_weight, log_likelihoods=found)
 
 
 def _log_likelihoods(
-    others: F64, held_out: F64, prior: F64, weights: Sequence[int], ridge: Callable[[int], float]
+    others: F64,
+    held_out: F64,
+    prior_mean: F64,
+    prior: F64,
+    tried: Sequence[tuple[int, int]],
+    ridge: Callable[[int], float],
 ) -> F64:
-    """The summed log-likelihood of photographs ``[m, P, C]``, by the mean of ``[n, P, C]``: ``[weights, P]``."""
+    """The summed log-likelihood of photographs ``[m, P, C]`` by ``[n, P, C]`` and the prior: ``[len(tried), P]``."""
     count, _, channels = others.shape
-    mean = others.mean(axis=0)
-    centred = (others - mean).transpose(1, 0, 2)
+    own = others.mean(axis=0)
+    centred = (others - own).transpose(1, 0, 2)
     scatter = centred.transpose(0, 2, 1) @ centred
-    deviations = (held_out - mean).transpose(1, 2, 0)
-    found = np.empty((len(weights), others.shape[1]))
-    for row, weight in enumerate(weights):
-        covariance = (scatter + weight * prior) / (count - 1 + weight)
+    step = prior_mean - own
+    between = step[:, :, None] * step[:, None, :]
+    found = np.empty((len(tried), others.shape[1]))
+    for row, (weight, kappa) in enumerate(tried):
+        covariance = scatter + weight * prior + count * kappa / (count + kappa) * between
+        covariance /= count - 1 + weight
         variance = np.trace(covariance, axis1=1, axis2=2).mean() / channels
-        covariance[:, range(channels), range(channels)] += max(ridge(count + weight) * variance, np.finfo(float).tiny)
-        # What an approximation of the prior left below zero counts as nothing.
+        added = max(ridge(count + weight) * variance, float(np.finfo(np.float64).tiny))
         eigenvalues, vectors = np.linalg.eigh(covariance)
-        eigenvalues = np.maximum(eigenvalues, ridge(count + weight) * variance)
+        # What an approximation of the prior left below zero counts as nothing.
+        eigenvalues = np.maximum(eigenvalues, 0.0) + added
+        deviations = (held_out - (own + kappa / (count + kappa) * step)).transpose(1, 2, 0)
         along = vectors.transpose(0, 2, 1) @ deviations
         distances = (along**2 / eigenvalues[:, :, None]).sum(axis=(1, 2))
         found[row] = -0.5 * (distances + held_out.shape[0] * np.log(eigenvalues).sum(axis=1))

@@ -183,7 +183,7 @@ def fleet_figures(
                 threshold = set_threshold(found.held_out.scores, groups, learning.calibration, groups_known=True)
                 more = {"radius": found.radius, "fit_cpu_s": round(time.process_time() - begun, 1)}
                 if found.prior is not None:
-                    more["weight"] = found.prior.chosen.weight
+                    more["weights"] = [found.prior.chosen.weight, found.prior.chosen.mean_weight]
                 fitted[method] = found.statistics, threshold.value, more
             scores: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
             for part in pool.test.values():

@@ -25,7 +25,7 @@ from edgeflame.statistics.moments import MomentAccumulator, Moments
 from edgeflame.tensors import F32, F64
 from fitting.crossfit import automatic_ridge, cross_fit, make_folds
 from fitting.embeddings import Embeddings
-from fitting.prior import FleetPrior, choose_weight
+from fitting.prior import FleetPrior, PriorWeights, choose_weights
 from tests.support.commands import edgeflame, error_of
 
 GRID, C = (6, 8), 12
@@ -53,12 +53,16 @@ def stored(values: F32) -> Embeddings:
     return cast("Embeddings", StoredEmbeddings(values))
 
 
-def photographs(count: int, seed: int, *, shape: int = 0) -> F32:
-    """``[count, P, C]`` of a site with a mean of its own, that vary as all do whose ``shape`` is the same."""
+def photographs(count: int, seed: int, *, shape: int = 0, camera: int | None = None) -> F32:
+    """``[count, P, C]`` of a site, that vary as all do whose ``shape`` is the same, about the mean of the ``camera``.
+
+    By default the camera is the site's own.
+    """
     rng = np.random.default_rng(seed)
+    mean = np.random.default_rng(500 + (seed if camera is None else camera)).normal(size=(P, C))
     turn = np.linalg.qr(np.random.default_rng(1000 + shape).normal(size=(P, C, C)))[0]
     varied = np.einsum("npc,pdc->npd", rng.normal(size=(count, P, C)) * 0.6 ** np.arange(C), turn)
-    return (varied + 5 * rng.normal(size=(P, C))).astype(np.float32)
+    return (varied + 5 * mean).astype(np.float32)
 
 
 def moments(values: F32) -> Moments:
@@ -69,7 +73,8 @@ def moments(values: F32) -> Moments:
 
 def prior_of(values: F32, **more: Any) -> FleetPrior:
     covariance = moments(values).covariance().astype(np.float32)
-    return FleetPrior(grid=GRID, covariance=covariance, num_images=len(values), **more)
+    mean = values.mean(axis=0)
+    return FleetPrior(grid=GRID, mean=mean, covariance=covariance, num_images=len(values), **more)
 
 
 def covariances(values: F32) -> F64:
@@ -78,18 +83,27 @@ def covariances(values: F32) -> F64:
 
 def weight_of(own: F32, prior: FleetPrior) -> int:
     folds = make_folds([str(index) for index in range(len(own))], 5, 0)
-    return choose_weight(stored(own), folds, prior, ridge=automatic_ridge).weight
+    return choose_weights(stored(own), folds, prior, ridge=automatic_ridge).weight
 
 
-def test_a_prior_counts_as_so_many_photographs_about_the_sites_own_mean() -> None:
+def test_a_prior_counts_as_so_many_photographs() -> None:
     own, others = photographs(6, 1), photographs(50, 2)
-    added = prior_of(others).added_to(moments(own), 20)
+    added = prior_of(others).added_to(moments(own), PriorWeights(weight=20))
     expected = (20 * covariances(others) + 5 * covariances(own)) / 25
     np.testing.assert_allclose(added.covariance(), expected, atol=1e-5)
     np.testing.assert_allclose(added.mean, own.mean(axis=0, dtype=np.float64), atol=1e-5)
     assert added.count == 26
     plain = moments(own)
-    assert prior_of(others).added_to(plain, 0) is plain
+    assert prior_of(others).added_to(plain, PriorWeights(weight=0)) is plain
+
+
+def test_with_a_weight_for_the_mean_it_is_as_if_so_many_photographs_were_there() -> None:
+    own, others = photographs(6, 1), photographs(20, 2)
+    # Of 20 photographs the covariance has 19 degrees of freedom.
+    added = prior_of(others).added_to(moments(own), PriorWeights(weight=19, mean_weight=20))
+    both = np.concatenate([own, others])
+    np.testing.assert_allclose(added.mean, both.mean(axis=0, dtype=np.float64), atol=1e-5)
+    np.testing.assert_allclose(added.covariance(), 25 / 24 * covariances(both), rtol=1e-4, atol=1e-4)
 
 
 def test_a_package_is_a_prior_of_what_its_statistics_say() -> None:
@@ -104,6 +118,16 @@ def test_few_photographs_lean_on_the_fleet_and_many_on_themselves() -> None:
     few, many = weight_of(photographs(5, 1), prior), weight_of(photographs(300, 1), prior)
     assert few >= 40
     assert few / (few + 4) > 0.9 > many / (many + 299)
+
+
+def test_a_site_with_another_camera_keeps_its_mean_and_one_with_the_same_does_not() -> None:
+    prior = prior_of(photographs(700, 2))
+    folds = make_folds(list("abcde"), 5, 0)
+    other = choose_weights(stored(photographs(5, 1)), folds, prior, ridge=automatic_ridge)
+    assert other.weight >= 40
+    assert other.mean_weight == 0
+    same = choose_weights(stored(photographs(5, 1, camera=2)), folds, prior, ridge=automatic_ridge)
+    assert same.mean_weight >= 10
 
 
 def test_a_site_that_varies_otherwise_is_left_alone() -> None:
@@ -123,7 +147,7 @@ def test_photographs_of_one_part_are_held_out_together() -> None:
     copies = (np.repeat(parts, 4, axis=0) + noise).astype(np.float32)
     groups = [str(index // 4) for index in range(20)]
     prior = prior_of(photographs(700, 2))
-    by_part = choose_weight(stored(copies), make_folds(groups, 5, 0), prior, ridge=automatic_ridge)
+    by_part = choose_weights(stored(copies), make_folds(groups, 5, 0), prior, ridge=automatic_ridge)
     assert by_part.weight >= 40
 
 
@@ -142,6 +166,8 @@ def test_own_photographs_are_taken_out_of_a_fleets_prior(tmp_path: Path) -> None
     assert others is not None
     assert others.num_images == 39
     np.testing.assert_allclose(others.covariance, (weighted["b"] + weighted["c"]) / 37, atol=1e-4)
+    both = np.concatenate([sites["b"], sites["c"]])
+    np.testing.assert_allclose(others.mean, both.mean(axis=0), atol=1e-4)
     # Whoever did not contribute has nothing to take out; whoever is alone has no prior.
     stranger = FleetPrior.of_fleet(pooled, header, num_own=0)
     assert stranger.without(moments(photographs(5, 9))) is stranger
@@ -214,7 +240,9 @@ def test_a_prior_that_does_not_fit_changes_nothing() -> None:
 
 
 def test_a_prior_of_other_embeddings_is_refused() -> None:
-    other = FleetPrior(grid=(4, 12), covariance=np.zeros((48, C, C), np.float32), num_images=9)
+    other = FleetPrior(
+        grid=(4, 12), mean=np.zeros((48, C), np.float32), covariance=np.zeros((48, C, C), np.float32), num_images=9
+    )
     with pytest.raises(DataError, match=r"12 channels on a grid of 4x12, these embeddings have 12 on 6x8"):
         cross_fit(stored(photographs(6, 1)), list("abcdef"), learning(), pooled=other)
 

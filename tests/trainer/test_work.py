@@ -319,9 +319,9 @@ def test_a_site_leans_on_the_others_statistics(
     assert (lonely.summary, statistics) == (alone.summary, by_itself)
     helped, statistics = finish({"west": own, "twin": own})
     assert statistics != by_itself
-    # The mean is the site's own, and so is the number of images.
+    # The twin's mean is this site's.
     found, before = decode_statistics(statistics), decode_statistics(by_itself)
-    np.testing.assert_array_equal(found.mean, before.mean)
+    np.testing.assert_allclose(found.mean, before.mean, atol=1e-4)
     assert helped.summary["num_images_in_statistics"] == 24
     assert helped.summary["threshold"] < alone.summary["threshold"]
 
