@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("cli.simulate", "Simulate a fleet's rounds on this machine, or on a Ray cluster."),
     "fit": ("cli.fit", "Fit a model to good images at one site and write its package."),
     "evaluate": ("cli.evaluate", "Measure a package on test images."),
+    "learn": ("cli.learn", "Learn from what people marked as good and bad."),
     "calibrate": ("cli.calibrate", "Set a package's threshold from good images of the line."),
     "export": ("cli.export", "Write a package's model for other runtimes."),
     "inspect": ("cli.inspect", "Judge the parts that pass a camera: pass, fail or unknown."),

@@ -165,6 +165,7 @@ def command(
             ),
             model_onnx=package.model_onnx,
             statistics=package.statistics,
+            head=package.head,
             references=package.references,
             condition=_condition(
                 package, [record for record, fine in zip(kept, is_good, strict=True) if fine], good, maps[is_good]

@@ -63,6 +63,7 @@ class ImageRecord:
         label: ``good`` or the name of the defect.
         group: the physical part it shows; photographs of one part are not independent.
         mask: the file of its defect mask, or None.
+        is_cropped: whether it shows the region of interest alone.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class ImageRecord:
     label: str
     group: str
     mask: Path | None = None
+    is_cropped: bool = False
 
     @property
     def is_good(self) -> bool:
@@ -227,7 +229,7 @@ def load_images(
         report.digests[record.path] = image_digest(frame)
         report.most_used = max(report.most_used, share_of_range(frame, preprocessing.sample_bits))
         try:
-            image = preprocessing.apply(frame)
+            image = (preprocessing.without_roi() if record.is_cropped else preprocessing).apply(frame)
         except DataError as exc:
             raise DataError(f"{record.name}: {exc}") from exc
         faults = picture_faults(image)

@@ -116,6 +116,10 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Pixels of the largest photograph that is decoded."""
         return MAX_PIXELS if self.max_megapixels is msgspec.UNSET else int(self.max_megapixels * 1e6)
 
+    def without_roi(self) -> Preprocessing:
+        """The same for pictures that were cropped to the region of interest before."""
+        return self if self.roi is None else msgspec.structs.replace(self, roi=None)
+
     def read(self, path: Path) -> ImageU8 | ImageU16:
         """Read a photograph as :meth:`apply` and :meth:`picture` take it; see :func:`read_samples`."""
         return read_samples(path, max_pixels=self.max_pixels)

@@ -6,6 +6,7 @@ A zip without compression of
     model.onnx               the scoring graph: uint8 image in, score and anomaly map out
     statistics.safetensors   the Gaussian statistics inside the graph, or the memory: ``edgeflame.statistics.codec``
     reference/0.png ...      optional: good images whose scores the manifest records
+    head.safetensors         optional: what marked defects taught, see ``edgeflame.statistics.head``
     condition.json           optional: what good parts and their images are like, see ``edgeflame.drift_reference``
     fitted.bin               optional: digests of the images it was fitted on, see ``edgeflame.fitted_images``
     signature.json           optional: over the manifest's bytes, see ``edgeflame.signing``
@@ -41,6 +42,7 @@ from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8, Preprocessing, decode_image
 from edgeflame.methods import Learning
 from edgeflame.statistics.codec import PackageStatistics, decode_statistics, encode_statistics
+from edgeflame.statistics.head import DefectHead, decode_head, encode_head, max_head_bytes
 from edgeflame.threshold import Threshold
 
 DEFAULT_REFERENCES = 4
@@ -130,6 +132,7 @@ FORMAT_VERSION = 1
 MANIFEST_MEMBER = "manifest.json"
 MODEL_MEMBER = "model.onnx"
 STATISTICS_MEMBER = "statistics.safetensors"
+HEAD_MEMBER = "head.safetensors"
 DRIFT_REFERENCE_MEMBER = "condition.json"
 FITTED_MEMBER = "fitted.bin"
 SIGNATURE_MEMBER = "signature.json"
@@ -213,6 +216,8 @@ class Package:
     sha256: str
     """SHA-256 of the package file."""
     references: tuple[ReferenceImage, ...] = ()
+    head: DefectHead | None = None
+    """What marked defects taught; None where nothing was."""
     condition: DriftReference | None = None
     """What drift is measured against; None in packages of earlier versions."""
     fitted: frozenset[bytes] = frozenset()
@@ -229,6 +234,7 @@ def write_package(
     manifest: Manifest,
     model_onnx: bytes,
     statistics: PackageStatistics,
+    head: DefectHead | None = None,
     references: Sequence[ReferenceImage] = (),
     condition: DriftReference | None = None,
     fitted: Collection[bytes] = (),
@@ -243,6 +249,8 @@ def write_package(
     """
     members = {MODEL_MEMBER: model_onnx, STATISTICS_MEMBER: encode_statistics(statistics)}
     members.update({reference_member(index): one.png for index, one in enumerate(references)})
+    if head is not None:
+        members[HEAD_MEMBER] = encode_head(head)
     if condition is not None:
         members[DRIFT_REFERENCE_MEMBER] = encode_drift_reference(condition)
     if fitted:
@@ -318,16 +326,20 @@ def read_package(path: Path, *, accept: Callable[[PackageHead], object] | None =
         decoded = decode_statistics(members[STATISTICS_MEMBER])
         described_condition = None if condition is None else decode_drift_reference(condition)
         fitted = decode_fitted_images(members.get(FITTED_MEMBER, b""))
+        head = decode_head(members[HEAD_MEMBER]) if HEAD_MEMBER in members else None
     except (DataError, NumericalError, PackageError) as exc:
         raise PackageError(f"{path}: {exc}") from exc
     described = (manifest.grid, manifest.num_channels, manifest.rank, manifest.num_prototypes)
     if (decoded.grid, decoded.num_channels, decoded.rank, decoded.num_prototypes) != described:
         raise PackageError(f"{path}: the statistics are not those the manifest describes")
+    if head is not None and (head.grid, head.num_channels) != (decoded.grid, decoded.num_channels):
+        raise PackageError(f"{path}: the head is not for the embeddings that the manifest describes")
     return Package(
         manifest=manifest,
         model_onnx=members[MODEL_MEMBER],
         statistics=decoded,
         sha256=sha256,
+        head=head,
         references=tuple(
             ReferenceImage(png=png, expected=expected) for png, expected in zip(pngs, manifest.references, strict=True)
         ),
@@ -377,6 +389,8 @@ def _member_bounds(manifest: Manifest) -> dict[str, int]:
             for index in range(len(manifest.references))
         },
     }
+    if HEAD_MEMBER in manifest.sha256:
+        bounds[HEAD_MEMBER] = max_head_bytes(positions, channels)
     if DRIFT_REFERENCE_MEMBER in manifest.sha256:
         bounds[DRIFT_REFERENCE_MEMBER] = _MAX_DRIFT_REFERENCE_BYTES
     if FITTED_MEMBER in manifest.sha256:

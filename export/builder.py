@@ -7,6 +7,7 @@ constants, and take them again for every frame.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,18 @@ class GraphBuilder:
     def integers(self, name: str, *values: int) -> str:
         return self.constant(name, np.array(values, dtype=np.int64))
 
-    def node(self, kind: str, *inputs: str, result: str, **attributes: Any) -> str:
+    def node(self, kind: str, *inputs: str, result: str, others: Sequence[str] = (), **attributes: Any) -> str:
+        """Add a node; ``others`` are results beyond the first, which nothing uses."""
         # What the rest of the model refers to keeps its plain name.
         output = result if result in _PLAIN else f"{OWN_PREFIX}{result}"
         self.nodes.append(
-            onnx.helper.make_node(kind, list(inputs), [output], name=f"{OWN_PREFIX}{result}", **attributes)
+            onnx.helper.make_node(
+                kind,
+                list(inputs),
+                [output, *(f"{OWN_PREFIX}{other}" for other in others)],
+                name=f"{OWN_PREFIX}{result}",
+                **attributes,
+            )
         )
         return output
 

@@ -7,6 +7,7 @@ stage on its own h_s x w_s.
       -> float32, planes, RGB                 -> backbone -> its stages' maps
       -> embeddings [P, N, C]                 stages put on the grid; here the first half ends
       -> distance of every position [P, N]    `export.distances`
+      -> times the image's factor [N, 1, 1]   only with a head: `export.head`
       -> edgeflame.unsmoothed_map [N, h, w]   what runtimes ask for as well: `edgeflame.scoring_graph`
       -> Gaussian smoothing                   two products with constant matrices, no padding
       -> anomaly_map [N, h, w], score [N] = its maximum
@@ -42,9 +43,11 @@ from edgeflame.operators import check_operators
 from edgeflame.scoring_graph import EMBEDDINGS, INPUT, MAP, OWN_PREFIX, SCORE, UNSMOOTHED
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smoothing_matrix
+from edgeflame.statistics.head import DefectHead
 from edgeflame.tensors import F32
 from export.builder import RGB, GraphBuilder
 from export.distances import add_distances
+from export.head import add_head
 
 BATCH_AXIS = "N"
 OPSET = 18
@@ -146,7 +149,12 @@ def cut_embedding_graph(model_onnx: bytes, *, num_positions: int, num_channels: 
 
 
 def complete_graph(
-    embeddings_onnx: bytes, statistics: PackageStatistics, *, smoothing_sigma: float, metadata: Mapping[str, str]
+    embeddings_onnx: bytes,
+    statistics: PackageStatistics,
+    *,
+    smoothing_sigma: float,
+    metadata: Mapping[str, str],
+    head: DefectHead | None = None,
 ) -> bytes:
     """The scoring graph of a network, as ONNX, and statistics of its embeddings, serialised.
 
@@ -158,6 +166,7 @@ def complete_graph(
         statistics: of its embeddings.
         smoothing_sigma: of the map, in cells; 0 for none.
         metadata: written into the model's ``metadata_props``.
+        head: of marked defects; None for none.
 
     Returns:
         A model with input ``image [N, H, W, 3]`` uint8 BGR and outputs ``score [N]`` and
@@ -176,10 +185,17 @@ def complete_graph(
             f"the network gives embeddings of {num_channels} channels at {num_positions} positions, the statistics "
             f"describe {statistics.num_channels} on a grid of {height} x {width}"
         )
-    head = GraphBuilder()
-    _add_map(head, add_distances(head, EMBEDDINGS, statistics), grid=statistics.grid, sigma=smoothing_sigma)
-    graph.node.extend(head.nodes)
-    graph.initializer.extend(head.constants)
+    if head is not None and (head.grid, head.num_channels) != (statistics.grid, statistics.num_channels):
+        raise DataError(
+            f"the head is for {head.num_channels} channels on a grid of {list(head.grid)}, the statistics describe "
+            f"{statistics.num_channels} on {list(statistics.grid)}"
+        )
+    ending = GraphBuilder()
+    factors = None if head is None else add_head(ending, EMBEDDINGS, head)
+    distances = add_distances(ending, EMBEDDINGS, statistics)
+    _add_map(ending, distances, factors, grid=statistics.grid, sigma=smoothing_sigma)
+    graph.node.extend(ending.nodes)
+    graph.initializer.extend(ending.constants)
     del graph.output[:]
     value, float32 = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     graph.output.extend(
@@ -247,13 +263,18 @@ def _is_identity(matrix: F32) -> bool:
     return matrix.shape[0] == matrix.shape[1] and bool((matrix == np.eye(len(matrix))).all())
 
 
-def _add_map(g: GraphBuilder, distances: str, *, grid: tuple[int, int], sigma: float) -> None:
-    """Distances ``[P, N]`` to the smoothed map ``[N, h, w]`` and its maximum, the graph's outputs."""
+def _add_map(g: GraphBuilder, distances: str, factors: str | None, *, grid: tuple[int, int], sigma: float) -> None:
+    """Distances ``[P, N]`` to the smoothed map ``[N, h, w]`` and its maximum, the graph's outputs.
+
+    All distances of an image are multiplied by its factor ``[N, 1, 1]``, if there are factors.
+    """
     height, width = grid
     images_first = g.node("Transpose", distances, result="distance", perm=[1, 0])
-    unsmoothed = g.node(
-        "Reshape", images_first, g.integers("map_shape", 0, height, width), result=UNSMOOTHED.removeprefix(OWN_PREFIX)
-    )
+    shape, name = g.integers("map_shape", 0, height, width), UNSMOOTHED.removeprefix(OWN_PREFIX)
+    if factors is None:
+        unsmoothed = g.node("Reshape", images_first, shape, result=name)
+    else:
+        unsmoothed = g.node("Mul", g.node("Reshape", images_first, shape, result="distance_map"), factors, result=name)
     # Also without smoothing (then with identities): 0 * NaN is NaN, so the two products carry a fault at one
     # position to every cell, and the maximum cannot overlook it, whatever it does with single NaNs.
     rows = g.constant("smoothing_rows", smoothing_matrix(height, sigma))

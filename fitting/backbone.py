@@ -315,7 +315,8 @@ def _check_by_references(path: Path, package: Package, embedder: OnnxEmbedder) -
         return
     chosen = [package.references[index] for index in evenly_spaced(len(package.references), MAX_CHECKED)]
     images = np.stack([one.image(learning.input) for one in chosen])
-    found = score_references(embedder, package.statistics, images, smoothing_sigma=learning.scoring.smoothing_sigma)
+    smoothing = learning.scoring.smoothing_sigma
+    found = score_references(embedder, package.statistics, images, smoothing_sigma=smoothing, head=package.head)
     worst = 0.0
     for got, wanted in zip(found, chosen, strict=True):
         for one, other in (

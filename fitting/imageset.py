@@ -97,4 +97,6 @@ class ImageSet:
         cached = self._cache.get(index)
         if cached is not None:
             return cached
-        return self.preprocessing.apply(self.preprocessing.read(self.records[index].path))
+        record = self.records[index]
+        preprocessing = self.preprocessing.without_roi() if record.is_cropped else self.preprocessing
+        return preprocessing.apply(preprocessing.read(record.path))

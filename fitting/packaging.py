@@ -36,6 +36,7 @@ from edgeflame.package import (
 )
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import smooth_maps
+from edgeflame.statistics.head import DefectHead
 from fitting.embeddings import Embedder
 from fitting.imageset import ImageSet
 from fitting.site_statistics import SiteStatistics
@@ -72,7 +73,12 @@ def choose_references(images: ImageSet, count: int) -> ImageU8:
 
 
 def score_references(
-    embedder: Embedder, statistics: PackageStatistics, images: ImageU8, *, smoothing_sigma: float
+    embedder: Embedder,
+    statistics: PackageStatistics,
+    images: ImageU8,
+    *,
+    smoothing_sigma: float,
+    head: DefectHead | None = None,
 ) -> tuple[ReferenceImage, ...]:
     """Reference images with the score maps of float64 distances; the exported graph is not involved.
 
@@ -81,11 +87,15 @@ def score_references(
         statistics: as the package stores them.
         images: ``[R, height, width, 3]`` uint8 BGR.
         smoothing_sigma: of the map, in cells.
+        head: of marked defects, if there is one.
     """
     if not len(images):
         return ()
     embeddings = np.concatenate([embedder.embed(one[None]) for one in images])
-    unsmoothed = statistics.distances(embeddings.astype(np.float64)).reshape(-1, *statistics.grid)
+    embeddings = embeddings.astype(np.float64)
+    unsmoothed = statistics.distances(embeddings).reshape(-1, *statistics.grid)
+    if head is not None:
+        unsmoothed = unsmoothed * np.exp(head.log_factors(embeddings))[:, None, None]
     return make_references(images, smooth_maps(unsmoothed, smoothing_sigma), unsmoothed)
 
 
@@ -109,6 +119,7 @@ def save_package(
     product: str,
     site: str | None,
     references: ImageU8 | None = None,
+    head: DefectHead | None = None,
 ) -> Manifest:
     """Put the scoring graph together and write the package, whole or not at all.
 
@@ -123,6 +134,7 @@ def save_package(
         product: the kind of part.
         site: where it was fitted, if that has a name.
         references: good images ``[R, height, width, 3]`` that go into the package; None for none.
+        head: of marked defects; the graph that ``make_graph`` makes has it too.
 
     Raises:
         StorageError: the package cannot be written.
@@ -157,9 +169,10 @@ def save_package(
         manifest=manifest,
         model_onnx=graph,
         statistics=statistics,
+        head=head,
         references=()
         if references is None
-        else score_references(embedder, statistics, references, smoothing_sigma=smoothing),
+        else score_references(embedder, statistics, references, smoothing_sigma=smoothing, head=head),
         condition=condition,
         fitted=site_statistics.images.report.digests.values(),
     )

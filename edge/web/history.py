@@ -38,6 +38,8 @@ class ShownPart(msgspec.Struct, frozen=True, kw_only=True):
     captured: dt.datetime
     latency_ms: float
     has_picture: bool
+    picture_size: tuple[int, int] | None = None
+    """Width and height of its picture, pixels; null without one."""
 
 
 class DayCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,6 +148,7 @@ class PartHistory:
                 captured=result.captured,
                 latency_ms=result.latency_ms,
                 has_picture=inspected.image is not None,
+                picture_size=None if inspected.image is None else inspected.image.shape[1::-1],
             )
             before = {part.key for part in (*memory.recent, *memory.rejects)}
             memory.latest = shown

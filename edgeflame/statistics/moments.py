@@ -169,7 +169,7 @@ def map_position_blocks(num_positions: int, work: Callable[[slice], None], *, si
     """
     blocks = [slice(start, min(start + size, num_positions)) for start in range(0, num_positions, size)]
     workers = min(len(blocks), usable_cpus(), MAX_WORKERS)
-    with _one_blas_thread():
+    with one_blas_thread():
         if workers < 2:
             for block in blocks:
                 work(block)
@@ -185,7 +185,8 @@ def require_finite(embeddings: npt.NDArray[np.floating[Any]]) -> None:
         raise NumericalError("an embedding holds NaN or infinite values")
 
 
-def _one_blas_thread() -> AbstractContextManager[object]:
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Many small products gain nothing from a BLAS that splits each over threads, and lose much on a busy machine."""
     controller = _blas_controller()
     return nullcontext() if controller is None else controller.limit(limits=1, user_api="blas")
 

@@ -159,6 +159,6 @@ fetch("api/line").then((response) => response.json()).then((line) => {
   $("products").replaceChildren(...line.products.map((name) => make("option", "", name)));
 });
 
-onTab.marks = showMarks;
+onTab.marks = () => showMarks();
 showTab(place()[1]);
 listen(place()[0]);

@@ -161,6 +161,7 @@ function look(part) {
   for (const button of document.querySelectorAll("#opinion [data-was]")) button.disabled = !part.has_picture;
   text("answer", part.has_picture ? "\u00a0" : "This part has no picture.");
   $("closer").showModal();
+  startMarking(part);
 }
 
 const token = () => $("token").value || $("order-token").value || sessionStorage.getItem("token") || "";
@@ -191,9 +192,10 @@ function showTokens() {
 async function mark(was) {
   text("answer", "…");
   try {
-    const { response, answer } = await post(`api/parts/${closer.key}/mark`, { was });
+    const { response, answer } = await post(`api/parts/${closer.key}/mark`, sayMore(was));
     if (response.status === 401) $("token").focus();
-    text("answer", response.ok ? `Kept as ${was} for the next training.` : `Not kept: ${answer.error}.`);
+    text("answer", response.ok ? `Kept as ${was}${answer.kind ? `, ${answer.kind}` : ""}.` : `Not kept: ${answer.error}.`);
+    if (response.ok) marked(answer);
   } catch {
     text("answer", "Not kept: the daemon does not answer.");
   }

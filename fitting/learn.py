@@ -1,0 +1,392 @@
+"""From a package and marks to a candidate package, without torch.
+
+Good marks are good parts like all others: they enter statistics and threshold. Bad marks train a head
+(:mod:`fitting.defect_head`), and move the threshold as labelled defects do (:mod:`fitting.expected_cost`), with scores
+of statistics and heads that did not see them. What comes out is compared with the present package on the same scores.
+
+What marks cannot be used, or say two things, is left out and told:
+
+- marks of another product;
+- pictures of another shape than the photographs that the package was made of: another camera, another region;
+- a picture that is marked good and bad, under two names;
+- good pictures to learn from that are marked as bad: the mark counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+
+from edgeflame.dataset import Dataset, ImageRecord, UnreadablePolicy
+from edgeflame.errors import DataError, UsageError
+from edgeflame.frame_sizes import FrameSizes
+from edgeflame.layout import GOOD
+from edgeflame.log import EventLog
+from edgeflame.mark_shapes import paint
+from edgeflame.marks import Mark, MarkStore
+from edgeflame.methods import Learning
+from edgeflame.package import Manifest, Package
+from edgeflame.statistics.gaussian import LowRankGaussian
+from edgeflame.statistics.head import DefectHead
+from edgeflame.tensors import F32, F64
+from fitting.crossfit import image_scores, score_maps
+from fitting.defect_head import HeadFit, HeadImages, describe_images, fit_head, pool_of
+from fitting.embeddings import Embedder, Embeddings
+from fitting.expected_cost import set_least_cost
+from fitting.fit import Stage, quiet_stage, read_training_images
+from fitting.imageset import ImageSet
+from fitting.site_statistics import SiteStatistics, fit_statistics
+from fitting.threshold import set_threshold
+
+log = EventLog("learn")
+
+MAX_BAD = 2000
+"""Bad marks that a head learns from, the newest; so many take some hundred MB."""
+SHAPE_LEEWAY = 0.02
+"""By how much the width over the height of a mark's picture may differ from that of the photographs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkComparison:
+    """The candidate beside the present package, on parts that the candidate did not see."""
+
+    num_bad: int
+    """Bad images that were marked."""
+    missed: int
+    """Of them, by the present package."""
+    caught: int
+    """Of those missed, by the candidate."""
+    lost: int
+    """Missed by the candidate, of those that the present package catches."""
+    num_good: int
+    rejected_before: int
+    rejected: int
+    """Of the good ones, by the present package and by the candidate."""
+
+    def __str__(self) -> str:
+        more = self.rejected - self.rejected_before
+        if self.num_bad == 0:
+            text = "no bad part is marked; it would have"
+        else:
+            text = f"would have caught {self.caught} of the {self.missed} marked bad that the present package misses"
+            if self.lost:
+                text += f", missed {self.lost} that it catches"
+            text += ", and"
+        few = "fewer" if more < 0 else "more"
+        return f"{text} rejected {abs(more)} {few} of {self.num_good} good"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearntModel:
+    """What was learnt from marks.
+
+    Attributes:
+        site: statistics, threshold and held-out scores with the head.
+        head: None where it would not help, or there are too few marks.
+        comparison: with the present package.
+        left_out: reason to the number of marks left out for it.
+        details: for a package's provenance.
+    """
+
+    site: SiteStatistics
+    head: DefectHead | None
+    comparison: MarkComparison
+    left_out: Counter[str]
+    details: dict[str, Any]
+
+
+def learn(
+    package: Package,
+    embedder: Embedder,
+    dataset: Dataset,
+    store: MarkStore,
+    *,
+    cost_of_miss: float,
+    on_unreadable: UnreadablePolicy = "skip",
+    stage: Stage = quiet_stage,
+) -> LearntModel:
+    """Learn from marks.
+
+    Args:
+        package: the present one.
+        embedder: its network.
+        dataset: good photographs to learn from, as for a fit; those that the package was fitted on, or newer ones.
+        store: the marks.
+        cost_of_miss: of a missed defective part against a rejected good one.
+        on_unreadable: what to do about photographs that cannot be read.
+        stage: shows the progress of each stage.
+
+    Raises:
+        UsageError: the package has no Gaussian statistics, or no mark can be used.
+        DataError: too few good images.
+        NumericalError: an embedding is not finite.
+    """
+    manifest = package.manifest
+    learning = manifest.learning
+    if not isinstance(package.statistics, LowRankGaussian):
+        raise UsageError("this package scores by a memory; marks are learnt by packages with Gaussian statistics only")
+    left_out: Counter[str] = Counter()
+    marks = _usable(store.marks(), manifest, left_out)
+    with stage("Reading images") as progress:
+        bad_marks = _newest([mark for mark in marks if mark.was == "bad"], left_out)
+        bad = _read(store, bad_marks, learning, left_out, manifest)
+        known_bad = set(bad.report.digests.values())
+        good_marks = [mark for mark in marks if mark.was == "good"]
+        marked_good = _read(store, good_marks, learning, left_out, manifest)
+        with_marks = replace(dataset, train=(*dataset.train, *marked_good.records))
+        images = _without(
+            read_training_images(with_marks, learning, on_unreadable=on_unreadable, progress=progress),
+            known_bad,
+            left_out,
+        )
+    if not len(bad) and not len(marked_good):
+        raise UsageError(f"{store.folder}: no mark can be used{_reasons(left_out)}")
+    embeddings = Embeddings(embedder, images)
+    with stage("Statistics and threshold") as progress:
+        site = fit_statistics(embeddings, learning, groups_known=dataset.groups_known, progress=progress)
+        if len(site.images) != len(images):
+            embeddings = Embeddings(embedder, site.images)
+    with stage("Learning from marks"):
+        good_images = _describe(site, embeddings, learning, site.images.groups, scores=site.held_out_scores)
+        of_bad = {_name(mark): mark for mark in bad_marks}
+        bad_records = bad.records
+        bad_embeddings = Embeddings(embedder, bad)
+        bad_images = _describe(
+            site,
+            bad_embeddings,
+            learning,
+            [record.group for record in bad_records],
+            marks=[of_bad[record.name] for record in bad_records],
+        )
+        fitted = (
+            fit_head(good_images, bad_images, grid=site.statistics.grid, seed=learning.seed)
+            if len(bad)
+            else HeadFit(head=None, good_scores=good_images.scores, bad_scores=np.zeros(0))
+        )
+        threshold = set_threshold(
+            fitted.good_scores,
+            site.images.groups,
+            learning.calibration,
+            groups_known=dataset.groups_known,
+            num_left_out=site.threshold.num_left_out,
+        )
+        if len(bad):
+            threshold = set_least_cost(
+                threshold,
+                fitted.good_scores,
+                site.images.groups,
+                fitted.bad_scores,
+                bad_images.groups,
+                cost_of_miss=cost_of_miss,
+                seed=learning.seed,
+            )
+        before_bad = _present_scores(package, bad_embeddings, learning)
+        before_good = site.held_out_scores if package.head is None else _present_scores(package, embeddings, learning)
+    present = manifest.threshold.value
+    missed = before_bad <= present
+    caught = fitted.bad_scores > threshold.value
+    comparison = MarkComparison(
+        num_bad=len(bad),
+        missed=int(missed.sum()),
+        caught=int((missed & caught).sum()),
+        lost=int((~missed & ~caught).sum()),
+        num_good=len(site.images),
+        rejected_before=int((before_good > present).sum()),
+        rejected=int((fitted.good_scores > threshold.value).sum()),
+    )
+    details: dict[str, Any] = {
+        "previous_package": package.sha256,
+        "num_good_marks": len(marked_good),
+        "num_bad_marks": len(bad),
+        "left_out": dict(left_out),
+        "head": fitted.details,
+        "comparison": str(comparison),
+        "look_at": _look_at(site, bad, fitted),
+    }
+    log.info("learnt_from_marks", good=len(marked_good), bad=len(bad), has_head=fitted.head is not None)
+    images.report.digests.update(bad.report.digests)
+    return LearntModel(
+        site=replace(
+            site,
+            threshold=threshold,
+            held_out_scores=fitted.good_scores,
+            # The head multiplies the whole map.
+            held_out_means=site.held_out_means * fitted.good_scores / site.held_out_scores,
+        ),
+        head=fitted.head,
+        comparison=comparison,
+        left_out=left_out,
+        details=details,
+    )
+
+
+def _usable(marks: Sequence[Mark], manifest: Manifest, left_out: Counter[str]) -> list[Mark]:
+    """Marks of this product that do not contradict each other."""
+    of_product = [mark for mark in marks if mark.product in ("", manifest.product)]
+    _leave_out(left_out, f"of another product than {manifest.product}", len(marks) - len(of_product))
+    said: dict[str, set[str]] = {}
+    for mark in of_product:
+        said.setdefault(mark.digest or mark.name, set()).add(mark.was)
+    kept, seen = [], set()
+    for mark in reversed(of_product):
+        which = mark.digest or mark.name
+        if len(said[which]) > 1:
+            _leave_out(left_out, "one picture marked both good and bad", 1)
+        elif which in seen:
+            _leave_out(left_out, "one picture marked twice", 1)
+        else:
+            seen.add(which)
+            kept.append(mark)
+    return kept[::-1]
+
+
+def _newest(marks: list[Mark], left_out: Counter[str]) -> list[Mark]:
+    _leave_out(left_out, f"older than the newest {MAX_BAD} bad ones", len(marks) - MAX_BAD)
+    return sorted(marks, key=lambda mark: mark.marked)[-MAX_BAD:]
+
+
+def _name(mark: Mark) -> str:
+    return f"marks/{mark.file}"
+
+
+def _read(
+    store: MarkStore, marks: Sequence[Mark], learning: Learning, left_out: Counter[str], manifest: Manifest
+) -> ImageSet:
+    """The pictures of marks that can be read and have the right shape."""
+    records = [
+        ImageRecord(
+            path=store.picture(mark),
+            name=_name(mark),
+            label=GOOD if mark.was == "good" else mark.label,
+            group=f"mark:{mark.group}",
+            is_cropped=not mark.whole_frame,
+        )
+        for mark in marks
+    ]
+    # Each is read once here to know its size, as the camera gave it.
+    fitting = [record for record in records if _has_shape(record, learning, manifest.frames)]
+    _leave_out(left_out, "pictures of another shape: another camera or region", len(records) - len(fitting))
+    images = ImageSet(fitting, learning.input)
+    _leave_out(left_out, "pictures that cannot be read", len(fitting) - len(images))
+    return images
+
+
+def _has_shape(record: ImageRecord, learning: Learning, frames: FrameSizes | None) -> bool:
+    roi = learning.input.roi
+    try:
+        frame = learning.input.read(record.path)
+    except DataError:
+        return True  # it is told when the pictures are read
+    height, width = frame.shape[:2]
+    if roi is not None and record.is_cropped:
+        low = high = roi.width / roi.height
+    elif frames is not None:
+        low, high = frames.ratios
+    else:
+        return True
+    if roi is not None and not record.is_cropped and (roi.x + roi.width > width or roi.y + roi.height > height):
+        return False
+    return bool(low * (1 - SHAPE_LEEWAY) <= width / height <= high * (1 + SHAPE_LEEWAY))
+
+
+def _without(images: ImageSet, known_bad: set[bytes], left_out: Counter[str]) -> ImageSet:
+    """The good images but for those marked as bad, and each but once."""
+    kept: list[int] = []
+    seen: set[bytes] = set()
+    for index, record in enumerate(images.records):
+        digest = images.report.digests[record.path]
+        if digest in known_bad:
+            _leave_out(left_out, "good images that a mark calls bad", 1)
+        elif digest not in seen:
+            seen.add(digest)
+            kept.append(index)
+    return images if len(kept) == len(images) else images.subset(kept)
+
+
+def _describe(
+    site: SiteStatistics,
+    embeddings: Embeddings,
+    learning: Learning,
+    groups: Sequence[str],
+    *,
+    scores: F64 | None = None,
+    marks: Sequence[Mark] | None = None,
+) -> HeadImages:
+    """What a head needs of images: the good ones with held-out ``scores``, the bad ones with their ``marks``."""
+    cells, distances, own = [], [], []
+    for _, batch in embeddings.batches(range(len(embeddings))):
+        of_batch = describe_images(site.statistics, batch)
+        cells.append(of_batch[0])
+        distances.append(of_batch[1])
+        if scores is None:
+            own.append(image_scores(score_maps(site.statistics, batch, learning.scoring)))
+    grid = site.statistics.grid
+    num_cells = (grid[0] // pool_of(grid)) * (grid[1] // pool_of(grid))
+    return HeadImages(
+        cells=np.concatenate(cells) if cells else np.zeros((0, num_cells, embeddings.num_channels), np.float16),
+        distances=np.concatenate(distances) if distances else np.zeros((0, num_cells), np.float32),
+        scores=scores if scores is not None else np.concatenate([*own, np.zeros(0)]).astype(np.float64),
+        groups=list(groups),
+        kinds=[mark.kind or "" for mark in marks] if marks is not None else (),
+        regions=[
+            _region(record, mark, learning, grid) for record, mark in zip(embeddings.images.records, marks, strict=True)
+        ]
+        if marks is not None
+        else (),
+    )
+
+
+def _region(record: ImageRecord, mark: Mark, learning: Learning, grid: tuple[int, int]) -> F32 | None:
+    """Share of each cell that a mark covers, ``[Q]``; None if it does not say where the defect is."""
+    if not mark.where:
+        return None
+    preprocessing = learning.input.without_roi() if record.is_cropped else learning.input
+    height, width = preprocessing.read(record.path).shape[:2]
+    mask = preprocessing.crop(paint(mark.where, height=height, width=width))
+    pool = pool_of(grid)
+    size = (grid[1] // pool, grid[0] // pool)
+    covered = cv2.resize((mask > 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    region: F32 = np.asarray(covered, dtype=np.float32).ravel()
+    return region
+
+
+def _present_scores(package: Package, embeddings: Embeddings, learning: Learning) -> F64:
+    """What the present package says of images, ``[N]``."""
+    scores = [np.zeros(0)]
+    for _, batch in embeddings.batches(range(len(embeddings))):
+        of_batch = image_scores(score_maps(package.statistics, batch, learning.scoring)).astype(np.float64)
+        if package.head is not None:
+            of_batch = of_batch * np.exp(package.head.log_factors(batch))
+        scores.append(of_batch)
+    return np.concatenate(scores)
+
+
+def _look_at(site: SiteStatistics, bad: ImageSet, fitted: HeadFit) -> list[str]:
+    """Marks that others contradict most: perhaps they are wrong."""
+    good = [
+        (float(score), record.name)
+        for score, record in zip(fitted.good_scores, site.images.records, strict=True)
+        if record.name.startswith("marks/")
+    ]
+    odd = [name for score, name in sorted(good, reverse=True)[:3] if score > fitted.good_scores.mean() * 1.5]
+    usual = np.median(fitted.good_scores)
+    unclear = [
+        (float(score), record.name)
+        for score, record in zip(fitted.bad_scores, bad.records, strict=True)
+        if score < usual
+    ]
+    return [*odd, *(name for _, name in sorted(unclear)[:3])]
+
+
+def _leave_out(left_out: Counter[str], reason: str, count: int) -> None:
+    if count > 0:
+        left_out[reason] += count
+
+
+def _reasons(left_out: Counter[str]) -> str:
+    return "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
