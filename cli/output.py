@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def cell(text: str, style: str = "") -> Text:
 def progress_bar(description: str) -> Iterator[Progress]:
     """A bar with the time left on standard error; silent unless that is a terminal (or ``FORCE_COLOR`` is set)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
 
     console = Console(stderr=True)
@@ -53,19 +54,52 @@ def progress_bar(description: str) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[left]}"),
         TextColumn("[dim]{task.fields[note]}"),
     )
     with RichProgress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=None, note="")
+        task = bar.add_task(description, total=None, note="", count="", left="")
+        left = TimeLeft()
 
         def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, note=printable(note))
+            count = f"{done}/{total}" if total else ""
+            seconds = left.seconds(done, total, time.monotonic())
+            text = "" if seconds is None else f"about {in_minutes(seconds)} left"
+            bar.update(task, completed=done, total=total or None, note=printable(note), count=count, left=text)
 
         yield report
+
+
+class TimeLeft:
+    """How long a piece of work will still take, by its mean pace since it began.
+
+    The time since the last step counts too: what stands still seems to take longer, not to be over in a second.
+    """
+
+    MIN_SHARE = 0.05
+    """Below this share of the work the pace is not known."""
+
+    def __init__(self) -> None:
+        self._total, self._first, self._last = 0, 0, 0
+        self._began_at = 0.0
+
+    def seconds(self, done: int, total: int, now: float) -> float | None:
+        """Take note of what is done, and estimate the rest; None while nothing can be said."""
+        if total != self._total or done < self._last:
+            # Another piece of work.
+            self._total, self._first, self._began_at = total, done, now
+        self._last = done
+        since = done - self._first
+        if total <= 0 or done >= total or since < max(1.0, self.MIN_SHARE * (total - self._first)):
+            return None
+        return (now - self._began_at) * (total - done) / since
+
+
+def in_minutes(seconds: float) -> str:
+    """A time for people: ``40 s``, ``3 min``."""
+    return f"{max(5, 5 * round(seconds / 5))} s" if seconds < 90 else f"{round(seconds / 60)} min"
 
 
 def print_json(value: object) -> None:

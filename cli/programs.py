@@ -158,6 +158,7 @@ class ChildProcesses:
         waiting = list(command_lines.items())
         running: list[ChildProcess] = []
         outputs: dict[str, Path] = {}
+        progress(0, len(command_lines))
         while waiting or running:
             while waiting and len(running) < at_a_time:
                 running.append(self.start(*waiting.pop(0), num_threads=max(1, cores // at_a_time)))

@@ -12,8 +12,6 @@ import click
 
 T = TypeVar("T")
 
-TABLE_WIDTH = 150
-
 
 @click.command("demo")
 @click.option(
@@ -23,18 +21,19 @@ TABLE_WIDTH = 150
     show_default=True,
     help="Folder for data, models, logs and the report; an earlier demo's is replaced.",
 )
-@click.option("--quick", is_flag=True, help="A third of the boards and less training.")
+@click.option("--quick", is_flag=True, help="Fewer boards to judge, seen more coarsely.")
 @click.option(
     "--texture", default="warm_white_grid", show_default=True, help="Which product; see `edgeflame demo-data`."
 )
-@click.option("--sites", type=click.IntRange(2, 8), default=3, show_default=True, help="How many sites train together.")
+@click.option("--sites", type=click.IntRange(2, 8), default=3, show_default=True, help="How many sites join.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of boards, cameras and training.")
 def command(out: Path, quick: bool, texture: str, sites: int, seed: int) -> None:
-    """See all of EdgeFlame work: three sites train one detector over MQTT, then inspect.
+    """See all of EdgeFlame work: sites with few boards each make a detector together over MQTT, then inspect.
 
-    Generates furniture boards with defects, starts a broker, an aggregator and the training sites as processes of
-    their own, trains in rounds of FLAME, fits statistics and thresholds, exports to ONNX, evaluates against untrained
-    and lone training, inspects a stream of new boards, and writes a report. Ctrl-C stops all of it.
+    Generates furniture boards with defects, photographed by each site's own camera; starts a broker, an aggregator and
+    the sites as processes of their own; has them share statistics of their good boards, but no image; sets thresholds,
+    exports to ONNX, compares with what each site can do alone, inspects a stream of new boards, and writes a report.
+    Ctrl-C stops all of it.
     """
     from cli.demo.plan import make_demo_plan
 
@@ -46,7 +45,7 @@ def run_demo(plan: Any) -> None:
     from rich.console import Console
 
     from cli.demo import stages
-    from cli.demo.plan import results_table
+    from cli.demo.plan import TABLE_WIDTH, results_table, what_joining_brought
     from cli.demo.report import ReportContents, write_demo_report
     from cli.output import progress_bar
     from cli.programs import ChildProcesses
@@ -65,14 +64,13 @@ def run_demo(plan: Any) -> None:
 
     with ChildProcesses(plan.logs) as children:
         step("Photograph boards", lambda bar: stages.write_boards(plan, bar))
-        ledger = step("Train together over MQTT", lambda bar: stages.train_together(plan, children, bar))
-        metrics = step("Compare with each alone", lambda bar: stages.compare_alone(plan, children, bar))
+        ledger = step("Join over MQTT", lambda bar: stages.train_together(plan, children, bar))
+        alone = step("Fit each alone, to compare", lambda bar: stages.compare_alone(plan, children, bar))
         step("Export to ONNX", lambda bar: stages.export_models(plan, children, bar))
-        evaluated = step("Evaluate", lambda bar: stages.evaluate_models(plan, children, bar))
+        together = step("Evaluate", lambda bar: stages.evaluate_models(plan, children, bar))
         streams = step("Inspect a stream", lambda bar: stages.inspect_streams(plan, children, bar))
         samples = step("Draw heat maps", lambda bar: stages.draw_samples(plan, bar))
-    for site, report_of_site in evaluated.items():
-        metrics[site]["federated"] = report_of_site
+    metrics = {site: {"alone": alone[site], "together": together[site]} for site in plan.sites}
     results = stages.collect_results(plan, metrics, streams)
     write_json(plan.out / "results.json", results, indent=2)
     report = write_demo_report(
@@ -87,6 +85,7 @@ def run_demo(plan: Any) -> None:
     # A pipe has no width of its own; the table must not be cut to the 80 columns assumed for it.
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
     console.print(results_table(results))
+    console.print(what_joining_brought(results))
     console.print(f"Done in {sum(seconds for _, seconds in timings):.0f} s. Report: [bold]{report}[/bold]")
     console.print(f"Models and their ONNX graphs: {plan.out / 'models'}, rejected boards: {plan.out / 'rejects'}")
 

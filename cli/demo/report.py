@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.demo.plan import CONDITIONS, DemoPlan, DemoSiteResult
+from cli.demo.plan import CONDITIONS, DemoPlan, DemoSiteResult, total_of, what_joining_brought
 from cli.pages.charts import WIDE, Axis, Chart
 from cli.pages.page import render_page, write_page
 from edgeflame.layout import GOOD
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from edgeflame.images import ImageU8
 
 
-STYLES = {"none": "many", "alone": "c1", "federated": "c0"}
+STYLES = {"alone": "c1", "together": "c0"}
 """Colours of the conditions."""
+
+HARDLY_VISIBLE = 0.1
+"""Severity below which a defect that was passed is not called a miss: at 0 it is at the limit of what can be seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,9 @@ def write_demo_report(contents: ReportContents) -> Path:
         total=sum(len(result.inspected) for result in results),
         missed=sum(result.num_missed for result in results),
         false_rejects=sum(result.num_false_rejects for result in results),
-        mean_auroc=_mean(results, "federated"),
-        mean_auroc_none=_mean(results, "none"),
+        totals={condition: total_of(results, condition) for condition in CONDITIONS},
+        sentence=what_joining_brought(results),
+        hardly_visible=HARDLY_VISIBLE,
     )
     write_page(contents.plan.report, page)
     _write_heat_maps(contents)
@@ -111,17 +115,17 @@ def _by_label(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _contributions(ledger: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"round": entry["round"], **update} for entry in ledger["rounds"] for update in entry["contributed"]]
-
-
-def _mean(results: Sequence[DemoSiteResult], condition: str) -> float:
-    return float(sum(result.metrics[condition]["image_AUROC"] for result in results) / len(results))
+    rows = [
+        {"what": f"round {entry['round']}", **update} for entry in ledger["rounds"] for update in entry["contributed"]
+    ]
+    shared = ledger["statistics"]
+    return rows + [{"what": "statistics", **part} for part in (shared["contributed"] if shared else ())]
 
 
 def _auroc_chart(results: Sequence[DemoSiteResult]) -> str:
     """Dots on a line from the worst figure (rounded down) to 1, one row a site and kind of figure."""
     kinds = {"image_AUROC": "image", "pixel_AUROC": "pixel"}
-    rows = [(result, kind) for result in results for kind in kinds]
+    rows = [(result, kind) for kind in kinds for result in results]
     values = [result.metrics[c][kind] for result, kind in rows for c in CONDITIONS]
     low = min(0.9, math.floor(min(value for value in values if value is not None) * 20) / 20)
     step = 0.05 if 1 - low <= 0.3 else 0.1
@@ -143,7 +147,7 @@ def _auroc_chart(results: Sequence[DemoSiteResult]) -> str:
             if value is not None:
                 # A little apart, or equal figures would hide each other.
                 title = f"{CONDITIONS[condition]}: {value:.3f}"
-                chart.dots([(value, row + 0.2 * (index - 1), title)], style, radius=5)
+                chart.dots([(value, row + 0.3 * (index - 0.5), title)], style, radius=5)
     return chart.svg()
 
 

@@ -17,7 +17,8 @@ from edgeflame.cpus import usable_cpus
 from edgeflame.log import Progress
 
 FLEET = "demo"
-SAMPLES_PER_DEFECT = 3
+SAMPLES_PER_DEFECT = 2
+"""A glaring one and a faint one, which fill a row of the report."""
 
 
 def edgeflame(*arguments: object) -> list[str]:
@@ -50,12 +51,13 @@ def write_boards(plan: DemoPlan, progress: Progress) -> None:
 
 
 def train_together(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, Any]:
-    """A broker, an aggregator and the sites, each its own process, through all rounds; returns the ledger."""
+    """A broker, an aggregator and the sites, each its own process, through the whole run; returns the ledger."""
     from edgeflame.mqtt.embedded_broker import EmbeddedBroker
 
     config, models, state = plan.out / "fleet.toml", plan.out / "models", plan.out / "state"
     config.write_text(
-        f"rounds = {plan.rounds}\nmin_available_sites = {plan.num_sites}\nquorum = 1.0\n\n"
+        f"rounds = {plan.rounds}\nmin_available_sites = {plan.num_sites}\nquorum = 1.0\n"
+        f'statistics = "{plan.statistics}"\n\n'
         f'[learning]\nmethod = "flame"\nseed = {plan.seed}\n\n[learning.training]\nepochs = {plan.epochs}\n\n'
         f"[learning.input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
     )
@@ -79,13 +81,10 @@ def train_together(plan: DemoPlan, children: ChildProcesses, progress: Progress)
     return ledger
 
 
-def compare_alone(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, dict[str, dict[str, Any]]]:
-    """No training at all, and FADE on its own images, at every site: site to condition to report."""
+def compare_alone(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, dict[str, Any]]:
+    """What each site makes of its own boards, with the same backbone: site to the report of its evaluation."""
     config = plan.out / "alone.toml"
-    config.write_text(
-        f"seed = {plan.seed}\n\n[training]\nepochs = {plan.rounds * plan.epochs}\n\n"
-        f"[input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n"
-    )
+    config.write_text(f"seed = {plan.seed}\n\n[input]\nheight = {plan.input_size}\nwidth = {plan.input_size}\n")
     outputs = _at_each_site(
         plan, children, progress, "compare", lambda site: program("cli.demo.compare", plan.data(site), config)
     )
@@ -93,7 +92,7 @@ def compare_alone(plan: DemoPlan, children: ChildProcesses, progress: Progress) 
 
 
 def export_models(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> None:
-    """The scoring graph of every site's federated model as an ONNX file."""
+    """The scoring graph of every site's model as an ONNX file."""
 
     def export(site: str) -> list[str]:
         return edgeflame("export", "--model", plan.package(site), "--onnx", plan.out / "models" / f"{site}.onnx")
@@ -102,7 +101,7 @@ def export_models(plan: DemoPlan, children: ChildProcesses, progress: Progress) 
 
 
 def evaluate_models(plan: DemoPlan, children: ChildProcesses, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Site to what `edgeflame evaluate --json` printed of its federated model."""
+    """Site to what `edgeflame evaluate --json` printed of the model that it took home from the run."""
 
     def evaluate(site: str) -> list[str]:
         return edgeflame("evaluate", "--model", plan.package(site), "--data", plan.data(site), "--json")
@@ -155,7 +154,8 @@ def collect_results(
         results.append(
             DemoSiteResult(
                 site=site,
-                num_train_images=manifest.num_images,
+                num_train_images=plan.train_parts * plan.photos,
+                num_train_parts=plan.train_parts,
                 metrics=metrics[site],
                 threshold=threshold.value,
                 promise=threshold.promise(),
@@ -208,8 +208,8 @@ def draw_samples(plan: DemoPlan, progress: Progress) -> list[Sample]:
 
 
 def _report_fleet(plan: DemoPlan, aggregator: ChildProcess, progress: Progress) -> None:
-    """Progress from what the aggregator logs: joined sites, accepted updates, finished packages."""
-    notes = {"site_joined": "joined", "update_accepted": "trained", "site_finished": "has its package"}
+    """Progress from what the aggregator logs: joined sites, what was accepted of them, finished packages."""
+    notes = {"site_joined": "joined", "update_accepted": "sent its part", "site_finished": "has its package"}
     done, note = 0, "starting"
     for line in aggregator.log.read_bytes().splitlines():
         try:
@@ -219,7 +219,8 @@ def _report_fleet(plan: DemoPlan, aggregator: ChildProcess, progress: Progress) 
         if entry.get("event") in notes:
             done += 1
             note = f"{entry['site']} {notes[entry['event']]}"
-    progress(done, plan.num_sites * (plan.rounds + 2), note)
+    gathers_statistics = plan.statistics != "site"
+    progress(done, plan.num_sites * (plan.rounds + 2 + gathers_statistics), note)
 
 
 def _severities(root: Path) -> dict[str, float]:

@@ -46,11 +46,13 @@ def test_demo_shows_the_whole_way(tmp_path: Path) -> None:
     result = subprocess.run(demo("--out", str(out)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
-    assert re.search(r"site-1 .*\d\.\d{3} / \d\.\d{3}.*ms", result.stdout)
+    assert re.search(r"site-1 +5 +\d\.\d{3} +\d\.\d{3} +\d+ of 20 +\d+ of 20 ", result.stdout)
+    assert max(map(len, result.stdout.splitlines()[:9])) <= 100
+    assert re.search(r"^Joining (brought|cost)", result.stdout, re.MULTILINE)
     results = msgspec.json.decode((out / "results.json").read_bytes())
     assert [site["site"] for site in results] == ["site-1", "site-2", "site-3"]
     for site in results:
-        for condition in ("none", "alone", "federated"):
+        for condition in ("alone", "together"):
             assert site["metrics"][condition]["image_AUROC"] > 0.75
             assert site["metrics"][condition]["pixel_AUROC"] > 0.75
         parts = site["inspected"]
