@@ -116,7 +116,7 @@ class ModelAggregated(_Event, frozen=True, kw_only=True, tag="model_made"):
 
 
 class StatisticsPooled(_Event, frozen=True, kw_only=True, tag="statistics_made"):
-    """The pooled statistics are on disk. ``truncation``: see :class:`edgeflame.statistics.merge.Truncation`."""
+    """The pooled statistics are on disk. ``truncation``: see :class:`edgeflame.statistics.shared.Truncation`."""
 
     sha256: str
     size_bytes: int

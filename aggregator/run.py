@@ -21,6 +21,7 @@ from aggregator.events import Event, Round, RunStarted, RunState, initial_state
 from aggregator.journal import Journal
 from aggregator.ledger import build_ledger
 from aggregator.outputs import AggregateRound, RecordEvent, RoundOutput
+from aggregator.pooling import pool_statistics
 from aggregator.publisher import StatePublisher
 from aggregator.rounds import RoundMachine
 from edgeflame.errors import ConfigError
@@ -28,7 +29,6 @@ from edgeflame.log import EventLog
 from edgeflame.methods import Calibration
 from edgeflame.mqtt.messages import RoundState
 from edgeflame.state import atomic_copy, write_json
-from edgeflame.statistics.merge import pool_statistics
 from edgeflame.transfer.store import BlobStore
 
 log = EventLog("aggregator")

@@ -23,7 +23,7 @@ from aggregator.events import Round, RunState
 from aggregator.exchanges import ValidationResult, message_without_path
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.mqtt.messages import DownMessage, Offer, Receipt, Refusal, RefusalReason
-from edgeflame.statistics.merge import StatisticsFile, header_difference
+from edgeflame.statistics.shared import StatisticsFile, header_difference
 from edgeflame.transfer.compression import decode_update
 from edgeflame.transfer.store import BlobStore
 

@@ -26,8 +26,8 @@ import numpy as np
 
 from edgeflame.errors import DataError
 from edgeflame.statistics.gaussian import LowRankGaussian
-from edgeflame.statistics.merge import StatisticsHeader, shared_weight
 from edgeflame.statistics.moments import Moments, map_position_blocks
+from edgeflame.statistics.shared import StatisticsHeader, shared_weight
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
 
@@ -57,7 +57,7 @@ class FleetPrior:
         covariance: ``[P, C, C]`` float32.
         num_images: photographs behind it.
         num_own: how many of those are this site's own; their part is taken out before anything is fitted.
-        total_weight: the sum of the weights (:func:`edgeflame.statistics.merge.shared_weight`) of the sites behind it;
+        total_weight: the sum of the weights (:func:`edgeflame.statistics.shared.shared_weight`) of the sites behind it;
             needed where ``num_own`` is not 0.
         source: where it came from, for a package's provenance.
     """

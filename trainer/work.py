@@ -28,8 +28,8 @@ from edgeflame.package import DEFAULT_REFERENCES
 from edgeflame.simulation import MeasureAnswer, MeasureTask
 from edgeflame.state import atomic_write
 from edgeflame.statistics.codec import PackageStatistics, encode_statistics
-from edgeflame.statistics.merge import read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
+from edgeflame.statistics.shared import read_moments, write_site_statistics
 from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, image_scores, score_maps
 from fitting.evaluation import EvaluationReport, evaluate

@@ -33,14 +33,15 @@ from typing import Any, cast
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from aggregator.pooling import pool_statistics
 from aggregator.simulation.config import BoardsData, FolderData, SimulationConfig
 from aggregator.simulation.data import PartPool, SimulatedPart, load_parts
 from boards.camera import Camera
 from edgeflame.images import ImageU8, read_image
 from edgeflame.methods import Learning
 from edgeflame.statistics.codec import PackageStatistics
-from edgeflame.statistics.merge import pool_statistics, read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
+from edgeflame.statistics.shared import read_moments, write_site_statistics
 from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, cross_fit, image_scores, score_maps
 from fitting.embeddings import Embedder, Embeddings

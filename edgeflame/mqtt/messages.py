@@ -247,7 +247,7 @@ class TurnedAway(WireMessage, frozen=True, kw_only=True, tag="turned_away"):
 
 
 class StatisticsWanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What a site is to send of its statistics, see :mod:`edgeflame.statistics.merge`."""
+    """What a site is to send of its statistics, see :mod:`edgeflame.statistics.shared`."""
 
     form: Literal["moments", "low_rank"]
     rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 14)] = 0

@@ -20,8 +20,8 @@ from edgeflame.config import load_config
 from edgeflame.errors import ConfigError
 from edgeflame.methods import Learning, Training
 from edgeflame.mqtt.messages import Receipt, Refusal, TaskFailed
-from edgeflame.statistics.merge import StatisticsFile, read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
+from edgeflame.statistics.shared import StatisticsFile, read_moments, write_site_statistics
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.round_driver import DEADLINE_S, RUN, Driver, sha

@@ -9,19 +9,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from aggregator.pooling import pool_statistics
 from edgeflame.errors import DataError
 from edgeflame.methods import Calibration, Learning, Scoring
 from edgeflame.package import read_package
 from edgeflame.statistics.codec import encode_statistics
 from edgeflame.statistics.gaussian import fit_gaussian
-from edgeflame.statistics.merge import (
-    MAX_SHARED_WEIGHT,
-    pool_statistics,
-    read_moments,
-    shared_weight,
-    write_site_statistics,
-)
 from edgeflame.statistics.moments import MomentAccumulator, Moments
+from edgeflame.statistics.shared import MAX_SHARED_WEIGHT, read_moments, shared_weight, write_site_statistics
 from edgeflame.tensors import F32, F64
 from fitting.crossfit import automatic_ridge, cross_fit, make_folds
 from fitting.embeddings import Embeddings

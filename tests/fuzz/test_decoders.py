@@ -55,7 +55,7 @@ from edgeflame.package import make_references, read_package, write_package
 from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, read_signature, sign_package, verify_signature, write_keys
 from edgeflame.statistics.codec import decode_statistics, encode_statistics
 from edgeflame.statistics.memory import MemoryBank, read_bank, write_bank
-from edgeflame.statistics.merge import StatisticsFile, read_moments, write_site_statistics
+from edgeflame.statistics.shared import StatisticsFile, read_moments, write_site_statistics
 from edgeflame.tensors import TensorFile
 from edgeflame.transfer.protocol import unpack_mask
 from tests.edge.web.test_page import TOKEN, judge, part, station

@@ -23,8 +23,8 @@ import safetensors.numpy
 
 from edgeflame.errors import DataError
 from edgeflame.log import Progress
-from edgeflame.statistics.merge import read_moments, write_site_statistics
 from edgeflame.statistics.moments import MomentAccumulator
+from edgeflame.statistics.shared import read_moments, write_site_statistics
 from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask, WorkerSetup
 from trainer.agent.worker import run_worker
 

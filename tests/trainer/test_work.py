@@ -12,13 +12,13 @@ import safetensors
 import safetensors.torch
 import torch
 
+from aggregator.pooling import pool_statistics
 from edgeflame.errors import DataError, FederationError, StorageError, UsageError
 from edgeflame.log import no_progress
 from edgeflame.methods import CONTROL_PREFIX, Learning
 from edgeflame.mqtt.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.statistics.codec import decode_statistics
-from edgeflame.statistics.merge import pool_statistics
 from export.network import scoring_graph
 from trainer.agent.tasks import FinishTask, InitialTask, SiteTrainer, StatisticsTask, TaskResult, TrainTask
 from trainer.model import build_model, load_model, save_model

@@ -69,7 +69,7 @@ class StatisticsTask(_WorkerLine, frozen=True, kw_only=True, tag="statistics"):
     wanted: StatisticsWanted
     """In which form."""
     out: str
-    """Where to write them, see :mod:`edgeflame.statistics.merge`."""
+    """Where to write them, see :mod:`edgeflame.statistics.shared`."""
 
 
 class FinishTask(_WorkerLine, frozen=True, kw_only=True, tag="finish"):

@@ -12,17 +12,17 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aggregator.pooling import pool_statistics
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError
-from edgeflame.statistics.merge import (
+from edgeflame.statistics.moments import MomentAccumulator, Moments
+from edgeflame.statistics.shared import (
     METADATA_KEY,
     StatisticsFile,
     StatisticsHeader,
     Truncation,
-    pool_statistics,
     read_moments,
     write_site_statistics,
 )
-from edgeflame.statistics.moments import MomentAccumulator, Moments
 
 GRID, C = (2, 3), 7
 MODEL = "a" * 64
