@@ -36,7 +36,7 @@ class DemoPlan:
     rounds: int = 1
     epochs: int = 0
     """Of training in each round. None: no training has beaten the pre-trained backbone (docs/experiments.md)."""
-    statistics: str = "federated"
+    statistics: str = "prior"
     """What the sites share after the rounds: a value of the aggregator's ``statistics``."""
     train_parts: int = 5
     """Good boards that each site has to learn from: as few as a site has that begins."""
