@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeflame.errors import DataError
+from edgeflame.errors import DataError, require_extra
 from edgeflame.log import EventLog
 from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.head import LIMIT, DefectHead, pooled_cells, top_mean
@@ -192,7 +192,8 @@ def _bad_cells(bad: HeadImages, image: int) -> npt.NDArray[np.intp]:
 
 
 def _fit_layers(x: F32, target: F32, weights: F32, rng: np.random.Generator, channels: int) -> _Layers:
-    from scipy.optimize import minimize
+    with require_extra("memory", "learning from marks needs SciPy"):
+        from scipy.optimize import minimize
 
     first = rng.normal(0, channels**-0.5, (channels, HIDDEN))
     start = np.concatenate([first.ravel(), np.zeros(HIDDEN), rng.normal(0, 0.1, HIDDEN), np.zeros(1)])
@@ -355,7 +356,8 @@ def _kinds_of(bad: HeadImages, seed: int) -> list[str]:
     num_parts = len(set(bad.groups))
     if num_parts < 2 * ALIKE:
         return named
-    from scipy.cluster.vq import kmeans2
+    with require_extra("memory", "learning from marks needs SciPy"):
+        from scipy.cluster.vq import kmeans2
 
     odd = np.stack([bad.cells[i, _bad_cells(bad, i)].astype(np.float64).mean(axis=0) for i in range(len(bad))])
     odd /= odd.std(axis=0) + 1e-9
