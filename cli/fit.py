@@ -76,6 +76,13 @@ log = EventLog("fit")
     help="Write index.html there: the images that look least normal, as pictures.",
 )
 @click.option(
+    "--scores",
+    "scores_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write there, as JSON, the score of each image, and what other thresholds would reject and promise.",
+)
+@click.option(
     "--reference-images",
     type=click.IntRange(0, MAX_REFERENCES),
     default=DEFAULT_REFERENCES,
@@ -113,6 +120,7 @@ def command(
     report_dir: Path | None,
     backbone_from: Path | None,
     prior_file: Path | None,
+    scores_file: Path | None,
     device: str,
     **settings: Any,
 ) -> None:
@@ -176,6 +184,10 @@ def command(
     _print_summary(out, manifest, fitted)
     if not dataset.groups_known:
         _write_groups(out.with_suffix(".groups.csv"), fitted)
+    if scores_file is not None:
+        from fitting.scores import scores_of, write_scores
+
+        write_scores(scores_file, scores_of(fitted.site, means.learning.calibration))
     if report_dir is not None:
         from cli.pages.fit import write_fit
 

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from edge.commands.messages import Command, Reply
 
 
+ACTIONS = (
+    "new", "region", "collect", "stop", "take", "join", "part", "throw-out", "take-back", "learn", "cancel",
+    "threshold", "try", "end-trial", "live", "back", "discard", "status",
+)  # fmt: skip
+"""What can be asked of the teaching; a test compares them with :mod:`edge.teaching.orders`."""
+
 ROLES = ("operator", "publisher")
 """Whose kits may command lines."""
 
@@ -204,6 +210,61 @@ def switch_model(lines: str, product: str, allow_older: bool, **options: Any) ->
 
 
 @command.command()
+@_line_options(timeout_s=30.0)
+@click.argument("action", type=click.Choice(ACTIONS))
+@click.argument("product")
+@_CAMERA
+@click.option("--region", metavar="X,Y,WIDTH,HEIGHT", help="region: what to look at.  [default: the whole picture]")
+@click.option(
+    "--photograph", "photographs", multiple=True, metavar="NAME",
+    help="join, part, throw-out, take-back: which; may be given several times.",
+)  # fmt: skip
+@click.option("--same-part", is_flag=True, help="take: the picture shows the part of the photograph before.")
+@click.option("--value", type=float, metavar="X", help="threshold: one that the scores offer.  [default: as learnt]")
+@click.option(
+    "--alone", is_flag=True, help="try: in place of the present model, with the verdicts marked as a trial's."
+)
+def teach(
+    lines: str,
+    action: Any,
+    product: str,
+    camera: str | None,
+    region: str | None,
+    photographs: tuple[str, ...],
+    same_part: bool,
+    value: float | None,
+    alone: bool,
+    **options: Any,
+) -> None:
+    """Teach LINE a new PRODUCT from its own camera's pictures, or say how it stands.
+
+    In this order: new, region, collect (stop ends it) or take, learn (cancel ends it), threshold, try (end-trial ends
+    it), live, and back to what was before. Photographs: join says that some show one part, part that each shows one of
+    its own, throw-out leaves some out, take-back takes them in again. discard deletes the product, status changes
+    nothing.
+    """
+    from edge.commands.messages import TeachProduct
+    from edge.teaching.orders import TeachingOrder
+    from edgeflame.images import Region
+
+    area = None
+    if region is not None:
+        parsed = Region.parse(region)
+        area = (parsed.x, parsed.y, parsed.width, parsed.height)
+    order = TeachingOrder(
+        action=action,
+        product=product,
+        camera=camera,
+        region=area,
+        photographs=photographs,
+        same_part=same_part,
+        threshold=value,
+        alone=alone,
+    )
+    _send(lines, options, TeachProduct, order=order)
+
+
+@command.command()
 @_line_options()
 def reload(lines: str, **options: Any) -> None:
     """Have LINE read its configuration again, and say what needs a restart."""
@@ -289,6 +350,11 @@ def _show(name: str, reply: Reply, *, is_one_of_many: bool) -> None:
             if is_one_of_many:
                 echo(f"{name}:")
             _show_cameras(answer)
+        case {"stage": stage, "num_parts": parts, "photographs": photographs, "promise": promise}:
+            echo(f"{name}: {answer['product']}: {stage}, {parts} good parts in {len(photographs)} photographs")
+            for told in (promise, answer["problem"], *answer["notes"]):
+                if told:
+                    echo(told)
         case {"present": {"sha256": sha256, "name": model, "origin": origin}}:
             text = "its configuration's file" if origin == "file" else model
             echo(f"{name}: runs {sha256[:12]} ({text})")

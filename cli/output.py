@@ -40,9 +40,38 @@ def cell(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
+PROGRESS_VARIABLE = "EDGEFLAME_PROGRESS"
+_LINE_EVERY_S = 0.25
+
+
+class _ProgressLines:
+    """Progress as lines of JSON on standard error, a few a second; the first and the last always."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._next = 0.0
+        self(0, 0)
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        del note
+        now = time.monotonic()
+        if now < self._next and done < total:
+            return
+        self._next = now + _LINE_EVERY_S
+        line = msgspec.json.encode({"progress": self._stage, "done": done, "total": total})
+        sys.stderr.write(printable_json(line).decode() + "\n")
+        sys.stderr.flush()
+
+
 @contextlib.contextmanager
 def progress_bar(description: str) -> Iterator[Progress]:
-    """A bar with the time left on standard error; silent unless that is a terminal (or ``FORCE_COLOR`` is set)."""
+    """A bar with the time left on standard error; silent unless that is a terminal (or ``FORCE_COLOR`` is set).
+
+    With ``EDGEFLAME_PROGRESS=json``, for programs: lines of JSON there, with ``stage``, ``done`` and ``total``.
+    """
+    if os.environ.get(PROGRESS_VARIABLE) == "json":
+        yield _ProgressLines(description)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress

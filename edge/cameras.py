@@ -28,6 +28,8 @@ from edge.inspector import InspectorLoader, InspectorProtocol
 from edge.parts.tracker import PartTracker
 from edge.sources.locate import WATCHED, open_image_source
 from edge.status import DEFAULT_CAMERA
+from edge.teaching.no_model import NO_PRODUCT, NoModel
+from edge.teaching.record import live_products
 from edgeflame.errors import ConfigError, RuntimeUnavailableError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.state import read_json, storage_errors, write_record
@@ -40,7 +42,7 @@ class CameraPlan:
     Attributes:
         name: the camera's name.
         source: address of its images, as after ``--source``.
-        product: the product it begins with.
+        product: the product it begins with; ``NO_PRODUCT``: none, until one is taught.
         settings: the configuration, with the camera's own sections in place of those for all cameras.
         modbus: the PLC's registers for its verdicts; None: no PLC.
     """
@@ -73,7 +75,8 @@ def plan_cameras(
         product_of: reads the name of a package's product.
 
     Raises:
-        UsageError: configuration and command line contradict each other, or there is no source or no package.
+        UsageError: configuration and command line contradict each other, or there is no source, or neither a package
+            nor a page on which to teach a product.
         ConfigError: a camera's product is not in ``[products]``.
     """
     if model is not None and config.products:
@@ -85,8 +88,10 @@ def plan_cameras(
     products = {name: Path(file) for name, file in config.products.items()}
     if not config.cameras:
         raise UsageError("--source: missing, and the configuration has no [cameras.NAME] with a source")
-    if model is None and not products:
-        raise UsageError("--model: missing, and the configuration has no [products]")
+    if model is None and not products and config.web is None:
+        raise UsageError(
+            "--model: missing, and the configuration has no [products], and no [web] on which to teach one"
+        )
     if model is not None:
         products = {product_of(model): model}
     cameras = tuple(
@@ -103,6 +108,8 @@ def plan_cameras(
 
 
 def _product(name: str, camera: CameraConfig, products: Mapping[str, Path]) -> str:
+    if camera.product is None and not products:
+        return NO_PRODUCT
     if camera.product is None and len(products) == 1:
         return next(iter(products))
     if camera.product is None:
@@ -204,7 +211,8 @@ class Cameras:
         plan: cameras and products.
         loader: opens packages.
         overrides: what was set by command before.
-        state: the state folder; watched folders look up in its outbox which files are done.
+        state: the state folder; watched folders look up in its outbox which files are done, and products that were
+            taught at the line are kept there.
 
     Raises:
         EdgeFlameError: a package cannot be used here, or there is no such source.
@@ -214,7 +222,8 @@ class Cameras:
         self._outbox = None if state is None else state / OUTBOX_FILE
         self._loader = loader
         self._overrides = overrides
-        self._products = dict(plan.products)
+        self._taught = {name: file for name, file in live_products(state).items() if name not in plan.products}
+        self._products = {**plan.products, **self._taught}
         self._settings = {camera.name: camera.settings for camera in plan.cameras}
         self._configured: dict[str, str] = {}
         """SHA-256 of the packages opened as the configuration names them, by product. A file may be replaced under its
@@ -236,7 +245,16 @@ class Cameras:
             EdgeFlameError: the package cannot be used here.
         """
         worker = next(worker for worker in self.workers if worker.name == camera)
-        return self._load(camera, product, self._products[product], self._settings[camera], is_live=worker.is_live)
+        return self._load(camera, product, self._products.get(product), self._settings[camera], is_live=worker.is_live)
+
+    def set_taught(self, product: str, file: Path | None) -> None:
+        """Add a product that was taught at this line, replace its package, or forget it (None)."""
+        self._loader.forget()
+        if file is None:
+            self._taught.pop(product, None)
+            self._products.pop(product, None)
+        else:
+            self._taught[product] = self._products[product] = file
 
     def settings(self, camera: str) -> InspectConfig:
         """The configuration of a camera, with its own sections."""
@@ -369,7 +387,7 @@ class Cameras:
         self, plan: Plan, replaced: Collection[str], changed: list[str], restart: list[str]
     ) -> dict[str, Path]:
         """The new plan's products, and those that cameras still use; released packages from the fleet stay in use."""
-        products = dict(plan.products)
+        products = {**self._taught, **plan.products}
         for name in {worker.inspector.product for worker in self.workers} - products.keys():
             if name in self._products:
                 products[name] = self._products[name]
@@ -419,7 +437,7 @@ class Cameras:
             name=name, source=before.source, product=after.product, settings=settings, modbus=before.modbus
         )
         if product != worker.inspector.product or product in replaced:
-            return self._load(name, product, products[product], settings, is_live=worker.is_live), now
+            return self._load(name, product, products.get(product), settings, is_live=worker.is_live), now
         return (worker.inspector.reconfigured(settings) if ruled else None), now
 
     def _open(self, camera: CameraPlan) -> CameraWorker:
@@ -436,7 +454,7 @@ class Cameras:
         # The source first: a folder that is not there is reported before a model is loaded.
         is_live = opener().is_live
         product = self._first_product(camera)
-        inspector = self._load(camera.name, product, self._products[product], camera.settings, is_live=is_live)
+        inspector = self._load(camera.name, product, self._products.get(product), camera.settings, is_live=is_live)
         own = inspector.threshold
         capture = tracker.capture_config(camera.settings.capture, is_live=is_live)
         waits = camera.source.startswith(WATCHED)
@@ -468,8 +486,10 @@ class Cameras:
         return commanded
 
     def _load(
-        self, camera: str, product: str, file: Path, settings: InspectConfig, *, is_live: bool
+        self, camera: str, product: str, file: Path | None, settings: InspectConfig, *, is_live: bool
     ) -> InspectorProtocol:
+        if file is None:
+            return NoModel(camera)
         inspector = self._loader.open(file, settings, camera=camera, product=product, is_live=is_live)
         if file == self.plan.products.get(product):
             self._configured.setdefault(product, self._digest(file))

@@ -21,6 +21,8 @@ from edge.golden_parts import GoldenTester
 from edge.overlay import draw_overlay
 from edge.result import Result
 from edge.status import CameraStatus, GoldenReport, GoldenStatus
+from edge.teaching.no_model import NO_PRODUCT
+from edge.teaching.orders import ProductTeaching, TeachingOrder, TeachingStatus
 from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.images import write_image
 from edgeflame.log import EventLog
@@ -82,6 +84,22 @@ class Marker(Protocol):
         ...
 
 
+class ProductTeacher(Protocol):
+    """The part of :class:`edge.teaching.teacher.LineTeacher` that people control."""
+
+    def run(self, order: TeachingOrder) -> ProductTeaching:
+        """Carry out an order about a product that is taught at this line.
+
+        Raises:
+            EdgeFlameError: the order makes no sense, or failed.
+        """
+        ...
+
+    def status(self) -> TeachingStatus:
+        """How all products that are taught stand."""
+        ...
+
+
 class LineDescription(msgspec.Struct, frozen=True, kw_only=True):
     """The status of a daemon."""
 
@@ -130,6 +148,8 @@ class DaemonControl:
         """The released models; None without ``[models]``."""
         self.marker: Marker | None = None
         """Keeps marks; None without ``[web]``."""
+        self.teacher: ProductTeacher | None = None
+        """Teaches products; None without a state folder."""
         self._listeners: tuple[Callable[[], None], ...] = ()
         # One change at a time: two at once could leave a mixture.
         self._lock = threading.RLock()
@@ -209,11 +229,11 @@ class DaemonControl:
         with self._lock:
             worker = self._one(camera)
             products = self._cameras.products
-            if product not in products:
+            if product not in products and (product != NO_PRODUCT or self._cameras.plan.products):
                 raise UsageError(f"no product {product!r}; there are {', '.join(products)}")
             inspector = self._cameras.open_inspector(worker.name, product)
             kept = self._overrides.get(worker.name)
-            self._overrides.set_product(worker.name, product)
+            self._overrides.set_product(worker.name, product or None)
             try:
                 before = worker.replace_inspector(inspector, threshold=kept.thresholds.get(inspector.model_id))
             except EdgeFlameError:
@@ -227,6 +247,51 @@ class DaemonControl:
                 model=inspector.model_id,
             )
             return self._changed()
+
+    def use_taught(self, camera: str, product: str, file: Path) -> None:
+        """Inspect a product that was taught at this line with a package, on a camera and wherever it is inspected.
+
+        Raises:
+            EdgeFlameError: the package cannot be used here, or the switch cannot be kept; all cameras go on as before.
+        """
+        with self._lock:
+            before = self._cameras.products.get(product)
+            users = any(worker.inspector.product == product for worker in self._workers.values())
+            try:
+                if users and before is not None:
+                    self._cameras.use_package(product, file, {})
+                self._cameras.set_taught(product, file)
+                if self._one(camera).inspector.product != product or self._one(camera).inspector.is_trial:
+                    self.switch_product(camera, product)
+            except EdgeFlameError:
+                self._cameras.set_taught(product, before)
+                if users and before is not None:
+                    self._cameras.use_package(product, before, {})
+                raise
+            self.changed()
+
+    def forget_taught(self, product: str, instead: str) -> None:
+        """Inspect another product wherever this one, taught at this line, is inspected, and forget it.
+
+        Args:
+            product: the product.
+            instead: name of the other; empty: none.
+
+        Raises:
+            EdgeFlameError: the other cannot be used; nothing is changed on the camera concerned then.
+        """
+        with self._lock:
+            for worker in self._workers.values():
+                if worker.inspector.product == product:
+                    self.switch_product(worker.name, instead)
+            self._cameras.set_taught(product, None)
+            self.changed()
+
+    def teach(self, order: TeachingOrder) -> ProductTeaching:
+        """Carry out an order about a product that is taught at this line."""
+        if self.teacher is None:
+            raise _not_set_up("teaching (--state DIR)")
+        return self.teacher.run(order)
 
     def snapshot(self, camera: str | None = None, *, timeout_s: float = SNAPSHOT_TIMEOUT_S) -> CameraSnapshot:
         """The next part of a camera: its result, and its picture with the heat map in a file.
@@ -351,6 +416,8 @@ class DaemonControl:
         status = worker.status()
         watcher, tester = self.drift_watchers.get(worker.name), self.golden.get(worker.name)
         problem = None if tester is None else tester.problem()
+        if not status.model:
+            problem = "no product has been taught yet"
         return msgspec.structs.replace(
             status,
             drift=None if watcher is None else watcher.status(),

@@ -8,6 +8,7 @@ through the outbox (:mod:`edge.delivery`); without one they go to the sinks dire
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import queue
 import threading
 import time
@@ -35,6 +36,7 @@ from edge.result import Inspected
 from edge.sources.arrivals import Disposal
 from edge.status import LineState, PartCounts, Summary, Tally
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
+from edge.teaching.teacher import LineTeacher
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, require_extra
 from edgeflame.log import EventLog
 from edgeflame.marks import MarkStore
@@ -306,8 +308,11 @@ def run_inspection(
             if (mqtt := pipeline.mqtt) is not None:
                 control.on_change(lambda: mqtt.set_state(LineState.of(control.statuses(), boot=boot)))
             stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
+            has_torch = importlib.util.find_spec("torch") is not None
+            teacher = stack.enter_context(LineTeacher(state, cameras, control, config.teaching, torch=has_torch))
+            control.teacher = teacher
             if config.web is not None:
-                outlets += _page(stack, config.web, state, pipeline, control, plcs, models, pictures)
+                outlets += _page(stack, config.web, state, pipeline, control, plcs, models, pictures, teacher)
             stack.callback(_start_flush, pipeline, plcs)
             outlet = stack.enter_context(OutboxWriter(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
@@ -388,6 +393,7 @@ def _page(
     plcs: Mapping[str, PlcSink],
     models: ReleasedModels | None,
     pictures: RejectsSink | None,
+    teacher: LineTeacher,
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     with require_extra("web", "[web] needs more than is installed here"):
@@ -414,6 +420,7 @@ def _page(
         metrics=metrics,
         marks=marks,
         rejects=PastRejects(state / OUTBOX_FILE, pictures),
+        teacher=teacher,
         deliverers=pipeline.deliverers,
         token=operator_token(state),
     )

@@ -82,6 +82,11 @@ class InspectorProtocol(Protocol):
         ...
 
     @property
+    def is_trial(self) -> bool:
+        """Whether its verdicts are a trial's, of a model that nobody has said may decide; results are marked so."""
+        ...
+
+    @property
     def observer(self) -> FrameObserver | None:
         """Observes frames ahead of their turn; None where that brings nothing."""
         ...
@@ -122,6 +127,7 @@ class Inspector:
         shared: runs the graph while other images are observed; None: ``runtime`` does. If ``num_parallel`` is above 1,
             several threads may use both at once.
         is_live: whether the images come from a camera; then one that repeats itself is frozen.
+        is_trial: whether its verdicts are a trial's.
     """
 
     def __init__(
@@ -135,7 +141,9 @@ class Inspector:
         num_parallel: int = 1,
         shared: Runtime | None = None,
         is_live: bool = False,
+        is_trial: bool = False,
     ) -> None:
+        self.is_trial = is_trial
         threshold = config.verdict.threshold
         self._own_threshold = package.manifest.threshold.value if threshold is None else threshold
         self.threshold = self._own_threshold
@@ -186,7 +194,14 @@ class Inspector:
             num_parallel=self.num_parallel,
             shared=self._shared,
             is_live=self._is_live,
+            is_trial=self.is_trial,
         )
+
+    def on_trial(self) -> Inspector:
+        """The same on the same runtime, for a trial."""
+        self_again = self.reconfigured(self._config)
+        self_again.is_trial = True
+        return self_again
 
     @property
     def observer(self) -> FrameObserver | None:

@@ -138,6 +138,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     golden: bool = False
     """A golden part of a self-test; it does not count as production."""
 
+    trial: bool = False
+    """The verdict of a model on trial, which nobody has said may decide; the PLC is told ``unknown``."""
+
     regions: tuple[AnomalyRegion, ...] = ()
     """Where it is above the threshold, the highest first, 20 at most; empty if it is not, or has no score."""
 

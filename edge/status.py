@@ -194,6 +194,8 @@ class CameraStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its source has come to its end."""
     waits: bool = False
     """Whether its source is a folder in which files arrive: no file is then no fault."""
+    trial: bool = False
+    """Whether a model on trial judges its parts."""
     problem: str | None = None
     """Why no parts come from it; None while they do."""
     parts: int = 0

@@ -3,12 +3,14 @@
     python docs/images/operator_page.py [--out docs/images/operator-page.jpg]
 
 Fits a small model, starts `edgeflame inspect` with two cameras and golden parts, and has Chromium (with Playwright)
-look at it: operator-page.jpg, and operator-page-upkeep.jpg of the tab Health.
+look at it: operator-page.jpg, operator-page-upkeep.jpg of the tab Health, and teach.jpg of a product that was learnt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -62,6 +64,27 @@ def golden_parts(folder: Path) -> None:
             write_image(folder / kind / f"{index}.png", part.image_bgr)
 
 
+def teach(token: str) -> None:
+    """Collect boards on the outfeed, and learn them."""
+
+    def order(**what: object) -> dict[str, object]:
+        body = json.dumps({"product": "walnut-board", **what}).encode()
+        connection = http.client.HTTPConnection(ADDRESS, timeout=120)
+        with contextlib.closing(connection):
+            connection.request("POST", "/api/teaching", body, {"X-EdgeFlame-Token": token})
+            return json.load(connection.getresponse())
+
+    order(action="new", camera="outfeed")
+    order(action="region", region=[12, 12, 232, 232])
+    order(action="collect")
+    while order(action="status")["num_parts"] < 34:
+        time.sleep(0.5)
+    order(action="stop")
+    order(action="learn")
+    while order(action="status")["learning"] is not None:
+        time.sleep(1)
+
+
 def photograph(out: Path, token: str, *, all_looks: bool) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     looks = {
@@ -89,6 +112,11 @@ def photograph(out: Path, token: str, *, all_looks: bool) -> None:
                 page.get_by_role("tab", name="Health").click()
                 file = out.with_name(f"{out.stem}-upkeep.jpg")
                 page.screenshot(path=file, full_page=True, type="jpeg", quality=78)
+                teach(token)
+                page.get_by_role("tab", name="Teach").click()
+                page.locator("#suspects img").nth(5).wait_for()
+                page.wait_for_timeout(4000)
+                page.screenshot(path=out.with_name("teach.jpg"), full_page=True, type="jpeg", quality=78)
             page.close()
             if not all_looks:
                 break

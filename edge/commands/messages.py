@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from edge.teaching.orders import TeachingOrder
 from edgeflame.errors import FederationError
 from edgeflame.marks import Kind, TrueLabel
 
@@ -115,6 +116,12 @@ class SwitchModel(_Command, frozen=True, kw_only=True, tag="switch_model", omit_
     lines of earlier versions."""
 
 
+class TeachProduct(_Command, frozen=True, kw_only=True, tag="teach"):
+    """Teach a product at this line; the reply says how it stands."""
+
+    order: TeachingOrder
+
+
 class ReloadConfig(_Command, frozen=True, kw_only=True, tag="reload"):
     """Read the configuration again."""
 
@@ -135,6 +142,7 @@ Command = (
     | MarkPart
     | RollBackModel
     | SwitchModel
+    | TeachProduct
     | ReloadConfig
     | DescribeLine
 )

@@ -37,6 +37,7 @@ from edge.commands.messages import (
     SwitchModel,
     SwitchProduct,
     TakeSnapshot,
+    TeachProduct,
     decode_command,
     read_command_id,
 )
@@ -196,6 +197,8 @@ class CommandServer:
                 return control.roll_back(command.product, to_file=command.to_file)
             case SwitchModel():
                 return control.switch_model(command.product, allow_older=command.allow_older)
+            case TeachProduct():
+                return control.teach(command.order)
             case ReloadConfig():
                 return control.reload()
             case DescribeLine():

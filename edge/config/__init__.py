@@ -28,6 +28,7 @@ from edge.config.outputs import (
     MqttConfig,
     OutboxConfig,
     RetryConfig,
+    TeachingConfig,
     WebConfig,
     WebhookConfig,
 )
@@ -101,6 +102,7 @@ class InspectConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     web: WebConfig | None = None
     modbus: ModbusConfig | None = None
     models: ModelsConfig | None = None
+    teaching: TeachingConfig = TeachingConfig()
 
     def __post_init__(self) -> None:
         for kind, names in (("products", self.products), ("cameras", self.cameras)):

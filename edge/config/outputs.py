@@ -237,3 +237,15 @@ class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Earlier released models kept to roll back to, besides the configuration's own file."""
     max_bytes: Annotated[int, Meta(ge=1, le=64 << 30)] = 2 << 30
     """Larger packages are refused before they are fetched."""
+
+
+class TeachingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section ``[teaching]``: what learning a new product on the line's page may take of the machine."""
+
+    base: str | None = None
+    """Package, or file of ``edgeflame export --backbone``, whose base network new products are learnt with; if left
+    out, that of the package that the camera uses, else of any product of the line, else PyTorch makes it."""
+    cores: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """CPU cores for learning; if left out, half of those there are."""
+    max_memory_mib: Annotated[float, Meta(ge=64, le=1 << 20)] = 4096.0
+    """Learning that takes more memory than this is ended, MiB."""

@@ -24,6 +24,8 @@ After any write that failed, of a heartbeat too, verdict 0 is shown until the ne
 empty registers, in which the last part's number and verdict would look like those of a new part. For the same reason
 the first write over a new connection is a heartbeat without a verdict.
 
+The verdicts of a model on trial are always 3, unknown.
+
 A verdict that is written after its part's deadline is always 3, unknown, with the bit for late: a PLC that has given
 the part up must not see a pass.
 """
@@ -34,9 +36,11 @@ import collections
 import threading
 import time
 
+import msgspec
+
 from edge.config.outputs import ModbusConfig
 from edge.modbus import ModbusLink
-from edge.result import Inspected, Result
+from edge.result import Inspected, Result, Verdict
 from edge.verdict import mark_late
 from edgeflame.background import BackgroundThread
 from edgeflame.errors import LinkError
@@ -106,6 +110,9 @@ class PlcSink:
     def accept(self, inspected: Inspected) -> None:
         """Queue a verdict; does not block."""
         result = inspected.result
+        if result.trial:
+            # Nobody has said yet that this model may decide what is ejected.
+            result = msgspec.structs.replace(result, verdict=Verdict.UNKNOWN.value)
         with self._changed:
             self._counts[result.verdict] += 1
             self._waiting.append((result, inspected.due_monotonic_s))

@@ -181,19 +181,17 @@ class CameraDeployment:
 
     def open_shadow(self, name: str, file: Path, present: Path) -> ShadowModel:
         package = read_package(file)
-        runtime = _single_threaded(package)
+        runtime = single_threaded(package)
         inspectors = {
             worker.name: Inspector(
                 package, runtime, self._cameras.settings(worker.name), camera=worker.name, product=name
             )
             for worker in self._cameras.workers
         }
-        return ShadowModel(
-            inspectors=inspectors, slowdown=slowdown_of(runtime, _single_threaded(read_package(present)))
-        )
+        return ShadowModel(inspectors=inspectors, slowdown=slowdown_of(runtime, single_threaded(read_package(present))))
 
 
-def _single_threaded(package: Package) -> Runtime:
+def single_threaded(package: Package) -> Runtime:
     """A runtime on one CPU thread, whatever the cameras compute on, so that a shadow run takes little from them."""
     runtime = open_runtime(package.model_onnx, device="cpu", num_threads=1)
     check_runtime_fits(runtime, package.manifest)

@@ -40,6 +40,8 @@ class ShownPart(msgspec.Struct, frozen=True, kw_only=True):
     has_picture: bool
     picture_size: tuple[int, int] | None = None
     """Width and height of its picture, pixels; null without one."""
+    trial: bool = False
+    """The verdict of a model on trial."""
 
 
 class DayCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,6 +151,7 @@ class PartHistory:
                 latency_ms=result.latency_ms,
                 has_picture=inspected.image is not None,
                 picture_size=None if inspected.image is None else inspected.image.shape[1::-1],
+                trial=result.trial,
             )
             before = {part.key for part in (*memory.recent, *memory.rejects)}
             memory.latest = shown

@@ -11,7 +11,7 @@ import contextlib
 import hmac
 import threading
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -20,6 +20,8 @@ from edge.config.outputs import WebConfig
 from edge.control import DaemonControl
 from edge.delivery.pipeline import Deliverer
 from edge.status import CameraStatus
+from edge.teaching.orders import ProductTeaching, TeachingOrder
+from edge.teaching.teacher import LineTeacher
 from edge.web.history import HistoryView, PartHistory, ShownPart
 from edge.web.marks import PartMarks
 from edge.web.metrics import LineMetrics
@@ -31,6 +33,8 @@ log = EventLog("web")
 
 MAX_ORDERS = 8
 """Most requests carried out at once."""
+
+T = TypeVar("T")
 
 Action = Literal[
     "pause",
@@ -84,19 +88,30 @@ class OperatorActions:
         """
         if camera not in [status.camera for status in self._control.statuses()]:
             raise UsageError(f"there is no camera {camera!r}")
+        log.info("operator_order", camera=camera, action=order.action)
+        return await self._on_a_thread(order.action, lambda: self._execute(camera, order))
+
+    async def teach(self, order: TeachingOrder) -> ProductTeaching:
+        """Carry out an order about a product that is taught.
+
+        Raises:
+            EdgeFlameError: the order is wrong, or failed.
+        """
+        return await self._on_a_thread(order.action, lambda: self._control.teach(order))
+
+    async def _on_a_thread(self, action: str, execute: Callable[[], T]) -> T:
         if not self._slots.acquire(blocking=False):
             raise UsageError(f"{MAX_ORDERS} orders are being carried out; wait for one of them")
-        log.info("operator_order", camera=camera, action=order.action)
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[PageAnswer] = loop.create_future()
+        answer: asyncio.Future[T] = loop.create_future()
 
         def work() -> None:
             try:
-                done = self._execute(camera, order)
+                done = execute()
             except EdgeFlameError as exc:
                 _resolve(loop, answer, exc)
             except Exception as exc:  # noqa: BLE001 - a thread's outermost frame
-                log.error("order_failed", camera=camera, action=order.action, reason=repr(exc))
+                log.error("order_failed", action=action, reason=repr(exc))
                 _resolve(loop, answer, RuntimeUnavailableError(f"the order failed: {exc!r}"))
             else:
                 _resolve(loop, answer, done)
@@ -140,16 +155,14 @@ class OperatorActions:
         return PageAnswer(ok=report.passed, message=f"{verdict}: {report.message}.")
 
 
-def _resolve(
-    loop: asyncio.AbstractEventLoop, answer: asyncio.Future[PageAnswer], value: PageAnswer | EdgeFlameError
-) -> None:
+def _resolve(loop: asyncio.AbstractEventLoop, answer: asyncio.Future[T], value: T | EdgeFlameError) -> None:
     def resolve() -> None:
         if answer.cancelled():
             return
-        if isinstance(value, PageAnswer):
-            answer.set_result(value)
-        else:
+        if isinstance(value, EdgeFlameError):
             answer.set_exception(value)
+        else:
+            answer.set_result(value)
 
     # The server may have stopped meanwhile, and its loop be closed.
     with contextlib.suppress(RuntimeError):
@@ -214,6 +227,8 @@ class PageView(msgspec.Struct, frozen=True, kw_only=True):
     view: HistoryView
     lights: tuple[CameraLight, ...]
     health: LineHealth
+    teaching: int = 0
+    """Rises with every change of what ``/api/teaching`` shows."""
 
 
 TOKEN_HEADER = "X-EdgeFlame-Token"  # noqa: S105 - the name of a header
@@ -239,6 +254,7 @@ class OperatorPage:
         metrics: the Prometheus metrics.
         marks: marks parts, and keeps the marks.
         rejects: finds earlier rejects; None: none are kept.
+        teacher: shows what is taught; None: nothing can be.
         deliverers: one for each destination.
         token: required of requests that change something.
 
@@ -257,6 +273,7 @@ class OperatorPage:
         deliverers: Sequence[Deliverer],
         token: str,
         rejects: PastRejects | None = None,
+        teacher: LineTeacher | None = None,
     ) -> None:
         if not token:
             raise UsageError("the page needs a token: an empty one would let everybody change everything")
@@ -264,6 +281,7 @@ class OperatorPage:
         self.metrics = metrics
         self.marks = marks
         self.rejects = rejects
+        self.teacher = teacher
         self.closing = threading.Event()
         """Set before the server stops, so that open event streams end."""
         self._config = config
@@ -271,6 +289,11 @@ class OperatorPage:
         self._control = control
         self.actions = OperatorActions(control)
         self._token = token
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes with everything that is to be shown: parts, and what is taught."""
+        return self.history.version, 0 if self.teacher is None else self.teacher.version
 
     def line_info(self) -> LineInfo:
         """What runs here, for ``/api/line``."""
@@ -315,7 +338,9 @@ class OperatorPage:
         names = [status.camera for status in statuses]
         chosen = camera if camera in names else names[0]
         assert chosen is not None
-        return PageView(camera=chosen, view=self.history.view(chosen), lights=lights, health=health)
+        return PageView(
+            camera=chosen, view=self.history.view(chosen), lights=lights, health=health, teaching=self.version[1]
+        )
 
     def may_change(self, request: Request) -> bool:
         """Whether a request carries the token."""

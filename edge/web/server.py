@@ -14,6 +14,7 @@ GET  /api/marks/{name}.jpg    the picture of one, with the outline of what was m
 POST /api/parts/{key}/mark    :class:`edge.web.marks.MarkBody`, with X-EdgeFlame-Token: <token>, or with
                               Authorization: Bearer <token>
 POST /api/marks/{name}        :class:`edge.web.marks.ChangeBody`: correct, undo, delete; with the same token
+GET, POST /api/teaching       what is taught, and orders about it (:mod:`edge.web.teaching`)
 POST /api/cameras/{name}/do   :class:`edge.web.page.PageRequest`, with the same token
 GET  /metrics                 Prometheus
 GET  /healthz                 200: the process serves
@@ -25,12 +26,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import uvicorn
@@ -43,151 +42,152 @@ from edge.config.outputs import WebConfig
 from edge.web.guard import Guard
 from edge.web.marks import ChangeBody, MarkBody, MarkQuery
 from edge.web.metrics import CONTENT_TYPE
-from edge.web.page import OperatorPage, PageRequest, given_token, http_status_of
+from edge.web.page import OperatorPage, PageRequest, http_status_of
 from edge.web.rejects import RejectQuery
+from edge.web.responses import HEADERS, SIDE, body_of, json_answer, not_taken, part_key, problem
+from edge.web.teaching import teaching_routes
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
-from edgeflame.listener import IDLE_S, BoundedListener
+from edgeflame.listener import BoundedListener
 from edgeflame.log import EventLog
 from edgeflame.marks import Mark
 from edgeflame.state import atomic_write, storage_errors
 
 STATIC = Path(__file__).parent / "static"
-ASSETS = ("page.css", "tabs.css", "page.js", "parts.js", "rejects.js", "upkeep.js", "marks.js", "icon.svg")
+ASSETS = (
+    "page.css",
+    "tabs.css",
+    "teach.css",
+    "page.js",
+    "parts.js",
+    "rejects.js",
+    "teach.js",
+    "look.js",
+    "upkeep.js",
+    "marks.js",
+    "icon.svg",
+)
 
 _EVENT_INTERVAL_S = 0.25
 """Least time between two events, seconds; parts may come every ten milliseconds."""
-
-_MAX_BODY_BYTES = 10_000
-
-_KEY = re.compile(r"[0-9]{1,18}", re.ASCII)
-_SIDE = re.compile(r"[1-9][0-9]{1,3}", re.ASCII)
-
-_HEADERS = {
-    # Everything is loaded from this server, and no other site may frame the page.
-    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 
 
 def build_app(page: OperatorPage) -> Starlette:
     """The routes of a page."""
 
     async def index(_request: Request) -> Response:
-        return FileResponse(STATIC / "index.html", headers=_HEADERS)
+        return FileResponse(STATIC / "index.html", headers=HEADERS)
 
     async def asset(request: Request) -> Response:
         # Routed only for the files that exist.
-        return FileResponse(STATIC / request.url.path.removeprefix("/"), headers=_HEADERS)
+        return FileResponse(STATIC / request.url.path.removeprefix("/"), headers=HEADERS)
 
     async def line(_request: Request) -> Response:
-        return _json(await asyncio.to_thread(page.line_info))
+        return json_answer(await asyncio.to_thread(page.line_info))
 
     async def view(request: Request) -> Response:
-        return _json(await asyncio.to_thread(page.view, request.query_params.get("camera")))
+        return json_answer(await asyncio.to_thread(page.view, request.query_params.get("camera")))
 
     async def events(request: Request) -> Response:
         camera = request.query_params.get("camera")
-        return StreamingResponse(_events(page, camera), media_type="text/event-stream", headers=_HEADERS)
+        return StreamingResponse(_events(page, camera), media_type="text/event-stream", headers=HEADERS)
 
     async def picture(request: Request) -> Response:
         kind, side = request.path_params["kind"], request.query_params.get("side", "960")
-        key = _key(request)
-        if kind not in ("plain", "heat") or not _SIDE.fullmatch(side):
-            return _problem(404, "plain.jpg or heat.jpg, with ?side=10..9999")
+        key = part_key(request)
+        if kind not in ("plain", "heat") or not SIDE.fullmatch(side):
+            return problem(404, "plain.jpg or heat.jpg, with ?side=10..9999")
         data = None
         if key is not None:
             data = await asyncio.to_thread(page.history.picture, key, with_heat=kind == "heat", side=int(side))
         if data is None:
-            return _problem(404, "this part's picture is no longer kept")
+            return problem(404, "this part's picture is no longer kept")
         # A key names one part for as long as the daemon runs, but not over its restart.
-        return Response(data, media_type="image/jpeg", headers=_HEADERS)
+        return Response(data, media_type="image/jpeg", headers=HEADERS)
 
     async def rejects(request: Request) -> Response:
         if page.rejects is None:
-            return _problem(404, "this line keeps no results")
+            return problem(404, "this line keeps no results")
         try:
             query = RejectQuery.parse(dict(request.query_params))
-            return _json(await asyncio.to_thread(page.rejects.find, query))
+            return json_answer(await asyncio.to_thread(page.rejects.find, query))
         except EdgeFlameError as exc:
-            return _problem(http_status_of(exc), str(exc))
+            return problem(http_status_of(exc), str(exc))
 
     async def reject_picture(request: Request) -> Response:
-        key, side = _key(request), request.query_params.get("side", "1024")
+        key, side = part_key(request), request.query_params.get("side", "1024")
         data = None
-        if page.rejects is not None and key is not None and _SIDE.fullmatch(side):
+        if page.rejects is not None and key is not None and SIDE.fullmatch(side):
             data = await asyncio.to_thread(page.rejects.picture, key, side=int(side))
         if data is None:
-            return _problem(404, "this part's picture is no longer kept")
-        return Response(data, media_type="image/jpeg", headers=_HEADERS)
+            return problem(404, "this part's picture is no longer kept")
+        return Response(data, media_type="image/jpeg", headers=HEADERS)
 
     async def marks(request: Request) -> Response:
         try:
             query = MarkQuery.parse(dict(request.query_params))
-            return _json(await asyncio.to_thread(page.marks.view, query))
+            return json_answer(await asyncio.to_thread(page.marks.view, query))
         except EdgeFlameError as exc:
-            return _problem(http_status_of(exc), str(exc))
+            return problem(http_status_of(exc), str(exc))
 
     async def mark_picture(request: Request) -> Response:
         name, side = request.path_params["name"], request.query_params.get("side", "960")
         data = None
-        if _SIDE.fullmatch(side):
+        if SIDE.fullmatch(side):
             with contextlib.suppress(StorageError):
                 data = await asyncio.to_thread(page.marks.picture, name, side=int(side))
         if data is None:
-            return _problem(404, "there is no such mark")
-        return Response(data, media_type="image/jpeg", headers=_HEADERS)
+            return problem(404, "there is no such mark")
+        return Response(data, media_type="image/jpeg", headers=HEADERS)
 
     async def change_mark(request: Request) -> Response:
         if not page.may_change(request):
-            return _not_taken(request)
-        if not isinstance(body := await _body(request), bytes):
+            return not_taken(request)
+        if not isinstance(body := await body_of(request), bytes):
             return body
         try:
             said = msgspec.json.decode(body, type=ChangeBody)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return _problem(400, f'expected {{"action": ...}} ({exc})')
+            return problem(400, f'expected {{"action": ...}} ({exc})')
         return await _marked(page.marks.change, request.path_params["name"], said)
 
     async def mark(request: Request) -> Response:
         if not page.may_change(request):
-            return _not_taken(request)
-        if not isinstance(body := await _body(request), bytes):
+            return not_taken(request)
+        if not isinstance(body := await body_of(request), bytes):
             return body
         try:
             said = msgspec.json.decode(body, type=MarkBody)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return _problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
-        key = _key(request)
+            return problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
+        key = part_key(request)
         if key is None or page.history.part(key) is None:
-            return _problem(404, "this part is no longer kept")
+            return problem(404, "this part is no longer kept")
         return await _marked(page.marks.mark, key, said)
 
     async def do(request: Request) -> Response:
         if not page.may_change(request):
-            return _not_taken(request)
-        if not isinstance(body := await _body(request), bytes):
+            return not_taken(request)
+        if not isinstance(body := await body_of(request), bytes):
             return body
         try:
             order = msgspec.json.decode(body, type=PageRequest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return _problem(400, f'expected {{"action": ...}} ({exc})')
+            return problem(400, f'expected {{"action": ...}} ({exc})')
         try:
-            return _json(await page.actions.run(request.path_params["camera"], order))
+            return json_answer(await page.actions.run(request.path_params["camera"], order))
         except EdgeFlameError as exc:
-            return _problem(http_status_of(exc), str(exc))
+            return problem(http_status_of(exc), str(exc))
 
     async def metrics(_request: Request) -> Response:
         text = await asyncio.to_thread(page.metrics.text)
-        return Response(text, headers={**_HEADERS, "Content-Type": CONTENT_TYPE})
+        return Response(text, headers={**HEADERS, "Content-Type": CONTENT_TYPE})
 
     async def healthz(_request: Request) -> Response:
-        return PlainTextResponse("ok\n", headers=_HEADERS)
+        return PlainTextResponse("ok\n", headers=HEADERS)
 
     async def readiness(_request: Request) -> Response:
         problem = (await asyncio.to_thread(page.view)).health.problem
-        return PlainTextResponse(f"{problem or 'ready'}\n", status_code=503 if problem else 200, headers=_HEADERS)
+        return PlainTextResponse(f"{problem or 'ready'}\n", status_code=503 if problem else 200, headers=HEADERS)
 
     return Starlette(
         routes=[
@@ -202,6 +202,7 @@ def build_app(page: OperatorPage) -> Starlette:
             Route("/api/marks", marks),
             Route("/api/marks/{name}.jpg", mark_picture),
             Route("/api/marks/{name}", change_mark, methods=["POST"]),
+            *teaching_routes(page),
             Route("/api/parts/{key}/mark", mark, methods=["POST"]),
             Route("/api/cameras/{camera}/do", do, methods=["POST"]),
             Route("/metrics", metrics),
@@ -212,10 +213,10 @@ def build_app(page: OperatorPage) -> Starlette:
 
 
 async def _events(page: OperatorPage, camera: str | None) -> AsyncIterator[bytes]:
-    seen: int | None = None
+    seen: tuple[int, int] | None = None
     quiet = 0.0
     while not page.closing.is_set():
-        version = page.history.version
+        version = page.version
         # Also every few seconds without a change: ages and queues change without parts.
         if version != seen or quiet >= 2.0:
             seen, quiet = version, 0.0
@@ -228,52 +229,13 @@ async def _events(page: OperatorPage, camera: str | None) -> AsyncIterator[bytes
 async def _marked(change: Callable[..., Mark | None], which: int | str, said: MarkBody | ChangeBody) -> Response:
     """Change marks, and answer with what holds now."""
     try:
-        return _json(await asyncio.to_thread(change, which, said))
+        return json_answer(await asyncio.to_thread(change, which, said))
     except UsageError as exc:
-        return _problem(400, str(exc))
+        return problem(400, str(exc))
     except DataError as exc:
-        return _problem(409, str(exc))
+        return problem(409, str(exc))
     except EdgeFlameError as exc:
-        return _problem(507, str(exc))
-
-
-async def _body(request: Request) -> bytes | Response:
-    """A request's body, or the answer to one that is too long, or too slow."""
-    try:
-        return await asyncio.wait_for(_read(request), IDLE_S)
-    except ValueError:
-        return _problem(413, "too long")
-    except (TimeoutError, asyncio.TimeoutError):
-        return _problem(408, "too slow")
-
-
-async def _read(request: Request) -> bytes:
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > _MAX_BODY_BYTES:
-            raise ValueError
-    return body
-
-
-def _key(request: Request) -> int | None:
-    """The number of a part in a path; None if it is none that a part can have."""
-    key = request.path_params["key"]
-    return int(key) if _KEY.fullmatch(key) else None
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json", headers=_HEADERS)
-
-
-def _not_taken(request: Request) -> Response:
-    return _problem(
-        401, "that is not the operator's token" if given_token(request) else "this needs the operator's token"
-    )
-
-
-def _problem(status: int, text: str) -> Response:
-    return Response(msgspec.json.encode({"error": text}), status, _HEADERS, "application/json")
+        return problem(507, str(exc))
 
 
 log = EventLog("web")

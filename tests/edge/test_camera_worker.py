@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from edge import camera_worker
-from edge.camera_worker import MAX_CRASHES, PAUSED, CameraWorker
+from edge.camera_requests import MAX_CRASHES
+from edge.camera_worker import PAUSED, CameraWorker
 from edge.config.inspection import CaptureConfig
 from edge.daemon import CameraThreads
 from edge.frame import Captured
@@ -142,6 +143,7 @@ def test_a_change_waits_for_the_part_in_hand_and_loses_none_under_load(start: St
 
 def test_a_judge_that_hangs_is_said_to_and_not_waited_for(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(camera_worker, "PATIENCE_S", 0.05)
+    monkeypatch.setattr("edge.camera_requests.PATIENCE_S", 0.05)
     running = start()
     running.inspector.gate = threading.Event()
     running.belt.put()

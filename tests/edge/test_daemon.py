@@ -18,7 +18,8 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
-from edge.camera_worker import CameraWorker, GoldenRequests
+from edge.camera_requests import GoldenRequests
+from edge.camera_worker import CameraWorker
 from edge.cameras import Cameras, Overrides, Plan, plan_cameras
 from edge.config import InspectConfig
 from edge.config.inspection import DriftConfig, SelfTestConfig

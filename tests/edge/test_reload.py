@@ -118,7 +118,7 @@ def test_cameras_that_come_and_go_and_what_else_needs_a_restart(factory: Factory
 def test_where_one_camera_refuses_no_camera_changes(
     factory: Factory, other_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge.camera_worker.PATIENCE_S", 0.05)
+    monkeypatch.setattr("edge.camera_requests.PATIENCE_S", 0.05)
     first, second = factory.cameras.workers
     first.set_threshold(9.0)
     old_file = shutil.copy(factory.file, factory.folder / "old.edgeflame")

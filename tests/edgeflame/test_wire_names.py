@@ -87,6 +87,7 @@ TAGS: dict[str, tuple[Any, str, set[str]]] = {
             "mark",
             "rollback",
             "switch_model",
+            "teach",
             "reload",
             "describe",
         },

@@ -57,6 +57,7 @@ class FakeInspector:
     provider = "CPU"
     review_band = 0.0
     observer = None
+    is_trial = False
 
     def __init__(self, product: str = "tile", failures: int = 0) -> None:
         self.product, self.model_id, self.threshold = product, product * 3, 1.0

@@ -8,9 +8,9 @@ const statusOf = (page) => page.health.cameras.find((one) => one.camera === page
 function show(page) {
   current = page;
   const status = statusOf(page);
-  text("product", status.product);
-  text("runs", [page.lights.length > 1 ? status.camera : "", status.source, `model ${status.model}`, status.provider].filter(Boolean).join(" · "));
-  document.title = `${status.product} – EdgeFlame`;
+  text("product", status.product || "no product yet");
+  text("runs", [page.lights.length > 1 ? status.camera : "", status.source, status.model && `model ${status.model}`, status.provider].filter(Boolean).join(" · "));
+  document.title = `${status.product || "no product yet"} – EdgeFlame`;
   showStanding(status, page.health.problem);
   showChips(page);
   showLights(page);
@@ -26,6 +26,7 @@ function show(page) {
   showGolden(status.golden);
   showModels(status.models);
   showOperate(status);
+  heardOfTeaching(page.teaching);
   showHealth(page.health, status);
 }
 
@@ -74,7 +75,8 @@ function showChips(page) {
   page.lights.forEach((one, index) => {
     const { paused } = page.health.cameras[index];
     const verdict = one.latest && !paused ? one.latest.verdict : "none";
-    const said = paused ? `${PAUSED_SIGN} paused` : one.latest ? `${SIGNS[verdict]} ${verdict}` : "– no part";
+    const trial = one.latest && one.latest.trial ? " · trial" : "";
+    const said = paused ? `${PAUSED_SIGN} paused` : one.latest ? `${SIGNS[verdict]} ${verdict}${trial}` : "– no part";
     const button = box.children[index];
     button.className = verdict;
     button.setAttribute("aria-pressed", String(one.camera === page.camera));
@@ -154,11 +156,17 @@ function watchSilence() {
 
 setInterval(watchSilence, 1000);
 
-fetch("api/line").then((response) => response.json()).then((line) => {
-  $("switch").hidden = line.products.length < 2;
-  $("products").replaceChildren(...line.products.map((name) => make("option", "", name)));
-});
+function refreshProducts() {
+  fetch("api/line").then((response) => response.json()).then((line) => {
+    $("switch").hidden = line.products.length < 2;
+    $("products").replaceChildren(...line.products.map((name) => make("option", "", name)));
+    if (current) $("products").value = statusOf(current).product;
+  });
+}
+
+refreshProducts();
 
 onTab.marks = () => showMarks();
+onTab.teach = refreshTeaching;
 showTab(place()[1]);
 listen(place()[0]);

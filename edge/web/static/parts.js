@@ -35,6 +35,7 @@ function showLatest(part) {
   $("light").className = part && !rests ? part.verdict : "none";
   text("sign", rests ? PAUSED_SIGN : part ? SIGNS[part.verdict] : "–");
   text("word", rests ? "paused" : part ? part.verdict : "no part yet");
+  $("trial").hidden = rests || !part || !part.trial;
   text("ratio", part && !rests ? ratioOf(part) : "\u00a0");
   text("why", (part && !rests && reasonsOf(part)) || "\u00a0");
   text("part", part ? `${rests ? "before the pause: " : ""}${part.part_id} · ${timeOf(part)} · ${part.latency_ms.toFixed(0)} ms` : "\u00a0");

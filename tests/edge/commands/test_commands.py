@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -18,12 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import cli
+from cli import line as line_module
 from edge.camera_worker import CameraWorker
 from edge.cameras import OVERRIDES_FILE, Overrides
 from edge.commands.messages import MAX_COMMAND_BYTES, Reply, decode_command, read_command_id
 from edge.commands.server import MAX_BURST, MAX_WAITING, CommandServer
 from edge.config.inspection import CaptureConfig
 from edge.control import DaemonControl
+from edge.teaching.orders import ACTIONS, TeachingAction
 from edgeflame.errors import DataError, FederationError, LinkError, StorageError, UsageError
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, Connected
@@ -323,6 +325,49 @@ def test_commands_over_a_real_broker(daemon: Daemon) -> None:
     wait_for(lambda: daemon.logged.count("kind=retained") >= 1, "the retained command is told")
     assert daemon.camera("threshold", "default")["threshold"] == own
     assert "Traceback" not in daemon.logged
+
+
+@pytest.mark.timeout(600)
+def test_a_product_is_taught_by_commands(daemon: Daemon) -> None:
+    daemon.start()
+
+    def teach(action: str, *more: str) -> dict[str, Any]:
+        done = daemon.line("teach", action, "cap", *more)
+        assert done.exit_code == 0, done.output
+        stood: dict[str, Any] = msgspec.json.decode(done.stdout)
+        return stood
+
+    assert teach("new")["stage"] == "stopped"
+    assert daemon.line("teach", "new", "cap").exit_code == 2
+    assert teach("region", "--region", "4,4,56,56")["region"] == [4, 4, 56, 56]
+    assert daemon.line("teach", "region", "cap", "--region", "4,4,99,99").exit_code == 2
+    assert daemon.line("teach", "learn", "cap").exit_code == 3
+    teach("collect")
+    wait_for(lambda: teach("status")["num_parts"] >= 12, "parts are collected")
+    names = [one["name"] for one in teach("stop")["photographs"]]
+    assert teach("throw-out", "--photograph", names[0])["photographs"][0]["thrown_out"]
+    before = daemon.camera("status")
+    teach("learn")
+    wait_for(lambda: teach("status")["learning"] is None, "it is learnt", timeout_s=300)
+    stood = teach("status")
+    assert (stood["problem"], stood["stage"]) == (None, "learnt")
+    assert teach("try", "--alone")["trial"]["alone"]
+    assert daemon.camera("status")["trial"] is True
+    assert teach("live")["stage"] == "live"
+    live = daemon.camera("status")
+    assert (live["product"], live["model"] != before["model"], live["trial"]) == ("cap", True, False)
+    assert daemon.stop() == 0
+    daemon.start()
+    assert daemon.camera("status")["model"] == live["model"]
+    teach("back")
+    assert daemon.camera("status")["model"] == before["model"]
+    shown = line_command("teach", "l1", "status", "cap", "--broker", daemon.url, "--fleet", "f")
+    assert "l1: cap: learnt, " in shown.stdout
+    assert "Traceback" not in daemon.logged
+
+
+def test_the_command_line_has_every_action_of_teaching() -> None:
+    assert set(line_module.ACTIONS) == set(ACTIONS) == set(get_args(TeachingAction))
 
 
 def test_a_reload_changes_what_it_can_and_names_the_rest(daemon: Daemon) -> None:

@@ -771,6 +771,7 @@ def test_several_cameras_drift_and_orders_in_a_browser(
         # Back by the keyboard: tabs are gone through with the arrows.
         page.get_by_role("tab", name="Health").press("ArrowLeft")
         page.get_by_role("tab", name="Marks").press("ArrowLeft")
+        page.get_by_role("tab", name="Teach").press("ArrowLeft")
         page.get_by_role("button", name="Pause").press("Enter")
         page.locator("#standing").get_by_text("Not ready: right: paused.").wait_for()
         # No light of a verdict while nothing is looked at.

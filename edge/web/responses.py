@@ -1,0 +1,66 @@
+"""What all routes of the page have in common: their headers, how a request's body is read, and their answers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from edge.web.page import given_token
+from edgeflame.listener import IDLE_S
+
+MAX_BODY_BYTES = 10_000
+
+_KEY = re.compile(r"[0-9]{1,18}", re.ASCII)
+SIDE = re.compile(r"[1-9][0-9]{1,3}", re.ASCII)
+
+HEADERS = {
+    # Everything is loaded from this server, and no other site may frame the page.
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+async def body_of(request: Request) -> bytes | Response:
+    """A request's body, or the answer to one that is too long, or too slow."""
+    try:
+        return await asyncio.wait_for(_read(request), IDLE_S)
+    except ValueError:
+        return problem(413, "too long")
+    except (TimeoutError, asyncio.TimeoutError):
+        return problem(408, "too slow")
+
+
+async def _read(request: Request) -> bytes:
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError
+    return body
+
+
+def part_key(request: Request) -> int | None:
+    """The number of a part in a path; None if it is none that a part can have."""
+    key = request.path_params["key"]
+    return int(key) if _KEY.fullmatch(key) else None
+
+
+def json_answer(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=HEADERS)
+
+
+def not_taken(request: Request) -> Response:
+    return problem(
+        401, "that is not the operator's token" if given_token(request) else "this needs the operator's token"
+    )
+
+
+def problem(status: int, text: str) -> Response:
+    return Response(msgspec.json.encode({"error": text}), status, HEADERS, "application/json")
