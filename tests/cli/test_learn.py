@@ -18,6 +18,9 @@ from edgeflame.package import Package, read_package, write_package
 from tests.support.commands import edgeflame, error_of
 from tests.support.small_package import SIZE, bad_image, good_image
 
+# PyTorch exports the network of the small package.
+pytestmark = pytest.mark.timeout(600)
+
 
 def scratched(seed: int, *, faint: int = 12) -> ImageU8:
     """A good image with a faint stripe."""

@@ -29,6 +29,9 @@ from tests.support.small_package import (
     small_network,
 )
 
+# PyTorch exports the network of the small package.
+pytestmark = pytest.mark.timeout(600)
+
 IMAGES = np.stack([good_image(1), bad_image(2), good_image(3)])
 CHANNELS = 6
 STATISTICS = random_gaussian(
