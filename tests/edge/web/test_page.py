@@ -707,7 +707,7 @@ def test_the_page_in_a_browser(browser: Any, tmp_path: Path, package_file: Path,
         page.get_by_text("Not kept: that is not the operator's token.").wait_for()
         page.locator("#token").fill(TOKEN)
         page.get_by_role("button", name="It was good").press("Enter")
-        page.get_by_text("Kept as good for the next training.").wait_for()
+        page.get_by_text("Kept as good.").wait_for()
         assert len(list((tmp_path / "marks" / "good").iterdir())) == 1
         page.keyboard.press("Escape")
         page.locator("#closer[open]").wait_for(state="detached")
