@@ -20,7 +20,7 @@ import numpy as np
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import ExchangeKind, Learning
 from edgeflame.mqtt.messages import RefusalReason
-from edgeflame.statistics.memory import MAX_CHANNELS, read_bank
+from edgeflame.statistics.memory import MAX_CHANNELS, NUMBERS_PER_PROTOTYPE, read_bank
 from edgeflame.tensors import TensorFile, schema_difference
 
 COUNT_TOLERANCE = 1e-4
@@ -167,7 +167,7 @@ class MemoryExchange:
     def max_update_bytes(self, initial_bytes: int, learning: Learning) -> int:
         """From the number of prototypes: a run starts from an empty memory, whose size tells nothing."""
         del initial_bytes
-        return learning.memory.prototypes * 4 * (MAX_CHANNELS + 3)
+        return learning.memory.prototypes * 4 * (MAX_CHANNELS + NUMBERS_PER_PROTOTYPE)
 
     def validate_initial(self, path: Path) -> ValidationResult:
         """A memory bank, and an empty one, since no site has learnt yet."""

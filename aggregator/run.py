@@ -26,7 +26,7 @@ from aggregator.publisher import StatePublisher
 from aggregator.rounds import RoundMachine
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
-from edgeflame.methods import Calibration
+from edgeflame.methods import METHODS, Calibration, Memory
 from edgeflame.mqtt.messages import RoundState
 from edgeflame.state import atomic_copy, write_json
 from edgeflame.transfer.store import BlobStore
@@ -83,9 +83,12 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
 def _without_calibration(config: AggregateConfig) -> AggregateConfig:
     """What decides the models of a run: thresholds are set by each site after the last round, as the run began.
 
-    Their defaults may so change from one version to the next without ending a run in progress.
+    Their defaults may so change from one version to the next without ending a run in progress; and so may those of a
+    memory where the sites exchange none.
     """
     learning = msgspec.structs.replace(config.learning, calibration=Calibration())
+    if METHODS[learning.method].exchange != "memory":
+        learning = msgspec.structs.replace(learning, memory=Memory())
     return msgspec.structs.replace(config, learning=learning)
 
 

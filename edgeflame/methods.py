@@ -257,11 +257,11 @@ class Scoring(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """FedDyMem; of ``[training]`` it uses epochs, momentum, weight_decay, noise_std, noise_scale and margin."""
 
-    entries: PrototypeCount = 1024
+    entries: PrototypeCount = 512
     """Entries of a site's own dynamic memory, which never leaves the site."""
-    prototypes: PrototypeCount = 256
+    prototypes: PrototypeCount = 512
     """The most averages of its entries that a site sends."""
-    global_prototypes: PrototypeCount = 512
+    global_prototypes: PrototypeCount = 1024
     """Entries of the fleet's memory, which the server makes of what the sites send, by k-means."""
     update_rate: Share = 0.5
     """Share of the way that an entry moves to the mean of the patches assigned to it, in each epoch."""
@@ -270,9 +270,13 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     temperature: Positive = 1.0
     """T of memory-reduce's weights exp(-d^2 / T), in units of the mean squared distance of an entry to its seed."""
     ridge: Positive = 0.1
-    """Share of the prototypes' mean variance added to every eigenvalue of their covariance before whitening."""
+    """Share of the mean variance added to every eigenvalue of the covariance before whitening."""
     max_patches: Count = 131_072
     """Patches of all images that a site learns from; about 80 MB per 131,072."""
+    position_weight: NotNegative = 0.0
+    """What the place of a patch counts for beside its embedding when the nearest prototype is sought: a whole side of
+    the picture as much as so many standard deviations of every channel. Prototypes then carry their places and spreads.
+    0: neither, as an aggregator of an earlier version expects. The default preset of ``feddymem`` takes 4."""
     min_group: Annotated[float, Meta(ge=1, le=10**9)] = 32.0
     """Privacy floor: what is sent is worth at least so many equally weighted patches ..."""
     min_images: Annotated[float, Meta(ge=1, le=10**9)] = 4.0
@@ -343,6 +347,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
         # As long as ten rounds of a federation.
         "solo": {"training": {"epochs": 10}},
+        # An epoch moves the memory a step of k-means on.
+        "feddymem": {"training": {"epochs": 5}, "memory": {"position_weight": 4.0}},
     },
     "paper": {
         ANY_METHOD: {

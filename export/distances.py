@@ -125,19 +125,34 @@ def add_distances(g: GraphBuilder, embeddings: str, statistics: PackageStatistic
 
 
 def _add_memory_distances(g: GraphBuilder, embeddings: str, statistics: MemoryStatistics) -> str:
-    """With y = T (x - c) and the M prototypes q_m: distance^2 = | |y|^2 + min over m of (|q_m|^2 - 2 y'q_m) |.
+    """With y = T (x - c), the M prototypes q_m, their spreads s_m and b_m of the position, all as
+    :mod:`edgeflame.statistics.memory` has them::
+
+        distance^2 = | |y|^2 + min over m of ((1/s_m - 1) |y|^2 - 2 y' q_m / s_m + b_m) |
 
     |y|^2 comes after the minimum, whose treatment of NaNs differs between runtimes: a NaN in y makes the sum NaN.
     """
     delta = g.node("Sub", embeddings, g.constant("centre", statistics.centre[None, None]), result="delta")
     own = g.node("MatMul", delta, g.constant("transform", statistics.transform.T), result="projected")  # [P, N, C]
-    projected = statistics.projected()
-    factors = g.constant("prototypes", (-2 * projected.T).astype(np.float32))
-    norms = np.square(projected).sum(axis=1).astype(np.float32)
-    products = g.node("MatMul", own, factors, result="products")  # [P, N, M]
-    relative = g.node("Add", products, g.constant("prototype_norms", norms[None, None]), result="relative")
     last_axis = g.integers("memory_axis", 2)
-    nearest = g.node("ReduceMin", relative, last_axis, result="nearest", keepdims=0)
-    squares = g.node("ReduceSumSquare", own, last_axis, result="own_norm", keepdims=0)
-    signed = g.node("Add", nearest, squares, result="squared_signed")
-    return g.node("Sqrt", g.node("Abs", signed, result="squared"), result="distance_positions_first")
+    norms = g.node("ReduceSumSquare", own, last_axis, result="own_norm", keepdims=1)  # [P, N, 1]
+    scales = statistics.scales()
+    factors = -2 * statistics.projected().T * scales
+    if statistics.spreads is not None:
+        factors = np.vstack([factors, scales - 1])
+        own = g.node("Concat", own, norms, result="projected_and_norm", axis=2)
+    products = g.node(
+        "MatMul", own, g.constant("prototypes", factors.astype(np.float32)), result="products"
+    )  # [P, N, M]
+    columns, rows = statistics.place_terms()
+    if statistics.position_weight > 0:
+        # [P, 1, M], computed from its factors when a runtime loads the model: the file stays small.
+        at = g.constant("positions", columns[:, None].astype(np.float32))
+        terms = g.node("MatMul", at, g.constant("place_factors", rows.astype(np.float32)), result="place_terms")
+    else:
+        terms = g.constant("prototype_norms", rows[:1, None].astype(np.float32))
+    relative = g.node("Add", products, terms, result="relative")
+    nearest = g.node("ReduceMin", relative, last_axis, result="nearest", keepdims=1)
+    signed = g.node("Add", nearest, norms, result="squared_signed")
+    squared = g.node("Abs", g.node("Squeeze", signed, last_axis, result="squared_flat"), result="squared")
+    return g.node("Sqrt", squared, result="distance_positions_first")

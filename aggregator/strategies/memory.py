@@ -1,8 +1,9 @@
 """FedDyMem's server strategy: the global memory is the k-means of the prototypes that the sites send.
 
-A prototype's weight is its site's share of the round's samples times its share of the site's patches. Sites come in
-sorted order, the seed is fixed, and the work is done by one thread: the same updates give the same memory, bit for
-bit.
+A prototype's weight is its site's share of the round's samples times its share of the site's patches. Near are those
+that are near after whitening by the covariance of all prototypes, and that have near places, where they carry them. If
+a site's carry none, as those of earlier versions, the result carries none. Sites come in sorted order, the seed is
+fixed, and the work is done by one thread: the same updates give the same memory, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,18 @@ class KMeansMemory:
         prototypes = np.concatenate([bank.prototypes for bank in banks]).astype(np.float64)
         shares = [c.weight * bank.weights.astype(np.float64) for c, bank in zip(contributions, banks, strict=True)]
         weights = np.concatenate(shares)
-        labels = kmeans_labels(prototypes, weights, self._learning.memory.global_prototypes, seed=self._learning.seed)
+        settings = self._learning.memory
+        placed = all(bank.places is not None for bank in banks)
+        # Places, and with them the spreads.
+        carried = np.concatenate([_carried(bank) for bank in banks]) if placed else np.zeros((len(prototypes), 0))
+        labels = kmeans_labels(
+            prototypes,
+            weights,
+            settings.global_prototypes,
+            seed=self._learning.seed,
+            ridge=settings.ridge,
+            places=settings.position_weight * prototypes.shape[1] ** 0.5 * carried[:, :2],
+        )
         patches = np.concatenate([bank.effective_patches for bank in banks]).astype(np.float64)
         images = np.concatenate([bank.effective_images for bank in banks]).astype(np.float64)
         rows = []
@@ -42,22 +54,45 @@ class KMeansMemory:
             # are bounded by the triangle inequality.
             effective_patches = 1 / (np.square(share) / patches[members]).sum()
             effective_images = 1 / np.square((share / np.sqrt(images[members])).sum())
-            rows.append((share @ prototypes[members], total, effective_patches, effective_images))
-        averages = np.stack([row[0] for row in rows])
-        order = np.lexsort(averages.T[::-1])
+            averages = (share @ prototypes[members], share @ carried[members])
+            rows.append((*averages, total, effective_patches, effective_images))
+        order = np.lexsort(np.stack([row[0] for row in rows]).T[::-1])
         ordered = [rows[index] for index in order]
-        sums = np.array([row[1] for row in ordered])
+        merged = np.stack([row[1] for row in ordered]).astype(np.float32)
+        sums = np.array([row[2] for row in ordered])
         write_bank(
             out,
             MemoryBank(
-                prototypes=averages[order].astype(np.float32),
+                prototypes=np.stack([row[0] for row in ordered]).astype(np.float32),
                 weights=(sums / sums.sum()).astype(np.float32),
-                effective_patches=np.array([row[2] for row in ordered], dtype=np.float32),
-                effective_images=np.array([row[3] for row in ordered], dtype=np.float32),
+                effective_patches=np.array([row[3] for row in ordered], dtype=np.float32),
+                effective_images=np.array([row[4] for row in ordered], dtype=np.float32),
                 count=sum(bank.count for bank in banks),
                 space=read_bank(base).space,
+                places=np.clip(merged[:, :2], 0, 1) if placed else None,
+                spreads=merged[:, 2] if placed else None,
             ),
         )
+
+
+def _carried(bank: MemoryBank) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Places and spreads side by side, ``[M, 3]``."""
+    assert bank.places is not None
+    assert bank.spreads is not None
+    return np.column_stack([bank.places, bank.spreads]).astype(np.float64)
+
+
+def whitened(
+    prototypes: np.ndarray[Any, np.dtype[np.float64]], weights: np.ndarray[Any, np.dtype[np.float64]], *, ridge: float
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """``[M, C]`` prototypes with the covariance of all turned into the identity, but for the ridge."""
+    share = weights / weights.sum()
+    centred = prototypes - share @ prototypes
+    eigenvalues, vectors = np.linalg.eigh((centred * share[:, None]).T @ centred)
+    eigenvalues = np.clip(eigenvalues, 0, None)
+    mean = float(eigenvalues.mean()) or 1.0
+    result: np.ndarray[Any, np.dtype[np.float64]] = centred @ vectors / np.sqrt(eigenvalues + ridge * mean)
+    return result
 
 
 def kmeans_labels(
@@ -66,10 +101,18 @@ def kmeans_labels(
     count: int,
     *,
     seed: int,
+    ridge: float,
+    places: np.ndarray[Any, np.dtype[np.float64]],
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The cluster, out of at most ``count``, of each of ``[M, C]`` prototypes with weights ``[M]``.
+    """The cluster of each prototype. Where there are no more than ``count``, each is a cluster of its own.
 
-    Where there are no more than ``count`` prototypes, each is a cluster of its own.
+    Args:
+        prototypes: ``[M, C]``; they are whitened first.
+        weights: ``[M]``.
+        count: of clusters, at most.
+        seed: of their first centres.
+        ridge: share of the mean variance that is added to every eigenvalue of the prototypes' covariance.
+        places: ``[M, 2]``, in whitened units, or ``[M, 0]``.
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
@@ -81,9 +124,10 @@ def kmeans_labels(
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1):
+        points = np.hstack([whitened(prototypes, weights, ridge=ridge), places])
         # Weights of 1 on average: a tiny scale would fall under the method's tolerances.
         fitted = KMeans(n_clusters=count, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed).fit(
-            prototypes, sample_weight=weights / weights.mean()
+            points, sample_weight=weights / weights.mean()
         )
     labels: np.ndarray[Any, np.dtype[np.int64]] = fitted.labels_.astype(np.int64)
     return labels

@@ -32,6 +32,7 @@ class _MemoryHeader(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     num_global: int
     grid: tuple[int, int]
+    position_weight: float = 0.0
 
 
 def encode_statistics(statistics: PackageStatistics) -> bytes:
@@ -49,8 +50,14 @@ def encode_statistics(statistics: PackageStatistics) -> bytes:
         }
     else:
         kind = _MEMORY
-        header = _MemoryHeader(count=statistics.count, num_global=statistics.num_global, grid=statistics.grid)
-        tensors = {name: getattr(statistics, name) for name in ("prototypes", "transform", "centre")}
+        header = _MemoryHeader(
+            count=statistics.count,
+            num_global=statistics.num_global,
+            grid=statistics.grid,
+            position_weight=statistics.position_weight,
+        )
+        names = ("prototypes", "transform", "centre", *(() if statistics.places is None else ("places", "spreads")))
+        tensors = {name: getattr(statistics, name) for name in names}
     # safetensors writes the memory of an array as it lies there, strides or not.
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     # One entry only: safetensors writes several in no fixed order, and the same model must give the same bytes.
@@ -81,6 +88,10 @@ def decode_statistics(data: bytes) -> PackageStatistics:
                 prototypes=tensors["prototypes"],
                 transform=tensors["transform"],
                 centre=tensors["centre"],
+                # Memories of earlier versions have neither.
+                places=tensors.get("places"),
+                spreads=tensors.get("spreads"),
+                position_weight=memory.position_weight,
             )
         gaussian = msgspec.json.decode(metadata[_GAUSSIAN], type=_GaussianHeader)
         return LowRankGaussian(

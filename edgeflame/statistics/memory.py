@@ -2,19 +2,23 @@
 
 Axes: N images, P = grid height x grid width positions, C embedding channels, M prototypes.
 
-A bank holds averages of normal patches, what FedDyMem's sites exchange instead of weights. It is a canonical
-safetensors file: the same bank has the same bytes. It is small (300 kB at 512 x 152), so it is read whole, after
-its header has been found plausible.
+A bank holds averages of normal patches, what FedDyMem's sites exchange instead of weights. Each may say where in the
+picture its patches lie (its place) and how much they differ (its spread). A bank is a canonical safetensors file: the
+same bank has the same bytes. It is small (330 kB at 1024 x 152), so it is read whole, after its header has been found
+plausible.
 
 As a package's statistics a memory scores a patch by its distance to the nearest prototype. With the transform T (a
-site's memory generator after whitening by the prototypes' covariance), y = T (x - c) and q_m = T (p_m - c)::
+site's memory generator after whitening), y = T (x - c), q_m = T (p_m - c), the patch's place r, the prototypes' places
+r_m and spreads s_m, and w the position weight::
 
-    distance^2 = |y|^2 + min over m of (|q_m|^2 - 2 y' q_m)
+    distance^2 = min over m of (|y - q_m|^2 + w^2 C |r - r_m|^2) / s_m
+               = |y|^2 + min over m of ((1/s_m - 1) |y|^2 - 2 y' q_m / s_m + b_m(r))
 
-which is a Mahalanobis distance to the nearest prototype, in one product and a minimum. |y|^2 is added after the
-minimum, so that a NaN in any channel makes the distance NaN, whatever a runtime's minimum does with NaNs. The
-difference cancels: in float32 it is off by about 1e-7 (|y| + |q|)^2, which may be negative where a patch *is* a
-prototype. Its magnitude is taken then; a clamp would hide a NaN on some runtimes.
+a Mahalanobis distance to the nearest prototype, in one product and a minimum; b_m(r) is the same for all pictures.
+Without places and spreads, w is 0 and s_m is 1. |y|^2 is added after the minimum, so that a NaN in any channel makes
+the distance NaN, whatever a runtime's minimum does with NaNs. The difference cancels: in float32 it is off by about
+1e-7 (|y| + |q|)^2, which may be negative where a patch *is* a prototype. Its magnitude is taken then; a clamp would
+hide a NaN on some runtimes.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ METADATA_KEY = "edgeflame.memory"
 MAX_PROTOTYPES = 1 << 16
 MAX_CHANNELS = 1 << 14
 
+NUMBERS_PER_PROTOTYPE = 6
+"""In a bank, beside its channels: weight, two effective counts, place and spread."""
+
 SUM_TOLERANCE = 1e-3
 """How far the weights' sum may be from 1: they are float32."""
 
@@ -58,9 +65,13 @@ class MemoryBank:
         effective_images: ``[M]`` float32, the same over the images the patches are from.
         count: number of images behind the bank; 0 if it is empty.
         space: SHA-256 of what made the embeddings; other backbones have other spaces.
+        places: ``[M, 2]`` float32, the mean row and column of the patches of each, as shares of the picture's height
+            and width; None if it carries none.
+        spreads: ``[M]`` float32, the mean squared distance of each one's patches to it, over that of all patches to
+            theirs; there if and only if ``places`` are.
 
     Raises:
-        DataError: shapes that do not fit one another, or a sum of weights that is not 1.
+        DataError: shapes that do not fit one another, a sum of weights that is not 1, or places outside the picture.
         NumericalError: values that are not finite, or not positive where they must be.
     """
 
@@ -70,6 +81,8 @@ class MemoryBank:
     effective_images: F32
     count: int
     space: str
+    places: F32 | None = None
+    spreads: F32 | None = None
 
     def __post_init__(self) -> None:
         size = len(self.prototypes)
@@ -83,6 +96,7 @@ class MemoryBank:
                 raise NumericalError(f"memory bank: {name} must be finite and above 0")
         if not np.isfinite(self.prototypes).all():
             raise NumericalError("memory bank: the prototypes hold NaN or infinite values")
+        _check_places("memory bank", size, self.places, self.spreads)
         if (size > 0) != (self.count > 0):
             raise DataError(f"memory bank: {size} prototypes of {self.count} images")
         if size and abs(float(self.weights.sum(dtype=np.float64)) - 1) > SUM_TOLERANCE:
@@ -112,11 +126,17 @@ def empty_bank(num_channels: int, space: str) -> MemoryBank:
 def write_bank(path: Path, bank: MemoryBank) -> None:
     """Write a bank, whole or not at all.
 
+    Prototypes with places are rounded to float16, 1/2000 of their value, which is far below their spreads; where
+    float16 cannot hold them they stay float32.
+
     Raises:
         StorageError: it cannot be written.
     """
     tensors = _tensors(bank)
-    schema = {name: TensorSpec(dtype="F32", shape=values.shape) for name, values in tensors.items()}
+    schema = {
+        name: TensorSpec(dtype="F16" if values.dtype == np.float16 else "F32", shape=values.shape)
+        for name, values in tensors.items()
+    }
     header = msgspec.json.encode(_Header(count=bank.count, space=bank.space)).decode()
     with atomic_writer(path) as stream:
         writer = TensorWriter(stream, schema, {METADATA_KEY: header})
@@ -137,8 +157,12 @@ def read_bank(path: Path) -> MemoryBank:
             header = msgspec.json.decode(file.metadata.get(METADATA_KEY, ""), type=_Header)
         except (msgspec.DecodeError, RecursionError) as exc:
             raise DataError(f"{path}: not a memory bank ({exc})") from exc
-        expected = {"prototypes": 2, "weights": 1, "effective_patches": 1, "effective_images": 1}
-        found = {name: len(spec.shape) for name, spec in file.schema.items() if spec.dtype == "F32"}
+        expected = dict(_PLAIN_TENSORS)
+        if _PLACED_TENSORS.keys() & file.schema.keys():
+            expected |= _PLACED_TENSORS
+        kinds = {name: {"F32", "F16"} if name == "prototypes" and len(expected) > len(_PLAIN_TENSORS) else {"F32"}
+                 for name in expected}  # fmt: skip
+        found = {name: len(spec.shape) for name, spec in file.schema.items() if spec.dtype in kinds.get(name, ())}
         if found != expected or len(file.schema) != len(expected):
             raise DataError(f"{path}: not a memory bank (its tensors are {', '.join(sorted(file.schema))[:200]})")
         # Shapes are checked against the file's size when it is opened, so nothing larger than it is allocated.
@@ -146,16 +170,41 @@ def read_bank(path: Path) -> MemoryBank:
     return MemoryBank(count=header.count, space=header.space, **tensors)
 
 
-def _tensors(bank: MemoryBank) -> dict[str, npt.NDArray[np.float32]]:
-    return {
-        name: np.ascontiguousarray(getattr(bank, name), dtype=np.float32)
-        for name in ("prototypes", "weights", "effective_patches", "effective_images")
+_PLAIN_TENSORS = {"prototypes": 2, "weights": 1, "effective_patches": 1, "effective_images": 1}
+_PLACED_TENSORS = {"places": 2, "spreads": 1}
+"""Dimensions of a bank's tensors, by name. Banks of earlier versions have no places and no spreads."""
+
+
+def _tensors(bank: MemoryBank) -> dict[str, npt.NDArray[np.floating]]:
+    names = (*_PLAIN_TENSORS, *(() if bank.places is None else _PLACED_TENSORS))
+    tensors: dict[str, npt.NDArray[np.floating]] = {
+        name: np.ascontiguousarray(getattr(bank, name), dtype=np.float32) for name in names
     }
+    if bank.places is not None and np.abs(bank.prototypes).max(initial=0) < np.finfo(np.float16).max:
+        tensors["prototypes"] = tensors["prototypes"].astype(np.float16)
+    return tensors
+
+
+def _check_places(what: str, size: int, places: F32 | None, spreads: F32 | None) -> None:
+    """Places and spreads of ``size`` prototypes: both or neither, and possible values."""
+    if places is None or spreads is None:
+        if places is not None or spreads is not None:
+            raise DataError(f"{what}: places and spreads come together")
+        return
+    for name, values, shape in (("places", places, (size, 2)), ("spreads", spreads, (size,))):
+        if values.shape != shape:
+            raise DataError(f"{what}: {name} should be {list(shape)}, is {list(values.shape)}")
+        if not np.isfinite(values).all():
+            raise NumericalError(f"{what}: {name} hold NaN or infinite values")
+    if not ((places >= 0) & (places <= 1)).all():
+        raise DataError(f"{what}: places lie outside the picture")
+    if not (spreads > 0).all():
+        raise NumericalError(f"{what}: spreads must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryStatistics:
-    """Prototypes and the metric that they are compared in; the same at every position.
+    """Prototypes and the metric that they are compared in.
 
     Attributes:
         grid: height and width of the patch grid; P is their product.
@@ -164,6 +213,10 @@ class MemoryStatistics:
         transform: ``[C, C]`` float32.
         centre: ``[C]`` float32; subtracted first, so that float32 suffices.
         num_global: how many of the prototypes, the last ones, are the fleet's; the others are the site's own.
+        places: ``[M, 2]`` float32, row and column of each prototype as shares of the picture's height and width; None
+            where position counts for nothing.
+        spreads: ``[M]`` float32, what squared distances to each are divided by; there if and only if ``places`` are.
+        position_weight: w above.
     """
 
     grid: tuple[int, int]
@@ -172,6 +225,9 @@ class MemoryStatistics:
     transform: F32
     centre: F32
     num_global: int = 0
+    places: F32 | None = None
+    spreads: F32 | None = None
+    position_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.prototypes.ndim != 2 or not 1 <= len(self.prototypes) <= MAX_PROTOTYPES:
@@ -184,6 +240,9 @@ class MemoryStatistics:
             raise DataError(
                 f"memory: impossible grid {self.grid}, count {self.count} or global prototypes {self.num_global}"
             )
+        _check_places("memory", len(self.prototypes), self.places, self.spreads)
+        if not 0 <= self.position_weight < np.inf or (self.places is None and self.position_weight > 0):
+            raise DataError(f"memory: impossible position weight {self.position_weight:g}")
         for name in ("prototypes", "transform", "centre"):
             if not np.isfinite(getattr(self, name)).all():
                 raise NumericalError(f"memory: {name} holds NaN or infinite values")
@@ -210,6 +269,29 @@ class MemoryStatistics:
         projected: npt.NDArray[np.float64] = centred @ self.transform.astype(np.float64).T
         return projected
 
+    def scales(self) -> npt.NDArray[np.float64]:
+        """1/s: what squared distances to each prototype are multiplied by, ``[M]``."""
+        return np.ones(len(self.prototypes)) if self.spreads is None else 1 / self.spreads.astype(np.float64)
+
+    def place_terms(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """b, in two factors, so that a graph need not hold all of it: ``[P, 4] @ [4, M]`` is ``[P, M]``.
+
+        b_m(r) = (|q_m|^2 + w^2 C |r - r_m|^2) / s_m, with columns 1, row, column and |r|^2 of each position.
+        """
+        strength = self.position_weight**2 * self.num_channels
+        places = np.zeros((len(self.prototypes), 2)) if self.places is None else self.places.astype(np.float64)
+        at = grid_places(self.grid).astype(np.float64)
+        columns = np.column_stack([np.ones(len(at)), at, np.square(at).sum(axis=1)])
+        norms = np.square(self.projected()).sum(axis=1)
+        rows = np.stack(
+            [
+                norms + strength * np.square(places).sum(axis=1),
+                *(-2 * strength * places.T),
+                np.full(len(places), strength),
+            ]
+        )
+        return columns, rows * self.scales()
+
     def distances(self, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """Distances to the nearest prototype.
 
@@ -224,13 +306,22 @@ class MemoryStatistics:
         """
         dtype = embeddings.dtype
         require_finite(embeddings)
-        projected = self.projected()
-        norms = np.square(projected).sum(axis=1).astype(dtype)
-        factors, transform = (-2 * projected.T).astype(dtype), self.transform.T.astype(dtype)
-        centre = self.centre.astype(dtype)
+        scales = self.scales()
+        columns, rows = self.place_terms()
+        terms = (columns @ rows).astype(dtype)  # [P, M]
+        # The last row is for |y|^2, which is appended to y.
+        factors = np.vstack([-2 * self.projected().T * scales, scales - 1]).astype(dtype)
+        transform, centre = self.transform.T.astype(dtype), self.centre.astype(dtype)
         squared = np.empty(embeddings.shape[:2], dtype=dtype)
         for index, image in enumerate(embeddings):
             own = (image - centre) @ transform  # [P, C]
-            squared[index] = (own @ factors + norms).min(axis=1) + np.square(own).sum(axis=1)
+            norms = np.square(own).sum(axis=1)
+            squared[index] = (np.column_stack([own, norms]) @ factors + terms).min(axis=1) + norms
         distances: npt.NDArray[np.floating] = np.sqrt(np.abs(squared))
         return distances
+
+
+def grid_places(grid: tuple[int, int]) -> F32:
+    """Row and column of every position of a grid, as shares of its height and width: ``[P, 2]``, row by row."""
+    rows, columns = ((np.arange(size, dtype=np.float32) + 0.5) / np.float32(size) for size in grid)
+    return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)

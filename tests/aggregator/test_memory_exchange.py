@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -30,7 +31,9 @@ from tests.support.round_driver import Driver, sha
 WORKER = shlex.join([sys.executable, str(REPOSITORY / "tests" / "support" / "tiny_memory_trainer.py")])
 SPACE = "a" * 64
 CONFIG = AggregateConfig(
-    learning=Learning(method="feddymem", memory=Memory(prototypes=8, global_prototypes=5, min_group=30, min_images=3))
+    learning=Learning(
+        method="feddymem", memory=Memory(prototypes=8, global_prototypes=5, min_group=30, min_images=3, ridge=1e-6)
+    )
 )
 
 
@@ -109,11 +112,13 @@ def test_the_fleets_memory_is_the_weighted_k_means_of_the_sites(base: Path, tmp_
     fleet, banks = read_bank(tmp_path / "one"), [bank(seed=seed) for seed in (1, 2, 3)]
     assert (len(fleet), fleet.count, fleet.space) == (5, 60, SPACE)
     assert fleet.weights.sum() == pytest.approx(1, abs=1e-6)
-    # The weighted mean stays, and every prototype is its cluster's: no other is nearer to what went into it.
+    # The weighted mean stays, and every prototype is its cluster's: no other is nearer to what went into it, after
+    # whitening by the covariance of all.
     everything = np.concatenate([one.prototypes for one in banks])
     shares = np.concatenate([one.weights / 3 for one in banks])
     np.testing.assert_allclose(fleet.weights @ fleet.prototypes, shares @ everything, atol=1e-5)
-    nearest = np.square(everything[:, None] - fleet.prototypes).sum(axis=2).argmin(axis=1)
+    root = np.linalg.cholesky(np.linalg.inv(np.cov(everything.T, aweights=shares, ddof=0) + 1e-9 * np.eye(3)))
+    nearest = np.square((everything[:, None] - fleet.prototypes) @ root).sum(axis=2).argmin(axis=1)
     for index, prototype in enumerate(fleet.prototypes):
         members = nearest == index
         np.testing.assert_allclose(prototype, shares[members] @ everything[members] / shares[members].sum(), atol=1e-4)
@@ -125,7 +130,36 @@ def test_the_fleets_memory_is_the_weighted_k_means_of_the_sites(base: Path, tmp_
 
 
 def test_few_prototypes_are_kept_as_they_are() -> None:
-    assert kmeans_labels(np.eye(3), np.ones(3), 5, seed=0).tolist() == [0, 1, 2]
+    labels = kmeans_labels(np.eye(3), np.ones(3), 5, seed=0, ridge=0.1, places=np.zeros((3, 0)))
+    assert labels.tolist() == [0, 1, 2]
+
+
+def test_prototypes_alike_in_other_places_stay_apart_and_places_are_averaged() -> None:
+    alike, corners = np.zeros((4, 3)), np.array([[0.1, 0.1], [0.1, 0.2], [0.9, 0.9], [0.9, 0.8]])
+    labels = kmeans_labels(alike, np.ones(4), 2, seed=0, ridge=0.1, places=10 * corners)
+    assert labels[0] == labels[1] != labels[2] == labels[3]
+
+
+def test_places_and_spreads_are_pooled_where_all_sites_send_them(base: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    carried = {"places": rng.uniform(size=(8, 2)).astype(np.float32), "spreads": np.full(8, 1.5, np.float32)}
+    memory = msgspec.structs.replace(CONFIG.learning.memory, position_weight=4.0)
+    config = AggregateConfig(learning=msgspec.structs.replace(CONFIG.learning, memory=memory))
+    parts = contributions(tmp_path, [1, 2])
+    for part in parts:
+        write_bank(part.path, replace(read_bank(part.path), **carried))
+        assert MEMORY.validate_update(part.path, base, bounds=config, num_samples=20).reason is None
+    aggregate_updates(config, base, parts, tmp_path / "placed", num_members=2)
+    fleet = read_bank(tmp_path / "placed")
+    assert fleet.places is not None
+    assert fleet.spreads is not None
+    np.testing.assert_allclose(fleet.spreads, 1.5, rtol=1e-6)
+    weights = sum(read_bank(part.path).weights for part in parts) / 2
+    np.testing.assert_allclose(fleet.weights @ fleet.places, weights @ carried["places"], atol=1e-5)
+    # One of an earlier version among them sends none.
+    write_bank(parts[0].path, bank(seed=1))
+    aggregate_updates(config, base, parts, tmp_path / "plain", num_members=2)
+    assert read_bank(tmp_path / "plain").places is None
 
 
 def test_without_scikit_learn_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,7 +181,7 @@ def test_a_memory_is_pooled_already() -> None:
 def test_a_memory_may_be_larger_than_the_empty_one_it_starts_from() -> None:
     run = Driver(sites=2, rounds=1, learning=CONFIG.learning)
     run.start("a", "b")
-    limit = 8 * 4 * ((1 << 14) + 3) + (64 << 10)
+    limit = 8 * 4 * ((1 << 14) + 6) + (64 << 10)
     refused = run.deliver("a", run.offer("update", 1, sha(7), size=limit + 1))
     assert isinstance(refused, Refusal)
     assert refused.reason == "too_large"

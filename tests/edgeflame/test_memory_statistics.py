@@ -24,7 +24,7 @@ SPACE = "a" * 64
 again = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def bank(size: int = 4, channels: int = 3, seed: int = 0) -> MemoryBank:
+def bank(size: int = 4, channels: int = 3, seed: int = 0, *, placed: bool = False) -> MemoryBank:
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.1, 1, size)
     return MemoryBank(
@@ -34,10 +34,12 @@ def bank(size: int = 4, channels: int = 3, seed: int = 0) -> MemoryBank:
         effective_images=rng.uniform(4, 9, size).astype(np.float32),
         count=20,
         space=SPACE,
+        places=rng.uniform(0, 1, (size, 2)).astype(np.float32) if placed else None,
+        spreads=rng.uniform(0.3, 3, size).astype(np.float32) if placed else None,
     )
 
 
-def memory(size: int = 5, channels: int = 4, seed: int = 0) -> MemoryStatistics:
+def memory(size: int = 5, channels: int = 4, seed: int = 0, *, placed: bool = False) -> MemoryStatistics:
     rng = np.random.default_rng(seed)
     return MemoryStatistics(
         grid=(2, 3),
@@ -46,6 +48,9 @@ def memory(size: int = 5, channels: int = 4, seed: int = 0) -> MemoryStatistics:
         transform=(np.eye(channels) + 0.3 * rng.normal(size=(channels, channels))).astype(np.float32),
         centre=np.full(channels, 3, dtype=np.float32),
         num_global=size // 2,
+        places=rng.uniform(0, 1, (size, 2)).astype(np.float32) if placed else None,
+        spreads=rng.uniform(0.3, 3, size).astype(np.float32) if placed else None,
+        position_weight=1.5 if placed else 0.0,
     )
 
 
@@ -128,16 +133,23 @@ def test_tensors_that_are_no_bank_are_refused(tmp_path: Path) -> None:
 
 
 @again
-@given(size=st.integers(1, 20), channels=st.integers(1, 8), seed=st.integers(0, 99))
-def test_distances_are_those_to_the_nearest_prototype(size: int, channels: int, seed: int) -> None:
-    statistics = memory(size, channels, seed)
+@given(size=st.integers(1, 20), channels=st.integers(1, 8), seed=st.integers(0, 99), placed=st.booleans())
+def test_distances_are_those_to_the_nearest_prototype(size: int, channels: int, seed: int, placed: bool) -> None:
+    statistics = memory(size, channels, seed, placed=placed)
     embeddings = np.random.default_rng(seed + 1).normal(3, 2, size=(2, 6, channels))
     transform = statistics.transform.astype(np.float64)
     expected = np.empty((2, 6))
     for n in range(2):
         for p in range(6):
             steps = (embeddings[n, p] - statistics.prototypes.astype(np.float64)) @ transform.T
-            expected[n, p] = np.sqrt(np.square(steps).sum(axis=1)).min()
+            squared = np.square(steps).sum(axis=1)
+            if placed:
+                assert statistics.places is not None
+                assert statistics.spreads is not None
+                at = np.array([(p // 3 + 0.5) / 2, (p % 3 + 0.5) / 3])
+                squared += 1.5**2 * channels * np.square(at - statistics.places).sum(axis=1)
+                squared /= statistics.spreads
+            expected[n, p] = np.sqrt(squared.min())
     np.testing.assert_allclose(statistics.distances(embeddings), expected, rtol=1e-9, atol=1e-6)
     single = statistics.distances(embeddings.astype(np.float32))
     assert single.dtype == np.float32
@@ -154,8 +166,53 @@ def test_a_prototype_is_at_distance_zero_and_a_fault_is_no_pass() -> None:
         statistics.distances(broken)
 
 
-def test_a_package_holds_a_memory(tmp_path: Path) -> None:
-    statistics = memory()
+def test_a_placed_bank_comes_back_in_half_the_bytes_and_has_one_form(tmp_path: Path) -> None:
+    one = bank(200, 64, placed=True)
+    write_bank(tmp_path / "one", one)
+    back = read_bank(tmp_path / "one")
+    write_bank(tmp_path / "two", back)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    np.testing.assert_allclose(back.prototypes, one.prototypes, rtol=1e-3, atol=1e-4)
+    for name in ("weights", "effective_patches", "effective_images", "places", "spreads"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(one, name))
+    assert (tmp_path / "one").stat().st_size < 200 * (2 * 64 + 4 * 6) + 1000
+    # What float16 cannot hold stays as it is.
+    far = replace(one, prototypes=np.full((200, 64), 1e5, np.float32))
+    write_bank(tmp_path / "far", far)
+    np.testing.assert_array_equal(read_bank(tmp_path / "far").prototypes, far.prototypes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"places": None}, DataError),
+        ({"places": np.full((4, 2), 1.5, np.float32)}, DataError),
+        ({"places": np.full((4, 2), np.nan, np.float32)}, NumericalError),
+        ({"places": np.zeros((4, 3), np.float32)}, DataError),
+        ({"spreads": np.zeros(4, np.float32)}, NumericalError),
+        ({"spreads": np.ones(3, np.float32)}, DataError),
+    ],
+)
+def test_impossible_places_and_spreads_are_refused(changes: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        replace(bank(placed=True), **changes)  # type: ignore[arg-type]
+
+
+def test_half_of_what_a_placed_bank_needs_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    write_bank(path, bank(placed=True))
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(path)
+    del tensors["spreads"]
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+    with pytest.raises(DataError, match="not a memory bank"):
+        read_bank(path)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_package_holds_a_memory(tmp_path: Path, placed: bool) -> None:
+    statistics = memory(placed=placed)
     manifest = small_manifest(statistics, threshold=2.0)
     write_package(tmp_path / "m.edgeflame", manifest=manifest, model_onnx=b"onnx", statistics=statistics)
     package = read_package(tmp_path / "m.edgeflame")
@@ -164,6 +221,10 @@ def test_a_package_holds_a_memory(tmp_path: Path) -> None:
     assert package.statistics.num_global == 2
     for name in ("prototypes", "transform", "centre"):
         np.testing.assert_array_equal(getattr(package.statistics, name), getattr(statistics, name))
+    assert package.statistics.position_weight == statistics.position_weight
+    if placed:
+        np.testing.assert_array_equal(package.statistics.places, statistics.places)
+        np.testing.assert_array_equal(package.statistics.spreads, statistics.spreads)
     # A manifest that describes other statistics than are there.
     wrong = msgspec.structs.replace(manifest, num_prototypes=4)
     write_package(tmp_path / "m.edgeflame", manifest=wrong, model_onnx=b"onnx", statistics=statistics)

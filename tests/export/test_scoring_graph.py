@@ -264,7 +264,12 @@ def test_the_network_is_left_as_it_was() -> None:
 def slow_memory_maps(statistics: MemoryStatistics, images: np.ndarray) -> np.ndarray:
     embeddings = embed(small_network(), images).astype(np.float64)
     steps = embeddings[:, :, None] - statistics.prototypes.astype(np.float64)
-    distances = np.linalg.norm(steps @ statistics.transform.astype(np.float64).T, axis=3).min(axis=2)
+    squared = np.square(steps @ statistics.transform.astype(np.float64).T).sum(axis=3)
+    if statistics.places is not None and statistics.spreads is not None:
+        at = np.array([[(row + 0.5) / GRID, (column + 0.5) / GRID] for row in range(GRID) for column in range(GRID)])
+        apart = np.square(at[:, None] - statistics.places).sum(axis=2)
+        squared = (squared + statistics.position_weight**2 * 6 * apart) / statistics.spreads
+    distances = np.sqrt(squared.min(axis=2))
     return smooth_maps(distances.reshape(-1, GRID, GRID), 1.0)
 
 
@@ -282,12 +287,25 @@ def test_a_memory_head_agrees_with_a_slow_float64_reference_and_with_torch(size:
     np.testing.assert_allclose(maps, smooth_maps(in_torch.reshape(-1, GRID, GRID), 1.0), rtol=1e-3, atol=1e-3)
 
 
-def test_a_fault_is_no_pass_for_a_memory_either() -> None:
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_memory_with_places_and_spreads_agrees_with_a_slow_float64_reference(folded: bool) -> None:
+    statistics = memory_statistics(placed=True)
+    graph = export(small_network(), statistics)
+    scores, maps = run(fold_constants(graph) if folded else graph, IMAGES)
+    expected = slow_memory_maps(statistics, IMAGES)
+    np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(scores, expected.max(axis=(1, 2)), rtol=1e-3, atol=1e-3)
+    plain = run(export(small_network(), memory_statistics()), IMAGES)[1]
+    assert np.abs(plain - maps).max() > 0.1, "places and spreads count"
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_fault_is_no_pass_for_a_memory_either(placed: bool) -> None:
     class Broken(nn.Module):
         def forward(self, rgb: Tensor) -> Tensor:
             embeddings: Tensor = small_network()(rgb)  # type: ignore[operator]
             return torch.where(embeddings > 1e9, embeddings, torch.log(embeddings - 1000))
 
-    scores, maps = run(export(Broken(), memory_statistics()), IMAGES[:1])
+    scores, maps = run(export(Broken(), memory_statistics(placed=placed)), IMAGES[:1])
     assert np.isnan(maps).all()
     assert np.isnan(scores).all()

@@ -149,7 +149,7 @@ def small_manifest(statistics: LowRankGaussian, *, threshold: float) -> Manifest
     )
 
 
-def memory_statistics(size: int = 9) -> MemoryStatistics:
+def memory_statistics(size: int = 9, *, placed: bool = False) -> MemoryStatistics:
     """Prototypes among the images' own embeddings, in a metric that is not the plain one."""
     rng = np.random.default_rng(4)
     embeddings = embed(small_network(), np.stack([good_image(1), bad_image(2), good_image(3)])).reshape(-1, 6)
@@ -159,6 +159,9 @@ def memory_statistics(size: int = 9) -> MemoryStatistics:
         prototypes=rng.permutation(embeddings)[:size],
         transform=(np.eye(6) + 0.2 * rng.normal(size=(6, 6))).astype(np.float32),
         centre=embeddings.mean(axis=0),
+        places=rng.uniform(0, 1, (size, 2)).astype(np.float32) if placed else None,
+        spreads=rng.uniform(0.3, 3, size).astype(np.float32) if placed else None,
+        position_weight=4.0 if placed else 0.0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,21 +21,27 @@ from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank
 from fitting.imageset import ImageSet
 from trainer.agent.tasks import FinishTask, InitialTask, TrainTask
 from trainer.feddymem.learning import (
-    MemoryGenerator,
     PatchSample,
-    Whitening,
+    SiteMemory,
     assign_patches,
-    combined_transform,
     fit_metric,
-    fit_whitening,
-    greedy_k_centre,
     initial_memory,
     metric_loss,
     restore_memory,
     train_memory,
     update_entries,
 )
+from trainer.feddymem.metric import (
+    MemoryGenerator,
+    Whitening,
+    combined_transform,
+    comparable,
+    fit_whitening,
+    grouped,
+    means_of_groups,
+)
 from trainer.feddymem.reduce import NO_FLOOR, EntryContents, PrivacyFloor, entry_contents, reduce_memory
+from trainer.feddymem.spread import measured_spreads, nearest_prototypes
 from trainer.fit import fit
 from trainer.work import STATISTICS_FILE, TorchSiteTrainer
 
@@ -51,6 +58,7 @@ def patches_of(num_images: int = 8, each: int = 40, seed: int = 0) -> PatchSampl
     values = centres[kinds] + 0.3 * rng.normal(size=(len(kinds), C))
     return PatchSample(
         values=torch.from_numpy(values.astype(np.float32)),
+        places=torch.from_numpy(rng.uniform(size=(len(kinds), 2)).astype(np.float32)),
         image_of=torch.arange(num_images).repeat_interleave(each),
         num_images=num_images,
     )
@@ -67,15 +75,49 @@ def learning_with(learning: Learning, **memory: object) -> Learning:
     return msgspec.structs.replace(learning, method="feddymem", memory=Memory(**{**small, **memory}))  # type: ignore[arg-type]
 
 
+def memory_of(values: torch.Tensor, places: torch.Tensor | None = None) -> SiteMemory:
+    places = torch.full((len(values), 2), 0.5) if places is None else places
+    return SiteMemory(entries=values, places=places, generator=MemoryGenerator(values.shape[1]))
+
+
 def test_whitened_samples_have_the_identity_for_covariance_and_the_root_turns_nothing() -> None:
     samples = patches_of().values.numpy() @ np.diag([1, 2, 3, 4, 5]).astype(np.float32)
-    weights = np.random.default_rng(1).uniform(0.5, 1, len(samples)).astype(np.float32)
-    whitening = fit_whitening(samples, weights, ridge=1e-9, device=CPU)
-    white = whitening(torch.from_numpy(samples)).double().numpy()
-    np.testing.assert_allclose(np.cov(white.T, aweights=weights, ddof=0), np.eye(C), atol=1e-4)
-    np.testing.assert_allclose(whitening.matrix, whitening.matrix.T, atol=1e-6)
+    nearest = np.random.default_rng(1).normal(size=samples.shape).astype(np.float32)
+    for known in (None, nearest):
+        whitening = fit_whitening(samples, known, ridge=1e-9, device=CPU)
+        steps = samples - (samples.mean(axis=0) if known is None else known)
+        white = steps.astype(np.float64) @ whitening.matrix.double().numpy()
+        np.testing.assert_allclose(white.T @ white / len(white), np.eye(C), atol=1e-4)
+        np.testing.assert_allclose(whitening.matrix, whitening.matrix.T, atol=1e-6)
     with pytest.raises(NumericalError, match="nothing varies"):
         fit_whitening(np.ones((4, C), dtype=np.float32), None, ridge=0.1, device=CPU)
+
+
+def test_the_metric_is_of_what_patches_differ_by_from_their_nearest_and_not_from_one_another(
+    small_learning: Learning,
+) -> None:
+    rng = np.random.default_rng(3)
+    centres = np.concatenate([4 * np.eye(C), -4 * np.eye(C)])
+    values = np.repeat(centres, 60, axis=0) + 0.3 * rng.normal(size=(600, C))
+    patches = PatchSample(
+        values=torch.from_numpy(values.astype(np.float32)),
+        places=torch.full((600, 2), 0.5),
+        image_of=torch.arange(600) % 8,
+        num_images=8,
+    )
+    entries = memory_of(torch.from_numpy(centres.astype(np.float32)))
+    metric = fit_metric(patches, entries, None, learning_with(small_learning, ridge=1e-6))
+    np.testing.assert_allclose(metric.matrix, np.eye(C) / 0.3, atol=0.5)
+    # Where every patch is an entry, nothing is left, and the covariance of all stands in.
+    rough = fit_metric(patches, memory_of(patches.values), None, learning_with(small_learning))
+    torch.testing.assert_close(rough.matrix, fit_whitening(patches.values.numpy(), None, ridge=0.1, device=CPU).matrix)
+
+
+def test_a_step_in_place_counts_beside_the_embedding() -> None:
+    metric = Whitening(centre=torch.zeros(C), matrix=torch.eye(C), place_scale=3.0)
+    values, places = torch.zeros(2, C), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    points = comparable(metric, MemoryGenerator(C), values, places)
+    assert float((points[0] - points[1]).square().sum()) == pytest.approx(18)
 
 
 def test_a_new_generator_changes_nothing_and_both_make_one_matrix() -> None:
@@ -90,19 +132,44 @@ def test_a_new_generator_changes_nothing_and_both_make_one_matrix() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_k_centre_spreads_and_takes_no_point_twice() -> None:
-    points = torch.tensor([[0.0], [0.1], [10.0], [10.0], [-10.0]])
-    chosen = greedy_k_centre(points, 3)
-    # The mean is 2.02, so the first is -10; the farthest from it 10; then 0 or 0.1, whichever is farther from both.
-    assert points[chosen, 0].tolist() == pytest.approx([-10.0, 10.0, 0.0])
-    assert len(greedy_k_centre(points, 5)) == 4, "two points are the same"
+def test_groups_are_of_what_lies_near_and_means_are_weighted() -> None:
+    points = torch.tensor([[0.0], [0.2], [10.0], [10.4], [-10.0]])
+    weights = torch.tensor([5.0, 1.0, 4.0, 1.0, 3.0], dtype=torch.float64)
+    group = grouped(points, weights, 3)
+    assert [int(one) for one in group] == [0, 0, 1, 1, 2]
+    assert grouped(points, weights, 5).tolist() == [0, 1, 2, 3, 4]
+    means = means_of_groups(points, group, 4, weights, empty=torch.full((4, 1), 7.0))
+    torch.testing.assert_close(means[:, 0], torch.tensor([0.2 / 6, 10.08, -10.0, 7.0]))
 
 
 def test_entries_move_towards_their_patches_and_others_stay() -> None:
-    patches = PatchSample(values=torch.tensor([[1.0] * C, [3.0] * C]), image_of=torch.tensor([0, 1]), num_images=2)
-    entries = torch.tensor([[0.0] * C, [100.0] * C])
-    moved = update_entries(entries, patches, PLAIN, MemoryGenerator(C), rate=0.5)
-    torch.testing.assert_close(moved, torch.tensor([[1.0] * C, [100.0] * C]))
+    patches = PatchSample(
+        values=torch.tensor([[1.0] * C, [3.0] * C]),
+        places=torch.tensor([[0.0, 1.0], [0.5, 0.5]]),
+        image_of=torch.tensor([0, 1]),
+        num_images=2,
+    )
+    memory = memory_of(torch.tensor([[0.0] * C, [100.0] * C]), torch.tensor([[0.25, 0.25], [0.9, 0.9]]))
+    moved = update_entries(memory, patches, PLAIN, rate=0.5)
+    torch.testing.assert_close(moved.entries, torch.tensor([[1.0] * C, [100.0] * C]))
+    torch.testing.assert_close(moved.places, torch.tensor([[0.25, 0.5], [0.9, 0.9]]))
+
+
+def test_spreads_are_relative_to_the_mean_and_shrink_towards_what_is_known() -> None:
+    # Ten patches at distance 1 of the first prototype, ten at distance 2 of the second; the third has none.
+    values = torch.zeros(20, C)
+    values[:10, 0], values[10:, 0] = 1.0, 12.0
+    patches = PatchSample(values=values, places=torch.full((20, 2), 0.5), image_of=torch.arange(20) // 10, num_images=2)
+    prototypes = np.zeros((3, C), dtype=np.float32)
+    prototypes[1:, 0] = 10.0, 50.0
+    places, prior = np.full((3, 2), 0.5, dtype=np.float32), np.array([1, 1, 0.7], dtype=np.float32)
+    generator = MemoryGenerator(C)
+    nearest = nearest_prototypes(patches, prototypes, places, PLAIN, generator)
+    assert nearest.tolist() == [0] * 10 + [1] * 10
+    spreads = measured_spreads(patches, prototypes, places, nearest, PLAIN, generator, prior=prior)
+    known = 30
+    expected = [(10 * 1 / 2.5 + known) / (10 + known), (10 * 4 / 2.5 + known) / (10 + known), 0.7]
+    np.testing.assert_allclose(spreads, expected, rtol=1e-5)
 
 
 def test_the_metric_loss_against_a_slow_reference() -> None:
@@ -112,7 +179,8 @@ def test_the_metric_loss_against_a_slow_reference() -> None:
     generator = MemoryGenerator(C)
     with torch.no_grad():
         generator.weight.copy_(0.1 * torch.randn(C, C, generator=draw))
-    losses = metric_loss(generator, known, good, noised, margin=0.5)
+    no_place = {count: torch.zeros(count, 2) for count in (4, 9)}
+    losses = metric_loss(generator, (known, no_place[4]), (good, no_place[9]), (noised, no_place[9]), margin=0.5)
     matrix = np.eye(C) + generator.weight.detach().double().numpy()
 
     def distance(row: torch.Tensor) -> float:
@@ -131,8 +199,8 @@ def test_training_lowers_the_loss_and_repeats_itself(small_learning: Learning) -
     learning = learning_with(small_learning)
     learning = msgspec.structs.replace(learning, training=msgspec.structs.replace(learning.training, epochs=6))
     patches = patches_of()
-    whitening = fit_metric(patches, None, learning)
-    start = initial_memory(patches, whitening, learning, seed=0)
+    start = initial_memory(patches, size=learning.memory.entries, seed=0)
+    whitening = fit_metric(patches, start, None, learning)
     results = [train_memory(start, patches, None, whitening, learning, seed=5) for _ in range(2)]
     assert torch.equal(results[0][0].entries, results[1][0].entries)
     assert torch.equal(results[0][0].generator.weight, results[1][0].generator.weight)
@@ -143,6 +211,12 @@ def test_training_lowers_the_loss_and_repeats_itself(small_learning: Learning) -
     kept = restore_memory(results[0][0].tensors(), C, CPU)
     assert kept is not None
     assert torch.equal(kept.generator.weight, results[0][0].generator.weight)
+    assert torch.equal(kept.places, results[0][0].places)
+    # Earlier versions kept no places.
+    without = {name: tensor for name, tensor in results[0][0].tensors().items() if name != "places"}
+    before = restore_memory(without, C, CPU)
+    assert before is not None
+    assert before.places.shape == (len(before.entries), 2)
     assert restore_memory({}, C, CPU) is None
     with pytest.raises(DataError, match="its backbone has 6"):
         restore_memory(results[0][0].tensors(), C + 1, CPU)
@@ -158,7 +232,7 @@ def reduced(contents: EntryContents, *, size: int, floor: PrivacyFloor, temperat
         floor=floor,
         count=contents.counts.shape[1],
         space="a" * 64,
-    )
+    ).bank
 
 
 @settings(deadline=None, max_examples=40)
@@ -173,9 +247,8 @@ def test_nothing_below_the_floor_is_sent_and_everything_is_accounted_for(
     num_images: int, each: int, size: int, floor: PrivacyFloor, seed: int
 ) -> None:
     patches = patches_of(num_images, each, seed)
-    entries = patches.values[greedy_k_centre(patches.values, 20)]
-    entry_of = assign_patches(patches, entries, PLAIN, MemoryGenerator(C))
-    contents = entry_contents(patches.values, patches.image_of, entry_of, num_images)
+    memory = initial_memory(patches, size=20, seed=seed)
+    contents = entry_contents(patches, assign_patches(patches, memory, PLAIN))
     assert contents.sizes.sum() == num_images * each
     if num_images * each < floor.patches or num_images < floor.images:
         with pytest.raises(DataError, match="the privacy floor allows nothing to be sent"):
@@ -199,20 +272,18 @@ def test_the_effective_counts_are_those_of_the_patches_weights() -> None:
     # One group of two entries: 3 patches of two images, and 1 of a third; the second lies at distance^2 = 1.
     contents = EntryContents(
         means=np.array([[0.0] * C, [1.0] + [0.0] * (C - 1)], dtype=np.float32),
+        places=np.array([[0.5, 0.5], [0.5, 0.5]], dtype=np.float32),
         counts=np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+        rows=torch.tensor([0, 0, 0, 1]),
     )
     bank = reduced(contents, size=1, floor=NO_FLOOR, temperature=2.0)
-    # The seed is the entry farther from the mean, the first by index here; the mean of d^2 over entries is 1/2.
-    near, far = 1.0, np.exp(-1 / (0.5 * 2.0))
-    for first, second in ((near, far), (far, near)):
-        weights = np.array([first] * 3 + [second])
-        weights /= weights.sum()
-        by_image = np.array([weights[:2].sum(), weights[2], weights[3]])
-        expected = (1 / np.square(weights).sum(), 1 / np.square(by_image).sum(), weights[3])
-        found = (bank.effective_patches[0], bank.effective_images[0], bank.prototypes[0, 0])
-        if np.allclose(found, expected, rtol=1e-5):
-            return
-    pytest.fail(f"neither entry's weights give {found}")
+    # The centre is at 1/4, so the squared distances are 1/16 and 9/16, and their mean 5/16.
+    weights = np.array([1.0] * 3 + [np.exp(-(8 / 16) / (5 / 16 * 2.0))])
+    weights /= weights.sum()
+    by_image = np.array([weights[:2].sum(), weights[2], weights[3]])
+    expected = (1 / np.square(weights).sum(), 1 / np.square(by_image).sum(), weights[3])
+    found = (bank.effective_patches[0], bank.effective_images[0], bank.prototypes[0, 0])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_a_rare_pattern_of_one_image_is_not_sent() -> None:
@@ -220,12 +291,11 @@ def test_a_rare_pattern_of_one_image_is_not_sent() -> None:
     odd = torch.full((40, C), 50.0)
     patches = PatchSample(
         values=torch.cat([common.values, odd]),
+        places=torch.cat([common.places, torch.full((40, 2), 0.5)]),
         image_of=torch.cat([common.image_of, torch.full((40,), 6)]),
         num_images=7,
     )
-    entries = patches.values[greedy_k_centre(patches.values, 20)]
-    entry_of = assign_patches(patches, entries, PLAIN, MemoryGenerator(C))
-    contents = entry_contents(patches.values, patches.image_of, entry_of, 7)
+    contents = entry_contents(patches, assign_patches(patches, initial_memory(patches, size=20, seed=0), PLAIN))
     nearest = {}
     for name, floor in (("open", NO_FLOOR), ("floor", PrivacyFloor(patches=8, images=2))):
         bank = reduced(contents, size=8, floor=floor, temperature=1.0)
@@ -245,13 +315,16 @@ def task(folder: Path, number: int, base: str, private: str | None, out: str) ->
     )
 
 
-@pytest.fixture
-def work(parts_folder: Path, small_learning: Learning, tmp_path: Path) -> TorchSiteTrainer:
-    learning = learning_with(small_learning)
+@pytest.fixture(params=[0.0, 4.0], ids=["plain", "placed"])
+def work(parts_folder: Path, small_learning: Learning, request: pytest.FixtureRequest) -> TorchSiteTrainer:
+    learning = learning_with(small_learning, position_weight=request.param)
     return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", device="cpu")
 
 
-def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_path: Path) -> None:
+def test_two_rounds_and_the_sites_own_statistics(
+    work: TorchSiteTrainer, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    placed = "placed" in request.node.callspec.id
     work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     initial = read_bank(tmp_path / "base")
     assert len(initial) == 0
@@ -264,9 +337,9 @@ def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_pat
     assert sent.effective_images.min() >= 2
     # Neither generator nor entries are in what is sent.
     assert set(safetensors.numpy.load_file(tmp_path / "1")) == {
-        "prototypes", "weights", "effective_patches", "effective_images",
+        "prototypes", "weights", "effective_patches", "effective_images", *(("places", "spreads") if placed else ()),
     }  # fmt: skip
-    assert set(safetensors.numpy.load_file(tmp_path / "1.private")) == {"entries", "generator"}
+    assert set(safetensors.numpy.load_file(tmp_path / "1.private")) == {"entries", "places", "generator"}
     # The same task gives the same files; what was kept matters.
     for out, private in (("2", "1.private"), ("3", "1.private"), ("4", None)):
         work.train(task(tmp_path, 2, "1", private, out), no_progress)
@@ -282,7 +355,26 @@ def test_two_rounds_and_the_sites_own_statistics(work: TorchSiteTrainer, tmp_pat
     assert isinstance(statistics, MemoryStatistics)
     assert statistics.num_global == len(sent)
     np.testing.assert_array_equal(statistics.prototypes[-len(sent) :], sent.prototypes)
+    assert (statistics.places is not None) == placed
+    assert statistics.position_weight == (4.0 if placed else 0.0)
     assert finished.summary["threshold"] > 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("work", [4.0], ids=["placed"], indirect=True)
+def test_a_fleet_memory_without_places_is_used_without_them(work: TorchSiteTrainer, tmp_path: Path) -> None:
+    work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
+    work.train(task(tmp_path, 1, "base", None, "1"), no_progress)
+    sent = read_bank(tmp_path / "1")
+    write_bank(tmp_path / "plain", replace(sent, places=None, spreads=None))
+    work.train(task(tmp_path, 2, "plain", "1.private", "2"), no_progress)
+    assert read_bank(tmp_path / "2").places is None
+    finish = FinishTask(
+        model=str(tmp_path / "plain"), out_dir=str(tmp_path), ledger={}, private=str(tmp_path / "2.private")
+    )
+    work.finish(finish, no_progress)
+    statistics = decode_statistics((tmp_path / STATISTICS_FILE).read_bytes())
+    assert isinstance(statistics, MemoryStatistics)
+    assert statistics.places is None
 
 
 def test_a_memory_of_another_backbone_is_told_in_words(work: TorchSiteTrainer, tmp_path: Path) -> None:
@@ -303,14 +395,17 @@ def test_a_site_with_too_few_images_for_the_floor_is_told_in_words(
         work.train(task(tmp_path, 1, "base", None, "1"), no_progress)
 
 
-def test_one_site_alone_finds_the_holes(images: ImageSet, parts_folder: Path, small_learning: Learning) -> None:
+@pytest.mark.parametrize("position_weight", [0.0, 4.0])
+def test_one_site_alone_finds_the_holes(
+    images: ImageSet, parts_folder: Path, small_learning: Learning, position_weight: float
+) -> None:
     from edgeflame.dataset import open_dataset
     from fitting.crossfit import image_scores, score_maps
     from trainer.device import rgb_tensor
     from trainer.embedding import embed
 
     dataset = open_dataset(parts_folder)
-    fitted = fit(dataset, learning_with(small_learning))
+    fitted = fit(dataset, learning_with(small_learning, position_weight=position_weight))
     assert isinstance(fitted.site.statistics, MemoryStatistics)
     assert fitted.site.statistics.num_global == 0
     test = ImageSet(dataset.test, small_learning.input)

@@ -1,12 +1,7 @@
-"""A site's training by FedDyMem: the metric, the sample of patches, and the dynamic memory with its generator.
+"""A site's training by FedDyMem: the sample of patches, and the dynamic memory with its generator.
 
 The backbone is frozen, so nothing is propagated through it: patches (a bounded, seeded sample) are computed once, and
 an epoch is a few products of small matrices. That is why this is not an objective of the network's training loop.
-
-The metric in which patches and prototypes are compared is whitening, then the memory generator. A linear generator
-*before* the whitening would be undone by it (a Mahalanobis distance does not change under linear maps), so it comes
-after: T = (I + W) S^(-1/2), with S the prototypes' covariance and W = 0 at first. The root is the symmetric one, which
-turns nothing, so that a generator still fits when the covariance changes from round to round.
 
 Axes: n patches, B entries of the site's own memory, M (global) prototypes, C embedding channels.
 """
@@ -18,124 +13,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
-from edgeflame.statistics.memory import MemoryBank
-from edgeflame.tensors import F32
+from edgeflame.statistics.memory import MemoryBank, grid_places
 from fitting.embeddings import Embeddings
-
-DISTANCES_AT_ONCE = 1 << 24
-"""Elements of a distance matrix held at once: 64 MiB."""
-
-
-def aligned_tensor(array: F32) -> Tensor:
-    """A tensor of its own: in memory that torch aligns, so that its products are the same bits every time.
-
-    The products of a tensor that shares numpy's memory depend on where that happens to lie.
-    """
-    return torch.from_numpy(array).clone()
-
-
-class MemoryGenerator(nn.Module):
-    """A residual linear projection, the identity at first. It is trained at a site and never leaves it."""
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_channels, num_channels))
-
-    def forward(self, whitened: Tensor) -> Tensor:
-        """``[n, C]`` to ``[n, C]``."""
-        return whitened + whitened @ self.weight.T
-
-
-@dataclass(frozen=True, kw_only=True)
-class Whitening:
-    """``(x - centre) @ matrix``: ``[C]`` and ``[C, C]``, symmetric."""
-
-    centre: Tensor
-    matrix: Tensor
-
-    def __call__(self, embeddings: Tensor) -> Tensor:
-        """``[n, C]`` to ``[n, C]``."""
-        return (embeddings - self.centre) @ self.matrix
-
-
-def fit_whitening(samples: F32, weights: F32 | None, *, ridge: float, device: torch.device) -> Whitening:
-    """Whitening by the covariance of ``samples [n, C]`` with ``weights [n]``, plus a ridge.
-
-    Args:
-        samples: prototypes or patches.
-        weights: of each; None weighs all the same.
-        ridge: share of the mean variance that is added to every eigenvalue.
-        device: where the result lives.
-
-    Raises:
-        NumericalError: nothing varies between the samples.
-    """
-    share = np.full(len(samples), 1 / len(samples)) if weights is None else weights / weights.sum(dtype=np.float64)
-    values = samples.astype(np.float64)
-    centre = share @ values
-    centred = values - centre
-    covariance = (centred * share[:, None]).T @ centred
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    mean_variance = float(np.clip(eigenvalues, 0, None).mean())
-    if not mean_variance > 0:
-        raise NumericalError("nothing varies between the patches; are they all of the same picture?")
-    matrix = (vectors / np.sqrt(np.clip(eigenvalues, 0, None) + ridge * mean_variance)) @ vectors.T
-    return Whitening(
-        centre=aligned_tensor(centre.astype(np.float32)).to(device),
-        matrix=aligned_tensor(matrix.astype(np.float32)).to(device),
-    )
-
-
-def combined_transform(whitening: Whitening, generator: MemoryGenerator) -> F32:
-    """Both as one matrix ``[C, C]``, for :class:`edgeflame.statistics.memory.MemoryStatistics`."""
-    with torch.no_grad():
-        both = generator.weight.double() @ whitening.matrix.double() + whitening.matrix.double()
-    transform: F32 = both.float().cpu().numpy()
-    return transform
-
-
-def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """``[n, C]`` and ``[M, C]`` to ``[n, M]``, >= 0."""
-    products = rows @ columns.T
-    squared = rows.square().sum(dim=1, keepdim=True) + columns.square().sum(dim=1) - 2 * products
-    return squared.clamp_min(0)
-
-
-def nearest_index(rows: Tensor, columns: Tensor) -> Tensor:
-    """The index of the nearest column for each row, ``[n]`` int64."""
-    at_once = max(1, DISTANCES_AT_ONCE // max(1, len(columns)))
-    found = [squared_distances(part, columns).argmin(dim=1) for part in torch.split(rows, at_once)]
-    return torch.cat(found)
-
-
-def greedy_k_centre(points: Tensor, count: int) -> Tensor:
-    """Points that lie far apart: each next one is the farthest from those before (the first: from the mean).
-
-    Args:
-        points: ``[n, C]``.
-        count: how many; fewer where no more than that differ.
-
-    Returns:
-        Their indices, ``[<= count]`` int64.
-    """
-    distance = squared_distances(points, points.mean(dim=0, keepdim=True))[:, 0]
-    chosen: list[int] = []
-    for _ in range(min(count, len(points))):
-        farthest = int(distance.argmax())
-        if chosen and not float(distance[farthest]) > 0:
-            break
-        chosen.append(farthest)
-        new = squared_distances(points, points[farthest : farthest + 1])[:, 0]
-        # Exactly zero, also where rounding says otherwise: a point is not chosen twice.
-        new[farthest] = 0
-        distance = new if len(chosen) == 1 else torch.minimum(distance, new)
-    return torch.tensor(chosen, dtype=torch.int64, device=points.device)
+from trainer.feddymem.metric import (
+    MemoryGenerator,
+    Whitening,
+    aligned_tensor,
+    comparable,
+    fit_whitening,
+    means_of_groups,
+    nearest_index,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +38,25 @@ class PatchSample:
 
     Attributes:
         values: ``[n, C]`` float32.
+        places: ``[n, 2]`` float32, row and column of each as shares of the picture's height and width.
         image_of: ``[n]`` int64, which image each is from.
         num_images: N.
     """
 
     values: Tensor
+    places: Tensor
     image_of: Tensor
     num_images: int
 
     def without(self, images: list[int]) -> PatchSample:
         """The patches of all images but some."""
         kept = ~torch.isin(self.image_of, torch.tensor(images, dtype=torch.int64))
+        on_device = kept.to(self.values.device)
         return PatchSample(
-            values=self.values[kept.to(self.values.device)], image_of=self.image_of[kept], num_images=self.num_images
+            values=self.values[on_device],
+            places=self.places[on_device],
+            image_of=self.image_of[kept],
+            num_images=self.num_images,
         )
 
 
@@ -177,24 +77,23 @@ def sample_patches(
     positions = embeddings.grid[0] * embeddings.grid[1]
     each = max(1, min(positions, max_patches // num_images))
     values = np.empty((num_images, each, embeddings.num_channels), dtype=np.float32)
+    places, of_grid = np.empty((num_images, each, 2), dtype=np.float32), grid_places(embeddings.grid)
     done = 0
     for indices, batch in embeddings.batches(range(num_images)):
         for index, image in zip(indices, batch, strict=True):
             chosen = np.sort(generator.choice(positions, size=each, replace=False))
-            values[index] = image[chosen]
+            values[index], places[index] = image[chosen], of_grid[chosen]
         done += len(indices)
         progress(done, num_images, "patches")
     return PatchSample(
         values=aligned_tensor(values.reshape(num_images * each, -1)).to(device),
+        places=aligned_tensor(places.reshape(num_images * each, 2)).to(device),
         image_of=torch.arange(num_images).repeat_interleave(each),
         num_images=num_images,
     )
 
 
 log = EventLog("feddymem")
-
-SEED_PATCHES = 8192
-"""Patches among which the first entries are sought; the search costs patches times entries."""
 
 BATCH_PATCHES = 4096
 
@@ -205,15 +104,17 @@ class SiteMemory:
 
     Attributes:
         entries: ``[B, C]`` its dynamic memory, in the frozen backbone's coordinates.
+        places: ``[B, 2]`` row and column of each, as shares of the picture's height and width.
         generator: the site's own.
     """
 
     entries: Tensor
+    places: Tensor
     generator: MemoryGenerator
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of its file, by name."""
-        return {"entries": self.entries, "generator": self.generator.weight.detach()}
+        return {"entries": self.entries, "places": self.places, "generator": self.generator.weight.detach()}
 
 
 def restore_memory(tensors: Mapping[str, Tensor], num_channels: int, device: torch.device) -> SiteMemory | None:
@@ -225,30 +126,60 @@ def restore_memory(tensors: Mapping[str, Tensor], num_channels: int, device: tor
     if not tensors:
         return None
     entries, weight = tensors["entries"], tensors["generator"]
+    # Earlier versions kept no places, in runs in which they count for nothing.
+    places = tensors.get("places", torch.full((len(entries), 2), 0.5))
     if entries.shape[1:] != (num_channels,) or weight.shape != (num_channels, num_channels):
         raise DataError(f"this site's memory is of {entries.shape[-1]} channels, its backbone has {num_channels}")
     generator = MemoryGenerator(num_channels).to(device)
     with torch.no_grad():
         generator.weight.copy_(weight)
     # Copied, because a file's memory is not aligned; see `aligned_tensor`.
-    return SiteMemory(entries=entries.to(device, copy=True), generator=generator)
+    return SiteMemory(entries=entries.to(device, copy=True), places=places.to(device, copy=True), generator=generator)
 
 
-def fit_metric(patches: PatchSample, fleet: MemoryBank | None, learning: Learning) -> Whitening:
-    """Whitening by the covariance of the fleet's prototypes; without them, of the site's patches."""
+def initial_memory(patches: PatchSample, *, size: int, seed: int) -> SiteMemory:
+    """Some of the patches, at random, as entries; and the identity for a generator."""
+    order = torch.randperm(len(patches.values), generator=torch.Generator().manual_seed(seed))[:size]
+    chosen = order.sort().values.to(patches.values.device)
+    return SiteMemory(
+        entries=patches.values[chosen],
+        places=patches.places[chosen],
+        generator=MemoryGenerator(patches.values.shape[1]).to(patches.values.device),
+    )
+
+
+def fit_metric(patches: PatchSample, memory: SiteMemory, fleet: MemoryBank | None, learning: Learning) -> Whitening:
+    """Whitening by the covariance of the site's patches about the nearest of its entries and the fleet's prototypes.
+
+    Which is the nearest is judged after whitening by the covariance of all patches. The covariance of the prototypes
+    themselves would tell by how much normal patches differ from one another, and not how far one may be from those that
+    it should resemble.
+
+    Raises:
+        NumericalError: nothing varies between the patches.
+    """
     device, ridge = patches.values.device, learning.memory.ridge
-    if fleet is not None and len(fleet) > 1:
-        return fit_whitening(fleet.prototypes, fleet.weights, ridge=ridge, device=device)
-    return fit_whitening(patches.values.cpu().numpy(), None, ridge=ridge, device=device)
+    place_scale = learning.memory.position_weight * patches.values.shape[1] ** 0.5
+    values = patches.values.cpu().numpy()
+    rough = fit_whitening(values, None, ridge=ridge, device=device, place_scale=place_scale)
+    known, places = all_prototypes(memory, fleet)
+    plain = MemoryGenerator(values.shape[1]).to(device)
+    index = nearest_index(
+        comparable(rough, plain, patches.values, patches.places), comparable(rough, plain, known, places)
+    )
+    if len(torch.unique(index)) == len(values):
+        return rough  # every patch is a prototype, and nothing varies about them
+    nearest = known[index].cpu().numpy()
+    return fit_whitening(values, nearest, ridge=ridge, device=device, place_scale=place_scale)
 
 
-def initial_memory(patches: PatchSample, whitening: Whitening, learning: Learning, *, seed: int) -> SiteMemory:
-    """Entries that lie far apart, and the identity for a generator."""
-    device = patches.values.device
-    order = torch.randperm(len(patches.values), generator=torch.Generator().manual_seed(seed))[:SEED_PATCHES]
-    some = patches.values[order.sort().values.to(device)]
-    chosen = greedy_k_centre(whitening(some), learning.memory.entries)
-    return SiteMemory(entries=some[chosen], generator=MemoryGenerator(some.shape[1]).to(device))
+def all_prototypes(memory: SiteMemory, fleet: MemoryBank | None) -> tuple[Tensor, Tensor]:
+    """The site's entries and the fleet's prototypes ``[., C]``, and their places ``[., 2]``."""
+    if fleet is None or not len(fleet):
+        return memory.entries, memory.places
+    places = np.full((len(fleet), 2), 0.5, dtype=np.float32) if fleet.places is None else fleet.places
+    values, at = (aligned_tensor(one).to(memory.entries.device) for one in (fleet.prototypes, places))
+    return torch.cat([memory.entries, values]), torch.cat([memory.places, at])
 
 
 def train_memory(
@@ -277,8 +208,7 @@ def train_memory(
     device = patches.values.device
     generator = MemoryGenerator(patches.values.shape[1]).to(device)
     generator.load_state_dict(memory.generator.state_dict())
-    entries = memory.entries
-    shared = None if fleet is None or not len(fleet) else aligned_tensor(fleet.prototypes).to(device)
+    memory = SiteMemory(entries=memory.entries, places=memory.places, generator=generator)
     noise = torch.Generator(device=device).manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     spread = patches.values.std(dim=0) if training.noise_scale == "relative" else torch.ones_like(whitening.centre)
@@ -290,12 +220,20 @@ def train_memory(
     )
     count, last = len(patches.values), {}
     for epoch in range(training.epochs):
-        known = whitening(entries if shared is None else torch.cat([entries, shared]))
+        prototypes, places = all_prototypes(memory, fleet)
+        known = whitening(prototypes)
+        known_places = whitening.place_scale * places
         sums: dict[str, float] = {}
         for part in torch.split(torch.randperm(count, generator=order), BATCH_PATCHES):
-            values = patches.values[part.to(device)]
+            values, at = patches.values[part.to(device)], whitening.place_scale * patches.places[part.to(device)]
             shift = training.noise_std * spread * torch.randn(values.shape, generator=noise, device=device)
-            losses = metric_loss(generator, known, whitening(values), whitening(values + shift), margin=training.margin)
+            losses = metric_loss(
+                generator,
+                (known, known_places),
+                (whitening(values), at),
+                (whitening(values + shift), at),
+                margin=training.margin,
+            )
             if not torch.isfinite(losses["loss"]):
                 raise NumericalError(
                     f"the metric loss became {losses['loss'].item()}; try a lower memory.learning_rate"
@@ -305,19 +243,22 @@ def train_memory(
             optimiser.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(part)
-        with torch.no_grad():
-            entries = update_entries(entries, patches, whitening, generator, rate=settings.update_rate)
+        memory = update_entries(memory, patches, whitening, rate=settings.update_rate)
         last = {name: value / count for name, value in sums.items()}
         log.info("epoch", number=epoch + 1, of=training.epochs, **last)
         progress(epoch + 1, training.epochs, "memory")
-    return SiteMemory(entries=entries, generator=generator), last
+    return memory, last
+
+
+Placed = tuple[Tensor, Tensor]
+"""Whitened values ``[., C]`` and scaled places ``[., 2]``."""
 
 
 def metric_loss(
-    generator: MemoryGenerator, known: Tensor, good: Tensor, noised: Tensor, *, margin: float
+    generator: MemoryGenerator, known: Placed, good: Placed, noised: Placed, *, margin: float
 ) -> dict[str, Tensor]:
-    """The loss of :func:`train_memory` and its parts; all arguments are whitened, ``[., C]``."""
-    scale = known.shape[1] ** 0.5
+    """The loss of :func:`train_memory` and its parts. Places decide which prototype is the nearest, no more."""
+    scale = known[0].shape[1] ** 0.5
     near, far = (_nearest_distance(generator, rows, known) / scale for rows in (good, noised))
     violated = functional.relu(margin - far + near)
     return {
@@ -327,29 +268,32 @@ def metric_loss(
     }
 
 
-def assign_patches(patches: PatchSample, entries: Tensor, whitening: Whitening, generator: MemoryGenerator) -> Tensor:
+def assign_patches(patches: PatchSample, memory: SiteMemory, whitening: Whitening) -> Tensor:
     """The entry nearest to each patch, ``[n]`` int64."""
-    with torch.no_grad():
-        return nearest_index(generator(whitening(patches.values)), generator(whitening(entries)))
+    return nearest_index(
+        comparable(whitening, memory.generator, patches.values, patches.places),
+        comparable(whitening, memory.generator, memory.entries, memory.places),
+    )
 
 
-def update_entries(
-    entries: Tensor, patches: PatchSample, whitening: Whitening, generator: MemoryGenerator, *, rate: float
-) -> Tensor:
+def update_entries(memory: SiteMemory, patches: PatchSample, whitening: Whitening, *, rate: float) -> SiteMemory:
     """Exponential moving average of the entries towards the patches assigned to them; others stay."""
-    entry_of = assign_patches(patches, entries, whitening, generator).cpu()
-    sums = torch.zeros(entries.shape, dtype=torch.float64)
-    # On the CPU, where the order of additions is always the same.
-    sums.index_add_(0, entry_of, patches.values.cpu().double())
-    counts = torch.bincount(entry_of, minlength=len(entries))[:, None]
-    means = (sums / counts.clamp_min(1)).float().to(entries.device)
-    return torch.where((counts > 0).to(entries.device), entries + rate * (means - entries), entries)
+    entry_of = assign_patches(patches, memory, whitening).cpu()
+
+    def moved(before: Tensor, values: Tensor) -> Tensor:
+        return before + rate * (means_of_groups(values, entry_of, len(before), empty=before) - before)
+
+    return SiteMemory(
+        entries=moved(memory.entries, patches.values),
+        places=moved(memory.places, patches.places),
+        generator=memory.generator,
+    )
 
 
-def _nearest_distance(generator: MemoryGenerator, rows: Tensor, known: Tensor) -> Tensor:
+def _nearest_distance(generator: MemoryGenerator, rows: Placed, known: Placed) -> Tensor:
     # The nearest is chosen without a gradient. The generator is linear, so it may take the difference itself; the
     # gradient of an indexed product would be summed by threads in an order of chance.
     with torch.no_grad():
-        index = nearest_index(generator(rows), generator(known))
-    distance: Tensor = (generator(rows - known[index]).square().sum(dim=1) + 1e-12).sqrt()
+        index = nearest_index(*(torch.cat([generator(values), places], dim=1) for values, places in (rows, known)))
+    distance: Tensor = (generator(rows[0] - known[0][index]).square().sum(dim=1) + 1e-12).sqrt()
     return distance

@@ -7,6 +7,7 @@ site's own averages beside the fleet's), and the threshold, by cross-fitting.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,23 @@ from trainer.embedding import TorchEmbedder, network_embeddings
 from trainer.feddymem.learning import (
     PatchSample,
     SiteMemory,
-    Whitening,
     assign_patches,
-    combined_transform,
     fit_metric,
     initial_memory,
     restore_memory,
     sample_patches,
     train_memory,
 )
-from trainer.feddymem.reduce import NO_FLOOR, PrivacyFloor, entry_contents, reduce_memory
+from trainer.feddymem.metric import Whitening, combined_transform
+from trainer.feddymem.reduce import NO_FLOOR, PrivacyFloor, ReducedMemory, entry_contents, reduce_memory
+from trainer.feddymem.spread import measured_spreads, nearest_prototypes
 from trainer.model import build_model, load_private, save_private
 
 log = EventLog("feddymem")
+
+SPREAD_RIDGE = 0.5
+"""Added to every spread, in units of the mean one, before distances are divided by it: where hardly anything varies
+(a plain background), noise would else count as much as a defect does elsewhere."""
 
 
 def shareable_memory(
@@ -61,7 +66,15 @@ def shareable_memory(
         DataError: nothing is above the floor.
     """
     floor = PrivacyFloor(patches=learning.memory.min_group, images=learning.memory.min_images)
-    return _reduce_site_memory(memory, patches, whitening, learning, space=space, floor=floor)
+    reduced = _reduce_site_memory(memory, patches, whitening, learning, space=space, floor=floor)
+    bank = reduced.bank
+    if bank.places is None:
+        return bank
+    # Of all patches that went into each, of which the floor makes sure that they are many.
+    spreads = measured_spreads(
+        patches, bank.prototypes, bank.places, reduced.prototype_of, whitening, memory.generator, prior=bank.spreads
+    )
+    return replace(bank, spreads=spreads)
 
 
 def memory_statistics(
@@ -74,15 +87,31 @@ def memory_statistics(
     grid: tuple[int, int],
 ) -> MemoryStatistics:
     """The site's own averages, which stay in its package and need reach no floor, beside the fleet's."""
-    own = _reduce_site_memory(memory, patches, whitening, learning, space="0" * 64, floor=NO_FLOOR).prototypes
-    shared = np.zeros((0, own.shape[1]), dtype=np.float32) if fleet is None else fleet.prototypes
+    own = _reduce_site_memory(memory, patches, whitening, learning, space="0" * 64, floor=NO_FLOOR).bank
+    shared = fleet if fleet is not None and len(fleet) else None
+    prototypes, places, spreads = (
+        None if mine is None else mine if theirs is None else np.concatenate([mine, theirs])
+        for mine, theirs in (
+            (own.prototypes, None if shared is None else shared.prototypes),
+            (own.places, None if shared is None else shared.places),
+            (own.spreads, None if shared is None else shared.spreads),
+        )
+    )
+    assert prototypes is not None
+    if places is not None and spreads is not None:
+        nearest = nearest_prototypes(patches, prototypes, places, whitening, memory.generator)
+        spreads = measured_spreads(patches, prototypes, places, nearest, whitening, memory.generator, prior=spreads)
+        spreads = ((spreads + SPREAD_RIDGE) / (1 + SPREAD_RIDGE)).astype(np.float32)
     return MemoryStatistics(
         grid=grid,
         count=patches.num_images,
-        prototypes=np.concatenate([own, shared]),
+        prototypes=prototypes,
         transform=combined_transform(whitening, memory.generator),
         centre=whitening.centre.cpu().numpy(),
-        num_global=len(shared),
+        num_global=0 if shared is None else len(shared),
+        places=places,
+        spreads=spreads,
+        position_weight=0.0 if places is None else learning.memory.position_weight,
     )
 
 
@@ -128,9 +157,8 @@ def _reduce_site_memory(
     *,
     space: str,
     floor: PrivacyFloor,
-) -> MemoryBank:
-    entry_of = assign_patches(patches, memory.entries, whitening, memory.generator)
-    contents = entry_contents(patches.values, patches.image_of, entry_of, patches.num_images)
+) -> ReducedMemory:
+    contents = entry_contents(patches, assign_patches(patches, memory, whitening))
     return reduce_memory(
         contents,
         whitening,
@@ -184,7 +212,7 @@ class MemoryLearner:
         before = restore_memory(load_private(task.private), self.network.num_channels, self._device)
         memory, metrics = self._train(before, fleet, images, seed=task.seed, progress=progress)
         _, patches = self.embed(images)
-        whitening = fit_metric(patches, fleet, self.learning)
+        whitening = fit_metric(patches, memory, fleet, self.learning)
         bank = shareable_memory(memory, patches, whitening, self.learning, space=self.space)
         write_bank(Path(task.out), bank)
         if task.private_out is not None:
@@ -248,9 +276,9 @@ class MemoryLearner:
     ) -> tuple[SiteMemory, dict[str, float]]:
         """Train for some epochs from ``memory``, or from the beginning; errors as :func:`train_memory`."""
         _, patches = self.embed(images, progress)
-        whitening = fit_metric(patches, fleet, self.learning)
         if memory is None:
-            memory = initial_memory(patches, whitening, self.learning, seed=self.learning.seed)
+            memory = initial_memory(patches, size=self.learning.memory.entries, seed=self.learning.seed)
+        whitening = fit_metric(patches, memory, fleet, self.learning)
         return train_memory(memory, patches, fleet, whitening, self.learning, seed=seed, progress=progress)
 
 
@@ -288,8 +316,8 @@ class MemoryModel:
         assert pooled is None, "sites that exchange memories share no Gaussian statistics"
         learning, fleet = self._learner.learning, self._fleet
         embeddings, patches = self._learner.embed(images, progress)
-        whitening = fit_metric(patches, fleet, learning)
-        memory = self._memory or initial_memory(patches, whitening, learning, seed=learning.seed)
+        memory = self._memory or initial_memory(patches, size=learning.memory.entries, seed=learning.seed)
+        whitening = fit_metric(patches, memory, fleet, learning)
         statistics = memory_statistics(memory, patches, fleet, whitening, learning, grid=self.network.grid)
         held_out = held_out_scores(memory, patches, fleet, whitening, learning, embeddings, progress=progress)
         scores = held_out.scores
