@@ -38,7 +38,7 @@ from aggregator.strategies.interface import Contribution
 from edgeflame.dataset import Dataset, open_dataset
 from edgeflame.images import Preprocessing
 from edgeflame.log import no_progress
-from edgeflame.methods import Learning, Memory
+from edgeflame.methods import Learning, start_from_presets
 from edgeflame.simulation import MeasureTask
 from edgeflame.statistics.memory import read_bank
 from edgeflame.tensors import F64
@@ -216,6 +216,12 @@ def _row(name: str, count: int, attacker: Attacker, vectors: F64) -> str:
     return f"| {name} | {count} | {figures[0]:.3f} | {figures[1]:.1f} | {figures[2]:.3f} |"
 
 
+def learning_of(method: str, seed: int, size: Preprocessing) -> Learning:
+    """The product's defaults of a method."""
+    preset = msgspec.convert(start_from_presets({"method": method}, Learning), Learning)
+    return msgspec.structs.replace(preset, seed=seed, input=size)
+
+
 def main() -> None:
     """Run both parts and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,7 +244,7 @@ def main() -> None:
             "|---|---|---|---|---|",
         ]
         for method in ("feddymem", "flame"):
-            learning = Learning(method=method, seed=given.seed, input=size, memory=Memory())
+            learning = learning_of(method, given.seed, size)
             trace = run_rounds(learning, data, folder / method, given.rounds)
             changes = ", ".join("–" if change is None else f"{change:.3g}" for change in trace.changes)
             aurocs = ", ".join(f"{one:.3f}" for one in trace.aurocs)
@@ -248,7 +254,7 @@ def main() -> None:
             "",
             "| privacy floor | vectors | nearest patch | inversion | membership |",
             "|---|---|---|---|---|",
-            *privacy_rows(Learning(method="feddymem", seed=given.seed, input=size), data, folder),
+            *privacy_rows(learning_of("feddymem", given.seed, size), data, folder),
         ]
     text = "\n".join(lines) + "\n"
     print(text)

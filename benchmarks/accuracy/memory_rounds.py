@@ -1,6 +1,6 @@
 """What FedDyMem detects, alone and together, and for how many bytes.
 
-    python benchmarks/accuracy/memory_rounds.py --data NAME=DIR ... [--parts 6] [--seeds 0 1] [--sizes 512] [--cache DIR]
+    python benchmarks/accuracy/memory_rounds.py --data NAME=DIR ... [--parts 6] [--seeds 0 1] [--sizes 512]
 
 For each data set in the MVTec layout, on its test part:
 
@@ -201,8 +201,7 @@ def main() -> None:
                 sites = [patches_of(one, learning) for one in images]
                 memories = [trained(patches, None, None, learning, 1) for patches in sites]
                 alone = [
-                    data.auroc(memory, patches, None, learning)
-                    for memory, patches in zip(memories, sites, strict=True)
+                    data.auroc(memory, patches, None, learning) for memory, patches in zip(memories, sites, strict=True)
                 ]
                 row: dict[str, Any] = {**key, "images": sum(map(len, images)), "alone": alone}
                 print(row, flush=True)

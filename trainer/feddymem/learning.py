@@ -159,7 +159,9 @@ def fit_metric(patches: PatchSample, memory: SiteMemory, fleet: MemoryBank | Non
         NumericalError: nothing varies between the patches.
     """
     device, ridge = patches.values.device, learning.memory.ridge
-    place_scale = learning.memory.position_weight * patches.values.shape[1] ** 0.5
+    # Of a fleet whose memory carries no places, its sites count none: distances must mean the same to all prototypes.
+    placed = fleet is None or not len(fleet) or fleet.places is not None
+    place_scale = learning.memory.position_weight * patches.values.shape[1] ** 0.5 if placed else 0.0
     values = patches.values.cpu().numpy()
     rough = fit_whitening(values, None, ridge=ridge, device=device, place_scale=place_scale)
     known, places = all_prototypes(memory, fleet)
