@@ -68,7 +68,7 @@ def shareable_memory(
     floor = PrivacyFloor(patches=learning.memory.min_group, images=learning.memory.min_images)
     reduced = _reduce_site_memory(memory, patches, whitening, learning, space=space, floor=floor)
     bank = reduced.bank
-    if bank.places is None:
+    if bank.places is None or bank.spreads is None:
         return bank
     # Of all patches that went into each, of which the floor makes sure that they are many.
     spreads = measured_spreads(

@@ -58,7 +58,7 @@ def measured_spreads(
     points = comparable(whitening, generator, patches.values, patches.places)
     index = prototype_of.to(points.device)
     known = _points(prototypes, places, whitening, generator)
-    parts = zip(points.split(PATCHES_AT_ONCE), index.split(PATCHES_AT_ONCE), strict=True)
+    parts = zip(torch.split(points, PATCHES_AT_ONCE), torch.split(index, PATCHES_AT_ONCE), strict=True)
     squared = torch.cat([(rows - known[at]).square().sum(dim=1) for rows, at in parts]).cpu()
     counts = np.bincount(prototype_of.cpu().numpy(), minlength=len(prototypes))
     sums = np.bincount(prototype_of.cpu().numpy(), weights=squared.double().numpy(), minlength=len(prototypes))
