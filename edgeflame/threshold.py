@@ -104,8 +104,9 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         """What to expect and the promise, in a sentence without a full stop, as all commands print it."""
         expected = self.expected_false_reject_rate
         if self.chosen_by == "expected" and expected is not None:
+            usual = f"about {expected:.1%} of good" if expected > 0 else "none of these good"
             return (
-                f"about {expected:.1%} of good {self.unit}s rejected; at most {self.false_reject_rate:.1%} with "
+                f"{usual} {self.unit}s rejected; at most {self.false_reject_rate:.1%} with "
                 f"{self.confidence:.0%} confidence, from {self.basis()}"
             )
         text = (
