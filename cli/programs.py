@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -125,7 +126,7 @@ class ChildProcesses:
                     env={**os.environ, **threads},
                     # Not reached by the terminal's Ctrl-C: we stop our children ourselves, in order.
                     start_new_session=True,
-                    preexec_fn=_prepare_child,  # noqa: PLW1509 - two system calls, no locks
+                    preexec_fn=partial(_prepare_child, os.getpid()),  # noqa: PLW1509 - system calls, no locks
                 )
             child = ChildProcess(name=name, process=process, log=log, output=output)
             self._children.append(child)
@@ -172,7 +173,9 @@ class ChildProcesses:
         return outputs
 
 
-def _prepare_child() -> None:
+def _prepare_child(parent: int) -> None:
     """In the child, before the program."""
+    # Our handler would only note a signal that comes until the program is there, and the note would be lost.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(signal.SIGTERM, parent=parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-    die_with_parent(signal.SIGTERM)

@@ -5,6 +5,7 @@ before something is tried again.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import signal
 import sys
@@ -21,12 +22,19 @@ log = EventLog("background")
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
+def die_with_parent(signum: signal.Signals = signal.SIGKILL, *, parent: int | None = None) -> None:
     """Called in a child: have the kernel send it a signal when its parent ends, however that ends. Linux only;
     elsewhere it does nothing.
+
+    Args:
+        signum: the signal.
+        parent: the parent's process number. With it the signal comes at once where the parent has ended before this
+            call; children that have another way to notice that, such as a pipe, can do without.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signum)
 
 
 @final

@@ -1,7 +1,7 @@
 """Starts the learning process so that the line comes first: few cores, a low priority, first to go when memory is
 short, and never longer than the daemon.
 
-    python -m edge.teaching.launch CORES COMMAND...
+    python -m edge.teaching.launch PARENT CORES COMMAND...
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from edgeflame.background import die_with_parent
 
 def main() -> None:
     """Give way, then become the command."""
-    cores, command = int(sys.argv[1]), sys.argv[2:]
-    die_with_parent()
+    parent, cores, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    die_with_parent(parent=parent)
     with contextlib.suppress(OSError):
         # Lower still, and it would never end on a machine that is busy.
         os.nice(10)

@@ -167,7 +167,7 @@ class LearningProcess:
         Raises:
             EdgeFlameError: it did not come to a good end.
         """
-        launch = [sys.executable, "-m", "edge.teaching.launch", str(self._cores), *command]
+        launch = [sys.executable, "-m", "edge.teaching.launch", str(os.getpid()), str(self._cores), *command]
         environment = {**os.environ, "EDGEFLAME_PROGRESS": "json"}
         process = subprocess.Popen(
             launch, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment

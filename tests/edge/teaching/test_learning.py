@@ -79,7 +79,7 @@ class TestLook:
             assert worst.score > 2 * scores.photographs[1].score
             assert worst.map
             assert line.teacher.picture("cap", "heat", worst.name, side=320) is not None
-            assert "of good" in (stood.promise or "")
+            assert "good photographs rejected" in (stood.promise or "")
             assert [one.photographs for one in scores.moving] == [("00014.png",)]
             assert any("00014.png moves the threshold by itself" in note for note in stood.notes)
             # Thrown out, it is as if it had never been there once it is learnt again.

@@ -155,7 +155,7 @@ def test_a_product_is_taught_in_the_browser(
         page.locator("#learn-cancel").wait_for()
         assert line.feed(part(300)).verdict != "unknown"
         page.locator("#step-look").wait_for(timeout=300_000)
-        page.locator("#promise").get_by_text("of good").wait_for()
+        page.locator("#promise").get_by_text("good photographs rejected").wait_for()
         page.get_by_text("00006.png moves the threshold by itself").wait_for()
         # The bad one stands first: out with it, and again.
         worst = page.locator("#suspects button").first
