@@ -46,14 +46,14 @@ def websocket_proxy(broker_port: int, *, path: str = "/mqtt") -> Iterator[int]:
     """Serve a broker on the loopback interface while the block runs; yields the port. Other paths are a 404."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        # However it ends, cancelled by the end of the block too: what is left open is reported in a later test.
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
             request = await reader.readuntil(b"\r\n\r\n")
             if (
                 not request.startswith(f"GET {path} ".encode())
                 or b"sec-websocket-protocol: mqtt" not in request.lower()
             ):
                 writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-                writer.close()
                 return
             (key,) = [line[19:] for line in request.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key: ")]
             accept = base64.b64encode(hashlib.sha1(key.strip() + _MAGIC).digest())
@@ -62,16 +62,17 @@ def websocket_proxy(broker_port: int, *, path: str = "/mqtt") -> Iterator[int]:
                 b"Sec-WebSocket-Protocol: mqtt\r\nSec-WebSocket-Accept: " + accept + b"\r\n\r\n"
             )
             from_broker, to_broker = await asyncio.open_connection("127.0.0.1", broker_port)
-            both = [
-                asyncio.create_task(_to_client(from_broker, writer)),
-                asyncio.create_task(_to_broker(reader, to_broker)),
-            ]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            for task in both:
-                task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
-            to_broker.close()
-        writer.close()
+            with contextlib.closing(to_broker):
+                both = [
+                    asyncio.create_task(_to_client(from_broker, writer)),
+                    asyncio.create_task(_to_broker(reader, to_broker)),
+                ]
+                try:
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in both:
+                        task.cancel()
+                    await asyncio.gather(*both, return_exceptions=True)
 
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
@@ -87,6 +88,8 @@ def websocket_proxy(broker_port: int, *, path: str = "/mqtt") -> Iterator[int]:
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
+            # A closed connection lets go of its socket in the loop's next turn.
+            await asyncio.sleep(0)
 
         asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
