@@ -59,10 +59,16 @@ class StreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Evidence of drift, 0..1 on a logarithmic scale; 1 is an alarm."""
     since: dt.datetime | None
     """When the warning or alarm began."""
-    is_off: bool
-    """Whether the last parts are beyond the tolerance."""
+    usual: tuple[float, float]
+    """The ranks that are within the tolerance. For scores it begins at 0 where lower ones say nothing: those of a
+    package's reference are of models that had not seen the part, and a little higher."""
     learnt: int | None
     """Number of parts learnt from so far; None when not learning."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the last parts are beyond the tolerance."""
+        return self.rank is not None and not self.usual[0] <= self.rank <= self.usual[1]
 
 
 class DriftStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,7 @@ def teach(token: str) -> None:
     while order(action="status")["num_parts"] < 34:
         time.sleep(0.5)
     order(action="stop")
+    time.sleep(2)  # what was being written when it stopped
     order(action="learn")
     while order(action="status")["learning"] is not None:
         time.sleep(1)

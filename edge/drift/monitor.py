@@ -328,22 +328,17 @@ class DriftMonitor:
         self._detector = self._new_detector()
         self._detector.wealth = wealth
 
-    def _counting(self, name: str, evidence: F64) -> F64:
-        """``evidence [2]`` for higher and for lower, without what does not count.
+    def _lower_counts(self, name: str) -> bool:
+        """Whether lower values than the reference's are evidence.
 
         A package's reference scores are cross-fitted: of models that had not seen the part. The model fitted on all
         images scores a little lower, more so with few images, so lower scores than the package's are not evidence.
         """
-        if name in PART_STREAMS and self._streams[name].learnt is None:
-            return np.array([evidence[HIGHER], 0.0])
-        return evidence
+        return name not in PART_STREAMS or self._streams[name].learnt is not None
 
-    def _is_off(self, name: str) -> bool:
-        rank = self._streams[name].rank
-        if rank is None:
-            return False
-        higher, lower = self._counting(name, np.array([rank - 0.5, 0.5 - rank]))
-        return bool(max(higher, lower) > self._config.tolerance)
+    def _counting(self, name: str, evidence: F64) -> F64:
+        """``evidence [2]`` for higher and for lower, without what does not count."""
+        return evidence if self._lower_counts(name) else np.array([evidence[HIGHER], 0.0])
 
     def _update_condition(self, stream: SavedStream, evidence: F64, now: dt.datetime) -> None:
         strongest = int(np.argmax(evidence))
@@ -375,7 +370,7 @@ class DriftMonitor:
         return {HIGHER: "higher", LOWER: "lower"}[direction] if direction is not None else None
 
     def _stream_status(self, name: str, evidence: float) -> StreamStatus:
-        stream = self._streams[name]
+        stream, tolerance = self._streams[name], self._config.tolerance
         return StreamStatus(
             name=name,
             condition=self._condition(name),
@@ -383,7 +378,7 @@ class DriftMonitor:
             rank=None if stream.rank is None else round(stream.rank, 3),
             evidence=round(min(1.0, math.log1p(evidence) / math.log1p(self._alarm_at)), 3),
             since=stream.since,
-            is_off=self._is_off(name),
+            usual=(0.5 - tolerance if self._lower_counts(name) else 0.0, 0.5 + tolerance),
             learnt=len(stream.values) if stream.is_learning else None,
         )
 

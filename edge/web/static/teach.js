@@ -66,6 +66,7 @@ function showTeaching() {
   $("begin-cameras").hidden = cameras.length < 2;
   if ($("begin-camera").options.length !== cameras.length) $("begin-camera").replaceChildren(...cameras.map((name) => new Option(name)));
   $("teach-told").hidden = Boolean(one);
+  $("steps").hidden = !one;
   const problems = Object.entries(taught.damaged).map(([name, why]) => `${name}: ${why}`);
   if (one && one.problem) problems.unshift(one.problem);
   $("teach-problem").hidden = problems.length === 0;
@@ -81,7 +82,31 @@ function showTeaching() {
   showLearning(one);
   showLook(one);
   showLive(one);
+  showSteps(one);
 }
+
+// Which step is next; a step that cannot be taken yet has no section to go to.
+
+const STEPS = [...document.querySelectorAll("[data-step]")];
+const USUAL_PARTS = 30;
+let wasLearning = null; // the product that was learning when last seen
+
+const toStep = (name) => $(`step-${name}`).scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+
+function showSteps(one) {
+  const next = one.stage === "learning" ? "learn"
+    : one.learnt && !one.is_outdated ? (one.trial || one.live.length ? "live" : "look")
+      : one.num_parts >= USUAL_PARTS || one.learnt ? "learn" : one.region || one.num_parts ? "collect" : "region";
+  for (const button of STEPS) {
+    button.disabled = $(`step-${button.dataset.step}`).hidden;
+    if (button.dataset.step === next) button.setAttribute("aria-current", "step"); else button.removeAttribute("aria-current");
+  }
+  // Who waited for it sees what was learnt without looking for it.
+  if (wasLearning === one.product && one.stage !== "learning" && one.learnt && !one.problem) toStep("look");
+  wasLearning = one.stage === "learning" ? one.product : null;
+}
+
+for (const button of STEPS) button.addEventListener("click", () => toStep(button.dataset.step));
 
 // 1: where to look.
 

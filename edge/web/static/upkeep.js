@@ -16,7 +16,7 @@ const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}.`;
 
 function showDrift(drift) {
   // Green says that all is as learnt; while a row below it says otherwise it does not.
-  const unsure = drift && drift.condition === "ok" && drift.streams.some((one) => one.is_off);
+  const unsure = drift && drift.condition === "ok" && drift.streams.some(isOff);
   $("drift-message").className = `standing ${drift && !unsure ? GRADE[drift.condition] : "none"}`;
   text("drift-message", drift ? sentence(drift.message) : "Nothing to be said yet.");
   for (const button of document.querySelectorAll("#condition [data-do]")) button.disabled = !drift;
@@ -28,12 +28,14 @@ function showDrift(drift) {
   rows.forEach((one, index) => fillRow(wanted[index], one));
 }
 
+const isOff = (one) => one.rank !== null && (one.rank < one.usual[0] || one.rank > one.usual[1]);
+
 function streamRow(name) {
   const row = make("tr");
   row.dataset.name = name;
   const title = make("th", "", name.replaceAll("_", " "));
   title.scope = "row";
-  // Where the last parts lie among those learnt: a dot on a line whose green middle is usual.
+  // Where the last parts lie among those learnt: a dot on a line whose green stretch is usual.
   const place = make("td", "place");
   place.append(make("i"));
   row.append(title, place, make("td", "said"));
@@ -42,12 +44,14 @@ function streamRow(name) {
 
 function fillRow(row, one) {
   row.className = GRADE[one.condition];
+  row.style.setProperty("--from", `${100 * one.usual[0]}%`);
+  row.style.setProperty("--to", `${100 * one.usual[1]}%`);
   const dot = row.querySelector("i");
   dot.hidden = one.rank === null;
   dot.style.left = `${100 * (one.rank ?? 0.5)}%`;
   const said = one.condition === "learning" ? `learning (${one.learnt ?? 0})`
-    : one.direction ? `${one.condition}: ${one.direction}${one.since ? ` since ${new Date(one.since).toLocaleString()}` : ""}${one.is_off ? "" : ", by now back"}`
-      : one.is_off ? `${one.rank > 0.5 ? "higher" : "lower"}, not yet sure` : "as learnt";
+    : one.direction ? `${one.condition}: ${one.direction}${one.since ? ` since ${new Date(one.since).toLocaleString()}` : ""}${isOff(one) ? "" : ", by now back"}`
+      : isOff(one) ? `${one.rank > 0.5 ? "higher" : "lower"}, not yet sure` : "as learnt";
   const cell = row.querySelector(".said");
   if (cell.textContent !== said) cell.textContent = said;
 }

@@ -125,7 +125,7 @@ def drifting(condition: DriftCondition = DriftCondition.OK, **streams: DriftCond
             rank=0.08 if name in streams else 0.5,
             evidence=1.0 if name in streams else 0.1,
             since=dt.datetime(2026, 1, 2, 3, 4, tzinfo=dt.timezone.utc) if name in streams else None,
-            is_off=name in streams,
+            usual=(0.4, 0.6),
             learnt=None,
         )
         for name in STREAMS
@@ -829,7 +829,10 @@ def test_earlier_rejects_and_long_reasons_in_a_browser(
 def test_green_says_nothing_else_than_the_rows_below_it(browser: Any, tmp_path: Path, package_file: Path) -> None:
     with station(tmp_path, package_file) as (opened, address):
         shown = drifting()
-        off = [msgspec.structs.replace(shown.streams[0], is_off=True, rank=0.9), *shown.streams[1:]]
+        higher = msgspec.structs.replace(shown.streams[0], rank=0.9)
+        # Lower scores than those of models that had not seen the part are as learnt.
+        lower = msgspec.structs.replace(shown.streams[1], rank=0.1, usual=(0.0, 0.6))
+        off = [higher, lower, *shown.streams[2:]]
         state = msgspec.structs.replace(shown, streams=tuple(off), message="no change is sure yet")
         for watcher in opened._control.drift_watchers.values():
             watcher.status = lambda: state  # type: ignore[method-assign]
@@ -838,6 +841,7 @@ def test_green_says_nothing_else_than_the_rows_below_it(browser: Any, tmp_path: 
         page.goto(f"{address}/#/health")
         page.locator("#drift-message.none").get_by_text("No change is sure yet.").wait_for()
         page.locator("#streams").get_by_text("higher, not yet sure").wait_for()
+        assert page.locator("#streams .said").all_text_contents()[1] == "as learnt"
         page.close()
 
 

@@ -156,6 +156,11 @@ def test_a_product_is_taught_in_the_browser(
         assert line.feed(part(300)).verdict != "unknown"
         page.locator("#step-look").wait_for(timeout=300_000)
         page.locator("#promise").get_by_text("good photographs rejected").wait_for()
+        # It comes into view by itself, and the next step is named.
+        page.locator("#steps [aria-current=step]").get_by_text("Look").wait_for()
+        page.wait_for_function(
+            "Math.abs(document.querySelector('#step-look').getBoundingClientRect().top) < innerHeight / 2"
+        )
         page.get_by_text("00006.png moves the threshold by itself").wait_for()
         # The bad one stands first: out with it, and again.
         worst = page.locator("#suspects button").first
