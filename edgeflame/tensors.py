@@ -6,6 +6,7 @@ the same bytes at every site, so their SHA-256 names them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,9 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import safetensors
 
-from edgeflame.errors import DataError
+from edgeflame.errors import DataError, EdgeFlameError
 from edgeflame.state import storage_errors
 
 MAX_HEADER_BYTES = 8 << 20
@@ -26,6 +28,34 @@ MAX_HEADER_BYTES = 8 << 20
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements handled at once: 2 MiB in float64, whatever the size of the tensor."""
+
+_DAMAGED = (
+    safetensors.SafetensorError,
+    msgspec.DecodeError,
+    AttributeError,
+    KeyError,
+    ValueError,
+    IndexError,
+    TypeError,
+    RecursionError,
+)
+"""What decoding a safetensors file with a header of ours ends in where it is something else, or damaged."""
+
+
+@contextlib.contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Decode a file within; ``what`` it should be is in the error.
+
+    Raises:
+        DataError: it is something else, or damaged.
+    """
+    try:
+        yield
+    except EdgeFlameError:
+        raise
+    except _DAMAGED as exc:
+        raise DataError(f"not {what}, or damaged ({exc})") from exc
+
 
 DTYPES: dict[str, np.dtype[np.generic]] = {
     "F64": np.dtype("<f8"),

@@ -57,21 +57,6 @@ class MarkQuery(msgspec.Struct, frozen=True, kw_only=True):
     skip: int = 0
     """So many of the newest that fit."""
 
-    @classmethod
-    def parse(cls, given: dict[str, str]) -> MarkQuery:
-        """Read a request's parameters.
-
-        Raises:
-            UsageError: an unknown one, or a value that makes no sense.
-        """
-        unknown = given.keys() - set(cls.__struct_fields__)
-        if unknown:
-            raise UsageError(f"unknown: {', '.join(sorted(unknown))[:100]}; known: {', '.join(cls.__struct_fields__)}")
-        try:
-            return msgspec.convert(given, cls, strict=False)
-        except (msgspec.ValidationError, RecursionError) as exc:
-            raise UsageError(f"marks are looked for by was, kind, camera, product, part ({exc})") from exc
-
     def fits(self, mark: Mark) -> bool:
         """Whether a mark is looked for."""
         judged = mark.judged

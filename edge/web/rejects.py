@@ -16,7 +16,7 @@ import msgspec
 
 from edge.delivery.sinks import RejectsSink
 from edge.result import Result
-from edgeflame.errors import DataError, StorageError, UsageError
+from edgeflame.errors import DataError, StorageError
 from edgeflame.images import read_image, shrink
 
 PAGE_SIZE = 24
@@ -40,21 +40,6 @@ class RejectQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Part of the part's name, in any case."""
     before: int | None = None
     """Number of a result: only earlier ones."""
-
-    @classmethod
-    def parse(cls, given: dict[str, str]) -> RejectQuery:
-        """Read a request's parameters.
-
-        Raises:
-            UsageError: an unknown one, or a value that makes no sense.
-        """
-        unknown = given.keys() - set(cls.__struct_fields__)
-        if unknown:
-            raise UsageError(f"unknown: {', '.join(sorted(unknown))[:100]}; known: {', '.join(cls.__struct_fields__)}")
-        try:
-            return msgspec.convert(given, cls, strict=False)
-        except (msgspec.ValidationError, RecursionError) as exc:
-            raise UsageError(f"rejects are looked for by since, until, camera, score, part ({exc})") from exc
 
     def fits(self, result: Result) -> bool:
         """Whether a result is looked for."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from edge.web.page import given_token
+from edge.web.page import OperatorPage, given_token
+from edgeflame.errors import UsageError
 from edgeflame.listener import IDLE_S
 
 MAX_BODY_BYTES = 10_000
+
+Told = TypeVar("Told", bound=msgspec.Struct)
 
 _KEY = re.compile(r"[0-9]{1,18}", re.ASCII)
 SIDE = re.compile(r"[1-9][0-9]{1,3}", re.ASCII)
@@ -27,7 +30,47 @@ HEADERS = {
 }
 
 
-async def body_of(request: Request) -> bytes | Response:
+async def order_of(page: OperatorPage, request: Request, of: type[Told], *, expected: str) -> Told | Response:
+    """What a request asks to change; or the answer to one without the token, or that cannot be read.
+
+    Args:
+        page: whose token it is.
+        request: with the order as its body.
+        of: the order's type.
+        expected: what such a body looks like, for the answer.
+    """
+    if not page.may_change(request):
+        return _not_taken(request)
+    if not isinstance(body := await _body_of(request), bytes):
+        return body
+    try:
+        return msgspec.json.decode(body, type=of)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        return problem(400, f"expected {expected} ({exc})")
+
+
+def query_of(request: Request, of: type[Told], *, what: str) -> Told:
+    """A request's parameters.
+
+    Args:
+        request: any of its parameters may be left out.
+        of: their names and types.
+        what: is looked for with them.
+
+    Raises:
+        UsageError: an unknown one, or a value that makes no sense.
+    """
+    given, known = dict(request.query_params), of.__struct_fields__
+    unknown = given.keys() - set(known)
+    if unknown:
+        raise UsageError(f"unknown: {', '.join(sorted(unknown))[:100]}; known: {', '.join(known)}")
+    try:
+        return msgspec.convert(given, of, strict=False)
+    except (msgspec.ValidationError, RecursionError) as exc:
+        raise UsageError(f"{what} are looked for by {', '.join(known)} ({exc})") from exc
+
+
+async def _body_of(request: Request) -> bytes | Response:
     """A request's body, or the answer to one that is too long, or too slow."""
     try:
         return await asyncio.wait_for(_read(request), IDLE_S)
@@ -56,7 +99,7 @@ def json_answer(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json", headers=HEADERS)
 
 
-def not_taken(request: Request) -> Response:
+def _not_taken(request: Request) -> Response:
     return problem(
         401, "that is not the operator's token" if given_token(request) else "this needs the operator's token"
     )

@@ -44,7 +44,7 @@ from edge.web.marks import ChangeBody, MarkBody, MarkQuery
 from edge.web.metrics import CONTENT_TYPE
 from edge.web.page import OperatorPage, PageRequest, http_status_of
 from edge.web.rejects import RejectQuery
-from edge.web.responses import HEADERS, SIDE, body_of, json_answer, not_taken, part_key, problem
+from edge.web.responses import HEADERS, SIDE, json_answer, order_of, part_key, problem, query_of
 from edge.web.teaching import teaching_routes
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
 from edgeflame.listener import BoundedListener
@@ -108,7 +108,7 @@ def build_app(page: OperatorPage) -> Starlette:
         if page.rejects is None:
             return problem(404, "this line keeps no results")
         try:
-            query = RejectQuery.parse(dict(request.query_params))
+            query = query_of(request, RejectQuery, what="rejects")
             return json_answer(await asyncio.to_thread(page.rejects.find, query))
         except EdgeFlameError as exc:
             return problem(http_status_of(exc), str(exc))
@@ -124,7 +124,7 @@ def build_app(page: OperatorPage) -> Starlette:
 
     async def marks(request: Request) -> Response:
         try:
-            query = MarkQuery.parse(dict(request.query_params))
+            query = query_of(request, MarkQuery, what="marks")
             return json_answer(await asyncio.to_thread(page.marks.view, query))
         except EdgeFlameError as exc:
             return problem(http_status_of(exc), str(exc))
@@ -140,39 +140,24 @@ def build_app(page: OperatorPage) -> Starlette:
         return Response(data, media_type="image/jpeg", headers=HEADERS)
 
     async def change_mark(request: Request) -> Response:
-        if not page.may_change(request):
-            return not_taken(request)
-        if not isinstance(body := await body_of(request), bytes):
-            return body
-        try:
-            said = msgspec.json.decode(body, type=ChangeBody)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return problem(400, f'expected {{"action": ...}} ({exc})')
+        said = await order_of(page, request, ChangeBody, expected='{"action": ...}')
+        if isinstance(said, Response):
+            return said
         return await _marked(page.marks.change, request.path_params["name"], said)
 
     async def mark(request: Request) -> Response:
-        if not page.may_change(request):
-            return not_taken(request)
-        if not isinstance(body := await body_of(request), bytes):
-            return body
-        try:
-            said = msgspec.json.decode(body, type=MarkBody)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return problem(400, f'expected {{"was": "good"}} or {{"was": "bad"}} ({exc})')
+        said = await order_of(page, request, MarkBody, expected='{"was": "good"} or {"was": "bad"}')
+        if isinstance(said, Response):
+            return said
         key = part_key(request)
         if key is None or page.history.part(key) is None:
             return problem(404, "this part is no longer kept")
         return await _marked(page.marks.mark, key, said)
 
     async def do(request: Request) -> Response:
-        if not page.may_change(request):
-            return not_taken(request)
-        if not isinstance(body := await body_of(request), bytes):
-            return body
-        try:
-            order = msgspec.json.decode(body, type=PageRequest)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return problem(400, f'expected {{"action": ...}} ({exc})')
+        order = await order_of(page, request, PageRequest, expected='{"action": ...}')
+        if isinstance(order, Response):
+            return order
         try:
             return json_answer(await page.actions.run(request.path_params["camera"], order))
         except EdgeFlameError as exc:

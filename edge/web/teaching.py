@@ -20,7 +20,7 @@ from starlette.routing import Route
 from edge.teaching.look import PictureKind
 from edge.teaching.orders import TeachingOrder, TeachingStatus
 from edge.web.page import OperatorPage, http_status_of
-from edge.web.responses import HEADERS, SIDE, body_of, json_answer, not_taken, problem
+from edge.web.responses import HEADERS, SIDE, json_answer, order_of, problem
 from edgeflame.errors import EdgeFlameError
 
 
@@ -33,14 +33,9 @@ def teaching_routes(page: OperatorPage) -> list[Route]:
         return json_answer(await asyncio.to_thread(page.teacher.status))
 
     async def order(request: Request) -> Response:
-        if not page.may_change(request):
-            return not_taken(request)
-        if not isinstance(body := await body_of(request), bytes):
-            return body
-        try:
-            given = msgspec.json.decode(body, type=TeachingOrder)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            return problem(400, f'expected {{"action": ..., "product": ...}} ({exc})')
+        given = await order_of(page, request, TeachingOrder, expected='{"action": ..., "product": ...}')
+        if isinstance(given, Response):
+            return given
         try:
             return json_answer(await page.actions.teach(given))
         except EdgeFlameError as exc:

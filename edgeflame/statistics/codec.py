@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import safetensors.numpy
 
-from edgeflame.errors import DataError, EdgeFlameError
+from edgeflame.errors import DataError
 from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.memory import MemoryStatistics
+from edgeflame.tensors import decoding
 
 PackageStatistics = LowRankGaussian | MemoryStatistics
 """What a package may score with."""
@@ -71,7 +71,7 @@ def decode_statistics(data: bytes) -> PackageStatistics:
         DataError: not statistics, cut short, or of impossible shape.
         NumericalError: values that cannot be.
     """
-    try:
+    with decoding("a package's statistics"):
         header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.pop("__metadata__")
         kinds = {tensor["dtype"] for tensor in header.values()}
@@ -103,16 +103,3 @@ def decode_statistics(data: bytes) -> PackageStatistics:
             eigenvalues=tensors["eigenvalues"],
             residual=tensors["residual"],
         )
-    except EdgeFlameError:
-        raise
-    except (
-        safetensors.SafetensorError,
-        msgspec.DecodeError,
-        AttributeError,
-        KeyError,
-        ValueError,
-        IndexError,
-        TypeError,
-        RecursionError,
-    ) as exc:
-        raise DataError(f"not a package's statistics, or damaged ({exc})") from exc

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import safetensors.numpy
 
-from edgeflame.errors import DataError, EdgeFlameError, NumericalError
-from edgeflame.tensors import F32
+from edgeflame.errors import DataError, NumericalError
+from edgeflame.tensors import F32, decoding
 
 LIMIT = 1.5
 """Bound of the factor's logarithm: no head can make a score more than 4.5 times as large, or as small."""
@@ -133,7 +132,7 @@ def decode_head(data: bytes) -> DefectHead:
         DataError: no head, cut short, or of impossible shape.
         NumericalError: values that cannot be.
     """
-    try:
+    with decoding("a head"):
         described = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
         header = msgspec.json.decode(described["__metadata__"][_KEY], type=_Header)
         tensors = safetensors.numpy.load(data)
@@ -148,16 +147,3 @@ def decode_head(data: bytes) -> DefectHead:
             bias=tensors["bias"],
             out=tensors["out"],
         )
-    except EdgeFlameError:
-        raise
-    except (
-        safetensors.SafetensorError,
-        msgspec.DecodeError,
-        AttributeError,
-        KeyError,
-        ValueError,
-        IndexError,
-        TypeError,
-        RecursionError,
-    ) as exc:
-        raise DataError(f"not a head, or damaged ({exc})") from exc
