@@ -270,15 +270,15 @@ def _read_prior(path: Path) -> FleetPrior:
         UsageError: the package scores by a memory.
     """
     from edgeflame.package import read_package
-    from edgeflame.statistics.gaussian import LowRankGaussian
     from fitting.prior import FleetPrior
 
     package = read_package(path)
-    if not isinstance(package.statistics, LowRankGaussian):
-        raise UsageError(f"--prior {path}: it scores by a memory, which is no prior for Gaussian statistics")
     manifest = package.manifest
     source = {"file": path.name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
-    return FleetPrior.of_statistics(package.statistics, source)
+    try:
+        return FleetPrior.of_package(package, source)
+    except UsageError as exc:
+        raise UsageError(f"--prior {path}: {exc}") from exc
 
 
 def _write_groups(path: Path, fitted: FittedModel[Model]) -> None:

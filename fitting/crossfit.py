@@ -31,7 +31,7 @@ from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
 from fitting.prior import NUM_FOLDS, FleetPrior, PriorWeights, choose_weights
 from fitting.suspects import HighestMaps
-from fitting.threshold import GoodScores
+from fitting.threshold import GoodScores, ScoreSpread
 
 log = EventLog("gaussian")
 
@@ -83,6 +83,11 @@ class PriorShare:
     prior: FleetPrior
     chosen: PriorWeights
     num_images: int
+
+    @property
+    def spread(self) -> ScoreSpread | None:
+        """How scores spread there; None where the prior does not fit, or where that is not known."""
+        return self.prior.spread if self.chosen.weight else None
 
     @property
     def share(self) -> float:

@@ -24,12 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from edgeflame.errors import DataError
+from edgeflame.errors import DataError, UsageError
+from edgeflame.package import Package
 from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.moments import Moments, map_position_blocks
 from edgeflame.statistics.shared import StatisticsHeader, shared_weight
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
+from fitting.threshold import ScoreSpread
 
 WEIGHTS = (5, 10, 20, 40, 80, 160, 320, 640)
 """Numbers of photographs that a prior's covariance may count as; 0, for none, is tried as well."""
@@ -60,6 +62,7 @@ class FleetPrior:
         total_weight: the sum of the weights (:func:`edgeflame.statistics.shared.shared_weight`) of the sites behind it;
             needed where ``num_own`` is not 0.
         source: where it came from, for a package's provenance.
+        spread: how the scores of good parts spread there; None where that is not known, or of too few parts.
     """
 
     grid: tuple[int, int]
@@ -69,6 +72,20 @@ class FleetPrior:
     num_own: int = 0
     total_weight: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    spread: ScoreSpread | None = None
+
+    @classmethod
+    def of_package(cls, package: Package, source: dict[str, Any]) -> FleetPrior:
+        """A package's statistics, and how its scores spread.
+
+        Raises:
+            UsageError: it scores by a memory.
+        """
+        if not isinstance(package.statistics, LowRankGaussian):
+            raise UsageError("it scores by a memory, which is no prior for Gaussian statistics")
+        scores = package.condition.streams.get("score") if package.condition is not None else None
+        spread = None if scores is None else ScoreSpread.of_scores(np.array(scores.quantiles), int(scores.count))
+        return replace(cls.of_statistics(package.statistics, source), spread=spread)
 
     @classmethod
     def of_statistics(cls, statistics: LowRankGaussian, source: dict[str, Any]) -> FleetPrior:

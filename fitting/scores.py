@@ -128,7 +128,7 @@ def _photograph(record: ImageRecord, group: str, score: float, maps: Mapping[str
 def _choices(site: SiteStatistics, calibration: Calibration) -> tuple[ThresholdChoice, ...]:
     from fitting.threshold import GoodScores, upper_confidence_bound
 
-    good = GoodScores(site.held_out_scores, site.images.groups, calibration.unit)
+    good = GoodScores(site.held_out_scores, site.images.groups, calibration.unit, site.others)
     above_all = math.nextafter(float(good.candidates[-1]) * 1.05, math.inf)
     values = sorted({*map(float, good.candidates[-MAX_CHOICES:]), site.threshold.value, above_all})
     choices = []

@@ -19,7 +19,7 @@ from fitting.grouping import find_parts
 from fitting.imageset import ImageSet
 from fitting.prior import FleetPrior
 from fitting.suspects import InfluentialPart, Suspect, influential_parts, worst_indices
-from fitting.threshold import set_threshold
+from fitting.threshold import ScoreSpread, set_threshold
 
 log = EventLog("fit")
 
@@ -35,6 +35,7 @@ class SiteStatistics:
         held_out_scores: ``[N]`` of these images, by statistics that did not see them.
         held_out_means: ``[N]`` means of the maps whose maxima these scores are.
         suspects: of all images those that look least normal, the worst first.
+        others: how scores spread at another site, where the threshold leans on it.
         influential: good parts without any one of which the threshold of the good would be much lower.
         details: for the package's provenance: rank, pooling, counts, seconds.
     """
@@ -45,6 +46,7 @@ class SiteStatistics:
     held_out_scores: npt.NDArray[np.float64]
     held_out_means: npt.NDArray[np.float64]
     suspects: tuple[Suspect, ...]
+    others: ScoreSpread | None = None
     influential: tuple[InfluentialPart, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -86,15 +88,17 @@ def fit_statistics(
         embeddings = embeddings.subset(sorted(set(range(len(images))) - set(left_out)))
         kept = embeddings.images
         result = cross_fit(embeddings, kept.groups, learning, pooled=pooled, progress=progress)
+    others = None if result.prior is None else result.prior.spread
     threshold = set_threshold(
         result.held_out.scores,
         kept.groups,
         learning.calibration,
         groups_known=groups_known,
         num_left_out=len(left_out),
+        others=others,
     )
     suspects = find_suspects(images, first.held_out, left_out)
-    influential = find_influential(kept, result.held_out.scores, learning, threshold)
+    influential = find_influential(kept, result.held_out.scores, learning, threshold, others)
     details: dict[str, Any] = {
         "rank": result.statistics.rank,
         "ridge": result.statistics.ridge,
@@ -132,6 +136,7 @@ def fit_statistics(
         images=kept,
         held_out_scores=result.held_out.scores,
         held_out_means=result.held_out.means,
+        others=others,
         suspects=suspects,
         influential=influential,
         details=details,
@@ -152,10 +157,14 @@ def find_suspects(images: ImageSet, held_out: HeldOutScores, left_out: Sequence[
 
 
 def find_influential(
-    images: ImageSet, scores: npt.NDArray[np.float64], learning: Learning, threshold: Threshold
+    images: ImageSet,
+    scores: npt.NDArray[np.float64],
+    learning: Learning,
+    threshold: Threshold,
+    others: ScoreSpread | None = None,
 ) -> tuple[InfluentialPart, ...]:
     """Parts that move the threshold by themselves; they are in the log, too. ``scores`` are held-out, ``[N]``."""
-    found = influential_parts(scores, images.groups, learning.calibration)
+    found = influential_parts(scores, images.groups, learning.calibration, others)
     if found:
         log.warning(
             "part_moves_threshold",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgeflame.dataset import ImageRecord
 from edgeflame.methods import Calibration
-from fitting.threshold import GoodScores, rule_threshold
+from fitting.threshold import GoodScores, ScoreSpread, rule_threshold
 
 NUM_SUSPECTS = 48
 """Kept with their maps, to be shown."""
@@ -84,7 +84,10 @@ class InfluentialPart:
 
 
 def influential_parts(
-    scores: npt.NDArray[np.floating], groups: Sequence[str], calibration: Calibration
+    scores: npt.NDArray[np.floating],
+    groups: Sequence[str],
+    calibration: Calibration,
+    others: ScoreSpread | None = None,
 ) -> tuple[InfluentialPart, ...]:
     """The parts of which any one, left out, would lower the threshold by more than ``LARGE_STEP``; the highest first.
 
@@ -94,12 +97,14 @@ def influential_parts(
         scores: ``[N]`` scores of good images that the statistics have not seen.
         groups: the part that each image shows.
         calibration: the rule of the threshold, as in :func:`fitting.threshold.set_threshold`.
+        others: how scores spread at another site, as there.
 
     Raises:
         DataError: no scores.
         NumericalError: a score is not finite.
     """
-    part_of, good = np.asarray(groups), GoodScores(scores, groups, calibration.unit)
+    others = others if calibration.mode == "expected" else None
+    part_of, good = np.asarray(groups), GoodScores(scores, groups, calibration.unit, others)
     names = np.unique(part_of)
     bar = (1.0 - LARGE_STEP) * rule_threshold(good, calibration)
     shares = good.shares(float(np.nextafter(bar, -np.inf)))
@@ -109,7 +114,8 @@ def influential_parts(
         its = part_of == names[position]
         if its.all():
             break
-        without = rule_threshold(GoodScores(good.scores[~its], part_of[~its].tolist(), calibration.unit), calibration)
+        rest = GoodScores(good.scores[~its], part_of[~its].tolist(), calibration.unit, others)
+        without = rule_threshold(rest, calibration)
         if without >= bar:
             break
         images = sorted(np.flatnonzero(its).tolist(), key=lambda index: -good.scores[index])

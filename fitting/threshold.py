@@ -2,7 +2,8 @@
 
 **The threshold.** By default the lowest one is taken above which no larger share of the held-out good units scores than
 was asked for: a plain quantile, which no single odd photograph moves once there are twenty parts. The rate to expect of
-it on new parts is (k + 1)/(m + 1) where k of m score above it: 6.5% of 30 parts where 5% were asked for, 5.8% of 120.
+it on new parts is (k + 1)/(m + 1) where k of m score above it: 6.5% of 30 parts where 5% were asked for, 5.8% of 120,
+but 17% of five. So few can lean on how scores spread at another site (:class:`ScoreSpread`).
 What can be promised at that threshold is told beside it.
 
 In the mode ``promise`` it is the lowest threshold at which the share of good units above it is, with the confidence
@@ -28,6 +29,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -141,15 +143,58 @@ OTHER_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Promises shown beside the one asked for, so that a user sees what each costs."""
 
 
+MAX_OTHER_PARTS = 40
+"""As how many parts those of another site count at most: with 5 parts of one's own the spread is nearly all theirs,
+with 500 hardly."""
+
+MIN_OTHER_PARTS = 30
+"""Fewer parts say too little of how scores spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSpread:
+    """How the scores of good parts spread at another site, for a site with too few parts to know.
+
+    Attributes:
+        deviations: ``[J]`` logarithms of held-out scores, about their mean: even quantiles, or all of them.
+        num_parts: behind them.
+    """
+
+    deviations: F64
+    num_parts: int
+
+    @classmethod
+    def of_scores(cls, scores: npt.NDArray[np.floating], num_parts: int) -> ScoreSpread | None:
+        """The spread of ``[J]`` scores; None where there are too few parts, or a score is 0."""
+        if num_parts < MIN_OTHER_PARTS or np.min(scores) <= 0:
+            return None
+        logs = np.log(np.asarray(scores, dtype=np.float64))
+        return cls(deviations=logs - logs.mean(), num_parts=num_parts)
+
+
 class GoodScores:
     """Scores of good images that the statistics have not seen, by the part they show.
+
+    Args:
+        scores: ``[N]``.
+        groups: the part that each image shows.
+        unit: what rates count.
+        others: how scores spread at another site. Moved to where these lie, they count as further parts in what is to
+            be expected, at most as ``MAX_OTHER_PARTS``, but not in what is promised. Not used where whole parts are
+            counted that have several images.
 
     Raises:
         DataError: no scores.
         NumericalError: a score is not finite.
     """
 
-    def __init__(self, scores: npt.NDArray[np.floating], groups: Sequence[str], unit: RejectUnit) -> None:
+    def __init__(
+        self,
+        scores: npt.NDArray[np.floating],
+        groups: Sequence[str],
+        unit: RejectUnit,
+        others: ScoreSpread | None = None,
+    ) -> None:
         if len(scores) == 0:
             raise DataError("no good images to set a threshold with")
         if not np.isfinite(scores).all():
@@ -162,6 +207,13 @@ class GoodScores:
         self._unit = unit
         self.candidates: F64 = np.unique(self.scores)
         """Thresholds that make a difference, rising."""
+        self.num_others = 0
+        """As how many parts the others count."""
+        self._others: F64 = np.zeros(0)
+        if others is not None and self.scores.min() > 0 and (unit == "photograph" or self._sizes.max() == 1):
+            centre = np.average(np.log(self.scores), weights=1.0 / self._sizes[part])
+            self._others = np.exp(centre + others.deviations)
+            self.num_others = min(others.num_parts, MAX_OTHER_PARTS)
 
     @property
     def num_parts(self) -> int:
@@ -173,17 +225,21 @@ class GoodScores:
         return (above > 0).astype(np.float64) if self._unit == "part" else above / self._sizes
 
     def expected_rate(self, value: float) -> float:
-        """Mean of the shares."""
-        return float(self.shares(value).mean())
+        """Mean of the shares, the others' among them."""
+        above = float(self.shares(value).sum())
+        if self.num_others:
+            above += self.num_others * float((self._others > value).mean())
+        return above / (self.num_parts + self.num_others)
 
     def quantile(self, rate: float) -> float:
         """The lowest threshold whose expected rate is no higher than ``rate``."""
+        candidates = np.union1d(self.candidates, self._others)
 
         def kept(position: int) -> bool:
             # Rates are sums of shares: half a unit in the last place must not cost a photograph.
-            return self.expected_rate(float(self.candidates[position])) <= rate + 1e-12
+            return self.expected_rate(float(candidates[position])) <= rate + 1e-12
 
-        return float(self.candidates[self._lowest(kept)])
+        return float(candidates[_lowest(len(candidates), kept)])
 
     def lowest_threshold(self, rate: float, confidence: float) -> float | None:
         """The lowest threshold that keeps a promise; None if not even the highest score does."""
@@ -191,11 +247,13 @@ class GoodScores:
         def kept(position: int) -> bool:
             return exceedance_probability(self.shares(float(self.candidates[position])), rate) <= 1.0 - confidence
 
-        return float(self.candidates[self._lowest(kept)]) if kept(len(self.candidates) - 1) else None
+        last = len(self.candidates) - 1
+        return float(self.candidates[_lowest(last + 1, kept)]) if kept(last) else None
 
-    def _lowest(self, kept: Callable[[int], bool]) -> int:
-        """The lowest position that is ``kept``; all above it are, and at least the last."""
-        return bisect.bisect_left(range(len(self.candidates) - 1), True, key=kept)
+
+def _lowest(count: int, kept: Callable[[int], bool]) -> int:
+    """The lowest of ``count`` positions that is ``kept``; all above it are, and at least the last."""
+    return bisect.bisect_left(range(count - 1), True, key=kept)
 
 
 def set_threshold(
@@ -205,6 +263,7 @@ def set_threshold(
     *,
     groups_known: bool,
     num_left_out: int = 0,
+    others: ScoreSpread | None = None,
 ) -> Threshold:
     """The threshold at the rate asked for, and what it promises.
 
@@ -216,12 +275,13 @@ def set_threshold(
         calibration: the false-reject rate asked for, what it means, its unit (parts or photographs), the confidence.
         groups_known: whether ``groups`` are known, or every image was taken for a part of its own.
         num_left_out: images that were left out as suspects, for the record.
+        others: how scores spread at another site; without effect in the mode ``promise``.
 
     Raises:
         DataError: no scores.
         NumericalError: a score is not finite.
     """
-    good = GoodScores(scores, groups, calibration.unit)
+    good = GoodScores(scores, groups, calibration.unit, others if calibration.mode == "expected" else None)
     value = rule_threshold(good, calibration)
     promised = _promise_at(good, value, calibration)
     if not groups_known:
@@ -242,6 +302,7 @@ def set_threshold(
         unit=calibration.unit,
         expected_false_reject_rate=good.expected_rate(value),
         num_left_out=num_left_out,
+        num_other_parts=good.num_others,
         chosen_by=calibration.mode,
         with_more_parts=_with_more_parts(good, value, calibration.confidence),
         others=_other_promises(good, calibration),

@@ -10,7 +10,9 @@ aggregator pools them, and `--measured` of the sites fit statistics and threshol
 
 - `alone`: `statistics = "site"`, its own photographs;
 - `pooled`: `statistics = "federated"`, the photographs of all sites;
-- `prior`: `statistics = "prior"`, its own, leaning on the others'.
+- `prior`: `statistics = "prior"`, its own, leaning on the others';
+- `package`: no fleet, but `fit --prior` with one package of all the others' photographs, whose scores tell the threshold
+  how good parts spread.
 
 They are measured on the data's test part as the site's camera sees it. Each figure goes to `gain.jsonl` at once, and
 `gain.md` is made of all: a run that was ended goes on with the same command. Data: `tile` (`--tile`), `solar-mono` and
@@ -27,6 +29,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,19 +43,20 @@ from boards.camera import Camera
 from edgeflame.images import ImageU8, read_image
 from edgeflame.methods import Learning
 from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.moments import MomentAccumulator
 from edgeflame.statistics.shared import read_moments, write_site_statistics
 from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, cross_fit, image_scores, score_maps
 from fitting.embeddings import Embedder, Embeddings
 from fitting.prior import FleetPrior
-from fitting.threshold import set_threshold
+from fitting.threshold import ScoreSpread, set_threshold
 from trainer.embedding import TorchEmbedder
 from trainer.model import build_model
 
 HERE = Path(__file__).resolve().parent
 TILE = HERE.parents[2] / "shared" / "data" / "magnetic-tile"
-METHODS = ("alone", "pooled", "prior")
+METHODS = ("alone", "pooled", "prior", "package")
 BOARDS = ("warm_wood", "warm_white_grid")
 MAX_TEST_PARTS = 150
 MODEL = hashlib.sha256(b"the pre-trained backbone").hexdigest()
@@ -77,6 +81,9 @@ class StoredEmbeddings:
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def extend(self, others: StoredEmbeddings) -> None:
+        self._values.extend(others._values)
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], F32]]:
         for start in range(0, len(indices), 64):
@@ -133,7 +140,15 @@ def photographs(parts: Sequence[SimulatedPart], camera: Camera | None) -> Iterat
 
 
 def fleet_figures(
-    name: str, tile: Path, *, num_parts: int, num_sites: int, cameras: str, seed: int, measured: int
+    name: str,
+    tile: Path,
+    methods: Sequence[str],
+    *,
+    num_parts: int,
+    num_sites: int,
+    cameras: str,
+    seed: int,
+    measured: int,
 ) -> Iterator[Figures]:
     """One fleet: for each of the measured sites and each method the figures."""
     learning = Learning()
@@ -163,15 +178,22 @@ def fleet_figures(
             write_site_statistics(
                 paths[site], accumulator.moments(), grid=embedder.grid, model=MODEL, form="moments", rank=0
             )
-            if number < measured:
-                kept[site] = embeddings, [group for group, _ in pictures], camera
+            kept[site] = embeddings, [group for group, _ in pictures], camera
         pool_statistics(paths, scratch / "pooled", rank=0)
         pool_statistics(paths, scratch / "prior", rank=0, as_prior=True)
-        for site, (embeddings, groups, camera) in kept.items():
+        for site, (embeddings, groups, camera) in list(kept.items())[:measured]:
             fitted: dict[str, tuple[PackageStatistics, float, Figures]] = {}
-            for method in METHODS:
+            for method in methods:
                 given: PooledStatistics | FleetPrior | None = None
-                if method != "alone":
+                if method == "package":
+                    rest = StoredEmbeddings(embedder, iter(()), learning)
+                    for other, (theirs, _, _) in kept.items():
+                        if other != site:
+                            rest.extend(theirs)
+                    given = package_prior(
+                        rest, [g for other, (_, its, _) in kept.items() if other != site for g in its]
+                    )
+                elif method != "alone":
                     moments, header = read_moments(scratch / method)
                     own_images = header.sites[site]
                     given = (
@@ -181,12 +203,15 @@ def fleet_figures(
                     )
                 begun = time.process_time()
                 found = cross_fit(cast("Embeddings", embeddings), groups, learning, pooled=given)
-                threshold = set_threshold(found.held_out.scores, groups, learning.calibration, groups_known=True)
+                others = None if found.prior is None else found.prior.spread
+                threshold = set_threshold(
+                    found.held_out.scores, groups, learning.calibration, groups_known=True, others=others
+                )
                 more = {"radius": found.radius, "fit_cpu_s": round(time.process_time() - begun, 1)}
                 if found.prior is not None:
                     more["weights"] = [found.prior.chosen.weight, found.prior.chosen.mean_weight]
                 fitted[method] = found.statistics, threshold.value, more
-            scores: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
+            scores: dict[str, dict[str, list[float]]] = {method: {} for method in methods}
             for part in pool.test.values():
                 pictures = list(photographs([part], camera))
                 tested = StoredEmbeddings(embedder, (image for _, image in pictures), learning)
@@ -207,6 +232,14 @@ def fleet_figures(
                     **verdicts(scores[method], threshold_value),
                     **more,
                 }
+
+
+def package_prior(embeddings: StoredEmbeddings, groups: Sequence[str]) -> FleetPrior:
+    """What `fit --prior` takes from a package that was fitted to these."""
+    found = cross_fit(cast("Embeddings", embeddings), groups, Learning())
+    assert isinstance(found.statistics, LowRankGaussian)
+    spread = ScoreSpread.of_scores(found.held_out.scores, len(set(groups)))
+    return replace(FleetPrior.of_statistics(found.statistics, {}), spread=spread)
 
 
 def verdicts(scores: dict[str, list[float]], threshold: float) -> Figures:
@@ -243,6 +276,8 @@ def page(figures: Sequence[Figures]) -> str:
         alone = {(one["seed"], one["site"]): one for one in rows if one["method"] == "alone"}
         for method in METHODS:
             own = [one for one in rows if one["method"] == method]
+            if not own:
+                continue
             gains = [
                 one["macro_image_AUROC"] - alone[one["seed"], one["site"]]["macro_image_AUROC"]
                 for one in own
@@ -295,7 +330,9 @@ def main() -> None:
     ]
     for name, parts, sites, cameras, seed in fleets:
         key = {"data": name, "parts": parts, "sites": sites, "cameras": cameras, "seed": seed}
-        if any(all(one[field] == value for field, value in key.items()) for one in figures):
+        there = {one["method"] for one in figures if all(one[field] == value for field, value in key.items())}
+        methods = [method for method in METHODS if method not in there]
+        if not methods:
             continue
         if name == "tile" and not options.tile.is_dir():
             print(f"no folder {options.tile} (--tile)")
@@ -305,6 +342,7 @@ def main() -> None:
             fleet_figures(
                 name,
                 options.tile,
+                methods,
                 num_parts=parts,
                 num_sites=sites,
                 cameras=cameras,

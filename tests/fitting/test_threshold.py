@@ -15,7 +15,14 @@ from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import Calibration
 from edgeflame.threshold import Threshold
 from fitting.suspects import InfluentialPart, influential_parts
-from fitting.threshold import GoodScores, rule_threshold, set_f1_threshold, set_threshold
+from fitting.threshold import (
+    MAX_OTHER_PARTS,
+    GoodScores,
+    ScoreSpread,
+    rule_threshold,
+    set_f1_threshold,
+    set_threshold,
+)
 
 PROMISE = Calibration(mode="promise")
 BY_PART = Calibration(mode="promise", unit="part")
@@ -80,6 +87,58 @@ def test_the_rate_realised_on_new_parts_is_about_what_was_asked_for(num_parts: i
         value = set_threshold(scores + lift, singles(num_parts), Calibration(), groups_known=True).value - lift
         rates.append(law.sf(value))
     assert 0.025 < np.mean(rates) < 0.1
+
+
+SPREAD = ScoreSpread.of_scores(lognorm(0.25).ppf((np.arange(64) + 0.5) / 64), 60)
+"""Of another site, whose scores spread alike but lie elsewhere."""
+
+
+@pytest.mark.parametrize(("num_parts", "alone"), [(5, 1 / 6), (10, 1 / 11)])
+def test_few_parts_lean_on_how_scores_spread_elsewhere(num_parts: int, alone: float) -> None:
+    """Realised rates of 400 calibrations, scores at twenty times those of the other site."""
+    rng = np.random.default_rng(num_parts)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(400):
+        scores = 20.0 * rng.lognormal(0.0, 0.25, num_parts)
+        for leans, found in rates.items():
+            threshold = set_threshold(
+                scores, singles(num_parts), Calibration(), groups_known=True, others=SPREAD if leans else None
+            )
+            found.append(float(lognorm(0.25, scale=20.0).sf(threshold.value)))
+            assert threshold.num_other_parts == (MAX_OTHER_PARTS if leans else 0)
+    assert np.mean(rates[False]) == pytest.approx(alone, abs=0.02)
+    assert 0.025 < np.mean(rates[True]) < 0.1
+    assert np.std(rates[True]) < 0.7 * np.std(rates[False])
+
+
+def test_many_parts_hardly_lean_on_others_and_no_promise_does() -> None:
+    scores = np.random.default_rng(0).lognormal(0.0, 0.5, 2000)
+    alone, leaning = (
+        set_threshold(scores, singles(2000), Calibration(), groups_known=True, others=others)
+        for others in (None, SPREAD)
+    )
+    assert leaning.value == pytest.approx(alone.value, rel=0.02)
+    promises = [
+        set_threshold(scores, singles(2000), PROMISE, groups_known=True, others=others) for others in (None, SPREAD)
+    ]
+    assert promises[0] == promises[1]
+
+
+def test_a_spread_is_of_parts_enough_and_of_the_unit_that_is_counted() -> None:
+    assert ScoreSpread.of_scores(np.arange(1.0, 30.0), 29) is None
+    assert ScoreSpread.of_scores(np.arange(0.0, 40.0), 40) is None
+    several = ["a", "a", "b", "c"]
+    assert GoodScores(np.arange(1.0, 5.0), several, "part", SPREAD).num_others == 0
+    assert GoodScores(np.arange(1.0, 5.0), several, "photograph", SPREAD).num_others == MAX_OTHER_PARTS
+
+
+def test_what_leans_on_another_site_says_so() -> None:
+    threshold = set_threshold(np.arange(20.0, 25.0), singles(5), Calibration(), groups_known=True, others=SPREAD)
+    assert "of good photographs rejected, if scores spread as at the other site; at most" in threshold.promise()
+    # Where one part lies far from the rest, it moves the threshold less than it would by itself.
+    odd = np.array([20.0, 21.0, 22.0, 23.0, 60.0])
+    lone = set_threshold(odd, singles(5), Calibration(), groups_known=True).value
+    assert set_threshold(odd, singles(5), Calibration(), groups_known=True, others=SPREAD).value < lone == 60.0
 
 
 def clustered(rng: np.random.Generator, num_parts: int, sizes: npt.NDArray[np.int64], between: float):
