@@ -3,8 +3,8 @@
 Pooling works position by position. With n = sum of n_i, the mean is m = sum of (n_i / n) m_i and the covariance is
 ``sum of (n_i - 1)/(n - 1) S_i + n_i/(n - 1) (m_i - m)(m_i - m)'``. As a prior, the covariance is the mean of S_i with
 the weights :func:`edgeflame.statistics.shared.shared_weight`: what differs between the sites' cameras is not in it, and
-no site dominates. Only a block of positions of one site is in memory at a time. The errors of the parts add by the
-triangle inequality.
+no site dominates. How much scores vary is the median of what the sites say. Only a block of positions of one site is in
+memory at a time. The errors of the parts add by the triangle inequality.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from edgeflame.statistics.shared import (
     StatisticsHeader,
     Truncation,
     header_difference,
+    pool_deviations,
     position_blocks,
     shared_weight,
     write_blocks,
@@ -60,6 +61,7 @@ def pool_statistics(paths: Mapping[str, Path], out: Path, *, rank: int, as_prior
             model=first.model,
             sites={site: file.header.count for site, file in zip(sorted(paths), files, strict=True)},
             centre="site" if as_prior else msgspec.UNSET,
+            spread=pool_deviations([one for file in files if (one := file.header.spread) is not msgspec.UNSET]),
         )
         pool = _pool_block_as_prior if as_prior else _pool_block
         return write_blocks(out, header, (pool(files, count, at) for at in position_blocks(header)))

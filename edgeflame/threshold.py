@@ -83,7 +83,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     expected_false_reject_rate: float | None = None
     """Share of the good units at hand that score above ``value``: what to expect, where the promise is the worst."""
     num_other_parts: int = 0
-    """Parts that the spread of another site's scores counted as in what is to be expected."""
+    """Parts that the spread of scores at other sites counted as in what is to be expected."""
     num_left_out: int = 0
     """Images that looked defective and were left out; the promise is about good parts like the others."""
     chosen_by: Literal["promise", "expected", "f1", "cost"] = "promise"
@@ -107,7 +107,7 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         expected = self.expected_false_reject_rate
         if self.chosen_by == "expected" and expected is not None:
             usual = f"about {expected:.1%} of good" if expected > 0 else "none of these good"
-            by = ", if scores spread as at the other site" if self.num_other_parts else ""
+            by = ", if scores spread as elsewhere" if self.num_other_parts else ""
             return (
                 f"{usual} {self.unit}s rejected{by}; at most {self.false_reject_rate:.1%} with "
                 f"{self.confidence:.0%} confidence, from {self.basis()}"

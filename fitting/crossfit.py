@@ -27,6 +27,7 @@ from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import LowRankGaussian, fit_gaussian, smooth_maps
 from edgeflame.statistics.maps import shown_maps
 from edgeflame.statistics.moments import MomentAccumulator, Moments
+from edgeflame.statistics.shared import StatisticsHeader
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
 from fitting.prior import NUM_FOLDS, FleetPrior, PriorWeights, choose_weights
@@ -64,10 +65,17 @@ class PooledStatistics:
     Attributes:
         moments: of the images of all sites that contributed.
         holds_these: whether this site contributed; its parts are then taken out before they are scored as unseen.
+        spread: how scores spread at its sites, where that is known.
     """
 
     moments: Moments
     holds_these: bool
+    spread: ScoreSpread | None = None
+
+    @classmethod
+    def of_fleet(cls, moments: Moments, header: StatisticsHeader, *, num_own: int) -> PooledStatistics:
+        """What an aggregator pooled, as read from the blob; ``num_own`` of its images are this site's."""
+        return cls(moments=moments, holds_these=num_own > 0, spread=ScoreSpread.of_fleet(header.spread))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +164,7 @@ class CrossFit:
         volumes: radius to the mean logarithm of the volume that its threshold accepts, per channel and but for a
             constant; of the radii that were tried.
         prior: how much of the statistics is the fleet's, where there was a prior.
+        spread: how scores spread at other sites, where the fleet's statistics count and that is known.
     """
 
     statistics: LowRankGaussian
@@ -163,6 +172,7 @@ class CrossFit:
     held_out: HeldOutScores
     volumes: dict[int, float]
     prior: PriorShare | None = None
+    spread: ScoreSpread | None = None
 
 
 def require_enough(num_images: int, num_groups: int) -> None:
@@ -319,6 +329,7 @@ def cross_fit(
         held_out=held_out[radius],
         volumes=volumes,
         prior=share,
+        spread=pooled.spread if isinstance(pooled, PooledStatistics) else None if share is None else share.spread,
     )
 
 

@@ -125,6 +125,7 @@ class FleetPrior:
             num_own=num_own,
             total_weight=sum(shared_weight(count) for count in header.sites.values()),
             source={"sites": len(header.sites)},
+            spread=ScoreSpread.of_fleet(header.spread),
         )
 
     def require_fits(self, embeddings: Embeddings) -> None:

@@ -35,7 +35,7 @@ class SiteStatistics:
         held_out_scores: ``[N]`` of these images, by statistics that did not see them.
         held_out_means: ``[N]`` means of the maps whose maxima these scores are.
         suspects: of all images those that look least normal, the worst first.
-        others: how scores spread at another site, where the threshold leans on it.
+        others: how scores spread at other sites, where the threshold leans on it.
         influential: good parts without any one of which the threshold of the good would be much lower.
         details: for the package's provenance: rank, pooling, counts, seconds.
     """
@@ -88,7 +88,7 @@ def fit_statistics(
         embeddings = embeddings.subset(sorted(set(range(len(images))) - set(left_out)))
         kept = embeddings.images
         result = cross_fit(embeddings, kept.groups, learning, pooled=pooled, progress=progress)
-    others = None if result.prior is None else result.prior.spread
+    others = result.spread
     threshold = set_threshold(
         result.held_out.scores,
         kept.groups,

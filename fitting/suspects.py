@@ -97,7 +97,7 @@ def influential_parts(
         scores: ``[N]`` scores of good images that the statistics have not seen.
         groups: the part that each image shows.
         calibration: the rule of the threshold, as in :func:`fitting.threshold.set_threshold`.
-        others: how scores spread at another site, as there.
+        others: how scores spread at other sites, as there.
 
     Raises:
         DataError: no scores.

@@ -3,7 +3,7 @@
 **The threshold.** By default the lowest one is taken above which no larger share of the held-out good units scores than
 was asked for: a plain quantile, which no single odd photograph moves once there are twenty parts. The rate to expect of
 it on new parts is (k + 1)/(m + 1) where k of m score above it: 6.5% of 30 parts where 5% were asked for, 5.8% of 120,
-but 17% of five. So few can lean on how scores spread at another site (:class:`ScoreSpread`).
+but 17% of five. So few can lean on how scores spread at other sites (:class:`ScoreSpread`).
 What can be promised at that threshold is told beside it.
 
 In the mode ``promise`` it is the lowest threshold at which the share of good units above it is, with the confidence
@@ -30,6 +30,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import msgspec
 import numpy as np
@@ -38,6 +39,7 @@ import numpy.typing as npt
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.log import EventLog
 from edgeflame.methods import Calibration, RejectUnit
+from edgeflame.statistics.shared import MAX_DEVIATION, ScoreDeviation
 from edgeflame.tensors import F64
 from edgeflame.threshold import Threshold, ThresholdPromise
 from fitting.metrics import best_f1
@@ -143,17 +145,20 @@ OTHER_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Promises shown beside the one asked for, so that a user sees what each costs."""
 
 
-MAX_OTHER_PARTS = 40
-"""As how many parts those of another site count at most: with 5 parts of one's own the spread is nearly all theirs,
-with 500 hardly."""
+MAX_OTHER_PARTS = 20
+"""As how many parts those of other sites count at most: with 5 parts of one's own the spread is mostly theirs, with 500
+hardly."""
 
 MIN_OTHER_PARTS = 30
 """Fewer parts say too little of how scores spread."""
 
+NUM_NORMAL = 64
+"""Quantiles that stand for a normal distribution."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSpread:
-    """How the scores of good parts spread at another site, for a site with too few parts to know.
+    """How the scores of good parts spread at other sites, for a site with too few parts to know.
 
     Attributes:
         deviations: ``[J]`` logarithms of held-out scores, about their mean: even quantiles, or all of them.
@@ -171,6 +176,26 @@ class ScoreSpread:
         logs = np.log(np.asarray(scores, dtype=np.float64))
         return cls(deviations=logs - logs.mean(), num_parts=num_parts)
 
+    @classmethod
+    def of_fleet(cls, told: ScoreDeviation | msgspec.UnsetType) -> ScoreSpread | None:
+        """What a fleet pooled, with normal logarithms of scores; None where it did not, or of too few parts."""
+        if told is msgspec.UNSET or told.num_parts < MIN_OTHER_PARTS:
+            return None
+        normal = NormalDist()
+        quantiles = np.array([normal.inv_cdf((rank + 0.5) / NUM_NORMAL) for rank in range(NUM_NORMAL)])
+        return cls(deviations=told.deviation * quantiles, num_parts=told.num_parts)
+
+
+def measure_spread(scores: npt.NDArray[np.floating], groups: Sequence[str]) -> ScoreDeviation | msgspec.UnsetType:
+    """How much the held-out scores ``[N]`` of good images vary; unset for fewer than two parts, or a score of 0."""
+    _, part, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if len(sizes) < 2 or np.min(scores) <= 0:
+        return msgspec.UNSET
+    logs, weights = np.log(np.asarray(scores, dtype=np.float64)), 1.0 / sizes[part]
+    around = logs - np.average(logs, weights=weights)
+    deviation = math.sqrt(float(weights @ around**2) / (len(sizes) - 1))
+    return ScoreDeviation(deviation=min(deviation, MAX_DEVIATION), num_parts=len(sizes))
+
 
 class GoodScores:
     """Scores of good images that the statistics have not seen, by the part they show.
@@ -179,7 +204,7 @@ class GoodScores:
         scores: ``[N]``.
         groups: the part that each image shows.
         unit: what rates count.
-        others: how scores spread at another site. Moved to where these lie, they count as further parts in what is to
+        others: how scores spread at other sites. Moved to where these lie, they count as further parts in what is to
             be expected, at most as ``MAX_OTHER_PARTS``, but not in what is promised. Not used where whole parts are
             counted that have several images.
 
@@ -275,7 +300,7 @@ def set_threshold(
         calibration: the false-reject rate asked for, what it means, its unit (parts or photographs), the confidence.
         groups_known: whether ``groups`` are known, or every image was taken for a part of its own.
         num_left_out: images that were left out as suspects, for the record.
-        others: how scores spread at another site; without effect in the mode ``promise``.
+        others: how scores spread at other sites; without effect in the mode ``promise``.
 
     Raises:
         DataError: no scores.

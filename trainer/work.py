@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
-from edgeflame.errors import UsageError
+from edgeflame.errors import DataError, UsageError
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import FEDERATED_METHODS, Learning
@@ -29,14 +29,17 @@ from edgeflame.simulation import MeasureAnswer, MeasureTask
 from edgeflame.state import atomic_write
 from edgeflame.statistics.codec import PackageStatistics, encode_statistics
 from edgeflame.statistics.moments import MomentAccumulator
-from edgeflame.statistics.shared import read_moments, write_site_statistics
+from edgeflame.statistics.shared import ScoreDeviation, read_moments, write_site_statistics
 from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, image_scores, score_maps
+from fitting.embeddings import Embeddings
 from fitting.evaluation import EvaluationReport, evaluate
 from fitting.fit import read_training_images
 from fitting.imageset import ImageSet
 from fitting.packaging import choose_references, save_package
 from fitting.prior import FleetPrior
+from fitting.site_statistics import fit_statistics
+from fitting.threshold import measure_spread
 from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import keep_freed_memory, pick_device, rgb_tensor
@@ -151,6 +154,7 @@ class TorchSiteTrainer:
             model=task.model_sha256,
             form=task.wanted.form,
             rank=task.wanted.rank,
+            spread=self._score_spread(embeddings),
         )
         return TaskResult(num_samples=len(images), metrics=truncation.figures())
 
@@ -205,6 +209,14 @@ class TorchSiteTrainer:
             },
         )
 
+    def _score_spread(self, embeddings: Embeddings) -> ScoreDeviation | msgspec.UnsetType:
+        """How much the scores of this site's good parts vary, by its own statistics."""
+        try:
+            alone = fit_statistics(embeddings, self._learning, groups_known=self._dataset.groups_known)
+        except DataError:
+            return msgspec.UNSET  # too few images or parts to hold any out
+        return measure_spread(alone.held_out_scores, alone.images.groups)
+
     @functools.cached_property
     def _learner(self) -> LocalLearner:
         return open_learner(self._learning, self._device)
@@ -215,7 +227,7 @@ class TorchSiteTrainer:
         log.info("pooled_statistics", images=header.count, sites=len(header.sites), own=own)
         if header.centre == "site":
             return FleetPrior.of_fleet(moments, header, num_own=own)
-        return PooledStatistics(moments=moments, holds_these=own > 0)
+        return PooledStatistics.of_fleet(moments, header, num_own=own)
 
     def _training_images(self, report: Progress = no_progress) -> ImageSet:
         if self._images is None:

@@ -11,8 +11,7 @@ aggregator pools them, and `--measured` of the sites fit statistics and threshol
 - `alone`: `statistics = "site"`, its own photographs;
 - `pooled`: `statistics = "federated"`, the photographs of all sites;
 - `prior`: `statistics = "prior"`, its own, leaning on the others';
-- `package`: no fleet, but `fit --prior` with one package of all the others' photographs, whose scores tell the threshold
-  how good parts spread.
+- `package`: no fleet, but `fit --prior` with one package of all the others' photographs.
 
 They are measured on the data's test part as the site's camera sees it. Each figure goes to `gain.jsonl` at once, and
 `gain.md` is made of all: a run that was ended goes on with the same command. Data: `tile` (`--tile`), `solar-mono` and
@@ -22,6 +21,7 @@ They are measured on the data's test part as the site's camera sees it. Each fig
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -50,7 +50,7 @@ from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, cross_fit, image_scores, score_maps
 from fitting.embeddings import Embedder, Embeddings
 from fitting.prior import FleetPrior
-from fitting.threshold import ScoreSpread, set_threshold
+from fitting.threshold import ScoreSpread, measure_spread, set_threshold
 from trainer.embedding import TorchEmbedder
 from trainer.model import build_model
 
@@ -82,8 +82,11 @@ class StoredEmbeddings:
     def __len__(self) -> int:
         return len(self._values)
 
-    def extend(self, others: StoredEmbeddings) -> None:
-        self._values.extend(others._values)
+    @classmethod
+    def joined(cls, several: Sequence[StoredEmbeddings]) -> StoredEmbeddings:
+        joined = copy.copy(several[0])
+        joined._values = [value for one in several for value in one._values]  # noqa: SLF001 - of this class
+        return joined
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], F32]]:
         for start in range(0, len(indices), 64):
@@ -175,10 +178,18 @@ def fleet_figures(
             for _, batch in embeddings.batches(range(len(embeddings))):
                 accumulator.add(batch)
             paths[site] = scratch / site
+            groups = [group for group, _ in pictures]
+            alone = cross_fit(cast("Embeddings", embeddings), groups, learning)
             write_site_statistics(
-                paths[site], accumulator.moments(), grid=embedder.grid, model=MODEL, form="moments", rank=0
+                paths[site],
+                accumulator.moments(),
+                grid=embedder.grid,
+                model=MODEL,
+                form="moments",
+                rank=0,
+                spread=measure_spread(alone.held_out.scores, groups),
             )
-            kept[site] = embeddings, [group for group, _ in pictures], camera
+            kept[site] = embeddings, groups, camera
         pool_statistics(paths, scratch / "pooled", rank=0)
         pool_statistics(paths, scratch / "prior", rank=0, as_prior=True)
         for site, (embeddings, groups, camera) in list(kept.items())[:measured]:
@@ -197,15 +208,14 @@ def fleet_figures(
                     moments, header = read_moments(scratch / method)
                     own_images = header.sites[site]
                     given = (
-                        PooledStatistics(moments=moments, holds_these=True)
+                        PooledStatistics.of_fleet(moments, header, num_own=own_images)
                         if method == "pooled"
                         else FleetPrior.of_fleet(moments, header, num_own=own_images)
                     )
                 begun = time.process_time()
                 found = cross_fit(cast("Embeddings", embeddings), groups, learning, pooled=given)
-                others = None if found.prior is None else found.prior.spread
                 threshold = set_threshold(
-                    found.held_out.scores, groups, learning.calibration, groups_known=True, others=others
+                    found.held_out.scores, groups, learning.calibration, groups_known=True, others=found.spread
                 )
                 more = {"radius": found.radius, "fit_cpu_s": round(time.process_time() - begun, 1)}
                 if found.prior is not None:
@@ -234,9 +244,11 @@ def fleet_figures(
                 }
 
 
-def package_prior(embeddings: StoredEmbeddings, groups: Sequence[str]) -> FleetPrior:
-    """What `fit --prior` takes from a package that was fitted to these."""
-    found = cross_fit(cast("Embeddings", embeddings), groups, Learning())
+def package_prior(sites: Sequence[tuple[StoredEmbeddings, list[str], Camera | None]], learning: Learning) -> FleetPrior:
+    """What `fit --prior` takes from a package that was fitted to the photographs of these sites."""
+    embeddings = StoredEmbeddings.joined([one for one, _, _ in sites])
+    groups = [group for _, its, _ in sites for group in its]
+    found = cross_fit(cast("Embeddings", embeddings), groups, learning)
     assert isinstance(found.statistics, LowRankGaussian)
     spread = ScoreSpread.of_scores(found.held_out.scores, len(set(groups)))
     return replace(FleetPrior.of_statistics(found.statistics, {}), spread=spread)

@@ -17,14 +17,15 @@ most ``ROUNDING`` times the sum of (l_j - s2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.state import atomic_writer
@@ -42,11 +43,39 @@ by |du' + ud' + dd'|."""
 MAX_SHARED_WEIGHT = 200
 """The most that one site's covariance weighs in a prior, in images."""
 
+MAX_DEVIATION = 3.0
+"""Of the logarithms of scores; good parts' vary by some tenths."""
+MIN_SPREAD_SITES = 3
+"""Of fewer sites a single one could set the median."""
+
 MAX_COUNT = 1_000_000_000
 MAX_CELLS = 1 << 20
 MAX_CHANNELS = 1 << 14
 TOLERANCE = 1e-3
 """Relative tolerance for values that went through float32 and a basis in float16."""
+
+
+class ScoreDeviation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much the scores of a site's good parts vary, by statistics of its own that had not seen them."""
+
+    deviation: Annotated[float, Meta(ge=0, le=MAX_DEVIATION)]
+    """Standard deviation of the scores' logarithms, as measured."""
+    num_parts: Annotated[int, Meta(ge=2, le=MAX_COUNT)]
+    """Parts behind it."""
+
+    @property
+    def unbiased(self) -> float:
+        """The deviation of which, of so few parts, half of all sites would measure less (Wilson and Hilferty 1931)."""
+        return float(self.deviation / (1 - 2 / (9 * (self.num_parts - 1))) ** 1.5)
+
+
+def pool_deviations(sites: Sequence[ScoreDeviation]) -> ScoreDeviation | msgspec.UnsetType:
+    """The median of the sites', so that no few of them can move everybody's threshold; unset of too few."""
+    if len(sites) < MIN_SPREAD_SITES:
+        return msgspec.UNSET
+    return ScoreDeviation(
+        deviation=float(np.median([one.unbiased for one in sites])), num_parts=sum(one.num_parts for one in sites)
+    )
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +95,8 @@ class StatisticsHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     centre: Literal["site"] | msgspec.UnsetType = msgspec.UNSET
     """In a pooled blob: ``site`` where the covariance is of each site's images about their own mean, unset where it is
     about the mean of all."""
+    spread: ScoreDeviation | msgspec.UnsetType = msgspec.UNSET
+    """How much scores vary; in a pooled blob of :func:`pool_deviations`. Unset where that is not known."""
 
     def __post_init__(self) -> None:
         height, width = self.grid
@@ -257,7 +288,14 @@ class StatisticsFile:
 
 
 def write_site_statistics(
-    path: Path, moments: Moments, *, grid: tuple[int, int], model: str, form: StatisticsForm, rank: int
+    path: Path,
+    moments: Moments,
+    *,
+    grid: tuple[int, int],
+    model: str,
+    form: StatisticsForm,
+    rank: int,
+    spread: ScoreDeviation | msgspec.UnsetType = msgspec.UNSET,
 ) -> Truncation:
     """A site's own statistics, whole or not at all.
 
@@ -268,6 +306,7 @@ def write_site_statistics(
         model: SHA-256 of the model whose embeddings these are.
         form: ``moments`` or ``low_rank``.
         rank: K, for ``low_rank``; lowered to what the images and channels allow.
+        spread: how much the scores of its good parts vary, where that is known.
 
     Raises:
         DataError: fewer than two images.
@@ -275,7 +314,15 @@ def write_site_statistics(
     """
     channels = moments.shift.shape[1]
     rank = 0 if form == "moments" else min(rank, channels - 1, moments.count - 1)
-    header = StatisticsHeader(form=form, grid=grid, num_channels=channels, rank=rank, count=moments.count, model=model)
+    header = StatisticsHeader(
+        form=form,
+        grid=grid,
+        num_channels=channels,
+        rank=rank,
+        count=moments.count,
+        model=model,
+        spread=spread,
+    )
 
     def blocks() -> Iterator[StatisticsBlock]:
         for at in position_blocks(header):

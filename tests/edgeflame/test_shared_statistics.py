@@ -11,12 +11,14 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from aggregator.pooling import pool_statistics
 from edgeflame.errors import DataError, EdgeFlameError, NumericalError
 from edgeflame.statistics.moments import MomentAccumulator, Moments
 from edgeflame.statistics.shared import (
     METADATA_KEY,
+    ScoreDeviation,
     StatisticsFile,
     StatisticsHeader,
     Truncation,
@@ -125,6 +127,32 @@ def test_the_same_parts_give_the_same_bytes_in_any_order(tmp_path: Path) -> None
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_a_fleets_spread_of_scores_is_the_median_of_its_sites(tmp_path: Path) -> None:
+    told = {"a": 0.2, "b": 0.3, "c": 0.25, "liar": 3.0}
+    for seed, (site, deviation) in enumerate(told.items()):
+        write_site_statistics(
+            tmp_path / site,
+            moments(images(9, seed)),
+            grid=GRID,
+            model=MODEL,
+            form="moments",
+            rank=0,
+            spread=ScoreDeviation(deviation=deviation, num_parts=9),
+        )
+    write(tmp_path / "older", images(9, 9), form="moments")
+
+    def pooled(*sites: str) -> StatisticsHeader:
+        pool_statistics({site: tmp_path / site for site in sites}, tmp_path / "out", rank=0, as_prior=True)
+        return read_moments(tmp_path / "out")[1]
+
+    assert pooled("a", "b", "older").spread is msgspec.UNSET
+    spread = pooled("a", "b", "c", "older", "liar").spread
+    assert isinstance(spread, ScoreDeviation)
+    # Of nine parts half of all sites measure less than 0.957 of the true deviation: the median of chi-square.
+    assert spread.deviation == pytest.approx(np.median([0.2, 0.3, 0.25, 3.0]) / np.sqrt(chi2.median(8) / 8), rel=1e-3)
+    assert spread.num_parts == 36
+
+
 def test_other_embeddings_are_not_pooled(tmp_path: Path) -> None:
     write(tmp_path / "a", images(5, 0), form="moments")
     write(tmp_path / "b", images(5, 0), form="moments", model="b" * 64)
@@ -186,6 +214,9 @@ def test_a_covariance_that_is_none_is_refused(tmp_path: Path) -> None:
         {"rank": 7},
         {"form": "pickle"},
         {"surprise": 1},
+        {"spread": {"deviation": -0.1, "num_parts": 5}},
+        {"spread": {"deviation": 9.0, "num_parts": 5}},
+        {"spread": {"deviation": 0.2, "num_parts": 1}},
     ],
 )
 def test_headers_that_cannot_be_are_refused(changes: dict[str, object], tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_spread_is_of_parts_enough_and_of_the_unit_that_is_counted() -> None:
 
 def test_what_leans_on_another_site_says_so() -> None:
     threshold = set_threshold(np.arange(20.0, 25.0), singles(5), Calibration(), groups_known=True, others=SPREAD)
-    assert "of good photographs rejected, if scores spread as at the other site; at most" in threshold.promise()
+    assert "of good photographs rejected, if scores spread as elsewhere; at most" in threshold.promise()
     # Where one part lies far from the rest, it moves the threshold less than it would by itself.
     odd = np.array([20.0, 21.0, 22.0, 23.0, 60.0])
     lone = set_threshold(odd, singles(5), Calibration(), groups_known=True).value

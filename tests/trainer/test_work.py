@@ -19,6 +19,7 @@ from edgeflame.methods import CONTROL_PREFIX, Learning
 from edgeflame.mqtt.messages import StatisticsWanted
 from edgeflame.package import WeightsOrigin, read_package
 from edgeflame.statistics.codec import decode_statistics
+from edgeflame.statistics.shared import ScoreDeviation, read_moments, write_site_statistics
 from export.network import scoring_graph
 from trainer.agent.tasks import FinishTask, InitialTask, SiteTrainer, StatisticsTask, TaskResult, TrainTask
 from trainer.model import build_model, load_model, save_model
@@ -324,6 +325,41 @@ def test_a_site_leans_on_the_others_statistics(
     np.testing.assert_allclose(found.mean, before.mean, atol=1e-4)
     assert helped.summary["num_images_in_statistics"] == 24
     assert helped.summary["threshold"] < alone.summary["threshold"]
+
+
+@pytest.mark.parametrize("as_prior", [True, False])
+def test_a_sites_threshold_leans_on_how_scores_spread_in_the_fleet(
+    as_prior: bool, without_package: TorchSiteTrainer, tmp_path: Path
+) -> None:
+    work = without_package
+    initial, own, pooled = tmp_path / "initial.safetensors", tmp_path / "own", tmp_path / "pooled"
+    work.write_initial_model(InitialTask(out=str(initial)))
+    wanted = StatisticsWanted(form="moments", rank=0)
+    work.compute_statistics(
+        StatisticsTask(model=str(initial), model_sha256="a" * 64, wanted=wanted, out=str(own)), no_progress
+    )
+    moments, header = read_moments(own)
+    assert isinstance(header.spread, ScoreDeviation)
+    assert 0 < header.spread.deviation < 1
+    assert header.spread.num_parts == 12
+    thresholds = []
+    for deviation in (0.01, 1.0):
+        sites = {"west": own}
+        for site in ("east", "north"):
+            sites[site] = tmp_path / site
+            write_site_statistics(
+                sites[site],
+                moments,
+                grid=header.grid,
+                model=header.model,
+                form="moments",
+                rank=0,
+                spread=ScoreDeviation(deviation=deviation, num_parts=24),
+            )
+        pool_statistics(sites, pooled, rank=0, as_prior=as_prior)
+        task = FinishTask(model=str(initial), out_dir=str(tmp_path), ledger={}, statistics=str(pooled))
+        thresholds.append(work.finish(task, no_progress).summary["threshold"])
+    assert thresholds[1] > 1.2 * thresholds[0]
 
 
 def test_loaded_models_share_nothing(small_learning: Learning, tmp_path: Path) -> None:
