@@ -1,8 +1,9 @@
 """From a package and marks to a candidate package, without torch.
 
 Good marks are good parts like all others: they enter statistics and threshold. Bad marks train a head
-(:mod:`fitting.defect_head`), and move the threshold as labelled defects do (:mod:`fitting.expected_cost`), with scores
-of statistics and heads that did not see them. What comes out is compared with the present package on the same scores.
+(:mod:`fitting.head_training`), which :mod:`fitting.defect_head` weighs, and move the threshold as labelled defects do
+(:mod:`fitting.expected_cost`), with scores of statistics and heads that did not see them. What comes out is compared
+with the present package on the same scores.
 
 What marks cannot be used, or say two things, is left out and told:
 
@@ -19,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 
 from edgeflame.dataset import Dataset, ImageRecord, UnreadablePolicy
@@ -35,10 +35,11 @@ from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.head import DefectHead
 from edgeflame.tensors import F32, F64
 from fitting.crossfit import image_scores, score_maps
-from fitting.defect_head import HeadFit, HeadImages, describe_images, fit_head, pool_of
+from fitting.defect_head import HeadFit, fit_head
 from fitting.embeddings import Embedder, Embeddings
 from fitting.expected_cost import set_least_cost
 from fitting.fit import Stage, quiet_stage, read_training_images
+from fitting.head_training import HeadImages, describe_images, pool_of, region_of
 from fitting.imageset import ImageSet
 from fitting.site_statistics import SiteStatistics, fit_statistics
 from fitting.threshold import set_threshold
@@ -347,12 +348,7 @@ def _region(record: ImageRecord, mark: Mark, learning: Learning, grid: tuple[int
         return None
     preprocessing = learning.input.without_roi() if record.is_cropped else learning.input
     height, width = preprocessing.read(record.path).shape[:2]
-    mask = preprocessing.crop(paint(mark.where, height=height, width=width))
-    pool = pool_of(grid)
-    size = (grid[1] // pool, grid[0] // pool)
-    covered = cv2.resize((mask > 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    region: F32 = np.asarray(covered, dtype=np.float32).ravel()
-    return region
+    return region_of(preprocessing.crop(paint(mark.where, height=height, width=width)), grid)
 
 
 def _present_scores(package: Package, embeddings: Embeddings, learning: Learning) -> F64:

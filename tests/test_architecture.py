@@ -243,12 +243,7 @@ def test_what_runs_without_learning_libraries_imports_none() -> None:
 
 def test_fitting_imports_nothing_that_a_line_does_not_have() -> None:
     heavy = {"torch", "torchvision", "timm", "sklearn", "scipy", "onnx"}
-    # It says what it lacks.
-    learns = REPOSITORY / "fitting" / "defect_head.py"
-    breaches = [
-        found for found in all_imports("fitting", "cli/pages")
-        if found.top in heavy and not (found.path == learns and found.is_lazy)
-    ]  # fmt: skip
+    breaches = [found for found in all_imports("fitting", "cli/pages") if found.top in heavy]
     assert not breaches, report(breaches)
 
 

@@ -7,9 +7,15 @@ are dealt into five folds. For each fold, that many defective parts of the other
 photographs marked as bad; a head is trained, decided upon and the threshold set as `edgeflame learn` does, and the fold
 is judged. No photograph of a part that is judged was marked. Three seeds deal the folds and draw the parts.
 
-"mean of kinds" is the mean over the kinds of defects of their areas under the curve. "no mask, no kind": the marks say
-`it was bad` and nothing else, but that each kind's name is known where there are several. "never marked": marks of all
-parts of all other kinds, for each kind in turn; its area under the curve, the mean over kinds.
+Areas under the curve are of defective photographs beside the good ones of the same fold, since each fold has a head
+and a threshold of its own; "mean of kinds" is the mean over the kinds of defects. The marks say `it was bad` and the
+kind's name, where there are several, and nothing else; in the row "20, where" (of sets with masks) they also
+say where.
+"never marked": marks of all parts of all other kinds, for each kind in turn, folds of the first seed.
+
+"cost": the share of good photographs rejected, plus 10 times the share of defective ones passed, at the threshold that
+`edgeflame learn` sets; at that of the good photographs alone; at that of least expected cost with no bound by the good
+ones; and at the best threshold there is for the fold, which nobody can know.
 
 Rows: `toy`, `solar-mono`, `solar-poly`, `tile-122`, drawn as in `decisions.py` with seed 0. The settings of the
 head were chosen on solar cells and boards; magnetic tile chose only between kinds of heads (docs/experiments.md).
@@ -23,34 +29,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 from decisions import SHARED, rows
-from sklearn.metrics import roc_auc_score
 
 from edgeflame.dataset import Dataset, ImageRecord
 from edgeflame.methods import DEFAULT_COST_OF_MISS, Learning
 from edgeflame.statistics.head import DefectHead, top_mean
+from edgeflame.tensors import F32, F64
 from fitting import expected_cost
 from fitting.crossfit import image_scores, make_folds, score_maps
-from fitting.defect_head import HeadFit, HeadImages, describe_images, fit_head
+from fitting.defect_head import HeadFit, fit_head
 from fitting.embeddings import Embeddings
 from fitting.expected_cost import set_least_cost
+from fitting.head_training import HeadImages, describe_images, region_of
 from fitting.imageset import ImageSet
 from fitting.site_statistics import fit_statistics
 from fitting.threshold import set_threshold
 from trainer.exchange import open_learner
 
 HERE = Path(__file__).resolve().parent
-COUNTS = (5, 20, None)
+COUNTS = (0, 5, 20, None)
 """Marked parts; None: all."""
+TOLD_WHERE = 20
+NAMES = {0: "none", 5: "5", 20: "20", None: "all"}
+THRESHOLDS = ("chosen", "by_good", "least_cost")
 FOLDS, SEEDS = 5, 3
-F64 = npt.NDArray[np.float64]
 Figures = dict[str, Any]
 
 
@@ -99,7 +108,14 @@ def prepare(dataset: Dataset) -> Set:
             scores=np.concatenate(scores).astype(np.float64) if held_out is None else held_out,
             groups=[record.group for record in records],
             kinds=["" if record.is_good else record.label for record in records],
+            regions=[region(record) for record in records] if any(record.mask for record in records) else (),
         )
+
+    def region(record: ImageRecord) -> F32 | None:
+        if record.mask is None:
+            return None
+        mask = np.asarray(cv2.imread(str(record.mask), cv2.IMREAD_GRAYSCALE), dtype=np.uint8)
+        return region_of(learning.input.crop(mask), site.statistics.grid)
 
     test = ImageSet(dataset.test, learning.input, on_unreadable="refuse")
     return Set(
@@ -120,51 +136,41 @@ def factors(head: DefectHead | None, images: HeadImages) -> F64:
     return np.exp(logs)
 
 
-def threshold_of(data: Set, fitted: HeadFit, bad: HeadImages | None) -> float:
-    """As `edgeflame learn` sets it."""
+@dataclass(frozen=True)
+class Thresholds:
+    """Of one fold: as `edgeflame learn` sets it, of good photographs alone, and of least expected cost."""
+
+    chosen: float
+    by_good: float
+    least_cost: float
+
+
+def thresholds_of(data: Set, fitted: HeadFit, bad: HeadImages) -> Thresholds:
     groups = data.good.groups
-    threshold = set_threshold(fitted.good_scores, groups, data.learning.calibration, groups_known=True)
-    if bad is not None:
-        threshold = set_least_cost(
-            threshold,
-            fitted.good_scores,
-            groups,
-            fitted.bad_scores,
-            bad.groups,
-            cost_of_miss=DEFAULT_COST_OF_MISS,
-        )
-    return threshold.value
+    by_good = set_threshold(fitted.good_scores, groups, data.learning.calibration, groups_known=True)
+    if not len(bad):
+        return Thresholds(by_good.value, by_good.value, by_good.value)
+    chosen = set_least_cost(
+        by_good, fitted.good_scores, groups, fitted.bad_scores, bad.groups, cost_of_miss=DEFAULT_COST_OF_MISS
+    )
+    assert chosen.labelled is not None
+    return Thresholds(chosen.value, by_good.value, chosen.labelled.least_cost_at)
 
 
-def figures_of(data: Set, relative: F64) -> Figures:
-    """Of scores over thresholds, ``[N]`` of the test part."""
-    labels = np.array(data.labels)
-    good = relative[labels == "good"]
-
-    def area(bad: F64) -> float:
-        target = np.r_[np.zeros(len(good)), np.ones(len(bad))]
-        return float(roc_auc_score(target, np.r_[good, bad]))
-
-    return {
-        "image_AUROC": area(relative[labels != "good"]),
-        "by_kind": {kind: area(relative[labels == kind]) for kind in data.kinds},
-        "caught": float((relative[labels != "good"] > 1).mean()),
-        "rejected": float((good > 1).mean()),
-    }
+def cost_at(threshold: float, good: F64, bad: F64) -> float:
+    """The share of good ones rejected, plus the cost of the share of defective ones that pass."""
+    return float((good > threshold).mean() + DEFAULT_COST_OF_MISS * (bad <= threshold).mean())
 
 
-def without_marks(data: Set) -> Figures:
-    fitted = HeadFit(head=None, good_scores=data.good.scores, bad_scores=np.zeros(0))
-    return figures_of(data, data.test.scores / threshold_of(data, fitted, None))
-
-
-def with_marks(data: Set, count: int | None, seed: int, *, unseen: str | None = None) -> Figures:
+def with_marks(
+    data: Set, count: int | None, seed: int, *, unseen: str | None = None, is_told_where: bool = False
+) -> Figures:
     """Figures with so many marked parts; of kinds but ``unseen``, if one is named."""
     labels = np.array(data.labels)
     groups = np.array(data.test.groups)
-    relative = np.full(len(labels), np.nan)
+    placed, is_rejected = np.full(len(labels), np.nan), np.zeros(len(labels), dtype=bool)
     rng = np.random.default_rng(seed)
-    weights, num_images = [], []
+    weights, num_images, costs = [], [], []
     for fold in make_folds(data.test.groups, FOLDS, seed):
         held = np.zeros(len(labels), dtype=bool)
         held[fold] = True
@@ -172,24 +178,47 @@ def with_marks(data: Set, count: int | None, seed: int, *, unseen: str | None = 
         names = np.unique(groups[markable])
         drawn = names[rng.permutation(len(names))][:count]
         bad = data.test.subset(np.flatnonzero(markable & np.isin(groups, drawn)))
-        fitted = fit_head(data.good, bad, grid=data.grid, seed=seed)
+        fitted = (
+            fit_head(data.good, bad if is_told_where else replace(bad, regions=()), grid=data.grid, seed=seed)
+            if len(bad)
+            else HeadFit(head=None, good_scores=data.good.scores, bad_scores=np.zeros(0))
+        )
         judged = data.test.subset(fold)
-        relative[fold] = judged.scores * factors(fitted.head, judged) / threshold_of(data, fitted, bad)
-        weights.append(fitted.details["weight"])
+        scores = judged.scores * factors(fitted.head, judged)
+        is_good = labels[fold] == "good"
+        good_scores, bad_scores = scores[is_good], scores[~is_good]
+        above = (good_scores[:, None] < scores).mean(axis=0)
+        placed[fold] = above + 0.5 * (good_scores[:, None] == scores).mean(axis=0)
+        thresholds = thresholds_of(data, fitted, bad)
+        is_rejected[fold] = scores > thresholds.chosen
+        each = [cost_at(one, good_scores, bad_scores) for one in (0.0, *scores)]
+        costs.append(
+            {name: cost_at(getattr(thresholds, name), good_scores, bad_scores) for name in THRESHOLDS}
+            | {"best": min(each)}
+        )
+        weights.append(fitted.details.get("weight", 0.0))
         num_images.append(len(bad))
-    return {**figures_of(data, relative), "weights": weights, "num_images": float(np.mean(num_images))}
+    return {
+        "image_AUROC": float(placed[labels != "good"].mean()),
+        "by_kind": {kind: float(placed[labels == kind].mean()) for kind in data.kinds},
+        "caught": float(is_rejected[labels != "good"].mean()),
+        "rejected": float(is_rejected[labels == "good"].mean()),
+        "weights": weights,
+        "num_images": float(np.mean(num_images)),
+        "cost": {name: float(np.mean([one[name] for one in costs])) for name in costs[0]},
+    }
 
 
 def measure(data: Set, seeds: int) -> Figures:
     """All figures of a set."""
-    found: Figures = {"none": [without_marks(data)]}
+    found: Figures = {}
     for count in COUNTS:
-        found[str(count or "all")] = [with_marks(data, count, seed) for seed in range(seeds)]
+        name = NAMES[count]
+        found[name] = [with_marks(data, count, seed) for seed in range(seeds)]
+        if count == TOLD_WHERE and data.test.regions:
+            found[f"{name}, where"] = [with_marks(data, count, seed, is_told_where=True) for seed in range(seeds)]
     if len(data.kinds) > 1:
-        found["never marked"] = [
-            {kind: with_marks(data, None, seed, unseen=kind)["by_kind"][kind] for kind in data.kinds}
-            for seed in range(seeds)
-        ]
+        found["never marked"] = [{kind: with_marks(data, None, 0, unseen=kind)["by_kind"][kind] for kind in data.kinds}]
     return found
 
 
@@ -210,11 +239,11 @@ def table(results: dict[str, Figures]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
-        for count in ("none", *(str(one or "all") for one in COUNTS)):
+        for count in (one for one in found if one != "never marked"):
             runs = found[count]
             photographs = f" ({np.mean([run['num_images'] for run in runs]):.0f})" if count != "none" else ""
-            weights = [weight for run in runs for weight in run.get("weights", [])]
-            used = f"{sum(weight > 0 for weight in weights)} of {len(weights)}" if weights else "–"
+            weights = [weight for run in runs for weight in run["weights"]]
+            used = f"{sum(weight > 0 for weight in weights)} of {len(weights)}" if count != "none" else "–"
             cells = [_mean(runs, key) for key in ("image_AUROC", "kinds", "caught", "rejected")]
             lines.append(f"| {name} | {count}{photographs} | {' | '.join(cells)} | {used} |")
     lines += [
@@ -222,14 +251,25 @@ def table(results: dict[str, Figures]) -> str:
         "By kind (image AUROC, mean over the seeds):",
         "",
         "| data | kind | no marks | 5 | 20 | all | never marked |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|---|---|")
     for name, found in results.items():
         for kind in found["none"][0]["by_kind"]:
-            of = [np.mean([run["by_kind"][kind] for run in found[count]]) for count in ("none", "5", "20", "all")]
+            of = [np.mean([run["by_kind"][kind] for run in found[count]]) for count in NAMES.values()]
             unseen = [run[kind] for run in found.get("never marked", [])]
             last = f"{np.mean(unseen):.3f}" if unseen else "–"
             lines.append(f"| {name} | {kind} | {' | '.join(f'{value:.3f}' for value in of)} | {last} |")
+    lines += [
+        "",
+        "Cost (good rejected + 10 x defects passed, shares; mean over folds and seeds) at different thresholds:",
+        "",
+        "| data | marked parts | as learnt | of the good alone | least expected, no bound | best there is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        for count in NAMES.values():
+            costs = [np.mean([run["cost"][key] for run in found[count]]) for key in (*THRESHOLDS, "best")]
+            lines.append(f"| {name} | {count} | {' | '.join(f'{value:.2f}' for value in costs)} |")
     return "\n".join(lines) + "\n"
 
 

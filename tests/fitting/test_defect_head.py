@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edgeflame.statistics.head import LIMIT, top_mean
-from fitting.defect_head import HeadFit, HeadImages, fit_head, pool_of
+from fitting.defect_head import HeadFit, fit_head
+from fitting.head_training import HeadImages, minimise, pool_of
 
 GRID, CELLS, CHANNELS = (12, 12), 144, 10
 STRIPES = 3.0
@@ -161,3 +162,15 @@ def test_the_same_marks_make_the_same_head() -> None:
 @pytest.mark.parametrize(("grid", "pool"), [((32, 32), 2), ((16, 16), 1), ((64, 48), 4), ((33, 32), 1), ((8, 8), 1)])
 def test_cells_are_positions_put_together(grid: tuple[int, int], pool: int) -> None:
     assert pool_of(grid) == pool
+
+
+def test_the_least_of_a_function_is_found() -> None:
+    scales = np.geomspace(1, 100, 12)
+    least = np.linspace(-1, 1, 12)
+
+    def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+        return float(scales @ np.square(at - least)), 2 * scales * (at - least)
+
+    assert np.abs(minimise(loss, np.full(12, 3.0), 60) - least).max() < 1e-4
+    # Where nothing is to be gained it stays.
+    assert (minimise(loss, least, 10) == least).all()
