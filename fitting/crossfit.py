@@ -27,12 +27,12 @@ from edgeflame.statistics.codec import PackageStatistics
 from edgeflame.statistics.gaussian import LowRankGaussian, fit_gaussian, smooth_maps
 from edgeflame.statistics.maps import shown_maps
 from edgeflame.statistics.moments import MomentAccumulator, Moments
-from edgeflame.statistics.shared import StatisticsHeader
+from edgeflame.statistics.shared import ScoreDeviation, StatisticsHeader
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
 from fitting.prior import NUM_FOLDS, FleetPrior, PriorWeights, choose_weights
 from fitting.suspects import HighestMaps
-from fitting.threshold import GoodScores, ScoreSpread
+from fitting.threshold import GoodScores, fleet_spread
 
 log = EventLog("gaussian")
 
@@ -65,17 +65,17 @@ class PooledStatistics:
     Attributes:
         moments: of the images of all sites that contributed.
         holds_these: whether this site contributed; its parts are then taken out before they are scored as unseen.
-        spread: how scores spread at its sites, where that is known.
+        spread: how much scores vary at its sites, where that is known.
     """
 
     moments: Moments
     holds_these: bool
-    spread: ScoreSpread | None = None
+    spread: ScoreDeviation | None = None
 
     @classmethod
     def of_fleet(cls, moments: Moments, header: StatisticsHeader, *, num_own: int) -> PooledStatistics:
         """What an aggregator pooled, as read from the blob; ``num_own`` of its images are this site's."""
-        return cls(moments=moments, holds_these=num_own > 0, spread=ScoreSpread.of_fleet(header.spread))
+        return cls(moments=moments, holds_these=num_own > 0, spread=fleet_spread(header.spread))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,8 @@ class PriorShare:
     num_images: int
 
     @property
-    def spread(self) -> ScoreSpread | None:
-        """How scores spread there; None where the prior does not fit, or where that is not known."""
+    def spread(self) -> ScoreDeviation | None:
+        """How much scores vary there; None where the prior does not fit, or where that is not known."""
         return self.prior.spread if self.chosen.weight else None
 
     @property
@@ -164,7 +164,7 @@ class CrossFit:
         volumes: radius to the mean logarithm of the volume that its threshold accepts, per channel and but for a
             constant; of the radii that were tried.
         prior: how much of the statistics is the fleet's, where there was a prior.
-        spread: how scores spread at other sites, where the fleet's statistics count and that is known.
+        spread: how much scores vary at other sites, where the fleet's statistics count and that is known.
     """
 
     statistics: LowRankGaussian
@@ -172,7 +172,7 @@ class CrossFit:
     held_out: HeldOutScores
     volumes: dict[int, float]
     prior: PriorShare | None = None
-    spread: ScoreSpread | None = None
+    spread: ScoreDeviation | None = None
 
 
 def require_enough(num_images: int, num_groups: int) -> None:

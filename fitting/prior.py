@@ -28,10 +28,10 @@ from edgeflame.errors import DataError, UsageError
 from edgeflame.package import Package
 from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.moments import Moments, map_position_blocks
-from edgeflame.statistics.shared import StatisticsHeader, shared_weight
+from edgeflame.statistics.shared import ScoreDeviation, StatisticsHeader, shared_weight
 from edgeflame.tensors import F32, F64
 from fitting.embeddings import Embeddings
-from fitting.threshold import ScoreSpread
+from fitting.threshold import fleet_spread, robust_spread
 
 WEIGHTS = (5, 10, 20, 40, 80, 160, 320, 640)
 """Numbers of photographs that a prior's covariance may count as; 0, for none, is tried as well."""
@@ -62,7 +62,7 @@ class FleetPrior:
         total_weight: the sum of the weights (:func:`edgeflame.statistics.shared.shared_weight`) of the sites behind it;
             needed where ``num_own`` is not 0.
         source: where it came from, for a package's provenance.
-        spread: how the scores of good parts spread there; None where that is not known, or of too few parts.
+        spread: how much the scores of good parts vary there; None where that is not known, or of too few parts.
     """
 
     grid: tuple[int, int]
@@ -72,7 +72,7 @@ class FleetPrior:
     num_own: int = 0
     total_weight: int = 0
     source: dict[str, Any] = field(default_factory=dict)
-    spread: ScoreSpread | None = None
+    spread: ScoreDeviation | None = None
 
     @classmethod
     def of_package(cls, package: Package, source: dict[str, Any]) -> FleetPrior:
@@ -84,7 +84,7 @@ class FleetPrior:
         if not isinstance(package.statistics, LowRankGaussian):
             raise UsageError("it scores by a memory, which is no prior for Gaussian statistics")
         scores = package.condition.streams.get("score") if package.condition is not None else None
-        spread = None if scores is None else ScoreSpread.of_scores(np.array(scores.quantiles), int(scores.count))
+        spread = None if scores is None else robust_spread(scores.quantiles, int(scores.count))
         return replace(cls.of_statistics(package.statistics, source), spread=spread)
 
     @classmethod
@@ -125,7 +125,7 @@ class FleetPrior:
             num_own=num_own,
             total_weight=sum(shared_weight(count) for count in header.sites.values()),
             source={"sites": len(header.sites)},
-            spread=ScoreSpread.of_fleet(header.spread),
+            spread=fleet_spread(header.spread),
         )
 
     def require_fits(self, embeddings: Embeddings) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.shared import ScoreDeviation
 from edgeflame.threshold import Threshold
 from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
 from fitting.embeddings import Embeddings
@@ -19,7 +20,7 @@ from fitting.grouping import find_parts
 from fitting.imageset import ImageSet
 from fitting.prior import FleetPrior
 from fitting.suspects import InfluentialPart, Suspect, influential_parts, worst_indices
-from fitting.threshold import ScoreSpread, set_threshold
+from fitting.threshold import set_threshold
 
 log = EventLog("fit")
 
@@ -35,7 +36,7 @@ class SiteStatistics:
         held_out_scores: ``[N]`` of these images, by statistics that did not see them.
         held_out_means: ``[N]`` means of the maps whose maxima these scores are.
         suspects: of all images those that look least normal, the worst first.
-        others: how scores spread at other sites, where the threshold leans on it.
+        others: how much scores vary at other sites, where the threshold leans on it.
         influential: good parts without any one of which the threshold of the good would be much lower.
         details: for the package's provenance: rank, pooling, counts, seconds.
     """
@@ -46,7 +47,7 @@ class SiteStatistics:
     held_out_scores: npt.NDArray[np.float64]
     held_out_means: npt.NDArray[np.float64]
     suspects: tuple[Suspect, ...]
-    others: ScoreSpread | None = None
+    others: ScoreDeviation | None = None
     influential: tuple[InfluentialPart, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -161,7 +162,7 @@ def find_influential(
     scores: npt.NDArray[np.float64],
     learning: Learning,
     threshold: Threshold,
-    others: ScoreSpread | None = None,
+    others: ScoreDeviation | None = None,
 ) -> tuple[InfluentialPart, ...]:
     """Parts that move the threshold by themselves; they are in the log, too. ``scores`` are held-out, ``[N]``."""
     found = influential_parts(scores, images.groups, learning.calibration, others)

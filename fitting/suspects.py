@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from edgeflame.dataset import ImageRecord
 from edgeflame.methods import Calibration
-from fitting.threshold import GoodScores, ScoreSpread, rule_threshold
+from edgeflame.statistics.shared import ScoreDeviation
+from fitting.threshold import GoodScores, rule_threshold
 
 NUM_SUSPECTS = 48
 """Kept with their maps, to be shown."""
@@ -87,7 +88,7 @@ def influential_parts(
     scores: npt.NDArray[np.floating],
     groups: Sequence[str],
     calibration: Calibration,
-    others: ScoreSpread | None = None,
+    others: ScoreDeviation | None = None,
 ) -> tuple[InfluentialPart, ...]:
     """The parts of which any one, left out, would lower the threshold by more than ``LARGE_STEP``; the highest first.
 
@@ -97,7 +98,7 @@ def influential_parts(
         scores: ``[N]`` scores of good images that the statistics have not seen.
         groups: the part that each image shows.
         calibration: the rule of the threshold, as in :func:`fitting.threshold.set_threshold`.
-        others: how scores spread at other sites, as there.
+        others: how much scores vary at other sites, as there.
 
     Raises:
         DataError: no scores.

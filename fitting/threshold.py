@@ -3,8 +3,8 @@
 **The threshold.** By default the lowest one is taken above which no larger share of the held-out good units scores than
 was asked for: a plain quantile, which no single odd photograph moves once there are twenty parts. The rate to expect of
 it on new parts is (k + 1)/(m + 1) where k of m score above it: 6.5% of 30 parts where 5% were asked for, 5.8% of 120,
-but 17% of five. So few can lean on how scores spread at other sites (:class:`ScoreSpread`).
-What can be promised at that threshold is told beside it.
+but 17% of five. So few can lean on how much scores vary at other sites (``ScoreDeviation``). What can be promised at
+that threshold is told beside it.
 
 In the mode ``promise`` it is the lowest threshold at which the share of good units above it is, with the confidence
 asked for, no higher than the rate asked for. The probability that the rate is exceeded falls as the threshold rises, so
@@ -29,7 +29,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import msgspec
@@ -152,38 +151,30 @@ hardly."""
 MIN_OTHER_PARTS = 30
 """Fewer parts say too little of how scores spread."""
 
-NUM_NORMAL = 64
+_NORMAL: F64 = np.array([NormalDist().inv_cdf((rank + 0.5) / 64) for rank in range(64)])
 """Quantiles that stand for a normal distribution."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreSpread:
-    """How the scores of good parts spread at other sites, for a site with too few parts to know.
+def robust_spread(quantiles: Sequence[float], num_parts: int) -> ScoreDeviation | None:
+    """How much the scores of good parts vary, by their middle half: a few odd ones do not count.
 
-    Attributes:
-        deviations: ``[J]`` logarithms of held-out scores, about their mean: even quantiles, or all of them.
+    Args:
+        quantiles: of scores, at even steps from the least to the greatest.
         num_parts: behind them.
+
+    Returns:
+        None where there are fewer than ``MIN_OTHER_PARTS``, or a score is 0.
     """
+    low, high = np.quantile(np.asarray(quantiles, dtype=np.float64), (0.25, 0.75))
+    if num_parts < MIN_OTHER_PARTS or low <= 0:
+        return None
+    deviation = math.log(high / low) / (2 * NormalDist().inv_cdf(0.75))
+    return ScoreDeviation(deviation=min(deviation, MAX_DEVIATION), num_parts=num_parts)
 
-    deviations: F64
-    num_parts: int
 
-    @classmethod
-    def of_scores(cls, scores: npt.NDArray[np.floating], num_parts: int) -> ScoreSpread | None:
-        """The spread of ``[J]`` scores; None where there are too few parts, or a score is 0."""
-        if num_parts < MIN_OTHER_PARTS or np.min(scores) <= 0:
-            return None
-        logs = np.log(np.asarray(scores, dtype=np.float64))
-        return cls(deviations=logs - logs.mean(), num_parts=num_parts)
-
-    @classmethod
-    def of_fleet(cls, told: ScoreDeviation | msgspec.UnsetType) -> ScoreSpread | None:
-        """What a fleet pooled, with normal logarithms of scores; None where it did not, or of too few parts."""
-        if told is msgspec.UNSET or told.num_parts < MIN_OTHER_PARTS:
-            return None
-        normal = NormalDist()
-        quantiles = np.array([normal.inv_cdf((rank + 0.5) / NUM_NORMAL) for rank in range(NUM_NORMAL)])
-        return cls(deviations=told.deviation * quantiles, num_parts=told.num_parts)
+def fleet_spread(told: ScoreDeviation | msgspec.UnsetType) -> ScoreDeviation | None:
+    """What a fleet pooled; None where it did not, or of fewer than ``MIN_OTHER_PARTS``."""
+    return None if told is msgspec.UNSET or told.num_parts < MIN_OTHER_PARTS else told
 
 
 def measure_spread(scores: npt.NDArray[np.floating], groups: Sequence[str]) -> ScoreDeviation | msgspec.UnsetType:
@@ -204,9 +195,9 @@ class GoodScores:
         scores: ``[N]``.
         groups: the part that each image shows.
         unit: what rates count.
-        others: how scores spread at other sites. Moved to where these lie, they count as further parts in what is to
-            be expected, at most as ``MAX_OTHER_PARTS``, but not in what is promised. Not used where whole parts are
-            counted that have several images.
+        others: how much scores vary at other sites. Normal logarithms about the mean of these count as further parts
+            in what is to be expected, at most as ``MAX_OTHER_PARTS``, but not in what is promised. Not used where whole
+            parts are counted that have several images.
 
     Raises:
         DataError: no scores.
@@ -218,7 +209,7 @@ class GoodScores:
         scores: npt.NDArray[np.floating],
         groups: Sequence[str],
         unit: RejectUnit,
-        others: ScoreSpread | None = None,
+        others: ScoreDeviation | None = None,
     ) -> None:
         if len(scores) == 0:
             raise DataError("no good images to set a threshold with")
@@ -237,7 +228,7 @@ class GoodScores:
         self._others: F64 = np.zeros(0)
         if others is not None and self.scores.min() > 0 and (unit == "photograph" or self._sizes.max() == 1):
             centre = np.average(np.log(self.scores), weights=1.0 / self._sizes[part])
-            self._others = np.exp(centre + others.deviations)
+            self._others = np.exp(centre + others.deviation * _NORMAL)
             self.num_others = min(others.num_parts, MAX_OTHER_PARTS)
 
     @property
@@ -288,7 +279,7 @@ def set_threshold(
     *,
     groups_known: bool,
     num_left_out: int = 0,
-    others: ScoreSpread | None = None,
+    others: ScoreDeviation | None = None,
 ) -> Threshold:
     """The threshold at the rate asked for, and what it promises.
 
@@ -300,7 +291,7 @@ def set_threshold(
         calibration: the false-reject rate asked for, what it means, its unit (parts or photographs), the confidence.
         groups_known: whether ``groups`` are known, or every image was taken for a part of its own.
         num_left_out: images that were left out as suspects, for the record.
-        others: how scores spread at other sites; without effect in the mode ``promise``.
+        others: how much scores vary at other sites; without effect in the mode ``promise``.
 
     Raises:
         DataError: no scores.

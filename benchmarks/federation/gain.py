@@ -50,7 +50,7 @@ from edgeflame.tensors import F32
 from fitting.crossfit import PooledStatistics, cross_fit, image_scores, score_maps
 from fitting.embeddings import Embedder, Embeddings
 from fitting.prior import FleetPrior
-from fitting.threshold import ScoreSpread, measure_spread, set_threshold
+from fitting.threshold import measure_spread, robust_spread, set_threshold
 from trainer.embedding import TorchEmbedder
 from trainer.model import build_model
 
@@ -197,13 +197,7 @@ def fleet_figures(
             for method in methods:
                 given: PooledStatistics | FleetPrior | None = None
                 if method == "package":
-                    rest = StoredEmbeddings(embedder, iter(()), learning)
-                    for other, (theirs, _, _) in kept.items():
-                        if other != site:
-                            rest.extend(theirs)
-                    given = package_prior(
-                        rest, [g for other, (_, its, _) in kept.items() if other != site for g in its]
-                    )
+                    given = package_prior([one for other, one in kept.items() if other != site], learning)
                 elif method != "alone":
                     moments, header = read_moments(scratch / method)
                     own_images = header.sites[site]
@@ -250,7 +244,7 @@ def package_prior(sites: Sequence[tuple[StoredEmbeddings, list[str], Camera | No
     groups = [group for _, its, _ in sites for group in its]
     found = cross_fit(cast("Embeddings", embeddings), groups, learning)
     assert isinstance(found.statistics, LowRankGaussian)
-    spread = ScoreSpread.of_scores(found.held_out.scores, len(set(groups)))
+    spread = robust_spread(found.held_out.scores, len(set(groups)))
     return replace(FleetPrior.of_statistics(found.statistics, {}), spread=spread)
 
 

@@ -13,12 +13,14 @@ from scipy.stats import t as student_t
 
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import Calibration
+from edgeflame.statistics.shared import ScoreDeviation
 from edgeflame.threshold import Threshold
 from fitting.suspects import InfluentialPart, influential_parts
 from fitting.threshold import (
     MAX_OTHER_PARTS,
     GoodScores,
-    ScoreSpread,
+    fleet_spread,
+    robust_spread,
     rule_threshold,
     set_f1_threshold,
     set_threshold,
@@ -89,8 +91,8 @@ def test_the_rate_realised_on_new_parts_is_about_what_was_asked_for(num_parts: i
     assert 0.025 < np.mean(rates) < 0.1
 
 
-SPREAD = ScoreSpread.of_scores(lognorm(0.25).ppf((np.arange(64) + 0.5) / 64), 60)
-"""Of another site, whose scores spread alike but lie elsewhere."""
+SPREAD = ScoreDeviation(deviation=0.25, num_parts=60)
+"""At other sites."""
 
 
 @pytest.mark.parametrize(("num_parts", "alone"), [(5, 1 / 6), (10, 1 / 11)])
@@ -125,8 +127,16 @@ def test_many_parts_hardly_lean_on_others_and_no_promise_does() -> None:
 
 
 def test_a_spread_is_of_parts_enough_and_of_the_unit_that_is_counted() -> None:
-    assert ScoreSpread.of_scores(np.arange(1.0, 30.0), 29) is None
-    assert ScoreSpread.of_scores(np.arange(0.0, 40.0), 40) is None
+    assert robust_spread(np.arange(1.0, 30.0), 29) is None
+    assert robust_spread(np.zeros(40), 40) is None
+    # A tenth of odd photographs does not count.
+    scores = np.random.default_rng(0).lognormal(2.0, 0.25, 4000)
+    scores[:400] *= 5
+    found = robust_spread(np.sort(scores), 40)
+    assert found is not None
+    assert found.deviation == pytest.approx(0.25, rel=0.2)
+    assert fleet_spread(msgspec.UNSET) is None
+    assert fleet_spread(ScoreDeviation(deviation=0.2, num_parts=29)) is None
     several = ["a", "a", "b", "c"]
     assert GoodScores(np.arange(1.0, 5.0), several, "part", SPREAD).num_others == 0
     assert GoodScores(np.arange(1.0, 5.0), several, "photograph", SPREAD).num_others == MAX_OTHER_PARTS
