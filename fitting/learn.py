@@ -47,7 +47,7 @@ from fitting.threshold import set_threshold
 log = EventLog("learn")
 
 MAX_BAD = 2000
-"""Bad marks that a head learns from, the newest; so many take some hundred MB."""
+"""Bad marks that a head learns from, the newest; so many take up to 1.8 GB: pictures, embeddings, cells twice."""
 SHAPE_LEEWAY = 0.02
 """By how much the width over the height of a mark's picture may differ from that of the photographs."""
 

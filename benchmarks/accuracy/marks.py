@@ -9,9 +9,8 @@ is judged. No photograph of a part that is judged was marked. Three seeds deal t
 
 Areas under the curve are of defective photographs beside the good ones of the same fold, since each fold has a head
 and a threshold of its own; "mean of kinds" is the mean over the kinds of defects. The marks say `it was bad` and the
-kind's name, where there are several, and nothing else; in the row "20, where" (of sets with masks) they also
-say where.
-"never marked": marks of all parts of all other kinds, for each kind in turn, folds of the first seed.
+kind's name, where there are several, and nothing else; in the row "20, where" (of sets with masks) they also say
+where. "never marked": marks of all parts of all other kinds, for each kind in turn, folds of the first seed.
 
 "cost": the share of good photographs rejected, plus 10 times the share of defective ones passed, at the threshold that
 `edgeflame learn` sets; at that of the good photographs alone; at that of least expected cost with no bound by the good
@@ -233,7 +232,7 @@ def table(results: dict[str, Figures]) -> str:
         "# Marks",
         "",
         "`python benchmarks/accuracy/marks.py`, whose text says what the columns are. Mean over three seeds (least to",
-        'greatest). "Caught" and "rejected": at the default threshold.',
+        'greatest), or one seed. "Caught" and "rejected": at the default threshold.',
         "",
         "| data | marked parts (photographs) | image AUROC | mean of kinds | caught | good rejected | head in use |",
         "|---|---|---|---|---|---|---|",
