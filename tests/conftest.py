@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,12 @@ from tests.support.signing_keys import Keys
 
 if TYPE_CHECKING:
     from edgeflame.package import Package
+
+
+def pytest_configure() -> None:
+    """Where the tests were started with SIGINT ignored, as in background jobs, the programs they start must not be."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
