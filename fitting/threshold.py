@@ -148,7 +148,7 @@ MAX_OTHER_PARTS = 20
 """As how many parts those of other sites count at most: with 5 parts of one's own the spread is mostly theirs, with 500
 hardly."""
 
-MIN_OTHER_PARTS = 30
+MIN_OTHER_PARTS = 15
 """Fewer parts say too little of how scores spread."""
 
 _NORMAL: F64 = np.array([NormalDist().inv_cdf((rank + 0.5) / 64) for rank in range(64)])

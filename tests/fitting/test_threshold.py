@@ -127,7 +127,7 @@ def test_many_parts_hardly_lean_on_others_and_no_promise_does() -> None:
 
 
 def test_a_spread_is_of_parts_enough_and_of_the_unit_that_is_counted() -> None:
-    assert robust_spread(np.arange(1.0, 30.0), 29) is None
+    assert robust_spread(np.arange(1.0, 15.0), 14) is None
     assert robust_spread(np.zeros(40), 40) is None
     # A tenth of odd photographs does not count.
     scores = np.random.default_rng(0).lognormal(2.0, 0.25, 4000)
@@ -136,7 +136,7 @@ def test_a_spread_is_of_parts_enough_and_of_the_unit_that_is_counted() -> None:
     assert found is not None
     assert found.deviation == pytest.approx(0.25, rel=0.2)
     assert fleet_spread(msgspec.UNSET) is None
-    assert fleet_spread(ScoreDeviation(deviation=0.2, num_parts=29)) is None
+    assert fleet_spread(ScoreDeviation(deviation=0.2, num_parts=14)) is None
     several = ["a", "a", "b", "c"]
     assert GoodScores(np.arange(1.0, 5.0), several, "part", SPREAD).num_others == 0
     assert GoodScores(np.arange(1.0, 5.0), several, "photograph", SPREAD).num_others == MAX_OTHER_PARTS
