@@ -147,10 +147,11 @@ class AggregateConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     def _check_exchange(self) -> None:
         sent = METHODS[self.learning.method].exchange
-        if self.strategy != AUTO and STRATEGIES[self.strategy].exchange != sent:
-            fitting = ", ".join((AUTO, *(name for name, rule in STRATEGIES.items() if rule.exchange == sent)))
+        if self.strategy != AUTO and sent not in STRATEGIES[self.strategy].exchanges:
+            fitting = ", ".join((AUTO, *(name for name, rule in STRATEGIES.items() if sent in rule.exchanges)))
+            taken = " or ".join(STRATEGIES[self.strategy].exchanges)
             raise ConfigError(
-                f"strategy {self.strategy} aggregates {STRATEGIES[self.strategy].exchange}, but the sites of "
+                f"strategy {self.strategy} aggregates {taken}, but the sites of "
                 f"method {self.learning.method} send {sent}; choose one of {fitting}"
             )
 

@@ -1,4 +1,4 @@
-"""What sites and aggregator exchange in a round: model weights, or memories of prototypes (FedDyMem).
+"""What sites and aggregator exchange in a round: model weights, memories of prototypes (FedDyMem), or heads.
 
 An :class:`Exchange` says what is particular about one kind of update at the aggregator: how large it may be, how it is
 checked, and how far the result has moved. How updates are combined is decided by a strategy
@@ -20,6 +20,7 @@ import numpy as np
 from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import ExchangeKind, Learning
 from edgeflame.mqtt.messages import RefusalReason
+from edgeflame.statistics.head import SPACE_KEY
 from edgeflame.statistics.memory import MAX_CHANNELS, NUMBERS_PER_PROTOTYPE, read_bank
 from edgeflame.tensors import TensorFile, schema_difference
 
@@ -157,6 +158,21 @@ def validate_weights(path: Path, base: Path, *, max_relative_change: float) -> V
     return ValidationResult(relative_change=relative)
 
 
+class HeadExchange(WeightsExchange):
+    """Sites send heads for marked defects: few tensors, that must be of the same embeddings."""
+
+    def validate_update(self, path: Path, base: Path, *, num_samples: int, bounds: UpdateBounds) -> ValidationResult:
+        try:
+            with TensorFile(base) as before, TensorFile(path) as after:
+                wanted, found = (one.metadata.get(SPACE_KEY, "") for one in (before, after))
+        except DataError as exc:
+            return _unreadable(exc, path)
+        if found != wanted:
+            detail = f"a head of the embeddings {found[:12]}; this run's are {wanted[:12]}: another backbone?"
+            return ValidationResult(reason="space", detail=detail)
+        return super().validate_update(path, base, num_samples=num_samples, bounds=bounds)
+
+
 class MemoryExchange:
     """Sites send memory banks (:mod:`edgeflame.statistics.memory`), and no weights."""
 
@@ -251,10 +267,12 @@ def _unreadable(error: DataError | NumericalError, path: Path) -> ValidationResu
 
 WEIGHTS: Exchange = WeightsExchange()
 MEMORY: Exchange = MemoryExchange()
+HEAD: Exchange = HeadExchange()
 
 EXCHANGES: dict[ExchangeKind, Exchange] = {
     "weights": WEIGHTS,
     # SCAFFOLD's control variates are tensors that travel with the model.
     "controls": WEIGHTS,
     "memory": MEMORY,
+    "head": HEAD,
 }

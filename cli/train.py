@@ -44,6 +44,10 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Folder of the site's state; ``runs/FLEET/SITE`` if left out."""
     groups: str | None = None
     """CSV file that says which photographs show the same part."""
+    marks: str | None = None
+    """Folder of marks, or a line's state folder with one; `feedback` learns from them, and they stay here."""
+    product: str | None = None
+    """The kind of part; marks of others are left out."""
     out: str | None = None
     """Where to write the package; if left out, it stays in the state folder."""
     schedule: str | None = None
@@ -62,6 +66,8 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 @click.option("--config", type=_FILE, help="TOML file with any of these options.")
 @click.option("--out", type=_FILE, help="Where to write the package [default: left in the state folder].")
 @click.option("--groups", type=_FILE, help="CSV: which photographs show the same part.")
+@click.option("--marks", type=_FOLDER, help="Marks of this site, for the method feedback; they stay here.")
+@click.option("--product", metavar="NAME", help="The kind of part; marks of others are left out.")
 @click.option(
     "--reference-images",
     type=click.IntRange(0, MAX_REFERENCES),
@@ -89,6 +95,7 @@ def command(
     whose configuration says what is learnt. Killed and started again with the same --state, it continues where it was.
     `edgeflame site` pauses it, lets it go on, or has it leave the run for good.
     """
+    from cli.marks import open_marks
     from cli.output import print_json, progress_bar
     from edgeflame.config import load_config
     from edgeflame.errors import UsageError
@@ -103,7 +110,7 @@ def command(
     }
     if not options["data"]:
         raise UsageError("--data: missing, as an option and in the configuration file")
-    names = ("kit", "ca", "cert", "key", "state", "groups", "out")
+    names = ("kit", "ca", "cert", "key", "state", "groups", "marks", "out")
     paths = {name: Path(options[name]) if options[name] else None for name in names}
     credentials = {name: paths[name] for name in ("kit", "ca", "cert", "key")}
     access = broker.with_defaults(broker=options["broker"], fleet=options["fleet"], **credentials).resolve("site")
@@ -124,6 +131,8 @@ def command(
                 if worker
                 else _worker_command(ctx, num_references, options["device"] or "auto"),
                 groups_file=paths["groups"],
+                marks=None if paths["marks"] is None else open_marks(paths["marks"]).folder,
+                product=options["product"],
                 connect_timeout_s=broker.connect_timeout,
                 schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
                 metrics=metrics,

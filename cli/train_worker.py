@@ -45,6 +45,8 @@ def build_trainer(setup: WorkerSetup, *, num_references: int, device: str) -> Si
         data=Path(setup.data),
         site=setup.site,
         groups_file=None if setup.groups_file is None else Path(setup.groups_file),
+        marks=None if setup.marks is None else Path(setup.marks),
+        product=setup.product,
         exporter=scoring_graph,
         num_references=num_references,
         device=device,

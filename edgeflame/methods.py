@@ -29,9 +29,10 @@ ThresholdMode = Literal["expected", "promise"]
 RejectUnit = Literal["photograph", "part"]
 """What is rejected: each photograph by itself, or a part as soon as one of its photographs is."""
 
-ExchangeKind = Literal["weights", "controls", "memory"]
+ExchangeKind = Literal["weights", "controls", "memory", "head"]
 """What sites send: the model's tensors; or with them SCAFFOLD's control variates, under ``CONTROL_PREFIX``; or a memory
-bank (:mod:`edgeflame.statistics.memory`) and no weights at all."""
+bank (:mod:`edgeflame.statistics.memory`) and no weights at all; or a head for marked defects, beside a backbone that
+stays as it is."""
 
 CONTROL_PREFIX = "control."
 """Of the names of tensors that travel with a model without being part of it."""
@@ -110,6 +111,12 @@ METHODS: dict[str, Method] = {
         alone=True,
         strategy="kmeans",
         exchange="memory",
+    ),
+    "feedback": Method(
+        summary="a head for defects that were marked at any site, averaged; the backbone as it is",
+        objective=None,
+        strategy="fedavg",
+        exchange="head",
     ),
 }
 """By name; a method is one entry here, an objective of the trainer and a rule of the aggregator."""

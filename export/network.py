@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edgeflame.errors import NumericalError
 from edgeflame.images import Preprocessing
 from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.head import DefectHead
 from export.builder import RGB
 from export.graph import OPSET, StageMixing, complete_graph, embedding_graph, output_shapes
 
@@ -71,6 +72,7 @@ def scoring_graph(
     preprocessing: Preprocessing,
     smoothing_sigma: float,
     metadata: Mapping[str, str],
+    head: DefectHead | None = None,
 ) -> bytes:
     """The whole way from a pre-processed camera image to its score, as :func:`export.graph.complete_graph` gives it.
 
@@ -80,13 +82,14 @@ def scoring_graph(
         preprocessing: gives H and W.
         smoothing_sigma: of the map, in cells; 0 for none.
         metadata: written into the model's ``metadata_props``.
+        head: of marked defects, if there is one.
 
     Raises:
         DataError: the network's embeddings are not those the statistics describe.
         NumericalError: a weight of the network is NaN or infinite.
     """
     base = embedding_graph_of(network, preprocessing)
-    return complete_graph(base, statistics, smoothing_sigma=smoothing_sigma, metadata=metadata)
+    return complete_graph(base, statistics, smoothing_sigma=smoothing_sigma, metadata=metadata, head=head)
 
 
 def export_network(network: nn.Module, preprocessing: Preprocessing) -> onnx.ModelProto:

@@ -92,14 +92,14 @@ def _fit_head(good: HeadImages, bad: HeadImages, *, grid: tuple[int, int], seed:
     unseen = _unseen_logits(coordinates, good, bad, kinds, seed)
 
     def fused(scores: F64, logits: F64, weight: float) -> F64:
-        return scores * np.exp(np.clip(weight * spread * (logits - centre) / deviation, -LIMIT, LIMIT))
+        return fused_scores(scores, logits, weight * spread / deviation, centre)
 
     weight, tried, candidates = 0.0, [], []
-    base_seen = _placements(good.scores, bad.scores)
+    base_seen = placements(good.scores, bad.scores)
     for one in WEIGHTS:
         good_fused = fused(good.scores, good_logits, one)
-        seen, seen_error = _mean_over(
-            _placements(good_fused, fused(bad.scores, bad_logits, one)) - base_seen, bad.groups, kinds
+        seen, seen_error = mean_over(
+            placements(good_fused, fused(bad.scores, bad_logits, one)) - base_seen, bad.groups, kinds
         )
         harm, harm_error = _unseen_change(good, bad, unseen, kinds, one, spread)
         tried.append({"weight": one, "gain": round(seen, 4), "unseen": None if harm is None else round(harm, 4)})
@@ -140,7 +140,7 @@ def _fit_head(good: HeadImages, bad: HeadImages, *, grid: tuple[int, int], seed:
         details=details,
     )
     details["weight"] = weight
-    details["image_AUROC_after"] = round(float(_placements(result.good_scores, result.bad_scores).mean()), 4)
+    details["image_AUROC_after"] = round(float(placements(result.good_scores, result.bad_scores).mean()), 4)
     log.info("head", **{key: str(value) for key, value in details.items()})
     return result
 
@@ -245,27 +245,33 @@ def _unseen_change(
             np.exp(np.clip(weight * spread * (logits - centre) / deviation, -LIMIT, LIMIT))
             for logits in (good_logits, bad_logits)
         )
-        before = _placements(good.scores[fold], bad.scores[left_out])
-        after = _placements(good.scores[fold] * good_factor, bad.scores[left_out] * bad_factor)
+        before = placements(good.scores[fold], bad.scores[left_out])
+        after = placements(good.scores[fold] * good_factor, bad.scores[left_out] * bad_factor)
         changes.append(after - before)
         indices.append(left_out)
     at = np.concatenate(indices).tolist()
-    change, error = _mean_over(
+    change, error = mean_over(
         np.concatenate(changes), [bad.groups[index] for index in at], [kinds[index] for index in at]
     )
     return change, error
 
 
-def _placements(good: F64, bad: F64) -> F64:
+def fused_scores(scores: F64, logits: F64, scale: float, centre: float) -> F64:
+    """Scores ``[N]`` times the factors that logits about their centre make."""
+    factors: F64 = np.exp(np.clip(scale * (logits - centre), -LIMIT, LIMIT))
+    return scores * factors
+
+
+def placements(good: F64, bad: F64) -> F64:
     """For each bad score the share of the good ones below it; their mean is the area under the curve."""
     ordered = np.sort(good)
     below = np.searchsorted(ordered, bad, "left")
     level = np.searchsorted(ordered, bad, "right")
-    placements: F64 = (below + level) / (2.0 * len(good))
-    return placements
+    shares: F64 = (below + level) / (2.0 * len(good))
+    return shares
 
 
-def _mean_over(values: F64, groups: Sequence[str], kinds: Sequence[str]) -> tuple[float, float]:
+def mean_over(values: F64, groups: Sequence[str], kinds: Sequence[str]) -> tuple[float, float]:
     """The mean over kinds of the means over parts, and its standard error."""
     means, errors = [], []
     for kind in sorted(set(kinds)):

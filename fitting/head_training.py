@@ -24,6 +24,7 @@ from edgeflame.statistics.head import pooled_cells, top_mean
 from edgeflame.tensors import F32, F64
 
 HIDDEN, MEMBERS = 16, 4
+UNITS = HIDDEN * MEMBERS
 """Hidden units of a member, and members; together one layer of 64."""
 GOOD_CELLS, LEAST_PER_GOOD, MOST_PER_GOOD = 6000, 8, 16
 """Cells of good images that are learnt from, all together, and from each image."""
@@ -106,9 +107,14 @@ def region_of(mask: npt.NDArray[np.uint8], grid: tuple[int, int]) -> F32:
 
 
 class Coordinates:
-    """Cells about each one's own mean over good images, whitened: what is learnt in."""
+    """Cells about each one's own mean over good images, whitened: what is learnt in.
 
-    def __init__(self, good: HeadImages) -> None:
+    Args:
+        good: the images.
+        symmetric: whiten without turning the channels, so that coordinates of different sites mean the same.
+    """
+
+    def __init__(self, good: HeadImages, *, symmetric: bool = False) -> None:
         # The mean over many float16 would be taken in float16.
         self.mean: F32 = np.asarray(good.cells.mean(axis=0, dtype=np.float32), dtype=np.float32)
         covariance: F64 = np.zeros((self.mean.shape[1],) * 2)
@@ -118,7 +124,8 @@ class Coordinates:
         covariance /= max(1, len(good) - 1) * len(self.mean)
         values, vectors = np.linalg.eigh(covariance)
         floor = WHITENING * max(float(values.mean()), 1e-12)
-        self.transform: F32 = (vectors / np.sqrt(np.maximum(values, 0) + floor)).astype(np.float32)
+        whitening = vectors / np.sqrt(np.maximum(values, 0) + floor)
+        self.transform: F32 = (whitening @ vectors.T if symmetric else whitening).astype(np.float32)
 
     def __call__(self, cells: npt.NDArray[np.float16], at: slice | npt.NDArray[np.intp] = slice(None)) -> F32:
         """``[..., C]`` of the cells at some places."""
@@ -160,7 +167,25 @@ def top_of(num_cells: int) -> int:
 def train(coordinates: Coordinates, good: HeadImages, bad: HeadImages, seed: int) -> Layers:
     """Fit the layers; each marked image counts alike, and good and bad cells weigh as much together."""
     rng = np.random.default_rng(seed)
-    num_cells, channels = good.cells.shape[1:]
+    channels = good.cells.shape[2]
+    cells = cells_to_learn(coordinates, good, bad, rng)
+    return layers_of(fit_layers(cells, initial_parameters(channels, rng), steps=STEPS)[0], channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCells:
+    """Cells of good and bad images: ``x [R, C]``, ``target [R]`` (1: bad) and ``weights [R]``."""
+
+    x: F32
+    target: F32
+    weights: F32
+
+
+def cells_to_learn(
+    coordinates: Coordinates, good: HeadImages, bad: HeadImages, rng: np.random.Generator
+) -> LearningCells:
+    """The cells that heads learn from: some of each good image, and of each bad one where its defect is."""
+    num_cells = good.cells.shape[1]
     per_good = min(max(GOOD_CELLS // len(good), LEAST_PER_GOOD), MOST_PER_GOOD)
     rows: list[F32] = []
     for image in range(len(good)):
@@ -176,9 +201,7 @@ def train(coordinates: Coordinates, good: HeadImages, bad: HeadImages, seed: int
     x = np.concatenate(rows)
     target = np.zeros(len(x), dtype=np.float32)
     target[num_good:] = 1.0
-    first = rng.normal(0, channels**-0.5, (channels, MEMBERS * HIDDEN))
-    second = rng.normal(0, 0.1, MEMBERS * HIDDEN)
-    return _fit_layers(x, target, np.concatenate(weights).astype(np.float32), first, second)
+    return LearningCells(x=x, target=target, weights=np.concatenate(weights).astype(np.float32))
 
 
 def bad_cells(bad: HeadImages, image: int) -> npt.NDArray[np.intp]:
@@ -190,16 +213,42 @@ def bad_cells(bad: HeadImages, image: int) -> npt.NDArray[np.intp]:
     return np.argsort(-bad.distances[image])[:CELLS_PER_BAD]
 
 
-def _fit_layers(x: F32, target: F32, weights: F32, first: F64, second: F64) -> Layers:
-    """Least penalised logistic loss of each member, from these beginnings; ``x [R, C]``, ``first [C, E H]``."""
-    channels, units = first.shape
-    start = np.concatenate([first.ravel(), np.zeros(units), second, np.zeros(MEMBERS)])
-    ends = np.cumsum([channels * units, units, units])
+def initial_parameters(channels: int, rng: np.random.Generator) -> F64:
+    """A head before any learning, flat: the first layer, its bias, the second, the members' offsets."""
+    first = rng.normal(0, channels**-0.5, (channels, UNITS))
+    second = rng.normal(0, 0.1, UNITS)
+    return np.concatenate([first.ravel(), np.zeros(UNITS), second, np.zeros(MEMBERS)])
+
+
+def layers_of(parameters: npt.NDArray[np.floating], channels: int) -> Layers:
+    """The layers of flat numbers; the members' offsets, the same for all cells, are left out."""
+    w1, b1, w2, _ = np.split(parameters.astype(np.float32), _ends(channels))
+    return Layers(first=w1.reshape(channels, UNITS), bias=b1, second=w2 / np.float32(MEMBERS))
+
+
+def _ends(channels: int) -> npt.NDArray[np.intp]:
+    return np.cumsum([channels * UNITS, UNITS, UNITS])
+
+
+def fit_layers(cells: LearningCells, start: F64, *, steps: int, pull: float = 0.0) -> tuple[F64, float]:
+    """Least penalised logistic loss of each member, from given numbers.
+
+    Args:
+        cells: to learn from.
+        start: flat, as :func:`initial_parameters` gives them.
+        steps: at most.
+        pull: of the square of the distance to ``start``, beside the loss.
+
+    Returns:
+        The numbers, and the loss with which they began, summed over members.
+    """
+    x, target, weights = cells.x, cells.target, cells.weights
+    channels, ends = x.shape[1], _ends(x.shape[1])
     of_member = np.repeat(np.eye(MEMBERS, dtype=np.float32), HIDDEN, axis=0)
 
     def loss(parameters: F64) -> tuple[float, F64]:
         w1, b1, w2, b2 = np.split(parameters.astype(np.float32), ends)
-        hidden = x @ w1.reshape(channels, units)
+        hidden = x @ w1.reshape(channels, UNITS)
         hidden += b1
         np.maximum(hidden, 0, out=hidden)
         outer = of_member * w2[:, None]
@@ -215,10 +264,12 @@ def _fit_layers(x: F32, target: F32, weights: F32, first: F64, second: F64) -> L
         ).astype(np.float64)
         penalised = parameters[: ends[-1]]
         gradient[: ends[-1]] += 2 * PENALTY * penalised
-        return float((weights @ losses).sum()) + PENALTY * float(penalised @ penalised), gradient
+        moved = parameters - start
+        gradient += 2 * pull * moved
+        value = float((weights @ losses).sum()) + PENALTY * float(penalised @ penalised) + pull * float(moved @ moved)
+        return value, gradient
 
-    w1, b1, w2, _ = np.split(minimise(loss, start, STEPS).astype(np.float32), ends)
-    return Layers(first=w1.reshape(channels, units), bias=b1, second=w2 / np.float32(MEMBERS))
+    return minimise(loss, start, steps), loss(start)[0]
 
 
 def minimise(loss: Callable[[F64], tuple[float, F64]], start: F64, steps: int) -> F64:

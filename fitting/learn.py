@@ -16,40 +16,38 @@ What marks cannot be used, or say two things, is left out and told:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from edgeflame.dataset import Dataset, ImageRecord, UnreadablePolicy
-from edgeflame.errors import DataError, UsageError
-from edgeflame.frame_sizes import FrameSizes
-from edgeflame.layout import GOOD
+from edgeflame.dataset import Dataset, UnreadablePolicy
+from edgeflame.errors import UsageError
 from edgeflame.log import EventLog
-from edgeflame.mark_shapes import paint
-from edgeflame.marks import Mark, MarkStore
+from edgeflame.marks import MarkStore
 from edgeflame.methods import Learning
-from edgeflame.package import Manifest, Package
+from edgeflame.package import Package
 from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.head import DefectHead
-from edgeflame.tensors import F32, F64
+from edgeflame.tensors import F64
 from fitting.crossfit import image_scores, score_maps
 from fitting.defect_head import HeadFit, fit_head
 from fitting.embeddings import Embedder, Embeddings
 from fitting.expected_cost import set_least_cost
 from fitting.fit import Stage, quiet_stage, read_training_images
-from fitting.head_training import HeadImages, describe_images, pool_of, region_of
 from fitting.imageset import ImageSet
+from fitting.marked_images import (
+    describe_for_head,
+    name_of,
+    newest,
+    read_pictures,
+    usable_marks,
+    without_known_bad,
+)
 from fitting.site_statistics import SiteStatistics, fit_statistics
 from fitting.threshold import set_threshold
 
 log = EventLog("learn")
-
-MAX_BAD = 2000
-"""Bad marks that a head learns from, the newest; so many take up to 1.8 GB: pictures, embeddings, cells twice."""
-SHAPE_LEEWAY = 0.02
-"""By how much the width over the height of a mark's picture may differ from that of the photographs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +130,15 @@ def learn(
     if not isinstance(package.statistics, LowRankGaussian):
         raise UsageError("this package scores by a memory; marks are learnt by packages with Gaussian statistics only")
     left_out: Counter[str] = Counter()
-    marks = _usable(store.marks(), manifest, left_out)
+    marks = usable_marks(store.marks(), manifest.product, left_out)
     with stage("Reading images") as progress:
-        bad_marks = _newest([mark for mark in marks if mark.was == "bad"], left_out)
-        bad = _read(store, bad_marks, learning, left_out, manifest)
+        bad_marks = newest([mark for mark in marks if mark.was == "bad"], left_out)
+        bad = read_pictures(store, bad_marks, learning, left_out, manifest.frames)
         known_bad = set(bad.report.digests.values())
         good_marks = [mark for mark in marks if mark.was == "good"]
-        marked_good = _read(store, good_marks, learning, left_out, manifest)
+        marked_good = read_pictures(store, good_marks, learning, left_out, manifest.frames)
         with_marks = replace(dataset, train=(*dataset.train, *marked_good.records))
-        images = _without(
+        images = without_known_bad(
             read_training_images(with_marks, learning, on_unreadable=on_unreadable, progress=progress),
             known_bad,
             left_out,
@@ -153,12 +151,14 @@ def learn(
         if len(site.images) != len(images):
             embeddings = Embeddings(embedder, site.images)
     with stage("Learning from marks"):
-        good_images = _describe(site, embeddings, learning, site.images.groups, scores=site.held_out_scores)
-        of_bad = {_name(mark): mark for mark in bad_marks}
+        good_images = describe_for_head(
+            site.statistics, embeddings, learning, site.images.groups, scores=site.held_out_scores
+        )
+        of_bad = {name_of(mark): mark for mark in bad_marks}
         bad_records = bad.records
         bad_embeddings = Embeddings(embedder, bad)
-        bad_images = _describe(
-            site,
+        bad_images = describe_for_head(
+            site.statistics,
             bad_embeddings,
             learning,
             [record.group for record in bad_records],
@@ -226,131 +226,6 @@ def learn(
     )
 
 
-def _usable(marks: Sequence[Mark], manifest: Manifest, left_out: Counter[str]) -> list[Mark]:
-    """Marks of this product that do not contradict each other."""
-    of_product = [mark for mark in marks if mark.product in ("", manifest.product)]
-    _leave_out(left_out, f"of another product than {manifest.product}", len(marks) - len(of_product))
-    said: dict[str, set[str]] = {}
-    for mark in of_product:
-        said.setdefault(mark.digest or mark.name, set()).add(mark.was)
-    kept, seen = [], set()
-    for mark in reversed(of_product):
-        which = mark.digest or mark.name
-        if len(said[which]) > 1:
-            _leave_out(left_out, "one picture marked both good and bad", 1)
-        elif which in seen:
-            _leave_out(left_out, "one picture marked twice", 1)
-        else:
-            seen.add(which)
-            kept.append(mark)
-    return kept[::-1]
-
-
-def _newest(marks: list[Mark], left_out: Counter[str]) -> list[Mark]:
-    _leave_out(left_out, f"older than the newest {MAX_BAD} bad ones", len(marks) - MAX_BAD)
-    return sorted(marks, key=lambda mark: mark.marked)[-MAX_BAD:]
-
-
-def _name(mark: Mark) -> str:
-    return f"marks/{mark.file}"
-
-
-def _read(
-    store: MarkStore, marks: Sequence[Mark], learning: Learning, left_out: Counter[str], manifest: Manifest
-) -> ImageSet:
-    """The pictures of marks that can be read and have the right shape."""
-    records = [
-        ImageRecord(
-            path=store.picture(mark),
-            name=_name(mark),
-            label=GOOD if mark.was == "good" else mark.label,
-            group=f"mark:{mark.group}",
-            is_cropped=not mark.whole_frame,
-        )
-        for mark in marks
-    ]
-    # Each is read once here to know its size, as the camera gave it.
-    fitting = [record for record in records if _has_shape(record, learning, manifest.frames)]
-    _leave_out(left_out, "pictures of another shape: another camera or region", len(records) - len(fitting))
-    images = ImageSet(fitting, learning.input)
-    _leave_out(left_out, "pictures that cannot be read", len(fitting) - len(images))
-    return images
-
-
-def _has_shape(record: ImageRecord, learning: Learning, frames: FrameSizes | None) -> bool:
-    roi = learning.input.roi
-    try:
-        frame = learning.input.read(record.path)
-    except DataError:
-        return True  # it is told when the pictures are read
-    height, width = frame.shape[:2]
-    if roi is not None and record.is_cropped:
-        low = high = roi.width / roi.height
-    elif frames is not None:
-        low, high = frames.ratios
-    else:
-        return True
-    if roi is not None and not record.is_cropped and (roi.x + roi.width > width or roi.y + roi.height > height):
-        return False
-    return bool(low * (1 - SHAPE_LEEWAY) <= width / height <= high * (1 + SHAPE_LEEWAY))
-
-
-def _without(images: ImageSet, known_bad: set[bytes], left_out: Counter[str]) -> ImageSet:
-    """The good images but for those marked as bad, and each but once."""
-    kept: list[int] = []
-    seen: set[bytes] = set()
-    for index, record in enumerate(images.records):
-        digest = images.report.digests[record.path]
-        if digest in known_bad:
-            _leave_out(left_out, "good images that a mark calls bad", 1)
-        elif digest not in seen:
-            seen.add(digest)
-            kept.append(index)
-    return images if len(kept) == len(images) else images.subset(kept)
-
-
-def _describe(
-    site: SiteStatistics,
-    embeddings: Embeddings,
-    learning: Learning,
-    groups: Sequence[str],
-    *,
-    scores: F64 | None = None,
-    marks: Sequence[Mark] | None = None,
-) -> HeadImages:
-    """What a head needs of images: the good ones with held-out ``scores``, the bad ones with their ``marks``."""
-    cells, distances, own = [], [], []
-    for _, batch in embeddings.batches(range(len(embeddings))):
-        of_batch = describe_images(site.statistics, batch)
-        cells.append(of_batch[0])
-        distances.append(of_batch[1])
-        if scores is None:
-            own.append(image_scores(score_maps(site.statistics, batch, learning.scoring)))
-    grid = site.statistics.grid
-    num_cells = (grid[0] // pool_of(grid)) * (grid[1] // pool_of(grid))
-    return HeadImages(
-        cells=np.concatenate(cells) if cells else np.zeros((0, num_cells, embeddings.num_channels), np.float16),
-        distances=np.concatenate(distances) if distances else np.zeros((0, num_cells), np.float32),
-        scores=scores if scores is not None else np.concatenate([*own, np.zeros(0)]).astype(np.float64),
-        groups=list(groups),
-        kinds=[mark.kind or "" for mark in marks] if marks is not None else (),
-        regions=[
-            _region(record, mark, learning, grid) for record, mark in zip(embeddings.images.records, marks, strict=True)
-        ]
-        if marks is not None
-        else (),
-    )
-
-
-def _region(record: ImageRecord, mark: Mark, learning: Learning, grid: tuple[int, int]) -> F32 | None:
-    """Share of each cell that a mark covers, ``[Q]``; None if it does not say where the defect is."""
-    if not mark.where:
-        return None
-    preprocessing = learning.input.without_roi() if record.is_cropped else learning.input
-    height, width = preprocessing.read(record.path).shape[:2]
-    return region_of(preprocessing.crop(paint(mark.where, height=height, width=width)), grid)
-
-
 def _present_scores(package: Package, embeddings: Embeddings, learning: Learning) -> F64:
     """What the present package says of images, ``[N]``."""
     scores = [np.zeros(0)]
@@ -377,11 +252,6 @@ def _look_at(site: SiteStatistics, bad: ImageSet, fitted: HeadFit) -> list[str]:
         if score < usual
     ]
     return [*odd, *(name for _, name in sorted(unclear)[:3])]
-
-
-def _leave_out(left_out: Counter[str], reason: str, count: int) -> None:
-    if count > 0:
-        left_out[reason] += count
 
 
 def _reasons(left_out: Counter[str]) -> str:

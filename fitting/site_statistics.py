@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.statistics.codec import PackageStatistics
+from edgeflame.statistics.head import DefectHead
 from edgeflame.statistics.shared import ScoreDeviation
 from edgeflame.threshold import Threshold
 from fitting.crossfit import HeldOutScores, PooledStatistics, cross_fit
@@ -38,6 +39,7 @@ class SiteStatistics:
         suspects: of all images those that look least normal, the worst first.
         others: how much scores vary at other sites, where the threshold leans on it.
         influential: good parts without any one of which the threshold of the good would be much lower.
+        head: for defects that were marked in its fleet, if one counts.
         details: for the package's provenance: rank, pooling, counts, seconds.
     """
 
@@ -49,6 +51,7 @@ class SiteStatistics:
     suspects: tuple[Suspect, ...]
     others: ScoreDeviation | None = None
     influential: tuple[InfluentialPart, ...] = ()
+    head: DefectHead | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
 

@@ -2,12 +2,13 @@
 
 A :class:`LocalLearner` writes what a run starts from, trains a round from what the aggregator sends, and gives a
 :class:`TrainedModel`, whose statistics go into a package. :class:`WeightsLearner` exchanges the model's tensors
-(SCAFFOLD's control variates among them); :class:`trainer.feddymem.site.MemoryLearner` a memory of patches.
+(SCAFFOLD's control variates among them); :class:`trainer.feddymem.site.MemoryLearner` a memory of patches;
+:class:`trainer.feedback.HeadLearner` a head for marked defects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,12 @@ from edgeflame.methods import METHODS, Learning
 from edgeflame.package import WeightsOrigin
 from fitting.fit import GaussianModel, Learner, Model
 from fitting.imageset import ImageSet
+from fitting.marked_images import SiteMarks
 from trainer.agent.tasks import TaskResult, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.embedding import TorchEmbedder
 from trainer.feddymem.site import MemoryLearner
+from trainer.feedback import HeadLearner, no_marks
 from trainer.model import (
     SiteModel,
     batch_norm_tensors,
@@ -79,8 +82,20 @@ class LocalLearner(Learner[TrainedModel], Protocol):
         ...
 
 
-def open_learner(learning: Learning, device: torch.device) -> LocalLearner:
+def open_learner(
+    learning: Learning,
+    device: torch.device,
+    *,
+    marks: Callable[[], SiteMarks | None] = no_marks,
+    groups_known: bool = False,
+) -> LocalLearner:
     """The learner of a method.
+
+    Args:
+        learning: the configuration.
+        device: to learn on.
+        marks: gives the site's marks; only heads are learnt from them.
+        groups_known: whether it is known which images show one part.
 
     Raises:
         ConfigError: unknown backbone.
@@ -88,6 +103,8 @@ def open_learner(learning: Learning, device: torch.device) -> LocalLearner:
     """
     if METHODS[learning.method].exchange == "memory":
         return MemoryLearner(learning, device)
+    if METHODS[learning.method].exchange == "head":
+        return HeadLearner(learning, device, marks=marks, groups_known=groups_known)
     return WeightsLearner(learning, device)
 
 

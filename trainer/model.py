@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def build_model(learning: Learning) -> tuple[SiteModel, WeightsOrigin]:
         torch.manual_seed(learning.seed)
         discriminator = Discriminator(backbone.num_channels)
     return SiteModel(backbone, discriminator, METHODS[learning.method].exchange), origin
+
+
+def embedding_space_id(learning: Learning, weights: WeightsOrigin) -> str:
+    """SHA-256 of what decides on the embeddings: the weights, and how they are used."""
+    # Where the weights were found does not matter, only what they are.
+    backbone = msgspec.structs.replace(learning.backbone, weights="")
+    return hashlib.sha256(msgspec.json.encode([weights.sha256, backbone, learning.input])).hexdigest()
 
 
 def _empty_model(learning: Learning) -> SiteModel:

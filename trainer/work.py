@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -23,11 +23,13 @@ from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import DataError, UsageError
 from edgeflame.images import ImageU8, Preprocessing
 from edgeflame.log import EventLog, Progress, no_progress
-from edgeflame.methods import FEDERATED_METHODS, Learning
+from edgeflame.marks import MarkStore
+from edgeflame.methods import FEDERATED_METHODS, METHODS, Learning
 from edgeflame.package import DEFAULT_REFERENCES
 from edgeflame.simulation import MeasureAnswer, MeasureTask
 from edgeflame.state import atomic_write
 from edgeflame.statistics.codec import PackageStatistics, encode_statistics
+from edgeflame.statistics.head import DefectHead
 from edgeflame.statistics.moments import MomentAccumulator
 from edgeflame.statistics.shared import ScoreDeviation, read_moments, write_site_statistics
 from edgeflame.tensors import F32
@@ -36,6 +38,7 @@ from fitting.embeddings import Embeddings
 from fitting.evaluation import EvaluationReport, evaluate
 from fitting.fit import read_training_images
 from fitting.imageset import ImageSet
+from fitting.marked_images import SiteMarks, read_site_marks
 from fitting.packaging import choose_references, save_package
 from fitting.prior import FleetPrior
 from fitting.site_statistics import fit_statistics
@@ -63,6 +66,7 @@ class Exporter(Protocol):
         preprocessing: Preprocessing,
         smoothing_sigma: float,
         metadata: Mapping[str, str],
+        head: DefectHead | None = None,
     ) -> bytes: ...
 
 
@@ -75,7 +79,8 @@ class TorchSiteTrainer:
         site: its name, written into its package.
         groups_file: which images show the same part; None looks for one in ``data``.
         exporter: makes the scoring graph; None leaves out the package.
-        product: the kind of part, written into the package.
+        product: the kind of part, written into the package; None: "product".
+        marks: folder of marks, which methods that exchange heads learn from.
         device: ``auto``, ``cpu``, ``cuda``, ...
         on_unreadable: skip images that cannot be read, or refuse to go on.
         num_references: good images put into the package; with 0 no image ever leaves with it.
@@ -93,7 +98,8 @@ class TorchSiteTrainer:
         site: str,
         groups_file: Path | None = None,
         exporter: Exporter | None = None,
-        product: str = "product",
+        product: str | None = None,
+        marks: Path | None = None,
         device: str = "auto",
         on_unreadable: UnreadablePolicy = "skip",
         num_references: int = DEFAULT_REFERENCES,
@@ -107,6 +113,8 @@ class TorchSiteTrainer:
         self._site = site
         self._exporter = exporter
         self._product = product
+        self._marks = None if marks is None else MarkStore(marks)
+        self._marked: SiteMarks | None = None
         self._device: torch.device = pick_device(device)
         self._on_unreadable: UnreadablePolicy = on_unreadable
         self._dataset: Dataset = open_dataset(data, groups_file)
@@ -188,10 +196,13 @@ class TorchSiteTrainer:
                 learning=self._learning,
                 weights=model.weights,
                 provenance={"kind": "federated", "ledger": task.ledger, "statistics": result.details},
-                make_graph=functools.partial(self._exporter, network, preprocessing=self._learning.input),
-                product=self._product,
+                make_graph=functools.partial(
+                    self._exporter, network, preprocessing=self._learning.input, head=result.head
+                ),
+                product=self._product or "product",
                 site=self._site,
                 references=choose_references(result.images, self._num_references),
+                head=result.head,
             )
         threshold = result.threshold
         return TaskResult(
@@ -206,6 +217,7 @@ class TorchSiteTrainer:
                 "threshold": threshold.value,
                 "promised_false_reject_rate": threshold.false_reject_rate,
                 "confidence": threshold.confidence,
+                **_told_of_head(result.details.get("head")),
             },
         )
 
@@ -219,7 +231,12 @@ class TorchSiteTrainer:
 
     @functools.cached_property
     def _learner(self) -> LocalLearner:
-        return open_learner(self._learning, self._device)
+        return open_learner(
+            self._learning,
+            self._device,
+            marks=lambda: self._marked,
+            groups_known=self._dataset.groups_known,
+        )
 
     def _pooled(self, path: Path) -> PooledStatistics | FleetPrior:
         moments, header = read_moments(path)
@@ -234,7 +251,25 @@ class TorchSiteTrainer:
             self._images = read_training_images(
                 self._dataset, self._learning, on_unreadable=self._on_unreadable, progress=report
             )
+            if self._marks is not None and METHODS[self._learning.method].exchange == "head":
+                self._marked = read_site_marks(
+                    self._marks, self._dataset, self._images, self._learning, product=self._product
+                )
+                self._images = self._marked.images
+            elif self._marks is not None:
+                log.warning("marks_not_used", method=self._learning.method)
         return self._images
+
+
+def _told_of_head(details: dict[str, Any] | None) -> dict[str, float | str]:
+    """Of the fleet's head, for the summary of a site."""
+    if details is None:
+        return {}
+    told: dict[str, float | str] = {
+        "marked_bad": float(details["num_bad_marks"]),
+        "head_weight": float(details["weight"]),
+    }
+    return {**told, "no_head": details["no_head"]} if "no_head" in details else told
 
 
 MAX_TEST_CACHE_BYTES = 1 << 30
@@ -270,7 +305,10 @@ class ModelEvaluator:
         site = model.fit_statistics(images, groups_known=test.groups_known)
 
         def score(batch: ImageU8) -> tuple[F32, F32]:
-            maps = score_maps(site.statistics, self._embed(model.network, batch), task.learning.scoring)
+            embeddings = self._embed(model.network, batch)
+            maps = score_maps(site.statistics, embeddings, task.learning.scoring)
+            if site.head is not None:
+                maps = maps * np.exp(site.head.log_factors(embeddings))[:, None, None]
             return image_scores(maps), maps
 
         report = evaluate(score, test, task.learning.input, threshold=site.threshold.value, num_resamples=0)

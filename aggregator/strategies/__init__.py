@@ -14,12 +14,12 @@ AUTO = "auto"
 
 STRATEGIES: dict[str, Rule] = {
     "fedavg": Rule(build=blockwise(FedAvg)),
-    "fednova": Rule(build=blockwise(FedNova), needs_steps=True),
-    "scaffold": Rule(build=blockwise(Scaffold), exchange="controls"),
+    "fednova": Rule(build=blockwise(FedNova), exchanges=("weights",), needs_steps=True),
+    "scaffold": Rule(build=blockwise(Scaffold), exchanges=("controls",)),
     "median": Rule(build=blockwise(Median, holds_all_sites=True), equal_votes=True),
     "trimmed_mean": Rule(build=blockwise(TrimmedMean, holds_all_sites=True), equal_votes=True),
     "norm_clipping": Rule(build=blockwise(NormClipping), equal_votes=True),
-    "kmeans": Rule(build=KMeansMemory, exchange="memory", check=require_scikit_learn),
+    "kmeans": Rule(build=KMeansMemory, exchanges=("memory",), check=require_scikit_learn),
 }
 """By the name a configuration uses."""
 

@@ -87,14 +87,14 @@ class Rule:
 
     Attributes:
         build: makes the round's strategy.
-        exchange: what it can aggregate; a learning method names what its sites send.
+        exchanges: what it can aggregate; a learning method names what its sites send.
         needs_steps: updates that do not say their number of steps are refused.
         equal_votes: every site counts the same, whatever number of samples it claims.
         check: raises MissingDependencyError where the rule cannot work; called before a run begins.
     """
 
     build: Callable[[RoundInputs], Strategy]
-    exchange: ExchangeKind = "weights"
+    exchanges: tuple[ExchangeKind, ...] = ("weights", "head")
     needs_steps: bool = False
     equal_votes: bool = False
     check: Callable[[], None] | None = None

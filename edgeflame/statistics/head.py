@@ -27,6 +27,9 @@ from edgeflame.tensors import F32, decoding
 LIMIT = 1.5
 """Bound of the factor's logarithm: no head can make a score more than 4.5 times as large, or as small."""
 
+SPACE_KEY = "space"
+"""In the metadata of a head that travels: SHA-256 of what decides on the embeddings."""
+
 MAX_HIDDEN = 64
 MAX_POOL = 8
 _KEY = "defect_head"

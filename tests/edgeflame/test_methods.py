@@ -32,7 +32,7 @@ def test_a_method_has_both_sides(name: str) -> None:
     assert method.objective is None or method.objective in OBJECTIVES
     assert method.alone or method.strategy is not None
     if method.strategy is not None:
-        assert STRATEGIES[method.strategy].exchange == method.exchange
+        assert method.exchange in STRATEGIES[method.strategy].exchanges
         assert resolve_strategy(AggregateConfig(learning=Learning(method=name)).strategy, name) == method.strategy
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgeflame.errors import EdgeFlameError, FederationError, NegativeAnswerError
 from edgeflame.log import EventLog, Progress
+from edgeflame.methods import Learning
 from edgeflame.metrics import MetricsServer
 from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, LastWill, ReceivedMessage
@@ -43,7 +44,7 @@ from trainer.agent.metrics import SiteMetrics
 from trainer.agent.plan import Leave, PlanInput, plan
 from trainer.agent.state import BAD_UPDATE_REASONS, SiteState, announced_learning, plan_input, step_purpose
 from trainer.agent.step_runner import StepRunner
-from trainer.agent.tasks import TaskResult
+from trainer.agent.tasks import TaskResult, WorkerSetup
 from trainer.agent.worker_client import WorkerExited, WorkerMessage, WorkerSupervisor
 
 log = EventLog("site")
@@ -64,6 +65,8 @@ class SiteOptions:
         state_dir: the site's durable state; one process at a time.
         worker_command: starts the worker process.
         groups_file: see :func:`edgeflame.dataset.open_dataset`.
+        marks: folder of marks, which never leave the site either; None: it has none.
+        product: the kind of part.
         connect_timeout_s: give up if the broker was not reached within this time; None waits for ever.
         schedule: when the site may train; None: always.
         metrics: ``HOST:PORT`` where metrics are served; None serves none.
@@ -77,6 +80,8 @@ class SiteOptions:
     state_dir: Path
     worker_command: Sequence[str]
     groups_file: Path | None = None
+    marks: Path | None = None
+    product: str | None = None
     connect_timeout_s: float | None = None
     schedule: Schedule | None = None
     metrics: str | None = None
@@ -127,8 +132,14 @@ class _SiteService:
             client=self._client,
             state=self._state,
             worker=self._worker,
-            data=options.data,
-            groups_file=options.groups_file,
+            setup=WorkerSetup(
+                learning=Learning(),
+                site=options.site,
+                data=str(options.data.resolve()),
+                groups_file=None if options.groups_file is None else str(options.groups_file.resolve()),
+                marks=None if options.marks is None else str(options.marks.resolve()),
+                product=options.product,
+            ),
         )
         self._announced: RoundState | None = None
         self._answered: frozenset[tuple[Purpose, int]] = frozenset()

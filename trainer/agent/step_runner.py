@@ -219,8 +219,7 @@ class StepRunner:
         client: the channel to the aggregator.
         state: the site's durable state.
         worker: runs the tasks.
-        data: the site's images.
-        groups_file: see :func:`edgeflame.dataset.open_dataset`.
+        setup: the site's data, for the worker; the learning is the announced one.
 
     Attributes:
         tasks: tasks and results of the steps; its ``learning`` and ``codec`` are set from the announcement.
@@ -233,14 +232,12 @@ class StepRunner:
         client: AggregatorClient,
         state: SiteState,
         worker: WorkerSupervisor,
-        data: Path,
-        groups_file: Path | None,
+        setup: WorkerSetup,
     ) -> None:
         self._client = client
         self._state = state
         self._worker = worker
-        self._data = data
-        self._groups_file = groups_file
+        self._site_setup = setup
         self.tasks = StepTasks(state, client.site)
         self.step: PlanStep = Wait(why="not connected")
         self._download: Download | None = None
@@ -354,9 +351,4 @@ class StepRunner:
         return Upload(OutgoingBlob(path, offer.manifest), offer, send=self._client.send, publish=publish)
 
     def _setup(self) -> WorkerSetup:
-        return WorkerSetup(
-            learning=self.tasks.learning,
-            site=self._client.site,
-            data=str(self._data.resolve()),
-            groups_file=_text(self._groups_file),
-        )
+        return msgspec.structs.replace(self._site_setup, learning=self.tasks.learning)

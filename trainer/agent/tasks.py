@@ -30,6 +30,10 @@ class WorkerSetup(_WorkerLine, frozen=True, kw_only=True, tag="setup"):
     site: str
     data: str
     groups_file: str | None = None
+    marks: str | None = None
+    """Folder of marks."""
+    product: str | None = None
+    """The kind of part."""
 
 
 class InitialTask(_WorkerLine, frozen=True, kw_only=True, tag="initial"):

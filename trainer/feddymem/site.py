@@ -6,19 +6,16 @@ site's own averages beside the fleet's), and the threshold, by cross-fitting.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
 from edgeflame.errors import FederationError
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
-from edgeflame.package import WeightsOrigin
 from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
 from fitting.crossfit import (
     HeldOutScores,
@@ -48,7 +45,7 @@ from trainer.feddymem.learning import (
 from trainer.feddymem.metric import Whitening, combined_transform
 from trainer.feddymem.reduce import NO_FLOOR, PrivacyFloor, ReducedMemory, entry_contents, reduce_memory
 from trainer.feddymem.spread import measured_spreads, nearest_prototypes
-from trainer.model import build_model, load_private, save_private
+from trainer.model import build_model, embedding_space_id, load_private, save_private
 
 log = EventLog("feddymem")
 
@@ -169,13 +166,6 @@ def _reduce_site_memory(
         count=patches.num_images,
         space=space,
     )
-
-
-def embedding_space_id(learning: Learning, weights: WeightsOrigin) -> str:
-    """SHA-256 of what decides on the embeddings: the weights, and how they are used."""
-    # Where the weights were found does not matter, only what they are.
-    backbone = msgspec.structs.replace(learning.backbone, weights="")
-    return hashlib.sha256(msgspec.json.encode([weights.sha256, backbone, learning.input])).hexdigest()
 
 
 class MemoryLearner:
