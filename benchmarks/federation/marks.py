@@ -124,13 +124,8 @@ def see(embedder: Embedder, parts: Sequence[SimulatedPart], camera: Camera | Non
     )
 
 
-def open_sites(name: str, tile: Path, cameras: str, seed: int, store: Path) -> list[Site]:
-    """The five sites of a data set; kept in ``store``, for embedding takes most of the time."""
-    import pickle
-
-    kept = store / f"{name}-{cameras}-{seed}.pickle"
-    if kept.exists():
-        return cast("list[Site]", pickle.loads(kept.read_bytes()))
+def open_sites(name: str, tile: Path, cameras: str, seed: int) -> list[Site]:
+    """The five sites of a data set."""
     model, _ = build_model(Learning())
     model.eval()
     embedder = TorchEmbedder(model.backbone)
@@ -149,7 +144,6 @@ def open_sites(name: str, tile: Path, cameras: str, seed: int, store: Path) -> l
                 seen = {(kind, camera): see(embedder, [pool.test[key] for key in sorted(pool.test)], camera)}
             sites.append(prepare(embedder, [pool.train[key] for key in chosen], seen[kind, camera], camera))
             print(f"{name} {cameras} {seed}: site {number}", flush=True)
-    kept.write_bytes(pickle.dumps(sites))
     return sites
 
 
@@ -302,22 +296,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tile", type=Path, default=Path(os.environ.get("EDGEFLAME_MAGNETIC_TILE", TILE)))
     parser.add_argument("--out", type=Path, default=HERE)
-    parser.add_argument("--store", type=Path, help="where described images are kept [default: nowhere]")
     options = parser.parse_args()
     store = options.out / "marks.jsonl"
     figures: list[Figures] = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(options.seeds):
-            for name in options.data:
-                for cameras in options.cameras:
-                    if any((one["data"], one["cameras"], one["seed"]) == (name, cameras, seed) for one in figures):
-                        continue
-                    sites = open_sites(name, options.tile, cameras, seed, options.store or Path(scratch))
-                    fresh = measure(sites, name, cameras, seed)
-                    figures += fresh
-                    with store.open("a") as stream:
-                        stream.writelines(json.dumps(one) + "\n" for one in fresh)
-                    (options.out / "marks.md").write_text(page(figures))
+    for seed in range(options.seeds):
+        for name in options.data:
+            for cameras in options.cameras:
+                if any((one["data"], one["cameras"], one["seed"]) == (name, cameras, seed) for one in figures):
+                    continue
+                fresh = measure(open_sites(name, options.tile, cameras, seed), name, cameras, seed)
+                figures += fresh
+                with store.open("a") as stream:
+                    stream.writelines(json.dumps(one) + "\n" for one in fresh)
+                (options.out / "marks.md").write_text(page(figures))
     print(page(figures))
 
 

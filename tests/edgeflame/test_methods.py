@@ -38,12 +38,13 @@ def test_a_method_has_both_sides(name: str) -> None:
 
 def test_nothing_is_registered_that_no_method_can_use() -> None:
     assert set(OBJECTIVES) == {method.objective for method in METHODS.values()} - {None}
-    assert {rule.exchange for rule in STRATEGIES.values()} == {METHODS[name].exchange for name in FEDERATED_METHODS}
+    taken = {kind for rule in STRATEGIES.values() for kind in rule.exchanges}
+    assert taken == {METHODS[name].exchange for name in FEDERATED_METHODS}
 
 
 def test_a_rule_that_cannot_aggregate_what_is_sent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "flame", msgspec.structs.replace(METHODS["flame"], exchange="else"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="fedavg aggregates weights, but the sites of method flame send else"):
+    with pytest.raises(ConfigError, match="fedavg aggregates weights or head, but the sites of method flame send else"):
         AggregateConfig(strategy="fedavg", learning=Learning(method="flame"))
 
 
