@@ -219,7 +219,7 @@ def measure(sites: Sequence[Site], name: str, cameras: str, seed: int) -> list[F
         kinds, markable = deal(site, seed)
         is_good = site.labels == "good"
         fused = site.test.scores * factors(fitted.head, site.test)
-        attack = _attack(head, coordinates, site, marked[number])
+        attack = _attack(head, coordinates, site, marked[number], seed)
         for index, kind in enumerate(kinds):
             if (number < 2) if name == "solar" else (index % SITES == number):
                 continue
@@ -247,12 +247,12 @@ def measure(sites: Sequence[Site], name: str, cameras: str, seed: int) -> list[F
     return found
 
 
-def _attack(head: SharedHead, coordinates: Coordinates, site: Site, marked: np.ndarray) -> float | None:
+def _attack(head: SharedHead, coordinates: Coordinates, site: Site, marked: np.ndarray, seed: int) -> float | None:
     learnt = np.flatnonzero(marked)
     if not len(learnt):
         return None
     bad = site.bad(marked)
-    learnt = learnt[~judging_both(site.good, bad, 0)[1]]
+    learnt = learnt[~judging_both(site.good, bad, seed)[1]]
     others = np.flatnonzero(np.isin(site.labels, np.unique(site.labels[marked])) & ~marked)
     logits = layers_of(head.parameters, head.num_channels).logits(coordinates, site.test)
     return area(logits[others], logits[learnt])
@@ -277,11 +277,11 @@ def page(figures: Sequence[Figures]) -> str:
                 f"| {data} | {cameras} | {kind} | {none:.3f} | {home:.3f} | {fleet:.3f} | {brought} | "
                 f"{used} of {len(own)} | {last} |"
             )
-    table = "\n".join(lines)
+    table, seeds = "\n".join(lines), len({one["seed"] for one in figures})
     return f"""# What one site's marks bring to the others
 
 `python benchmarks/federation/marks.py`, whose text says what is compared: image AUROC of each kind at the sites that
-have not marked it. Means over the sites, and over {len({one["seed"] for one in figures})} seeds.
+have not marked it. Means over the sites, and over {seeds} {"seed" if seeds == 1 else "seeds"}.
 
 | data | cameras | kind | none | home | fleet | brought | used | attack |
 |---|---|---|---|---|---|---|---|---|
