@@ -232,7 +232,7 @@ def table(results: dict[str, Figures]) -> str:
         "# Marks",
         "",
         "`python benchmarks/accuracy/marks.py`, whose text says what the columns are. Mean over three seeds (least to",
-        'greatest), or one seed. "Caught" and "rejected": at the default threshold.',
+        'greatest). "Caught" and "rejected": at the default threshold.',
         "",
         "| data | marked parts (photographs) | image AUROC | mean of kinds | caught | good rejected | head in use |",
         "|---|---|---|---|---|---|---|",
