@@ -301,7 +301,8 @@ def page(figures: Sequence[Figures]) -> str:
 {len({one["seed"] for one in figures})} seeds and up to {len({one["site"] for one in figures})} sites of each fleet,
 plus or minus 1.96 standard errors of these fleets and sites; "least" is the site that gained least. The test part
 chose none of the settings, but for the weight of the prior's mean, which was added after a look at one row, and for how
-far thresholds lean on others, which was chosen on mono solar cells. Tile: thresholds that do not lean on others yet.
+far thresholds lean on others, which was chosen on mono solar cells. Tile with
+own cameras: thresholds that do not lean on others yet.
 
 {table}
 """
