@@ -132,7 +132,8 @@ def test_int8_leaves_the_head_in_float32_and_the_original_alone(
         inner = [name for node in backbone_nodes(quantised.graph) for name in node.output]
         assert sum("QuantizeLinear" in name for name in inner) > 10
         scores = run(quantised, images)[0]
-        np.testing.assert_allclose(scores, expected, rtol=0.5)  # random weights: far from the parity gate's 15%
+        # Random weights: far from the parity gate's 15%. Processors without VNNI lose more, most in low scores.
+        np.testing.assert_allclose(scores, expected, rtol=0.5, atol=0.2 * float(expected.max()))
         assert not np.array_equal(scores, expected)
         metadata = {entry.key: entry.value for entry in quantised.metadata_props}
         assert metadata == {"a": "b", "edgeflame.precision": "int8"}
