@@ -59,6 +59,8 @@ def open_session(model_onnx: bytes, *, device: Device, num_threads: int | None) 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     # Threads that wait for the next operator must not keep their cores busy between two images.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without VNNI, integer products of uint8 with int8 are summed in pairs in 16 bits and saturate: exact ones instead.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if num_threads is None and are_cpus_limited():
         num_threads = usable_cpus()
     if num_threads is not None:
