@@ -25,7 +25,7 @@ from edgeflame.statistics.head import LIMIT, DefectHead
 from edgeflame.statistics.moments import one_blas_thread
 from edgeflame.tensors import F64
 from fitting.crossfit import make_folds
-from fitting.head_training import Coordinates, HeadImages, bad_cells, pool_of, top_of, train
+from fitting.head_training import Coordinates, HeadImages, bad_cells, train
 
 log = EventLog("head")
 
@@ -122,19 +122,8 @@ def _fit_head(good: HeadImages, bad: HeadImages, *, grid: tuple[int, int], seed:
             without, "held-out marks are told from good parts worse with one, or kinds that it did not see", details
         )
     layers = train(coordinates, good, bad, seed)
-    scale = weight * spread / deviation
-    weights = (coordinates.transform @ layers.first).astype(np.float32)
-    head = DefectHead(
-        grid=grid,
-        pool=pool_of(grid),
-        top=top_of(good.cells.shape[1]),
-        weights=weights,
-        bias=(layers.bias - coordinates.mean @ weights).astype(np.float32),
-        out=(scale * layers.second).astype(np.float32),
-        offset=-scale * centre,
-    )
     result = HeadFit(
-        head=head,
+        head=layers.as_head(coordinates, grid=grid, scale=weight * spread / deviation, centre=centre),
         good_scores=fused(good.scores, good_logits, weight),
         bad_scores=fused(bad.scores, bad_logits, weight),
         details=details,

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeflame.statistics.codec import PackageStatistics
-from edgeflame.statistics.head import pooled_cells, top_mean
+from edgeflame.statistics.head import DefectHead, pooled_cells, top_mean
 from edgeflame.tensors import F32, F64
 
 HIDDEN, MEMBERS = 16, 4
@@ -157,6 +157,19 @@ class Layers:
             hidden = np.maximum(cells.astype(np.float32) @ weights + bias, 0)
             values[index] = top_mean((hidden @ self.second)[None], top)[0]
         return values
+
+    def as_head(self, coordinates: Coordinates, *, grid: tuple[int, int], scale: float, centre: float) -> DefectHead:
+        """The head whose factor's logarithm is ``scale (logit - centre)``, for embeddings as they are."""
+        weights = (coordinates.transform @ self.first).astype(np.float32)
+        return DefectHead(
+            grid=grid,
+            pool=pool_of(grid),
+            top=top_of(len(coordinates.mean)),
+            weights=weights,
+            bias=(self.bias - coordinates.mean @ weights).astype(np.float32),
+            out=(scale * self.second).astype(np.float32),
+            offset=-scale * centre,
+        )
 
 
 def top_of(num_cells: int) -> int:

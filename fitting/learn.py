@@ -38,6 +38,7 @@ from fitting.fit import Stage, quiet_stage, read_training_images
 from fitting.imageset import ImageSet
 from fitting.marked_images import (
     describe_for_head,
+    describe_marked,
     name_of,
     newest,
     read_pictures,
@@ -155,14 +156,9 @@ def learn(
             site.statistics, embeddings, learning, site.images.groups, scores=site.held_out_scores
         )
         of_bad = {name_of(mark): mark for mark in bad_marks}
-        bad_records = bad.records
         bad_embeddings = Embeddings(embedder, bad)
-        bad_images = describe_for_head(
-            site.statistics,
-            bad_embeddings,
-            learning,
-            [record.group for record in bad_records],
-            marks=[of_bad[record.name] for record in bad_records],
+        bad_images = describe_marked(
+            site.statistics, bad_embeddings, learning, [of_bad[record.name] for record in bad.records]
         )
         fitted = (
             fit_head(good_images, bad_images, grid=site.statistics.grid, seed=learning.seed)

@@ -177,9 +177,10 @@ def describe_for_head(
     groups: Sequence[str],
     *,
     scores: F64 | None = None,
-    marks: Sequence[Mark] | None = None,
+    kinds: Sequence[str] = (),
+    regions: Sequence[F32 | None] = (),
 ) -> HeadImages:
-    """What a head needs of images: the good ones with held-out ``scores``, the bad ones with their ``marks``."""
+    """What a head needs of images; good ones come with held-out ``scores``, others are scored here."""
     cells, distances, own = [], [], []
     for _, batch in embeddings.batches(range(len(embeddings))):
         of_batch = describe_images(statistics, batch)
@@ -194,12 +195,25 @@ def describe_for_head(
         distances=np.concatenate(distances) if distances else np.zeros((0, num_cells), np.float32),
         scores=scores if scores is not None else np.concatenate([*own, np.zeros(0)]).astype(np.float64),
         groups=list(groups),
-        kinds=[mark.kind or "" for mark in marks] if marks is not None else (),
+        kinds=kinds,
+        regions=regions,
+    )
+
+
+def describe_marked(
+    statistics: PackageStatistics, embeddings: Embeddings, learning: Learning, marks: Sequence[Mark]
+) -> HeadImages:
+    """What a head needs of images that were marked as bad, each with its mark."""
+    images = embeddings.images
+    return describe_for_head(
+        statistics,
+        embeddings,
+        learning,
+        images.groups,
+        kinds=[mark.kind or "" for mark in marks],
         regions=[
-            _region(record, mark, learning, grid) for record, mark in zip(embeddings.images.records, marks, strict=True)
-        ]
-        if marks is not None
-        else (),
+            _region(record, mark, learning, statistics.grid) for record, mark in zip(images.records, marks, strict=True)
+        ],
     )
 
 

@@ -31,7 +31,7 @@ import safetensors.numpy
 from edgeflame.errors import FederationError, NumericalError, StorageError
 from edgeflame.log import EventLog
 from edgeflame.state import atomic_write
-from edgeflame.statistics.head import SPACE_KEY, DefectHead
+from edgeflame.statistics.head import SPACE_KEY
 from edgeflame.statistics.moments import one_blas_thread
 from edgeflame.tensors import F32, F64
 from fitting.crossfit import make_folds
@@ -53,8 +53,6 @@ from fitting.head_training import (
     fit_layers,
     initial_parameters,
     layers_of,
-    pool_of,
-    top_of,
 )
 
 log = EventLog("head")
@@ -254,16 +252,7 @@ def judge(
     if rejected > max(allowed, _rejected(good.scores[held], good.scores[~held], rate)[0]):
         return _no_head(without, f"{rejected} of {int(held.sum())} good images that judge would be rejected", details)
     scale = weight * spread / deviation
-    weights = (coordinates.transform @ layers.first).astype(np.float32)
-    made = DefectHead(
-        grid=grid,
-        pool=pool_of(grid),
-        top=top_of(good.cells.shape[1]),
-        weights=weights,
-        bias=(layers.bias - coordinates.mean @ weights).astype(np.float32),
-        out=(scale * layers.second).astype(np.float32),
-        offset=-scale * centre,
-    )
+    made = layers.as_head(coordinates, grid=grid, scale=scale, centre=centre)
     details |= {"weight": weight, "weight_chosen_by": chosen_by}
     log.info("fleet_head", **{key: str(value) for key, value in details.items()})
     return HeadFit(head=made, good_scores=scores, bad_scores=fused(bad, bad_logits, weight), details=details)

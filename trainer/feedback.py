@@ -23,7 +23,7 @@ from fitting.embeddings import Embeddings
 from fitting.expected_cost import set_least_cost
 from fitting.head_training import Coordinates, HeadImages
 from fitting.imageset import ImageSet
-from fitting.marked_images import SiteMarks, describe_for_head
+from fitting.marked_images import SiteMarks, describe_for_head, describe_marked
 from fitting.prior import FleetPrior
 from fitting.shared_head import SharedHead, initial_head, judge, judging_both, read_head, train_round, write_head
 from fitting.site_statistics import SiteStatistics, fit_statistics
@@ -130,14 +130,8 @@ class HeadLearner:
             embeddings = Embeddings(embedder, site.images)
         good = describe_for_head(site.statistics, embeddings, learning, site.images.groups, scores=site.held_out_scores)
         marked = self._marks()
-        bad_images = images.subset([]) if marked is None else marked.bad
-        bad = describe_for_head(
-            site.statistics,
-            Embeddings(embedder, bad_images),
-            learning,
-            bad_images.groups,
-            marks=[] if marked is None else marked.bad_marks,
-        )
+        bad_images, bad_marks = (images.subset([]), []) if marked is None else (marked.bad, marked.bad_marks)
+        bad = describe_marked(site.statistics, Embeddings(embedder, bad_images), learning, bad_marks)
         described = _Described(
             images=images, site=site, coordinates=Coordinates(good, symmetric=True), good=good, bad=bad
         )

@@ -39,15 +39,16 @@ from decisions import SHARED, rows
 
 from edgeflame.dataset import Dataset, ImageRecord
 from edgeflame.methods import DEFAULT_COST_OF_MISS, Learning
-from edgeflame.statistics.head import DefectHead, top_mean
+from edgeflame.statistics.head import DefectHead
 from edgeflame.tensors import F32, F64
 from fitting import expected_cost
-from fitting.crossfit import image_scores, make_folds, score_maps
+from fitting.crossfit import make_folds
 from fitting.defect_head import HeadFit, fit_head
 from fitting.embeddings import Embeddings
 from fitting.expected_cost import set_least_cost
-from fitting.head_training import HeadImages, describe_images, region_of
+from fitting.head_training import HeadImages, region_of
 from fitting.imageset import ImageSet
+from fitting.marked_images import describe_for_head
 from fitting.site_statistics import fit_statistics
 from fitting.threshold import set_threshold
 from trainer.exchange import open_learner
@@ -94,22 +95,6 @@ def prepare(dataset: Dataset) -> Set:
     embeddings = Embeddings(model.embedder, images)
     site = fit_statistics(embeddings, learning, groups_known=dataset.groups_known)
 
-    def described(of: Embeddings, records: Sequence[ImageRecord], held_out: F64 | None) -> HeadImages:
-        cells, distances, scores = [], [], []
-        for _, batch in of.batches(range(len(of))):
-            one = describe_images(site.statistics, batch)
-            cells.append(one[0])
-            distances.append(one[1])
-            scores.append(image_scores(score_maps(site.statistics, batch, learning.scoring)))
-        return HeadImages(
-            cells=np.concatenate(cells),
-            distances=np.concatenate(distances),
-            scores=np.concatenate(scores).astype(np.float64) if held_out is None else held_out,
-            groups=[record.group for record in records],
-            kinds=["" if record.is_good else record.label for record in records],
-            regions=[region(record) for record in records] if any(record.mask for record in records) else (),
-        )
-
     def region(record: ImageRecord) -> F32 | None:
         if record.mask is None:
             return None
@@ -118,8 +103,15 @@ def prepare(dataset: Dataset) -> Set:
 
     test = ImageSet(dataset.test, learning.input, on_unreadable="refuse")
     return Set(
-        good=described(embeddings, site.images.records, site.held_out_scores),
-        test=described(Embeddings(model.embedder, test, max_cache_bytes=0), test.records, None),
+        good=describe_for_head(site.statistics, embeddings, learning, site.images.groups, scores=site.held_out_scores),
+        test=describe_for_head(
+            site.statistics,
+            Embeddings(model.embedder, test, max_cache_bytes=0),
+            learning,
+            test.groups,
+            kinds=["" if record.is_good else record.label for record in test.records],
+            regions=[region(record) for record in test.records] if any(record.mask for record in test.records) else (),
+        ),
         labels=[record.label for record in test.records],
         grid=site.statistics.grid,
         learning=learning,
@@ -130,9 +122,7 @@ def factors(head: DefectHead | None, images: HeadImages) -> F64:
     """The head's factors, from cells instead of embeddings."""
     if head is None:
         return np.ones(len(images))
-    hidden = np.maximum(images.cells.astype(np.float32) @ head.weights + head.bias, 0)
-    logs: F64 = np.clip(top_mean(hidden @ head.out, head.top) + head.offset, -1.5, 1.5).astype(np.float64)
-    return np.exp(logs)
+    return np.exp(head.log_factors_of_cells(images.cells.astype(np.float32)).astype(np.float64))
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,13 @@ from sklearn.metrics import roc_auc_score
 from aggregator.simulation.data import SimulatedPart
 from boards.camera import Camera
 from edgeflame.methods import Learning
-from edgeflame.statistics.head import LIMIT, DefectHead, top_mean
+from edgeflame.statistics.head import DefectHead
 from edgeflame.tensors import F64
-from fitting.crossfit import cross_fit, image_scores, score_maps
+from fitting.crossfit import cross_fit
 from fitting.defect_head import fit_head
 from fitting.embeddings import Embedder, Embeddings
-from fitting.head_training import Coordinates, HeadImages, describe_images, layers_of
+from fitting.head_training import Coordinates, HeadImages, layers_of
+from fitting.marked_images import describe_for_head
 from fitting.shared_head import SharedHead, initial_head, judge, judging_both, train_round
 from trainer.embedding import TorchEmbedder
 from trainer.model import build_model
@@ -81,25 +82,17 @@ def prepare(embedder: Embedder, train: Sequence[SimulatedPart], tested: Tested, 
     groups = [group for group, _ in pictures]
     found = cross_fit(cast("Embeddings", embeddings), groups, learning)
 
-    def described(of: StoredEmbeddings, scores: F64 | None, groups: list[str], kinds: list[str]) -> HeadImages:
-        cells, distances, own = [], [], []
-        for _, batch in of.batches(range(len(of))):
-            one = describe_images(found.statistics, batch)
-            cells.append(one[0])
-            distances.append(one[1])
-            own.append(image_scores(score_maps(found.statistics, batch, learning.scoring)))
-        return HeadImages(
-            cells=np.concatenate(cells),
-            distances=np.concatenate(distances),
-            scores=np.concatenate(own).astype(np.float64) if scores is None else scores,
-            groups=groups,
-            kinds=kinds,
-        )
-
-    good = described(embeddings, found.held_out.scores, groups, [""] * len(groups))
     return Site(
-        good=good,
-        test=described(tested.embeddings, None, tested.groups, [label.replace("good", "") for label in tested.labels]),
+        good=describe_for_head(
+            found.statistics, cast("Embeddings", embeddings), learning, groups, scores=found.held_out.scores
+        ),
+        test=describe_for_head(
+            found.statistics,
+            cast("Embeddings", tested.embeddings),
+            learning,
+            tested.groups,
+            kinds=[label.replace("good", "") for label in tested.labels],
+        ),
         labels=np.array(tested.labels),
         grid=embedder.grid,
     )
@@ -151,10 +144,7 @@ def factors(head: DefectHead | None, images: HeadImages) -> F64:
     """The head's factors, from cells instead of embeddings."""
     if head is None:
         return np.ones(len(images))
-    hidden = np.maximum(images.cells.astype(np.float32) @ head.weights + head.bias, 0)
-    logs = np.clip(top_mean(hidden @ head.out, head.top) + head.offset, -LIMIT, LIMIT)
-    result: F64 = np.exp(logs.astype(np.float64))
-    return result
+    return np.exp(head.log_factors_of_cells(images.cells.astype(np.float32)).astype(np.float64))
 
 
 def rounds(sites: Sequence[Site], marks: Sequence[HeadImages], seed: int, num_rounds: int = ROUNDS) -> SharedHead:

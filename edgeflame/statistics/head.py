@@ -83,8 +83,11 @@ class DefectHead:
 
     def log_factors(self, embeddings: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """Logarithms ``[N]`` of the factors of embeddings ``[N, P, C]``, of the same type."""
-        cells = pooled_cells(embeddings, grid=self.grid, pool=self.pool)
-        dtype = embeddings.dtype
+        return self.log_factors_of_cells(pooled_cells(embeddings, grid=self.grid, pool=self.pool))
+
+    def log_factors_of_cells(self, cells: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Logarithms ``[N]`` of the factors of cells ``[N, Q, C]``, of the same type."""
+        dtype = cells.dtype
         hidden = np.maximum(cells @ self.weights.astype(dtype) + self.bias.astype(dtype), 0)
         logits = hidden @ self.out.astype(dtype)
         logs: npt.NDArray[np.floating] = np.clip(

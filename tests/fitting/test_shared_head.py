@@ -131,8 +131,14 @@ def test_a_head_that_tells_own_marks_worse_does_not_count(head: SharedHead, site
     turned = head.parameters.copy()
     second = slice(-MEMBERS - UNITS, -MEMBERS)
     turned[second] *= -1
-    fitted = judged(replace(head, parameters=turned), sites[0], seen_by(0, make(40, kind=0, seed=30, faint=5.0)))
+    bad = make(40, kind=0, seed=30)
+    # All over, or the largest logits would be those of cells that no defect touches.
+    cells = bad.cells.copy()
+    cells[:, :, 0] += 8.0
+    fitted = judged(replace(head, parameters=turned), sites[0], seen_by(0, replace(bad, cells=cells)))
     assert fitted.head is None
+    assert fitted.details["no_head"] == "it tells this site's own held-out marks from good parts worse"
+    assert all(one["gain"] < -0.2 for one in fitted.details["tried"])
 
 
 def test_what_judges_is_not_learnt_from_and_a_part_is_never_on_both_sides() -> None:
