@@ -9,6 +9,7 @@ Cameras are told who we are in many ways, and makers agree on none of them:
     ...?auth=BASE64, ?token=x, ?X-Amz-Signature=x      Hikvision; relays and clouds
     .../0/admin:x/main                                 recorders sold under many names
     rtsps://host:7441/KEY?enableSrtp                   UniFi Protect, where the path is the secret
+    https://hooks.example/services/KEY, .../webhook/KEY   chat rooms and automations that a line reports to
     user-id= and user-pw=, proxy-pw=, passphrase=      GStreamer's elements
     extra-headers="...,Authorization=Basic x"          the same
 
@@ -65,7 +66,10 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"(://[^\s?#]{1,300}\?(?:\S{0,300}&)?)[^\s=&:/]{1,100}:[^\s=&/]{1,300}(?=[&\s]|$)"), rf"\1{MASK}"),
     (re.compile(r"(:744[0-9]/)[\w-]+"), rf"\1{MASK}"),
-    (re.compile(r"([?&][up]=)[^\s&]*", re.IGNORECASE), rf"\1{MASK}"),
+    # Chat rooms and automations, where whoever knows the path may post.
+    (re.compile(r"(://hooks?\.[^\s/]{1,200}/)[^\s\"'?#]+", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"(://[^\s?#]{1,300}/(?:web)?hooks?(?:b2)?/)[^\s\"'?#]+", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"([?&](?:[up]|code|hash|md5)=)[^\s&]*", re.IGNORECASE), rf"\1{MASK}"),
     (_HEADER, rf"\1{MASK}"),
     (_PROPERTY, rf"\1{MASK}"),
     (_ASSIGNED, rf"\1{MASK}"),

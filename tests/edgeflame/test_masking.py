@@ -55,6 +55,12 @@ WITH_SECRETS = [
     "rtsps://192.168.1.1:7441/s3cretKey123?enableSrtp",
     f"srt://{HOST}:9000?mode=caller&passphrase={SECRET}",
     f"rtmp://{HOST}/live?streamkey={SECRET}",
+    # Web services.
+    f"https://hooks.chat.example/services/T0/B0/{SECRET}",
+    f"https://tenant.webhook.office.example/webhookb2/me@tenant/IncomingWebhook/{SECRET}/guid",
+    f"https://chat.example/api/webhooks/123/{SECRET}",
+    f"https://automation.example/webhook/{SECRET}",
+    f"https://functions.example/api/results?code={SECRET}",
     # Pipelines.
     f"rtspsrc location=rtsp://{HOST}/live user-id=admin user-pw={SECRET} ! decodebin",
     f'rtspsrc location=rtsp://{HOST}/live user-id="admin" user-pw="two {SECRET}" ! decodebin',
@@ -99,6 +105,8 @@ def test_no_secret_is_left(text: str) -> None:
         "C:/parts/a.png",
         "/data/2026-01-02T10:20:30/part.png",
         "the token of the page: see operator-token",
+        "webhook: http://mes.local/inspection/results: answered 503",
+        "/etc/edgeflame/hooks/before-start",
         "mqtt: the broker 127.0.0.1:1883 refuses the connection",
     ],
 )
