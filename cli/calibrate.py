@@ -98,7 +98,7 @@ def command(
     from edge.runtimes.interface import check_runtime_fits
     from edge.runtimes.load import open_runtime
     from edgeflame.dataset import LoadReport, open_dataset
-    from edgeflame.package import read_package, write_package
+    from edgeflame.package import read_package, rewrite_package
 
     target = _target(model, out, in_place=in_place)
     miss = cost_of_a_miss(cost_of_miss, defects)
@@ -148,8 +148,9 @@ def command(
     worse = None if target is None else _worse_promise(target, threshold, calibration)
     refused = worse is not None and not accept_worse
     if target is not None and not refused:
-        write_package(
+        rewrite_package(
             target,
+            package,
             manifest=replace(
                 manifest,
                 threshold=threshold,
@@ -163,14 +164,9 @@ def command(
                     },
                 },
             ),
-            model_onnx=package.model_onnx,
-            statistics=package.statistics,
-            head=package.head,
-            references=package.references,
             condition=_condition(
                 package, [record for record, fine in zip(kept, is_good, strict=True) if fine], good, maps[is_good]
             ),
-            fitted=package.fitted,
         )
     written = None if refused else target
     if as_json:

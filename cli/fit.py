@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
-from cli.options import cost_of_a_miss, dataset_options, defects_options, promise_options
+from cli.options import cost_of_a_miss, dataset_options, defects_options, promise_options, scores_option
 from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
@@ -75,13 +75,7 @@ log = EventLog("fit")
     metavar="DIR",
     help="Write index.html there: the images that look least normal, as pictures.",
 )
-@click.option(
-    "--scores",
-    "scores_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write there, as JSON, the score of each image, and what other thresholds would reject and promise.",
-)
+@scores_option
 @click.option(
     "--reference-images",
     type=click.IntRange(0, MAX_REFERENCES),

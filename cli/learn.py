@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from cli.options import cost_of_a_miss, dataset_options, json_option, model_option
+from cli.options import cost_of_a_miss, dataset_options, json_option, model_option, scores_option
 from cli.output import echo, print_json, print_threshold, progress_bar
 
 
@@ -38,6 +38,7 @@ from cli.output import echo, print_json, print_threshold, progress_bar
     metavar="X",
     help="What a missed bad part costs, in rejected good ones.  [default: 10]",
 )
+@scores_option
 @click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="Use so many CPU cores at most.  [default: all]"
 )
@@ -49,6 +50,7 @@ def command(
     marks: Path,
     out: Path,
     cost_of_miss: float | None,
+    scores_file: Path | None,
     threads: int | None,
     on_unreadable: Literal["skip", "refuse"],
     as_json: bool,
@@ -103,12 +105,15 @@ def command(
         learning=manifest.learning,
         weights=manifest.weights,
         provenance={**provenance, "statistics": learnt.site.details, "learnt_from_marks": learnt.details},
-        make_graph=partial(complete_graph, backbone.graph, head=learnt.head),
+        make_graph=partial(complete_graph, backbone.graph),
         product=manifest.product,
         site=manifest.site,
         references=choose_references(learnt.site.images, count),
-        head=learnt.head,
     )
+    if scores_file is not None:
+        from fitting.scores import scores_of, write_scores
+
+        write_scores(scores_file, scores_of(learnt.site, manifest.learning.calibration))
     if as_json:
         print_json({"package": str(out), "threshold": written.threshold, **learnt.details})
         return
@@ -116,7 +121,7 @@ def command(
         echo(f"left out: {number} {reason}", err=True)
     print_threshold(written.threshold)
     head = learnt.details["head"]
-    if learnt.head is None:
+    if learnt.site.head is None:
         echo(f"no head: {head.get('no_head', 'no bad part is marked')}")
     else:
         before, after = head["image_AUROC_before"], head["image_AUROC_after"]

@@ -221,6 +221,7 @@ def switch_model(lines: str, product: str, allow_older: bool, **options: Any) ->
 )  # fmt: skip
 @click.option("--same-part", is_flag=True, help="take: the picture shows the part of the photograph before.")
 @click.option("--value", type=float, metavar="X", help="threshold: one that the scores offer.  [default: as learnt]")
+@click.option("--marks", is_flag=True, help="learn: also from the parts that were marked as good or bad.")
 @click.option(
     "--alone", is_flag=True, help="try: in place of the present model, with the verdicts marked as a trial's."
 )
@@ -233,6 +234,7 @@ def teach(
     photographs: tuple[str, ...],
     same_part: bool,
     value: float | None,
+    marks: bool,
     alone: bool,
     **options: Any,
 ) -> None:
@@ -259,6 +261,7 @@ def teach(
         photographs=photographs,
         same_part=same_part,
         threshold=value,
+        marks=marks,
         alone=alone,
     )
     _send(lines, options, TeachProduct, order=order)

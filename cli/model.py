@@ -122,21 +122,12 @@ def rename(package_file: Path, product: str) -> None:
     import msgspec
 
     from edgeflame.errors import UsageError
-    from edgeflame.package import read_package, write_package
+    from edgeflame.package import read_package, rewrite_package
 
     if not product.strip() or len(product) > MAX_PRODUCT_CHARS or not product.isprintable():
         raise UsageError(f"product {product[:80]!r}: expected a name of 1 to {MAX_PRODUCT_CHARS} characters")
     package = read_package(package_file)
-    write_package(
-        package_file,
-        manifest=msgspec.structs.replace(package.manifest, product=product),
-        model_onnx=package.model_onnx,
-        statistics=package.statistics,
-        head=package.head,
-        references=package.references,
-        condition=package.condition,
-        fitted=package.fitted,
-    )
+    rewrite_package(package_file, package, manifest=msgspec.structs.replace(package.manifest, product=product))
     echo(f"{package_file}: {product}, before {package.manifest.product}")
     if package.signature_json is not None:
         echo(f"{package_file}: not signed any more; `edgeflame model sign` signs it", err=True)

@@ -221,6 +221,14 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where it runs."
 )
 
+scores_option = click.option(
+    "--scores",
+    "scores_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write there, as JSON, the score of each image, and what other thresholds would reject and promise.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -24,6 +24,7 @@ from edge.camera_worker import CameraWorker
 from edge.cameras import Cameras, Overrides, Plan
 from edge.commands.server import CommandServer
 from edge.config.inspection import RoiConfig
+from edge.config.outputs import WebConfig
 from edge.control import SNAPSHOTS_FOLDER, DaemonControl
 from edge.delivery.outbox import OUTBOX_FILE
 from edge.delivery.pipeline import OutboxWriter, Pipeline, open_pipeline
@@ -42,7 +43,7 @@ from edgeflame.log import EventLog
 from edgeflame.marks import MarkStore
 
 if TYPE_CHECKING:
-    from edge.config.outputs import ModbusConfig, WebConfig
+    from edge.config.outputs import ModbusConfig
     from edge.delivery.plc import PlcSink
 
 
@@ -309,10 +310,11 @@ def run_inspection(
                 control.on_change(lambda: mqtt.set_state(LineState.of(control.statuses(), boot=boot)))
             stack.enter_context(open_monitoring(cameras.plan, workers, control, state))
             has_torch = importlib.util.find_spec("torch") is not None
-            teacher = stack.enter_context(LineTeacher(state, cameras, control, config.teaching, torch=has_torch))
+            marks = MarkStore(state / MARKS_FOLDER, max_marks=(config.web or WebConfig()).max_marks)
+            teacher = stack.enter_context(LineTeacher(state, cameras, control, config.teaching, marks, torch=has_torch))
             control.teacher = teacher
             if config.web is not None:
-                outlets += _page(stack, config.web, state, pipeline, control, plcs, models, pictures, teacher)
+                outlets += _page(stack, config.web, state, pipeline, control, plcs, models, pictures, teacher, marks)
             stack.callback(_start_flush, pipeline, plcs)
             outlet = stack.enter_context(OutboxWriter(pipeline.outbox, [*outlets, Disposal()]))
         if models is not None:
@@ -394,6 +396,7 @@ def _page(
     models: ReleasedModels | None,
     pictures: RejectsSink | None,
     teacher: LineTeacher,
+    store: MarkStore,
 ) -> list[Sink]:
     """Serve the operator's page until the stack unwinds; returns the sinks that feed it."""
     with require_extra("web", "[web] needs more than is installed here"):
@@ -411,7 +414,7 @@ def _page(
     metrics.registry.register(HostMetrics(state, plcs, certificate_expires=expires))
     if models is not None:
         metrics.registry.register(RolloutMetrics(models.metrics))
-    marks = PartMarks(MarkStore(state / MARKS_FOLDER, max_marks=config.max_marks), history, control.statuses)
+    marks = PartMarks(store, history, control.statuses)
     control.marker = marks
     page = OperatorPage(
         config,

@@ -263,6 +263,26 @@ def write_package(
     write_archive(path, {MANIFEST_MEMBER: document, **members})
 
 
+def rewrite_package(
+    path: Path, package: Package, *, manifest: Manifest, condition: DriftReference | None = None
+) -> None:
+    """Write a package again with another manifest, or another drift reference; a signature is lost.
+
+    Raises:
+        StorageError: it cannot be written; an old file at ``path`` is intact.
+    """
+    write_package(
+        path,
+        manifest=manifest,
+        model_onnx=package.model_onnx,
+        statistics=package.statistics,
+        head=package.head,
+        references=package.references,
+        condition=condition or package.condition,
+        fitted=package.fitted,
+    )
+
+
 def reference_member(index: int) -> str:
     """Name of a reference image's member."""
     return f"reference/{index}.png"

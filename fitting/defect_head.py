@@ -118,9 +118,10 @@ def _fit_head(good: HeadImages, bad: HeadImages, *, grid: tuple[int, int], seed:
         "tried": tried,
     }
     if weight == 0.0:
-        return _none(
-            without, "held-out marks are told from good parts worse with one, or kinds that it did not see", details
-        )
+        reason = "held-out marks are told from good parts worse with one, or kinds that it did not see"
+        if base_seen.min() == 1.0:
+            reason = "all held-out marks are told from all good parts without one"
+        return _none(without, reason, details)
     layers = train(coordinates, good, bad, seed)
     result = HeadFit(
         head=layers.as_head(coordinates, grid=grid, scale=weight * spread / deviation, centre=centre),

@@ -28,7 +28,6 @@ from edgeflame.marks import MarkStore
 from edgeflame.methods import Learning
 from edgeflame.package import Package
 from edgeflame.statistics.gaussian import LowRankGaussian
-from edgeflame.statistics.head import DefectHead
 from edgeflame.tensors import F64
 from fitting.crossfit import image_scores, score_maps
 from fitting.defect_head import HeadFit, fit_head
@@ -45,7 +44,7 @@ from fitting.marked_images import (
     usable_marks,
     without_known_bad,
 )
-from fitting.site_statistics import SiteStatistics, fit_statistics
+from fitting.site_statistics import SiteStatistics, find_influential, fit_statistics
 from fitting.threshold import set_threshold
 
 log = EventLog("learn")
@@ -86,15 +85,14 @@ class LearntModel:
     """What was learnt from marks.
 
     Attributes:
-        site: statistics, threshold and held-out scores with the head.
-        head: None where it would not help, or there are too few marks.
+        site: statistics, threshold and held-out scores with the head; without one where it would not help, or there
+            are too few marks.
         comparison: with the present package.
         left_out: reason to the number of marks left out for it.
         details: for a package's provenance.
     """
 
     site: SiteStatistics
-    head: DefectHead | None
     comparison: MarkComparison
     left_out: Counter[str]
     details: dict[str, Any]
@@ -172,6 +170,7 @@ def learn(
             groups_known=dataset.groups_known,
             num_left_out=site.threshold.num_left_out,
         )
+        influential = find_influential(site.images, fitted.good_scores, learning, threshold)
         if len(bad):
             threshold = set_least_cost(
                 threshold,
@@ -208,14 +207,7 @@ def learn(
     log.info("learnt_from_marks", good=len(marked_good), bad=len(bad), has_head=fitted.head is not None)
     images.report.digests.update(bad.report.digests)
     return LearntModel(
-        site=replace(
-            site,
-            threshold=threshold,
-            held_out_scores=fitted.good_scores,
-            # The head multiplies the whole map.
-            held_out_means=site.held_out_means * fitted.good_scores / site.held_out_scores,
-        ),
-        head=fitted.head,
+        site=site.with_head(fitted.head, fitted.good_scores, threshold, influential),
         comparison=comparison,
         left_out=left_out,
         details=details,

@@ -103,7 +103,12 @@ class GraphFunction(Protocol):
     """Makes the scoring graph of a network, which it knows, and its statistics."""
 
     def __call__(
-        self, statistics: PackageStatistics, *, smoothing_sigma: float, metadata: Mapping[str, str]
+        self,
+        statistics: PackageStatistics,
+        *,
+        smoothing_sigma: float,
+        metadata: Mapping[str, str],
+        head: DefectHead | None = None,
     ) -> bytes: ...
 
 
@@ -119,14 +124,13 @@ def save_package(
     product: str,
     site: str | None,
     references: ImageU8 | None = None,
-    head: DefectHead | None = None,
 ) -> Manifest:
     """Put the scoring graph together and write the package, whole or not at all.
 
     Args:
         path: of the package.
         embedder: what the statistics were fitted with.
-        site_statistics: statistics and threshold.
+        site_statistics: statistics and threshold, and the head of marked defects, if there is one.
         learning: how it was learnt.
         weights: where the backbone's weights came from.
         provenance: how the learning went.
@@ -134,7 +138,6 @@ def save_package(
         product: the kind of part.
         site: where it was fitted, if that has a name.
         references: good images ``[R, height, width, 3]`` that go into the package; None for none.
-        head: of marked defects; the graph that ``make_graph`` makes has it too.
 
     Raises:
         StorageError: the package cannot be written.
@@ -160,10 +163,11 @@ def save_package(
             "backbone": learning.backbone.name,
             "weights_sha256": weights.sha256,
         },
+        head=site_statistics.head,
     )
     condition = site_drift_reference(site_statistics, references)
     smoothing = learning.scoring.smoothing_sigma
-    statistics = site_statistics.statistics
+    statistics, head = site_statistics.statistics, site_statistics.head
     write_package(
         path,
         manifest=manifest,

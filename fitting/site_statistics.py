@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,38 @@ class SiteStatistics:
     influential: tuple[InfluentialPart, ...] = ()
     head: DefectHead | None = None
     details: dict[str, Any] = field(default_factory=dict)
+
+    def with_head(
+        self,
+        head: DefectHead | None,
+        scores: npt.NDArray[np.float64],
+        threshold: Threshold,
+        influential: tuple[InfluentialPart, ...],
+    ) -> SiteStatistics:
+        """The same with a head, which multiplies the whole map of an image.
+
+        Args:
+            head: None: none counts.
+            scores: ``[N]`` with the head, of one that did not see them.
+            threshold: of these.
+            influential: of these.
+        """
+        factors = scores / self.held_out_scores
+        of_image = {record.path: float(factor) for record, factor in zip(self.images.records, factors, strict=True)}
+        suspects = []
+        for one in self.suspects:
+            factor = of_image.get(one.record.path, 1.0)
+            shown = (one.anomaly_map * factor).astype(np.float32)
+            suspects.append(replace(one, score=one.score * factor, anomaly_map=shown))
+        return replace(
+            self,
+            head=head,
+            threshold=threshold,
+            held_out_scores=scores,
+            held_out_means=self.held_out_means * factors,
+            suspects=tuple(sorted(suspects, key=lambda one: -one.score)),
+            influential=influential,
+        )
 
 
 def fit_statistics(

@@ -26,7 +26,7 @@ from fitting.imageset import ImageSet
 from fitting.marked_images import SiteMarks, describe_for_head, describe_marked
 from fitting.prior import FleetPrior
 from fitting.shared_head import SharedHead, initial_head, judge, judging_both, read_head, train_round, write_head
-from fitting.site_statistics import SiteStatistics, fit_statistics
+from fitting.site_statistics import SiteStatistics, find_influential, fit_statistics
 from fitting.threshold import set_threshold
 from trainer.agent.tasks import TaskResult, TrainTask
 from trainer.embedding import TorchEmbedder
@@ -216,15 +216,11 @@ class HeadModel:
                 seed=learning.seed,
             )
         details = {"num_bad_marks": len(bad), "marks_left_out": self._learner.left_out(), **fitted.details}
-        return replace(
-            site,
-            threshold=threshold,
-            head=fitted.head,
-            held_out_scores=fitted.good_scores,
-            # The head multiplies the whole map.
-            held_out_means=site.held_out_means * fitted.good_scores / site.held_out_scores,
-            details={**site.details, "head": details},
-        )
+        influential = site.influential
+        if fitted.head is not None:
+            influential = find_influential(site.images, fitted.good_scores, learning, threshold)
+        site = site.with_head(fitted.head, fitted.good_scores, threshold, influential)
+        return replace(site, details={**site.details, "head": details})
 
 
 def _bad_that_count(fitted: HeadFit, good: HeadImages, bad: HeadImages, seed: int) -> np.ndarray[Any, Any]:

@@ -196,13 +196,10 @@ class TorchSiteTrainer:
                 learning=self._learning,
                 weights=model.weights,
                 provenance={"kind": "federated", "ledger": task.ledger, "statistics": result.details},
-                make_graph=functools.partial(
-                    self._exporter, network, preprocessing=self._learning.input, head=result.head
-                ),
+                make_graph=functools.partial(self._exporter, network, preprocessing=self._learning.input),
                 product=self._product or "product",
                 site=self._site,
                 references=choose_references(result.images, self._num_references),
-                head=result.head,
             )
         threshold = result.threshold
         return TaskResult(

@@ -1,7 +1,8 @@
-"""Learning: ``edgeflame fit`` in a process of its own, with bounded cores and memory, watched by a thread.
+"""Learning: ``edgeflame fit``, or ``learn`` with marks, in a process of its own, watched by a thread.
 
-The process gives way to the line (:mod:`edge.teaching.launch`) and is ended when it takes more memory than allowed.
-What it makes is taken over whole or not at all; whatever becomes of it, photographs and the model before are untouched.
+It has bounded cores and memory, gives way to the line (:mod:`edge.teaching.launch`), and is ended when it takes more
+memory than allowed. What it makes is taken over whole or not at all; whatever becomes of it, photographs and the model
+before are untouched.
 """
 
 from __future__ import annotations
@@ -36,9 +37,22 @@ log = EventLog("teaching")
 _POLL_S = 0.2
 READING, STATISTICS = "Reading images", "Statistics and threshold"
 _SHARES = {READING: (0.02, 0.1), STATISTICS: (0.1, 0.95)}
-"""Where in the whole the stages of ``fit`` lie that take the time."""
+"""Where in the whole the stages lie that take the time."""
 
 MODEL_FILE, SCORES_FILE = "model.edgeflame", "scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarksToLearn:
+    """What ``learn`` needs.
+
+    Attributes:
+        folder: of the marks.
+        package: the present one, which the candidate is compared with; it gives the base network, too.
+    """
+
+    folder: Path
+    package: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +119,13 @@ class LearningProcess:
         with self._lock:
             return self._progress if product == self._product else None
 
-    def start(self, record: TeachingRecord, folder: Path, base: Path | None) -> None:
+    def start(self, record: TeachingRecord, folder: Path, base: Path | MarksToLearn | None) -> None:
         """Begin to learn.
 
         Args:
             record: the product's.
             folder: the product's.
-            base: package or file with the base network; None: PyTorch makes it.
+            base: package or file with the base network; None: PyTorch makes it; marks: learn from them, too.
 
         Raises:
             UsageError: another product is being learnt.
@@ -242,21 +256,21 @@ class _Clock:
         return round((time.monotonic() - begun_s) / advanced * (1.0 - self.done), 0) if advanced > 0.01 else None
 
 
-def _lay_out(record: TeachingRecord, folder: Path, work: Path, base: Path | None) -> list[str]:
-    """Lay out the photographs in a folder for ``fit``; returns the command."""
+def _lay_out(record: TeachingRecord, folder: Path, work: Path, base: Path | MarksToLearn | None) -> list[str]:
+    """Lay out the photographs in a folder for ``fit`` or ``learn``; returns the command."""
     with storage_errors(work, "use"):
         shutil.rmtree(work, ignore_errors=True)
         (work / "data").mkdir(parents=True)
     for one in record.good:
         link_or_copy(folder / "photographs" / one.name, work / "data" / one.name)
-    command = [
-        sys.executable, "-m", "edgeflame", "fit", "--data", work / "data", "--out", work / MODEL_FILE,
-        "--product", record.product, "--scores", work / SCORES_FILE, "--device", "cpu",
-    ]  # fmt: skip
-    if record.region is not None:
-        command += ["--roi", ",".join(map(str, record.region))]
-    if base is not None:
-        command += ["--backbone-from", base]
+    command: list[str | Path] = [sys.executable, "-m", "edgeflame"]
+    if isinstance(base, MarksToLearn):
+        command += ["learn", "--model", base.package, "--marks", base.folder]
+    else:
+        command += ["fit", "--product", record.product, "--device", "cpu"]
+        command += [] if record.region is None else ["--roi", ",".join(map(str, record.region))]
+        command += [] if base is None else ["--backbone-from", base]
+    command += ["--data", work / "data", "--out", work / MODEL_FILE, "--scores", work / SCORES_FILE]
     grouped = len(record.good) > record.num_parts
     if grouped or all(one.part_known for one in record.good):
         groups = work / f"{record.product}.groups.csv"

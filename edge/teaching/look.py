@@ -14,7 +14,7 @@ from edge.overlay import draw_overlay
 from edge.teaching.record import THUMB_SIDE, TeachingRecord
 from edgeflame.errors import DataError, StorageError
 from edgeflame.images import ImageU8, read_image, shrink
-from edgeflame.package import read_package, write_package
+from edgeflame.package import read_package, rewrite_package
 from fitting.scores import FitScores, ThresholdChoice, read_scores
 
 PictureKind = Literal["photographs", "refused", "heat"]
@@ -100,18 +100,14 @@ def with_threshold(source: Path, target: Path, scores: FitScores, chosen: float)
         chosen_by="expected",
         with_more_parts=None,
     )
-    write_package(
+    rewrite_package(
         target,
+        package,
         manifest=msgspec.structs.replace(
             manifest,
             threshold=threshold,
             provenance={**manifest.provenance, "chosen": {"previous_threshold": manifest.threshold.value}},
         ),
-        model_onnx=package.model_onnx,
-        statistics=package.statistics,
-        references=package.references,
-        condition=package.condition,
-        fitted=package.fitted,
     )
 
 

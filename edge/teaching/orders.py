@@ -55,6 +55,8 @@ class TeachingOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """For ``take``: the picture shows the part of the photograph before."""
     threshold: float | None = None
     """For ``threshold``: one of those that the scores offer; left out: as it was learnt."""
+    marks: bool = False
+    """For ``learn``: also from what people marked, by a process that compares what it learns with the present model."""
     alone: bool = False
     """For ``try``: it judges in place of the present model, and its verdicts are marked as a trial's."""
 
@@ -88,6 +90,13 @@ class TrialStatus(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
+class MarkedParts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many parts people marked."""
+
+    good: int = 0
+    bad: int = 0
+
+
 class ProductTeaching(msgspec.Struct, frozen=True, kw_only=True):
     """How a product that is taught stands."""
 
@@ -110,6 +119,8 @@ class ProductTeaching(msgspec.Struct, frozen=True, kw_only=True):
     """Parts that came while one was being written, since the start."""
     promises: tuple[PossiblePromise, ...]
     learning: LearningProgress | None
+    marked: MarkedParts
+    """Marks of this product, to learn from."""
     learnt: TaughtModel | None
     is_outdated: bool
     """Whether photographs or region have changed since it was learnt."""

@@ -66,6 +66,19 @@ class RefusedPicture(msgspec.Struct, frozen=True, kw_only=True):
     captured: dt.datetime
 
 
+class LearntMarks(msgspec.Struct, frozen=True, kw_only=True):
+    """What marks made of a model; keys of a package's provenance ``learnt_from_marks``."""
+
+    num_good_marks: int
+    num_bad_marks: int
+    left_out: dict[str, int]
+    """Reason to the number of marks left out for it."""
+    comparison: str
+    """With the model before, on parts that neither saw, for people."""
+    look_at: tuple[str, ...] = ()
+    """Pictures of marks that the others contradict."""
+
+
 class TaughtModel(msgspec.Struct, frozen=True, kw_only=True):
     """A model that was learnt and waits for a person."""
 
@@ -80,6 +93,8 @@ class TaughtModel(msgspec.Struct, frozen=True, kw_only=True):
     """As it was learnt, raw distance."""
     chosen: float | None = None
     """The threshold that a person chose; null: as it was learnt."""
+    marks: LearntMarks | None = None
+    """Null: it was learnt from photographs alone."""
 
 
 class LiveModel(msgspec.Struct, frozen=True, kw_only=True):

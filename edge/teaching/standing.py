@@ -7,7 +7,7 @@ from typing import Literal
 from edge.inspector import Inspector, InspectorProtocol
 from edge.teaching.going_live import other_size
 from edge.teaching.look import chosen_promise
-from edge.teaching.orders import LearningProgress, PossiblePromise, ProductTeaching, TrialStatus
+from edge.teaching.orders import LearningProgress, MarkedParts, PossiblePromise, ProductTeaching, TrialStatus
 from edge.teaching.record import TeachingRecord
 from fitting.scores import FitScores
 
@@ -29,6 +29,7 @@ def standing_of(
     num_passed_over: int,
     learning: LearningProgress | None,
     trial: TrialStatus | None,
+    marked: MarkedParts,
 ) -> ProductTeaching:
     """How a product stands.
 
@@ -40,6 +41,7 @@ def standing_of(
         num_passed_over: parts that came while one was being written.
         learning: how far learning has come; None: it is not being learnt.
         trial: None: it is not being tried.
+        marked: how many parts of it people marked.
     """
     notes = []
     if camera_frame is not None and record.frame is not None and camera_frame != record.frame:
@@ -69,6 +71,7 @@ def standing_of(
         num_passed_over=num_passed_over,
         promises=tuple(PossiblePromise(parts=count, promised=_tightest(count)) for count in STEPS),
         learning=learning,
+        marked=marked,
         learnt=record.learnt,
         is_outdated=record.is_outdated,
         promise=None if record.learnt is None or scores is None else chosen_promise(scores, record.learnt.chosen),

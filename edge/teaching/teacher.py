@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +25,23 @@ from edge.config.outputs import TeachingConfig
 from edge.control import DaemonControl
 from edge.teaching.collector import Collector, look_alike
 from edge.teaching.going_live import GoingLive, other_size
-from edge.teaching.learning import MODEL_FILE, SCORES_FILE, LearningProcess, LearningResult, Outcome
+from edge.teaching.learning import (
+    MODEL_FILE,
+    SCORES_FILE,
+    LearningProcess,
+    LearningResult,
+    MarksToLearn,
+    Outcome,
+)
 from edge.teaching.look import PictureKind, as_jpeg, photograph_jpeg
-from edge.teaching.orders import ProductTeaching, TeachingOrder, TeachingStatus
-from edge.teaching.record import FOLDER, TaughtModel, TeachingRecord, TeachingStore, check_region
+from edge.teaching.orders import MarkedParts, ProductTeaching, TeachingOrder, TeachingStatus
+from edge.teaching.record import FOLDER, LearntMarks, TaughtModel, TeachingRecord, TeachingStore, check_region
 from edge.teaching.standing import STEPS, standing_of
 from edge.teaching.trials import Trials
 from edgeflame.cpus import usable_cpus
-from edgeflame.errors import DataError, EdgeFlameError, UsageError
+from edgeflame.errors import DataError, EdgeFlameError, StorageError, UsageError
 from edgeflame.log import EventLog
+from edgeflame.marks import MarkStore
 from edgeflame.mqtt.topics import check_name
 from edgeflame.package import read_package
 from edgeflame.state import atomic_copy, storage_errors
@@ -57,6 +66,7 @@ class LineTeacher:
         cameras: the daemon's.
         control: switches products.
         config: section ``[teaching]``.
+        marks: what people said parts really were.
         torch: whether PyTorch could make a base network.
     """
 
@@ -66,6 +76,7 @@ class LineTeacher:
         cameras: Cameras,
         control: DaemonControl,
         config: TeachingConfig,
+        marks: MarkStore,
         *,
         torch: bool = False,
     ) -> None:
@@ -73,6 +84,7 @@ class LineTeacher:
         self._cameras = cameras
         self._control = control
         self._config = config
+        self._marks = marks
         self._torch = torch
         self._lock = threading.RLock()
         self._workers = {worker.name: worker for worker in cameras.workers}
@@ -154,14 +166,15 @@ class LineTeacher:
                 actions[order.action](order)
                 self._store.touched()
             if order.action == "discard":
-                return self._status(TeachingRecord(product=order.product, camera="", created=_now()))
-        return self._status(self._store.get(order.product))
+                return self._status(TeachingRecord(product=order.product, camera="", created=_now()), Counter())
+        return self._status(self._store.get(order.product), self._marked())
 
     def status(self) -> TeachingStatus:
         """How all products stand."""
         frames = {name: frame for name in self._collectors if (frame := self._frame(name)) is not None}
+        marked = self._marked()
         return TeachingStatus(
-            products=tuple(self._status(record) for record in self._store.records),
+            products=tuple(self._status(record, marked) for record in self._store.records),
             frames=frames,
             damaged=dict(self._store.damaged),
         )
@@ -280,7 +293,7 @@ class LineTeacher:
             )
         if record.region is not None:
             check_region(record.region, record.frame)
-        base = self._base(record)
+        base = self._present(record) if order.marks else self._base(record)
         self._stop(order)
         self._trials.end(record.product)
         self._store.change(record.product, lambda one: replace(one, learning_since=_now(), problem=None))
@@ -375,6 +388,7 @@ class LineTeacher:
         atomic_copy(made.folder / SCORES_FILE, (folder / name).with_suffix(".json"))
         manifest = package.manifest
         roi = manifest.learning.input.roi
+        told = manifest.provenance.get("learnt_from_marks")
         learnt = TaughtModel(
             file=name,
             sha256=package.sha256,
@@ -382,6 +396,7 @@ class LineTeacher:
             photographs=made.photographs,
             region=None if roi is None else (roi.x, roi.y, roi.width, roi.height),
             threshold=manifest.threshold.value,
+            marks=None if told is None else msgspec.convert(told, LearntMarks),
         )
         self._store.change(product, lambda one: replace(one, learning_since=None, learnt=learnt, problem=None))
         kept = {Path(name).name, Path(name).with_suffix(".json").name}
@@ -428,6 +443,33 @@ class LineTeacher:
         height, width = last.frame.image_bgr.shape[:2]
         return width, height
 
+    def _present(self, record: TeachingRecord) -> MarksToLearn:
+        """The model that one learnt from marks is compared with: the one that is live, or the last learnt."""
+        folder = self._store.path(record.product)
+        if _marked_parts(self._marked(), record.product) == MarkedParts():
+            raise UsageError(f"{record.product}: no part is marked as good or bad yet")
+        if record.live:
+            package = folder / record.live[0].file
+        elif record.learnt is not None:
+            package = folder / record.learnt.file
+        else:
+            raise UsageError(f"{record.product}: nothing has been learnt yet; learn from the photographs alone first")
+        roi = read_package(package).manifest.learning.input.roi
+        if record.region != (None if roi is None else (roi.x, roi.y, roi.width, roi.height)):
+            raise UsageError(
+                f"{record.product}: the region has changed since the model was learnt; learn from the photographs "
+                "alone first, and have that go live"
+            )
+        return MarksToLearn(folder=self._marks.folder, package=package)
+
+    def _marked(self) -> Counter[tuple[str, str]]:
+        """How many marks there are, by product (empty: not known) and by what the part was."""
+        try:
+            return Counter((mark.product, mark.was) for mark in self._marks.marks())
+        except StorageError as exc:
+            log.error("marks_unreadable", reason=str(exc))
+            return Counter()
+
     def _base(self, record: TeachingRecord) -> Path | None:
         """Package or file with the base network; None: PyTorch makes it."""
         if self._config.base is not None:
@@ -455,7 +497,7 @@ class LineTeacher:
             shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def _status(self, record: TeachingRecord) -> ProductTeaching:
+    def _status(self, record: TeachingRecord, marked: Counter[tuple[str, str]]) -> ProductTeaching:
         worker, collector = self._workers.get(record.camera), self._collectors.get(record.camera)
         return standing_of(
             record,
@@ -465,7 +507,13 @@ class LineTeacher:
             num_passed_over=0 if collector is None else collector.num_passed_over,
             learning=self._learner.progress(record.product),
             trial=self._trials.status(record.product),
+            marked=_marked_parts(marked, record.product),
         )
+
+
+def _marked_parts(marked: Counter[tuple[str, str]], product: str) -> MarkedParts:
+    good, bad = (marked[product, was] + marked["", was] for was in ("good", "bad"))
+    return MarkedParts(good=good, bad=bad)
 
 
 def _now() -> dt.datetime:

@@ -24,6 +24,7 @@ from edge.result import Inspected, Result
 from edge.teaching.orders import ProductTeaching, TeachingOrder
 from edge.teaching.teacher import LineTeacher
 from edgeflame.images import ImageU8
+from edgeflame.marks import MarkStore, TrueLabel
 from tests.support.small_package import good_image
 from tests.support.waiting import wait_for
 
@@ -62,6 +63,7 @@ class TaughtLine:
     teacher: LineTeacher
     results: list[Result]
     inspected: list[Inspected]
+    marks: MarkStore
 
     def feed(self, image: ImageU8) -> Result:
         """Have a part pass, and wait for its verdict, the listeners, and the collector's thread."""
@@ -93,11 +95,26 @@ class TaughtLine:
         self.feed(image)
         asking.join()
 
-    def learn(self, product: str = "cap") -> ProductTeaching:
+    def learn(self, product: str = "cap", *, marks: bool = False) -> ProductTeaching:
         """Learn, and wait for what comes of it."""
-        self.order("learn", product)
+        self.order("learn", product, marks=marks)
         wait_for(lambda: self.order("status", product).learning is None, "the end of learning", timeout_s=300)
         return self.order("status", product)
+
+    def mark_parts(self, region: tuple[int, int, int, int], *, good: int = 2, bad: int = 8) -> None:
+        """Say of good parts, and of parts with a faint hole, what they were, and of one of another product."""
+        x, y, width, height = region
+
+        def mark(name: str, image: ImageU8, was: TrueLabel, product: str = "cap") -> None:
+            self.marks.add(name, image[y : y + height, x : x + width].copy(), was, product=product)
+
+        for seed in range(good):
+            mark(f"good-{seed}", part(300 + seed), "good")
+        for seed in range(bad):
+            image = part(400 + seed).astype(int)
+            image[30:50, 40:60] -= 9
+            mark(f"bad-{seed}", np.clip(image, 0, 255).astype(np.uint8), "bad")
+        mark("other", part(500), "bad", "lid")
 
 
 def part(seed: int) -> ImageU8:
@@ -151,7 +168,8 @@ def taught_line(
         def on_part(self, _captured: object, one: Inspected) -> None:
             results.append(one.result)
 
-    with LineTeacher(state, cameras, control, teaching, torch=torch) as teacher:
+    marks = MarkStore(state / "marks")
+    with LineTeacher(state, cameras, control, teaching, marks, torch=torch) as teacher:
         control.teacher = teacher
         worker.add_listener(Last())
         thread.start()
@@ -164,6 +182,7 @@ def taught_line(
                 teacher=teacher,
                 results=results,
                 inspected=inspected,
+                marks=marks,
             )
         finally:
             halt.set()

@@ -2,11 +2,15 @@
 // What was learnt: look at it, try it, go live and back.
 
 const SUSPECTS_SHOWN = 12;
+const MARKED = "marks/"; // begins the names of marked pictures among the scores
 let scores = null; // of the model learnt: { of: its digest, found }
 
 async function showLook(one) {
   if (!one.learnt) { $("step-look").hidden = true; return; }
   text("promise", one.promise || "");
+  const told = one.learnt.marks;
+  $("compared").hidden = !told;
+  if (told) text("compared", comparedWith(told));
   $("outdated").hidden = !one.is_outdated;
   $("threshold-own").disabled = one.learnt.chosen === null;
   const wanted = `${one.product}/${one.learnt.sha256}`;
@@ -30,8 +34,11 @@ async function showLook(one) {
     const item = make("li");
     const button = make("button");
     button.type = "button";
-    button.append(framed(`api/teaching/${encodeURIComponent(one.product)}/heat/${each.name}?side=480`), make("span"), make("span"));
+    const ofMark = each.name.startsWith(MARKED);
+    const picture = ofMark ? `api/marks/${encodeURIComponent(each.name.split("/").pop().replace(/\.png$/, ""))}.jpg` : `api/teaching/${encodeURIComponent(one.product)}/heat/${each.name}?side=480`;
+    button.append(framed(picture), make("span"), make("span"));
     button.addEventListener("click", () => {
+      if (ofMark) { showTab("marks"); return; }
       const isOut = button.classList.contains("out");
       teach(isOut ? "take-back" : "throw-out", { photographs: [each.name] }, isOut ? "Taken back in." : "Thrown out. Learn again to have it count.");
     });
@@ -43,9 +50,15 @@ async function showLook(one) {
     const ratio = each.score / value;
     button.className = isOut ? "out" : ratio > 1 ? "fail" : "";
     button.children[1].textContent = `${ratio > 1 ? SIGNS.fail : SIGNS.pass} ${ratio.toFixed(2)}`;
-    button.children[2].textContent = isOut ? "click to take it back in" : "click to throw it out";
+    button.children[2].textContent = each.name.startsWith(MARKED) ? "marked good" : isOut ? "click to take it back in" : "click to throw it out";
     button.setAttribute("aria-label", `${each.name}, ${ratio.toFixed(2)} × threshold: ${button.children[2].textContent}`);
   });
+}
+
+function comparedWith(told) {
+  const out = Object.entries(told.left_out).map(([why, count]) => `${count} left out: ${why}`);
+  const odd = told.look_at.length ? `look again at ${told.look_at.map((name) => name.split("/").pop()).join(", ")} under Marks: the others contradict ${told.look_at.length > 1 ? "them" : "it"}` : "";
+  return [`compared with the present model: ${told.comparison}`, ...out, odd].filter(Boolean).map(sentence).join(" ");
 }
 
 function nearest(choices, value) {

@@ -9,6 +9,7 @@ const chosenPhotographs = new Set();
 const isShown = (id) => !$(id).hidden;
 const product = () => taught.products.find((one) => one.product === chosenProduct) || taught.products[0] || null;
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const countMarks = (good, bad) => `${many(good + bad, "mark")} (${good} good, ${bad} bad)`;
 const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 
 function heardOfTeaching(version) {
@@ -301,14 +302,18 @@ function showLearning(one) {
   $("learn").hidden = Boolean(going);
   $("learn").disabled = one.num_parts < LEAST_PARTS;
   text("learn", one.learnt ? "Learn again" : "Learn");
+  const { good, bad } = one.marked;
+  $("learn-marks").hidden = Boolean(going) || !one.learnt || good + bad === 0;
+  $("learn-marks").disabled = one.num_parts < LEAST_PARTS;
   if (going) $("learning").value = going.done;
   const left = going && going.left_s !== null ? `, about ${going.left_s > 90 ? `${Math.ceil(going.left_s / 60)} min` : `${Math.ceil(going.left_s)} s`} left` : "";
   text("learn-told", going ? `${going.stage}: ${Math.round(100 * going.done)} %${left} · ${going.memory_mib} MiB`
     : one.num_parts < LEAST_PARTS ? `${LEAST_PARTS - one.num_parts} more good parts are needed at least; thirty are better`
-      : one.learnt ? `learnt from ${many(one.learnt.photographs.length, "photograph")}, ${new Date(one.learnt.at).toLocaleString()}` : "");
+      : one.learnt ? `learnt from ${many(one.learnt.photographs.length, "photograph")}${one.learnt.marks ? ` and ${countMarks(one.learnt.marks.num_good_marks, one.learnt.marks.num_bad_marks)}` : ""}, ${new Date(one.learnt.at).toLocaleString()}${good + bad ? `; ${countMarks(good, bad)} now` : ""}` : "");
 }
 
 $("learn").addEventListener("click", () => teach("learn", {}, "It learns. The line goes on inspecting."));
+$("learn-marks").addEventListener("click", () => teach("learn", { marks: true }, "It learns from what was marked as well. The line goes on inspecting."));
 $("learn-cancel").addEventListener("click", () => teach("cancel", {}, "Learning ends."));
 
 // Begin and choose.

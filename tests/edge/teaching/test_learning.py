@@ -15,6 +15,7 @@ from edge.config import VerdictConfig
 from edge.config.inspection import RoiConfig
 from edge.config.outputs import TeachingConfig
 from edge.teaching.look import with_threshold
+from edge.teaching.orders import MarkedParts
 from edge.teaching.record import TeachingStore
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, UsageError
 from edgeflame.package import read_package
@@ -118,6 +119,76 @@ class TestLook:
             assert package.manifest.provenance["chosen"]
             with pytest.raises(DataError, match="none of the thresholds"):
                 with_threshold(package_file, state / "x.edgeflame", line.teacher.scores("cap"), 1.0)
+
+
+class TestMarks:
+    """Learning again, with what people marked."""
+
+    def test_a_candidate_is_learnt_compared_and_goes_live_with_its_head(self, state: Path, package_file: Path) -> None:
+        with taught_line(state, package_file) as line:
+            before = line.order("live").live[0]
+            assert line.order("status").marked == MarkedParts()
+            line.mark_parts(REGION)
+            assert line.order("status").marked == MarkedParts(good=2, bad=8)
+            stood = line.learn(marks=True)
+            assert stood.problem is None
+            assert stood.learnt is not None
+            marks = stood.learnt.marks
+            assert marks is not None
+            assert (marks.num_good_marks, marks.num_bad_marks) == (2, 8)
+            assert marks.left_out == {"of another product than cap": 1}
+            assert "marked bad that the present package misses" in marks.comparison
+            assert (stood.stage, stood.is_outdated, stood.learnt.region) == ("learnt", False, REGION)
+            assert line.feed(part(1)).model == before.model
+            # A threshold that a person chooses leaves the head in the package.
+            scores = line.teacher.scores("cap")
+            assert {one.name for one in scores.photographs} > {"marks/good/good-0.png", "00001.png"}
+            line.order("threshold", threshold=scores.choices[-1].value)
+            line.order("live")
+            package = read_package(state / "teaching" / "cap" / "models" / "2.edgeflame")
+            assert package.head is not None
+            assert package.manifest.threshold.value == scores.choices[-1].value
+            assert package.manifest.provenance["learnt_from_marks"]["previous_package"].startswith(before.model)
+            assert line.feed(bad_part(3)).verdict == "fail"
+            # And from the photographs alone, as before.
+            again = line.learn()
+            assert again.learnt is not None
+            assert again.learnt.marks is None
+
+    def test_what_cannot_be_learnt_is_said_and_changes_nothing(self, state: Path, package_file: Path) -> None:
+        with taught_line(state, package_file) as line:
+            learnt = line.order("status").learnt
+            with pytest.raises(UsageError, match="no part is marked"):
+                line.order("learn", marks=True)
+            # Of another region: none can be used.
+            line.marks.add("other", part(1)[:40], "bad", product="cap")
+            stood = line.learn(marks=True)
+            assert "no mark can be used; 1 left out: pictures of another shape" in (stood.problem or "")
+            assert stood.learnt == learnt
+            line.order("region", region=(0, 0, 96, 96))
+            with pytest.raises(UsageError, match="the region has changed"):
+                line.order("learn", marks=True)
+            line.order("new", "lid")
+            line.collect(10, product="lid")
+            line.marks.add("lid", part(2), "bad", product="lid")
+            with pytest.raises(UsageError, match="nothing has been learnt yet"):
+                line.order("learn", "lid", marks=True)
+
+    def test_killed(self, state: Path, package_file: Path) -> None:
+        with taught_line(state, package_file) as line:
+            learnt = line.order("status").learnt
+            line.mark_parts(REGION)
+            line.order("learn", marks=True)
+            wait_for(lambda: line.teacher._learner.process_id is not None, "the process")
+            process = line.teacher._learner.process_id
+            assert process is not None
+            os.kill(process, signal.SIGKILL)
+            wait_for(lambda: line.order("status").learning is None, "its end")
+            stood = line.order("status")
+            assert "killed by SIGKILL" in (stood.problem or "")
+            assert stood.learnt == learnt
+            assert stood.marked == MarkedParts(good=2, bad=8)
+            assert line.feed(part(1)).verdict != "unknown"
 
 
 class TestTrial:

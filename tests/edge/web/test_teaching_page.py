@@ -20,7 +20,6 @@ from edge.web.marks import PartMarks
 from edge.web.metrics import LineMetrics
 from edge.web.page import OperatorPage
 from edge.web.server import serve_page
-from edgeflame.marks import MarkStore
 from tests.edge.web.test_page import browser
 from tests.support.taught_line import HEIGHT, WIDTH, TaughtLine, bad_part, part, taught_line
 from tests.support.waiting import wait_for
@@ -47,7 +46,7 @@ def taught_page(folder: Path, package: Path | None, **keys: Any) -> Iterator[tup
             line.control,
             history=history,
             metrics=LineMetrics(line.control.statuses, deliverers=[]),
-            marks=PartMarks(MarkStore(folder / "marks"), history, line.control.statuses),
+            marks=PartMarks(line.marks, history, line.control.statuses),
             teacher=line.teacher,
             deliverers=[],
             token=TOKEN,
@@ -198,3 +197,48 @@ def test_a_product_is_taught_in_the_browser(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()
     assert [text for text in complaints if not re.search(r"\b(401|400)\b", text)] == []
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_what_was_marked_is_learnt_from_in_the_browser(
+    browser: Any, tmp_path: Path, package_file: Path, width: int, height: int
+) -> None:
+    region = (8, 8, 112, 80)
+    with taught_page(tmp_path, package_file) as (line, address):
+        line.order("new")
+        line.feed(part(1))
+        line.order("region", region=region)
+        line.collect(13)
+        assert line.learn().problem is None
+        complaints: list[str] = []
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        page.get_by_role("tab", name="Teach").click()
+        page.locator("#order-token").fill(TOKEN)
+        page.locator("#learn-told").get_by_text("learnt from 13 photographs").wait_for()
+        assert not page.locator("#learn-marks").is_visible()
+        line.mark_parts(region)
+        page.reload()
+        page.get_by_role("tab", name="Teach").click()
+        page.locator("#order-token").fill(TOKEN)
+        page.locator("#learn-told").get_by_text("; 10 marks (2 good, 8 bad) now").wait_for()
+        page.locator("#learn-marks").click()
+        page.locator("#learn-cancel").wait_for()
+        page.locator("#learn-cancel").wait_for(state="hidden", timeout=300_000)
+        page.locator("#learn-told").get_by_text("learnt from 13 photographs and 10 marks (2 good, 8 bad),").wait_for()
+        told = page.locator("#compared")
+        told.get_by_text("Compared with the present model: would have caught").wait_for()
+        told.get_by_text("1 left out: of another product than cap.").wait_for()
+        # The pictures of marks are shown, and lead to where they are corrected.
+        of_mark = page.locator("#suspects button").filter(has_text="marked good").first
+        of_mark.scroll_into_view_if_needed()
+        picture = of_mark.locator("img")
+        wait_for(lambda: picture.evaluate("e => e.complete && e.naturalWidth") == region[2], "the picture")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        of_mark.click()
+        page.locator("#marks-found").wait_for()
+        page.close()
+        assert complaints == []
