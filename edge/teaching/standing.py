@@ -14,6 +14,7 @@ from fitting.scores import FitScores
 STEPS = (30, 60, 120)
 """Numbers of parts that are counted towards."""
 CONFIDENCE = 0.95
+NOTHING_MARKED = MarkedParts()
 SMALL = 0.5
 """A region smaller than this share of what the base network looks at is told of."""
 
@@ -29,7 +30,7 @@ def standing_of(
     num_passed_over: int,
     learning: LearningProgress | None,
     trial: TrialStatus | None,
-    marked: MarkedParts,
+    marked: MarkedParts = NOTHING_MARKED,
 ) -> ProductTeaching:
     """How a product stands.
 

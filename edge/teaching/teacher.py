@@ -36,7 +36,7 @@ from edge.teaching.learning import (
 from edge.teaching.look import PictureKind, as_jpeg, photograph_jpeg
 from edge.teaching.orders import MarkedParts, ProductTeaching, TeachingOrder, TeachingStatus
 from edge.teaching.record import FOLDER, LearntMarks, TaughtModel, TeachingRecord, TeachingStore, check_region
-from edge.teaching.standing import STEPS, standing_of
+from edge.teaching.standing import NOTHING_MARKED, STEPS, standing_of
 from edge.teaching.trials import Trials
 from edgeflame.cpus import usable_cpus
 from edgeflame.errors import DataError, EdgeFlameError, StorageError, UsageError
@@ -446,7 +446,7 @@ class LineTeacher:
     def _present(self, record: TeachingRecord) -> MarksToLearn:
         """The model that one learnt from marks is compared with: the one that is live, or the last learnt."""
         folder = self._store.path(record.product)
-        if _marked_parts(self._marked(), record.product) == MarkedParts():
+        if _marked_parts(self._marked(), record.product) == NOTHING_MARKED:
             raise UsageError(f"{record.product}: no part is marked as good or bad yet")
         if record.live:
             package = folder / record.live[0].file
