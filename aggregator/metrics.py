@@ -20,6 +20,7 @@ from aggregator.events import RunState
 from edgeflame.metrics import Metric, MetricsServer
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.messages import Phase, RefusalReason
+from edgeflame.statistics.head import HEAD_WEIGHT, MARKED_BAD, MARKS_LEFT_OUT
 
 SiteState = Literal["idle", "working", "accepted", "refused", "left_out", "finished", "not_finished", "paused", "left"]
 _SITE_STATES: tuple[SiteState, ...] = get_args(SiteState)
@@ -121,7 +122,7 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
         return Metric(name=f"{prefix}_{name}", meaning=meaning, value=value, kind="counter")
 
     def by(
-        label: str, name: str, meaning: str, values: Mapping[Any, int], kind: Literal["gauge", "counter"] = "gauge"
+        label: str, name: str, meaning: str, values: Mapping[Any, float], kind: Literal["gauge", "counter"] = "gauge"
     ) -> Metric:
         return Metric(name=f"{prefix}_{name}", meaning=meaning, label=label, values=dict(values), kind=kind)
 
@@ -143,6 +144,24 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
             "Times that a site of this run made no progress until the deadline.",
             sum(len(entry.left_out) for entry in gathered),
         ),
+        by(
+            "site",
+            "marks_used",
+            "Marked bad parts behind a site's last update, photographs.",
+            _newest(state, MARKED_BAD),
+        ),
+        by("site", "marks_left_out", "Marks that a site's last update left out.", _newest(state, MARKS_LEFT_OUT)),
+        by(
+            "site",
+            "head_weight",
+            "Weight of the fleet's head in a site's package; 0: it does not count there.",
+            {
+                site: weight
+                for site, event in state.finished.items()
+                # A site may say anything.
+                if isinstance(weight := event.summary.get(HEAD_WEIGHT), float)
+            },
+        ),
         gauge("progress_age_seconds", "Since any site was a step further.", snapshot.progress_age_s),
         gauge("broker_connected", "1 while the broker is connected.", snapshot.is_connected),
         counter("received_bytes", "Payload received since the start.", snapshot.bytes_in),
@@ -159,6 +178,16 @@ def prometheus_metrics(snapshot: RunStatus) -> list[Metric]:
         gauge("left_out", "Use sites_left_out_total.", sum(len(entry.left_out) for entry in state.rounds)),
         gauge("free_bytes", "Use state_free_bytes.", snapshot.free_bytes),
     ]
+
+
+def _newest(state: RunState, figure: str) -> dict[str, float]:
+    """A figure of each site's last update that counts, where it has it."""
+    return {
+        site: update.metrics[figure]
+        for entry in state.rounds
+        for site, update in entry.accepted.items()
+        if figure in update.metrics
+    }
 
 
 def _open_quorum(state: RunState) -> int:

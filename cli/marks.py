@@ -145,6 +145,7 @@ def import_marks(folder: Path, data: Path, product: str, by: str) -> None:
     from edgeflame.fitted_images import image_digest
     from edgeflame.images import read_mask, read_samples
     from edgeflame.mark_shapes import outlines
+    from edgeflame.marks import kind_of_label
 
     dataset = open_dataset(data)
     records = (*dataset.train, *dataset.test)
@@ -164,12 +165,11 @@ def import_marks(folder: Path, data: Path, product: str, by: str) -> None:
             there += 1
             continue
         known.add(digest)
-        kind = None if record.is_good or record.label.casefold() in ("bad", "defect") else record.label
         store.add(
             f"{re.sub(r'[^A-Za-z0-9_.]+', '_', record.path.stem)[-60:]}-{digest[:12]}",
             image,
             "good" if record.is_good else "bad",
-            kind=None if kind is None else re.sub(r"[^A-Za-z0-9 _.-]+", "_", kind).lstrip(" _.-")[:40] or None,
+            kind=None if record.is_good else kind_of_label(record.label),
             by=by,
             product=product,
             where=where,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +16,8 @@ import click
 from edgeflame.log import LOGGER_NAME
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from aggregator.run import RunResult
     from trainer.agent.tasks import SiteTrainer, WorkerSetup
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 _CHATTY = ("site", "work", "training", "fit", "gaussian", "feddymem", "backbone", "weights")
 _THREADS = "OMP_NUM_THREADS"
 """Ray sets it for each of its tasks."""
+TABLE_WIDTH = 100
 
 
 @click.command(short_help="Simulate a fleet's rounds on this machine, or on a Ray cluster.")
@@ -78,7 +83,7 @@ def _handler() -> Callable[[bytes], bytes]:
         import torch
         from threadpoolctl import threadpool_limits
 
-        from trainer.work import ModelEvaluator
+        from trainer.measuring import ModelEvaluator
     except ImportError as exc:
         raise MissingDependencyError(
             f"a simulation needs more than is installed here ({exc}): pip install 'edgeflame[train]'"
@@ -97,7 +102,13 @@ def _build_trainer(setup: WorkerSetup) -> SiteTrainer:
     from trainer.work import TorchSiteTrainer
 
     # No exporter: a simulation needs a site's statistics and figures, not its package.
-    return TorchSiteTrainer(learning=setup.learning, data=Path(setup.data), site=setup.site, num_references=0)
+    return TorchSiteTrainer(
+        learning=setup.learning,
+        data=Path(setup.data),
+        site=setup.site,
+        marks=None if setup.marks is None else Path(setup.marks),
+        num_references=0,
+    )
 
 
 def _metrics(out_dir: Path) -> dict[str, Any]:
@@ -112,8 +123,11 @@ def _print_summary(result: RunResult, out_dir: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from cli.pages.fleet_report import what_became_of_the_head
+
     metrics = _metrics(out_dir)
-    console = Console(soft_wrap=True)
+    # A pipe has no width of its own; tables must not be cut to the 80 columns assumed for it.
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else TABLE_WIDTH)
     table = Table(title=f"simulation {out_dir}: {result.ledger['outcome']}")
     for heading in ("round", "sites", "loss", "image AUROC", "macro image", "pixel AUROC", "macro pixel"):
         table.add_column(heading, justify="right")
@@ -132,6 +146,15 @@ def _print_summary(result: RunResult, out_dir: Path) -> None:
             ),
         )
     console.print(table)
+    if (kinds := _table_of_kinds(out_dir, metrics)) is not None:
+        console.print(kinds)
+        every = [one["figures"] for one in metrics["sites"].values()]
+        before, after, good = (
+            sum(one[name] for one in every) for name in ("good_rejected_without_head", "good_rejected", "num_good")
+        )
+        console.print(f"{before:.0f} of {good:.0f} good photographs rejected without the head, {after:.0f} with it.")
+    for sentence in what_became_of_the_head(result.ledger):
+        console.print(sentence, highlight=False)
     own = sorted(site["figures"]["image_AUROC"] for site in metrics["sites"].values())
     if own:
         console.print(
@@ -140,3 +163,41 @@ def _print_summary(result: RunResult, out_dir: Path) -> None:
         )
     console.print(f"figures: {out_dir / 'metrics.json'}", highlight=False)
     console.print(f"ledger: {result.ledger_path}", highlight=False)
+
+
+def _table_of_kinds(out_dir: Path, metrics: dict[str, Any]) -> Table | None:
+    """What the fleet's head brought: of each kind of defect at the site that marked it, and at the others together;
+    None where no site was measured with and without one.
+    """
+    import msgspec
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from aggregator.simulation.run import RECORD_FILE
+
+    sites = {name: one["classes"] for name, one in metrics["sites"].items() if "head_weight" in one["figures"]}
+    if not sites:
+        return None
+    record = msgspec.json.decode((out_dir / RECORD_FILE).read_bytes(), type=dict[str, Any])
+    marked = {kind: (place["site"], len(parts)) for place in record["sites"] for kind, parts in place["marked"].items()}
+    table = Table(title="each kind of defect, by each site's model without and with the fleet's head", box=SIMPLE_HEAD)
+    for heading in ("kind", "at"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("parts\nmarked", "AUROC\nwithout", "\nwith", "caught\nwithout", "\nwith", "\nof"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind in sorted({kind for classes in sites.values() for kind in classes}):
+        home, num_parts = marked.get(kind, ("", 0))
+        elsewhere = "the others" if home else "all"
+        for where, names in ((home, sites.keys() & {home}), (elsewhere, sites.keys() - {home})):
+            own = [sites[name][kind] for name in names if kind in sites[name]]
+            if own:
+                areas = (fmean(one[name] for one in own) for name in ("image_AUROC_without_head", "image_AUROC"))
+                counts = (sum(one[name] for one in own) for name in ("caught_without_head", "caught", "num_images"))
+                table.add_row(
+                    kind,
+                    where,
+                    str(num_parts) if where == home else "",
+                    *(f"{area:.4f}" for area in areas),
+                    *(f"{count:.0f}" for count in counts),
+                )
+    return table

@@ -15,6 +15,7 @@ import contextlib
 import datetime as dt
 import fcntl
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -391,6 +392,13 @@ class MarkStore:
             with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / was) as entries:
                 files.update(f"{was}/{entry.name}" for entry in entries if entry.name.endswith(".png"))
         return files
+
+
+def kind_of_label(label: str) -> str | None:
+    """The kind of defect that a folder of defects is named after; None if it says no more than bad."""
+    if label.casefold() in ("bad", "defect"):
+        return None
+    return re.sub(r"[^A-Za-z0-9 _.-]+", "_", label).lstrip(" _.-")[:40] or None
 
 
 def _check(mark: Mark) -> None:

@@ -27,6 +27,8 @@ class SiteTask(_Message, frozen=True, kw_only=True, tag="site"):
     """Its state directory."""
     blobs: str
     """The folder of the blobs that ``announced`` names; each file is called by its SHA-256."""
+    marks: str | None = None
+    """Its folder of marks."""
     shared: str
     """A folder for what is the same at every site, and made only once."""
     announced: msgspec.Raw
@@ -46,6 +48,8 @@ class MeasureTask(_Message, frozen=True, kw_only=True, tag="measure"):
     """The seed of that learning."""
     train: tuple[str, ...]
     """Data sets whose good images, pooled, give the statistics."""
+    marks: str | None = None
+    """Folder of the marks that judge, with ``train``, whether a head counts; None: there are none."""
     test: str
     """The data set whose test part is measured on."""
 
@@ -67,7 +71,9 @@ class SiteAnswer(_Message, frozen=True, kw_only=True, tag="site"):
 
 
 class MeasureAnswer(_Message, frozen=True, kw_only=True, tag="measure"):
-    """Figures, fractions of 1; those that are not defined are left out."""
+    """Figures, fractions of 1; those that are not defined are left out. Where a head may have been learnt from marks,
+    there are figures ``..._without_head`` too: the same images by the same statistics alone, with their threshold.
+    """
 
     name: str
     figures: dict[str, float]

@@ -17,6 +17,7 @@ import torch
 from edgeflame.errors import FederationError
 from edgeflame.log import Progress, no_progress
 from edgeflame.methods import DEFAULT_COST_OF_MISS, Learning
+from edgeflame.statistics.head import MARKED_BAD, MARKS_LEFT_OUT
 from fitting.crossfit import PooledStatistics
 from fitting.defect_head import MIN_BAD_PARTS, HeadFit
 from fitting.embeddings import Embeddings
@@ -92,7 +93,11 @@ class HeadLearner:
         write_head(Path(task.out), head)
         return TaskResult(
             num_samples=len(known.good) + len(known.bad),
-            metrics={"loss": loss, "num_marked_bad": float(len(known.bad))},
+            metrics={
+                "loss": loss,
+                MARKED_BAD: float(len(known.bad)),
+                MARKS_LEFT_OUT: float(sum(self.left_out().values())),
+            },
         )
 
     def train_alone(
@@ -215,7 +220,12 @@ class HeadModel:
                 cost_of_miss=DEFAULT_COST_OF_MISS,
                 seed=learning.seed,
             )
-        details = {"num_bad_marks": len(bad), "marks_left_out": self._learner.left_out(), **fitted.details}
+        details = {
+            "num_bad_marks": len(bad),
+            "marks_left_out": self._learner.left_out(),
+            "threshold_without": site.threshold.value,
+            **fitted.details,
+        }
         influential = site.influential
         if fitted.head is not None:
             influential = find_influential(site.images, fitted.good_scores, learning, threshold)

@@ -1,41 +1,34 @@
-"""A site's tasks in a federation: train a round, and in the end make the site's own package; and, in a simulation,
-evaluate the models of a run.
+"""A site's tasks in a federation: train a round, and in the end make the site's own package.
 
 :class:`TorchSiteTrainer` implements :class:`trainer.agent.tasks.SiteTrainer` with torch; it runs in the site's worker
 process. Everything it needs between rounds is in the files its tasks name, so it may be killed at any time.
-:class:`ModelEvaluator` fits statistics to the images it is given, and computes metrics on the given test part.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 import torch
 from torch import nn
 
 from edgeflame.dataset import Dataset, UnreadablePolicy, open_dataset
 from edgeflame.errors import DataError, UsageError
-from edgeflame.images import ImageU8, Preprocessing
+from edgeflame.images import Preprocessing
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.marks import MarkStore
 from edgeflame.methods import FEDERATED_METHODS, METHODS, Learning
 from edgeflame.package import DEFAULT_REFERENCES
-from edgeflame.simulation import MeasureAnswer, MeasureTask
 from edgeflame.state import atomic_write
 from edgeflame.statistics.codec import PackageStatistics, encode_statistics
-from edgeflame.statistics.head import DefectHead
+from edgeflame.statistics.head import HEAD_WEIGHT, MARKED_BAD, MARKS_LEFT_OUT, NO_HEAD, DefectHead
 from edgeflame.statistics.moments import MomentAccumulator
 from edgeflame.statistics.shared import ScoreDeviation, read_moments, write_site_statistics
-from edgeflame.tensors import F32
-from fitting.crossfit import PooledStatistics, image_scores, score_maps
+from fitting.crossfit import PooledStatistics
 from fitting.embeddings import Embeddings
-from fitting.evaluation import EvaluationReport, evaluate
 from fitting.fit import read_training_images
 from fitting.imageset import ImageSet
 from fitting.marked_images import SiteMarks, read_site_marks
@@ -44,10 +37,9 @@ from fitting.prior import FleetPrior
 from fitting.site_statistics import fit_statistics
 from fitting.threshold import measure_spread
 from trainer.agent.tasks import FinishTask, InitialTask, StatisticsTask, TaskResult, TrainTask
-from trainer.backbone import EmbeddingNetwork
-from trainer.device import keep_freed_memory, pick_device, rgb_tensor
-from trainer.embedding import TorchEmbedder, embed, network_embeddings
-from trainer.exchange import LocalLearner, TrainedModel, open_learner
+from trainer.device import keep_freed_memory, pick_device
+from trainer.embedding import TorchEmbedder, network_embeddings
+from trainer.exchange import LocalLearner, open_learner
 
 log = EventLog("work")
 
@@ -263,98 +255,8 @@ def _told_of_head(details: dict[str, Any] | None) -> dict[str, float | str]:
     if details is None:
         return {}
     told: dict[str, float | str] = {
-        "marked_bad": float(details["num_bad_marks"]),
-        "head_weight": float(details["weight"]),
+        MARKED_BAD: float(details["num_bad_marks"]),
+        MARKS_LEFT_OUT: float(sum(details["marks_left_out"].values())),
+        HEAD_WEIGHT: float(details["weight"]),
     }
-    return {**told, "no_head": details["no_head"]} if "no_head" in details else told
-
-
-MAX_TEST_CACHE_BYTES = 1 << 30
-"""Test embeddings kept: models of many sites share a backbone, and are measured on the same images."""
-
-
-class ModelEvaluator:
-    """Evaluates one model after another; keeps what the next may need again.
-
-    Args:
-        device: ``auto``, ``cpu``, ``cuda``, ...
-    """
-
-    def __init__(self, device: str = "auto") -> None:
-        self._device = pick_device(device)
-        self._learner: tuple[Learning, LocalLearner] | None = None
-        self._loaded: tuple[str, Learning, TrainedModel] | None = None
-        self._images: dict[tuple[str, ...], ImageSet] = {}
-        self._embeddings: dict[bytes, F32] = {}
-
-    def evaluate(self, task: MeasureTask) -> MeasureAnswer:
-        """Fit statistics to ``task.train`` and score ``task.test``; without ``task.model`` a model is trained first.
-
-        Raises:
-            DataError: too few images.
-            FederationError: the model file is not of this configuration.
-            NumericalError: an embedding is not finite.
-            StorageError: a file cannot be read.
-        """
-        images = self._training_images(task)
-        test = open_dataset(Path(task.test))
-        model = self._train_model(task, images) if task.model is None else self._load_model(task.model, task.learning)
-        site = model.fit_statistics(images, groups_known=test.groups_known)
-
-        def score(batch: ImageU8) -> tuple[F32, F32]:
-            embeddings = self._embed(model.network, batch)
-            maps = score_maps(site.statistics, embeddings, task.learning.scoring)
-            if site.head is not None:
-                maps = maps * np.exp(site.head.log_factors(embeddings))[:, None, None]
-            return image_scores(maps), maps
-
-        report = evaluate(score, test, task.learning.input, threshold=site.threshold.value, num_resamples=0)
-        return measure_answer(task.name, report, rank=float(site.statistics.rank))
-
-    def _learner_of(self, learning: Learning) -> LocalLearner:
-        if self._learner is None or self._learner[0] != learning:
-            self._learner = (learning, open_learner(learning, self._device))
-        return self._learner[1]
-
-    def _load_model(self, path: str, learning: Learning) -> TrainedModel:
-        if self._loaded is None or self._loaded[:2] != (path, learning):
-            self._loaded = (path, learning, self._learner_of(learning).load(Path(path), None))
-            self._embeddings.clear()
-        return self._loaded[2]
-
-    def _train_model(self, task: MeasureTask, images: ImageSet) -> TrainedModel:
-        self._loaded = None
-        self._embeddings.clear()
-        return self._learner_of(task.learning).train_alone(images, seed=task.seed)[0]
-
-    def _training_images(self, task: MeasureTask) -> ImageSet:
-        held = self._images.get(task.train)
-        if held is None or held.preprocessing != task.learning.input:
-            records = [record for folder in task.train for record in open_dataset(Path(folder)).train]
-            # Only the last: rounds are measured with the same images, sites with others each.
-            self._images.clear()
-            held = self._images[task.train] = ImageSet(records, task.learning.input)
-        return held
-
-    def _embed(self, network: EmbeddingNetwork, batch: ImageU8) -> F32:
-        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in batch]
-        missing = [index for index, key in enumerate(keys) if key not in self._embeddings]
-        fresh: dict[bytes, F32] = {}
-        if missing:
-            embeddings = embed(network, rgb_tensor(batch[missing], self._device))
-            fresh = {keys[index]: one for index, one in zip(missing, embeddings, strict=True)}
-            if (len(self._embeddings) + len(fresh)) * embeddings[0].nbytes <= MAX_TEST_CACHE_BYTES:
-                self._embeddings.update((key, one.copy()) for key, one in fresh.items())
-        return np.stack([fresh[key] if key in fresh else self._embeddings[key] for key in keys])
-
-
-def measure_answer(name: str, report: EvaluationReport, **more: float) -> MeasureAnswer:
-    """The defined figures of a report, and ``more``, as an answer."""
-    plain = msgspec.to_builtins(report)
-    figures = {key: float(value) for key, value in plain.items() if type(value) in (int, float)}
-    del figures["num_resamples"]
-    classes = {
-        label: {key: float(value) for key, value in one.items() if isinstance(value, int | float)}
-        for label, one in plain["per_class"].items()
-    }
-    return MeasureAnswer(name=name, figures={**figures, **more}, classes=classes)
+    return {**told, NO_HEAD: details["no_head"]} if "no_head" in details else told

@@ -13,7 +13,7 @@ from boards.textures import TEXTURES
 from edgeflame.bounds import Count, Positive, Seed
 from edgeflame.errors import ConfigError
 from edgeflame.images import MAX_INPUT_SIDE
-from edgeflame.methods import SOLO_METHODS, Learning
+from edgeflame.methods import METHODS, SOLO_METHODS, Learning
 from edgeflame.mqtt.messages import MAX_ROUNDS
 
 
@@ -115,6 +115,9 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     cameras: Literal["common", "own"] = "common"
     """``own``: every site photographs with a camera of its own, fixed by the seed."""
     partition: Partition = Partition()
+    marked: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    """With `method = "feedback"`: the share of the defective parts of each kind that are marked bad, all at one site,
+    and are measured nowhere. The first kind is marked at the first site, and so on in turn."""
     alone: str | None = None
     """A method that needs no fleet (``none``, ``fade``, ``solo``): instead of taking part in rounds every site learns
     alone, for as many epochs as it would in the fleet, and is measured."""
@@ -143,6 +146,11 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         """The sites' names in sorted order."""
         width = len(str(self.sites - 1))
         return tuple(f"site-{number:0{width}}" for number in range(self.sites))
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether sites mark parts: their method learns from marks."""
+        return METHODS[self.fleet.learning.method].exchange == "head"
 
     def aggregate_config(self) -> AggregateConfig:
         """The configuration of the fleet's run, with all the simulated sites and no others."""

@@ -6,14 +6,16 @@ images on disk.
     OUT/data/common/test, ground_truth          the test part all models share
     OUT/data/sites/<site>/train/good            a site's images; also test and ground_truth where
                                                 these are not the common ones: own cameras, or not all textures
+    OUT/data/marks/<site>                       parts that the site has marked bad, with method "feedback"
     OUT/data/*/groups.csv                       which photographs show the same part
     OUT/data/layout.json                        which site has which parts; written last
 
-1. Parts come from a folder of photographs or are generated boards (:func:`load_parts`). A part is a physical object
-   with all its photographs.
+1. Parts come from a folder of photographs or are generated boards (:mod:`aggregator.simulation.parts`). A part is a
+   physical object with all its photographs.
 2. They are partitioned among the sites (:func:`partition_parts`; pure): a part is never split, and every part goes to
    exactly one site.
-3. Each site's photographs are written (:func:`prepare_site_data`). These are ordinary data sets: ``edgeflame train
+3. With method "feedback" some defective parts are marked (:func:`deal_marks`; pure), and no longer tested on.
+4. Each site's photographs are written (:func:`prepare_site_data`). These are ordinary data sets: ``edgeflame train
    --data OUT/data/sites/<site>`` learns from the same images as the simulated site. With one camera for all, a folder's
    photographs are links to where they lie. With cameras of their own, photographs are taken anew: of generated boards
    by the camera, of a folder's photographs as if the camera had looked at them. Then the common test part is shared
@@ -25,171 +27,24 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from aggregator.simulation.config import BoardsData, FolderData, Partition, SimulationConfig
+from aggregator.simulation.config import Partition, SimulationConfig
+from aggregator.simulation.parts import PartPool, SimulatedPart, draw_subset, load_parts
 from boards.camera import Camera
-from boards.dataset import DatasetSpec, PlannedPart, plan_parts
 from boards.surface import generator
-from edgeflame.dataset import GROUPS_FILES, ImageRecord, open_dataset
-from edgeflame.errors import ConfigError, DataError, StorageError
-from edgeflame.images import ImageU8, read_image, read_mask, write_image
+from edgeflame.dataset import GROUPS_FILES
+from edgeflame.errors import ConfigError, StorageError
+from edgeflame.images import ImageU8, read_samples, write_image
 from edgeflame.layout import GOOD
 from edgeflame.log import Progress
+from edgeflame.marks import MarkStore, kind_of_label
 from edgeflame.state import read_json, storage_errors, write_json
-
-
-@dataclass(frozen=True, kw_only=True)
-class Photograph:
-    """One picture of a part: a file that exists, or pixels.
-
-    Attributes:
-        stem, suffix: its file name, unique within split and label of its source.
-        image: a file, or ``[H, W, 3]`` uint8 BGR.
-        mask: of the defect; a file, or ``[H, W]`` uint8, 255 on the defect.
-    """
-
-    stem: str
-    suffix: str
-    image: Path | ImageU8
-    mask: Path | ImageU8 | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulatedPart:
-    """A physical part: never split between sites.
-
-    Attributes:
-        group: its name, unique in the source.
-        category: its texture; of a folder, the folder's name.
-        split, label: ``train`` or ``test``; ``good`` or the defect.
-        photographs: its pictures as a camera takes them; None is the common camera.
-    """
-
-    group: str
-    category: str
-    split: str
-    label: str
-    photographs: Callable[[Camera | None], Iterator[Photograph]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartPool:
-    """Parts by name. ``groups_known``: whether parts are known, or every photograph is taken for one."""
-
-    train: Mapping[str, SimulatedPart]
-    test: Mapping[str, SimulatedPart]
-    groups_known: bool
-
-
-def load_parts(config: SimulationConfig) -> PartPool:
-    """The parts that the configuration names; nothing is drawn or read yet.
-
-    Raises:
-        DataError: the folder is no data set, or has no test part.
-    """
-    match config.data:
-        case FolderData():
-            return _load_folder_parts(config.data, config.seed)
-        case BoardsData():
-            return _generate_board_parts(config.data)
-
-
-def _load_folder_parts(data: FolderData, seed: int) -> PartPool:
-    dataset = open_dataset(Path(data.path), None if data.groups is None else Path(data.groups))
-    if not dataset.test or not any(record.is_good for record in dataset.test):
-        raise DataError(
-            f"{dataset.root}: a simulation measures its models; expected test/good and test/<defect> below it"
-        )
-    by_key: dict[tuple[str, str, str], list[ImageRecord]] = {}
-    for split, records in (("train", dataset.train), ("test", dataset.test)):
-        for record in records:
-            by_key.setdefault((split, record.label, record.group), []).append(record)
-    numbers = {record.path: index for index, record in enumerate((*dataset.train, *dataset.test))}
-    train: dict[str, SimulatedPart] = {}
-    test: dict[str, SimulatedPart] = {}
-    for (split, label, group), photographs in by_key.items():
-        part = SimulatedPart(
-            group=group,
-            category=dataset.root.name,
-            split=split,
-            label=label,
-            photographs=_folder_photographer(photographs, numbers, seed),
-        )
-        # A part may have good photographs and defective ones.
-        (train if split == "train" else test)[group if split == "train" else f"{label}:{group}"] = part
-    chosen = _draw_subset(sorted(train), data.max_train_groups, generator(seed, "train parts"))
-    kept: list[str] = []
-    for label in sorted({part.label for part in test.values()}):
-        own = sorted(name for name, part in test.items() if part.label == label)
-        kept += _draw_subset(own, data.max_test_groups, generator(seed, "test parts", label))
-    return PartPool(
-        train={name: train[name] for name in chosen},
-        test={name: test[name] for name in kept},
-        groups_known=dataset.groups_known,
-    )
-
-
-def _draw_subset(names: Sequence[str], at_most: int | None, rng: np.random.Generator) -> list[str]:
-    if at_most is None or at_most >= len(names):
-        return list(names)
-    return sorted(names[index] for index in rng.permutation(len(names))[:at_most])
-
-
-def _folder_photographer(
-    records: Sequence[ImageRecord], numbers: Mapping[Path, int], seed: int
-) -> Callable[[Camera | None], Iterator[Photograph]]:
-    def photographs(camera: Camera | None) -> Iterator[Photograph]:
-        for record in records:
-            # Numbered, because folders below train/good may hold files of one name.
-            stem = f"{numbers[record.path]:05d}-{record.path.stem}"
-            if camera is None:
-                yield Photograph(stem=stem, suffix=record.path.suffix, image=record.path, mask=record.mask)
-                continue
-            image = camera.rephotograph(read_image(record.path), generator(seed, "rephotograph", record.name))
-            mask = None if record.mask is None else read_mask(record.mask)
-            yield Photograph(stem=stem, suffix=".png", image=image, mask=mask)
-
-    return photographs
-
-
-def _generate_board_parts(data: BoardsData) -> PartPool:
-    train: dict[str, SimulatedPart] = {}
-    test: dict[str, SimulatedPart] = {}
-    for texture in data.textures:
-        spec = DatasetSpec(
-            texture=texture,
-            num_train_parts=data.train_parts,
-            num_test_good_parts=data.test_good_parts,
-            num_test_defective_parts=data.test_defective_parts,
-            num_photos=data.photos,
-            image_size=data.image_size,
-            seed=data.seed,
-            camera=Camera(),
-        )
-        for planned in plan_parts(spec):
-            part = SimulatedPart(
-                group=f"{texture}-{planned.group}",
-                category=texture,
-                split=planned.split,
-                label=planned.label,
-                photographs=_board_photographer(planned, spec),
-            )
-            (train if planned.split == "train" else test)[part.group] = part
-    return PartPool(train=train, test=test, groups_known=True)
-
-
-def _board_photographer(planned: PlannedPart, spec: DatasetSpec) -> Callable[[Camera | None], Iterator[Photograph]]:
-    def photographs(camera: Camera | None) -> Iterator[Photograph]:
-        for stem, image, mask in planned.photographs(spec, camera or spec.camera):
-            yield Photograph(stem=f"{spec.texture}-{stem}", suffix=".png", image=image, mask=mask)
-
-    return photographs
 
 
 def partition_parts(
@@ -266,6 +121,37 @@ def _partition_by_category(
     return assignments
 
 
+def deal_marks(
+    test: Mapping[str, SimulatedPart], sites: Mapping[str, Collection[str]], share: float, rng: np.random.Generator
+) -> dict[str, list[str]]:
+    """Which test parts each site marks: of each kind of defect a share of the parts, at one site only.
+
+    Kinds go to the sites in turn, both in order of their names. Of every kind one part is left to be tested on.
+
+    Args:
+        test: all test parts by name.
+        sites: the categories of each site's parts; a site marks no part of another.
+        share: of the parts of a kind.
+        rng: random generator of all draws.
+
+    Returns:
+        For every site the names of the parts that it marks, sorted.
+    """
+    marked: dict[str, list[str]] = {site: [] for site in sites}
+    taken: set[str] = set()
+    kinds = sorted({part.label for part in test.values()} - {GOOD})
+    for kind, site in zip(kinds, itertools.cycle(sites)):
+        own = sorted(
+            name
+            for name, part in test.items()
+            if part.label == kind and part.category in sites[site] and part.group not in taken
+        )
+        chosen = draw_subset(own, max(0, min(round(share * len(own)), len(own) - 1)), rng)
+        marked[site] += chosen
+        taken.update(test[name].group for name in chosen)
+    return {site: sorted(names) for site, names in marked.items()}
+
+
 LAYOUT_FILE = "layout.json"
 
 
@@ -283,6 +169,10 @@ class SiteData(msgspec.Struct, frozen=True, kw_only=True):
     """Parts of each texture; of a folder, all of one category."""
     camera: dict[str, float] | None
     """None for the common one."""
+    marks: str | None = None
+    """Its folder of marks, below the simulation's folder; None: it has none."""
+    marked: dict[str, tuple[str, ...]] = {}
+    """The parts marked bad, by kind of defect."""
 
 
 class SiteLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -323,24 +213,32 @@ def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, rep
         config.partition,
         generator(config.seed, "partition"),
     )
+    categories = {
+        site: dict(sorted(Counter(source.train[name].category for name in assigned).items()))
+        for site, assigned in assignments.items()
+    }
+    marked, tested = _choose_marked(config, source, categories)
     own = config.cameras == "own"
     cameras = {site: Camera.for_site(site, config.seed) if own else None for site in config.site_names}
-    names = sorted(source.test)
+    names = sorted(tested)
     test_cameras = [cameras[config.site_names[i % config.sites]] for i in range(len(names))]
     order = generator(config.seed, "photographers").permutation(len(names))
     common = _DatasetWriter(root / "common", with_groups=source.groups_known)
-    common.write((source.test[name], test_cameras[index]) for name, index in zip(names, order, strict=True))
+    common.write((tested[name], test_cameras[index]) for name, index in zip(names, order, strict=True))
     everywhere = {part.category for part in source.train.values()}
     places = []
     for done, (site, assigned) in enumerate(assignments.items(), start=1):
         parts = [source.train[name] for name in assigned]
         folder = _DatasetWriter(root / "sites" / site, with_groups=source.groups_known)
         num_images = folder.write((part, cameras[site]) for part in parts)
-        categories = dict(sorted(Counter(part.category for part in parts).items()))
-        apart = config.evaluation.sites and (own or set(categories) != everywhere)
+        apart = config.evaluation.sites and (own or set(categories[site]) != everywhere)
         if apart:
-            own_test = [part for name in names if (part := source.test[name]).category in categories]
+            own_test = [part for name in names if (part := tested[name]).category in categories[site]]
             folder.write((part, cameras[site]) for part in own_test)
+        by_kind: dict[str, list[str]] = {}
+        for part in marked[site]:
+            by_kind.setdefault(part.label, []).append(part.group)
+            _write_marks(root / "marks" / site, part, cameras[site])
         places.append(
             SiteData(
                 site=site,
@@ -348,12 +246,45 @@ def _write_site_data(config: SimulationConfig, source: PartPool, root: Path, rep
                 test=f"data/sites/{site}" if apart else "data/common",
                 num_images=num_images,
                 groups=tuple(assigned),
-                categories=categories,
+                categories=categories[site],
                 camera=None if (camera := cameras[site]) is None else asdict(camera),
+                marks=f"data/marks/{site}" if by_kind else None,
+                marked={kind: tuple(groups) for kind, groups in by_kind.items()},
             )
         )
         report(done, config.sites, "photographing" if own else "dealing")
     return SiteLayout(common="data/common", sites=tuple(places))
+
+
+def _choose_marked(
+    config: SimulationConfig, source: PartPool, categories: Mapping[str, Collection[str]]
+) -> tuple[dict[str, list[SimulatedPart]], dict[str, SimulatedPart]]:
+    """For each site the parts that it marks, and the test parts without them and other photographs of them."""
+    if not config.has_marks:
+        return {site: [] for site in categories}, dict(source.test)
+    dealt = deal_marks(source.test, categories, config.marked, generator(config.seed, "marks"))
+    marked = {site: [source.test[name] for name in names] for site, names in dealt.items()}
+    groups = {part.group for parts in marked.values() for part in parts}
+    if not groups:
+        raise ConfigError(
+            f"marked = {config.marked:g}: of no kind of defect is there a part to mark and another to test on; take "
+            "more defective parts, or a larger share"
+        )
+    return marked, {name: part for name, part in source.test.items() if part.group not in groups}
+
+
+def _write_marks(folder: Path, part: SimulatedPart, camera: Camera | None) -> None:
+    """Mark all photographs of a part as bad, with their kind and without the place."""
+    store = MarkStore(folder)
+    for photo in part.photographs(camera):
+        store.add(
+            f"{part.label}-{photo.stem}",
+            read_samples(photo.image) if isinstance(photo.image, Path) else photo.image,
+            "bad",
+            kind=kind_of_label(part.label),
+            part=part.group,
+            whole_frame=True,
+        )
 
 
 class _DatasetWriter:

@@ -28,7 +28,7 @@ from aggregator.journal import Journal
 from aggregator.outputs import ReceiveUpload, RoundOutput, SendToSite
 from aggregator.run import LEDGER_FILE, Run, RunResult, open_run, write_results
 from aggregator.simulation.config import SimulationConfig
-from aggregator.simulation.data import SiteLayout, prepare_site_data
+from aggregator.simulation.data import SiteData, SiteLayout, prepare_site_data
 from aggregator.simulation.engines import SimulationEngine
 from aggregator.validation import validate_upload
 from boards.surface import derive_seed
@@ -137,8 +137,12 @@ def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
     record = read_json(out_dir / RECORD_FILE, _Record, advice="simulate into another folder")
     if record is None:
         return
-    before = record.config
-    now = msgspec.json.decode(msgspec.json.encode(config.without_engine()))
+    # Keys that it does not have, because an earlier version wrote it, are at their defaults.
+    try:
+        before = msgspec.convert(record.config, SimulationConfig).without_engine()
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{out_dir} holds a simulation of another version ({exc}); choose another folder") from exc
+    now = config.without_engine()
     if before != now:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         raise ConfigError(
@@ -245,6 +249,7 @@ class _Simulation:
             SiteTask(
                 site=place.site,
                 data=str(self._out_dir / place.data),
+                marks=self._marks(place),
                 state=str(self._site_dir(place.site)),
                 blobs=str(self._store.path("x").parent),
                 shared=str(self._state_dir),
@@ -268,6 +273,9 @@ class _Simulation:
                 return set(self._machine.available_sites()) - state.finished.keys() - state.not_finished.keys()
             case _:
                 return set()
+
+    def _marks(self, place: SiteData) -> str | None:
+        return None if place.marks is None else str(self._out_dir / place.marks)
 
     def _site_dir(self, site: str) -> Path:
         folder = self._out_dir / "sites" / site
@@ -345,6 +353,7 @@ class _Simulation:
                 learning=state.config.learning,
                 model=str(self._store.path(state.model)),
                 train=(str(self._out_dir / place.data),),
+                marks=self._marks(place),
                 test=str(self._out_dir / place.test),
             )
             for place in self._layout.sites

@@ -48,8 +48,9 @@ from trainer.agent.tasks import InitialTask, TrainTask
 from trainer.backbone import EmbeddingNetwork
 from trainer.device import rgb_tensor
 from trainer.embedding import embed
+from trainer.measuring import ModelEvaluator
 from trainer.model import build_model
-from trainer.work import ModelEvaluator, TorchSiteTrainer
+from trainer.work import TorchSiteTrainer
 
 SITES = ("site-1", "site-2", "site-3")
 FLOORS = ((1.0, 1.0), (32.0, 4.0), (128.0, 8.0))

@@ -21,7 +21,8 @@ from edgeflame.log import no_progress
 from edgeflame.methods import Learning, Training
 from trainer.agent.simulated import SimulatedSites, answer_task
 from trainer.agent.tasks import SiteTrainer, WorkerSetup
-from trainer.work import ModelEvaluator, TorchSiteTrainer
+from trainer.measuring import ModelEvaluator
+from trainer.work import TorchSiteTrainer
 
 SIDE = 96
 

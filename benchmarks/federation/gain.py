@@ -38,7 +38,7 @@ from sklearn.metrics import roc_auc_score
 
 from aggregator.pooling import pool_statistics
 from aggregator.simulation.config import BoardsData, FolderData, SimulationConfig
-from aggregator.simulation.data import PartPool, SimulatedPart, load_parts
+from aggregator.simulation.parts import PartPool, SimulatedPart, load_parts
 from boards.camera import Camera
 from edgeflame.images import ImageU8, read_image
 from edgeflame.methods import Learning

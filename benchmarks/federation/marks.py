@@ -36,7 +36,7 @@ import numpy as np
 from gain import BOARDS, TILE, StoredEmbeddings, parts_of, photographs
 from sklearn.metrics import roc_auc_score
 
-from aggregator.simulation.data import SimulatedPart
+from aggregator.simulation.parts import SimulatedPart
 from boards.camera import Camera
 from edgeflame.methods import Learning
 from edgeflame.statistics.head import DefectHead

@@ -11,10 +11,12 @@ from typing import Any
 
 from cli.pages.charts import HALF, NUM_COLOURS, Axis, Chart, round_axis
 from cli.pages.page import format_figure, render_page
+from edgeflame.methods import METHODS
+from edgeflame.statistics.head import HEAD_WEIGHT, MARKED_BAD, MARKS_LEFT_OUT, NO_HEAD
 
 MAX_TICKS = 12
 
-METRICS = {
+MEANINGS = {
     "loss": "what the training makes as small as it can",
     "fade": "FADE's part of the loss: how badly the site's patches are told from noised ones",
     "distillation": "FLAME's part of the loss: small where the model stays near the fleet's and leaves the site's last",
@@ -25,6 +27,11 @@ METRICS = {
     "codec_error": "what the compression of the update lost, over the length of the update's change",
 }
 """What the sites' figures mean; others are shown without."""
+
+_LOSS_OF_HEAD = (
+    "how badly the head with which the round began tells the site's marked parts from its good ones; of a site without "
+    "marks only whether it lets the good ones be, so it is lower there"
+)
 
 _LOSS_TERMS = ("distillation", "distance_squared", "contrast")
 """What a method adds to FADE's loss, some from the second round on."""
@@ -40,6 +47,9 @@ _SUMMARY = {
     "num_prototypes": "prototypes",
     "promised_false_reject_rate": "good rejected, at most",
     "confidence": "with confidence",
+    MARKED_BAD: "photographs marked bad",
+    MARKS_LEFT_OUT: "marks left out",
+    HEAD_WEIGHT: "weight of the head",
 }
 """What the figures of a package are called; others by their names."""
 
@@ -79,7 +89,8 @@ def render_run_page(ledger: dict[str, Any]) -> str:
         "fleet_report.html.j2",
         ledger=ledger,
         rounds=rounds,
-        charts=round_charts(rounds, styles),
+        charts=round_charts(rounds, styles, loss=_LOSS_OF_HEAD if learns_a_head(ledger) else MEANINGS["loss"]),
+        of_head=what_became_of_the_head(ledger),
         shares=[(entry, round_shares(entry, styles)) for entry in rounds],
         legend=[
             *((style, site) for site, style in styles.items() if style != "many"),
@@ -98,6 +109,45 @@ def render_run_page(ledger: dict[str, Any]) -> str:
     )
 
 
+def learns_a_head(ledger: dict[str, Any]) -> bool:
+    """Whether a run learns a head from marks."""
+    method = METHODS.get(ledger["method"])
+    return method is not None and method.exchange == "head"
+
+
+def what_became_of_the_head(ledger: dict[str, Any]) -> list[str]:
+    """Sentences on a run that learns a head: at how many sites parts were marked, at how many it counts, and why not at
+    the others. None for other runs.
+    """
+    if not learns_a_head(ledger):
+        return []
+    # The newest word of each site: of its updates, and of its package.
+    told = {update["site"]: update["metrics"] for entry in ledger["rounds"] for update in entry["contributed"]}
+    packages = {package["site"]: package["summary"] for package in ledger["packages"]}
+    told |= packages
+    marked, left_out = ([_number(one, name) for one in told.values()] for name in (MARKED_BAD, MARKS_LEFT_OUT))
+    with_marks = sum(count > 0 for count in marked)
+    sentences = [
+        f"{with_marks} of {len(ledger['members'])} sites have marked bad parts: {sum(marked):.0f} photographs."
+    ]
+    if sum(left_out):
+        sentences.append(f"{sum(left_out):.0f} marks were left out; the packages say why.")
+    if packages:
+        counts = sum(_number(summary, HEAD_WEIGHT) > 0 for summary in packages.values())
+        sentences.append(f"The head counts at {counts} of {len(packages)} sites.")
+    reasons: dict[str, list[str]] = {}
+    for site, summary in packages.items():
+        if NO_HEAD in summary:
+            reasons.setdefault(str(summary[NO_HEAD]), []).append(site)
+    return sentences + [f"Not at {', '.join(sites)}: {reason}." for reason, sites in reasons.items()]
+
+
+def _number(told: dict[str, Any], name: str) -> float:
+    """A figure that a site reported; 0 where it said something else, or nothing."""
+    value = told.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
 def is_internal(name: str) -> bool:
     """Whether a figure is left out of the page; the ledger has it."""
     return name.startswith(_INTERNAL)
@@ -105,7 +155,9 @@ def is_internal(name: str) -> bool:
 
 def summary_columns(packages: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Key and heading of the figures of the sites' packages: first those with a heading, without those that are 0."""
-    found = {name for package in packages for name, value in package["summary"].items() if value != 0}
+    found = {
+        name for package in packages for name, value in package["summary"].items() if value != 0 and name != NO_HEAD
+    }
     named = [(name, heading) for name, heading in _SUMMARY.items() if name in found]
     return named + [(name, name.replace("_", " ")) for name in sorted(found - _SUMMARY.keys())]
 
@@ -121,16 +173,19 @@ def site_styles(sites: Sequence[str]) -> dict[str, str]:
     return {site: f"c{index}" if few else "many" for index, site in enumerate(sites)}
 
 
-def round_charts(rounds: Sequence[dict[str, Any]], styles: dict[str, str]) -> list[RoundChart]:
-    """A chart for each metric that was reported, the loss and its parts first, and one for how far the updates were.
+def round_charts(
+    rounds: Sequence[dict[str, Any]], styles: dict[str, str], *, loss: str = MEANINGS["loss"]
+) -> list[RoundChart]:
+    """A chart for each metric that was reported, the loss and its parts first, and one for how far the updates were;
+    ``loss`` says what the loss means.
 
     Of several rounds a figure that only one of them has is no chart; it stands in the table of updates.
     """
     names = {name for entry in rounds for update in entry["contributed"] for name in update["metrics"]}
-    known = list(METRICS)
+    known = list(MEANINGS)
     ordered = sorted(
         (name for name in names if not is_internal(name)),
-        key=lambda name: (known.index(name) if name in METRICS else len(known), name),
+        key=lambda name: (known.index(name) if name in MEANINGS else len(known), name),
     )
     joined = joined_terms(rounds)
     charts = []
@@ -144,7 +199,7 @@ def round_charts(rounds: Sequence[dict[str, Any]], styles: dict[str, str]) -> li
                 f"At the dashed line another term joins the loss: {parts}. A step up there is this term, not a worse "
                 f"site; what can be compared over all rounds is {what}."
             )
-        meaning = METRICS.get(name, "as each site reported it with its update")
+        meaning = loss if name == "loss" else MEANINGS.get(name, "as each site reported it with its update")
         charts.append(_chart(rounds, styles, name, meaning, partial(_metric, name), note=note, joined_at=at))
     meaning = "how far each update was from the round's model, in units of that model's norm"
     charts.append(_chart(rounds, styles, "relative change", meaning, lambda update: update["relative_change"]))

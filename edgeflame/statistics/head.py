@@ -30,6 +30,10 @@ LIMIT = 1.5
 SPACE_KEY = "space"
 """In the metadata of a head that travels: SHA-256 of what decides on the embeddings."""
 
+MARKED_BAD, MARKS_LEFT_OUT, HEAD_WEIGHT, NO_HEAD = "num_marked_bad", "num_marks_left_out", "head_weight", "no_head"
+"""Names of figures that sites report: photographs marked bad and used, marks that were not, with what weight the
+fleet's head counts at the site (0: not at all), and why it does not."""
+
 MAX_HIDDEN = 64
 MAX_POOL = 8
 _KEY = "defect_head"

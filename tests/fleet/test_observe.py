@@ -24,6 +24,7 @@ from aggregator.events import (
     RunEnded,
     RunStarted,
     RunState,
+    SiteFinished,
     SiteJoined,
     UpdateAccepted,
     UpdateRefused,
@@ -35,6 +36,7 @@ from cli import cli
 from cli.pages.fleet_report import render_run_page
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, UsageError
 from edgeflame.log import EventLog, configure_logging
+from edgeflame.methods import Learning
 from edgeflame.metrics import Metric, MetricsServer
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import ClientEvent, ReceivedMessage
@@ -341,6 +343,61 @@ def test_the_report_says_why_a_loss_rises_and_leaves_internals_out() -> None:
     assert "<h3>distillation</h3>" not in page
     assert "distillation 0.7" in page
     assert "another term" not in page_of(run_state())
+
+
+def learnt_from_marks(*, is_over: bool = True) -> RunState:
+    """Two sites have marked parts; the head counts at one of them and at the one that has not."""
+    learning = Learning(method="feedback")
+    state = initial_state(RunStarted(run=RUN, config=AggregateConfig(rounds=1, learning=learning), time="2030-01-01"))
+    reported = {"a": (12.0, 2.0), "b": (3.0, 0.0), "c": (0.0, 0.0)}
+    facts = [
+        *(SiteJoined(site=site, install=site, initial=SHA) for site in reported),
+        InitialModelAccepted(site="a", sha256=SHA, size_bytes=10),
+        RoundStarted(round=1, asked=tuple(reported)),
+        *(
+            UpdateAccepted(
+                round=1, site=site, sha256=SHA, num_samples=9, relative_change=0.1,
+                metrics={"loss": 0.7, "num_marked_bad": marked, "num_marks_left_out": left_out},
+            )
+            for site, (marked, left_out) in reported.items()
+        ),
+        RoundClosed(round=1, left_out=()),
+        ModelAggregated(round=1, sha256=SHA, size_bytes=10),
+    ]  # fmt: skip
+    if is_over:
+        said: dict[str, dict[str, float | str]] = {
+            "a": {"num_marked_bad": 12.0, "num_marks_left_out": 2.0, "head_weight": 1.0},
+            "b": {"num_marked_bad": 3.0, "head_weight": 0.0, "no_head": "it calls 62% of the good <i>bad</i>"},
+            # Whatever it is that this site says.
+            "c": {"num_marked_bad": "many", "head_weight": 0.5},
+        }
+        facts += [SiteFinished(site=site, package=SHA, summary=summary) for site, summary in said.items()]
+        facts.append(RunEnded(succeeded=True, reason=""))
+    for fact in facts:
+        state = apply_event(state, fact)
+    return state
+
+
+def test_the_report_says_where_a_head_learnt_from_marks_counts_and_why_not_elsewhere() -> None:
+    page = page_of(learnt_from_marks())
+    assert (
+        "<p>2 of 3 sites have marked bad parts: 15 photographs. 2 marks were left out; the packages say why. "
+        "The head counts at 2 of 3 sites. Not at b: it calls 62% of the good &lt;i&gt;bad&lt;/i&gt;.</p>"
+    ) in page
+    assert "tells the site&#39;s marked parts from its good ones" in page
+    assert "photographs marked bad</th>" in page
+    running = page_of(learnt_from_marks(is_over=False))
+    assert "<p>2 of 3 sites have marked bad parts: 15 photographs. 2 marks were left out" in running
+    assert "The head counts" not in running
+    assert "marked" not in page_of(run_state())
+
+
+def test_metrics_say_what_was_marked_and_where_the_head_counts() -> None:
+    by_name = {metric.name: metric for metric in prometheus_metrics(snapshot(learnt_from_marks()))}
+    assert by_name["edgeflame_aggregator_marks_used"].values == {"a": 12, "b": 3, "c": 0}
+    assert by_name["edgeflame_aggregator_marks_left_out"].values == {"a": 2, "b": 0, "c": 0}
+    assert by_name["edgeflame_aggregator_head_weight"].values == {"a": 1, "b": 0, "c": 0.5}
+    assert not {m.name: m for m in prometheus_metrics(snapshot(run_state()))}["edgeflame_aggregator_marks_used"].values
 
 
 def test_after_a_good_end_nobody_is_missing() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from edgeflame.metrics import Metric, MetricsServer
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.messages import RoundState
+from edgeflame.statistics.head import HEAD_WEIGHT, MARKED_BAD, MARKS_LEFT_OUT
+from trainer.agent.tasks import TaskResult
 
 METRICS_INTERVAL_S = 1.0
 _METRIC_PREFIX = "edgeflame_site"
@@ -32,6 +34,7 @@ class SiteMetrics:
         self._certificate_expires = certificate_expires
         self._server = server
         self._refusals: Counter[str] = Counter()
+        self._of_head = dict.fromkeys((MARKED_BAD, MARKS_LEFT_OUT, HEAD_WEIGHT), math.nan)
         self._due_at = 0.0
         self._activity: tuple[str, int, int] = ("", 0, 0)
         self._progress_at: float | None = None
@@ -39,6 +42,11 @@ class SiteMetrics:
     def count_refusal(self, reason: str) -> None:
         """Count a refusal by the aggregator."""
         self._refusals[reason] += 1
+
+    def on_task_done(self, result: TaskResult) -> None:
+        """Keep what a task says of marks and of the fleet's head."""
+        told = {**result.metrics, **result.summary}
+        self._of_head.update({name: float(told[name]) for name in self._of_head.keys() & told.keys()})
 
     def publish(
         self,
@@ -92,6 +100,17 @@ class SiteMetrics:
                     kind="counter",
                     label="reason",
                     values=dict(self._refusals),
+                ),
+                _gauge(
+                    "marks_used",
+                    "Photographs marked bad that the fleet's head is learnt from; NaN if that is not known.",
+                    self._of_head[MARKED_BAD],
+                ),
+                _gauge("marks_left_out", "Marks that cannot be used; NaN likewise.", self._of_head[MARKS_LEFT_OUT]),
+                _gauge(
+                    "head_weight",
+                    "Weight of the fleet's head here; 0: it does not count; NaN until that is decided.",
+                    self._of_head[HEAD_WEIGHT],
                 ),
                 _counter("received_bytes", "Payload received since the start.", 0 if link is None else link.bytes_in),
                 _counter("sent_bytes", "Payload sent since the start.", 0 if link is None else link.bytes_out),

@@ -269,6 +269,7 @@ class _SiteService:
                 outcome = self._worker.on_event(event)
                 if isinstance(outcome, TaskResult):
                     self._runner.on_task_done(outcome)
+                    self._metrics.on_task_done(outcome)
                 elif outcome is not None:
                     self._on_failure(outcome, now)
 

@@ -126,7 +126,9 @@ class _SiteTaskRun:
     def _execute(self, step: PlanStep) -> None:
         task = self._tasks.task_for(step)
         assert task is not None, f"a simulated site has no task for {step}"
-        setup = WorkerSetup(learning=self._tasks.learning, site=self._task.site, data=self._task.data)
+        setup = WorkerSetup(
+            learning=self._tasks.learning, site=self._task.site, data=self._task.data, marks=self._task.marks
+        )
         self._tasks.store(step, execute_task(self._trainer_for(setup), task, no_progress))
 
     def _answer(self, message: UpMessage | None, blob: Path | None = None) -> SiteAnswer:

@@ -22,7 +22,7 @@ from fitting.evaluation import ScoreFunction, evaluate
 from fitting.imageset import ImageSet
 from trainer.backbone import build_network
 from trainer.device import pick_device, rgb_tensor
-from trainer.work import measure_answer
+from trainer.measuring import measure_answer
 
 PEERS = ("padim", "patchcore", "csflow")
 CORESET = 0.1

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from cli.pages.fleet_report import what_became_of_the_head
 from edgeflame.marks import MarkStore
 from edgeflame.package import read_package
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.part_images import part_image
+from tests.support.ports import free_port
 from tests.support.waiting import wait_for
 
 # Two sites import PyTorch and export their network.
@@ -39,6 +42,16 @@ smoothing_sigma = 1.0
 WORKER = shlex.join([sys.executable, "-m", "cli.train_worker"])
 
 
+def metric(port: int, name: str) -> float | None:
+    """What a process serves on Prometheus' page of metrics; None if there is none yet."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+    except OSError:
+        return None
+    return next((float(value) for label, _, value in (line.rpartition(" ") for line in lines) if label == name), None)
+
+
 @pytest.mark.parametrize("broker", ["embedded"], indirect=True)
 def test_a_defect_marked_at_one_site_is_known_at_the_other(
     broker: BrokerProcess, tmp_path: Path, parts_folder: Path
@@ -46,13 +59,21 @@ def test_a_defect_marked_at_one_site_is_known_at_the_other(
     store = MarkStore(tmp_path / "line" / "marks")
     for number in range(12):
         store.add(f"bad-{number}", part_image(200 + number, hole=True), "bad", kind="hole")
+    ports = [free_port(), free_port()]
     common = ("--data", str(parts_folder), "--worker", WORKER, "--product", "plate")
     with Fleet(broker, tmp_path, config=CONFIG) as fleet:
-        aggregator = fleet.aggregator()
+        aggregator = fleet.aggregator("--metrics", f"127.0.0.1:{ports[0]}")
         east = fleet.site("east", *common)
-        teacher = fleet.site("west", *common, "--marks", str(tmp_path / "line"))
+        teacher = fleet.site("west", *common, "--marks", str(tmp_path / "line"), "--metrics", f"127.0.0.1:{ports[1]}")
+        wait_for(
+            lambda: metric(ports[0], 'edgeflame_aggregator_marks_used{site="west"}') == 12,
+            "the aggregator tells who has marked",
+            timeout_s=PATIENCE_S,
+        )
+        assert metric(ports[0], 'edgeflame_aggregator_marks_used{site="east"}') in (None, 0)
+        assert metric(ports[1], "edgeflame_site_marks_used") == 12
+        assert metric(ports[1], "edgeflame_site_marks_left_out") == 0
         # Killed in the middle, it goes on from where it was.
-        wait_for(lambda: " trained " in teacher.log, "a round is trained", timeout_s=PATIENCE_S)
         teacher.kill()
         teacher.start()
         for process in (east, teacher, aggregator):
@@ -68,6 +89,10 @@ def test_a_defect_marked_at_one_site_is_known_at_the_other(
         told = package.manifest.provenance["statistics"]["head"]
         assert (told["num_bad_marks"], told["weight_chosen_by"]) == (0, "default"), told
         assert package.head is not None
+        assert what_became_of_the_head(ledger) == [
+            "1 of 2 sites have marked bad parts: 12 photographs.",
+            "The head counts at 2 of 2 sites.",
+        ]
         # No picture has gone over the broker: a head is all that is larger than messages.
         assert json.dumps(ledger).count("hole") == 0
         assert len(fleet.model()) < 100_000
