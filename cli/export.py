@@ -245,7 +245,7 @@ def _describe_onnx(path: Path, package: Package, *, size_bytes: int, precision: 
     roi = size.roi
     crop = "" if roi is None else f"cropped to {roi.width}x{roi.height}+{roi.x}+{roi.y}, "
     echo(f"{path}: {size_bytes / 1e6:.1f} MB, opset 18, {precision}, package {package.sha256[:12]}")
-    echo(f"  image        uint8 [N, {size.height}, {size.width}, 3], BGR, {crop}resized with OpenCV's INTER_AREA")
+    echo(f"  image        uint8 [N, {size.height}, {size.width}, 3], BGR, {crop}resized by {size.resized_by}")
     echo(f"  score        float32 [N]: a part is defective above {manifest.threshold.value:.6g}")
     echo(f"  anomaly_map  float32 [N, {height}, {width}]")
 

@@ -131,7 +131,7 @@ def command(
     open_means = (
         partial(_torch_means, read_learning(), device)
         if backbone_from is None
-        else partial(_given_means, backbone_from, device, read_learning)
+        else partial(_given_means, backbone_from, device, read_learning, is_prior=prior_file is not None)
     )
     if not out.parent.is_dir():
         raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
@@ -207,18 +207,24 @@ class _Means:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def _given_means(path: Path, device: str, read_learning: Callable[[dict[str, Any]], Learning]) -> _Means:
-    """The backbone of a file, in ONNX Runtime."""
+def _given_means(
+    path: Path, device: str, read_learning: Callable[[dict[str, Any]], Learning], *, is_prior: bool
+) -> _Means:
+    """The backbone of a file, in ONNX Runtime; with a prior, images are resized as its were."""
     devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}
     if device not in devices:
         raise UsageError(f"--device {device}: with a given backbone it is one of {', '.join(devices)}")
     with require_extra("cpu", "putting a package together needs onnx"):
         from export.graph import complete_graph, cut_embedding_graph
+    from edgeflame.package import read_package
     from fitting.backbone import open_backbone
     from fitting.fit import FrozenLearner, GaussianModel
 
     backbone, embedder = open_backbone(path, cut_embedding_graph, device=devices[device])
-    learning = read_learning(backbone.settings())
+    settings = backbone.settings()
+    if is_prior:
+        settings["input"]["resize"] = read_package(path).manifest.learning.input.resized_by
+    learning = read_learning(settings)
     backbone.require_fits(learning)
     return _Means(
         learning=learning,

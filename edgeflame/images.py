@@ -83,6 +83,8 @@ class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"region of interest must have x, y >= 0 and width, height >= 1, not {text!r}") from exc
 
 
+Resize = Literal["area", "halving"]
+
 InputSide = Annotated[int, msgspec.Meta(ge=32, le=MAX_INPUT_SIDE, multiple_of=32)]
 """A side of a model's input."""
 
@@ -95,16 +97,20 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     width: InputSide = 256
     """Of the model's input, pixels."""
     roi: Region | None = None
-    resize: Literal["area", "halving"] | msgspec.UnsetType = msgspec.UNSET
-    """``area``, also when unset: OpenCV's ``INTER_AREA``. ``halving``: nearly the same values in a third to a
-    sixth of the time; see :func:`halved`. Left out of what is written where it is not set, so that versions without it
-    read it."""
+    resize: Resize | msgspec.UnsetType = msgspec.UNSET
+    """``area``: OpenCV's ``INTER_AREA``. ``halving``, the default preset's: nearly the same values in a third to a
+    sixth of the time; see :func:`halved`. Packages of earlier versions have no such key, and are resized by area."""
     bits: Annotated[int, Meta(ge=8, le=16)] | msgspec.UnsetType = msgspec.UNSET
     """Bits of the samples in files of 16 bits: 10 or 12 for what cameras call Mono10 and Mono12; their range is what
     the model sees. Unset: 16. Left out of what is written where it is not set, as is ``max_megapixels``."""
     max_megapixels: Annotated[float, Meta(gt=0, le=1000)] | msgspec.UnsetType = msgspec.UNSET
     """Largest photograph that is decoded, in millions of pixels; one that claims more is unreadable. Unset: 100. A line
     has its own (``capture.max_megapixels``)."""
+
+    @property
+    def resized_by(self) -> Resize:
+        """How a frame is resized; by area where nothing is said."""
+        return "area" if self.resize is msgspec.UNSET else self.resize
 
     @property
     def sample_bits(self) -> int:
@@ -166,7 +172,7 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         cropped = to_8_bit(self.crop(frame), self.sample_bits)
         if cropped.shape[:2] == (self.height, self.width):
             return np.ascontiguousarray(cropped)
-        if self.resize == "halving":
+        if self.resized_by == "halving":
             return halved(cropped, height=self.height, width=self.width)
         resized = cv2.resize(cropped, (self.width, self.height), interpolation=cv2.INTER_AREA)
         return np.asarray(resized, dtype=np.uint8)

@@ -352,6 +352,8 @@ ANY_METHOD = "*"
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
+        # Packages and runs of earlier versions have no such key, and go on with OpenCV's INTER_AREA.
+        ANY_METHOD: {"input": {"resize": "halving"}},
         # As long as ten rounds of a federation.
         "solo": {"training": {"epochs": 10}},
         # An epoch moves the memory a step of k-means on.
@@ -394,10 +396,10 @@ def start_from_presets(raw: dict[str, Any], kind: type) -> dict[str, Any]:
         return raw
     filled = dict(raw)
     for field in msgspec.structs.fields(kind):
-        section = raw.get(field.name)
+        has_default = isinstance(field.default, Learning)
+        section = raw.get(field.name, {} if has_default else None)
         if field.type is Learning and isinstance(section, dict):
-            default = field.default if isinstance(field.default, Learning) else Learning()
-            filled[field.name] = _apply_preset(section, default)
+            filled[field.name] = _apply_preset(section, field.default if has_default else Learning())
         elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct) and isinstance(section, dict):
             filled[field.name] = start_from_presets(section, field.type)
     return filled

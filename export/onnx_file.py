@@ -65,7 +65,7 @@ def export_description(package: Package) -> dict[str, str]:
         "product": manifest.product,
         "method": manifest.learning.method,
         "threshold": repr(manifest.threshold.value),
-        "input": f"uint8 BGR [N, {given.height}, {given.width}, 3], cropped to the roi, resized by area",
+        "input": f"uint8 BGR [N, {given.height}, {given.width}, 3], cropped to the roi, resized by {given.resized_by}",
         "roi": "" if roi is None else f"{roi.x},{roi.y},{roi.width},{roi.height}",
     }
     return {f"edgeflame.{key}": value for key, value in facts.items()}
