@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import cv2
-import numpy as np
-
 from edge.config.inspection import DriftConfig
 from edge.drift.monitor import DriftMonitor, SavedMonitor
 from edge.frame import Captured
@@ -27,6 +24,7 @@ from edge.status import DriftCondition, DriftStatus
 from edgeflame.background import BackgroundThread
 from edgeflame.drift_reference import PART_STREAMS, AlignmentTemplate, DriftReference, image_streams, part_streams
 from edgeflame.errors import StorageError
+from edgeflame.images import Preprocessing
 from edgeflame.log import EventLog
 from edgeflame.package import Package
 from edgeflame.state import read_json, storage_errors, write_record
@@ -51,9 +49,8 @@ class DriftModel:
 
     model: str
     """First 12 digits of the package's SHA-256, which name the file."""
-    width: int
-    height: int
-    """Size of the model's input, pixels."""
+    preprocessing: Preprocessing
+    """From the area that the model sees to its input."""
     reference: DriftReference | None
     template: AlignmentTemplate | None
 
@@ -74,8 +71,7 @@ class DriftModel:
             reference = DriftReference(streams=kept)
         return cls(
             model=package.sha256[:12],
-            width=preprocessing.width,
-            height=preprocessing.height,
+            preprocessing=preprocessing.without_roi(),
             reference=reference,
             template=AlignmentTemplate(images) if images else None,
         )
@@ -188,8 +184,7 @@ class DriftWatcher:
         if monitor is None or running is None:
             return
         # The picture is the area that the model saw; resized, it is the model's input.
-        size = (running.width, running.height)
-        seen = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        seen = running.preprocessing.apply(image)
         values = {
             **part_streams(result.score, inspected.anomaly_map),
             **image_streams(seen, running.template),

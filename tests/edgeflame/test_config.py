@@ -17,6 +17,7 @@ from edge.config import InspectConfig
 from edgeflame.bounds import Count
 from edgeflame.config import check_keys, load_config, parse_config
 from edgeflame.errors import ConfigError
+from edgeflame.images import Preprocessing
 from edgeflame.methods import METHODS, PRESETS, Learning, Training
 
 
@@ -27,7 +28,8 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_no_file_gives_the_defaults() -> None:
-    assert load_config(None, Learning) == Learning()
+    assert load_config(None, Learning) == Learning(input=Preprocessing(resize="halving"))
+    assert load_config(None, Learning, {"preset": "paper"}).input == Preprocessing()
 
 
 def test_sections(tmp_path: Path) -> None:
@@ -113,7 +115,8 @@ def test_presets_reach_a_learning_inside_another_configuration(tmp_path: Path) -
     assert (config.learning.training.epochs, config.learning.training.momentum) == (2, 0.09)
     moon = load_config(path, AggregateConfig, {"learning": {"method": "moon"}})
     assert (moon.learning.method, moon.learning.training.momentum) == ("moon", 0.09)
-    assert load_config(None, AggregateConfig) == AggregateConfig()
+    learning = Learning(method="flame", input=Preprocessing(resize="halving"))
+    assert load_config(None, AggregateConfig) == AggregateConfig(learning=learning)
 
 
 @pytest.mark.parametrize("text", ['preset = "magic"', "preset = 3", "[preset]", 'method = ["fade"]', "training = 3"])

@@ -250,6 +250,7 @@ weights = "random"
 [input]
 height = 64
 width = 64
+resize = "area"
 [scoring]
 rank = 6
 """
@@ -279,6 +280,7 @@ def test_the_command_leans_on_a_package(elsewhere: Path, parts_folder: Path, tmp
     told = manifest.provenance["statistics"]["prior"]
     assert (told["file"], told["images_of_others"], told["own_images"]) == ("p.edgeflame", 24, 5)
     assert manifest.num_images == 5
+    assert manifest.learning.input.resized_by == "area"
     assert manifest.weights == read_package(elsewhere).manifest.weights
 
 
