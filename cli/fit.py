@@ -16,7 +16,7 @@ from cli.options import cost_of_a_miss, dataset_options, defects_options, promis
 from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
-from edgeflame.images import MAX_INPUT_SIDE, Region
+from edgeflame.images import MAX_INPUT_SIDE, Region, printable_name
 from edgeflame.log import EventLog
 from edgeflame.methods import METHODS, PRESETS, SOLO_METHODS, Learning
 from edgeflame.mqtt.topics import MAX_NAME_CHARS
@@ -268,7 +268,8 @@ def _read_prior(path: Path) -> FleetPrior:
 
     package = read_package(path)
     manifest = package.manifest
-    source = {"file": path.name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
+    name = printable_name(path.name)
+    source = {"file": name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
     try:
         return FleetPrior.of_package(package, source)
     except UsageError as exc:
