@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/edgeflame demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Every step of the protocol at which site, aggregator or broker can be killed, on both brokers, and disks that lose
 # what was written: nearly 500 runs of real processes, each of several seconds.
@@ -56,7 +56,7 @@ sbom: $(VENV)/.installed-dev
 
 # Which lines and branches the tests run, those in child processes included; slower than the tests alone.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered --cov-report=html $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-report=html $(PYTEST_ARGS)
 
 # The pages of docs/reference, made from the code.
 reference: $(VENV)/.installed-dev

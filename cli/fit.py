@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from edgeflame.package import Manifest
     from fitting.fit import FittedModel, Learner, Model
     from fitting.packaging import GraphFunction
-    from fitting.prior import FleetPrior
 
 
 log = EventLog("fit")
@@ -151,12 +150,13 @@ def command(
 
     from fitting.fit import fit
     from fitting.packaging import save_package
+    from fitting.prior import read_prior
 
     fitted = fit(
         dataset,
         means.learning,
         means.learner,
-        prior=None if prior_file is None else _read_prior(prior_file),
+        prior=None if prior_file is None else read_prior(prior_file),
         on_unreadable=on_unreadable,
         num_references=reference_images,
         defects=labelled,
@@ -261,24 +261,6 @@ def _torch_means(learning: Learning, device: str) -> _Means:
         learner=open_learner(learning, pick_device(device)),
         graph_of=lambda model: partial(scoring_graph, model.network.cpu(), preprocessing=learning.input),
     )
-
-
-def _read_prior(path: Path) -> FleetPrior:
-    """A package's statistics, as a prior.
-
-    Raises:
-        UsageError: the package scores by a memory.
-    """
-    from edgeflame.package import read_package
-    from fitting.prior import FleetPrior
-
-    package = read_package(path)
-    manifest = package.manifest
-    source = {"file": path.name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
-    try:
-        return FleetPrior.of_package(package, source)
-    except UsageError as exc:
-        raise UsageError(f"--prior {path}: {exc}") from exc
 
 
 def _write_groups(path: Path, fitted: FittedModel[Model]) -> None:

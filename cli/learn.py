@@ -38,6 +38,13 @@ from cli.output import echo, print_json, print_threshold, progress_bar
     metavar="X",
     help="What a missed bad part costs, in rejected good ones.  [default: 10]",
 )
+@click.option(
+    "--prior",
+    "prior_file",
+    type=click.Path(path_type=Path),
+    metavar="PACKAGE",
+    help="Lean on another line's or the fleet's statistics, as with `fit`: for a package that was fitted so.",
+)
 @scores_option
 @click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="Use so many CPU cores at most.  [default: all]"
@@ -50,6 +57,7 @@ def command(
     marks: Path,
     out: Path,
     cost_of_miss: float | None,
+    prior_file: Path | None,
     scores_file: Path | None,
     threads: int | None,
     on_unreadable: Literal["skip", "refuse"],
@@ -84,6 +92,7 @@ def command(
     from fitting.backbone import open_backbone
     from fitting.learn import learn
     from fitting.packaging import choose_references, save_package
+    from fitting.prior import read_prior
 
     manifest = package.manifest
     backbone, embedder = open_backbone(model, cut_embedding_graph, device="cpu")
@@ -93,6 +102,7 @@ def command(
         dataset,
         store,
         cost_of_miss=miss,
+        prior=None if prior_file is None else read_prior(prior_file),
         on_unreadable=on_unreadable,
         stage=progress_bar,
     )

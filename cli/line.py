@@ -222,6 +222,7 @@ def switch_model(lines: str, product: str, allow_older: bool, **options: Any) ->
 @click.option("--same-part", is_flag=True, help="take: the picture shows the part of the photograph before.")
 @click.option("--value", type=float, metavar="X", help="threshold: one that the scores offer.  [default: as learnt]")
 @click.option("--marks", is_flag=True, help="learn: also from the parts that were marked as good or bad.")
+@click.option("--prior", metavar="PRODUCT", help="learn: lean on the model of another product of the line.")
 @click.option(
     "--alone", is_flag=True, help="try: in place of the present model, with the verdicts marked as a trial's."
 )
@@ -235,6 +236,7 @@ def teach(
     same_part: bool,
     value: float | None,
     marks: bool,
+    prior: str | None,
     alone: bool,
     **options: Any,
 ) -> None:
@@ -262,6 +264,7 @@ def teach(
         same_part=same_part,
         threshold=value,
         marks=marks,
+        prior=prior,
         alone=alone,
     )
     _send(lines, options, TeachProduct, order=order)

@@ -32,6 +32,7 @@ from edge.delivery.sinks import LockedSinks, RejectsSink, Sink, of_camera, of_pr
 from edge.drift.watcher import DriftModel, DriftWatcher
 from edge.golden_parts import GoldenTester
 from edge.inspector import Inspector
+from edge.memory import trimming
 from edge.models.released import ReleasedModels
 from edge.result import Inspected
 from edge.sources.arrivals import Disposal
@@ -274,6 +275,7 @@ def run_inspection(
     with contextlib.ExitStack() as stack:
         # Entered first, so that it is called off last: anything below may hang.
         forced_exit = stack.enter_context(ForcedExit())
+        stack.enter_context(trimming())
         # PLCs come first: the part is already on its way to the ejector.
         plcs = _plcs(stack, cameras.plan)
         outlets: list[Sink] = [*(of_camera(plc, camera) for camera, plc in plcs.items()), *sinks]

@@ -26,7 +26,7 @@ from edgeflame import __version__
 from edgeflame.archive import open_archive, write_archive
 from edgeflame.cpus import usable_cpus
 from edgeflame.errors import ConfigError, EdgeFlameError, PackageError, RuntimeUnavailableError, UsageError
-from edgeflame.images import ImageU8
+from edgeflame.images import ImageU8, printable_name
 from edgeflame.log import EventLog
 from edgeflame.methods import METHODS, Backbone, Learning
 from edgeflame.onnx_session import CPU, Device, failures_of, first_line, import_library, open_session
@@ -263,7 +263,7 @@ def open_backbone(path: Path, cut: CutFunction, *, device: Device = "auto") -> t
         num_channels=manifest.num_channels,
         num_tapped_channels=manifest.num_tapped_channels,
         weights=manifest.weights,
-        origin={"file": path.name, "sha256": sha256},
+        origin={"file": printable_name(path.name), "sha256": sha256},
     )
     embedder = OnnxEmbedder(backbone, device=device)
     expected = np.array(manifest.expected)
@@ -296,7 +296,7 @@ def _from_package(path: Path, cut: CutFunction, device: Device) -> tuple[Exporte
         num_channels=manifest.num_channels,
         num_tapped_channels=tapped if isinstance(tapped, int) else manifest.num_channels,
         weights=weights,
-        origin={"file": path.name, "sha256": package.sha256, "product": manifest.product},
+        origin={"file": printable_name(path.name), "sha256": package.sha256, "product": manifest.product},
     )
     embedder = OnnxEmbedder(backbone, device=device)
     _check_by_references(path, package, embedder)

@@ -44,6 +44,7 @@ from fitting.marked_images import (
     usable_marks,
     without_known_bad,
 )
+from fitting.prior import FleetPrior
 from fitting.site_statistics import SiteStatistics, find_influential, fit_statistics
 from fitting.threshold import set_threshold
 
@@ -105,6 +106,7 @@ def learn(
     store: MarkStore,
     *,
     cost_of_miss: float,
+    prior: FleetPrior | None = None,
     on_unreadable: UnreadablePolicy = "skip",
     stage: Stage = quiet_stage,
 ) -> LearntModel:
@@ -116,6 +118,7 @@ def learn(
         dataset: good photographs to learn from, as for a fit; those that the package was fitted on, or newer ones.
         store: the marks.
         cost_of_miss: of a missed defective part against a rejected good one.
+        prior: what the statistics lean on, as in a fit.
         on_unreadable: what to do about photographs that cannot be read.
         stage: shows the progress of each stage.
 
@@ -128,6 +131,8 @@ def learn(
     learning = manifest.learning
     if not isinstance(package.statistics, LowRankGaussian):
         raise UsageError("this package scores by a memory; marks are learnt by packages with Gaussian statistics only")
+    if prior is None and "prior" in manifest.provenance.get("statistics", {}):
+        log.warning("prior_left_out", note="the package leans on other statistics; the candidate on these images alone")
     left_out: Counter[str] = Counter()
     marks = usable_marks(store.marks(), manifest.product, left_out)
     with stage("Reading images") as progress:
@@ -146,7 +151,7 @@ def learn(
         raise UsageError(f"{store.folder}: no mark can be used{_reasons(left_out)}")
     embeddings = Embeddings(embedder, images)
     with stage("Statistics and threshold") as progress:
-        site = fit_statistics(embeddings, learning, groups_known=dataset.groups_known, progress=progress)
+        site = fit_statistics(embeddings, learning, groups_known=dataset.groups_known, pooled=prior, progress=progress)
         if len(site.images) != len(images):
             embeddings = Embeddings(embedder, site.images)
     with stage("Learning from marks"):
@@ -169,8 +174,9 @@ def learn(
             learning.calibration,
             groups_known=dataset.groups_known,
             num_left_out=site.threshold.num_left_out,
+            others=site.others,
         )
-        influential = find_influential(site.images, fitted.good_scores, learning, threshold)
+        influential = find_influential(site.images, fitted.good_scores, learning, threshold, site.others)
         if len(bad):
             threshold = set_least_cost(
                 threshold,

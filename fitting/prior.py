@@ -20,12 +20,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgeflame.errors import DataError, UsageError
-from edgeflame.package import Package
+from edgeflame.images import printable_name
+from edgeflame.package import Package, read_package
 from edgeflame.statistics.gaussian import LowRankGaussian
 from edgeflame.statistics.moments import Moments, map_position_blocks
 from edgeflame.statistics.shared import ScoreDeviation, StatisticsHeader, shared_weight
@@ -186,6 +188,23 @@ class FleetPrior:
         map_position_blocks(len(outer), block)
         mean = own + kappa / (count + kappa) * step
         return Moments(count=count + weights.weight, shift=mean, total=np.zeros_like(mean), outer=outer)
+
+
+def read_prior(path: Path) -> FleetPrior:
+    """A package's statistics, as a prior.
+
+    Raises:
+        UsageError: the package scores by a memory.
+        EdgeFlameError: it cannot be read.
+    """
+    package = read_package(path)
+    manifest = package.manifest
+    name = printable_name(path.name)
+    source = {"file": name, "sha256": package.sha256, "product": manifest.product, "site": manifest.site}
+    try:
+        return FleetPrior.of_package(package, source)
+    except UsageError as exc:
+        raise UsageError(f"--prior {path}: {exc}") from exc
 
 
 @dataclass(frozen=True, kw_only=True)

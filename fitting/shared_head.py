@@ -61,6 +61,8 @@ STEPS, PULL = 30, 0.003
 """Of a round: most steps, and what holds the site's head near the fleet's (FedProx)."""
 FOLDS = 4
 """One of so many folds of the parts judges, and is not learnt from."""
+MIN_JUDGING = 3
+"""Good parts that judge: of fewer a threshold cannot be said to reject too many."""
 DEFAULT_WEIGHT = 0.5
 """Of a head at a site that cannot choose by its own marks."""
 MOST_CALLED_BAD = 0.5
@@ -206,8 +208,11 @@ def judge(
     with one_blas_thread():
         good_logits, bad_logits = layers.logits(coordinates, good), layers.logits(coordinates, bad)
     held, bad_held = judging_both(good, bad, seed)
-    if not held.any():
-        return _no_head(without, f"fewer than {FOLDS} good parts cannot judge it")
+    num_judging = len({good.groups[int(index)] for index in np.flatnonzero(held)})
+    if num_judging < MIN_JUDGING:
+        return _no_head(
+            without, f"{len(set(good.groups))} good parts are too few: a quarter judges it, at least {MIN_JUDGING}"
+        )
     if not held.all():
         # Of what was learnt from, a head says too much good; a new part is like those that judge.
         good_logits[~held] += max(0.0, float(np.median(good_logits[held]) - np.median(good_logits[~held])))

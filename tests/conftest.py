@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,32 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """Where the tests were started with SIGINT ignored, as in background jobs, the programs they start must not be."""
+    """The hundreds of programs that tests start do not inherit what slows or deafens them.
+
+    SIGINT may be ignored here, as in background jobs. Without files of bytecode each would compile EdgeFlame anew. And
+    several workers have no use for threads that wait for each other by spinning.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """Three workers for two cores: much of the time a test waits for the programs it has started."""
+    cores = yield
+    return cores + cores // 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that are given the most time come first, then those of many tests: none is left over in the end."""
+    limits: dict[Path, float] = {}
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        limits[item.path] = max(limits.get(item.path, 0), limit.args[0] if limit else 0)
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (limits[item.path], counts[item.path]), reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -208,6 +208,7 @@ class HeadModel:
                 learning.calibration,
                 groups_known=groups_known,
                 num_left_out=site.threshold.num_left_out,
+                others=site.others,
             )
         told = _bad_that_count(fitted, good, bad, learning.seed)
         if len(told):
@@ -228,7 +229,7 @@ class HeadModel:
         }
         influential = site.influential
         if fitted.head is not None:
-            influential = find_influential(site.images, fitted.good_scores, learning, threshold)
+            influential = find_influential(site.images, fitted.good_scores, learning, threshold, site.others)
         site = site.with_head(fitted.head, fitted.good_scores, threshold, influential)
         return replace(site, details={**site.details, "head": details})
 

@@ -100,7 +100,8 @@ class ModelEvaluator:
         return self._learner_of(task.learning).train_alone(images, seed=task.seed)[0]
 
     def _training_images(self, task: MeasureTask) -> ImageSet:
-        held = self._images.get(task.train)
+        key = (*task.train, task.marks or "")
+        held = self._images.get(key)
         if held is None or held.preprocessing != task.learning.input:
             records = [record for folder in task.train for record in open_dataset(Path(folder)).train]
             # Only the last: rounds are measured with the same images, sites with others each.
@@ -111,7 +112,7 @@ class ModelEvaluator:
                 dataset = open_dataset(Path(task.train[0]))
                 self._marked = read_site_marks(MarkStore(Path(task.marks)), dataset, held, task.learning, product=None)
                 held = self._marked.images
-            self._images[task.train] = held
+            self._images[key] = held
         return held
 
     def _embed(self, network: EmbeddingNetwork, batch: ImageU8) -> F32:

@@ -23,6 +23,7 @@ from typing import final
 
 import msgspec
 
+from edge.teaching.basis import LearningBasis
 from edge.teaching.orders import LearningProgress
 from edge.teaching.record import TeachingRecord
 from edgeflame.background import BackgroundThread
@@ -43,29 +44,18 @@ MODEL_FILE, SCORES_FILE = "model.edgeflame", "scores.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarksToLearn:
-    """What ``learn`` needs.
-
-    Attributes:
-        folder: of the marks.
-        package: the present one, which the candidate is compared with; it gives the base network, too.
-    """
-
-    folder: Path
-    package: Path
-
-
-@dataclass(frozen=True, kw_only=True)
 class LearningResult:
     """What learning made.
 
     Attributes:
         folder: with ``MODEL_FILE`` and ``SCORES_FILE``.
         photographs: names of those that it learnt from.
+        prior: the product whose model it leans on; None: it leans on none.
     """
 
     folder: Path
     photographs: tuple[str, ...]
+    prior: str | None
 
 
 class _Line(msgspec.Struct):
@@ -119,13 +109,13 @@ class LearningProcess:
         with self._lock:
             return self._progress if product == self._product else None
 
-    def start(self, record: TeachingRecord, folder: Path, base: Path | MarksToLearn | None) -> None:
+    def start(self, record: TeachingRecord, folder: Path, basis: LearningBasis) -> None:
         """Begin to learn.
 
         Args:
             record: the product's.
             folder: the product's.
-            base: package or file with the base network; None: PyTorch makes it; marks: learn from them, too.
+            basis: what is learnt from beside the photographs.
 
         Raises:
             UsageError: another product is being learnt.
@@ -138,11 +128,12 @@ class LearningProcess:
             self._progress = LearningProgress(stage="Starting", done=0.0, left_s=None, memory_mib=0.0)
         try:
             work = folder / "learning"
-            command = _lay_out(record, folder, work, base)
+            command = _lay_out(record, folder, work, basis)
         except BaseException:
             self._product = None
             raise
-        thread = BackgroundThread("learner", lambda stop: self._run(record, work, command, stop), join_s=5.0)
+        prior = basis.prior_product
+        thread = BackgroundThread("learner", lambda stop: self._run(record, work, command, prior, stop), join_s=5.0)
         self._thread = thread
         thread.start()
 
@@ -158,11 +149,13 @@ class LearningProcess:
 
     # On the learner's thread.
 
-    def _run(self, record: TeachingRecord, work: Path, command: Sequence[str], stop: threading.Event) -> None:
+    def _run(
+        self, record: TeachingRecord, work: Path, command: Sequence[str], prior: str | None, stop: threading.Event
+    ) -> None:
         outcome: Outcome
         try:
             self._watch(command, stop)
-            outcome = LearningResult(folder=work, photographs=tuple(one.name for one in record.good))
+            outcome = LearningResult(folder=work, photographs=tuple(one.name for one in record.good), prior=prior)
         except EdgeFlameError as exc:
             outcome = exc
         except OSError as exc:
@@ -256,7 +249,7 @@ class _Clock:
         return round((time.monotonic() - begun_s) / advanced * (1.0 - self.done), 0) if advanced > 0.01 else None
 
 
-def _lay_out(record: TeachingRecord, folder: Path, work: Path, base: Path | MarksToLearn | None) -> list[str]:
+def _lay_out(record: TeachingRecord, folder: Path, work: Path, basis: LearningBasis) -> list[str]:
     """Lay out the photographs in a folder for ``fit`` or ``learn``; returns the command."""
     with storage_errors(work, "use"):
         shutil.rmtree(work, ignore_errors=True)
@@ -264,12 +257,13 @@ def _lay_out(record: TeachingRecord, folder: Path, work: Path, base: Path | Mark
     for one in record.good:
         link_or_copy(folder / "photographs" / one.name, work / "data" / one.name)
     command: list[str | Path] = [sys.executable, "-m", "edgeflame"]
-    if isinstance(base, MarksToLearn):
-        command += ["learn", "--model", base.package, "--marks", base.folder]
+    if basis.marks is not None and basis.base is not None:
+        command += ["learn", "--model", basis.base, "--marks", basis.marks]
     else:
         command += ["fit", "--product", record.product, "--device", "cpu"]
         command += [] if record.region is None else ["--roi", ",".join(map(str, record.region))]
-        command += [] if base is None else ["--backbone-from", base]
+        command += [] if basis.base is None or basis.prior is not None else ["--backbone-from", basis.base]
+    command += [] if basis.prior is None else ["--prior", basis.prior]
     command += ["--data", work / "data", "--out", work / MODEL_FILE, "--scores", work / SCORES_FILE]
     grouped = len(record.good) > record.num_parts
     if grouped or all(one.part_known for one in record.good):

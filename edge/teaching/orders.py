@@ -57,6 +57,8 @@ class TeachingOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """For ``threshold``: one of those that the scores offer; left out: as it was learnt."""
     marks: bool = False
     """For ``learn``: also from what people marked, by a process that compares what it learns with the present model."""
+    prior: _Word | None = None
+    """For ``learn``: a product of this line whose model is leant on, where the photographs become likelier by it."""
     alone: bool = False
     """For ``try``: it judges in place of the present model, and its verdicts are marked as a trial's."""
 
@@ -119,6 +121,8 @@ class ProductTeaching(msgspec.Struct, frozen=True, kw_only=True):
     """Parts that came while one was being written, since the start."""
     promises: tuple[PossiblePromise, ...]
     learning: LearningProgress | None
+    priors: tuple[str, ...]
+    """Products of this line whose models can be leant on."""
     marked: MarkedParts
     """Marks of this product, to learn from."""
     learnt: TaughtModel | None

@@ -93,6 +93,8 @@ class TaughtModel(msgspec.Struct, frozen=True, kw_only=True):
     """As it was learnt, raw distance."""
     chosen: float | None = None
     """The threshold that a person chose; null: as it was learnt."""
+    prior: str | None = None
+    """The product whose model it leans on."""
     marks: LearntMarks | None = None
     """Null: it was learnt from photographs alone."""
 

@@ -31,6 +31,7 @@ def standing_of(
     learning: LearningProgress | None,
     trial: TrialStatus | None,
     marked: MarkedParts = NOTHING_MARKED,
+    priors: tuple[str, ...] = (),
 ) -> ProductTeaching:
     """How a product stands.
 
@@ -43,6 +44,7 @@ def standing_of(
         learning: how far learning has come; None: it is not being learnt.
         trial: None: it is not being tried.
         marked: how many parts of it people marked.
+        priors: products whose models can be leant on.
     """
     notes = []
     if camera_frame is not None and record.frame is not None and camera_frame != record.frame:
@@ -72,6 +74,7 @@ def standing_of(
         num_passed_over=num_passed_over,
         promises=tuple(PossiblePromise(parts=count, promised=_tightest(count)) for count in STEPS),
         learning=learning,
+        priors=priors,
         marked=marked,
         learnt=record.learnt,
         is_outdated=record.is_outdated,

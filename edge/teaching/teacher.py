@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from edge.camera_worker import CameraWorker
 from edge.cameras import Cameras
 from edge.config.outputs import TeachingConfig
 from edge.control import DaemonControl
+from edge.teaching.basis import BasisChooser, MarkCounter
 from edge.teaching.collector import Collector, look_alike
 from edge.teaching.going_live import GoingLive, other_size
 from edge.teaching.learning import (
@@ -30,16 +30,15 @@ from edge.teaching.learning import (
     SCORES_FILE,
     LearningProcess,
     LearningResult,
-    MarksToLearn,
     Outcome,
 )
 from edge.teaching.look import PictureKind, as_jpeg, photograph_jpeg
-from edge.teaching.orders import MarkedParts, ProductTeaching, TeachingOrder, TeachingStatus
+from edge.teaching.orders import ProductTeaching, TeachingOrder, TeachingStatus
 from edge.teaching.record import FOLDER, LearntMarks, TaughtModel, TeachingRecord, TeachingStore, check_region
-from edge.teaching.standing import NOTHING_MARKED, STEPS, standing_of
+from edge.teaching.standing import STEPS, standing_of
 from edge.teaching.trials import Trials
 from edgeflame.cpus import usable_cpus
-from edgeflame.errors import DataError, EdgeFlameError, StorageError, UsageError
+from edgeflame.errors import DataError, EdgeFlameError, UsageError
 from edgeflame.log import EventLog
 from edgeflame.marks import MarkStore
 from edgeflame.mqtt.topics import check_name
@@ -49,7 +48,7 @@ from fitting.scores import FitScores, read_scores
 
 log = EventLog("teaching")
 
-MIN_PARTS = 10
+MIN_PARTS, MIN_PARTS_WITH_PRIOR = 10, 5
 """Good parts below which nothing is learnt: a threshold of fewer would be a guess."""
 _INTERRUPTED = "learning was interrupted by the end of the daemon; the photographs are all there: learn again"
 TAKE_TIMEOUT_S = 10.0
@@ -83,9 +82,7 @@ class LineTeacher:
         self._store = TeachingStore(state / FOLDER)
         self._cameras = cameras
         self._control = control
-        self._config = config
-        self._marks = marks
-        self._torch = torch
+        self._basis = BasisChooser(self._store, cameras, marks, config.base, torch=torch)
         self._lock = threading.RLock()
         self._workers = {worker.name: worker for worker in cameras.workers}
         self._collectors = {
@@ -166,13 +163,13 @@ class LineTeacher:
                 actions[order.action](order)
                 self._store.touched()
             if order.action == "discard":
-                return self._status(TeachingRecord(product=order.product, camera="", created=_now()), Counter())
-        return self._status(self._store.get(order.product), self._marked())
+                return self._status(TeachingRecord(product=order.product, camera="", created=_now()), MarkCounter())
+        return self._status(self._store.get(order.product), self._basis.marked())
 
     def status(self) -> TeachingStatus:
         """How all products stand."""
         frames = {name: frame for name in self._collectors if (frame := self._frame(name)) is not None}
-        marked = self._marked()
+        marked = self._basis.marked()
         return TeachingStatus(
             products=tuple(self._status(record, marked) for record in self._store.records),
             frames=frames,
@@ -281,10 +278,12 @@ class LineTeacher:
     def _learn(self, order: TeachingOrder) -> None:
         record = self._idle(order.product)
         folder = self._store.path(record.product)
-        if record.num_parts < MIN_PARTS:
+        basis = self._basis.choose(record, order, present=self._worker(record).inspector.product)
+        least = MIN_PARTS if basis.prior is None else MIN_PARTS_WITH_PRIOR
+        if record.num_parts < least:
             raise DataError(
                 f"{record.num_parts} different good parts are collected ({len(record.good)} photographs), and at least "
-                f"{MIN_PARTS} are needed; {STEPS[0]} are better"
+                f"{least} are needed; {STEPS[0]} are better"
             )
         if look_alike(folder / "photographs", [one.name for one in record.good]):
             raise DataError(
@@ -293,12 +292,11 @@ class LineTeacher:
             )
         if record.region is not None:
             check_region(record.region, record.frame)
-        base = self._present(record) if order.marks else self._base(record)
         self._stop(order)
         self._trials.end(record.product)
         self._store.change(record.product, lambda one: replace(one, learning_since=_now(), problem=None))
         try:
-            self._learner.start(record, folder, base)
+            self._learner.start(record, folder, basis)
         except EdgeFlameError:
             self._store.change(record.product, lambda one: replace(one, learning_since=None))
             raise
@@ -396,6 +394,7 @@ class LineTeacher:
             photographs=made.photographs,
             region=None if roi is None else (roi.x, roi.y, roi.width, roi.height),
             threshold=manifest.threshold.value,
+            prior=made.prior,
             marks=None if told is None else msgspec.convert(told, LearntMarks),
         )
         self._store.change(product, lambda one: replace(one, learning_since=None, learnt=learnt, problem=None))
@@ -443,50 +442,6 @@ class LineTeacher:
         height, width = last.frame.image_bgr.shape[:2]
         return width, height
 
-    def _present(self, record: TeachingRecord) -> MarksToLearn:
-        """The model that one learnt from marks is compared with: the one that is live, or the last learnt."""
-        folder = self._store.path(record.product)
-        if _marked_parts(self._marked(), record.product) == NOTHING_MARKED:
-            raise UsageError(f"{record.product}: no part is marked as good or bad yet")
-        if record.live:
-            package = folder / record.live[0].file
-        elif record.learnt is not None:
-            package = folder / record.learnt.file
-        else:
-            raise UsageError(f"{record.product}: nothing has been learnt yet; learn from the photographs alone first")
-        roi = read_package(package).manifest.learning.input.roi
-        if record.region != (None if roi is None else (roi.x, roi.y, roi.width, roi.height)):
-            raise UsageError(
-                f"{record.product}: the region has changed since the model was learnt; learn from the photographs "
-                "alone first, and have that go live"
-            )
-        return MarksToLearn(folder=self._marks.folder, package=package)
-
-    def _marked(self) -> Counter[tuple[str, str]]:
-        """How many marks there are, by product (empty: not known) and by what the part was."""
-        try:
-            return Counter((mark.product, mark.was) for mark in self._marks.marks())
-        except StorageError as exc:
-            log.error("marks_unreadable", reason=str(exc))
-            return Counter()
-
-    def _base(self, record: TeachingRecord) -> Path | None:
-        """Package or file with the base network; None: PyTorch makes it."""
-        if self._config.base is not None:
-            base = Path(self._config.base)
-            if not base.is_file():
-                raise DataError(f"teaching.base: no such file: {base}")
-            return base
-        present = self._cameras.products.get(self._worker(record).inspector.product)
-        others = (file for file in self._cameras.products.values() if file.is_file())
-        found = present if present is not None and present.is_file() else next(others, None)
-        if found is None and not self._torch:
-            raise DataError(
-                "there is no base network here: the line has no package yet, and PyTorch is not installed. Name any "
-                'package, or a file of `edgeflame export --backbone`, in the configuration: [teaching] base = "FILE"'
-            )
-        return found
-
     def _scores(self, record: TeachingRecord) -> FitScores | None:
         assert record.learnt is not None
         return read_scores((self._store.path(record.product) / record.learnt.file).with_suffix(".json"))
@@ -497,7 +452,7 @@ class LineTeacher:
             shutil.rmtree(folder, ignore_errors=True)
         return folder
 
-    def _status(self, record: TeachingRecord, marked: Counter[tuple[str, str]]) -> ProductTeaching:
+    def _status(self, record: TeachingRecord, marked: MarkCounter) -> ProductTeaching:
         worker, collector = self._workers.get(record.camera), self._collectors.get(record.camera)
         return standing_of(
             record,
@@ -507,13 +462,9 @@ class LineTeacher:
             num_passed_over=0 if collector is None else collector.num_passed_over,
             learning=self._learner.progress(record.product),
             trial=self._trials.status(record.product),
-            marked=_marked_parts(marked, record.product),
+            marked=marked.of(record.product),
+            priors=self._basis.priors(record.product),
         )
-
-
-def _marked_parts(marked: Counter[tuple[str, str]], product: str) -> MarkedParts:
-    good, bad = (marked[product, was] + marked["", was] for was in ("good", "bad"))
-    return MarkedParts(good=good, bad=bad)
 
 
 def _now() -> dt.datetime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from edgeflame.statistics.gaussian import LowRankGaussian, smooth_maps
 from edgeflame.statistics.memory import MemoryStatistics
 from export.builder import fold_constants
 from export.distances import MAX_ERROR, single_product_error, takes_one_product
+from export.graph import complete_graph
 from export.network import scoring_graph
 from tests.support.small_package import (
     GRID,
@@ -29,6 +31,7 @@ from tests.support.small_package import (
     good_image,
     memory_statistics,
     random_gaussian,
+    small_embedding_graph,
     small_network,
 )
 
@@ -41,6 +44,14 @@ RELATIVE_TOLERANCE = 1e-4
 def export(network: object, statistics: PackageStatistics, **options: object) -> bytes:
     arguments = {"preprocessing": PREPROCESSING, "smoothing_sigma": 1.0, "metadata": {"key": "value"}, **options}
     return scoring_graph(network, statistics, **arguments)  # type: ignore[arg-type]
+
+
+def small_graph(
+    statistics: PackageStatistics, *, smoothing_sigma: float = 1.0, network: Callable[[], object] = small_network
+) -> bytes:
+    """The same for the small network or another on such images, which is exported once for all tests."""
+    base = small_embedding_graph(network)
+    return complete_graph(base, statistics, smoothing_sigma=smoothing_sigma, metadata={"key": "value"})
 
 
 def run(graph: bytes, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +87,7 @@ def test_it_agrees_with_a_float64_reference(graph: bytes, batch: int) -> None:
 @pytest.mark.parametrize(("rank", "sigma"), [(0, 0.0), (5, 2.0)])
 def test_any_rank_and_smoothing(rank: int, sigma: float) -> None:
     statistics = small_statistics(rank)
-    _, maps = run(export(small_network(), statistics, smoothing_sigma=sigma), IMAGES)
+    _, maps = run(small_graph(statistics, smoothing_sigma=sigma), IMAGES)
     np.testing.assert_allclose(
         maps, reference(small_network(), statistics, IMAGES, sigma), rtol=RELATIVE_TOLERANCE, atol=1e-5
     )
@@ -169,19 +180,29 @@ def test_the_basis_is_stored_in_float16_and_widened_once_at_load(graph: bytes, t
     assert not any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in optimised.initializer)
 
 
-@pytest.mark.parametrize("sigma", [0.0, 2.0])
-@pytest.mark.parametrize(("fault", "pixel"), [("nan", 0), ("inf", 255)])
-def test_a_fault_at_one_position_makes_score_and_map_nan(sigma: float, fault: str, pixel: int) -> None:
-    class Faulty(nn.Module):
-        def forward(self, rgb: Tensor) -> Tensor:
-            mean = nn.functional.avg_pool2d(rgb, SIZE // GRID)
-            hidden = torch.sqrt(mean - 1.0) if fault == "nan" else 1.0 / (255.0 - mean)
-            return torch.cat([hidden, mean], dim=1)
+class NotANumber(nn.Module):
+    """Its embeddings are NaN where an image is black."""
 
+    def forward(self, rgb: Tensor) -> Tensor:
+        mean = nn.functional.avg_pool2d(rgb, SIZE // GRID)
+        return torch.cat([torch.sqrt(mean - 1.0), mean], dim=1)
+
+
+class Infinite(nn.Module):
+    """They are infinite where it is white."""
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        mean = nn.functional.avg_pool2d(rgb, SIZE // GRID)
+        return torch.cat([1.0 / (255.0 - mean), mean], dim=1)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.0])
+@pytest.mark.parametrize(("network", "pixel"), [(NotANumber, 0), (Infinite, 255)], ids=["nan", "inf"])
+def test_a_fault_at_one_position_makes_score_and_map_nan(sigma: float, network: type[nn.Module], pixel: int) -> None:
     images = np.full((2, SIZE, SIZE, 3), 128, dtype=np.uint8)
     images[1, 24:32, 40:48] = pixel  # one cell, away from where a maximum begins
     statistics = random_gaussian(grid=(GRID, GRID), channels=6, rank=2)
-    scores, maps = run(export(Faulty(), statistics, smoothing_sigma=sigma), images)
+    scores, maps = run(small_graph(statistics, smoothing_sigma=sigma, network=network), images)
     assert np.isfinite(scores[0])
     assert np.isfinite(maps[0]).all()
     assert np.isnan(scores[1])
@@ -210,7 +231,7 @@ def conditioned(ratio: float) -> LowRankGaussian:
 def test_one_product_only_where_it_is_exact_enough(ratio: float, one_product: bool) -> None:
     statistics = conditioned(ratio)
     assert takes_one_product(statistics) == one_product
-    graph = export(small_network(), statistics, smoothing_sigma=0.0)
+    graph = small_graph(statistics, smoothing_sigma=0.0)
     products = [node.name for node in onnx.load_from_string(graph).graph.node if node.op_type == "MatMul"]
     assert ("edgeflame.whitened_basis" in products) == one_product
     _, maps = run(graph, IMAGES[:1])
@@ -224,7 +245,7 @@ def test_an_eigenvalue_near_the_residual_variance_takes_two_products() -> None:
     statistics = conditioned(50.0)
     statistics.eigenvalues[0, 1] = 1.02 * statistics.residual[0]
     assert not takes_one_product(statistics)
-    _, maps = run(export(small_network(), statistics), IMAGES)
+    _, maps = run(small_graph(statistics), IMAGES)
     np.testing.assert_allclose(maps, reference(small_network(), statistics, IMAGES, sigma=1.0), rtol=RELATIVE_TOLERANCE)
 
 
@@ -276,7 +297,7 @@ def slow_memory_maps(statistics: MemoryStatistics, images: np.ndarray) -> np.nda
 @pytest.mark.parametrize("size", [1, 9])
 def test_a_memory_head_agrees_with_a_slow_float64_reference_and_with_torch(size: int) -> None:
     statistics = memory_statistics(size)
-    scores, maps = run(export(small_network(), statistics), IMAGES)
+    scores, maps = run(small_graph(statistics), IMAGES)
     expected = slow_memory_maps(statistics, IMAGES)
     np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(scores, expected.max(axis=(1, 2)), rtol=1e-3, atol=1e-3)
@@ -290,22 +311,25 @@ def test_a_memory_head_agrees_with_a_slow_float64_reference_and_with_torch(size:
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_memory_with_places_and_spreads_agrees_with_a_slow_float64_reference(folded: bool) -> None:
     statistics = memory_statistics(placed=True)
-    graph = export(small_network(), statistics)
+    graph = small_graph(statistics)
     scores, maps = run(fold_constants(graph) if folded else graph, IMAGES)
     expected = slow_memory_maps(statistics, IMAGES)
     np.testing.assert_allclose(maps, expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(scores, expected.max(axis=(1, 2)), rtol=1e-3, atol=1e-3)
-    plain = run(export(small_network(), memory_statistics()), IMAGES)[1]
+    plain = run(small_graph(memory_statistics()), IMAGES)[1]
     assert np.abs(plain - maps).max() > 0.1, "places and spreads count"
+
+
+class Broken(nn.Module):
+    """Its embeddings are all NaN."""
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        embeddings: Tensor = small_network()(rgb)  # type: ignore[operator]
+        return torch.where(embeddings > 1e9, embeddings, torch.log(embeddings - 1000))
 
 
 @pytest.mark.parametrize("placed", [False, True])
 def test_a_fault_is_no_pass_for_a_memory_either(placed: bool) -> None:
-    class Broken(nn.Module):
-        def forward(self, rgb: Tensor) -> Tensor:
-            embeddings: Tensor = small_network()(rgb)  # type: ignore[operator]
-            return torch.where(embeddings > 1e9, embeddings, torch.log(embeddings - 1000))
-
-    scores, maps = run(export(Broken(), memory_statistics(placed=placed)), IMAGES[:1])
+    scores, maps = run(small_graph(memory_statistics(placed=placed), network=Broken), IMAGES[:1])
     assert np.isnan(maps).all()
     assert np.isnan(scores).all()

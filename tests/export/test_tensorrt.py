@@ -221,14 +221,8 @@ def test_on_a_machine_without_a_gpu_a_device_cannot_be_built_for(monkeypatch: py
 
 
 def test_an_engine_of_a_memory_is_built(rtx: TensorRT, tmp_path: Path) -> None:
-    from export.network import scoring_graph
-    from tests.support.small_package import PREPROCESSING, memory_statistics, small_network
+    from export.graph import complete_graph
+    from tests.support.small_package import memory_statistics, small_embedding_graph
 
-    model = scoring_graph(
-        small_network(),  # type: ignore[arg-type]
-        memory_statistics(),
-        preprocessing=PREPROCESSING,
-        smoothing_sigma=1.0,
-        metadata={},
-    )
+    model = complete_graph(small_embedding_graph(), memory_statistics(), smoothing_sigma=1.0, metadata={})
     assert build(rtx, model, tmp_path).size_bytes > 0

@@ -116,6 +116,17 @@ def test_a_head_that_raises_some_good_parts_beyond_the_threshold_does_not_count(
     assert "good images that judge would be rejected" in fitted.details["no_head"]
 
 
+def test_a_site_of_few_good_parts_has_no_head(head: SharedHead, sites: list[HeadImages]) -> None:
+    """Two photographs of each part; of eight parts two judge, which is too few to see how many it would reject."""
+    groups = [f"part-{index // 2}" for index in range(60)]
+    twelve, eight = (replace(sites[2].subset(np.arange(2 * count)), groups=groups[: 2 * count]) for count in (12, 8))
+    assert judged(head, twelve).details["weight"] > 0
+    few = judged(head, eight)
+    assert few.head is None
+    assert few.details["no_head"] == "8 good parts are too few: a quarter judges it, at least 3"
+    np.testing.assert_array_equal(few.good_scores, eight.scores)
+
+
 def test_a_head_that_says_nothing_does_not_count(head: SharedHead, sites: list[HeadImages]) -> None:
     fitted = judged(replace(head, parameters=np.zeros_like(head.parameters)), sites[2])
     assert fitted.details["no_head"] == "it says the same of every image"

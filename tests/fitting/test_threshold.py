@@ -82,13 +82,14 @@ def test_the_rate_realised_on_new_parts_is_about_what_was_asked_for(num_parts: i
         "lognormal": (lambda size: rng.lognormal(0.0, 1.0, size), lognorm(1.0)),
         "student": (lambda size: rng.standard_t(2, size), student_t(2)),
     }[tail]
-    rates = []
+    values = []
     for _ in range(400):
         scores = draw(size=num_parts)
         lift = 1.0 - scores.min()  # a threshold is above zero
-        value = set_threshold(scores + lift, singles(num_parts), Calibration(), groups_known=True).value - lift
-        rates.append(law.sf(value))
-    assert 0.025 < np.mean(rates) < 0.1
+        values.append(rule_threshold(GoodScores(scores + lift, singles(num_parts), "photograph"), Calibration()) - lift)
+    assert 0.025 < law.sf(values).mean() < 0.1
+    threshold = set_threshold(scores + lift, singles(num_parts), Calibration(), groups_known=True)
+    assert threshold.value - lift == values[-1]
 
 
 SPREAD = ScoreDeviation(deviation=0.25, num_parts=60)

@@ -60,13 +60,13 @@ def variant(package: Package, path: Path, key: Path, *, factor: float = 1.01, **
     return path
 
 
-def _read_slowly(process: subprocess.Popen[bytes]) -> None:
-    """Read results slowly: a line inspects as fast as its results are read, here some hundred parts a second."""
+def _read_slowly(process: subprocess.Popen[bytes], parts_per_s: float) -> None:
+    """Read results slowly: a line inspects as fast as its results, of some 400 bytes each, are read."""
     assert process.stdout is not None
     pause = threading.Event()
     with process.stdout as stream:
-        while os.read(stream.fileno(), 1 << 11):
-            pause.wait(0.02)
+        while os.read(stream.fileno(), 2000):
+            pause.wait(5 / parts_per_s)
 
 
 class Daemon:
@@ -82,6 +82,7 @@ class Daemon:
         fleet: name of the fleet.
         models: more lines of the section ``[models]``.
         mqtt: lines of the section ``[mqtt]`` in place of the broker's address.
+        parts_per_s: at most, once its standard output is full, which has room for some 150 parts.
     """
 
     def __init__(
@@ -96,11 +97,13 @@ class Daemon:
         fleet: str = "test",
         models: str = "",
         mqtt: str = "",
+        parts_per_s: float = 50.0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.state, self.line, self.fleet, self.broker = folder / "state", line, fleet, broker
         self.results_file = folder / "results.jsonl"
         self._log = folder / "log"
+        self._parts_per_s = parts_per_s
         config = folder / "line.toml"
         where = mqtt or f'broker = "{broker.url}"'
         config.write_text(
@@ -129,7 +132,7 @@ class Daemon:
         with self._log.open("ab") as log:
             process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log, env=env)
         self._process = process
-        threading.Thread(target=_read_slowly, args=(process,), daemon=True).start()
+        threading.Thread(target=_read_slowly, args=(process, self._parts_per_s), daemon=True).start()
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -165,6 +168,16 @@ class Daemon:
         """Its results since its first start."""
         lines = self.results_file.read_text().split("\n") if self.results_file.exists() else []
         return [json.loads(line) for line in lines[:-1]]
+
+    @property
+    def judging_model(self) -> str:
+        """The model of its newest result."""
+        return str(json.loads(self.results_file.read_bytes().rsplit(b"\n", 2)[-2])["model"])
+
+    @property
+    def num_results(self) -> int:
+        """How many results it has given since its first start."""
+        return self.results_file.read_bytes().count(b"\n") if self.results_file.exists() else 0
 
     @property
     def record(self) -> dict[str, Any]:

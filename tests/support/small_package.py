@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,14 @@ def small_network() -> object:
     return Blocks().eval()
 
 
+@cache
+def small_embedding_graph(network: Callable[[], object] = small_network) -> bytes:
+    """What PyTorch's export, which takes a second, makes of a network for images as the small package takes."""
+    from export.network import embedding_graph_of
+
+    return embedding_graph_of(network(), PREPROCESSING)  # type: ignore[arg-type]
+
+
 def embed(network: object, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """``[N, H, W, 3]`` BGR to embeddings ``[N, P, C]``."""
     import torch
@@ -83,10 +93,9 @@ def random_gaussian(
 def write_small_package(path: Path, *, ridge: float = 0.01) -> Path:
     """A package whose threshold lies between good and bad images."""
     from edgeflame.statistics.gaussian import smooth_maps
-    from export.network import scoring_graph
+    from export.graph import complete_graph
 
-    network = small_network()
-    good = embed(network, np.stack([good_image(seed) for seed in range(40)]))
+    good = embed(small_network(), np.stack([good_image(seed) for seed in range(40)]))
     mean = good.mean(axis=0)
     statistics = LowRankGaussian(
         grid=(GRID, GRID),
@@ -98,13 +107,8 @@ def write_small_package(path: Path, *, ridge: float = 0.01) -> Path:
         residual=good.var(axis=0)[:, 2:].mean(axis=1),
     )
     maps = smooth_maps(statistics.distances(good).reshape(-1, GRID, GRID), LEARNING.scoring.smoothing_sigma)
-    graph = scoring_graph(
-        network,  # type: ignore[arg-type]
-        statistics,
-        preprocessing=PREPROCESSING,
-        smoothing_sigma=LEARNING.scoring.smoothing_sigma,
-        metadata={},
-    )
+    sigma = LEARNING.scoring.smoothing_sigma
+    graph = complete_graph(small_embedding_graph(), statistics, smoothing_sigma=sigma, metadata={})
     manifest = small_manifest(statistics, threshold=5 * float(maps.max()))
     write_package(path, manifest=manifest, model_onnx=graph, statistics=statistics)
     return path

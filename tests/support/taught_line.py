@@ -95,9 +95,9 @@ class TaughtLine:
         self.feed(image)
         asking.join()
 
-    def learn(self, product: str = "cap", *, marks: bool = False) -> ProductTeaching:
+    def learn(self, product: str = "cap", **more: Any) -> ProductTeaching:
         """Learn, and wait for what comes of it."""
-        self.order("learn", product, marks=marks)
+        self.order("learn", product, **more)
         wait_for(lambda: self.order("status", product).learning is None, "the end of learning", timeout_s=300)
         return self.order("status", product)
 

@@ -16,9 +16,11 @@ from edgeflame.log import no_progress
 from edgeflame.marks import MarkStore
 from edgeflame.methods import Learning
 from edgeflame.package import read_package
+from edgeflame.simulation import MeasureTask
 from export.network import scoring_graph
 from tests.support.part_images import part_image
 from trainer.agent.tasks import FinishTask, InitialTask, TaskResult, TrainTask
+from trainer.measuring import ModelEvaluator
 from trainer.work import TorchSiteTrainer
 
 
@@ -97,6 +99,23 @@ def test_a_site_without_marks_is_given_the_head(
     )
     assert nothing.package is not None
     assert read_package(Path(nothing.package)).head is None
+
+
+def test_measuring_counts_the_marks_it_is_given_and_no_others(
+    learning: Learning, parts_folder: Path, tmp_path: Path, store: MarkStore
+) -> None:
+    """The same images are measured first without marks, as in a round of a single site, then with the site's."""
+    site = trainer(learning, parts_folder, store.folder)
+    site.write_initial_model(InitialTask(out=str(tmp_path / "initial")))
+    round_of(site, tmp_path, "initial", "one")
+    without = MeasureTask(
+        name="1", learning=learning, model=str(tmp_path / "one"), train=(str(parts_folder),), test=str(parts_folder)
+    )
+    with_marks = msgspec.structs.replace(without, marks=str(store.folder))
+    evaluator = ModelEvaluator("cpu")
+    first, second = evaluator.evaluate(without), evaluator.evaluate(with_marks)
+    assert second == ModelEvaluator("cpu").evaluate(with_marks)
+    assert first.figures["threshold"] != second.figures["threshold"], "four more good images"
 
 
 def test_a_poisoned_head_does_not_get_into_the_package(

@@ -226,7 +226,7 @@ def test_the_command_prints_an_error_in_one_line(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8_end_neither_fit_nor_what_follows(
-    parts_folder: Path, settings_file: Path, tmp_path: Path
+    parts_folder: Path, settings_file: Path, fitted_package: Path, tmp_path: Path
 ) -> None:
     """As a process of its own, whose output is bytes."""
     data = Path(os.fsdecode(bytes(tmp_path) + b"/data-\xff"))
@@ -236,6 +236,7 @@ def test_names_that_are_not_utf8_end_neither_fit_nor_what_follows(
         first.rename(first.with_name(os.fsdecode(b"part\xff\n.png")))
         (data / folder / os.fsdecode(b"broken\xfe.png")).write_bytes(b"no image")
     out, report = Path(os.fsdecode(bytes(tmp_path) + b"/m\xff.edgeflame")), tmp_path / "report"
+    others = shutil.copy(fitted_package, os.fsdecode(bytes(tmp_path) + b"/others\xff.edgeflame"))
 
     def run(*arguments: object) -> str:
         command = [sys.executable, "-m", "edgeflame", *map(os.fsencode, map(str, arguments))]
@@ -243,9 +244,12 @@ def test_names_that_are_not_utf8_end_neither_fit_nor_what_follows(
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         return done.stdout.decode()
 
-    said = run("fit", "--data", data, "--out", out, "--config", settings_file, "--report", report)
+    said = run("fit", "--data", data, "--out", out, "--config", settings_file, "--prior", others, "--report", report)
     assert "1 unreadable skipped" in said
-    assert read_package(out).manifest.provenance["unreadable"] == ["train/good/broken\\xfe.png"]
+    provenance = read_package(out).manifest.provenance
+    assert provenance["unreadable"] == ["train/good/broken\\xfe.png"]
+    for source in (provenance["backbone"], provenance["statistics"]["prior"]):
+        assert source["file"] == "others\\xff.edgeflame"
     assert "data-" in (report / "index.html").read_text()
     run("evaluate", "--model", out, "--data", data, "--json", "--report", tmp_path / "figures")
     lines = run("inspect", "--model", out, "--source", data / "test", "--json").splitlines()
@@ -309,13 +313,17 @@ def test_figures_of_images_of_another_shape_are_told_of(fitted_package: Path, fo
     assert "images_of_another_size count=6" in edgeflame(*arguments).stderr
 
 
-def test_fit_says_which_images_a_line_would_not_judge(folder: Path, settings_file: Path, tmp_path: Path) -> None:
+def test_fit_says_which_images_a_line_would_not_judge(
+    folder: Path, settings_file: Path, fitted_package: Path, tmp_path: Path
+) -> None:
     good = folder / "train" / "good"
     shape = read_image(good / "00.png").shape
     write_image(good / "03.png", np.zeros(shape, np.uint8))
     write_image(good / "04.png", np.full(shape, 255, np.uint8))
     out = tmp_path / "m.edgeflame"
-    result = edgeflame("fit", "--data", folder, "--out", out, "--config", settings_file)
+    result = edgeflame(
+        "fit", "--data", folder, "--out", out, "--config", settings_file, "--backbone-from", fitted_package
+    )
     assert result.exit_code == 0, result.output
     named = "train/good/03.png (too_dark, blank), train/good/04.png (too_bright, blank)"
     assert f"2 that a line would not judge, take them out: {named}" in result.stdout
@@ -345,11 +353,11 @@ def test_photographs_without_the_colours_of_the_others_are_named(tmp_path: Path)
 
 
 def test_parts_told_by_their_looks_are_written_down_to_be_corrected(
-    parts_folder: Path, settings_file: Path, tmp_path: Path
+    parts_folder: Path, settings_file: Path, fitted_package: Path, tmp_path: Path
 ) -> None:
     data, out, groups = tmp_path / "plain", tmp_path / "m.edgeflame", tmp_path / "m.groups.csv"
     shutil.copytree(parts_folder / "train/good", data)
-    arguments = ("fit", "--data", data, "--out", out, "--config", settings_file)
+    arguments = ("fit", "--data", data, "--out", out, "--config", settings_file, "--backbone-from", fitted_package)
     first = edgeflame(*arguments)
     assert first.exit_code == 0, first.output
     assert str(groups) in first.output

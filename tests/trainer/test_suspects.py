@@ -9,9 +9,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from cli import cli
 from edgeflame.config import load_config
 from edgeflame.dataset import open_dataset
 from edgeflame.errors import ConfigError, DataError
@@ -20,6 +18,7 @@ from edgeflame.methods import Learning
 from edgeflame.package import read_package
 from fitting.suspects import HighestMaps, worst_indices
 from fitting.threshold import set_threshold
+from tests.support.commands import edgeflame
 from tests.support.part_images import part_image
 from trainer.fit import fit
 
@@ -111,15 +110,12 @@ def test_what_is_left_out_leaves_no_trace_but_its_name(
     assert [one.left_out for one in dropped.site.suspects[:3]] == [True, True, False]
 
 
-def test_the_command_names_them_and_shows_them(soiled: Path, tmp_path: Path) -> None:
-    config = tmp_path / "learning.toml"
-    config.write_text(
-        '[backbone]\nname = "test_efficientnet"\nstages = [1, 2]\nweights = "random"\n'
-        "[input]\nheight = 64\nwidth = 64\n[scoring]\nrank = 6\nsmoothing_sigma = 1.0\n"
-    )
+def test_the_command_names_them_and_shows_them(
+    soiled: Path, fitted_package: Path, settings_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "m.edgeflame"
-    arguments = ["fit", "--data", str(soiled), "--out", str(out), "--config", str(config)]
-    result = CliRunner().invoke(cli, [*arguments, "--drop-worst", "0.08", "--report", str(tmp_path / "report")])
+    arguments = ["fit", "--data", soiled, "--out", out, "--config", settings_file, "--backbone-from", fitted_package]
+    result = edgeflame(*arguments, "--drop-worst", 0.08, "--report", tmp_path / "report")
     assert result.exit_code == 0, result.output
     line = next(line for line in result.output.splitlines() if line.startswith("least normal"))
     assert all(f"{name} (" in line for name in BAD)
@@ -136,11 +132,11 @@ def test_the_command_names_them_and_shows_them(soiled: Path, tmp_path: Path) -> 
 
 
 def test_the_command_and_its_page_say_what_the_threshold_would_be_without(
-    soiled: Path, parts_folder: Path, settings_file: Path, tmp_path: Path
+    soiled: Path, parts_folder: Path, fitted_package: Path, settings_file: Path, tmp_path: Path
 ) -> None:
     out, report = tmp_path / "m.edgeflame", tmp_path / "report"
-    options = ["--out", str(out), "--config", str(settings_file), "--report", str(report)]
-    result = CliRunner().invoke(cli, ["fit", "--data", str(soiled), *options])
+    options = ["--out", out, "--config", settings_file, "--report", report, "--backbone-from", fitted_package]
+    result = edgeflame("fit", "--data", soiled, *options)
     assert result.exit_code == 0, result.output
     (told,) = read_package(out).manifest.provenance["statistics"]["influential_parts"]
     without = f"{told['threshold_without']:.4g}"
@@ -149,7 +145,7 @@ def test_the_command_and_its_page_say_what_the_threshold_would_be_without(
     page = (report / "index.html").read_text()
     assert line in page
     assert page.count(f"without its part the threshold would be {without}") == 2
-    result = CliRunner().invoke(cli, ["fit", "--data", str(parts_folder), *options])
+    result = edgeflame("fit", "--data", parts_folder, *options)
     assert result.exit_code == 0, result.output
     assert "moves the threshold" not in result.output + (report / "index.html").read_text()
 

@@ -294,26 +294,37 @@ $("take-same").addEventListener("click", () => teach("take", { same_part: true }
 
 // 3: learn.
 
-const LEAST_PARTS = 10;
+const LEAST_PARTS = 10, LEAST_WITH_PRIOR = 5;
+const prior = () => $("prior").value || null;
+const leastParts = () => (prior() ? LEAST_WITH_PRIOR : LEAST_PARTS);
 
 function showLearning(one) {
   const going = one.learning;
   $("learning").hidden = $("learn-cancel").hidden = !going;
   $("learn").hidden = Boolean(going);
-  $("learn").disabled = one.num_parts < LEAST_PARTS;
+  const priors = $("prior");
+  if (priors.dataset.shown !== one.priors.join("/")) {
+    priors.dataset.shown = one.priors.join("/");
+    priors.replaceChildren(new Option("nothing else", ""), ...one.priors.map((name) => new Option(`what ${name} knows`, name)));
+    priors.value = one.learnt && one.priors.includes(one.learnt.prior) ? one.learnt.prior : "";
+  }
+  $("prior-row").hidden = Boolean(going) || one.priors.length === 0;
+  const least = leastParts();
+  $("learn").disabled = one.num_parts < least;
   text("learn", one.learnt ? "Learn again" : "Learn");
   const { good, bad } = one.marked;
   $("learn-marks").hidden = Boolean(going) || !one.learnt || good + bad === 0;
-  $("learn-marks").disabled = one.num_parts < LEAST_PARTS;
+  $("learn-marks").disabled = one.num_parts < least;
   if (going) $("learning").value = going.done;
   const left = going && going.left_s !== null ? `, about ${going.left_s > 90 ? `${Math.ceil(going.left_s / 60)} min` : `${Math.ceil(going.left_s)} s`} left` : "";
   text("learn-told", going ? `${going.stage}: ${Math.round(100 * going.done)} %${left} · ${going.memory_mib} MiB`
-    : one.num_parts < LEAST_PARTS ? `${LEAST_PARTS - one.num_parts} more good parts are needed at least; thirty are better`
+    : one.num_parts < least ? `${least - one.num_parts} more good parts are needed at least; thirty are better`
       : one.learnt ? `learnt from ${many(one.learnt.photographs.length, "photograph")}${one.learnt.marks ? ` and ${countMarks(one.learnt.marks.num_good_marks, one.learnt.marks.num_bad_marks)}` : ""}, ${new Date(one.learnt.at).toLocaleString()}${good + bad ? `; ${countMarks(good, bad)} now` : ""}` : "");
 }
 
-$("learn").addEventListener("click", () => teach("learn", {}, "It learns. The line goes on inspecting."));
-$("learn-marks").addEventListener("click", () => teach("learn", { marks: true }, "It learns from what was marked as well. The line goes on inspecting."));
+$("learn").addEventListener("click", () => teach("learn", { prior: prior() }, "It learns. The line goes on inspecting."));
+$("prior").addEventListener("change", () => showLearning(product()));
+$("learn-marks").addEventListener("click", () => teach("learn", { marks: true, prior: prior() }, "It learns from what was marked as well. The line goes on inspecting."));
 $("learn-cancel").addEventListener("click", () => teach("cancel", {}, "Learning ends."));
 
 // Begin and choose.

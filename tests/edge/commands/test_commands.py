@@ -238,8 +238,9 @@ class Daemon:
 
     def start(self) -> None:
         command = [
-            sys.executable, "-m", "edgeflame", "inspect", "--source", "boards:warm_white_grid?size=64", "--config",
-            self.config, "--state", self.folder / "state", "--threads", "1", "--json", "--model", self.package_file,
+            sys.executable, "-m", "edgeflame", "inspect", "--source", "boards:warm_white_grid?size=64&every=0.02",
+            "--config", self.config, "--state", self.folder / "state", "--threads", "1", "--json",
+            "--model", self.package_file,
         ]  # fmt: skip
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log)
         wait_for(lambda: self.line("status").exit_code == 0, "the line answers")

@@ -20,7 +20,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrokerProcess
         yield broker
 
 
-PARTS = 60_000
+PARTS = 12_000
 
 
 @pytest.fixture(scope="session")

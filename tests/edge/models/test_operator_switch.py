@@ -90,7 +90,7 @@ def test_a_person_says_when(
         assert "line-1 waiting" in str(until.exception)
         switched = run("line", "switch-model", "line-1", "test piece", *publisher)
         assert switched.stdout == f"line-1: runs {sha256[:12]} (new.edgeflame)\n", switched.exception
-        wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
+        wait_for(lambda: daemon.judging_model == sha256[:12], "the new model judges")
         assert state()["outcomes"][0]["disagreement"] == candidate["disagreement"]
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{web}/metrics", timeout=10).read().decode()
         assert 'edgeflame_model_on_trial{product="test piece"} 1.0' in metrics
@@ -102,7 +102,7 @@ def test_a_person_says_when(
         assert back.exit_code == LinkError.exit_code
         assert "use `edgeflame line rollback LINE PRODUCT`" in back.stderr
         assert "line-2: no line 'line-2' has ever announced itself" in back.stderr
-        wait_for(lambda: daemon.results()[-1]["model"] == referenced.sha256[:12], "the file judges again")
+        wait_for(lambda: daemon.judging_model == referenced.sha256[:12], "the file judges again")
         again = run("line", "rollback", "line-1,line-2", "test piece", "--json", *publisher)
         answers = [json.loads(line) for line in again.stdout.splitlines()]
         assert [(one["line"], one["ok"], one["exit_code"]) for one in answers] == [

@@ -186,9 +186,9 @@ def assert_nothing_is_left(daemon: Daemon, server: Server, package: Package) -> 
     folder = daemon.state / "models"
     wait_for(lambda: not list(folder.glob("*.edgeflame")), "the package is deleted")
     assert not [path for path in (folder / "incoming").rglob("*") if path.is_file() and path.name != "lock"]
-    before = len(daemon.results())
-    wait_for(lambda: len(daemon.results()) > before, "the line judges on")
-    assert daemon.results()[-1]["model"] == package.sha256[:12]
+    before = daemon.num_results
+    wait_for(lambda: daemon.num_results > before, "the line judges on")
+    assert daemon.judging_model == package.sha256[:12]
 
 
 def test_what_would_be_refused_anyway_is_not_fetched(
@@ -313,7 +313,7 @@ def test_after_all_that_a_good_one_is_taken_tried_and_switched_to_without_a_gap(
     assert (found.differing, found.faults) == (0, 0)
     assert found.correlation == pytest.approx(1.0)
     assert found.slowdown is not None
-    wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
+    wait_for(lambda: daemon.judging_model == sha256[:12], "the new model judges")
     assert daemon.stop() in (0, 130)
     results = daemon.results()
     assert [one["sequence"] for one in results] == list(range(len(results))), "no part is missing"

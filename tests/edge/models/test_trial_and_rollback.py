@@ -79,6 +79,7 @@ def test_a_model_that_proves_bad_is_rolled_back_by_itself_and_not_taken_again(
             source=parts,
             fleet="trial",
             models="shadow_parts = 30\nmax_slowdown = 10",
+            parts_per_s=250.0,
         ) as daemon,
         Server(embedded, fleet="trial") as server,
     ):
@@ -88,7 +89,7 @@ def test_a_model_that_proves_bad_is_rolled_back_by_itself_and_not_taken_again(
         assert outcome.reason == "rejects_too_much"
         assert "fails parts that the model before passed" in outcome.detail
         before = referenced.sha256[:12]
-        wait_for(lambda: daemon.results()[-1]["model"] == before, "the model before judges again")
+        wait_for(lambda: daemon.judging_model == before, "the model before judges again")
         assert server.models is not None
         assert (server.models.present.sha256, server.models.present.origin) == (referenced.sha256, "file")
         results = daemon.results()
@@ -126,7 +127,7 @@ def test_a_withdrawn_release_goes_also_from_a_line_that_was_off(
         release = server.announce(new, key=public_key_id(keys.public))
         server.wait_for(release, "running")
         daemon.kill()
-        number = len(daemon.results())
+        number = daemon.num_results
         withdraw_release(parse_broker_url(embedded.url), daemon.topics, "test piece", connect_timeout_s=10)
         daemon.start()
         outcome = server.wait_for(release, "withdrawn")
@@ -134,7 +135,7 @@ def test_a_withdrawn_release_goes_also_from_a_line_that_was_off(
         # It began with what was decided last, and went back when it heard of it.
         assert daemon.named("model_from_release")
         assert daemon.results()[number]["model"] == read_package(new).sha256[:12]
-        wait_for(lambda: daemon.results()[-1]["model"] == referenced.sha256[:12], "the file judges again")
+        wait_for(lambda: daemon.judging_model == referenced.sha256[:12], "the file judges again")
         assert daemon.record["present"] is None
 
 
@@ -163,9 +164,9 @@ def test_sigkill_while_it_is_fetched_and_while_it_is_tried(
             assert (candidate["release"]["manifest"]["sha256"], candidate["stage"]) == (sha256, stage)
 
         def started_with() -> str:
-            number = len(daemon.results())
+            number = daemon.num_results
             daemon.start()
-            wait_for(lambda: len(daemon.results()) > number, "the line judges again")
+            wait_for(lambda: daemon.num_results > number, "the line judges again")
             return str(daemon.results()[number]["model"])
 
         # The publisher is gone in the middle: the line has some chunks, and waits.
@@ -187,7 +188,7 @@ def test_sigkill_while_it_is_fetched_and_while_it_is_tried(
         assert started_with() == present
         server.wait_for(release, "running")
         assert server.num_chunks == before, "it was all there"
-        wait_for(lambda: daemon.results()[-1]["model"] == sha256[:12], "the new model judges")
+        wait_for(lambda: daemon.judging_model == sha256[:12], "the new model judges")
 
 
 def test_what_a_line_starts_with(signed: Path, referenced: Package, keys: Keys, tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_a_package_whose_check_ended_the_process_is_not_checked_again(
             broker=embedded,
             model=signed,
             key=keys.public,
-            source=stream(tmp_path / "parts", [good_image(seed) for seed in range(4)], 20_000),
+            source=stream(tmp_path / "parts", [good_image(seed) for seed in range(4)], 5_000),
             fleet="died",
             models="shadow_parts = 0\ntrial_parts = 0",
         ) as daemon,
@@ -321,7 +322,7 @@ def test_an_older_release_is_refused_unless_a_person_says_so(
             broker=embedded,
             model=signed,
             key=keys.public,
-            source=stream(tmp_path / "parts", [good_image(seed) for seed in range(4)], 40_000),
+            source=stream(tmp_path / "parts", [good_image(seed) for seed in range(4)], 8_000),
             fleet="older",
             models="shadow_parts = 0\ntrial_parts = 0",
         ) as daemon,
@@ -357,6 +358,6 @@ def test_an_older_release_is_refused_unless_a_person_says_so(
         done = CliRunner().invoke(cli, arguments)
         assert done.exit_code == 0, done.stderr
         server.wait_for(release, "confirmed")
-        wait_for(lambda: daemon.results()[-1]["model"] == read_package(old).sha256[:12], "the older model judges")
+        wait_for(lambda: daemon.judging_model == read_package(old).sha256[:12], "the older model judges")
         server.wait_for(server.announce(between, key=key), "confirmed")
         assert refused(old) == "older"

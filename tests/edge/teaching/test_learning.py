@@ -191,6 +191,35 @@ class TestMarks:
             assert line.feed(part(1)).verdict != "unknown"
 
 
+class TestPrior:
+    """Leaning on another product's model."""
+
+    def test_five_parts_are_enough_and_marks_keep_it(self, tmp_path: Path, package_file: Path) -> None:
+        with taught_line(tmp_path, package_file) as line:
+            line.order("new")
+            line.feed(part(1))
+            line.order("region", region=REGION)
+            assert line.collect(5).priors == ("tile",)
+            with pytest.raises(DataError, match="at least 10 are needed"):
+                line.order("learn")
+            with pytest.raises(UsageError, match="no other product of this line; there are: tile"):
+                line.order("learn", prior="cap")
+            stood = line.learn(prior="tile")
+            assert stood.problem is None
+            assert stood.learnt is not None
+            assert (stood.learnt.prior, stood.learnt.marks) == ("tile", None)
+            folder = tmp_path / "teaching" / "cap"
+            told = read_package(folder / stood.learnt.file).manifest.provenance["statistics"]["prior"]
+            assert told["product"] == "test piece"
+            line.mark_parts(REGION)
+            stood = line.learn(marks=True, prior=None)
+            assert stood.problem is None
+            assert stood.learnt is not None
+            assert stood.learnt.prior == "tile"
+            assert stood.learnt.marks is not None
+            assert "prior" in read_package(folder / stood.learnt.file).manifest.provenance["statistics"]
+
+
 class TestTrial:
     """Trying."""
 

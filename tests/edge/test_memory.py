@@ -1,0 +1,72 @@
+"""Freed memory goes back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from edge import memory
+
+HAS_TRIM = hasattr(ctypes.CDLL(None), "malloc_trim")
+
+FRAGMENTED = """
+import threading
+from pathlib import Path
+import numpy as np
+from edge.memory import trim_memory
+
+kept = []
+
+def come_and_go():
+    pictures = [np.ones(900_000, np.uint8) for _ in range(60)]
+    kept.append(pictures[::6])
+
+for _ in range(4):
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    thread.join()
+
+def resident_mib():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+before = resident_mib()
+trim_memory()
+print(before - resident_mib())
+"""
+
+
+@pytest.mark.skipif(not HAS_TRIM, reason="the C library has no malloc_trim")
+def test_what_lies_between_pictures_in_use_is_given_back() -> None:
+    # From the first picture on in the heap, as after the first freed one in a process that has run for a while.
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_ARENA_MAX": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", FRAGMENTED], capture_output=True, text=True, check=True, env=environment
+    )
+    assert float(done.stdout) > 20
+
+
+def test_it_is_done_again_and_again_until_the_line_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+    monkeypatch.setattr(memory, "TRIM_EVERY_S", 0.01)
+    monkeypatch.setattr(memory, "trim_memory", lambda: times.append(time.monotonic()) is None)
+    with memory.trimming():
+        while len(times) < 3:
+            time.sleep(0.01)
+    count = len(times)
+    assert not any(thread.name == "edgeflame-memory" for thread in threading.enumerate())
+    assert len(times) == count
+
+
+def test_where_the_library_cannot_the_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "trim_memory", lambda: False)
+    thread = memory.trimming()
+    thread.start()
+    while thread.is_alive:
+        time.sleep(0.01)
+    assert thread.error is None
