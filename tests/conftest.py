@@ -14,6 +14,7 @@ import pytest
 from tests.support.brokers import BROKERS, BrokerProcess
 from tests.support.fleet_processes import Fleet
 from tests.support.paths import REPOSITORY
+from tests.support.shared_files import made_once
 from tests.support.signing_keys import Keys
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def package_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real package with a model small enough for tests; see ``small_package``."""
     from tests.support.small_package import write_small_package
 
-    return write_small_package(tmp_path_factory.mktemp("package") / "small.edgeflame")
+    return made_once(tmp_path_factory, "small.edgeflame", write_small_package)
 
 
 @pytest.fixture(scope="session")
@@ -92,12 +93,16 @@ def embedded(tmp_path: Path) -> Iterator[BrokerProcess]:
 @pytest.fixture(scope="session")
 def undisturbed_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The final global model of two sites and two rounds when nothing goes wrong."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with BrokerProcess("embedded", folder) as broker, Fleet(broker, folder) as fleet:
-        aggregator = fleet.aggregator("--sites", "2", "--rounds", "2")
-        sites = [fleet.site("a"), fleet.site("b")]
-        assert [process.wait() for process in (aggregator, *sites)] == [0, 0, 0]
-        return fleet.model()
+
+    def write(path: Path) -> None:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        with BrokerProcess("embedded", folder) as broker, Fleet(broker, folder) as fleet:
+            aggregator = fleet.aggregator("--sites", "2", "--rounds", "2")
+            sites = [fleet.site("a"), fleet.site("b")]
+            assert [process.wait() for process in (aggregator, *sites)] == [0, 0, 0]
+            path.write_bytes(fleet.model())
+
+    return made_once(tmp_path_factory, "undisturbed.safetensors", write).read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -100,15 +100,16 @@ SPREAD = ScoreDeviation(deviation=0.25, num_parts=60)
 def test_few_parts_lean_on_how_scores_spread_elsewhere(num_parts: int, alone: float) -> None:
     """Realised rates of 400 calibrations, scores at twenty times those of the other site."""
     rng = np.random.default_rng(num_parts)
-    rates: dict[bool, list[float]] = {False: [], True: []}
+    values: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(400):
         scores = 20.0 * rng.lognormal(0.0, 0.25, num_parts)
-        for leans, found in rates.items():
-            threshold = set_threshold(
-                scores, singles(num_parts), Calibration(), groups_known=True, others=SPREAD if leans else None
-            )
-            found.append(float(lognorm(0.25, scale=20.0).sf(threshold.value)))
-            assert threshold.num_other_parts == (MAX_OTHER_PARTS if leans else 0)
+        for leans, found in values.items():
+            good = GoodScores(scores, singles(num_parts), "photograph", SPREAD if leans else None)
+            found.append(rule_threshold(good, Calibration()))
+            assert good.num_others == (MAX_OTHER_PARTS if leans else 0)
+    rates = {leans: lognorm(0.25, scale=20.0).sf(found) for leans, found in values.items()}
+    threshold = set_threshold(scores, singles(num_parts), Calibration(), groups_known=True, others=SPREAD)
+    assert (threshold.value, threshold.num_other_parts) == (values[True][-1], MAX_OTHER_PARTS)
     assert np.mean(rates[False]) == pytest.approx(alone, abs=0.02)
     assert 0.025 < np.mean(rates[True]) < 0.1
     assert np.std(rates[True]) < 0.7 * np.std(rates[False])

@@ -14,6 +14,7 @@ from edgeflame.methods import Backbone, Calibration, Learning, Scoring, Training
 from fitting.imageset import ImageSet
 from tests.support.commands import edgeflame
 from tests.support.part_images import SIZE
+from tests.support.shared_files import made_once
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -69,9 +70,10 @@ def settings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted_package(parts_folder: Path, settings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("fitted") / "m.edgeflame"
-    result = edgeflame("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
-    assert result.exit_code == 0, result.output
-    assert "24 images" in result.output
-    assert "12 parts" in result.output
-    return out
+    def fit(out: Path) -> None:
+        result = edgeflame("fit", "--data", parts_folder, "--out", out, "--config", settings_file, "--product", "plate")
+        assert result.exit_code == 0, result.output
+        assert "24 images" in result.output
+        assert "12 parts" in result.output
+
+    return made_once(tmp_path_factory, "m.edgeflame", fit)
