@@ -98,7 +98,7 @@ def fit_by(backbone: Path, data: Path, out: Path, *more: object) -> Path:
     [
         {"name": "tf_efficientnet_lite0", "taps": "stages = [2, 3]", "size": (64, 96)},
         {"name": "resnet18", "taps": "stages = [1, 2]", "channels": "40", "size": (96, 64)},
-        {"name": "test_efficientnet", "taps": "layers = [1, 2, 3]", "size": (64, 64)},
+        {"name": "test_efficientnet", "taps": "layers = [1, 2, 3]", "size": (128, 128)},
         {"name": "vit_tiny_patch16_224", "taps": "stages = [2, 4]", "channels": "60", "size": (64, 96)},
     ],
     ids=["lite", "projected", "blocks", "transformer"],
