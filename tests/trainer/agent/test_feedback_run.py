@@ -65,17 +65,18 @@ def test_a_defect_marked_at_one_site_is_known_at_the_other(
         aggregator = fleet.aggregator("--metrics", f"127.0.0.1:{ports[0]}")
         east = fleet.site("east", *common)
         teacher = fleet.site("west", *common, "--marks", str(tmp_path / "line"), "--metrics", f"127.0.0.1:{ports[1]}")
-        wait_for(
-            lambda: metric(ports[0], 'edgeflame_aggregator_marks_used{site="west"}') == 12,
-            "the aggregator tells who has marked",
-            timeout_s=PATIENCE_S,
-        )
-        assert metric(ports[0], 'edgeflame_aggregator_marks_used{site="east"}') in (None, 0)
-        assert metric(ports[1], "edgeflame_site_marks_used") == 12
-        assert metric(ports[1], "edgeflame_site_marks_left_out") == 0
         # Killed in the middle, it goes on from where it was.
+        wait_for(lambda: " trained " in teacher.log, "a round is trained", timeout_s=PATIENCE_S)
         teacher.kill()
         teacher.start()
+        # Rounds and the package are still to come.
+        for port, name, value in (
+            (ports[0], 'edgeflame_aggregator_marks_used{site="west"}', 12),
+            (ports[0], 'edgeflame_aggregator_marks_used{site="east"}', 0),
+            (ports[1], "edgeflame_site_marks_used", 12),
+        ):
+            wait_for(lambda port=port, name=name, value=value: metric(port, name) == value, name, timeout_s=PATIENCE_S)
+        assert metric(ports[1], "edgeflame_site_marks_left_out") == 0
         for process in (east, teacher, aggregator):
             wait_for(lambda one=process: one.exit_code is not None, f"{process.name} ends", timeout_s=PATIENCE_S)
             assert process.exit_code == 0, process.log[-3000:]
