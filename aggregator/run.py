@@ -26,7 +26,7 @@ from aggregator.publisher import StatePublisher
 from aggregator.rounds import RoundMachine
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
-from edgeflame.methods import METHODS, Calibration, Memory
+from edgeflame.methods import METHODS, Calibration, Memory, resized_as_begun
 from edgeflame.mqtt.messages import RoundState
 from edgeflame.state import atomic_copy, write_json
 from edgeflame.transfer.store import BlobStore
@@ -65,7 +65,9 @@ def open_run(journal: Journal, config: AggregateConfig, *, new_run: bool = False
         config.rule.check()
     state = journal.last_run()
     if state is not None and not (new_run and state.ended):
-        begun, now = _without_calibration(state.config), _without_calibration(config)
+        learning = resized_as_begun(config.learning, state.config.learning)
+        begun = _without_calibration(state.config)
+        now = _without_calibration(msgspec.structs.replace(config, learning=learning))
         if state.ended is None and begun != now:
             changed = [name for name in AggregateConfig.__struct_fields__ if getattr(begun, name) != getattr(now, name)]
             raise ConfigError(

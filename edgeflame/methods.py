@@ -337,6 +337,16 @@ class Learning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigError(f"scoring.drop_worst must be 0 with method {self.method}, not {self.scoring.drop_worst}")
 
 
+def resized_as_begun(learning: Learning, begun: Learning) -> Learning:
+    """Settings for what was begun by ``begun``: where that does not say how images are resized, they go on by area.
+
+    Earlier versions left the key out, and today's default is another.
+    """
+    if begun.input.resize is not msgspec.UNSET:
+        return learning
+    return msgspec.structs.replace(learning, input=msgspec.structs.replace(learning.input, resize=msgspec.UNSET))
+
+
 def accumulated_steps(num_steps: int, momentum: float) -> float:
     """How many gradients' worth SGD has moved after so many steps: the sum of its gradients' weights.
 

@@ -34,6 +34,7 @@ from aggregator.validation import validate_upload
 from boards.surface import derive_seed
 from edgeflame.errors import ConfigError, FederationError
 from edgeflame.log import EventLog, Progress
+from edgeflame.methods import resized_as_begun
 from edgeflame.mqtt.messages import FinishReport, Offer, Refusal, TaskFailed, decode_up, encode_message
 from edgeflame.simulation import MeasureAnswer, MeasureTask, SiteAnswer, SiteTask
 from edgeflame.state import link_or_copy, locked_state_dir, read_json, storage_errors, write_json
@@ -113,7 +114,7 @@ def simulate(config: SimulationConfig, out_dir: Path, engine: SimulationEngine, 
     """
     with ExitStack() as stack:
         stack.enter_context(locked_state_dir(out_dir, kind="simulation"))
-        _require_same_config(config, out_dir)
+        config = _as_begun(config, out_dir)
         layout = prepare_site_data(config, out_dir, report)
         _write_record(config, layout, out_dir)
         if config.alone is not None:
@@ -133,21 +134,25 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any]
 
 
-def _require_same_config(config: SimulationConfig, out_dir: Path) -> None:
+def _as_begun(config: SimulationConfig, out_dir: Path) -> SimulationConfig:
+    """The configuration, which must be the one that the simulation was begun with, if it was."""
     record = read_json(out_dir / RECORD_FILE, _Record, advice="simulate into another folder")
     if record is None:
-        return
+        return config
     # Keys that it does not have, because an earlier version wrote it, are at their defaults.
     try:
-        before = msgspec.convert(record.config, SimulationConfig).without_engine()
+        begun = msgspec.convert(record.config, SimulationConfig)
     except msgspec.ValidationError as exc:
         raise ConfigError(f"{out_dir} holds a simulation of another version ({exc}); choose another folder") from exc
-    now = config.without_engine()
+    learning = resized_as_begun(config.fleet.learning, begun.fleet.learning)
+    config = msgspec.structs.replace(config, fleet=msgspec.structs.replace(config.fleet, learning=learning))
+    before, now = begun.without_engine(), config.without_engine()
     if before != now:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         raise ConfigError(
             f"{out_dir} holds a simulation with another configuration ({', '.join(changed)}); choose another folder"
         )
+    return config
 
 
 def _write_record(config: SimulationConfig, layout: SiteLayout, out_dir: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from aggregator.run import RunResult
 from aggregator.simulation.config import SimulationConfig
@@ -19,7 +20,9 @@ from aggregator.simulation.engines import open_simulation_engine
 from aggregator.simulation.run import simulate
 from edgeflame.config import parse_config
 from edgeflame.errors import ConfigError, DataError, StorageError
+from edgeflame.images import Preprocessing
 from edgeflame.log import no_progress
+from edgeflame.methods import Learning, resized_as_begun
 from tests.support import tiny_simulation
 from tests.support.brokers import BrokerProcess
 from tests.support.fleet_processes import Fleet
@@ -42,7 +45,10 @@ def toml(*, sites: int = 4, fleet: str = FLEET, engine: str = "", top: str = "")
 
 def run(text: str, out: Path) -> RunResult:
     """In this process."""
-    config = parse_config(text.encode(), SimulationConfig, "test")
+    return run_config(parse_config(text.encode(), SimulationConfig, "test"), out)
+
+
+def run_config(config: SimulationConfig, out: Path) -> RunResult:
     with open_simulation_engine(config.engine, tiny_simulation.handle) as engine:
         return simulate(config, out, engine, no_progress)
 
@@ -157,6 +163,20 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "simulation.json").write_text("{")
     with pytest.raises(StorageError, match="damaged"):
         run(toml(sites=2), tmp_path)
+
+
+def test_one_that_was_begun_before_images_were_halved_goes_on_by_area(tmp_path: Path) -> None:
+    text = toml(sites=2, top='alone = "solo"')
+    now = parse_config(text.encode(), SimulationConfig, "test")
+    assert now.fleet.learning.input.resize == "halving"
+    learning = resized_as_begun(now.fleet.learning, Learning())
+    assert learning.input == Preprocessing()
+    run_config(replace(now, fleet=replace(now.fleet, learning=learning)), tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    run(text, tmp_path)
+    record = json.loads((tmp_path / "simulation.json").read_bytes())
+    assert "resize" not in record["config"]["fleet"]["learning"]["input"]
+    assert len(json.loads((tmp_path / "metrics.json").read_bytes())["sites"]) == 2
 
 
 def test_a_failing_site_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
