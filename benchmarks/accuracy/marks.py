@@ -3,9 +3,10 @@
     python benchmarks/accuracy/marks.py [--toy DIR] [--tile DIR] [--rows NAME ...]
 
 A model is fitted to a set's good training photographs with the defaults of `edgeflame fit`, but for images that are
-resized by area. The parts of the test set are dealt into five folds. For each fold, that many defective parts of the other four are drawn and all of their
-photographs marked as bad; a head is trained, decided upon and the threshold set as `edgeflame learn` does, and the fold
-is judged. No photograph of a part that is judged was marked. Three seeds deal the folds and draw the parts.
+resized by area. The parts of the test set are dealt into five folds. For each fold, that many defective parts of the
+other four are drawn and all of their photographs marked as bad; a head is trained, decided upon and the threshold set
+as `edgeflame learn` does, and the fold is judged. No photograph of a part that is judged was marked. Three seeds deal
+the folds and draw the parts.
 
 Areas under the curve are of defective photographs beside the good ones of the same fold, since each fold has a head
 and a threshold of its own; "mean of kinds" is the mean over the kinds of defects. The marks say `it was bad` and the
