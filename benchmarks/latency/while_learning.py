@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--deadline-ms", type=float, default=1000.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = options.model
@@ -153,10 +154,12 @@ def main() -> None:
                 for index, what in enumerate(("before", "learning", "after")):
                     rows.append((f"{number + 1}, {what}", quantiles(results[marks[index] : marks[index + 1]])))
                     print(rows[-1], flush=True)
-    write(options, rows, seconds)
+    write(options, rows, seconds, load)
 
 
-def write(options: argparse.Namespace, rows: list[tuple[str, dict[str, float]]], seconds: list[float]) -> None:
+def write(
+    options: argparse.Namespace, rows: list[tuple[str, dict[str, float]]], seconds: list[float], load: float
+) -> None:
     ratios = []
     for first in range(0, len(rows), 3):
         before, during, after = (row for _, row in rows[first : first + 3])
@@ -172,9 +175,8 @@ def write(options: argparse.Namespace, rows: list[tuple[str, dict[str, float]]],
         "",
         f"`{command} --rounds {options.rounds}`, {usable_cpus()} cores of {platform.machine()};",
         f"a part every {options.every:g} s with a deadline of {options.deadline_ms:g} ms; learning took",
-        f"{', '.join(f'{one:.0f} s' for one in seconds)}. Times of a machine that was busy with other work: to be made",
-        "again at rest. The p99 while learning was",
-        f"{', '.join(f'{ratio:.2f}' for ratio in ratios)} times that before and after it.",
+        f"{', '.join(f'{one:.0f} s' for one in seconds)}. Load average at the start: {load:.1f}.",
+        f"The p99 while learning was {', '.join(f'{ratio:.2f}' for ratio in ratios)} times that before and after it.",
         "",
         "| round | parts | p50 ms | p99 ms | max ms | late | missing |",
         "|---|---|---|---|---|---|---|",
