@@ -59,6 +59,7 @@ def test_it_is_done_again_and_again_until_the_line_ends(monkeypatch: pytest.Monk
         while len(times) < 3:
             time.sleep(0.01)
     count = len(times)
+    time.sleep(0.05)
     assert not any(thread.name == "edgeflame-memory" for thread in threading.enumerate())
     assert len(times) == count
 
