@@ -2,18 +2,19 @@
 
 Prefetching
 -----------
-Several frames are observed at the same time, and handed on one after the other in the order of capture.
-
-One image keeps two cores less busy than two images do: between a graph's operators the cores wait for each other. So
-when parts come faster than they are inspected, each core observes a frame of its own.
+Frames are observed ahead of their turn (crop, resize, image health, score) and handed on one after the other in the
+order of capture. Whatever depends on the order of parts, and the verdict, is left to the camera worker.
 
     Capture ──> prefetch thread ──┐
-            └─> prefetch thread ──┴─> in the order of capture ──> camera worker ──> verdict, sinks
+            └─> its helpers ──────┴─> in the order of capture ──> camera worker ──> verdict, sinks
 
-A prefetch thread that is free takes the next frame from the capture and observes it ahead of its turn: crop, resize,
-image health, score. Whatever depends on the order of parts, and the verdict, is left to the camera worker. The capture
-may still drop a frame that no thread has taken. If another inspector has been put in place meanwhile, it makes its own
-observation of the frame.
+One frame has its verdict soonest if all cores work on it. But between a graph's operators they wait for each other, so
+that several frames side by side, each on a core of its own, are done sooner than one after the other. So one thread
+takes the frames, and the others help it once frames come faster than it takes them: from a full queue on, until the
+queue has been empty.
+
+The capture may drop a frame that no thread has taken. If another inspector has been put in place meanwhile, it makes
+its own observation of the frame.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import final
+from typing import Any, NamedTuple, final
 
 from edge.config.inspection import CaptureConfig
 from edge.frame import Captured, Prefetched, Source
@@ -67,6 +68,7 @@ class Capture:
         self._first = first
         self._changed = threading.Condition()
         self._queue: collections.deque[Captured] = collections.deque()
+        self._is_behind = False
         self._ended = False
         self._failure: BaseException | None = None
         self.dropped: collections.Counter[str] = collections.Counter()
@@ -87,10 +89,26 @@ class Capture:
             EdgeFlameError: what the source raised.
         """
         while (captured := self._next()) is not None:
-            if not self._drop_oldest and not self._source.is_live:
-                frame = dataclasses.replace(captured.frame, captured_monotonic_s=time.monotonic())
-                captured = dataclasses.replace(captured, frame=frame)
             yield captured
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether frames come faster than they are taken: the queue was full, and has not been empty since."""
+        return self._is_behind
+
+    def wait_behind(self) -> bool:
+        """Wait until frames come faster than they are taken; False if that cannot happen any more."""
+        with self._changed:
+            while not (self._is_behind and self._queue):
+                if self._stop.is_set() or self._thread.stop.is_set() or self._ended:
+                    return False
+                self._changed.wait(_POLL_S)
+            return True
+
+    def next_if_behind(self) -> Captured | None:
+        """The next frame at once; None if frames do not come faster than they are taken."""
+        with self._changed:
+            return self._take() if self._is_behind and self._queue and not self._stop.is_set() else None
 
     def unread(self) -> list[Captured]:
         """After the end: frames that were captured and not yielded, in order."""
@@ -100,6 +118,7 @@ class Capture:
     def _next(self) -> Captured | None:
         with self._changed:
             while not self._queue:
+                self._is_behind = False
                 if self._stop.is_set() or self._thread.stop.is_set():
                     return None
                 if self._ended:
@@ -107,11 +126,15 @@ class Capture:
                         raise self._failure
                     return None
                 self._changed.wait(_POLL_S)
-            if self._stop.is_set():
-                return None
-            captured = self._queue.popleft()
-            self._changed.notify_all()
+            return None if self._stop.is_set() else self._take()
+
+    def _take(self) -> Captured:
+        captured = self._queue.popleft()
+        self._changed.notify_all()
+        if self._drop_oldest or self._source.is_live:
             return captured
+        frame = dataclasses.replace(captured.frame, captured_monotonic_s=time.monotonic())
+        return dataclasses.replace(captured, frame=frame)
 
     def _notify(self) -> None:
         with self._changed:
@@ -143,11 +166,22 @@ class Capture:
                 else:
                     self._changed.wait()
             self._queue.append(captured)
+            self._is_behind = self._is_behind or len(self._queue) >= self._depth
             self._changed.notify_all()
             return not self._thread.stop.is_set()
 
 
 pool_log = EventLog("line")
+
+
+class _Taken(NamedTuple):
+    """A frame that a thread has taken to observe it."""
+
+    captured: Captured
+    observer: FrameObserver
+    found: Future[Any]
+    """Where the observation belongs."""
+    beside_others: bool
 
 
 @final
@@ -177,7 +211,7 @@ class PrefetchPool:
         self._taken: queue.SimpleQueue[Captured | BaseException | None] = queue.SimpleQueue()
         self._is_over = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"edgeflame-prefetch-{number}", daemon=True)
+            threading.Thread(target=self._run, args=(number,), name=f"edgeflame-prefetch-{number}", daemon=True)
             for number in range(count)
         ]
 
@@ -222,38 +256,57 @@ class PrefetchPool:
                 self._unread.append(item)
         return [*self._unread, *self._capture.unread()]
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while True:
             self._places.acquire()
-            with self._taking:
-                taken = self._next_frame()
+            taken = self._next_frame() if number == 0 else self._next_frame_if_behind()
             if taken is None:
                 return
-            captured, observer = taken
-            if captured.prefetched is None or observer is None:
-                continue
+            captured, observer, found, beside_others = taken
             try:
-                captured.prefetched.found.set_result(observer.observe(captured))
+                found.set_result(observer.observe(captured, beside_others=beside_others))
             except BaseException as exc:  # noqa: BLE001 - raised where the frame's turn comes
-                captured.prefetched.found.set_exception(exc)
+                found.set_exception(exc)
 
-    def _next_frame(self) -> tuple[Captured, FrameObserver | None] | None:
-        """The next frame, in its place in the order; None at the end."""
-        if self._is_over:
-            return None
-        try:
-            captured = next(self._frames)
-        except StopIteration:
-            self._end(None)
-            return None
-        except BaseException as exc:  # noqa: BLE001 - raised after the frames before it
-            self._end(exc)
-            return None
+    def _next_frame(self) -> _Taken | None:
+        """The next frame to observe; None at the end."""
+        while not self._is_over:
+            with self._taking:
+                try:
+                    captured = next(self._frames)
+                except StopIteration:
+                    self._end(None)
+                    return None
+                except BaseException as exc:  # noqa: BLE001 - raised after the frames before it
+                    self._end(exc)
+                    return None
+                taken = self._hand_on(captured, beside_others=self._capture.is_behind)
+            if taken is not None:
+                return taken
+            self._places.acquire()
+        return None
+
+    def _next_frame_if_behind(self) -> _Taken | None:
+        """The next frame to observe beside others, once there is need for that; None at the end."""
+        while not self._is_over and self._capture.wait_behind():
+            with self._taking:
+                captured = self._capture.next_if_behind()
+                taken = None if captured is None else self._hand_on(captured, beside_others=True)
+            if taken is not None:
+                return taken
+            if captured is not None:
+                self._places.acquire()
+        return None
+
+    def _hand_on(self, captured: Captured, *, beside_others: bool) -> _Taken | None:
+        """Put a frame in its place in the order; None if nothing observes it."""
         observer = self._observer()
-        if observer is not None:
-            captured = dataclasses.replace(captured, prefetched=Prefetched(observer=observer, found=Future()))
-        self._taken.put(captured)
-        return captured, observer
+        if observer is None:
+            self._taken.put(captured)
+            return None
+        found: Future[Any] = Future()
+        self._taken.put(dataclasses.replace(captured, prefetched=Prefetched(observer=observer, found=found)))
+        return _Taken(captured, observer, found, beside_others)
 
     def _end(self, failure: BaseException | None) -> None:
         self._is_over = True

@@ -48,8 +48,13 @@ class FrameObserver(Protocol):
         """How many frames it observes at the same time with profit."""
         ...
 
-    def observe(self, captured: Captured) -> Any:
-        """Observe a frame by itself; any thread may call it, several at once."""
+    def observe(self, captured: Captured, *, beside_others: bool = False) -> Any:
+        """Observe a frame by itself; any thread may call it, several at once.
+
+        Args:
+            captured: the frame.
+            beside_others: whether other frames are observed at the same time, each on a share of the cores.
+        """
         ...
 
 
@@ -158,7 +163,6 @@ class Inspector:
         self._runtime = runtime
         self._shared = shared
         self._counting = threading.Lock()
-        self._num_observing = 0
         self._range_used: list[float] = []
         self._config = config
         references = [reference.image(package.manifest.learning.input) for reference in package.references]
@@ -208,16 +212,10 @@ class Inspector:
         """Itself if it observes several images at the same time, else None."""
         return self if self.num_parallel > 1 else None
 
-    def observe(self, captured: Captured) -> Observation:
-        """Observe one frame by itself; any thread may call it, several at once."""
-        with self._counting:
-            self._num_observing += 1
-            is_alone = self._num_observing == 1
-        try:
-            return self._observe(captured.frame, self._runtime if is_alone or self._shared is None else self._shared)
-        finally:
-            with self._counting:
-                self._num_observing -= 1
+    def observe(self, captured: Captured, *, beside_others: bool = False) -> Observation:
+        """As :meth:`FrameObserver.observe`."""
+        runtime = self._runtime if self._shared is None or not beside_others else self._shared
+        return self._observe(captured.frame, runtime)
 
     def inspect(self, captured: Captured) -> Observation:
         """Observe a frame in its turn, or take what was found ahead of it, and add the checks across frames."""

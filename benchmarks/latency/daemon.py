@@ -39,11 +39,11 @@ from edge.config.outputs import OutboxConfig
 from edge.delivery.outbox import OUTBOX_FILE, Outbox
 from edge.frame import Frame, make_frame
 from edge.result import Result
-from edge.runtimes.interface import INPUT
 from edge.sources.child import Remark, TakenImage, live_frames, taken_image
 from edgeflame.cpus import usable_cpus
 from edgeflame.images import ImageU8
 from edgeflame.package import read_package
+from edgeflame.scoring_graph import INPUT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "federation"))
 from brokers import mosquitto_version, running
@@ -110,9 +110,10 @@ class Bench:
         self._threads = threads
         self._num_states = 0
         self._config = folder / "line.toml"
-        # The camera of a benchmark shows few pictures again and again.
+        # The camera of a benchmark shows few pictures again and again, of more pixels than the model was made of.
         self._config.write_text(
-            f'[image_quality]\nmax_repeats = 0\n[mqtt]\nbroker = "{url}"\nfleet = "bench"\nline = "bench"\n'
+            f'[image_quality]\nmax_repeats = 0\nframe_size = "any"\n'
+            f'[mqtt]\nbroker = "{url}"\nfleet = "bench"\nline = "bench"\n'
         )
         package = read_package(model)
         self._preprocessing = package.manifest.learning.input

@@ -288,6 +288,7 @@ def _config(broker_port: int, page_port: int, service_port: int) -> str:
 threshold = 0.001
 [image_quality]
 min_colour = 0
+frame_size = "any"
 [images]
 max_count = {MAX_REJECTS}
 [outbox]

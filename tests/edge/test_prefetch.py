@@ -51,8 +51,10 @@ class Eyes:
         self.gates: dict[int, threading.Event] = {}
         self.begun: dict[int, threading.Event] = {number: threading.Event() for number in range(50)}
         self.failing = failing
+        self.beside_others: dict[int, bool] = {}
 
-    def observe(self, captured: Captured) -> int:
+    def observe(self, captured: Captured, *, beside_others: bool = False) -> int:
+        self.beside_others[captured.sequence] = beside_others
         self.begun[captured.sequence].set()
         if captured.sequence in self.gates:
             assert self.gates[captured.sequence].wait(20)
@@ -88,6 +90,58 @@ def test_frames_come_in_order_with_what_was_found_however_long_each_took() -> No
         range(0, 200, 10)
     )
     assert {captured.prefetched.observer for captured in all_of_them if captured.prefetched} == {eyes}
+
+
+def test_all_cores_work_on_one_frame_until_frames_come_faster_than_they_are_taken() -> None:
+    eyes = Eyes()
+    eyes.gates = {number: threading.Event() for number in range(3)}
+    go_on = threading.Event()
+
+    class Slow(Belt):
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:
+            for number, frame in enumerate(super().frames(stop)):
+                # Thread and queue are asked for one after the other; with frames 1 and 2 the queue is full.
+                assert number != 1 or eyes.begun[0].wait(20)
+                assert number != 2 or go_on.wait(20)
+                yield frame
+
+    with prefetching(Slow(6), lambda: eyes) as frames:
+        coming = iter(frames)
+        assert next(coming).sequence == 0
+        # One frame waits, and a thread is free: it does not take it.
+        assert not eyes.begun[1].wait(0.5)
+        go_on.set()
+        assert eyes.begun[1].wait(20)
+        for gate in eyes.gates.values():
+            gate.set()
+        assert [captured.sequence for captured in coming] == [1, 2, 3, 4, 5]
+    assert not eyes.beside_others[0]
+    assert eyes.beside_others[1]
+
+
+def test_the_first_thread_works_alone_again_once_the_queue_was_empty() -> None:
+    eyes = Eyes()
+    eyes.gates[0] = threading.Event()
+    all_done = threading.Event()
+
+    class Pausing(Belt):
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:
+            for number, frame in enumerate(super().frames(stop)):
+                assert number != 4 or all_done.wait(20)
+                yield frame
+
+    with prefetching(Pausing(5), lambda: eyes) as frames:
+        coming = iter(frames)
+        assert next(coming).sequence == 0
+        assert eyes.begun[1].wait(20)
+        eyes.gates[0].set()
+        early = [next(coming) for _ in range(3)]
+        for captured in early:
+            assert captured.prefetched is not None
+            captured.prefetched.found.result(20)
+        all_done.set()
+        assert [captured.sequence for captured in coming] == [4]
+    assert not eyes.beside_others[4]
 
 
 def test_no_more_frames_are_taken_than_threads_can_hold() -> None:

@@ -90,7 +90,7 @@ class PrefetchingInspector(FakeInspector):
         self.gate: threading.Event = threading.Event()
         self.observer = self  # type: ignore[assignment]
 
-    def observe(self, captured: Captured) -> None:
+    def observe(self, captured: Captured, *, beside_others: bool = False) -> None:
         assert self.gate.wait(60)
 
 
