@@ -164,7 +164,13 @@ def _delivery(outbox: Path, arrived: dict[str, Arrived]) -> list[Check]:
         newest = database.execute("SELECT seq FROM sqlite_sequence WHERE name = 'results'").fetchone()[0]
         kept = {number for (number,) in database.execute("SELECT number FROM results")}
         acknowledged = dict(database.execute("SELECT name, acknowledged FROM destinations"))
-    checks = [Check("results in all", str(newest), newest > 0)]
+        bodies = [msgspec.json.decode(body) for (body,) in database.execute("SELECT body FROM results")]
+    rejected = sum(body["verdict"] == "fail" for body in bodies)
+    checks = [
+        Check("results in all", str(newest), newest > 0),
+        # The rest are outages, one each.
+        Check("rejected, of the last", f"{rejected} of {len(bodies)}", rejected >= 0.95 * len(bodies) > 0),
+    ]
     for name, receiver in arrived.items():
         waiting = {number for number in kept if number > acknowledged[name]}
         missing = set(range(1, newest + 1)) - receiver.numbers - waiting
