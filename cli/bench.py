@@ -11,6 +11,8 @@ from cli.output import echo
 
 if TYPE_CHECKING:
     from edge.runtimes.bench import BenchReport
+    from edge.runtimes.load import LineDevice
+    from edge.trace import TraceReport
 
 
 @click.command("bench")
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 )
 @click.option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines of `export --trt`.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: one a core]")
+@click.option(
+    "--trace",
+    "address",
+    metavar="ADDRESS",
+    help="Inspect this source instead, as `edgeflame inspect --source`, and show where each frame's time goes.",
+)
+@click.option("--parts", type=click.IntRange(2, 100_000), default=300, show_default=True, help="To time, with --trace.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     model: Path,
@@ -34,12 +43,22 @@ def command(
     device: Literal["auto", "cpu", "cuda", "ort-tensorrt", "rtx", "tensorrt"],
     engines: Path | None,
     threads: int | None,
+    address: str | None,
+    parts: int,
     as_json: bool,
 ) -> None:
-    """Time a package's graph on this machine, and its backbone alone for comparison, turn by turn."""
+    """Time a package's graph on this machine, and its backbone alone for comparison, turn by turn.
+
+    With --trace, time the whole way of a frame instead: camera, queue, resizing, score, verdict, disk. Nobody is told
+    of these parts: nothing is published, no PLC is written.
+    """
     import msgspec
 
     from cli.output import print_json
+
+    if address is not None:
+        _trace(model, address, parts, device, engines, threads, as_json=as_json)
+        return
     from edge.runtimes.bench import run_bench
     from edge.runtimes.load import open_for_line
     from edgeflame.log import EventLog
@@ -64,6 +83,54 @@ def command(
         print_json(report)
     else:
         _print_table(report)
+
+
+def _trace(
+    model: Path,
+    address: str,
+    parts: int,
+    device: LineDevice,
+    engines: Path | None,
+    threads: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    from cli.output import print_json
+    from edge.inspector import InspectorLoader
+    from edge.trace import run_trace
+
+    report = run_trace(
+        model, address, InspectorLoader(device=device, engines=engines, num_threads=threads), num_parts=parts
+    )
+    if as_json:
+        print_json(report)
+    else:
+        _print_trace(report)
+
+
+def _print_trace(report: TraceReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "p50 ms", "p90", "p99", "max", "median of each"):
+        table.add_column(heading, justify="left" if heading in ("", "median of each") else "right")
+    scale = _BAR / max(sum(one.p50_ms for one in report.hops), 1e-9)
+    start = 0.0
+    for one in report.hops:
+        begin, end = round(start * scale), round((start + max(one.p50_ms, 0.0)) * scale)
+        start += max(one.p50_ms, 0.0)
+        figures = (one.p50_ms, one.p90_ms, one.p99_ms, one.max_ms)
+        table.add_row(one.what, *(f"{value:.2f}" for value in figures), " " * begin + "█" * max(end - begin, 1))
+    total = report.verdict
+    table.add_section()
+    table.add_row(total.hop, *(f"{value:.2f}" for value in (total.p50_ms, total.p90_ms, total.p99_ms, total.max_ms)))
+    Console().print(table)
+    echo(f"{report.num_parts} parts of {report.source}, {report.parts_per_s:.1f} a second, {report.dropped} dropped")
+
+
+_BAR = 20
+"""Columns of the bars together."""
 
 
 def _backbone(model_onnx: bytes) -> bytes | None:

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, final
 from edge.config.inspection import CaptureConfig
 from edge.frame import Captured, Prefetched, Source
 from edge.inspector import FrameObserver
+from edge.result import Hop
 from edgeflame.background import BackgroundThread
 from edgeflame.log import EventLog
 
@@ -130,6 +131,7 @@ class Capture:
 
     def _take(self) -> Captured:
         captured = self._queue.popleft()
+        captured.frame.passes(Hop.TAKEN)
         self._changed.notify_all()
         if self._drop_oldest or self._source.is_live:
             return captured
@@ -165,6 +167,7 @@ class Capture:
                     self.dropped[SUPERSEDED] += 1
                 else:
                     self._changed.wait()
+            captured.frame.passes(Hop.QUEUED)
             self._queue.append(captured)
             self._is_behind = self._is_behind or len(self._queue) >= self._depth
             self._changed.notify_all()

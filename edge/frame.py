@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edge.result import FileOrigin, Reason
+from edge.result import FileOrigin, Hop, Reason
 from edgeflame.images import ImageU8, ImageU16, printable_name, to_8_bit
 
 
@@ -104,6 +104,12 @@ class Frame:
     """What announced the part; None where every frame is a part."""
     fault: Reason | None = None
     """Why there is no image; None: it is unreadable (see ``error``), or there is one."""
+    passed: dict[Hop, float] = field(default_factory=dict)
+    """When it passed each hop on its way so far, seconds on the monotonic clock; see :mod:`edge.trace`."""
+
+    def passes(self, hop: Hop) -> None:
+        """Note that it passes a hop now; another model's look at it later changes nothing."""
+        self.passed.setdefault(hop, time.monotonic())
 
     @property
     def samples(self) -> ImageU8 | ImageU16 | None:

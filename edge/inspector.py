@@ -21,7 +21,7 @@ import numpy as np
 from edge.config import InspectConfig
 from edge.frame import Captured, Frame
 from edge.health import ImageHealth
-from edge.result import Inspected, Reason
+from edge.result import Hop, Inspected, Reason
 from edge.runtimes.interface import Runtime, check_runtime_fits
 from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_parity
 from edge.runtimes.trial import try_graph
@@ -253,6 +253,7 @@ class Inspector:
                 view = self._view.fit(height=samples.shape[0], width=samples.shape[1])
                 image = self._view.preprocessing.apply(samples)
                 evidence = self._view.preprocessing.picture(samples)
+                frame.passes(Hop.RESIZED)
                 self._note_range(samples)
                 area = self._view.area(height=samples.shape[0], width=samples.shape[1])
             except DataError as exc:
@@ -262,6 +263,7 @@ class Inspector:
             faults.extend(self._health.faults(image))
             try:
                 scores, maps, unsmoothed = runtime.score(image[None])
+                frame.passes(Hop.SCORED)
             except (DataError, PackageError, RuntimeUnavailableError) as exc:
                 faults.append(Reason.RUNTIME_FAILED)
                 details.append(str(exc))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -162,6 +163,24 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         return re.sub(r"[^A-Za-z0-9_.]+", "_", self.part_id)[-60:]
 
 
+class Hop(enum.Enum):
+    """Where a frame passes between the camera and the disk, in this order."""
+
+    RECEIVED = "received"
+    """Out of the camera's process, where a process of its own reads the camera."""
+    QUEUED = "queued"
+    TAKEN = "taken"
+    """Out of the queue, to be observed."""
+    RESIZED = "resized"
+    """Cropped and resized."""
+    SCORED = "scored"
+    """The model's answer is there, and the checks of the image."""
+    VERDICT = "verdict"
+    """Its turn has come, after the frames before it, and the verdict is made."""
+    STORED = "stored"
+    """The result is on the disk."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inspected:
     """A result with its evidence."""
@@ -180,6 +199,10 @@ class Inspected:
     """The part's deadline, seconds on the monotonic clock; None: it has none."""
     origin: FileOrigin | None = None
     """The file of a watched folder that the frame was read from."""
+    captured_monotonic_s: float | None = None
+    """When the frame was captured, seconds on the monotonic clock."""
+    passed: Mapping[Hop, float] = field(default_factory=dict)
+    """When the frame passed each hop, on the same clock."""
 
 
 def json_line(result: Result) -> bytes:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from edge.frame import Captured
 from edge.parts.sequence import SequenceFinding, SequenceKind
 from edge.regions import find_regions
-from edge.result import AnomalyRegion, Inspected, Reason, Result, Verdict
+from edge.result import AnomalyRegion, Hop, Inspected, Reason, Result, Verdict
 from edgeflame.images import ImageU8, Region
 
 
@@ -146,6 +146,7 @@ def with_evidence(
     result: Result, captured: Captured, observation: Observation, *, due_s: float | None = None
 ) -> Inspected:
     """A result together with what it was made from."""
+    captured.frame.passes(Hop.VERDICT)
     return Inspected(
         result=result,
         image=observation.evidence,
@@ -154,6 +155,8 @@ def with_evidence(
         ignored=observation.ignored,
         due_monotonic_s=due_s,
         origin=captured.frame.origin,
+        captured_monotonic_s=captured.frame.captured_monotonic_s,
+        passed=captured.frame.passed,
     )
 
 

@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.frame import Frame, make_frame
+from edge.result import Hop
 from edge.sources.damage import LOST
 from edgeflame.background import die_with_parent
 from edgeflame.errors import DataError, EdgeFlameError
@@ -364,7 +365,7 @@ def live_frames(
             missed[OVERWRITTEN] += 1
             continue
         missed[LOST] += taken.num_lost
-        yield make_frame(
+        frame = make_frame(
             part_id="",
             source=name,
             image_bgr=taken.image,
@@ -373,4 +374,6 @@ def live_frames(
             captured_utc=taken.utc,
             missed=+missed,
         )
+        frame.passes(Hop.RECEIVED)
+        yield frame
         missed.clear()

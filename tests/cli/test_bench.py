@@ -11,8 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import cli
+from edge.result import Hop
 from edge.runtimes import bench
 from edge.runtimes.load import open_runtime
+from edge.trace import make_report
+from edgeflame.errors import DataError
 from edgeflame.package import Package
 from export.precision import backbone_model
 from tests.support.small_package import GRID, embed, good_image, small_network
@@ -72,3 +75,34 @@ def test_without_a_backbone_there_is_no_ratio(package: Package) -> None:
     assert [one.what for one in report.latencies] == ["graph"]
     assert report.ratio(1) is None
     assert report.latencies[0].images_per_s == pytest.approx(1000 / report.latencies[0].p50_ms)
+
+
+def test_a_trace_shows_where_the_time_of_each_frame_goes(package_file: Path) -> None:
+    ran = run("--model", package_file, "--trace", "boards:warm_wood?parts=60&size=64", "--parts", 30, "--json")
+    report = json.loads(ran.stdout)
+    assert report["num_parts"] == 30
+    assert report["dropped"] == 0
+    # The boards wait for us: their time begins when they leave the queue.
+    assert [one["hop"] for one in report["hops"]] == ["resized", "scored", "verdict", "stored"]
+    for one in [*report["hops"], report["verdict"]]:
+        assert 0 <= one["p50_ms"] <= one["p90_ms"] <= one["p99_ms"] <= one["max_ms"]
+    until_verdict = sum(one["p50_ms"] for one in report["hops"][:3])
+    assert until_verdict == pytest.approx(report["verdict"]["p50_ms"], rel=0.5)
+    shown = run("--model", package_file, "--trace", "boards:warm_wood?parts=60&size=64", "--parts", 5).stdout
+    assert "cropped and resized" in shown
+    assert "5 parts of boards:warm_wood?parts=60&size=64" in shown
+
+
+def test_the_hops_of_a_camera_begin_with_its_process() -> None:
+    ways = list(Hop)
+    times = [{None: 0.0, **{hop: (place + 1) * 0.001 for place, hop in enumerate(ways)}} for _ in range(3)]
+    report = make_report("camera:0", times, dropped=2)
+    assert [one.hop for one in report.hops] == [hop.value for hop in ways]
+    assert [one.p50_ms for one in report.hops] == [1.0] * len(ways)
+    assert report.verdict.p50_ms == 6.0
+    assert report.dropped == 2
+
+
+def test_a_trace_of_too_few_parts_is_refused(package_file: Path) -> None:
+    with pytest.raises(DataError, match="0 parts were scored beyond the first 20; two are needed"):
+        run("--model", package_file, "--trace", "boards:warm_wood?parts=3")
