@@ -305,7 +305,7 @@ function showLearning(one) {
   const priors = $("prior");
   if (priors.dataset.shown !== one.priors.join("/")) {
     priors.dataset.shown = one.priors.join("/");
-    priors.replaceChildren(new Option("nothing else", ""), ...one.priors.map((name) => new Option(`what ${name} knows`, name)));
+    priors.replaceChildren(new Option("these parts alone", ""), ...one.priors.map((name) => new Option(`these parts, and what ${name} knows`, name)));
     priors.value = one.learnt && one.priors.includes(one.learnt.prior) ? one.learnt.prior : "";
   }
   $("prior-row").hidden = Boolean(going) || one.priors.length === 0;
