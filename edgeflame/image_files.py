@@ -22,6 +22,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """JPEG markers of a frame header (SOF), which has the size."""
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 _ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 """JPEG markers without a segment."""
 
@@ -102,6 +104,7 @@ def jpeg_damage(data: bytes) -> str | None:
 
 def _jpeg(data: bytes) -> ImageFile:
     width = height = 0
+    components, is_progressive = b"", False
     position = 2
     while marker := _JPEG_MARKER.search(data, position):
         code, position = marker[1][0], marker.end()
@@ -111,12 +114,51 @@ def _jpeg(data: bytes) -> ImageFile:
         if code in _SIZES:
             height = max(height, int.from_bytes(data[position + 3 : position + 5], "big"))
             width = max(width, int.from_bytes(data[position + 5 : position + 7], "big"))
+            components = b"" if code in _LOSSLESS else data[position + 8 : position + length : 3]
+            is_progressive = code in _PROGRESSIVE
         if code == 0xDA:
             # In the coded data every 0xff is followed by a zero, so the end is the first that is not; a thumbnail's
             # end lies before them, in a segment.
-            return ImageFile(width=width, height=height, is_cut_short=data.find(b"\xff\xd9", position) < 0)
+            is_complete = _scans_are_complete(data, components, marker.start(), is_progressive=is_progressive)
+            damage = None if is_complete else "scans are missing"
+            is_cut_short = data.find(b"\xff\xd9", position) < 0
+            return ImageFile(width=width, height=height, is_cut_short=is_cut_short, damage=damage)
         position += length
     return ImageFile(width=width, height=height, is_cut_short=True)
+
+
+def _scans_are_complete(data: bytes, components: bytes, position: int, *, is_progressive: bool) -> bool:
+    """Whether the scans have all coefficients of all components to their last bit.
+
+    Decoders show what there is, which is a blurred picture, or one without colours, where a file with several scans was
+    cut and closed.
+
+    Args:
+        data: the whole file.
+        components: the identifiers in its frame header; empty for a lossless one, which has no coefficients.
+        position: of its first scan's marker.
+        is_progressive: whether a scan may have a part of the coefficients; of others, cameras write nonsense there.
+    """
+    missing_bits = {component: [1] * 64 for component in components}
+    while marker := _JPEG_MARKER.search(data, position):
+        code, position = marker[1][0], marker.end()
+        if code == 0xD9:
+            break
+        if code in _ALONE:
+            continue
+        length = int.from_bytes(data[position : position + 2], "big")
+        segment = data[position + 2 : position + length]
+        position += length
+        if code != 0xDA or len(segment) < 4:
+            continue
+        chosen = segment[1 : 1 + 2 * segment[0] : 2]
+        first, last, low = (segment[-3], min(segment[-2], 63), segment[-1] & 15) if is_progressive else (0, 63, 0)
+        for component in chosen:
+            if component in missing_bits:
+                missing_bits[component][first : last + 1] = [low] * (last + 1 - first)
+        if not any(map(any, missing_bits.values())):
+            return True
+    return not any(map(any, missing_bits.values()))
 
 
 def _png(data: bytes) -> ImageFile:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -15,9 +17,10 @@ import pytest
 from PIL import Image
 
 from boards.dataset import BoardStream
+from edgeflame.dataset import list_images
 from edgeflame.errors import DataError
 from edgeflame.image_files import look_through
-from edgeflame.images import decode_image
+from edgeflame.images import decode_image, read_samples
 from edgeflame.tiff import read_tiff
 from tests.support.paths import REPOSITORY
 
@@ -149,7 +152,7 @@ def test_a_png_is_refused_by_its_checksums_without_a_word_of_libpng(
 FLOAT_TIFF = """
 import cv2, numpy as np, sys
 from edgeflame.errors import DataError
-from edgeflame.images import decode_image
+from edgeflame.images import decode_image, read_samples
 for data in (cv2.imencode(".tiff", np.zeros((8, 8, 3), np.float32))[1].tobytes(), bytes.fromhex(sys.argv[1])):
     try:
         decode_image(data, "part")
@@ -186,6 +189,38 @@ def test_the_end_of_a_thumbnail_is_not_that_of_its_photograph(board: np.ndarray)
     for cut in (data[:-100], data[: len(data) // 2], data[: len(segment) + 100], data[:-100] + bytes(8000)):
         with pytest.raises(DataError, match=r"cut short|damaged"):
             decode_image(cut, "part")
+
+
+@pytest.mark.parametrize("num_scans", [1, 2, 4, 9])
+def test_a_progressive_jpeg_that_was_closed_after_some_scans_is_refused(board: np.ndarray, num_scans: int) -> None:
+    data = encode(board, "JPEG", progressive=True)
+    starts = [found.start() for found in re.finditer(b"\xff\xda", data)]
+    assert decode_image(data, "whole").shape == board.shape
+    with pytest.raises(DataError, match="scans are missing"):
+        decode_image(data[: starts[num_scans]] + b"\xff\xd9", "part")
+
+
+def test_the_scan_of_a_baseline_jpeg_may_claim_any_coefficients(board: np.ndarray) -> None:
+    data = bytearray(encode(board, "JPEG"))
+    end_of_header = data.find(b"\xff\xda") + 2 + 12
+    data[end_of_header - 3 : end_of_header] = bytes(3)
+    assert decode_image(bytes(data), "a camera's").shape == board.shape
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["pipe", "device", "nowhere", "folder"])
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "part.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.symlink_to(tmp_path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    if kind != "folder":
+        assert list_images(tmp_path) == [path]
+    with pytest.raises(DataError, match="cannot be read"):
+        read_samples(path)
 
 
 def huge(kind: str) -> bytes:
