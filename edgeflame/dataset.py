@@ -279,7 +279,7 @@ def image_files(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _TOOLS_OWN)
         for name in files:
             path = Path(parent, name)
-            if path.suffix.lower() in LISTED_SUFFIXES and not name.startswith(".") and path.is_file():
+            if path.suffix.lower() in LISTED_SUFFIXES and not name.startswith("."):
                 found.append(path)
     return sorted(found)
 

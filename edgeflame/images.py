@@ -7,6 +7,7 @@ What the trainer saw is what the line sees: every image, from whatever source, g
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -292,6 +293,9 @@ def read_samples(path: Path, *, max_pixels: int = MAX_PIXELS) -> ImageU8 | Image
         DataError: the file cannot be read or decoded.
     """
     try:
+        # A pipe or a device would be waited for, or read without end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{printable_name(str(path))}: cannot be read (not a regular file)")
         data = path.read_bytes()
     except OSError as exc:
         raise DataError(f"{printable_name(str(path))}: cannot be read ({exc.strerror})") from exc
