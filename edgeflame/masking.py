@@ -28,7 +28,8 @@ _NAME = r"""
     (?:
         [\w.-]{0,40}? (?: (?<!by)(?<!com)pass(?!through) | passw | pwd | psw | secret | token | credential | cookie
                    | authoriz | signature | api-?_?key ) [\w.-]{0,40}
-      | (?: [\w.-]{0,40}[_-] )? (?: pw | pas | key | pin | psk | sig | auth | sid | session )
+      | (?: [\w.-]{0,40}[_-] )? (?: pw | pas | key | pin | psk | sig | auth | sid | session | sas
+                   | jwt | hmac | digest | response | nonce | bearer | basic )
       | [\w.-]{0,40} (?: login(?:pas|use|name|id)? | streamkey | accesskey | authkey )
       | auth[\w.-]{0,40} (?<!author) | session[_-]?id | streamid
       | user (?: [_-]?name | [_-]?id )? | usr (?: [_-]?name )? | uid | username[\w.-]{0,40} | account | proxy-id
@@ -45,6 +46,7 @@ _VALUE = r"""
 # A pipeline's property ends at a space, a URL's parameter at an ampersand too.
 _PROPERTY = re.compile(rf"((?<!\S){_NAME} \s* = \s* ) (?! [\"'\\(] ) \S+", re.IGNORECASE | re.VERBOSE)
 _ASSIGNED = re.compile(rf"({_NAME} \s* (?:=|%3d) \s* ) {_VALUE}", re.IGNORECASE | re.VERBOSE)
+_ESCAPED = re.compile(r"%(3[0-9]|[46][1-9a-f]|[57][0-9a]|2d|5f)", re.IGNORECASE)
 _HEADER = re.compile(r"\b((?:proxy-)?authorization\s*:\s*)(?:\w+\s+)?\S+", re.IGNORECASE)
 
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -70,6 +72,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(://hooks?\.[^\s/]{1,200}/)[^\s\"'?#]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"(://[^\s?#]{1,300}/(?:web)?hooks?(?:b2)?/)[^\s\"'?#]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"([?&](?:[up]|code|hash|md5)=)[^\s&]*", re.IGNORECASE), rf"\1{MASK}"),
+    # An address within an address, with its own name and password.
+    (re.compile(r"(%3a%2f%2f)[^\s&/?#]{1,300}?%40", re.IGNORECASE), rf"\1{MASK}%40"),
     (_HEADER, rf"\1{MASK}"),
     (_PROPERTY, rf"\1{MASK}"),
     (_ASSIGNED, rf"\1{MASK}"),
@@ -77,7 +81,11 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def without_secrets(text: str) -> str:
-    """An address, or a text that holds some, with ``***`` in place of users, passwords, keys and tokens."""
+    """An address, or a text that holds some, with ``***`` in place of users, passwords, keys and tokens.
+
+    Letters and digits that an address writes as ``%61`` come back as letters: a name is the same in both forms.
+    """
+    text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
     for pattern, masked in _RULES:
         text = pattern.sub(masked, text)
     return text

@@ -61,6 +61,11 @@ WITH_SECRETS = [
     f"https://chat.example/api/webhooks/123/{SECRET}",
     f"https://automation.example/webhook/{SECRET}",
     f"https://functions.example/api/results?code={SECRET}",
+    f"http://{HOST}/snap?p%61ss%77ord={SECRET}",
+    f"http://{HOST}/snap?%70%77d={SECRET}",
+    *(f"http://{HOST}/snap?{name}={SECRET}" for name in ("jwt", "hmac", "sas", "bearer", "basic", "digest", "nonce")),
+    f"rtsp://{HOST}/live?nonce=1&response={SECRET}",
+    f"http://{HOST}/relay?to=http%3A%2F%2Fme%3A{SECRET}%40{HOST}",
     # Pipelines.
     f"rtspsrc location=rtsp://{HOST}/live user-id=admin user-pw={SECRET} ! decodebin",
     f'rtspsrc location=rtsp://{HOST}/live user-id="admin" user-pw="two {SECRET}" ! decodebin',
