@@ -7,7 +7,7 @@ import re
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from edge.web.page import OperatorPage, given_token
@@ -71,13 +71,15 @@ def query_of(request: Request, of: type[Told], *, what: str) -> Told:
 
 
 async def _body_of(request: Request) -> bytes | Response:
-    """A request's body, or the answer to one that is too long, or too slow."""
+    """A request's body, or the answer to one that is too long, too slow, or broken off."""
     try:
         return await asyncio.wait_for(_read(request), IDLE_S)
     except ValueError:
         return problem(413, "too long")
     except (TimeoutError, asyncio.TimeoutError):
         return problem(408, "too slow")
+    except ClientDisconnect:
+        return problem(400, "broken off")
 
 
 async def _read(request: Request) -> bytes:

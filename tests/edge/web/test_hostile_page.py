@@ -66,3 +66,18 @@ def test_idle_connections_blind_no_line(tmp_path: Path, package_file: Path) -> N
         assert ask(f"http://127.0.0.1:{port}", "/api/view")[0] == 200
         assert "connections_closed" in logged(tmp_path)
         assert len(logged(tmp_path).splitlines()) < 50
+
+
+def test_a_body_that_breaks_off_is_no_error_of_ours(tmp_path: Path, package_file: Path) -> None:
+    port = free_port()
+    head = f"POST /api/cameras/camera/do HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 100\r\n"
+    with daemon(package_file, tmp_path, f'[web]\nlisten = "127.0.0.1:{port}"\n'):
+        wait_for(lambda: judged(tmp_path) > 0, "the line judges", timeout_s=60)
+        token = (tmp_path / "state" / "operator-token").read_text().strip()
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall(f"{head}X-EdgeFlame-Token: {token}\r\n\r\n{{".encode())
+        before = judged(tmp_path)
+        wait_for(lambda: judged(tmp_path) > before + 1, "it judges all the same", timeout_s=60)
+        assert ask(f"http://127.0.0.1:{port}", "/api/view")[0] == 200
+        assert "Traceback" not in logged(tmp_path)
