@@ -10,6 +10,9 @@ import msgspec
 from edgeflame.errors import NumericalError
 from edgeflame.methods import RejectUnit
 
+MAX_THRESHOLD = 1e12
+"""As in a line's configuration. Scores of parts are tens, of other pictures thousands; above this every part passes."""
+
 
 class ThresholdPromise(msgspec.Struct, frozen=True, kw_only=True):
     """A threshold that was not taken, with the promise it would have kept."""
@@ -101,6 +104,11 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
         # Against NaN every comparison is false: such a threshold would pass every part.
         if not (math.isfinite(self.value) and self.value > 0):
             raise NumericalError(f"a threshold must be a finite number above 0, not {self.value}")
+        if self.value > MAX_THRESHOLD:
+            raise NumericalError(f"a threshold must be at most {MAX_THRESHOLD:g}, not {self.value}: it rejects nothing")
+        for name in ("false_reject_rate", "confidence", "requested_false_reject_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise NumericalError(f"a threshold's {name} must be in 0..1, not {getattr(self, name)}")
 
     def promise(self) -> str:
         """What to expect and the promise, in a sentence without a full stop, as all commands print it."""

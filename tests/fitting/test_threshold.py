@@ -313,3 +313,20 @@ def test_what_is_promised_is_said_in_words() -> None:
         "1.00% was asked for; that takes more parts than there are",
         "2 images were left out as suspects; had they all been good, the promise would be 7.00%",
     ]
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"value": 1e308},
+        {"value": 2e12},
+        {"false_reject_rate": -0.01},
+        {"false_reject_rate": 5.0},
+        {"confidence": 1.5},
+        {"requested_false_reject_rate": float("nan")},
+    ],
+)
+def test_a_threshold_that_passes_everything_or_promises_nonsense_is_refused(absurd: dict[str, float]) -> None:
+    sound = {"value": 2.0, "false_reject_rate": 0.05, "confidence": 0.95, "requested_false_reject_rate": 0.01}
+    with pytest.raises(NumericalError, match="a threshold"):
+        Threshold(**{**sound, **absurd}, num_groups=30, num_images=98, groups_known=True)
