@@ -142,6 +142,7 @@ def command(
     from edge.daemon import run_inspection
     from edge.delivery.sinks import RejectsSink
     from edge.inspector import InspectorLoader
+    from edge.memory import share_one_arena
     from edge.models.released import open_released_models
     from edge.runtimes.load import LineDevice
     from edge.systemd import handle_signals
@@ -168,6 +169,8 @@ def command(
         findings = list(check_daemon(read_plan, loader, state=state, images=images, file=config))
         print_findings(findings, as_json=as_json)
         return
+    # Before the first threads, which would have arenas of their own.
+    share_one_arena()
     plan = read_plan()
     loader.share_cores(len(plan.cameras))
     overrides = Overrides(state)

@@ -1,8 +1,9 @@
 """Memory that a line has freed goes back to the system.
 
 Pictures that wait for a slow disk or network are freed in another order than they came. The C library keeps what lies
-between those still in use, in each thread's arena, so that a process holds the most it ever needed, and a little more
-with each such time. `malloc_trim` of glibc gives whole pages back; it takes a few milliseconds.
+between those still in use, in an arena for each thread, so that a process holds the most that each thread ever needed,
+and a little more with each such time. One arena for all threads (`mallopt` of glibc) holds the most they ever needed
+together, and `malloc_trim` gives whole pages back; it takes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ import threading
 from edgeflame.background import BackgroundThread
 
 TRIM_EVERY_S = 60.0
+
+_M_ARENA_MAX = -8  # <malloc.h>
+
+
+def share_one_arena() -> bool:
+    """Have all threads that are begun from now on allocate from one arena; False where the C library has no way to."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(_M_ARENA_MAX, 1))
 
 
 def trim_memory() -> bool:

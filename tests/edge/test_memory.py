@@ -41,6 +41,57 @@ print(before - resident_mib())
 """
 
 
+THREADS_IN_TURN = """
+import threading
+from pathlib import Path
+import numpy as np
+from edge.memory import share_one_arena
+
+assert {shared} is False or share_one_arena()
+
+def come_and_go(barrier):
+    pictures = [np.ones(900_000, np.uint8) for _ in range(20)]
+    barrier.wait()
+    del pictures[1:]
+    kept.append(pictures)
+
+# Each has its pictures while the others have none.
+kept = []
+lock = threading.Lock()
+begun = threading.Barrier(8)
+
+def run():
+    begun.wait()
+    with lock:
+        come_and_go(threading.Barrier(1))
+    begun.wait()
+
+threads = [threading.Thread(target=run) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+status = Path("/proc/self/status").read_text()
+print(int(status.partition("VmRSS:")[2].split()[0]) / 1024)
+"""
+
+
+@pytest.mark.skipif(not HAS_TRIM, reason="the C library has no mallopt")
+def test_what_one_thread_has_freed_another_takes() -> None:
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    in_use = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", THREADS_IN_TURN.format(shared=shared)],
+                capture_output=True, text=True, check=True, env=environment,
+            ).stdout
+        )
+        for shared in (False, True)
+    ]  # fmt: skip
+    # Seven arenas less, of 17 MiB each.
+    assert in_use[0] - in_use[1] > 60
+
+
 @pytest.mark.skipif(not HAS_TRIM, reason="the C library has no malloc_trim")
 def test_what_lies_between_pictures_in_use_is_given_back() -> None:
     # From the first picture on in the heap, as after the first freed one in a process that has run for a while.
