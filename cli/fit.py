@@ -136,7 +136,9 @@ def command(
         raise UsageError(f"{out.parent}: no such folder to write {out.name} into")
 
     from edgeflame.dataset import open_dataset, open_defects
+    from edgeflame.package import check_product
 
+    product = check_product(product_of(data) if product is None else product)
     # Before the heavy imports: a wrong path should not take seconds to be found.
     dataset = open_dataset(data, groups)
     labelled = () if defects is None else open_defects(defects).test
@@ -171,7 +173,7 @@ def command(
         learning=means.learning,
         weights=fitted.model.weights,
         provenance={**fitted.provenance(), **means.provenance},
-        product=product or product_of(data),
+        product=product,
         site=None,
         references=fitted.references,
     )

@@ -13,10 +13,7 @@ from cli.output import cell, echo
 if TYPE_CHECKING:
     from edgeflame.package import Package, PackageHead
 
-
 _FILE = click.Path(path_type=Path)
-
-MAX_PRODUCT_CHARS = 64
 
 
 @click.command("keygen")
@@ -121,11 +118,9 @@ def rename(package_file: Path, product: str) -> None:
     """Give a package's product another name, in place. Lines tell products apart by it; a signature is lost."""
     import msgspec
 
-    from edgeflame.errors import UsageError
-    from edgeflame.package import read_package, rewrite_package
+    from edgeflame.package import check_product, read_package, rewrite_package
 
-    if not product.strip() or len(product) > MAX_PRODUCT_CHARS or not product.isprintable():
-        raise UsageError(f"product {product[:80]!r}: expected a name of 1 to {MAX_PRODUCT_CHARS} characters")
+    check_product(product)
     package = read_package(package_file)
     rewrite_package(package_file, package, manifest=msgspec.structs.replace(package.manifest, product=product))
     echo(f"{package_file}: {product}, before {package.manifest.product}")

@@ -14,7 +14,7 @@ from cli.output import echo
 from cli.programs import program
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
 from edgeflame.bounds import BASIC
-from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES
+from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES, check_product
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -132,7 +132,7 @@ def command(
                 else _worker_command(ctx, num_references, options["device"] or "auto"),
                 groups_file=paths["groups"],
                 marks=None if paths["marks"] is None else open_marks(paths["marks"]).folder,
-                product=options["product"],
+                product=None if options["product"] is None else check_product(options["product"]),
                 connect_timeout_s=broker.connect_timeout,
                 schedule=parse_schedule(options["schedule"]) if options["schedule"] else None,
                 metrics=metrics,

@@ -96,7 +96,9 @@ def golden_photographs(folder: Path, product: str) -> list[tuple[Path, Expected]
     Raises:
         ConfigError: there are none.
     """
-    root = folder / product if (folder / product).is_dir() else folder
+    # A package that was given without a name calls itself what it likes.
+    own = folder / product if "/" not in product and product not in (".", "..") else folder
+    root = own if own.is_dir() else folder
     found: list[tuple[Path, Expected]] = []
     kinds: tuple[Expected, ...] = ("good", "bad")
     try:

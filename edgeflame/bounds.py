@@ -35,6 +35,8 @@ Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 """A share of a whole that is not nothing."""
 Count = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
 """How many, at least one."""
+NotNegativeCount = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
+"""How many, none included."""
 NumBytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 50)]
 """A size, up to a pebibyte."""
 Seed = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]

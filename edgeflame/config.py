@@ -10,6 +10,7 @@ A key that was renamed works for one version under its old name, with a warning.
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 import difflib
 import re
@@ -89,7 +90,11 @@ def check_keys(path: Path, kind: type[msgspec.Struct]) -> Iterator[Finding]:
     Raises:
         ConfigError: it cannot be read, or is not TOML.
     """
-    for old, new in _with_new_keys(_decode_toml(_read(path)), kind)[1].items():
+    try:
+        renamed = _with_new_keys(_decode_toml(_read(path)), kind)[1]
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    for old, new in renamed.items():
         yield note("configuration", f"{old} is the old name of {new}", f"call it {new}: the next version refuses {old}")
 
 
@@ -101,9 +106,13 @@ def _read(path: Path) -> bytes:
 
 
 def _decode_toml(data: bytes) -> dict[str, Any]:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError("it is written in UTF-16, by its BOM; save it as UTF-8")
     try:
-        raw = msgspec.toml.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
+        raw = msgspec.toml.decode(data.removeprefix(codecs.BOM_UTF8))
+    except RecursionError as exc:
+        raise ConfigError("it is nested too deeply") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as exc:
         # The parser lets through dates that are none, integers of thousands of digits, and hundreds of brackets.
         raise ConfigError(str(exc)) from exc
     assert isinstance(raw, dict)

@@ -50,6 +50,8 @@ class ImageFile:
         is_cut_short: whether its end is missing.
         damage: what is wrong with its data, as far as checksums and lengths tell; None: nothing.
         tiff: how the data of a TIFF lie; None for other formats.
+        num_pictures: of an animated PNG or WebP and of a TIFF with several pages more than one; its smaller copies of
+            one picture, and masks, do not count.
     """
 
     width: int
@@ -57,6 +59,7 @@ class ImageFile:
     is_cut_short: bool = False
     damage: str | None = None
     tiff: TiffLayout | None = None
+    num_pictures: int = 1
 
 
 def look_through(data: bytes) -> ImageFile | None:
@@ -72,7 +75,13 @@ def look_through(data: bytes) -> ImageFile | None:
     layout = read_tiff(data)
     if layout is None:
         return None
-    return ImageFile(width=layout.width, height=layout.height, is_cut_short=layout.is_cut_short(data), tiff=layout)
+    return ImageFile(
+        width=layout.width,
+        height=layout.height,
+        is_cut_short=layout.is_cut_short(data),
+        tiff=layout,
+        num_pictures=layout.num_pages,
+    )
 
 
 def other_format(data: bytes) -> str | None:
@@ -163,7 +172,7 @@ def _scans_are_complete(data: bytes, components: bytes, position: int, *, is_pro
 
 def _png(data: bytes) -> ImageFile:
     width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-    position, damage, is_cut_short = 8, None, True
+    position, damage, is_cut_short, num_pictures = 8, None, True, 1
     while position + 12 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
         kind, end = data[position + 4 : position + 8], position + 12 + length
@@ -174,6 +183,8 @@ def _png(data: bytes) -> ImageFile:
             checksum = zlib.crc32(memoryview(data)[position + 4 : end - 4])
             if checksum != int.from_bytes(data[end - 4 : end], "big"):
                 damage = f"the checksum of its chunk {kind.decode('latin-1')} is wrong"
+        if kind == b"acTL":
+            num_pictures = int.from_bytes(data[position + 8 : position + 12], "big")
         if kind == b"IEND":
             is_cut_short = False
             break
@@ -182,7 +193,7 @@ def _png(data: bytes) -> ImageFile:
     # anyway is left alone.
     if not is_cut_short and width * height > max(1 << 23, 1032 * len(data)):
         damage = "it claims to be far larger than its file can hold"
-    return ImageFile(width=width, height=height, is_cut_short=is_cut_short, damage=damage)
+    return ImageFile(width=width, height=height, is_cut_short=is_cut_short, damage=damage, num_pictures=num_pictures)
 
 
 def _bmp(data: bytes) -> ImageFile:
@@ -209,4 +220,19 @@ def _webp(data: bytes) -> ImageFile:
         width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
     elif kind == b"VP8X":
         width, height = (int.from_bytes(body[start : start + 3], "little") + 1 for start in (4, 7))
-    return ImageFile(width=width, height=height, is_cut_short=8 + int.from_bytes(data[4:8], "little") > len(data))
+    end = 8 + int.from_bytes(data[4:8], "little")
+    return ImageFile(
+        width=width,
+        height=height,
+        is_cut_short=end > len(data),
+        num_pictures=_pictures_of_webp(data, min(end, len(data))),
+    )
+
+
+def _pictures_of_webp(data: bytes, end: int) -> int:
+    position, count = 12, 0
+    while position + 8 <= end:
+        count += data[position : position + 4] == b"ANMF"
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
+        position += 8 + length + length % 2
+    return max(1, count)

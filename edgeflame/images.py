@@ -347,6 +347,8 @@ def _require_sound(data: bytes, name: str, max_pixels: int) -> None:
             f"{name}: {file.width}x{file.height} pixels are more than the {max_pixels / 1e6:g} megapixels that may be "
             "decoded (max_megapixels)"
         )
+    if file.num_pictures > 1:
+        raise DataError(f"{name}: the file has {file.num_pictures} pictures; one is wanted")
     if file.is_cut_short:
         raise DataError(f"{name}: the image file is cut short")
     if file.tiff is not None and file.tiff.is_float:

@@ -35,8 +35,9 @@ import numpy.typing as npt
 
 from edgeflame import __version__
 from edgeflame.archive import Archive, open_archive, write_archive
+from edgeflame.bounds import Count, NotNegativeCount
 from edgeflame.drift_reference import DriftReference, decode_drift_reference, encode_drift_reference
-from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError
+from edgeflame.errors import DataError, EdgeFlameError, NumericalError, PackageError, UsageError
 from edgeflame.fitted_images import MAX_FITTED_BYTES, decode_fitted_images, encode_fitted_images
 from edgeflame.frame_sizes import FrameSizes
 from edgeflame.images import ImageU8, Preprocessing, decode_image
@@ -137,6 +138,8 @@ DRIFT_REFERENCE_MEMBER = "condition.json"
 FITTED_MEMBER = "fitted.bin"
 SIGNATURE_MEMBER = "signature.json"
 
+MAX_PRODUCT_CHARS = 200
+"""As in the messages about releases."""
 MAX_MANIFEST_BYTES = 4 << 20
 """A manifest is kilobytes; the round ledger in it grows with rounds and sites, never to this."""
 MAX_SIGNATURE_BYTES = 64 << 10
@@ -145,6 +148,17 @@ _MAX_BACKBONE_BYTES = 1 << 30
 """The largest backbone, a Wide ResNet-50 in float32, takes a quarter of it."""
 _HEADER_BYTES = 64 << 10
 """Room for what a member holds besides the manifest's figures."""
+
+
+def check_product(product: str) -> str:
+    """``product``, if it may name a kind of part: on the wire, in logs, on the page.
+
+    Raises:
+        UsageError: it may not.
+    """
+    if not product.strip() or len(product) > MAX_PRODUCT_CHARS or not product.isprintable():
+        raise UsageError(f"product {product[:80]!r}: expected a name of 1 to {MAX_PRODUCT_CHARS} printable characters")
+    return product
 
 
 class WeightsOrigin(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,10 +182,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     site: str | None
     learning: Learning
     weights: WeightsOrigin
-    num_images: int
-    grid: tuple[int, int]
-    num_channels: int
-    rank: int
+    num_images: NotNegativeCount
+    grid: tuple[Count, Count]
+    num_channels: Count
+    rank: NotNegativeCount
     """Eigenpairs per position; 0 for a memory."""
     threshold: Threshold
     provenance: dict[str, Any]
@@ -180,7 +194,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """SHA-256 of every other member but the signature."""
     references: tuple[ReferenceScore, ...] = ()
     """What the model says of the reference images, in their order."""
-    num_prototypes: int = 0
+    num_prototypes: NotNegativeCount = 0
     """The size of a memory; 0 for Gaussian statistics."""
     frames: FrameSizes | None = None
     """Of the photographs that it was fitted to; None in packages of earlier versions."""
@@ -191,6 +205,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.num_prototypes} prototypes" if self.num_prototypes else f"rank {self.rank}"
 
     def __post_init__(self) -> None:
+        check_product(self.product)
         if len(self.references) > MAX_REFERENCES:
             raise PackageError(f"a package holds at most {MAX_REFERENCES} reference images, not {len(self.references)}")
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from edgeflame.bounds import NotNegativeCount
 from edgeflame.errors import NumericalError
 from edgeflame.methods import RejectUnit
 
@@ -76,8 +77,8 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     false_reject_rate: float
     """What is promised: an upper bound."""
     confidence: float
-    num_groups: int
-    num_images: int
+    num_groups: NotNegativeCount
+    num_images: NotNegativeCount
     groups_known: bool
     requested_false_reject_rate: float
     """What was asked for, in the sense of ``chosen_by``."""

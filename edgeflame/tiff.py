@@ -11,7 +11,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC = 256, 257, 258, 259, 262
 STRIP_OFFSETS, CHANNELS, ROWS_PER_STRIP, STRIP_BYTES, PLANAR = 273, 277, 278, 279, 284
 TILE_WIDTH, TILE_HEIGHT, TILE_OFFSETS, TILE_BYTES, SAMPLE_FORMAT, JPEG_TABLES = 322, 323, 324, 325, 339, 347
+SUBFILE_TYPE, OLD_SUBFILE_TYPE = 254, 255
 
 NOT_PACKED, LZW, JPEG, PACK_BITS = 1, 5, 7, 32773
 DEFLATE = (8, 32946)
@@ -26,6 +27,9 @@ DEFLATE = (8, 32946)
 _FORMS = {1: "B", 3: "H", 4: "I", 7: "B", 16: "Q"}
 """Types of values that are read: bytes and whole numbers, by their letter for :mod:`struct`."""
 _YCBCR, _FLOAT = 6, 3
+_COPY_OR_MASK, _OLD_COPY = 0b101, 2
+MAX_DIRECTORIES = 1000
+"""Directories of a file that are looked into; each may lie anywhere in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class TiffLayout:
         full_bytes: length of a whole one, unpacked.
         piece_pixels: pixels of a whole one: a tile may be larger than its picture.
         jpeg_tables: what the JPEG pieces have in common.
+        num_pages: pictures in the file; smaller copies of one, and masks, do not count.
     """
 
     width: int
@@ -55,6 +60,7 @@ class TiffLayout:
     full_bytes: int
     piece_pixels: int
     jpeg_tables: bytes
+    num_pages: int = 1
 
     def is_cut_short(self, data: bytes) -> bool:
         """Whether a piece reaches beyond the end of the file."""
@@ -123,19 +129,36 @@ def read_tiff(data: bytes) -> TiffLayout | None:
     if order is None:
         return None
     try:
-        return _layout(_Tags(data, order))
+        first = _Tags(data, order)
+        return replace(_layout(first), num_pages=_num_pages(data, order, first))
     except (struct.error, IndexError, KeyError):
         return None
 
 
+def _num_pages(data: bytes, order: str, first: _Tags) -> int:
+    """The first picture, and each further directory that is neither a smaller copy nor a mask."""
+    count, tags, seen = 1, first, {first.start}
+    while tags.next and tags.next not in seen and len(seen) < MAX_DIRECTORIES:
+        seen.add(tags.next)
+        try:
+            tags = _Tags(data, order, tags.next)
+        except struct.error:
+            # What is said to follow is not there; the first picture is whole.
+            break
+        count += not (tags.number(SUBFILE_TYPE, 0) & _COPY_OR_MASK or tags.number(OLD_SUBFILE_TYPE, 0) == _OLD_COPY)
+    return count
+
+
 class _Tags:
-    """The first directory of a TIFF: whole numbers and bytes by their tags.
+    """A directory of a TIFF, the first one unless its place is given: whole numbers and bytes by their tags.
+
+    ``start`` is its place, ``next`` that of the one after it; 0: there is none.
 
     Raises:
         struct.error: it reaches beyond the file, as in :meth:`numbers`.
     """
 
-    def __init__(self, data: bytes, order: str) -> None:
+    def __init__(self, data: bytes, order: str, place: int | None = None) -> None:
         self._data = data
         self._order = order
         version, start = self._unpack("HI", 2)
@@ -144,6 +167,7 @@ class _Tags:
             (start,) = self._unpack("Q", 8)
         elif version != 42:
             raise KeyError(version)
+        self.start = start = start if place is None else place
         (count,) = self._unpack("Q" if self._is_big else "H", start)
         start += 8 if self._is_big else 2
         size = 20 if self._is_big else 12
@@ -151,6 +175,9 @@ class _Tags:
         for position in range(start, start + min(count, 4096) * size, size):
             tag, kind, number = self._unpack("HHQ" if self._is_big else "HHI", position)
             self._entries.setdefault(tag, (kind, number, position + (12 if self._is_big else 8)))
+        end = start + count * size
+        has_next = end + (8 if self._is_big else 4) <= len(data)
+        self.next: int = self._unpack("Q" if self._is_big else "I", end)[0] if has_next else 0
 
     def numbers(self, tag: int) -> tuple[int, ...]:
         """All values of a tag; none if it is not there or of another kind."""

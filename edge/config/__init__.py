@@ -32,7 +32,7 @@ from edge.config.outputs import (
     WebConfig,
     WebhookConfig,
 )
-from edgeflame.bounds import BASIC, Positive
+from edgeflame.bounds import BASIC, NotEmpty, Positive
 from edgeflame.errors import ConfigError
 from edgeflame.mqtt.topics import MAX_NAME_CHARS, is_name
 
@@ -61,7 +61,7 @@ class CameraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     OLD_KEYS: ClassVar[Mapping[str, str]] = _OLD_SECTIONS
 
-    source: Annotated[str, BASIC]
+    source: Annotated[NotEmpty, BASIC]
     """Where the images come from, as after ``--source``."""
     product: Annotated[str | None, BASIC] = None
     """The product that it sees at the start, a name of ``[products]``; may be left out where there is only one."""

@@ -208,7 +208,11 @@ def parse_broker_url(text: str, *, tls: TlsFiles | TlsPem | None = None) -> Brok
         sound = False
     if not sound:
         shown = without_secrets(f"...{text.rpartition('@')[2]}" if "@" in text else text)[:100]
-        raise UsageError(f"broker {shown!r}: expected mqtt://[user[:password]@]host[:port], mqtts://, ws:// or wss://")
+        # No "user:password@host" in the words: what masks secrets would take it for one.
+        raise UsageError(
+            f"broker {shown!r}: expected mqtt://host[:port], mqtts://, ws:// or wss:// "
+            "(where it asks for them, user:password@ stands before the host)"
+        )
     assert parts.hostname
     secure = parts.scheme in _SECURE
     if tls is not None and not secure and (tls.ca or tls.cert or tls.key):

@@ -335,6 +335,13 @@ class TestGolden:
         with pytest.raises(ConfigError, match="Bad and bad are there"):
             golden_photographs(folder, "any")
 
+    @pytest.mark.parametrize("product", ["../outside", "..", "/outside"])
+    def test_a_product_s_name_leads_to_no_folder_outside(self, tmp_path: Path, product: str) -> None:
+        folder = photographs(tmp_path / "golden")
+        photographs(tmp_path / "outside")
+        photographs(tmp_path)
+        assert all(path.is_relative_to(folder) for path, _ in golden_photographs(folder, product))
+
     def test_no_photographs_are_an_error_at_the_start(self, tmp_path: Path, package_with_reference: Path) -> None:
         config = tmp_path / "line.toml"
         config.write_text(f'[self_test]\nfolder = "{tmp_path / "nowhere"}"\n')

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgeflame.errors import LinkError, UsageError
+from edgeflame.masking import without_secrets
 from edgeflame.mqtt import client as client_module
 from edgeflame.mqtt.client import MqttClient
 from edgeflame.mqtt.connection import (
@@ -240,8 +241,10 @@ def test_a_password_is_masked_everywhere() -> None:
 
 @pytest.mark.parametrize("text", ["", "mqtt://", "http://h", "mqtt://h:port", "mqtt://h:99999", "mqtt://h/path"])
 def test_bad_urls(text: str) -> None:
-    with pytest.raises(UsageError, match="expected mqtt://"):
+    with pytest.raises(UsageError, match="expected mqtt://") as caught:
         parse_broker_url(text)
+    # As a command shows it.
+    assert without_secrets(str(caught.value)) == str(caught.value)
 
 
 def test_certificates_need_mqtts_and_must_be_there(tmp_path: Path) -> None:

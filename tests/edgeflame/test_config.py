@@ -254,3 +254,23 @@ def test_numbers_that_make_no_sense_are_refused_by_name(tmp_path: Path, text: st
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), InspectConfig)
     assert what in str(caught.value)
+
+
+def test_a_byte_order_mark_is_passed_over_and_another_encoding_named() -> None:
+    text = "height = 64\n"
+    assert parse_config(text.encode("utf-8-sig"), Preprocessing, "a.toml").height == 64
+    with pytest.raises(ConfigError, match=r"^a\.toml: .*UTF-16.*BOM"):
+        parse_config(text.encode("utf-16"), Preprocessing, "a.toml")
+
+
+def test_what_is_nested_too_deeply_is_said_in_one_line_that_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, f"height = {'[' * 5000}{']' * 5000}\n")
+    for read in (lambda: load_config(path, Preprocessing), lambda: list(check_keys(path, Preprocessing))):
+        with pytest.raises(ConfigError) as raised:
+            read()
+        assert str(raised.value) == f"{path}: it is nested too deeply"
+
+
+def test_a_camera_without_a_source_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cameras\.one\.source must be not empty"):
+        parse_config(b'[cameras.one]\nsource = ""\n', InspectConfig, "a.toml")

@@ -308,3 +308,38 @@ def test_formats_that_are_not_read_are_named(board: np.ndarray) -> None:
     ):
         with pytest.raises(DataError, match=f"{name} is not read, only JPEG, PNG, BMP, TIFF and WebP"):
             decode_image(data, "picture")
+
+
+def animated(board: np.ndarray, kind: str, num_pictures: int = 3) -> bytes:
+    pictures = [
+        Image.fromarray(np.ascontiguousarray(np.roll(board, 9 * shift, axis=0))) for shift in range(num_pictures)
+    ]
+    out = io.BytesIO()
+    pictures[0].save(out, kind, save_all=True, append_images=pictures[1:])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_a_file_of_several_pictures_is_refused_with_their_number(board: np.ndarray, kind: str) -> None:
+    with pytest.raises(DataError, match="many: the file has 3 pictures; one is wanted"):
+        decode_image(animated(board, kind), "many")
+    assert decode_image(animated(board, kind, 1), "one").shape == board.shape
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_smaller_copies_and_masks_in_a_tiff_are_no_pictures(board: np.ndarray, kind: int) -> None:
+    copy = Image.fromarray(np.ascontiguousarray(board[::2, ::2]))
+    copy.encoderinfo = {"tiffinfo": {254: kind}}
+    out = io.BytesIO()
+    Image.fromarray(board).save(out, "TIFF", save_all=True, append_images=[copy])
+    assert decode_image(out.getvalue(), "pyramid").shape == board.shape
+
+
+def test_directories_of_a_tiff_in_a_ring_are_walked_once(board: np.ndarray) -> None:
+    data = bytearray(encode(board, "TIFF"))
+    first = int.from_bytes(data[4:8], "little")
+    end = first + 2 + 12 * int.from_bytes(data[first : first + 2], "little")
+    data[end : end + 4] = data[4:8]
+    layout = read_tiff(bytes(data))
+    assert layout is not None
+    assert layout.num_pages == 1

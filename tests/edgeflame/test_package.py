@@ -393,3 +393,36 @@ class TestStatistics:
         header = json.dumps({"mean": {"dtype": "F32", "shape": [2**40, 5], "data_offsets": [0, 2**40 * 20]}}).encode()
         with pytest.raises(DataError):
             decode_statistics(len(header).to_bytes(8, "little") + header)
+
+
+def with_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the package at ``path`` again with other words in its manifest."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(members[MANIFEST_MEMBER])
+    change(manifest)
+    members[MANIFEST_MEMBER] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("product", ["", "  ", "x" * 201, "a\nb", "a\x1b[2J", "a\u202eb", "a\0"])
+def test_a_product_that_is_no_name_is_refused(path: Path, product: str) -> None:
+    with_manifest(path, lambda manifest: manifest.update(product=product))
+    refused(path, "its manifest.json is wrong", "expected a name of 1 to 200 printable characters")
+
+
+@pytest.mark.parametrize("key", ["num_images", "num_channels", "rank", "num_prototypes", "grid", "threshold"])
+def test_counts_below_zero_are_refused(path: Path, key: str) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        match key:
+            case "grid":
+                manifest["grid"] = [-1, 3]
+            case "threshold":
+                manifest["threshold"]["num_images"] = -1
+            case _:
+                manifest[key] = -1
+
+    with_manifest(path, change)
+    refused(path, "its manifest.json is wrong", key)

@@ -225,7 +225,10 @@ def test_what_was_marked_is_learnt_from_in_the_browser(
         page.get_by_role("tab", name="Teach").click()
         page.locator("#order-token").fill(TOKEN)
         page.locator("#learn-told").get_by_text("; 10 marks (2 good, 8 bad) now").wait_for()
-        assert page.locator("#prior option").all_inner_texts() == ["these parts alone", "these parts, and what tile knows"]
+        assert page.locator("#prior option").all_inner_texts() == [
+            "these parts alone",
+            "these parts, and what tile knows",
+        ]
         page.locator("#learn-marks").click()
         page.locator("#learn-cancel").wait_for()
         page.locator("#learn-cancel").wait_for(state="hidden", timeout=300_000)
