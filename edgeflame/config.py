@@ -110,11 +110,9 @@ def _decode_toml(data: bytes) -> dict[str, Any]:
         raise ConfigError("it is written in UTF-16, by its BOM; save it as UTF-8")
     try:
         raw = msgspec.toml.decode(data.removeprefix(codecs.BOM_UTF8))
-    except RecursionError as exc:
-        raise ConfigError("it is nested too deeply") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as exc:
         # The parser lets through dates that are none, integers of thousands of digits, and hundreds of brackets.
-        raise ConfigError(str(exc)) from exc
+        raise ConfigError("it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)) from exc
     assert isinstance(raw, dict)
     return raw
 

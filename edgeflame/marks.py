@@ -32,7 +32,7 @@ from edgeflame.images import ImageU8, ImageU16, write_image
 from edgeflame.layout import GOOD
 from edgeflame.log import EventLog
 from edgeflame.mark_shapes import Shape, Shapes
-from edgeflame.state import storage_errors
+from edgeflame.state import storage_errors, with_checksum, without_checksum
 
 log = EventLog("marks")
 
@@ -67,7 +67,10 @@ class MarkedResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One line of ``marks.jsonl``: a mark. Lines of earlier versions have the first four fields."""
+    """One line of ``marks.jsonl``: a mark. Lines of earlier versions have the first four fields.
+
+    In the file it has a checksum as its last key; lines of earlier versions have none.
+    """
 
     was: TrueLabel
     marked: dt.datetime
@@ -148,6 +151,8 @@ class MarkStore:
         self._max_marks = max_marks
         self._lock = threading.Lock()
         self._history: dict[str, list[_Line]] = {}
+        self._num_lost = 0
+        """Pictures of which no line says anything, when it was last looked."""
         self._read_to = (0, 0)
         """Inode of the file and the position up to which its lines were read."""
 
@@ -160,6 +165,7 @@ class MarkStore:
         with self._lock, storage_errors(self.folder, "read the marks"):
             self._read_lines()
             files = self._files()
+            self._tell_lost(files)
             return [lines[-1] for lines in self._history.values() if lines and _holds(lines[-1], files)]
 
     def find(self, name: str) -> Mark | None:
@@ -375,8 +381,12 @@ class MarkStore:
         for row in data[:whole].splitlines():
             if not row.strip():
                 continue
+            sound = without_checksum(row)
+            if sound is None:
+                log.warning("mark_unreadable", folder=str(self.folder), reason="it does not have its checksum")
+                continue
             try:
-                line = _LINE.decode(row)
+                line = _LINE.decode(sound)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
                 log.warning("mark_unreadable", folder=str(self.folder), reason=str(exc)[:200])
                 continue
@@ -385,6 +395,19 @@ class MarkStore:
                 continue
             self._history.setdefault(line.name, []).append(line)
         self._read_to = (status.st_ino, position + whole)
+
+    def _tell_lost(self, files: set[str]) -> None:
+        """Warn of pictures of which no line says anything, once for each number of them."""
+        names = {line.file for lines in self._history.values() for line in lines}
+        num_lost = len(files - names)
+        if num_lost > self._num_lost:
+            log.warning(
+                "pictures_without_a_mark",
+                folder=str(self.folder),
+                count=num_lost,
+                consequence="what was said of them is lost; nothing is learnt from them",
+            )
+        self._num_lost = num_lost
 
     def _files(self) -> set[str]:
         files: set[str] = set()
@@ -415,7 +438,7 @@ def _check(mark: Mark) -> None:
 def _append(lines: FileIO, mark: Mark) -> None:
     """Add a line, whole or not at all, and onto the disk."""
     end = lines.seek(0, os.SEEK_END)
-    row = msgspec.json.encode(mark) + b"\n"
+    row = with_checksum(msgspec.json.encode(mark)) + b"\n"
     try:
         if end and os.pread(lines.fileno(), 1, end - 1) != b"\n":
             # What a kill left half-written ends here.

@@ -262,8 +262,21 @@ def write_record(path: Path, value: object) -> None:
     Raises:
         StorageError: it cannot be written; an old file at ``path`` is intact.
     """
-    data = msgspec.json.encode(value)
-    atomic_write(path, data[:-1] + b',"crc32":"%08x"}' % zlib.crc32(data))
+    atomic_write(path, with_checksum(msgspec.json.encode(value)))
+
+
+def with_checksum(data: bytes) -> bytes:
+    """A JSON object that has keys, on one line, with its checksum as the last key."""
+    return data[:-1] + b',"crc32":"%08x"}' % zlib.crc32(data)
+
+
+def without_checksum(data: bytes) -> bytes | None:
+    """The object that :func:`with_checksum` was given, or one that has none as it is; None if its checksum is wrong."""
+    found = _CHECKSUM.search(data)
+    if found is None:
+        return data
+    data = data[: found.start()] + b"}"
+    return data if int(found["sum"], 16) == zlib.crc32(data) else None
 
 
 def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
@@ -285,12 +298,11 @@ def read_json(path: Path, kind: type[T], *, advice: str) -> T | None:
             data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-    if found := _CHECKSUM.search(data):
-        data = data[: found.start()] + b"}"
-        if int(found["sum"], 16) != zlib.crc32(data):
-            raise StorageError(f"{path}: damaged (it does not have its checksum); {advice}")
+    sound = without_checksum(data)
+    if sound is None:
+        raise StorageError(f"{path}: damaged (it does not have its checksum); {advice}")
     try:
-        return msgspec.json.decode(data, type=kind)
+        return msgspec.json.decode(sound, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise StorageError(f"{path}: damaged ({exc}); {advice}") from exc
 

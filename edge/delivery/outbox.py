@@ -379,7 +379,12 @@ class Outbox:
         try:
             yield
         except sqlite3.Error as exc:
-            raise StorageError(f"{self._path}: cannot {doing} the outbox ({exc})") from exc
+            # What SQLite calls an operational error, such as a full disk, is none of the file's.
+            is_damaged = type(exc) is sqlite3.DatabaseError
+            advice = (
+                "; move it away to go on with a new one, which lacks what was not delivered yet" if is_damaged else ""
+            )
+            raise StorageError(f"{self._path}: cannot {doing} the outbox ({exc}){advice}") from exc
 
 
 def _is_progress(row: Sequence[Any], newest: int) -> bool:

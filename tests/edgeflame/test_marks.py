@@ -18,6 +18,7 @@ from edgeflame.errors import StorageError, UsageError
 from edgeflame.images import read_image
 from edgeflame.mark_shapes import Brush, Polygon, outlines, paint
 from edgeflame.marks import LINES_FILE, Mark, MarkStore
+from edgeflame.state import without_checksum
 
 
 def picture(number: int) -> np.ndarray:
@@ -102,7 +103,9 @@ def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
 def test_ten_thousand_marks_are_read_and_added_to_in_no_time(tmp_path: Path) -> None:
     store = MarkStore(tmp_path, max_marks=20_000)
     store.add("first", picture(1), "bad")
-    row = (tmp_path / LINES_FILE).read_bytes()
+    row = without_checksum((tmp_path / LINES_FILE).read_bytes())
+    assert row is not None
+    row += b"\n"
     with (tmp_path / LINES_FILE).open("ab") as lines:
         for number in range(10_000):
             lines.write(row.replace(b"first", b"m%05d" % number))
@@ -164,3 +167,34 @@ def test_shapes_make_masks_and_masks_make_shapes() -> None:
     again = paint(outlines(mask), height=100, width=120)
     assert (again != mask).mean() < 0.001
     assert paint([Brush(points=((500, 500),), radius=3)], height=10, width=10).sum() == 0
+
+
+def test_no_mark_that_was_changed_on_the_disk_is_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = MarkStore(tmp_path)
+    store.add("a", picture(1), "bad", kind="dent", by="Kim", where=[Polygon(points=((1, 1), (9, 1), (9, 9)))])
+    held = store.marks()
+    whole = (tmp_path / LINES_FILE).read_bytes()
+    for place in range(len(whole) - 1):
+        for bit in range(8):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            (tmp_path / LINES_FILE).write_bytes(changed)
+            assert MarkStore(tmp_path).marks() in ([], held)
+    (tmp_path / LINES_FILE).write_bytes(whole.replace(b"dent", b"bent"))
+    caplog.clear()
+    assert MarkStore(tmp_path).marks() == []
+    assert [record.getMessage() for record in caplog.records][:2] == ["mark_unreadable", "pictures_without_a_mark"]
+
+
+def test_marks_whose_lines_are_gone_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = MarkStore(tmp_path)
+    for name in "ab":
+        store.add(name, picture(1), "bad")
+    (tmp_path / LINES_FILE).write_bytes(b"")
+    again = MarkStore(tmp_path)
+    caplog.clear()
+    for _ in range(3):
+        assert again.marks() == []
+    (told,) = caplog.records
+    assert told.getMessage() == "pictures_without_a_mark"
+    assert told.fields["count"] == 2  # type: ignore[attr-defined]

@@ -172,7 +172,7 @@ def test_a_full_disk_takes_room_from_pictures_first_and_then_is_an_error_that_ke
 
 def test_a_file_that_is_none_or_of_another_format_is_refused(path: Path) -> None:
     path.write_bytes(b"not a database" * 100)
-    with pytest.raises(StorageError, match=r"outbox\.sqlite: cannot open the outbox"):
+    with pytest.raises(StorageError, match=r"outbox\.sqlite: cannot open the outbox .*; move it away"):
         Outbox(path, OutboxConfig())
     path.unlink()
     Outbox(path, OutboxConfig()).__exit__(None, None, None)
