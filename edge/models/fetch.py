@@ -24,6 +24,7 @@ from edgeflame.log import EventLog
 from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import ClientEvent, Connected, ConnectionFailed, Disconnected, ReceivedMessage
 from edgeflame.mqtt.messages import BlobNeed, encode_message
+from edgeflame.mqtt.refusals import RefusalLog
 from edgeflame.mqtt.release_messages import LineModels, ProductModels, Release, decode_release
 from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics
 from edgeflame.mqtt.url import BrokerUrl
@@ -75,6 +76,7 @@ class ReleaseFetcher:
         self._client_id = new_client_id(f"models-{line}")
         self._on_change = on_change
         self._boot = uuid.uuid4().hex
+        self._refusals = RefusalLog(log)
         self._inbox: queue.SimpleQueue[ClientEvent | Callable[[], None] | str] = queue.SimpleQueue()
         self.manager = make_manager(lambda: self._inbox.put(_WAKE))
         self._downloads: dict[str, tuple[str, Download]] = {}
@@ -219,7 +221,7 @@ class ReleaseFetcher:
                 try:
                     self._on_message(event)
                 except FederationError as exc:
-                    log.warning("message_refused", topic=event.topic[:200], reason=str(exc))
+                    self._refusals.add(event.topic, str(exc), time.monotonic())
                 finally:
                     event.acknowledge()
             case _:

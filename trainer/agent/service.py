@@ -35,6 +35,7 @@ from edgeflame.mqtt.messages import (
     decode_presence,
     decode_round,
 )
+from edgeflame.mqtt.refusals import RefusalLog
 from edgeflame.mqtt.topics import ChunkTopic, MessageTopic, Topics, check_name
 from edgeflame.mqtt.url import BrokerUrl
 from edgeflame.state import locked_state_dir
@@ -122,6 +123,7 @@ def run_site(options: SiteOptions, *, report: Progress) -> ParticipationResult |
 class _SiteService:
     def __init__(self, options: SiteOptions, topics: Topics, report: Progress, metrics: SiteMetrics) -> None:
         self._metrics = metrics
+        self._refusals = RefusalLog(log)
         self._options = options
         self._report = report
         self._state = SiteState(options.state_dir)
@@ -263,7 +265,7 @@ class _SiteService:
                 try:
                     self._on_message(event, now)
                 except FederationError as exc:
-                    log.warning("message_refused", topic=event.topic, reason=str(exc))
+                    self._refusals.add(event.topic, str(exc), now)
                 event.acknowledge()
             case WorkerMessage() | WorkerExited():
                 outcome = self._worker.on_event(event)
