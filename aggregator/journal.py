@@ -17,7 +17,7 @@ import msgspec
 
 from aggregator.events import Event, RunStarted, RunState, apply_event, initial_state
 from edgeflame.errors import EdgeFlameError, StorageError
-from edgeflame.state import check_format_version, check_still_there
+from edgeflame.state import check_format_version, check_still_there, warn_if_empty
 
 JOURNAL_FORMAT = 1
 """Version of the file's format, kept as SQLite's ``user_version``; 0 is the same format, from before it was kept."""
@@ -46,6 +46,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        warn_if_empty(path)
         with self._translated("open"):
             self._db = sqlite3.connect(path, isolation_level=None)
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])

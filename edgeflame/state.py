@@ -152,6 +152,13 @@ def check_still_there(path: Path, inode: int) -> None:
             raise StorageError(f"{path}: it was replaced while it was in use; stop the process, and see to its folder")
 
 
+def warn_if_empty(path: Path) -> None:
+    """Warn of a database that was emptied: SQLite takes it for a new one."""
+    with storage_errors(path, "read"):
+        if path.is_file() and path.stat().st_size == 0:
+            log.warning("database_empty", file=str(path), consequence="what it held, if anything, is lost; begins anew")
+
+
 def is_in_use(path: Path) -> bool:
     """Whether a process holds a state directory's lock."""
     try:

@@ -44,7 +44,7 @@ from edge.result import FileOrigin, Result
 from edge.status import DestinationStatus
 from edgeflame.errors import StorageError
 from edgeflame.log import EventLog
-from edgeflame.state import check_format_version, check_still_there
+from edgeflame.state import check_format_version, check_still_there, warn_if_empty
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +152,7 @@ class Outbox:
         self._unpruned = 0
         self.changed = threading.Condition(self._lock)
         """Notified after results were added."""
+        warn_if_empty(path)
         with self._translated("open"):
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             # A name that was changed on the disk need not be text any more.

@@ -344,6 +344,13 @@ def test_any_order_of_arrival_gives_the_same_contributors_and_weights() -> None:
     assert len(ledgers) == 1
 
 
+def test_a_journal_that_was_emptied_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "journal.sqlite"
+    path.write_bytes(b"")
+    with Journal(path):
+        assert [record.getMessage() for record in caplog.records] == ["database_empty"]
+
+
 def test_a_journal_of_another_kind_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     path.write_bytes(b"this is not a database, and long enough to be sure of that" * 20)

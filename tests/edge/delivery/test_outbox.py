@@ -243,3 +243,12 @@ def test_an_error_behind_the_writer_reaches_the_inspection(outbox: Outbox) -> No
     with pytest.raises(StorageError, match="No space left"):
         writer.close()
     assert len(outbox.latest(1000)) >= 4  # what was committed before it was shown stays
+
+
+def test_an_outbox_that_was_emptied_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for expected in ([], [], ["database_empty"]):
+        if expected:
+            path.write_bytes(b"")
+        caplog.clear()
+        with Outbox(path, OutboxConfig()):
+            assert [record.getMessage() for record in caplog.records] == expected
