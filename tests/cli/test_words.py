@@ -14,7 +14,7 @@ from cli.fit import product_of
 from cli.output import reconcile
 from edgeflame.errors import UsageError
 from edgeflame.mqtt.topics import is_name
-from edgeflame.package import read_package, write_package
+from edgeflame.package import MAX_PRODUCT_CHARS, read_package, write_package
 from edgeflame.signing import PRIVATE_KEY, sign_package, write_keys
 from edgeflame.threshold import Threshold
 from tests.support.paths import REPOSITORY
@@ -56,7 +56,7 @@ def test_a_product_is_renamed_and_nothing_else_changes(tmp_path: Path) -> None:
     done = edgeflame("model", "rename", path, "base")
     assert "not signed any more" in done.stderr
     assert read_package(path).signature_json is None
-    for wrong in ("", "a\nb", "x" * 65):
+    for wrong in ("", "a\nb", "x" * (MAX_PRODUCT_CHARS + 1)):
         assert isinstance(edgeflame("model", "rename", path, wrong).exception, UsageError)
     assert read_package(path).manifest.product == "base"
 
