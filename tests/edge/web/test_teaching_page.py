@@ -170,7 +170,8 @@ def test_a_product_is_taught_in_the_browser(
         page.locator("#learn-cancel").wait_for()
         page.locator("#learn-cancel").wait_for(state="hidden", timeout=300_000)
         page.locator("#outdated").wait_for(state="hidden")
-        # Another threshold, by the keyboard.
+        # Another threshold, by the keyboard; of what was learnt now, without the one that is out.
+        page.locator("#threshold-told").get_by_text("of the 10 good parts collected").wait_for()
         slider = page.locator("#threshold")
         slider.focus()
         slider.press("ArrowLeft")
