@@ -41,7 +41,8 @@ def die_with_parent(signum: signal.Signals = signal.SIGKILL, *, parent: int | No
 class BackgroundThread:
     """A named thread that ends with its owner; start it with :meth:`start`, or use it as a context manager.
 
-    An error that ends the thread is kept in ``error``, for :meth:`raise_error`; an unexpected one is logged as well.
+    An error that ends the thread is kept in ``error``, for :meth:`raise_error`; an unexpected one is a defect: it
+    is logged as well, and goes on to ``threading.excepthook``, which shows where it arose.
 
     Args:
         name: of the thread, after ``edgeflame-``.
@@ -110,9 +111,10 @@ class BackgroundThread:
             self._target(self.stop)
         except EdgeFlameError as exc:
             self.error = exc
-        except Exception as exc:  # noqa: BLE001 - the thread's outermost frame
+        except Exception as exc:
             self.error = exc
             log.error("thread_failed", thread=self._thread.name, reason=repr(exc))
+            raise
 
 
 @final

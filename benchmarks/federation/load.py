@@ -96,6 +96,7 @@ class LoadSite:
             filters=[topics.round, topics.site_down(name)],
             sink=lambda event: inbox.put((self, event)),
         )
+        self._link.start()
 
     def close(self) -> None:
         self._link.close(flush_s=0.5)

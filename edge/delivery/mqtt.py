@@ -31,6 +31,7 @@ from edgeflame.log import EventLog
 from edgeflame.mqtt.client import MqttClient, new_client_id
 from edgeflame.mqtt.connection import (
     ClientEvent,
+    ConnectionFailed,
     Disconnected,
     LastWill,
     ReceivedMessage,
@@ -176,6 +177,8 @@ class MqttDestination:
         return self._topics.line_state(self._config.line)
 
     def _connected(self) -> Session:
+        if self._availability is not None and self._availability.has_failed:
+            self._drop(flush_s=0.0)
         if self._session is None:
             offline = msgspec.structs.replace(self._state, online=False)
             session = Session(
@@ -243,6 +246,8 @@ class _Availability:
 
     def __init__(self, url: BrokerUrl, config: MqttConfig) -> None:
         self._topic = Topics(fleet=config.fleet).line_availability(config.line)
+        self.has_failed = False
+        """Whether its connection is given up: nothing says any more that the line is there."""
         self._is_closing = False
         self._link = MqttClient(
             url,
@@ -252,6 +257,7 @@ class _Availability:
             will=LastWill(topic=self._topic, payload=b"offline"),
         )
         self._link.publish(self._topic, b"online", retain=True)
+        self._link.start()
 
     def close(self, *, flush_s: float) -> None:
         self._is_closing = True
@@ -269,5 +275,7 @@ class _Availability:
                 if payload == b"offline" and not self._is_closing:
                     # A last will that came late, or another daemon of this name that ended.
                     self._link.publish(self._topic, b"online", retain=True)
+            case ConnectionFailed():
+                self.has_failed = True
             case _:
                 pass

@@ -199,6 +199,8 @@ class ReleaseFetcher:
             )
         except LinkError as exc:
             self._on_refused(exc)
+        else:
+            self._link.start()
 
     def _on_refused(self, error: LinkError) -> None:
         # The certificate may be renewed, or rights granted, so it is tried again.

@@ -160,6 +160,7 @@ class MqttTrigger:
         while not stop.is_set():
             self._failed = False
             link = MqttClient(self._url, client_id=self._client_id, filters=[self._topic], sink=self._on_event)
+            link.start()
             with self._changed:
                 self._changed.wait_for(lambda: stop.is_set() or self._failed)
             link.close(flush_s=0.0)

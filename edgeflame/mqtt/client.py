@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
-from edgeflame.background import Backoff
+from edgeflame.background import BackgroundThread, Backoff
 from edgeflame.errors import LinkError
 from edgeflame.log import EventLog
 from edgeflame.mqtt.connection import (
@@ -53,13 +53,13 @@ def new_client_id(purpose: str) -> str:
 
 
 class MqttClient:
-    """A connection to a broker that is kept up; a context manager.
+    """A connection to a broker that is kept up from :meth:`start`, or from entering it, to :meth:`close`.
 
     Args:
         url: the broker.
         client_id: unique among the broker's clients.
         filters: topics to subscribe to, before ``Connected`` is reported.
-        sink: gets every event, on the client's thread; must not block.
+        sink: gets every event, on the client's thread, from :meth:`start` on; must not block.
         will: see :class:`LastWill`.
         connect_timeout_s: give up (:class:`ConnectionFailed`) when no connection came about for so long after the
             start. None: never.
@@ -78,24 +78,30 @@ class MqttClient:
         will: LastWill | None = None,
         connect_timeout_s: float | None = None,
     ) -> None:
+        context = url.ssl_context()
         wake_read, wake_write = socket.socketpair()
         wake_read.setblocking(False)
         wake_write.setblocking(False)
         self._connect_timeout_s = connect_timeout_s
+        self._thread = BackgroundThread("link", self._run, wake=self._wake)
         self._shared = ClientState(
             url=url,
             client_id=client_id,
-            ssl=url.ssl_context(),
+            ssl=context,
             will=will,
             sink=sink,
             filters=dict.fromkeys(filters),
+            closing=self._thread.stop,
             wake_read=wake_read,
             wake_write=wake_write,
         )
-        self._thread = threading.Thread(target=self._run, name="edgeflame-link", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect; once. What is published before that waits."""
         self._thread.start()
 
     def __enter__(self) -> MqttClient:
+        self.start()
         return self
 
     def __exit__(
@@ -138,18 +144,26 @@ class MqttClient:
         """Send what is queued if that is possible within ``flush_s``, disconnect cleanly, end the thread."""
         if not self._shared.closing.is_set():
             self._shared.flush_until = time.monotonic() + flush_s
-            self._shared.closing.set()
-            self._shared.wake()
         # The thread may sit in a TCP connect to a host that does not answer; it ends by itself, and nothing of
         # ours waits for it.
-        self._thread.join(flush_s + 1.0)
-        if not self._thread.is_alive():
+        if self._thread.close(flush_s + 1.0):
             self._shared.wake_read.close()
             self._shared.wake_write.close()
 
+    def _wake(self) -> None:
+        self._shared.wake()
+
     # The rest runs on the client's thread.
 
-    def _run(self) -> None:
+    def _run(self, closing: threading.Event) -> None:
+        try:
+            self._serve(closing)
+        except Exception as exc:
+            # A defect: without this its user would wait for ever for events.
+            self._shared.sink(ConnectionFailed(error=LinkError(f"the MQTT client failed: {exc!r}")))
+            raise
+
+    def _serve(self, closing: threading.Event) -> None:
         started = time.monotonic()
         ever_up = False
         backoff = Backoff(FIRST_DELAY_S, MAX_DELAY_S)
@@ -158,7 +172,7 @@ class MqttClient:
             ending = connection.run()
             was_up, reason = ending.was_up, ending.reason
             self._shared.outbox.extendleft(reversed(connection.unsent()))
-            if self._shared.closing.is_set():
+            if closing.is_set():
                 break
             ever_up = ever_up or was_up
             if was_up:
@@ -191,7 +205,7 @@ class MqttClient:
                     retry_in_s=round(delay_s, 1),
                     reason=reason,
                 )
-            if self._shared.closing.wait(delay_s):
+            if closing.wait(delay_s):
                 break
         unsent = sum(isinstance(item, PublishCommand) for item in self._shared.outbox)
         if unsent:

@@ -169,7 +169,7 @@ class ClientState:
     bytes_in: int = 0
     bytes_out: int = 0
     """Payload received and sent; what was sent again counts again."""
-    closing: threading.Event = field(default_factory=threading.Event)
+    closing: threading.Event
     flush_until: float = 0.0
     wake_read: socket.socket
     wake_write: socket.socket
@@ -251,6 +251,25 @@ class Connection:
                 # A broker without TLS on this port, one that says nothing about our certificate, or a dying one.
                 reason = f"the TLS handshake broke off ({reason}); does this port speak TLS, and take our certificate?"
             return ConnectionEnd(was_up=False, reason=reason)
+        try:
+            self._serve()
+        finally:
+            self._shut()
+        if self._end_reason == _BROKE:
+            self._explain_break()
+        return ConnectionEnd(
+            was_up=self._ready,
+            reason=self._end_reason or _BROKE,
+            is_refusal=self._refused or self._is_final,
+            is_final=self._is_final,
+        )
+
+    def unsent(self) -> list[PublishCommand]:
+        """What the broker has not acknowledged, oldest first."""
+        return list(self._in_flight.values())
+
+    def _serve(self) -> None:
+        """Until ``_end_reason`` is set."""
         handshake_until = time.monotonic() + HANDSHAKE_TIMEOUT_S
         with selectors.DefaultSelector() as selector:
             selector.register(self._shared.wake_read, selectors.EVENT_READ)
@@ -273,19 +292,6 @@ class Connection:
                 ):
                     self._client.disconnect()
                     self._end_reason = "closed"
-        self._shut()
-        if self._end_reason == _BROKE:
-            self._explain_break()
-        return ConnectionEnd(
-            was_up=self._ready,
-            reason=self._end_reason,
-            is_refusal=self._refused or self._is_final,
-            is_final=self._is_final,
-        )
-
-    def unsent(self) -> list[PublishCommand]:
-        """What the broker has not acknowledged, oldest first."""
-        return list(self._in_flight.values())
 
     def _poll(self, selector: selectors.BaseSelector, sock: Any) -> None:
         # TLS may hold decrypted bytes that select() cannot see.

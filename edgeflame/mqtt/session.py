@@ -71,9 +71,9 @@ class Session:
         on_message: Callable[[ReceivedMessage], None] | None = None,
     ) -> None:
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
+        """The largest chunk to send, as the broker said when it last took us."""
         self.lacks: str | None = None
         """What the broker says that it cannot do, though EdgeFlame needs it."""
-        """The largest chunk to send, as the broker said when it last took us."""
         self.is_up = False
         """Whether there is a connection, as far as events were looked at."""
         self.num_connects = 0
@@ -99,6 +99,7 @@ class Session:
             will=self._will,
             connect_timeout_s=self._connect_timeout_s,
         )
+        self._client.start()
         limit_s = None if self._connect_timeout_s is None else self._connect_timeout_s + _HANDSHAKE_GRACE_S
         try:
             while not self.is_up:

@@ -51,6 +51,7 @@ def test_one_that_was_never_started_is_closed_at_once() -> None:
     assert BackgroundThread("test", lambda _: None).close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("error", [StorageError("full"), ValueError("a defect")])
 def test_an_error_is_handed_over(error: Exception) -> None:
     def work(_: threading.Event) -> None:

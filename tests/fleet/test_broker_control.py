@@ -109,6 +109,7 @@ class Client:
             sink=self.events.put,
             connect_timeout_s=connect_timeout_s,
         )
+        self.link.start()
 
     def __enter__(self) -> Client:
         return self

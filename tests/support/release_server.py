@@ -48,6 +48,7 @@ class Server:
             filters=[self._topics.all_line_models(), self._topics.all_line_up()],
             sink=self._events.put,
         )
+        self._link.start()
         self._is_up = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

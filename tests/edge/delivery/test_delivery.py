@@ -50,6 +50,7 @@ class Listener:
         self.link = MqttClient(
             parse_broker_url(url), client_id=f"listener-{id(self)}", filters=filters, sink=self._hear
         )
+        self.link.start()
 
     def _hear(self, event: ClientEvent) -> None:
         if isinstance(event, Connected):
