@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, final
 
@@ -213,10 +214,7 @@ class PrefetchPool:
         self._places = threading.Semaphore(2 * count)
         self._taken: queue.SimpleQueue[Captured | BaseException | None] = queue.SimpleQueue()
         self._is_over = False
-        self._threads = [
-            threading.Thread(target=self._run, args=(number,), name=f"edgeflame-prefetch-{number}", daemon=True)
-            for number in range(count)
-        ]
+        self._threads = [BackgroundThread(f"prefetch-{number}", partial(self._run, number)) for number in range(count)]
 
     def __enter__(self) -> PrefetchPool:
         self._capture.__enter__()
@@ -232,8 +230,7 @@ class PrefetchPool:
         self._capture.__exit__(kind, value, traceback)
         until = time.monotonic() + _STOP_TIMEOUT_S
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-            if thread.is_alive():
+            if not thread.close(until - time.monotonic()):
                 pool_log.warning("prefetch_does_not_stop", waited_s=_STOP_TIMEOUT_S)
 
     def __iter__(self) -> Iterator[Captured]:
@@ -259,7 +256,7 @@ class PrefetchPool:
                 self._unread.append(item)
         return [*self._unread, *self._capture.unread()]
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, _: threading.Event) -> None:
         while True:
             self._places.acquire()
             taken = self._next_frame() if number == 0 else self._next_frame_if_behind()

@@ -40,6 +40,7 @@ from edge.runtimes.trial import try_graph
 from edge.sources.child import MORE_SHARED_MEMORY, SHARED_MEMORY, SLOTS, ring_bytes
 from edge.sources.locate import open_image_source
 from edge.status import LineState
+from edgeflame.background import BackgroundThread
 from edgeflame.config import check_keys
 from edgeflame.errors import (
     ConfigError,
@@ -303,11 +304,10 @@ def _first_frame(source: Source) -> Frame | None:
     Raises:
         EdgeFlameError: the source cannot be read.
     """
-    stop = threading.Event()
     came: queue.SimpleQueue[Frame | EdgeFlameError | None] = queue.SimpleQueue()
     seen: collections.deque[Frame] = collections.deque(maxlen=1)
 
-    def read() -> None:
+    def read(stop: threading.Event) -> None:
         try:
             frames = source.frames(stop)
             for frame in frames:
@@ -322,15 +322,14 @@ def _first_frame(source: Source) -> Frame | None:
         except EdgeFlameError as exc:
             came.put(exc)
 
-    thread = threading.Thread(target=read, name="edgeflame-check", daemon=True)
+    thread = BackgroundThread("check", read, join_s=3.0)
     thread.start()
     try:
         answer = came.get(timeout=FRAME_TIMEOUT_S)
     except queue.Empty:
         answer = seen[-1] if seen else None
     finally:
-        stop.set()
-        thread.join(3.0)
+        thread.close()
     if isinstance(answer, EdgeFlameError):
         raise answer
     return answer

@@ -39,6 +39,7 @@ from edge.sources.arrivals import Disposal
 from edge.status import LineState, PartCounts, Summary, Tally
 from edge.systemd import ForcedExit, Signals, SystemdNotifier, Watchdog
 from edge.teaching.teacher import LineTeacher
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import ConfigError, DataError, EdgeFlameError, require_extra
 from edgeflame.log import EventLog
 from edgeflame.marks import MarkStore
@@ -131,10 +132,7 @@ class CameraThreads:
         self._outlet, self._tally, self._limit = outlet, tally, limit
         self._halt = threading.Event()
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run_worker, args=(worker,), name=f"edgeflame-{worker.name}", daemon=True)
-            for worker in workers
-        ]
+        self._threads = [BackgroundThread(worker.name, partial(self._run_worker, worker)) for worker in workers]
 
     def run(
         self, signals: Signals, watchdog: Watchdog, *, reload: Callable[[], object], on_stop: Callable[[], None]
@@ -170,9 +168,7 @@ class CameraThreads:
                             log.error("camera_ended", reason=str(failure))
                 if signals.reload.is_set():
                     signals.reload.clear()
-                    threading.Thread(
-                        target=_reload, args=(watchdog, reload), name="edgeflame-reload", daemon=True
-                    ).start()
+                    BackgroundThread("reload", lambda _: _reload(watchdog, reload)).start()
                 if signals.stop.is_set():
                     on_stop()
                     break
@@ -193,11 +189,10 @@ class CameraThreads:
     def _join(self) -> None:
         until = time.monotonic() + LINE_STOP_S
         for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-            if thread.is_alive():
+            if not thread.close(until - time.monotonic()):
                 log.error("camera_does_not_stop", thread=thread.name, waited_s=LINE_STOP_S)
 
-    def _run_worker(self, worker: CameraWorker) -> None:
+    def _run_worker(self, worker: CameraWorker, _: threading.Event) -> None:
         try:
             worker.run(self._accept, self._halt)
         except BaseException as exc:  # noqa: BLE001 - a thread's outermost frame: the main thread raises it

@@ -183,27 +183,30 @@ class ForcedExit:
     """
 
     def __init__(self) -> None:
-        self._called_off = threading.Event()
+        self._thread: BackgroundThread | None = None
 
     def __enter__(self) -> ForcedExit:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._called_off.set()
+        if self._thread is not None:
+            self._thread.request_stop()
 
     def arm(self, limit_s: float) -> None:
         """End the process in ``limit_s`` seconds unless the context has been left by then."""
-        threading.Thread(target=self._run, args=(limit_s,), name="edgeflame-forced-exit", daemon=True).start()
+        self._thread = BackgroundThread("forced-exit", lambda called_off: _force_exit(limit_s, called_off))
+        self._thread.start()
 
-    def _run(self, limit_s: float) -> None:
-        if self._called_off.wait(limit_s):
-            return
-        exit_log.error(
-            "stop_forced",
-            after_s=limit_s,
-            hanging=", ".join(sorted(thread.name for thread in threading.enumerate() if thread.name != "MainThread")),
-            meaning="results on the disk are safe and are delivered after the next start",
-        )
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-        os._exit(CrashLoopError.exit_code)
+
+def _force_exit(limit_s: float, called_off: threading.Event) -> None:
+    if called_off.wait(limit_s):
+        return
+    exit_log.error(
+        "stop_forced",
+        after_s=limit_s,
+        hanging=", ".join(sorted(thread.name for thread in threading.enumerate() if thread.name != "MainThread")),
+        meaning="results on the disk are safe and are delivered after the next start",
+    )
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(CrashLoopError.exit_code)

@@ -45,7 +45,7 @@ class BackgroundThread:
     is logged as well, and goes on to ``threading.excepthook``, which shows where it arose.
 
     Args:
-        name: of the thread, after ``edgeflame-``.
+        name: of the thread; ``edgeflame-`` is put before it.
         target: the work. It gets ``stop``, and returns soon after that is set.
         wake: called after ``stop`` is set, on the thread that sets it, to end a wait of the target for something else:
             it notifies a condition, say, or puts a sentinel into a queue.
@@ -61,12 +61,13 @@ class BackgroundThread:
         wake: Callable[[], None] | None = None,
         join_s: float = 5.0,
     ) -> None:
+        self.name = f"edgeflame-{name}"
         self.stop = threading.Event()
         self.error: Exception | None = None
         self._target = target
         self._wake = wake
         self._join_s = join_s
-        self._thread = threading.Thread(target=self._run, name=f"edgeflame-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
     @property
     def is_alive(self) -> bool:
@@ -113,7 +114,7 @@ class BackgroundThread:
             self.error = exc
         except Exception as exc:
             self.error = exc
-            log.error("thread_failed", thread=self._thread.name, reason=repr(exc))
+            log.error("thread_failed", thread=self.name, reason=repr(exc))
             raise
 
 

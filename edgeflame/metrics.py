@@ -6,13 +6,13 @@ hands it to whoever asks. It answers on a thread of its own and never touches th
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 from wsgiref.simple_server import WSGIRequestHandler
 
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import LinkError, UsageError, require_extra
 from edgeflame.listener import IDLE_S, BoundedListener
 
@@ -86,7 +86,7 @@ class MetricsServer:
         self._server.server_name, self._server.server_port = listener.getsockname()[:2]
         self._server.setup_environ()
         self._server.set_app(make_wsgi_app(registry))
-        self._thread = threading.Thread(target=self._server.serve_forever, name="edgeflame-metrics", daemon=True)
+        self._thread = BackgroundThread("metrics", lambda _: self._server.serve_forever(), wake=self._server.shutdown)
         self._thread.start()
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
@@ -96,8 +96,7 @@ class MetricsServer:
 
     def close(self) -> None:
         """Stop answering."""
-        self._server.shutdown()
-        self._thread.join()
+        self._thread.close()
         self._server.server_close()
 
     def __enter__(self) -> MetricsServer:

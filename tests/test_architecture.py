@@ -309,6 +309,13 @@ def test_who_catches_a_damaged_document_catches_one_that_is_nested_too_deeply() 
     assert breaches == []
 
 
+def test_threads_are_started_in_one_place() -> None:
+    """Elsewhere an unexpected error would end one without a word in the log."""
+    files = [path for path in sources(*PACKAGES) if "threading.Thread(" in path.read_text()]
+    started = [path.relative_to(REPOSITORY).as_posix() for path in files]
+    assert started == ["edgeflame/background.py"]
+
+
 def test_no_source_names_a_pickle_in_passing() -> None:
     """Text too: `getattr(torch, "load")` and the like would escape the tree walk."""
     pattern = re.compile(

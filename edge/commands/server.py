@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import final
 
@@ -42,6 +43,7 @@ from edge.commands.messages import (
     read_command_id,
 )
 from edge.control import DaemonControl
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, FederationError
 from edgeflame.log import EventLog
 
@@ -88,7 +90,7 @@ class CommandServer:
         self._quick: queue.Queue[Command | None] = queue.Queue(MAX_WAITING)
         self._slow: queue.Queue[Command | None] = queue.Queue(MAX_WAITING)
         self._threads = [
-            threading.Thread(target=self._serve, args=(waiting,), name=f"edgeflame-commands-{name}", daemon=True)
+            BackgroundThread(f"commands-{name}", partial(self._serve, waiting), wake=partial(_end, waiting), join_s=0.5)
             for name, waiting in (("quick", self._quick), ("slow", self._slow))
         ]
         for thread in self._threads:
@@ -100,16 +102,11 @@ class CommandServer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for waiting in (self._quick, self._slow):
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting.get_nowait()
-            # Another command may just have come.
-            with contextlib.suppress(queue.Full):
-                waiting.put_nowait(None)
-        # A worker may be waiting for a part or a model; a stop does not wait for that.
         for thread in self._threads:
-            thread.join(0.5)
+            thread.request_stop()
+        # One may be waiting for a part or a model; a stop does not wait for that.
+        for thread in self._threads:
+            thread.close()
 
     def receive(self, payload: bytes, retained: bool) -> None:
         """Take a message of the command topic, valid or not; never blocks."""
@@ -158,7 +155,7 @@ class CommandServer:
             self._silent_until[kind] = now + _LOG_EVERY_S
             log.warning("command_refused", kind=kind, count=self.refused[kind], reason=reason)
 
-    def _serve(self, waiting: queue.Queue[Command | None]) -> None:
+    def _serve(self, waiting: queue.Queue[Command | None], _: threading.Event) -> None:
         while (command := waiting.get()) is not None:
             fields = {name: getattr(command, name) for name in command.__struct_fields__ if name != "id"}
             log.info("command", command=str(command.__struct_config__.tag), id=command.id, **fields)
@@ -214,3 +211,13 @@ class CommandServer:
             if which in self._answers:
                 self._answers[which] = data
         self._publish(data)
+
+
+def _end(waiting: queue.Queue[Command | None]) -> None:
+    """Drop the commands that wait, and have the thread that does them end."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()
+    # Another command may just have come.
+    with contextlib.suppress(queue.Full):
+        waiting.put_nowait(None)

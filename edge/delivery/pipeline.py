@@ -26,7 +26,7 @@ from edge.delivery.sinks import Sink
 from edge.delivery.webhook import WebhookDestination
 from edge.result import Inspected
 from edge.status import DestinationStatus, LineState
-from edgeflame.background import Backoff
+from edgeflame.background import BackgroundThread, Backoff
 from edgeflame.errors import EdgeFlameError, StorageError
 from edgeflame.log import EventLog
 from edgeflame.state import locked_state_dir
@@ -74,7 +74,6 @@ class Deliverer:
         self._destination = destination
         self._config = config
         self._flush_until: float | None = None
-        self._closing = threading.Event()
         self.num_failures = 0
         """Attempts that failed since the start."""
         self.last_error: str | None = None
@@ -82,7 +81,7 @@ class Deliverer:
         waiting = outbox.register(destination.name).waiting
         if waiting:
             delivery_log.info("results_waiting", destination=destination.name, count=waiting)
-        self._thread = threading.Thread(target=self._run, name=f"edgeflame-{destination.name}", daemon=True)
+        self._thread = BackgroundThread(destination.name, self._run, wake=self._notify)
         self._thread.start()
 
     def __enter__(self) -> Deliverer:
@@ -93,7 +92,7 @@ class Deliverer:
     ) -> None:
         flush_until = self.start_flush()
         # A destination's own timeouts may be longer; a stop does not wait for them.
-        self._thread.join(max(0.0, flush_until - time.monotonic()) + 0.3)
+        self._thread.close(max(0.0, flush_until - time.monotonic()) + 0.3)
         self._destination.close()
         waiting = self.status().waiting
         if waiting:
@@ -103,9 +102,7 @@ class Deliverer:
         """Deliver for ``flush_s`` more and then end; returns that time, seconds on the monotonic clock."""
         if self._flush_until is None:
             self._flush_until = time.monotonic() + self._config.flush_s
-            self._closing.set()
-            with self._outbox.changed:
-                self._outbox.changed.notify_all()
+            self._thread.request_stop()
         return self._flush_until
 
     @property
@@ -116,16 +113,20 @@ class Deliverer:
         """Progress of the delivery."""
         return self._outbox.status(self._destination.name)
 
-    def _run(self) -> None:
+    def _notify(self) -> None:
+        with self._outbox.changed:
+            self._outbox.changed.notify_all()
+
+    def _run(self, closing: threading.Event) -> None:
         backoff = Backoff(self._config.first_delay_s, self._config.max_delay_s)
         while not self._is_over():
             try:
                 deliveries = self._outbox.next_batch(self._destination.name, self._destination.max_batch)
                 if not deliveries:
-                    if self._closing.is_set():
+                    if closing.is_set():
                         return
                     self._destination.idle()
-                    self._wait_for_results()
+                    self._wait_for_results(closing)
                     continue
                 arrived = self._destination.deliver(deliveries)
                 self._outbox.acknowledge(self._destination.name, arrived)
@@ -141,7 +142,7 @@ class Deliverer:
                     reason=str(exc),
                 )
                 # While closing, attempts follow each other quickly; flush_s bounds them.
-                self._closing.wait(delay_s) if not self._closing.is_set() else time.sleep(min(delay_s, 0.2))
+                closing.wait(delay_s) if not closing.is_set() else time.sleep(min(delay_s, 0.2))
             else:
                 if backoff.num_failures:
                     attempts = backoff.num_failures
@@ -149,9 +150,9 @@ class Deliverer:
                 backoff.reset()
                 self.last_error = None
 
-    def _wait_for_results(self) -> None:
+    def _wait_for_results(self, closing: threading.Event) -> None:
         with self._outbox.changed:
-            if not self._closing.is_set():
+            if not closing.is_set():
                 # The writer wakes this up; the time-out covers a wake-up between check and wait.
                 self._outbox.changed.wait(0.5)
 
@@ -191,9 +192,8 @@ class OutboxWriter:
         self._waiting_bytes = 0
         self._failure: EdgeFlameError | None = None
         self._busy_since: float | None = None
-        self._closing = threading.Event()
         self._committed_at = 0.0
-        self._thread = threading.Thread(target=self._run, name="edgeflame-outbox", daemon=True)
+        self._thread = BackgroundThread("outbox", self._run, wake=self._offer_end, join_s=threading.TIMEOUT_MAX)
         self._thread.start()
 
     def __enter__(self) -> OutboxWriter:
@@ -213,7 +213,7 @@ class OutboxWriter:
         size_bytes = _size_bytes(inspected)
         while True:
             self._raise_failure()
-            if self._closing.is_set():
+            if self._thread.stop.is_set():
                 # A camera that hung at the stop and goes on only now.
                 writer_log.error("result_not_kept", part=inspected.result.part_id, reason="the daemon has ended")
                 raise StorageError("the outbox is closed")
@@ -235,15 +235,8 @@ class OutboxWriter:
         Raises:
             StorageError: not everything could be kept.
         """
-        if not self._closing.is_set():
-            self._closing.set()
-            while self._thread.is_alive():
-                try:
-                    self._queue.put(None, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            self._thread.join()
+        if not self._thread.stop.is_set():
+            self._thread.close()
         self._raise_failure()
 
     @property
@@ -256,9 +249,17 @@ class OutboxWriter:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self) -> None:
+    def _offer_end(self) -> None:
+        while self._thread.is_alive:
+            try:
+                self._queue.put(None, timeout=0.2)
+                break
+            except queue.Full:
+                continue
+
+    def _run(self, closing: threading.Event) -> None:
         try:
-            while (batch := self._next_batch()) is not None:
+            while (batch := self._next_batch(closing)) is not None:
                 self._busy_since = self._committed_at = time.monotonic()
                 self._outbox.append(
                     [msgspec.json.encode(inspected.result) for inspected in batch],
@@ -283,13 +284,13 @@ class OutboxWriter:
         self._failure = failure
         writer_log.error("results_not_kept", waiting=self._queue.qsize(), reason=str(failure))
 
-    def _next_batch(self) -> list[Inspected] | None:
+    def _next_batch(self, closing: threading.Event) -> list[Inspected] | None:
         """At least one result, more if they are waiting; None at the end, after all of them."""
         first = self._queue.get()
         if first is None:
             return None
         batch = [first]
-        self._closing.wait(max(0.0, self._committed_at + COMMIT_INTERVAL_S - time.monotonic()))
+        closing.wait(max(0.0, self._committed_at + COMMIT_INTERVAL_S - time.monotonic()))
         while len(batch) < MAX_BATCH:
             try:
                 item = self._queue.get_nowait()

@@ -29,6 +29,7 @@ from edge.inspector import InspectorProtocol
 from edge.result import Reason
 from edge.status import PartCounts
 from edge.verdict import Observation, make_result, unscored
+from edgeflame.background import BackgroundThread
 from edgeflame.log import EventLog
 
 log = EventLog("parts")
@@ -60,7 +61,7 @@ class BoundedCall:
         self._clock = clock
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._running: _Job | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: BackgroundThread | None = None
 
     def busy_s(self) -> float:
         """How long the model has been busy with one image, seconds; 0 if it is not busy. Any thread may call it."""
@@ -98,8 +99,7 @@ class BoundedCall:
     def close(self) -> None:
         """End the thread; one that hangs in the model is left behind."""
         if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(1.0)
+            self._thread.close()
 
     def _wait(self, job: _Job, due_s: float) -> bool:
         """Wait until the job is done or the deadline has passed; returns whether it is done."""
@@ -109,13 +109,15 @@ class BoundedCall:
 
     def _submit(self, inspector: InspectorProtocol, captured: Captured) -> _Job:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"edgeflame-model-{self._camera}", daemon=True)
+            self._thread = BackgroundThread(
+                f"model-{self._camera}", self._work, wake=lambda: self._jobs.put(None), join_s=1.0
+            )
             self._thread.start()
         self._running = job = _Job(inspector=inspector, captured=captured, since_s=self._clock())
         self._jobs.put(job)
         return job
 
-    def _work(self) -> None:
+    def _work(self, _: threading.Event) -> None:
         """The model's thread."""
         while (job := self._jobs.get()) is not None:
             try:

@@ -181,7 +181,7 @@ class LearningProcess:
         )
         self.process_id = process.pid
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        reader = threading.Thread(target=_read, args=(process, lines), name="edgeflame-learner-log", daemon=True)
+        reader = BackgroundThread("learner-log", lambda _: _read(process, lines), join_s=1.0)
         reader.start()
         told: list[str] = []
         clock = _Clock()
@@ -200,7 +200,7 @@ class LearningProcess:
             if process.poll() is None:
                 process.kill()
             process.wait()
-            reader.join(1.0)
+            reader.close()
         self._take(lines, told, clock, 0.0)
         if process.returncode:
             raise DataError(_why(process.returncode, told))

@@ -26,6 +26,7 @@ from edge.web.history import HistoryView, PartHistory, ShownPart
 from edge.web.marks import PartMarks
 from edge.web.metrics import LineMetrics
 from edge.web.rejects import PastRejects
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, RuntimeUnavailableError, UsageError
 from edgeflame.log import EventLog
 
@@ -118,7 +119,7 @@ class OperatorActions:
             finally:
                 self._slots.release()
 
-        threading.Thread(target=work, name="edgeflame-order", daemon=True).start()
+        BackgroundThread("order", lambda _: work()).start()
         return await answer
 
     def _execute(self, camera: str, order: PageRequest) -> PageAnswer:

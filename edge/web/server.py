@@ -27,7 +27,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +45,7 @@ from edge.web.page import OperatorPage, PageRequest, http_status_of
 from edge.web.rejects import RejectQuery
 from edge.web.responses import HEADERS, SIDE, json_answer, order_of, part_key, problem, query_of
 from edge.web.teaching import teaching_routes
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import DataError, EdgeFlameError, LinkError, StorageError, UsageError
 from edgeflame.listener import BoundedListener
 from edgeflame.log import EventLog
@@ -288,7 +288,7 @@ def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
         )
     )
     # The daemon handles signals; uvicorn takes them only on the main thread, which this is not.
-    thread = threading.Thread(target=asyncio.run, args=(_serve(server, listener),), name="edgeflame-web", daemon=True)
+    thread = BackgroundThread("web", lambda _: asyncio.run(_serve(server, listener)), join_s=_STOP_TIMEOUT_S)
     thread.start()
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -298,7 +298,7 @@ def serve_page(page: OperatorPage, config: WebConfig) -> Iterator[str]:
     finally:
         page.closing.set()
         server.should_exit = True
-        thread.join(_STOP_TIMEOUT_S)
+        thread.close()
         listener.close()
 
 

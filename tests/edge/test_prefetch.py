@@ -201,7 +201,7 @@ def test_leaving_early_ends_the_threads() -> None:
     with prefetching(Belt(50), lambda: eyes, count=3) as frames:
         assert next(iter(frames)).sequence == 0
         threads = frames._threads
-    assert not any(thread.is_alive() for thread in threads)
+    assert not any(thread.is_alive for thread in threads)
 
 
 def test_what_was_taken_and_not_given_out_is_known_after_a_stop() -> None:

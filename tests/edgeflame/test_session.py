@@ -42,8 +42,10 @@ class ScriptedClient:
         self.say = sink
         self.published: list[bytes] = []
         self.flushed_s: float | None = None
+
+    def start(self) -> None:
         for event in self.first:
-            sink(event)
+            self.say(event)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, token: int | None = None) -> None:
         self.published.append(payload)

@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
-from edgeflame.background import die_with_parent
+from edgeflame.background import BackgroundThread, die_with_parent
 from edgeflame.errors import EdgeFlameError
 from edgeflame.log import Progress
 from trainer.agent.tasks import (
@@ -55,7 +54,7 @@ def run_worker(build: Callable[[WorkerSetup], SiteTrainer]) -> NoReturn:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read_lines, args=(sys.stdin.buffer, lines), name="edgeflame-tasks", daemon=True).start()
+    BackgroundThread("tasks", lambda _: _read_lines(sys.stdin.buffer, lines)).start()
     try:
         _serve(build, lines, out)
     except BaseException:  # noqa: BLE001 - the outermost loop of this process

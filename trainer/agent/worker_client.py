@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from edgeflame import errors
+from edgeflame.background import BackgroundThread
 from edgeflame.errors import EdgeFlameError, FederationError, MissingDependencyError
 from edgeflame.log import EventLog
 from trainer.agent.tasks import (
@@ -72,7 +72,7 @@ class WorkerProcess:
         except OSError as exc:
             raise MissingDependencyError(f"cannot start the worker {command[0]}: {exc.strerror}") from exc
         self._write(encode_line(setup))
-        self._reader = threading.Thread(target=self._read, name="edgeflame-worker", daemon=True)
+        self._reader = BackgroundThread("worker", lambda _: self._read())
         self._reader.start()
 
     @property
@@ -94,7 +94,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """End it now, whatever it is doing."""
         self._process.kill()
-        self._reader.join()
+        self._reader.close()
 
     def _write(self, line: bytes) -> None:
         assert self._process.stdin is not None
