@@ -228,6 +228,13 @@ class Round:
         """Sites that were asked and are neither accepted nor refused."""
         return tuple(site for site in self.asked if site not in self.accepted and site not in self.refused)
 
+    def weights(self, *, equal: bool = False) -> dict[str, float]:
+        """The weight of each accepted update, its share of the round's samples (or ``equal``); they sum to 1."""
+        if equal:
+            return {site: 1 / len(self.accepted) for site in sorted(self.accepted)}
+        total = sum(update.num_samples for update in self.accepted.values())
+        return {site: update.num_samples / total for site, update in sorted(self.accepted.items())}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from aggregator.aggregate import update_weights
 from aggregator.events import Round, RunState
 
 
@@ -51,7 +50,7 @@ def build_ledger(state: RunState) -> dict[str, Any]:
 
 
 def _statistics_entry(entry: Round, state: RunState) -> dict[str, Any]:
-    weights = update_weights(entry)
+    weights = entry.weights()
     return {
         "form": state.config.statistics_form,
         "rank": state.config.statistics_rank if state.config.statistics_form == "low_rank" else None,
@@ -89,7 +88,7 @@ def _left_out_entries(entry: Round) -> list[dict[str, str]]:
 
 
 def _round_entry(entry: Round, state: RunState) -> dict[str, Any]:
-    weights = update_weights(entry, equal=state.config.rule.equal_votes)
+    weights = entry.weights(equal=state.config.rule.equal_votes)
     return {
         "round": entry.number,
         "base_sha256": entry.base_sha256,

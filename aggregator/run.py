@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from aggregator.aggregate import aggregate_updates, round_contributions
 from aggregator.config import AggregateConfig
 from aggregator.events import Event, Round, RunStarted, RunState, initial_state
 from aggregator.journal import Journal
@@ -24,6 +23,7 @@ from aggregator.outputs import AggregateRound, RecordEvent, RoundOutput
 from aggregator.pooling import pool_statistics
 from aggregator.publisher import StatePublisher
 from aggregator.rounds import RoundMachine
+from aggregator.strategies.interface import Contribution, RoundInputs
 from edgeflame.errors import ConfigError
 from edgeflame.log import EventLog
 from edgeflame.methods import METHODS, Calibration, Memory, resized_as_begun
@@ -185,6 +185,44 @@ def aggregate_round(state: RunState, entry: Round, store: BlobStore) -> GlobalMo
     change = state.config.exchange.relative_change(base, draft)
     manifest = store.add(draft)
     return GlobalModel(sha256=manifest.sha256, size_bytes=manifest.size_bytes, relative_change=change)
+
+
+def round_contributions(entry: Round, config: AggregateConfig, path_of: Callable[[str], Path]) -> list[Contribution]:
+    """The accepted updates of a round as a strategy gets them; ``path_of`` gives a blob's path by its SHA-256."""
+    accepted = entry.accepted
+    return [
+        Contribution(
+            site=site,
+            path=path_of(accepted[site].decoded or accepted[site].sha256),
+            weight=weight,
+            num_samples=accepted[site].num_samples,
+            num_steps=accepted[site].num_steps,
+            relative_change=accepted[site].relative_change,
+        )
+        for site, weight in entry.weights(equal=config.rule.equal_votes).items()
+    ]
+
+
+def aggregate_updates(
+    config: AggregateConfig, base: Path, contributions: Iterable[Contribution], out: Path, *, num_members: int
+) -> None:
+    """Write the next global model by the configuration's rule, in canonical form.
+
+    The result depends on the set of contributions alone: sites are taken in sorted order, whatever the order here.
+
+    Args:
+        config: of the run.
+        base: the round's base model.
+        contributions: the accepted updates.
+        out: where to write.
+        num_members: sites of the run.
+
+    Raises:
+        DataError, StorageError: a blob on disk is not what was checked, or the disk fails.
+    """
+    ordered = tuple(sorted(contributions, key=lambda contribution: contribution.site))
+    inputs = RoundInputs(config=config, contributions=ordered, num_members=num_members)
+    config.rule.build(inputs).aggregate(base, ordered, out)
 
 
 def write_results(state: RunState, store: BlobStore, out_dir: Path) -> RunResult:

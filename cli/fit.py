@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
-from cli.options import cost_of_a_miss, dataset_options, defects_options, promise_options, scores_option
+from cli.options import cost_of_a_miss, dataset_options, defects_options, prior_option, promise_options, scores_option
 from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
@@ -89,14 +89,7 @@ log = EventLog("fit")
     help="Take the backbone of this package, whatever its product, or of a file of `export --backbone`, as it is: "
     "needs no PyTorch, and starts sooner.  [default: PyTorch makes it]",
 )
-@click.option(
-    "--prior",
-    "prior_file",
-    type=click.Path(path_type=Path),
-    metavar="PACKAGE",
-    help="Lean on what another line or the fleet learnt, as far as these images become likelier by it: from five "
-    "images on. Takes the package's backbone, too, so no PyTorch is needed.",
-)
+@prior_option
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda; with PyTorch also cuda:1, ...")
 def command(
     data: Path,

@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from cli.options import cost_of_a_miss, dataset_options, json_option, model_option, scores_option
+from cli.options import cost_of_a_miss, dataset_options, json_option, model_option, prior_option, scores_option
 from cli.output import echo, print_json, print_threshold, progress_bar
 
 
@@ -38,13 +38,7 @@ from cli.output import echo, print_json, print_threshold, progress_bar
     metavar="X",
     help="What a missed bad part costs, in rejected good ones.  [default: 10]",
 )
-@click.option(
-    "--prior",
-    "prior_file",
-    type=click.Path(path_type=Path),
-    metavar="PACKAGE",
-    help="Lean on another line's or the fleet's statistics, as with `fit`: for a package that was fitted so.",
-)
+@prior_option
 @scores_option
 @click.option(
     "--threads", type=click.IntRange(1, 1024), metavar="N", help="Use so many CPU cores at most.  [default: all]"

@@ -229,6 +229,15 @@ scores_option = click.option(
     help="Write there, as JSON, the score of each image, and what other thresholds would reject and promise.",
 )
 
+prior_option = click.option(
+    "--prior",
+    "prior_file",
+    type=click.Path(path_type=Path),
+    metavar="PACKAGE",
+    help="Lean on what another line or the fleet learnt, as far as these images become likelier by it: from five "
+    "images on. `fit` takes the package's backbone, too, so no PyTorch is needed.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -29,8 +29,8 @@ import numpy.typing as npt
 import torch
 from sklearn.metrics import roc_auc_score
 
-from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
+from aggregator.run import aggregate_updates
 from aggregator.strategies.interface import Contribution
 from edgeflame.dataset import open_dataset
 from edgeflame.methods import Learning, start_from_presets

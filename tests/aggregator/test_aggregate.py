@@ -14,9 +14,9 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
 from aggregator.exchanges import WEIGHTS, validate_weights
+from aggregator.run import aggregate_updates
 from aggregator.strategies import STRATEGIES
 from aggregator.strategies.blocks import BlockwiseStrategy
 from aggregator.strategies.interface import Contribution, RoundInputs, Rule

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
 from aggregator.exchanges import HEAD
+from aggregator.run import aggregate_updates
 from aggregator.strategies import STRATEGIES
 from aggregator.strategies.interface import Contribution
 from edgeflame.errors import ConfigError

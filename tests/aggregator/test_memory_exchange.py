@@ -12,11 +12,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
 from aggregator.exchanges import MEMORY
 from aggregator.journal import Journal
-from aggregator.run import open_run
+from aggregator.run import aggregate_updates, open_run
 from aggregator.strategies.interface import Contribution
 from aggregator.strategies.memory import kmeans_labels
 from edgeflame.errors import ConfigError, MissingDependencyError

@@ -11,10 +11,10 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aggregator.aggregate import aggregate_updates, round_contributions
 from aggregator.config import AggregateConfig
 from aggregator.events import Round, UpdateAccepted
 from aggregator.exchanges import validate_weights
+from aggregator.run import aggregate_updates, round_contributions
 from aggregator.strategies import STRATEGIES, blocks
 from aggregator.strategies.blocks import MIN_BLOCK_ELEMENTS, blockwise
 from aggregator.strategies.interface import Contribution, Rule

@@ -13,8 +13,8 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from aggregator.aggregate import aggregate_updates
 from aggregator.config import AggregateConfig
+from aggregator.run import aggregate_updates
 from aggregator.strategies.interface import Contribution
 from edgeflame.methods import CONTROL_PREFIX, Learning, Training, accumulated_steps
 from fitting.imageset import ImageSet
