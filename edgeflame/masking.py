@@ -10,6 +10,7 @@ Cameras are told who we are in many ways, and makers agree on none of them:
     .../0/admin:x/main                                 recorders sold under many names
     rtsps://host:7441/KEY?enableSrtp                   UniFi Protect, where the path is the secret
     https://hooks.example/services/KEY, .../webhook/KEY   chat rooms and automations that a line reports to
+    https://relay.example/live/9f3b81c0-77d2-...       relays and clouds: a long segment of letters and digits mixed
     user-id= and user-pw=, proxy-pw=, passphrase=      GStreamer's elements
     extra-headers="...,Authorization=Basic x"          the same
 
@@ -52,6 +53,11 @@ _HEADER = re.compile(r"\b((?:proxy-)?authorization\s*:\s*)(?:\w+\s+)?\S+", re.IG
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     # A password with spaces, between quotation marks.
     (re.compile(r"""(["'][\w+.-]+://)[^"'\s/?#@\[]{0,100}:[^"'/?#]{0,100}\s[^"'/?#]{0,100}@"""), rf"\1{MASK}@"),
+    # The same without them.
+    (
+        re.compile(r"(://)[^\s/?#@\[]{0,100}:(?!\s|\d{1,5}[\s/?#])[^/?#\n]{0,100}[ \t][^/?#\n]{0,100}@(?=[\w\[])"),
+        rf"\1{MASK}@",
+    ),
     # One with ? or # in it: what stands behind the colon is no port.
     (re.compile(r"(://)[^\s/?#@\[]{0,100}:(?!\d*(?:[/?#\s]|$))\S{0,300}@"), rf"\1{MASK}@"),
     # One with a slash in it.
@@ -71,13 +77,23 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     # Chat rooms and automations, where whoever knows the path may post.
     (re.compile(r"(://hooks?\.[^\s/]{1,200}/)[^\s\"'?#]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"(://[^\s?#]{1,300}/(?:web)?hooks?(?:b2)?/)[^\s\"'?#]+", re.IGNORECASE), rf"\1{MASK}"),
-    (re.compile(r"([?&](?:[up]|code|hash|md5)=)[^\s&]*", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"([?&](?:[kup]|code|hash|md5)=)[^\s&]*", re.IGNORECASE), rf"\1{MASK}"),
     # An address within an address, with its own name and password.
     (re.compile(r"(%3a%2f%2f)[^\s&/?#]{1,300}?%40", re.IGNORECASE), rf"\1{MASK}%40"),
     (_HEADER, rf"\1{MASK}"),
     (_PROPERTY, rf"\1{MASK}"),
     (_ASSIGNED, rf"\1{MASK}"),
 )
+
+_PATH = re.compile(r"://[^\s\"'?#]{1,600}")
+_LONG_SEGMENT = re.compile(r"(?<=[^/:]/)[\w-]{20,}(?=/|$)")
+_LETTERS_OR_DIGITS = re.compile(r"[^\W\d_]+|\d+")
+_MIXED = 4
+"""Runs of letters and of digits from which on a long segment is taken for a key: names have a number at their end."""
+
+
+def _mask_key(segment: re.Match[str]) -> str:
+    return MASK if len(_LETTERS_OR_DIGITS.findall(re.sub(r"[-_]", "", segment[0]))) >= _MIXED else segment[0]
 
 
 def without_secrets(text: str) -> str:
@@ -88,4 +104,4 @@ def without_secrets(text: str) -> str:
     text = _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
     for pattern, masked in _RULES:
         text = pattern.sub(masked, text)
-    return text
+    return _PATH.sub(lambda path: _LONG_SEGMENT.sub(_mask_key, path[0]), text)

@@ -113,10 +113,11 @@ def open_image_source(address: str, *, outbox: Path | None = None, max_pixels: i
         from edge.sources.camera import csi_source, gst_source
 
         return gst_source(address) if address.startswith("gst:") else csi_source(address)
-    if address.startswith(("rtsp://", "rtsps://")):
+    scheme, separator, rest = address.partition("://")
+    if separator and scheme.lower() in ("rtsp", "rtsps"):
         from edge.sources.video import RtspSource
 
-        return RtspSource(url=address)
+        return RtspSource(url=f"{scheme.lower()}://{rest}")
     return _file_source(address, max_pixels)
 
 

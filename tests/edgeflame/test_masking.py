@@ -23,6 +23,8 @@ WITH_SECRETS = [
     f"rtsp://:{SECRET}@{HOST}/live",
     f"rtsp://{SECRET}@{HOST}/live",
     f'rtspsrc location="rtsp://admin:my {SECRET}@{HOST}/live" latency=0',
+    f"rtsp://admin:my {SECRET}@{HOST}/live",
+    f"could not open rtsp://admin:my own {SECRET}@{HOST}:554/live: no answer",
     f"rtsp:/admin:{SECRET}@{HOST}/live",
     f"admin:{SECRET}@{HOST}/live",
     f"mqtts://line:{SECRET}@broker",
@@ -35,6 +37,7 @@ WITH_SECRETS = [
     f"http://{HOST}/videostream.cgi?loginuse=admin&loginpas={SECRET}",
     f"http://{HOST}/videostream.cgi?user=admin&pass={SECRET}&resolution=32",
     f"http://{HOST}/video.cgi?u=admin&p={SECRET}",
+    f"http://{HOST}/video.cgi?k={SECRET}",
     f"http://{HOST}/stream?userpwd={SECRET}",
     f"rtsp://{HOST}/Streaming/Channels/101?auth={SECRET}",
     f"rtsp://{HOST}/live?token={SECRET}",
@@ -55,6 +58,8 @@ WITH_SECRETS = [
     "rtsps://192.168.1.1:7441/s3cretKey123?enableSrtp",
     f"srt://{HOST}:9000?mode=caller&passphrase={SECRET}",
     f"rtmp://{HOST}/live?streamkey={SECRET}",
+    "https://relay.example/live/s3cr81c0-77d2-4f0e-9a6b-1c2d3e4f5a6b/index.m3u8",
+    "https://relay.example/v1/s3cr9fKx02LmQ7vBt5Ra",
     # Web services.
     f"https://hooks.chat.example/services/T0/B0/{SECRET}",
     f"https://tenant.webhook.office.example/webhookb2/me@tenant/IncomingWebhook/{SECRET}/guid",
@@ -109,6 +114,10 @@ def test_no_secret_is_left(text: str) -> None:
         "watch:/var/spool/parts?after=move",
         "C:/parts/a.png",
         "/data/2026-01-02T10:20:30/part.png",
+        "http://mes.local/api/v1/inspection-results-of-line-12",
+        "rtsp://cam-of-the-second-line-12a34b56c/live",
+        "rtsp://cam:554 does not answer; ask me@plant",
+        "https://mes.local: cannot connect; ask me@plant",
         "the token of the page: see operator-token",
         "webhook: http://mes.local/inspection/results: answered 503",
         "/etc/edgeflame/hooks/before-start",
@@ -130,6 +139,8 @@ def test_any_text_is_taken(text: str) -> None:
     without_secrets(text)
 
 
-@pytest.mark.parametrize("text", ["://" + "a:" * 9999, "pass" * 9999, '="' * 9999, "a:b@" * 9999, "?a" * 9999])
+@pytest.mark.parametrize(
+    "text", ["://" + "a:" * 9999, "pass" * 9999, '="' * 9999, "a:b@" * 9999, "?a" * 9999, "://a:b c" * 9999]
+)
 def test_a_long_text_takes_no_time_to_speak_of(text: str) -> None:
     without_secrets(text)

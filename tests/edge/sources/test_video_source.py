@@ -75,11 +75,12 @@ def test_a_video_cut_short_is_a_clear_error_or_fewer_frames(video: Path) -> None
             assert 0 < len(list(open_image_source(str(video)).frames(threading.Event()))) <= 8
 
 
-def test_a_network_camera_that_is_not_there_is_an_error_without_its_password() -> None:
+@pytest.mark.parametrize("scheme", ["rtsp", "RTSP"])
+def test_a_network_camera_that_is_not_there_is_an_error_without_its_password(scheme: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        source = open_image_source(f"rtsp://admin:secret@127.0.0.1:{port}/stream")
+        source = open_image_source(f"{scheme}://admin:secret@127.0.0.1:{port}/stream")
         assert source.is_live
         assert "secret" not in source.name
         with pytest.raises(DataError, match="cannot be opened as video") as raised:
