@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import BrokerOptions, broker_options, metrics_option
+from cli.options import FILE, FOLDER, BrokerOptions, broker_options, metrics_option
 from edgeflame.methods import FEDERATED_METHODS, PRESETS
 
 if TYPE_CHECKING:
@@ -15,18 +15,15 @@ if TYPE_CHECKING:
     from aggregator.run import RunResult
 
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-
-
 @click.command(short_help="Serve the training rounds of a fleet.")
 @broker_options()
-@click.option("--state", required=True, type=_FOLDER, help="Journal and models; an interrupted run continues from it.")
-@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with the run's settings.")
+@click.option("--state", required=True, type=FOLDER, help="Journal and models; an interrupted run continues from it.")
+@click.option("--config", type=FILE, help="TOML file with the run's settings.")
 @click.option("--rounds", type=int, help="Number of rounds [default: 2].")
 @click.option("--sites", type=int, help="Begin when so many sites are ready [default: 2].")
 @click.option("--method", help=f"{', '.join(FEDERATED_METHODS)} [default: flame].")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="What settings start from [default: default].")
-@click.option("--out", type=_FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
+@click.option("--out", type=FOLDER, help="Where to write the global model and the ledger [default: the state folder].")
 @click.option("--new-run", is_flag=True, help="Begin another run although the state folder holds a finished one.")
 @click.option("--stay", is_flag=True, help="Keep answering and serving late sites after the end, as a service does.")
 @metrics_option

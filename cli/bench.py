@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from cli.options import PATH
 from cli.output import echo
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@click.option("--model", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Model package.")
+@click.option("--model", type=PATH, required=True, metavar="FILE", help="Model package.")
 @click.option("--batch", "batches", type=click.IntRange(1, 256), multiple=True, help="Size.  [default: 1, 4, 16]")
 @click.option("--seconds", type=click.FloatRange(0, 600), default=5.0, show_default=True, help="For each size, about.")
 @click.option(
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What runs it; auto takes the fastest that scores the reference images right.",
 )
-@click.option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines of `export --trt`.")
+@click.option("--engines", type=PATH, metavar="DIR", help="Engines of `export --trt`.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: one a core]")
 @click.option(
     "--trace",

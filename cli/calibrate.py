@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.options import (
+    PATH,
     cost_of_a_miss,
     dataset_options,
     defects_options,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Good images that the model was NOT fitted on: a plain folder, or a data set's test/good.",
 )
@@ -54,9 +55,7 @@ if TYPE_CHECKING:
 @promise_options("as fitted")
 @defects_options
 @click.option("--max-f1", is_flag=True, help="Take the threshold of the highest F1 on test/good and test/<defect>.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to write the package with the new threshold."
-)
+@click.option("--out", type=PATH, metavar="FILE", help="Where to write the package with the new threshold.")
 @click.option("--in-place", is_flag=True, help="Write it over the package itself.")
 @click.option(
     "--accept-worse", is_flag=True, help="Write over the package although the new threshold promises less than its own."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.options import PATH
 from cli.output import echo
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ _TEXTURES = (
 
 
 @click.command("demo-data")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New or empty folder to write to."
-)
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="New or empty folder to write to.")
 @click.option("--texture", type=click.Choice(_TEXTURES), show_default="warm_wood", help="Laminate of the boards.")
 @click.option("--all-textures", is_flag=True, help="A data set of each laminate, in DIR/<texture>.")
 @click.option(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from cli.options import BrokerOptions, broker_options
+from cli.options import PATH, BrokerOptions, broker_options
 from cli.output import print_findings
 from edgeflame import __version__
 from edgeflame.cpus import usable_cpus
@@ -143,21 +143,19 @@ def _config_kinds() -> Iterator[tuple[str, type[msgspec.Struct]]]:
 
 CONNECT_TIMEOUT_S = 5.0
 
-_FILE = click.Path(path_type=Path)
-
 
 @click.command("doctor")
-@click.option("--model", type=_FILE, metavar="FILE", help="Check this model package, and run it.")
+@click.option("--model", type=PATH, metavar="FILE", help="Check this model package, and run it.")
 @click.option(
     "--config",
-    type=_FILE,
+    type=PATH,
     metavar="FILE",
     help="Check this configuration, of whichever command; of a line also all it names.",
 )
-@click.option("--state", type=_FILE, metavar="DIR", help="Check this state folder and its disk.")
+@click.option("--state", type=PATH, metavar="DIR", help="Check this state folder and its disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option(
-    "--bundle", type=_FILE, metavar="FILE", help="Also write a zip for whoever helps you: no secrets, no images."
+    "--bundle", type=PATH, metavar="FILE", help="Also write a zip for whoever helps you: no secrets, no images."
 )
 @click.option(
     "--licences",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from cli.options import dataset_options, device_option, json_option, model_option
+from cli.options import PATH, dataset_options, device_option, json_option, model_option
 from cli.output import echo, print_json, print_promises, print_threshold, progress_bar, reconcile
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ BARS = ("image_AUROC", "macro_image_AUROC", "pixel_AUROC", "macro_pixel_AUROC", 
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Data set in the MVTec layout; its test folder is used.",
 )
@@ -33,7 +33,7 @@ BARS = ("image_AUROC", "macro_image_AUROC", "pixel_AUROC", "macro_pixel_AUROC", 
 @click.option(
     "--report",
     "report_dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Write index.html there: curves, pictures and figures in one page, for people.",
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from cli.options import PATH
 from cli.output import cell, echo
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
 from edgeflame.images import MAX_INPUT_SIDE
@@ -24,28 +25,28 @@ _MAX_COMPARED = 16
 
 
 @click.command("export")
-@click.option("--model", type=click.Path(path_type=Path), metavar="FILE", help="Model package.")
+@click.option("--model", type=PATH, metavar="FILE", help="Model package.")
 @click.option(
     "--onnx",
     "onnx_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Write the scoring graph as an ONNX model.",
 )
 @click.option(
     "--backbone",
     "backbone_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Write the backbone alone, for `fit --backbone-from` where PyTorch is not: the package's or, without --model, "
     "the one that PyTorch makes by --config and --size.",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="With --backbone: TOML file of a learning's settings.")
+@click.option("--config", type=PATH, help="With --backbone: TOML file of a learning's settings.")
 @click.option(
     "--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="With --backbone: side of its square input, in pixels."
 )
 @click.option("--trt", is_flag=True, help="Build TensorRT engines into the folder --out.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where engines and their report go.")
+@click.option("--out", type=PATH, metavar="DIR", help="Where engines and their report go.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
@@ -55,7 +56,7 @@ _MAX_COMPARED = 16
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Good images of the line for int8, 32 or more.  [default: the package's reference images]",
 )

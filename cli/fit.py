@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
-from cli.options import cost_of_a_miss, dataset_options, defects_options, prior_option, promise_options, scores_option
+from cli.options import (
+    PATH,
+    cost_of_a_miss,
+    dataset_options,
+    defects_options,
+    prior_option,
+    promise_options,
+    scores_option,
+)
 from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
 from edgeflame.config import load_config
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
@@ -36,10 +44,10 @@ log = EventLog("fit")
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of good images, or a data set in the MVTec layout (its train/good is used).",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The package to write (.edgeflame).")
+@click.option("--out", required=True, type=PATH, help="The package to write (.edgeflame).")
 @click.option(
     "--method",
     help=f"{'; '.join(f'{name}: {METHODS[name].summary}' for name in SOLO_METHODS)}.  [default: {Learning().method}]",
@@ -49,7 +57,7 @@ log = EventLog("fit")
     type=click.Choice(list(PRESETS)),
     help="What settings start from: what measured best here, or what the FLAME paper prints.  [default: default]",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file with the learning's settings.")
+@click.option("--config", type=PATH, help="TOML file with the learning's settings.")
 @click.option("--product", help="Name of the kind of part.  [default: the folder's]")
 @click.option("--rank", metavar="N|auto", help=f"Eigenpairs kept per position.  [default: {Learning().scoring.rank}]")
 @click.option("--size", type=click.IntRange(32, MAX_INPUT_SIDE), help="Side of the square model input, in pixels.")
@@ -70,7 +78,7 @@ log = EventLog("fit")
 @click.option(
     "--report",
     "report_dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Write index.html there: the images that look least normal, as pictures.",
 )
@@ -84,7 +92,7 @@ log = EventLog("fit")
 )
 @click.option(
     "--backbone-from",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Take the backbone of this package, whatever its product, or of a file of `export --backbone`, as it is: "
     "needs no PyTorch, and starts sooner.  [default: PyTorch makes it]",

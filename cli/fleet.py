@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cli.fleet_run import report, status
-from cli.options import SECONDS
+from cli.options import FILE, FOLDER, SECONDS
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("init")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--fleet", required=True, metavar="NAME", help="The fleet's name.")
 @click.option(
     "--host",
@@ -76,11 +76,9 @@ def init(
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_FOLDER = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+_FOLDER = click.argument("folder", metavar="DIR", type=FOLDER)
 _NAME = click.argument("name", metavar="NAME")
-_OUT = click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Kit.  [default: DIR/kits/NAME.kit]"
-)
+_OUT = click.option("--out", type=FILE, metavar="FILE", help="Kit.  [default: DIR/kits/NAME.kit]")
 _DAYS = click.option(
     "--days", type=click.IntRange(1, 3650), default=825, show_default=True, help="How long the certificate is valid."
 )

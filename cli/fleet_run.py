@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import BrokerOptions, broker_options
+from cli.options import FILE, FOLDER, BrokerOptions, broker_options
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -21,13 +21,9 @@ if TYPE_CHECKING:
 
 
 @click.command("report")
-@click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="The aggregator's state folder.")
-@click.option(
-    "--ledger", "ledger_file", type=click.Path(path_type=Path, dir_okay=False), help="Or a ledger.json by itself."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The page, HTML."
-)
+@click.option("--state", type=FOLDER, help="The aggregator's state folder.")
+@click.option("--ledger", "ledger_file", type=FILE, help="Or a ledger.json by itself.")
+@click.option("--out", type=FILE, required=True, metavar="FILE", help="The page, HTML.")
 def report(state: Path | None, ledger_file: Path | None, out: Path) -> None:
     """Make a page of a run: loss and metrics by round, who contributed with what weight, who was left out and why.
 

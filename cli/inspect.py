@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.options import PATH
 from cli.output import echo
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.option(
     "--model",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Model package, where the configuration has no [products].",
 )
 @click.option(
     "--public-key",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Refuse a package that this key did not sign.",
 )
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="TOML with the sections [products], [cameras.NAME], [verdict], [image_quality], [capture], [roi], [trigger], "
     "[parts], [drift], [self_test], [images], [outbox], [retry], [mqtt], [models], [webhook], [web], [modbus]; "
@@ -54,26 +55,24 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="Leave scores this near the threshold to a person: 0.1 is from 90% to 110% of it.",
 )
-@click.option(
-    "--results", type=click.Path(path_type=Path), metavar="FILE", help="Append the JSON lines to this file as well."
-)
+@click.option("--results", type=PATH, metavar="FILE", help="Append the JSON lines to this file as well.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Keep pictures of failed and unknown parts here, with heat maps.",
 )
-@click.option("--rejects", type=click.Path(path_type=Path), hidden=True, help="The old name of --images.")
+@click.option("--rejects", type=PATH, hidden=True, help="The old name of --images.")
 @click.option(
     "--summary",
     "summary_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Write the summary of the run as JSON.",
 )
 @click.option(
     "--state",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Keep every result here before it goes anywhere, and deliver it to [mqtt] and [webhook] until they have it.",
 )
@@ -93,7 +92,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--engines",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Engines of `edgeflame export --trt`, for the devices rtx and tensorrt.",
 )

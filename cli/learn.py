@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from cli.options import cost_of_a_miss, dataset_options, json_option, model_option, prior_option, scores_option
+from cli.options import PATH, cost_of_a_miss, dataset_options, json_option, model_option, prior_option, scores_option
 from cli.output import echo, print_json, print_threshold, progress_bar
 
 
@@ -17,7 +17,7 @@ from cli.output import echo, print_json, print_threshold, progress_bar
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Good photographs to learn from, as for `fit`: those that the package was fitted on, or newer ones.",
 )
@@ -25,13 +25,11 @@ from cli.output import echo, print_json, print_threshold, progress_bar
 @click.option(
     "--marks",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="The marks: a line's state folder, or its folder of marks.",
 )
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Where to write the candidate."
-)
+@click.option("--out", required=True, type=PATH, metavar="FILE", help="Where to write the candidate.")
 @click.option(
     "--cost-of-miss",
     type=float,

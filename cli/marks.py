@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import json_option
+from cli.options import PATH, json_option
 from cli.output import cell, echo, print_json
 
 if TYPE_CHECKING:
     from edgeflame.marks import MarkStore
 
-_FOLDER = click.argument("folder", type=click.Path(path_type=Path), metavar="MARKS")
+_FOLDER = click.argument("folder", type=PATH, metavar="MARKS")
 
 
 @click.group("marks", short_help="Marks: what people said that parts really were.")
@@ -87,7 +87,7 @@ def list_marks(folder: Path, was: str | None, kind: str | None, product: str | N
 
 @command.command()
 @_FOLDER
-@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.argument("out", type=PATH, metavar="OUT")
 def export(folder: Path, out: Path) -> None:
     """Write the marks as a data set in the MVTec layout: test/good, test/<kind>, ground_truth, groups.csv.
 
@@ -129,7 +129,7 @@ def export(folder: Path, out: Path) -> None:
 
 @command.command("import")
 @_FOLDER
-@click.argument("data", type=click.Path(path_type=Path), metavar="DATA")
+@click.argument("data", type=PATH, metavar="DATA")
 @click.option("--product", default="", metavar="NAME", help="Which product they show.")
 @click.option("--by", default="", metavar="NAME", help="Who says so.")
 def import_marks(folder: Path, data: Path, product: str, by: str) -> None:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.model_release import fetch, publish, rollback, status, switch, withdraw
+from cli.options import PATH
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
     from edgeflame.package import Package, PackageHead
 
-_FILE = click.Path(path_type=Path)
-
 
 @click.command("keygen")
-@click.option("--out", type=_FILE, required=True, metavar="DIR", help="Folder for the two key files.")
+@click.option("--out", type=PATH, required=True, metavar="DIR", help="Folder for the two key files.")
 def keygen(out: Path) -> None:
     """Make a key pair for signing packages. The private key stays with whoever signs."""
     from edgeflame.signing import PRIVATE_KEY, PUBLIC_KEY, write_keys
@@ -29,8 +28,8 @@ def keygen(out: Path) -> None:
 
 
 @click.command("sign")
-@click.argument("package_file", metavar="FILE", type=_FILE)
-@click.option("--key", type=_FILE, required=True, metavar="FILE", help="Private key.")
+@click.argument("package_file", metavar="FILE", type=PATH)
+@click.option("--key", type=PATH, required=True, metavar="FILE", help="Private key.")
 @click.option(
     "--release-number",
     type=click.IntRange(1, 2**53),
@@ -45,10 +44,10 @@ def sign(package_file: Path, key: Path, release_number: int | None) -> None:
 
 
 @click.command("verify")
-@click.argument("package_file", metavar="FILE", type=_FILE)
-@click.option("--public-key", type=_FILE, metavar="FILE", help="Ask for a signature of this key as well.")
+@click.argument("package_file", metavar="FILE", type=PATH)
+@click.option("--public-key", type=PATH, metavar="FILE", help="Ask for a signature of this key as well.")
 @click.option(
-    "--onnx", "onnx_file", type=_FILE, metavar="FILE", help="Check this exported model in place of the package's own."
+    "--onnx", "onnx_file", type=PATH, metavar="FILE", help="Check this exported model in place of the package's own."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -112,7 +111,7 @@ def verify(
 
 
 @click.command("rename")
-@click.argument("package_file", metavar="FILE", type=_FILE)
+@click.argument("package_file", metavar="FILE", type=PATH)
 @click.argument("product", metavar="PRODUCT")
 def rename(package_file: Path, product: str) -> None:
     """Give a package's product another name, in place. Lines tell products apart by it; a signature is lost."""
@@ -138,7 +137,7 @@ for _other in (keygen, sign, verify, rename, publish, fetch, withdraw, status, s
 
 
 @command.command("list")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def list_packages(folder: Path, as_json: bool) -> None:
     """List the packages in a folder; what is broken is listed with its fault."""
@@ -195,7 +194,7 @@ def list_packages(folder: Path, as_json: bool) -> None:
 
 
 @command.command("show")
-@click.argument("package_file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("package_file", metavar="FILE", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def show(package_file: Path, as_json: bool) -> None:
     """Verify a model package and say what it is, what its threshold promises, and where it comes from."""

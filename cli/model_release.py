@@ -9,7 +9,7 @@ import click
 
 from cli.line import rollback as roll_back
 from cli.line import switch_model
-from cli.options import SECONDS, BrokerOptions, broker_options, former_name
+from cli.options import PATH, SECONDS, BrokerOptions, broker_options, former_name
 from cli.output import cell, echo
 
 if TYPE_CHECKING:
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from fleet.observe import FleetModels, ReleaseProgress
 
 
-_FILE = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 
 
 @click.command("publish")
-@click.argument("package_file", metavar="FILE", type=_FILE)
+@click.argument("package_file", metavar="FILE", type=PATH)
 @broker_options()
 @click.option("--lines", metavar="A,B", help="Only these lines take it.  [default: all that run its product]")
 @click.option(
@@ -34,7 +33,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print it as
     metavar="N",
     help="Judge N parts beside the present model first; a line's own configuration may ask for more, never for less.",
 )
-@click.option("--public-key", type=_FILE, metavar="FILE", help="Make sure beforehand that this key signed it.")
+@click.option("--public-key", type=PATH, metavar="FILE", help="Make sure beforehand that this key signed it.")
 @click.option(
     "--until",
     type=click.Choice(["checked", "running"]),
@@ -126,9 +125,9 @@ def _short(one: ReleaseProgress) -> str:
 
 @click.command("fetch")
 @click.argument("product")
-@click.option("--out", type=_FILE, required=True, metavar="FILE", help="The package to write.")
+@click.option("--out", type=PATH, required=True, metavar="FILE", help="The package to write.")
 @broker_options()
-@click.option("--public-key", type=_FILE, metavar="FILE", help="Take it only if this key signed it.")
+@click.option("--public-key", type=PATH, metavar="FILE", help="Take it only if this key signed it.")
 @click.option(
     "--timeout", type=SECONDS, default=60.0, show_default=True, metavar="S", help="Give up after S seconds of silence."
 )

@@ -38,8 +38,21 @@ class _Seconds(click.FloatRange):
 
 SECONDS = _Seconds(min=0, max=366 * 86_400)
 
-_PATH = click.Path(path_type=Path)
-_FILE = click.Path(path_type=Path, dir_okay=False)
+
+class _NonEmptyPath(click.Path):
+    """A path. An empty text, as a variable that is not set leaves it, would name the current folder: it is refused."""
+
+    def __init__(self, **kinds: bool) -> None:
+        super().__init__(path_type=Path, **kinds)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; was a variable not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH, FILE, FOLDER = _NonEmptyPath(), _NonEmptyPath(dir_okay=False), _NonEmptyPath(file_okay=False)
+"""Of options that take the path of anything, of a file, of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +148,11 @@ _BROKER_OPTIONS = (
         help="mqtt://[user@]host[:port], mqtts://, ws:// or wss://; the password from EDGEFLAME_MQTT_PASSWORD.",
     ),
     click.option(
-        "--kit", type=_FILE, help="A kit of `edgeflame fleet`: the broker, the fleet, our name and certificate."
+        "--kit", type=FILE, help="A kit of `edgeflame fleet`: the broker, the fleet, our name and certificate."
     ),
-    click.option("--ca", type=_FILE, help="mqtts: certificate authority of the broker (PEM)."),
-    click.option("--cert", type=_FILE, help="mqtts: our certificate (PEM)."),
-    click.option("--key", type=_FILE, help="mqtts: our private key (PEM)."),
+    click.option("--ca", type=FILE, help="mqtts: certificate authority of the broker (PEM)."),
+    click.option("--cert", type=FILE, help="mqtts: our certificate (PEM)."),
+    click.option("--key", type=FILE, help="mqtts: our private key (PEM)."),
     click.option(
         "--connect-timeout",
         type=SECONDS,
@@ -215,7 +228,7 @@ metrics_option = click.option(
     "--metrics", metavar="HOST:PORT", help="Figures for Prometheus, at http://HOST:PORT/metrics."
 )
 
-model_option = click.option("--model", required=True, type=_PATH, metavar="FILE", help="The package (.edgeflame).")
+model_option = click.option("--model", required=True, type=PATH, metavar="FILE", help="The package (.edgeflame).")
 
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where it runs."
@@ -224,7 +237,7 @@ device_option = click.option(
 scores_option = click.option(
     "--scores",
     "scores_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Write there, as JSON, the score of each image, and what other thresholds would reject and promise.",
 )
@@ -232,7 +245,7 @@ scores_option = click.option(
 prior_option = click.option(
     "--prior",
     "prior_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="PACKAGE",
     help="Lean on what another line or the fleet learnt, as far as these images become likelier by it: from five "
     "images on. `fit` takes the package's backbone, too, so no PyTorch is needed.",
@@ -252,7 +265,7 @@ def dataset_options(function: F) -> F:
     )(function)
     return click.option(
         "--groups",
-        type=_PATH,
+        type=PATH,
         metavar="CSV",
         help="Which images show the same part.  [default: groups.csv or tiles.csv in the folder]",
     )(function)
@@ -269,7 +282,7 @@ def defects_options(function: F) -> F:
     )(function)
     return click.option(
         "--defects",
-        type=_PATH,
+        type=PATH,
         metavar="DIR",
         help="Labelled defects, a folder or a data set's test/<defect>: take the threshold of least expected cost, no "
         "lower than the good parts allow. They are in no statistics.",

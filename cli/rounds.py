@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from cli.options import former_name
+from cli.options import FOLDER, former_name
 from cli.site import ask_aggregator, check_reason, pause, resume
 
 _STATE = click.option(
     "--state",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="The aggregator's state folder.",
 )
 _REASON = click.option("--reason", default="no reason given", help="For the journal, and for the site to show.")

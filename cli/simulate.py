@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.options import FILE, FOLDER
 from edgeflame.log import LOGGER_NAME
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ TABLE_WIDTH = 100
 
 
 @click.command(short_help="Simulate a fleet's rounds on this machine, or on a Ray cluster.")
+@click.option("--config", "config_path", required=True, type=FILE, help="TOML file.")
 @click.option(
-    "--config", "config_path", required=True, type=click.Path(path_type=Path, dir_okay=False), help="TOML file."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False),
+    "--out", type=FOLDER,
     help="Everything the run makes; an interrupted one continues from it [default: the config's name].",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.options import FOLDER
 from cli.output import echo
 
 if TYPE_CHECKING:
@@ -19,10 +20,9 @@ if TYPE_CHECKING:
     from trainer.agent.control import SiteControl
 
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
 _SITE = click.argument("site", required=False)
 _STATE = click.option(
-    "--state", required=True, type=_FOLDER, help="The site's state folder; or the aggregator's, for its site SITE."
+    "--state", required=True, type=FOLDER, help="The site's state folder; or the aggregator's, for its site SITE."
 )
 
 MAX_REASON = 500
@@ -84,7 +84,7 @@ def resume(site: str | None, state: Path) -> None:
 
 
 @command.command()
-@click.option("--state", required=True, type=_FOLDER, help="The site's state folder.")
+@click.option("--state", required=True, type=FOLDER, help="The site's state folder.")
 @click.option("--reason", default="the operator took it out", help="For the aggregator's ledger.")
 def leave(state: Path, reason: str) -> None:
     """Leave the run for good: nothing more is asked of this site. Starting `edgeflame train` again joins anew."""

@@ -9,50 +9,47 @@ from typing import Annotated, Any
 import click
 import msgspec
 
-from cli.options import BrokerOptions, broker_options, metrics_option, option_or_kit
+from cli.options import FILE, FOLDER, BrokerOptions, broker_options, metrics_option, option_or_kit
 from cli.output import echo
 from cli.programs import program
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
-from edgeflame.bounds import BASIC
+from edgeflame.bounds import BASIC, NotEmpty
 from edgeflame.package import DEFAULT_REFERENCES, MAX_REFERENCES, check_product
-
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The keys of ``edgeflame train --config F``, in place of its options. The aggregator decides what is learnt."""
 
-    broker: Annotated[str | None, BASIC] = None
+    broker: Annotated[NotEmpty | None, BASIC] = None
     """``mqtt://[user@]host[:port]``, ``mqtts://``, ``ws://`` or ``wss://``; the password from
     ``EDGEFLAME_MQTT_PASSWORD``."""
-    kit: Annotated[str | None, BASIC] = None
+    kit: Annotated[NotEmpty | None, BASIC] = None
     """A kit of `edgeflame fleet enrol`: the broker, the fleet, the site's name and certificate."""
-    ca: str | None = None
+    ca: NotEmpty | None = None
     """``mqtts``: certificate authority of the broker (PEM)."""
-    cert: str | None = None
+    cert: NotEmpty | None = None
     """``mqtts``: our certificate (PEM)."""
-    key: str | None = None
+    key: NotEmpty | None = None
     """``mqtts``: our private key (PEM)."""
-    fleet: Annotated[str | None, BASIC] = None
+    fleet: Annotated[NotEmpty | None, BASIC] = None
     """Name of the fleet; a kit has it."""
-    site: Annotated[str | None, BASIC] = None
+    site: Annotated[NotEmpty | None, BASIC] = None
     """This site's name in the fleet; a kit has it."""
-    data: Annotated[str | None, BASIC] = None
+    data: Annotated[NotEmpty | None, BASIC] = None
     """Folder of this site's images; they stay here."""
-    state: Annotated[str | None, BASIC] = None
+    state: Annotated[NotEmpty | None, BASIC] = None
     """Folder of the site's state; ``runs/FLEET/SITE`` if left out."""
-    groups: str | None = None
+    groups: NotEmpty | None = None
     """CSV file that says which photographs show the same part."""
-    marks: str | None = None
+    marks: NotEmpty | None = None
     """Folder of marks, or a line's state folder with one; `feedback` learns from them, and they stay here."""
-    product: str | None = None
+    product: NotEmpty | None = None
     """The kind of part; marks of others are left out."""
-    out: str | None = None
+    out: NotEmpty | None = None
     """Where to write the package; if left out, it stays in the state folder."""
-    schedule: str | None = None
+    schedule: NotEmpty | None = None
     """When to train, as after ``--schedule``."""
-    device: str | None = None
+    device: NotEmpty | None = None
     """What trains, as after ``--device``."""
     reference_images: Annotated[int, msgspec.Meta(ge=0, le=MAX_REFERENCES)] | None = None
     """Good images that go into the package."""
@@ -61,12 +58,12 @@ class SiteFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 @click.command(short_help="Take part in a fleet's training rounds.")
 @broker_options()
 @click.option("--site", metavar="ID", help="This site's name in it. A kit names both.")
-@click.option("--data", type=_FOLDER, help="This site's images; they stay here.")
-@click.option("--state", type=_FOLDER, help="What the site remembers [default: runs/FLEET/SITE].")
-@click.option("--config", type=_FILE, help="TOML file with any of these options.")
-@click.option("--out", type=_FILE, help="Where to write the package [default: left in the state folder].")
-@click.option("--groups", type=_FILE, help="CSV: which photographs show the same part.")
-@click.option("--marks", type=_FOLDER, help="Marks of this site, for the method feedback; they stay here.")
+@click.option("--data", type=FOLDER, help="This site's images; they stay here.")
+@click.option("--state", type=FOLDER, help="What the site remembers [default: runs/FLEET/SITE].")
+@click.option("--config", type=FILE, help="TOML file with any of these options.")
+@click.option("--out", type=FILE, help="Where to write the package [default: left in the state folder].")
+@click.option("--groups", type=FILE, help="CSV: which photographs show the same part.")
+@click.option("--marks", type=FOLDER, help="Marks of this site, for the method feedback; they stay here.")
 @click.option("--product", metavar="NAME", help="The kind of part; marks of others are left out.")
 @click.option(
     "--reference-images",

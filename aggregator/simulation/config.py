@@ -10,7 +10,7 @@ from msgspec import Meta
 from aggregator.config import MAX_SITES, AggregateConfig
 from boards.board import MIN_IMAGE_SIZE
 from boards.textures import TEXTURES
-from edgeflame.bounds import Count, Positive, Seed
+from edgeflame.bounds import Count, NotEmpty, Positive, Seed
 from edgeflame.errors import ConfigError
 from edgeflame.images import MAX_INPUT_SIDE
 from edgeflame.methods import METHODS, SOLO_METHODS, Learning
@@ -25,9 +25,9 @@ def _require(condition: bool, rule: str, value: object) -> None:
 class FolderData(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="folder"):
     """Photographs in the MVTec layout; what shows the same part stays at one site."""
 
-    path: str
+    path: NotEmpty
     """The folder."""
-    groups: str | None = None
+    groups: NotEmpty | None = None
     """CSV file that says which photographs show the same part; by default one that lies in the folder."""
     max_train_groups: Count | None = None
     """The most parts to train on, drawn by the simulation's seed; all if left out."""
@@ -96,7 +96,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Processes (``local``; 0: none but this one) or tasks at a time (``ray``; 0: as many as there are CPUs)."""
     threads: Count = 1
     """Threads of the numerical libraries in each process. Another number may change the last bits of a model."""
-    address: str | None = None
+    address: NotEmpty | None = None
     """With ``ray``: the address of a running cluster (``auto``, ``ray://HOST:10001``); if left out, one is started on
     this machine. The nodes need EdgeFlame and torch, and the output folder and the data under the same paths."""
 

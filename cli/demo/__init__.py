@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 
 import click
 
+from cli.options import FOLDER
+
 T = TypeVar("T")
 
 
 @click.command("demo")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("demo-output"),
     show_default=True,
     help="Folder for data, models, logs and the report; an earlier demo's is replaced.",

@@ -100,7 +100,7 @@ class RoiConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """``[x, y, width, height]``: nothing outside it is inspected."""
     ignore: tuple[Shape, ...] = ()
     """What is not inspected: rectangles ``[x, y, width, height]`` and polygons ``[[x, y], [x, y], [x, y], ...]``."""
-    ignore_image: str | None = None
+    ignore_image: NotEmpty | None = None
     """A PNG of the frame's size: what is not black in it is not inspected. Its path is relative to the working
     folder."""
 
@@ -178,7 +178,7 @@ class DriftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class SelfTestConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which known (golden) parts the line is tested with, and when."""
 
-    folder: str | None = None
+    folder: NotEmpty | None = None
     """Photographs of known parts, ``good/`` that must pass and ``bad/`` that must fail; for several products in
     folders of their names. If left out, only a golden part before the camera can be tested."""
     times: tuple[str, ...] = ()
@@ -211,14 +211,14 @@ class MqttTriggerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     topic: Annotated[str, Meta(pattern=r"^[^+#\x00]+$", description="one topic without wildcards")] | None = None
     """Topic of the messages, without wildcards; if left out, ``edgeflame/v1/<fleet>/line/<line>/trigger`` of the
     section ``[mqtt]``."""
-    broker: str | None = None
+    broker: NotEmpty | None = None
     """``mqtt://[user@]host[:port]`` or ``mqtts://``, the password from ``EDGEFLAME_MQTT_PASSWORD``; if left out, that
     of ``[mqtt]``, with its certificates or kit."""
-    ca: str | None = None
+    ca: NotEmpty | None = None
     """PEM file of the certificate authority, for a broker of its own."""
-    cert: str | None = None
+    cert: NotEmpty | None = None
     """PEM file of our certificate there."""
-    key: str | None = None
+    key: NotEmpty | None = None
     """PEM file of its private key."""
     part_id: str = "part_id"
     """Key of the part's name in a message that is a JSON object; any other message is the name itself."""

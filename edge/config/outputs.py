@@ -58,20 +58,20 @@ class RetryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class MqttConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[mqtt]``."""
 
-    broker: Annotated[str | None, BASIC] = None
+    broker: Annotated[NotEmpty | None, BASIC] = None
     """``mqtt://[user@]host[:port]`` or ``mqtts://``, or through a web server's port ``ws://host/path`` or ``wss://``;
     the password from ``EDGEFLAME_MQTT_PASSWORD``. Not needed with a kit, which names its broker."""
     fleet: Annotated[str, BASIC]
     """Name of the fleet that the line belongs to."""
     line: Annotated[str, BASIC]
     """Name of this line; no two daemons may share one."""
-    ca: str | None = None
+    ca: NotEmpty | None = None
     """``mqtts``: certificate authority of the broker (PEM)."""
-    cert: str | None = None
+    cert: NotEmpty | None = None
     """``mqtts``: this line's certificate (PEM)."""
-    key: str | None = None
+    key: NotEmpty | None = None
     """``mqtts``: this line's private key (PEM)."""
-    kit: Annotated[str | None, BASIC] = None
+    kit: Annotated[NotEmpty | None, BASIC] = None
     """A kit of ``edgeflame fleet enrol --role line``, made for this fleet and line, in place of those files."""
     home_assistant: TopicPrefix | None = None
     """Home Assistant's discovery prefix, by its default ``homeassistant``; if left out, the line is not announced
@@ -103,7 +103,7 @@ class WebhookConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Verdicts of the parts that are posted; the others are skipped, so their numbers are missing."""
     timeout_s: AnswerTimeout = 10.0
     """How long an answer to a request may take, seconds."""
-    ca: str | None = None
+    ca: NotEmpty | None = None
     """Certificate authority of an ``https`` server (PEM); the system's if left out."""
 
     def __post_init__(self) -> None:
@@ -242,7 +242,7 @@ class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class TeachingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Section ``[teaching]``: what learning a new product on the line's page may take of the machine."""
 
-    base: str | None = None
+    base: NotEmpty | None = None
     """Package, or file of ``edgeflame export --backbone``, whose base network new products are learnt with; if left
     out, that of the package that the camera uses, else of any product of the line, else PyTorch makes it."""
     cores: Annotated[int, Meta(ge=1, le=1024)] | None = None

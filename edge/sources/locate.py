@@ -97,6 +97,8 @@ def open_image_source(address: str, *, outbox: Path | None = None, max_pixels: i
         UsageError: the address is of no known kind.
         DataError: no such folder or file, or nothing to inspect in it.
     """
+    if not address.strip():
+        raise UsageError("--source: it is empty; was a variable not set?")
     if address.startswith("boards:"):
         from edge.sources.boards import board_source
 

@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import edgeflame.errors
@@ -52,6 +54,34 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]")
+
+
+def path_options(command: click.Command) -> Iterator[tuple[str, click.Parameter]]:
+    """A command's options that are paths, and those of the commands in it, with the command's name."""
+    for option in command.params:
+        if isinstance(option.type, click.Path):
+            yield command.name or "", option
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from path_options(inner)
+
+
+def test_no_path_may_be_empty() -> None:
+    """A variable that is not set leaves nothing, which would name the current folder."""
+    options = list(path_options(cli))
+    assert len(options) > 80
+    for command, option in options:
+        with pytest.raises(click.BadParameter, match="was a variable not set"):
+            option.type.convert("", option, click.Context(click.Command(command)))
+
+
+def test_an_empty_source_is_not_the_current_folder(signed: Path) -> None:
+    result = run("inspect", "--model", str(signed), "--source", "")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--source: it is empty" in result.stderr
 
 
 def test_unknown_command_is_a_usage_error() -> None:
