@@ -2,7 +2,7 @@
 
 libtiff notices most damage, and OpenCV lets it pass: it reads samples of 8 bits by an interface that goes on after
 errors. Rows of 16 bits it reads by another that does not, so the packed strips are handed to it once more as such rows.
-Deflate has a checksum, which is looked at here; JPEG has libjpeg. In data that are not packed, nothing tells.
+Deflate has a checksum, which is looked at here; JPEG has libjpeg. In data that are not packed, only their place tells.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ DEFLATE = (8, 32946)
 _FORMS = {1: "B", 3: "H", 4: "I", 7: "B", 16: "Q"}
 """Types of values that are read: bytes and whole numbers, by their letter for :mod:`struct`."""
 _YCBCR, _FLOAT = 6, 3
+_HEAD_BYTES = 8
 _COPY_OR_MASK, _OLD_COPY = 0b101, 2
 MAX_DIRECTORIES = 1000
 """Directories of a file that are looked into; each may lie anywhere in it."""
@@ -74,6 +75,8 @@ class TiffLayout:
 
     def damage(self, data: bytes) -> str | None:
         """What is wrong with the packed data; None if nothing, or where nothing tells."""
+        if self._overlap():
+            return "two strips lie in the same place, or one in the file's head"
         if self.compression not in (LZW, PACK_BITS, *DEFLATE) or not all(self.piece_bytes):
             return None
         try:
@@ -95,6 +98,16 @@ class TiffLayout:
         if self.compression == JPEG:
             start = self.jpeg_tables[:-2] if self.jpeg_tables else b"\xff\xd8"
             yield from (start + packed[2:] for packed in self._packed(data))
+
+    def _overlap(self) -> bool:
+        """Whether a strip begins where another lies; of packed ones, whose length some programs overstate, begins."""
+        is_plain = self.compression == NOT_PACKED
+        end = _HEAD_BYTES
+        for (start, _), unpacked in sorted(zip(self.pieces, self.piece_bytes, strict=True)):
+            if start < end:
+                return True
+            end = start + (unpacked if is_plain and unpacked else 1)
+        return False
 
     def _packed(self, data: bytes) -> Iterator[bytes]:
         return (data[offset : offset + length] for offset, length in self.pieces)

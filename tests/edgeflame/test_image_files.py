@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -85,8 +86,6 @@ def test_tiffs_of_every_layout_are_read_and_their_holes_found(board: np.ndarray,
 
 def tiff_by_hand(image: np.ndarray, *, layout: str) -> bytes:
     """A TIFF packed by deflate: big (BigTIFF), tiled, planar, of 16 bits, or with differences (predictor 2)."""
-    import struct
-
     height, width, _ = image.shape
     rgb = image[..., ::-1]
     if layout == "predicted":
@@ -333,6 +332,22 @@ def test_smaller_copies_and_masks_in_a_tiff_are_no_pictures(board: np.ndarray, k
     out = io.BytesIO()
     Image.fromarray(board).save(out, "TIFF", save_all=True, append_images=[copy])
     assert decode_image(out.getvalue(), "pyramid").shape == board.shape
+
+
+@pytest.mark.parametrize("packing", ["tiff_lzw", "tiff_adobe_deflate", "packbits", None])
+@pytest.mark.parametrize("where", ["another strip's place", "the file's head"])
+def test_a_tiff_whose_strips_lie_in_one_place_is_refused(board: np.ndarray, packing: str | None, where: str) -> None:
+    options = {"compression": packing} if packing else {}
+    data = encode(board, "TIFF", tiffinfo={278: 20}, **options)
+    layout = read_tiff(data)
+    assert layout is not None
+    assert len(layout.pieces) == 10
+    first, second = (struct.pack("<I", offset) for offset, _ in layout.pieces[:2])
+    offsets = struct.pack("<10I", *(offset for offset, _ in layout.pieces))
+    assert data.count(offsets) == 1
+    moved = offsets.replace(second, first if where == "another strip's place" else bytes(4))
+    with pytest.raises(DataError, match="damaged"):
+        decode_image(data.replace(offsets, moved), "moved")
 
 
 def test_directories_of_a_tiff_in_a_ring_are_walked_once(board: np.ndarray) -> None:
