@@ -67,16 +67,20 @@ class StreamDamage:
         self._awaited: dict[int, float | None] = {}
         """When the pictures that are outstanding are to be shown, by packet."""
 
-    def add_packet(self, time: float | None, *, shown: float | None = None, is_key: bool) -> int:
+    def add_packet(
+        self, time: float | None, *, shown: float | None = None, is_key: bool, gives_picture: bool = True
+    ) -> int:
         """Add a packet that goes into the decoder; returns its number.
 
         Args:
             time: the packet's time of decoding, in any unit; None: not known.
             shown: when its picture is to be shown, in the same unit; None: not known.
             is_key: whether it is a keyframe.
+            gives_picture: whether a picture is to come of it.
         """
         self._number += 1
-        self._awaited[self._number] = shown
+        if gives_picture:
+            self._awaited[self._number] = shown
         self._is_inter |= not is_key
         if time is not None:
             lost = self._missing_before(time)

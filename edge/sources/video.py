@@ -47,8 +47,11 @@ _HARMLESS = ("SEI type",)
 
 _MAX_COMPLAINT = 120  # characters; one line of a result
 
-_ONE_PICTURE_A_PACKET = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg2video", "vp9"})
-"""Codecs whose packets each give one picture, if it is not interlaced; others have packets that show nothing."""
+_ONE_PICTURE_A_PACKET = frozenset(
+    {"av1", "ffv1", "h264", "hevc", "libdav1d", "mjpeg", "mpeg2video", "mpeg4", "vp8", "vp9"}
+)
+"""Codecs whose packets each give one picture, if it is not interlaced, but for those of :func:`_shows_nothing`."""
+_MAX_NOT_CODED_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +190,9 @@ def _pictures(
     arrived_s = time.monotonic()
     if not is_last:
         decoded_at = packet.pts if packet.dts is None else packet.dts
-        number = damage.add_packet(decoded_at, shown=packet.pts, is_key=packet.is_keyframe)
+        number = damage.add_packet(
+            decoded_at, shown=packet.pts, is_key=packet.is_keyframe, gives_picture=not _shows_nothing(packet)
+        )
         packet.opaque = (number, arrived_s)
         if packet.is_corrupt:
             damage.complain("a part of it did not arrive")
@@ -228,6 +233,16 @@ def _has_hole(packet: Any) -> bool:
     context = packet.stream.codec_context
     has_lengths = context.name in ("h264", "hevc") and bytes(context.extradata or b"")[:1] == b"\1"
     return has_lengths and bytes(4) in bytes(packet)
+
+
+def _shows_nothing(packet: Any) -> bool:
+    """Whether a packet is one that is not to be shown: VP8 says so in its head (RFC 6386, 9.1); of MPEG-4, where the
+    picture is the one before it, there is a head only.
+    """
+    codec = packet.stream.codec_context.name
+    return (codec == "mpeg4" and packet.size <= _MAX_NOT_CODED_BYTES) or (
+        codec == "vp8" and bool(packet.size) and not bytes(packet)[0] & 0x10
+    )
 
 
 def _gives_each_packet(packet: Any, frame: Any) -> bool:

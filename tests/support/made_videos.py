@@ -64,15 +64,20 @@ def make_video(
 
 def zero_packets(path: Path, numbers: Collection[int]) -> Path:
     """Overwrite the last two thirds of packets with zeros."""
-    av = pytest.importorskip("av")
     data = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    places = packet_places(path)
     for number in numbers:
         at, size = places[number]
         data[at + size // 3 : at + size] = bytes(size - size // 3)
     path.write_bytes(data)
     return path
+
+
+def packet_places(path: Path) -> list[tuple[int, int]]:
+    """Where each packet lies in the file, and how long it is, in bytes."""
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as container:
+        return [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
 
 
 @dataclass(frozen=True)

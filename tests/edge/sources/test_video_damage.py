@@ -8,6 +8,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge.frame import Frame, make_frame
@@ -16,7 +17,7 @@ from edge.sources.child import TakenImage
 from edge.sources.damage import LOST, PipelineDamage, StreamDamage
 from edge.sources.locate import open_image_source
 from edgeflame.errors import DataError
-from tests.support.made_videos import KEY_EVERY, NUM_PICTURES, judged, make_video, zero_packets
+from tests.support.made_videos import KEY_EVERY, NUM_PICTURES, judged, make_video, packet_places, zero_packets
 from tests.support.ports import free_port
 from tests.support.rtsp_server import RtspServer
 
@@ -42,6 +43,30 @@ def test_a_whole_video_is_judged_whole(codec: str, b_frames: int, suffix: str, t
     found = judged(frames_of(str(whole)), whole)
     assert found.letters == "." * NUM_PICTURES
     assert not found.wrong
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_lost_packets_of_web_video_are_told_by_their_times(codec: str, tmp_path: Path) -> None:
+    whole = make_video(tmp_path / "whole.webm", codec)
+    found = judged(frames_of(str(make_video(tmp_path / "lost.webm", codec, lost=[12]))), whole)
+    assert re.fullmatch(UNTIL_THE_KEYFRAME, found.letters)
+    assert not found.wrong
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_where_bytes_of_a_packet_were_changed_no_wrong_picture_is_judged(codec: str, tmp_path: Path) -> None:
+    whole = make_video(tmp_path / "whole.mp4", codec)
+    random, data, places = np.random.default_rng(1), whole.read_bytes(), packet_places(whole)
+    num_told = 0
+    for number in random.integers(1, NUM_PICTURES - KEY_EVERY, 12):
+        at, size = places[number]
+        place = at + int(random.integers(size // 4, max(size // 4 + 1, size - 16)))
+        length = min(16, at + size - place)
+        (tmp_path / "changed.mp4").write_bytes(data[:place] + random.bytes(length) + data[place + length :])
+        found = judged(frames_of(str(tmp_path / "changed.mp4")), whole)
+        assert not found.wrong
+        num_told += bool(set(found.letters) - {"."})
+    assert num_told > 6
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "ts"])
