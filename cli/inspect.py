@@ -159,7 +159,7 @@ def command(
         )
 
     loader = InspectorLoader(
-        device=cast(LineDevice, device), engines=engines, num_threads=threads, public_key=public_key
+        device=cast(LineDevice, device), engines=engines, num_threads=threads, public_key=public_key, state=state
     )
     if check:
         from cli.output import print_findings

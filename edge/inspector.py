@@ -23,8 +23,8 @@ from edge.frame import Captured, Frame
 from edge.health import ImageHealth
 from edge.result import Hop, Inspected, Reason
 from edge.runtimes.interface import Runtime, check_runtime_fits
-from edge.runtimes.load import LineDevice, open_for_line, open_runtime, require_parity
-from edge.runtimes.trial import try_graph
+from edge.runtimes.load import TOLERANCES, LineDevice, open_for_line, open_runtime, require_parity
+from edge.runtimes.trial import TriedGraphs, try_graph
 from edge.status import DEFAULT_CAMERA
 from edge.verdict import Observation, make_result, with_evidence
 from edge.view import View
@@ -321,6 +321,7 @@ class InspectorLoader:
         engines: folder of built TensorRT engines.
         num_threads: CPU threads for one image; None: as many as there are cores to use.
         public_key: file of the key that must have signed every package; None: signatures are not required.
+        state: the line's state folder, where graphs that have been tried are remembered; None: they are not.
     """
 
     def __init__(
@@ -330,14 +331,14 @@ class InspectorLoader:
         engines: Path | None = None,
         num_threads: int | None = None,
         public_key: Path | None = None,
+        state: Path | None = None,
     ) -> None:
         self._device = device
         self._engines = engines
         self._num_threads = num_threads
         self._public_key = public_key
         self._packages: dict[Path, Package] = {}
-        self._tried: set[str] = set()
-        """SHA-256 of packages whose graph has run once, in a process of its own."""
+        self._tried = TriedGraphs(state)
         self._lock = threading.Lock()
 
     def share_cores(self, num_cameras: int) -> None:
@@ -384,11 +385,13 @@ class InspectorLoader:
         """
         package = self.package(file)
         self._try(package)
-        runtime, _ = open_for_line(package, device=self._device, engines=self._engines, num_threads=self._num_threads)
+        runtime, candidates = open_for_line(
+            package, device=self._device, engines=self._engines, num_threads=self._num_threads
+        )
         check_runtime_fits(runtime, package.manifest)
         if package.references:
-            parity = require_parity(runtime, package)
-            log.info("parity", images=parity.num_images, worst=parity.worst, tolerance=parity.tolerance)
+            worst = candidates[0].worst_difference if candidates else require_parity(runtime, package).worst
+            log.info("parity", images=len(package.references), worst=worst, tolerance=TOLERANCES[runtime.precision])
         else:
             log.warning("parity_unchecked", reason="the package holds no reference images")
         num_parallel, shared = self._parallel(package, runtime)

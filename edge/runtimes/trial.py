@@ -16,10 +16,20 @@ import msgspec
 import numpy as np
 
 from edge.runtimes.onnx_runtime import open_onnx_runtime
-from edgeflame.errors import EdgeFlameError, MissingDependencyError, PackageError, RuntimeUnavailableError
+from edgeflame.errors import (
+    EdgeFlameError,
+    MissingDependencyError,
+    PackageError,
+    RuntimeUnavailableError,
+    StorageError,
+)
+from edgeflame.onnx_session import import_library
+from edgeflame.state import read_json, write_record
 
 TRIAL_TIMEOUT_S = 120.0
 """A large backbone takes seconds for an image on a slow CPU, with all of its start a few more."""
+
+TRIED_FILE, MAX_REMEMBERED = "tried-graphs.json", 100
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PROGRAM = "import sys; sys.path[0] = sys.argv[1]; from edge.runtimes.trial import run_trial; run_trial()"
@@ -64,6 +74,41 @@ def try_graph(model_onnx: bytes, *, timeout_s: float = TRIAL_TIMEOUT_S) -> None:
         ) from exc
     if outcome.kind is not None:
         raise _KINDS.get(outcome.kind, PackageError)(outcome.text)
+
+
+class TriedGraphs:
+    """Packages whose graph has run here once, by SHA-256 and version of ONNX Runtime.
+
+    Args:
+        state: the line's state folder, where they are remembered over restarts, if it exists; None: they are not.
+    """
+
+    def __init__(self, state: Path | None = None) -> None:
+        self._file = None if state is None else state / TRIED_FILE
+        self._known: list[str] = []
+        if self._file is not None:
+            # Without what it says, graphs are tried again.
+            with contextlib.suppress(StorageError):
+                record = read_json(self._file, _Tried, advice="it is made again")
+                self._known = [] if record is None else record.tried
+
+    def __contains__(self, package_sha256: object) -> bool:
+        return _tried_as(package_sha256) in self._known
+
+    def add(self, package_sha256: str) -> None:
+        """Remember one."""
+        self._known = [*self._known, _tried_as(package_sha256)][-MAX_REMEMBERED:]
+        if self._file is not None and self._file.parent.is_dir():
+            with contextlib.suppress(StorageError):
+                write_record(self._file, _Tried(tried=self._known))
+
+
+class _Tried(msgspec.Struct):
+    tried: list[str] = []
+
+
+def _tried_as(package_sha256: object) -> str:
+    return f"{package_sha256} onnxruntime {import_library().__version__}"
 
 
 def run_trial() -> None:
