@@ -16,8 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
+from edge.config import InspectConfig
+from edge.inspector import InspectorLoader
 from edge.runtimes.load import open_runtime
-from edge.runtimes.trial import try_graph
+from edge.runtimes.trial import TRIED_FILE, try_graph
 from edgeflame.errors import EdgeFlameError, PackageError
 from edgeflame.operators import ALLOWED_OPERATORS, check_operators
 from edgeflame.package import Package, write_package
@@ -240,6 +242,35 @@ def test_a_package_whose_graph_loops_does_not_hang_a_line(package: Package, tmp_
         done = CliRunner().invoke(cli, [str(one) for one in arguments])
         assert isinstance(done.exception, PackageError), done.exception
         assert done.exception.exit_code == 4
+
+
+def test_a_graph_is_tried_once_for_each_state_folder_and_runtime(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    monkeypatch.setattr("edge.inspector.try_graph", lambda graph: tries.append(len(graph)))
+
+    def open_line() -> int:
+        """The number of tries when a daemon starts with two cameras."""
+        tries.clear()
+        loader = InspectorLoader(device="cpu", num_threads=1, state=tmp_path)
+        for camera in ("a", "b"):
+            loader.open(signed, InspectConfig(), camera=camera, is_live=False)
+        return len(tries)
+
+    assert [open_line(), open_line()] == [1, 0]
+    record = tmp_path / TRIED_FILE
+    whole = record.read_bytes()
+    record.write_bytes(whole.replace(b"onnxruntime ", b"onnxruntime 0."))
+    assert open_line() == 1, "a bit flipped in it"
+    record.write_bytes(b"{")
+    assert open_line() == 1, "it is damaged"
+    record.unlink()
+    record.mkdir()
+    assert open_line() == 1, "it can neither be read nor written"
+    record.rmdir()
+    monkeypatch.setattr("onnxruntime.__version__", "1.99")
+    assert [open_line(), open_line()] == [1, 0]
 
 
 def test_a_graph_of_the_first_version_passes() -> None:
