@@ -21,7 +21,7 @@ from edgeflame.errors import DataError, NumericalError
 from edgeflame.methods import ExchangeKind, Learning
 from edgeflame.mqtt.messages import RefusalReason
 from edgeflame.statistics.head import SPACE_KEY
-from edgeflame.statistics.memory import MAX_CHANNELS, NUMBERS_PER_PROTOTYPE, read_bank
+from edgeflame.statistics.memory import MAX_CHANNELS, NUMBERS_MEASURED, NUMBERS_PER_PROTOTYPE, read_bank
 from edgeflame.tensors import TensorFile, schema_difference
 
 COUNT_TOLERANCE = 1e-4
@@ -183,7 +183,9 @@ class MemoryExchange:
     def max_update_bytes(self, initial_bytes: int, learning: Learning) -> int:
         """From the number of prototypes: a run starts from an empty memory, whose size tells nothing."""
         del initial_bytes
-        return learning.memory.prototypes * 4 * (MAX_CHANNELS + NUMBERS_PER_PROTOTYPE)
+        memory = learning.memory
+        size = memory.prototypes * 4 * (MAX_CHANNELS + NUMBERS_PER_PROTOTYPE)
+        return size + (memory.global_prototypes * 4 * NUMBERS_MEASURED if memory.measure_spreads else 0)
 
     def validate_initial(self, path: Path) -> ValidationResult:
         """A memory bank, and an empty one, since no site has learnt yet."""
@@ -224,6 +226,9 @@ class MemoryExchange:
             if float(values.min()) < least * (1 - COUNT_TOLERANCE):
                 detail = f"a prototype is worth {values.min():.3g} {name}; the privacy floor is {least:g}"
                 return ValidationResult(reason="floor", detail=detail)
+        if bank.measured is not None and len(bank.measured) != len(before):
+            detail = f"spreads measured of {len(bank.measured)} prototypes; the round began with {len(before)}"
+            return ValidationResult(reason="schema", detail=detail)
         if not len(before):
             return ValidationResult()
         size, reference = (

@@ -284,6 +284,10 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What the place of a patch counts for beside its embedding when the nearest prototype is sought: a whole side of
     the picture as much as so many standard deviations of every channel. Prototypes then carry their places and spreads.
     0: neither, as an aggregator of an earlier version expects. The default preset of ``feddymem`` takes 4."""
+    measure_spreads: bool = False
+    """Whether every site measures how much its patches differ from each of the fleet's prototypes, so that these carry
+    the spread of all sites. It takes places, and a second round. False, as an aggregator of an earlier version expects;
+    the default preset of ``feddymem`` does it."""
     min_group: Annotated[float, Meta(ge=1, le=10**9)] = 32.0
     """Privacy floor: what is sent is worth at least so many equally weighted patches ..."""
     min_images: Annotated[float, Meta(ge=1, le=10**9)] = 4.0
@@ -367,7 +371,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # As long as ten rounds of a federation.
         "solo": {"training": {"epochs": 10}},
         # An epoch moves the memory a step of k-means on.
-        "feddymem": {"training": {"epochs": 5}, "memory": {"position_weight": 4.0}},
+        "feddymem": {"training": {"epochs": 5}, "memory": {"position_weight": 4.0, "measure_spreads": True}},
     },
     "paper": {
         ANY_METHOD: {

@@ -131,7 +131,7 @@ def together(sites: list[PatchSample], alone: list[SiteMemory], learning: Learni
                 if number > 1:
                     memories[k] = trained(patches, memories[k], fleet, learning, number)
                 metric, out = fit_metric(patches, memories[k], fleet, learning), Path(name, f"{number}-{k}")
-                write_bank(out, shareable_memory(memories[k], patches, metric, learning, space=SPACE))
+                write_bank(out, shareable_memory(memories[k], patches, fleet, metric, learning, space=SPACE))
                 parts.append(Contribution(site=f"site-{k}", path=out, weight=1 / len(sites)))
                 sizes.append(out.stat().st_size)
             result = Path(name, str(number))

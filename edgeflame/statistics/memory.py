@@ -44,6 +44,9 @@ MAX_CHANNELS = 1 << 14
 NUMBERS_PER_PROTOTYPE = 6
 """In a bank, beside its channels: weight, two effective counts, place and spread."""
 
+NUMBERS_MEASURED = 2
+"""In a site's bank, for each of the fleet's prototypes: patches and their spread."""
+
 SUM_TOLERANCE = 1e-3
 """How far the weights' sum may be from 1: they are float32."""
 
@@ -69,6 +72,10 @@ class MemoryBank:
             and width; None if it carries none.
         spreads: ``[M]`` float32, the mean squared distance of each one's patches to it, over that of all patches to
             theirs; there if and only if ``places`` are.
+        measured: ``[B, 2]`` float32. In what a site sends, of each of the B prototypes of the memory that the round
+            began with: how many of the site's patches are nearest to it, and their spread about it; 0 and 1 where they
+            are too few to be told. In the fleet's memory, of its own M prototypes by all sites. None: not measured;
+            it takes places.
 
     Raises:
         DataError: shapes that do not fit one another, a sum of weights that is not 1, or places outside the picture.
@@ -83,6 +90,7 @@ class MemoryBank:
     space: str
     places: F32 | None = None
     spreads: F32 | None = None
+    measured: F32 | None = None
 
     def __post_init__(self) -> None:
         size = len(self.prototypes)
@@ -97,6 +105,8 @@ class MemoryBank:
         if not np.isfinite(self.prototypes).all():
             raise NumericalError("memory bank: the prototypes hold NaN or infinite values")
         _check_places("memory bank", size, self.places, self.spreads)
+        if self.measured is not None:
+            _check_measured(self.measured, has_places=self.places is not None)
         if (size > 0) != (self.count > 0):
             raise DataError(f"memory bank: {size} prototypes of {self.count} images")
         if size and abs(float(self.weights.sum(dtype=np.float64)) - 1) > SUM_TOLERANCE:
@@ -160,6 +170,8 @@ def read_bank(path: Path) -> MemoryBank:
         expected = dict(_PLAIN_TENSORS)
         if _PLACED_TENSORS.keys() & file.schema.keys():
             expected |= _PLACED_TENSORS
+            if _MEASURED in file.schema:
+                expected[_MEASURED] = 2
         kinds = {name: {"F32", "F16"} if name == "prototypes" and len(expected) > len(_PLAIN_TENSORS) else {"F32"}
                  for name in expected}  # fmt: skip
         found = {name: len(spec.shape) for name, spec in file.schema.items() if spec.dtype in kinds.get(name, ())}
@@ -172,11 +184,16 @@ def read_bank(path: Path) -> MemoryBank:
 
 _PLAIN_TENSORS = {"prototypes": 2, "weights": 1, "effective_patches": 1, "effective_images": 1}
 _PLACED_TENSORS = {"places": 2, "spreads": 1}
-"""Dimensions of a bank's tensors, by name. Banks of earlier versions have no places and no spreads."""
+_MEASURED = "measured"
+"""Dimensions of a bank's tensors, by name. Banks of earlier versions have no places and no spreads, or measure none."""
 
 
 def _tensors(bank: MemoryBank) -> dict[str, npt.NDArray[np.floating]]:
-    names = (*_PLAIN_TENSORS, *(() if bank.places is None else _PLACED_TENSORS))
+    names = (
+        *_PLAIN_TENSORS,
+        *(() if bank.places is None else _PLACED_TENSORS),
+        *(() if bank.measured is None else (_MEASURED,)),
+    )
     tensors: dict[str, npt.NDArray[np.floating]] = {
         name: np.ascontiguousarray(getattr(bank, name), dtype=np.float32) for name in names
     }
@@ -200,6 +217,15 @@ def _check_places(what: str, size: int, places: F32 | None, spreads: F32 | None)
         raise DataError(f"{what}: places lie outside the picture")
     if not (spreads > 0).all():
         raise NumericalError(f"{what}: spreads must be above 0")
+
+
+def _check_measured(measured: F32, *, has_places: bool) -> None:
+    if not has_places:
+        raise DataError("memory bank: spreads are measured of prototypes with places")
+    if measured.ndim != 2 or measured.shape[1] != NUMBERS_MEASURED or len(measured) > MAX_PROTOTYPES:
+        raise DataError(f"memory bank: measured should be [B, {NUMBERS_MEASURED}], is {list(measured.shape)}")
+    if not (np.isfinite(measured).all() and (measured[:, 0] >= 0).all() and (measured[:, 1] > 0).all()):
+        raise NumericalError("memory bank: measured holds what is no number of patches, or no spread")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from aggregator.exchanges import MEMORY
 from aggregator.journal import Journal
 from aggregator.run import aggregate_updates, open_run
 from aggregator.strategies.interface import Contribution
-from aggregator.strategies.memory import kmeans_labels
+from aggregator.strategies.memory import PRIOR_PATCHES, kmeans_labels
 from edgeflame.errors import ConfigError, MissingDependencyError
 from edgeflame.methods import Learning, Memory
 from edgeflame.mqtt.messages import Refusal
@@ -159,6 +159,46 @@ def test_places_and_spreads_are_pooled_where_all_sites_send_them(base: Path, tmp
     write_bank(parts[0].path, bank(seed=1))
     aggregate_updates(config, base, parts, tmp_path / "plain", num_members=2)
     assert read_bank(tmp_path / "plain").places is None
+
+
+def test_spreads_are_those_that_all_sites_measured(base: Path, tmp_path: Path) -> None:
+    settings = {"position_weight": 4.0, "measure_spreads": True, "global_prototypes": 16}
+    memory = msgspec.structs.replace(CONFIG.learning.memory, **settings)
+    config = AggregateConfig(learning=msgspec.structs.replace(CONFIG.learning, memory=memory))
+    carried = {"places": np.full((8, 2), 0.5, np.float32), "spreads": np.ones(8, np.float32)}
+    parts = contributions(tmp_path, [1, 2])
+
+    def send(**measured: np.ndarray) -> None:
+        for part in parts:
+            write_bank(part.path, replace(bank(seed=int(part.site[1:])), **carried, measured=measured[part.site]))
+
+    nothing = np.zeros((0, 2), np.float32)
+    send(s1=nothing, s2=nothing)
+    aggregate_updates(config, base, parts, tmp_path / "first", num_members=2)
+    first = read_bank(tmp_path / "first")
+    assert first.measured is not None
+    assert first.measured.tolist() == [[0, 1]] * 16
+    # The sites send the same again, so each prototype of the second round is one of the first.
+    one, two = (np.tile(np.float32([patches, spread]), (16, 1)) for patches, spread in ((1000, 2.0), (10, 5.0)))
+    one[3] = two[3] = (0, 1)
+    send(s1=one, s2=two)
+    for part in parts:
+        assert MEMORY.validate_update(part.path, tmp_path / "first", bounds=config, num_samples=20).reason is None
+    aggregate_updates(config, tmp_path / "first", parts, tmp_path / "second", num_members=2)
+    second = read_bank(tmp_path / "second")
+    assert second.measured is not None
+    # Sites count by their share of the round, not by how many patches they say; what nobody measured stays.
+    expected = np.full(16, (1010 * 3.5 + PRIOR_PATCHES) / (1010 + PRIOR_PATCHES))
+    expected[3] = 1
+    np.testing.assert_allclose(second.spreads, expected, rtol=1e-5)
+    np.testing.assert_allclose(second.measured[:, 0], np.where(np.arange(16) == 3, 0, 1010))
+    # One that measured another memory is refused; with one of an earlier version among them nothing is measured.
+    send(s1=one[:4], s2=two)
+    refused = MEMORY.validate_update(parts[0].path, tmp_path / "first", bounds=config, num_samples=20)
+    assert (refused.reason, "4 prototypes" in str(refused.detail)) == ("schema", True)
+    write_bank(parts[0].path, replace(bank(seed=1), **carried))
+    aggregate_updates(config, tmp_path / "first", parts, tmp_path / "mixed", num_members=2)
+    np.testing.assert_allclose(read_bank(tmp_path / "mixed").spreads, 1)
 
 
 def test_without_scikit_learn_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -167,12 +167,13 @@ def test_a_prototype_is_at_distance_zero_and_a_fault_is_no_pass() -> None:
 
 
 def test_a_placed_bank_comes_back_in_half_the_bytes_and_has_one_form(tmp_path: Path) -> None:
-    one = bank(200, 64, placed=True)
+    one = replace(bank(200, 64, placed=True), measured=np.float32([[0, 1], [40, 2.5], [1e6, 0.25]]))
     write_bank(tmp_path / "one", one)
     back = read_bank(tmp_path / "one")
     write_bank(tmp_path / "two", back)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     np.testing.assert_allclose(back.prototypes, one.prototypes, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(back.measured, one.measured)  # type: ignore[arg-type]
     for name in ("weights", "effective_patches", "effective_images", "places", "spreads"):
         np.testing.assert_array_equal(getattr(back, name), getattr(one, name))
     assert (tmp_path / "one").stat().st_size < 200 * (2 * 64 + 4 * 6) + 1000
@@ -191,6 +192,11 @@ def test_a_placed_bank_comes_back_in_half_the_bytes_and_has_one_form(tmp_path: P
         ({"places": np.zeros((4, 3), np.float32)}, DataError),
         ({"spreads": np.zeros(4, np.float32)}, NumericalError),
         ({"spreads": np.ones(3, np.float32)}, DataError),
+        ({"measured": np.ones((4, 3), np.float32)}, DataError),
+        ({"measured": np.full((4, 2), np.nan, np.float32)}, NumericalError),
+        ({"measured": np.zeros((4, 2), np.float32)}, NumericalError),
+        ({"measured": np.full((4, 2), -1, np.float32)}, NumericalError),
+        ({"measured": np.ones((4, 2), np.float32), "places": None, "spreads": None}, DataError),
     ],
 )
 def test_impossible_places_and_spreads_are_refused(changes: dict[str, object], error: type[Exception]) -> None:

@@ -41,7 +41,7 @@ from trainer.feddymem.metric import (
     means_of_groups,
 )
 from trainer.feddymem.reduce import NO_FLOOR, EntryContents, PrivacyFloor, entry_contents, reduce_memory
-from trainer.feddymem.spread import measured_spreads, nearest_prototypes
+from trainer.feddymem.spread import measured_of_fleet, measured_spreads, nearest_prototypes
 from trainer.fit import fit
 from trainer.work import STATISTICS_FILE, TorchSiteTrainer
 
@@ -317,7 +317,7 @@ def task(folder: Path, number: int, base: str, private: str | None, out: str) ->
 
 @pytest.fixture(params=[0.0, 4.0], ids=["plain", "placed"])
 def work(parts_folder: Path, small_learning: Learning, request: pytest.FixtureRequest) -> TorchSiteTrainer:
-    learning = learning_with(small_learning, position_weight=request.param)
+    learning = learning_with(small_learning, position_weight=request.param, measure_spreads=request.param > 0)
     return TorchSiteTrainer(learning=learning, data=parts_folder, site="west", device="cpu")
 
 
@@ -337,8 +337,12 @@ def test_two_rounds_and_the_sites_own_statistics(
     assert sent.effective_images.min() >= 2
     # Neither generator nor entries are in what is sent.
     assert set(safetensors.numpy.load_file(tmp_path / "1")) == {
-        "prototypes", "weights", "effective_patches", "effective_images", *(("places", "spreads") if placed else ()),
+        "prototypes", "weights", "effective_patches", "effective_images",
+        *(("places", "spreads", "measured") if placed else ()),
     }  # fmt: skip
+    if placed:
+        assert sent.measured is not None
+        assert len(sent.measured) == 0
     assert set(safetensors.numpy.load_file(tmp_path / "1.private")) == {"entries", "places", "generator"}
     # The same task gives the same files; what was kept matters.
     for out, private in (("2", "1.private"), ("3", "1.private"), ("4", None)):
@@ -346,6 +350,11 @@ def test_two_rounds_and_the_sites_own_statistics(
     assert (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
     assert (tmp_path / "2.private").read_bytes() == (tmp_path / "3.private").read_bytes()
     assert (tmp_path / "2.private").read_bytes() != (tmp_path / "4.private").read_bytes()
+    if placed:
+        measured = read_bank(tmp_path / "2").measured
+        assert measured is not None
+        assert len(measured) == len(sent)
+        assert (measured[:, 0] > 0).any()
 
     finish = FinishTask(
         model=str(tmp_path / "1"), out_dir=str(tmp_path), ledger={}, private=str(tmp_path / "2.private")
@@ -360,12 +369,51 @@ def test_two_rounds_and_the_sites_own_statistics(
     assert finished.summary["threshold"] > 0  # type: ignore[operator]
 
 
+def test_what_is_measured_of_the_fleet_is_of_all_patches_and_held_to_the_floor() -> None:
+    rng = np.random.default_rng(0)
+    centres = 100 * np.eye(3, dtype=np.float32)
+    of = np.repeat([0, 1, 2], [40, 40, 3])
+    images = np.concatenate([np.arange(40) % 8, np.zeros(40, int), np.arange(3)])
+    scale = np.array([1.0, 2.0, 1.0])[of, None]
+    patches = PatchSample(
+        values=torch.from_numpy((centres[of] + scale * rng.normal(size=(83, 3))).astype(np.float32)),
+        places=torch.full((83, 2), 0.5),
+        image_of=torch.from_numpy(images),
+        num_images=8,
+    )
+    fleet = MemoryBank(
+        prototypes=centres,
+        weights=np.full(3, 1 / 3, np.float32),
+        effective_patches=np.full(3, 40, np.float32),
+        effective_images=np.full(3, 4, np.float32),
+        count=9,
+        space="a" * 64,
+        places=np.full((3, 2), 0.5, np.float32),
+        spreads=np.ones(3, np.float32),
+    )
+    whitening = Whitening(centre=torch.zeros(3), matrix=torch.eye(3), place_scale=1.0)
+
+    def measured(floor: PrivacyFloor) -> np.ndarray:
+        return measured_of_fleet(patches, fleet, whitening, MemoryGenerator(3), floor)
+
+    everything = measured(NO_FLOOR)
+    assert everything[:, 0].tolist() == [40, 40, 3]
+    squared = np.square(patches.values.numpy() - centres[of]).sum(axis=1)
+    for index in range(3):
+        assert everything[index, 1] == pytest.approx(squared[of == index].mean() / squared.mean(), rel=1e-4)
+    # The second is of one image, the third of three patches.
+    told = measured(PrivacyFloor(patches=8, images=2))
+    assert told[0].tolist() == everything[0].tolist()
+    assert told[1:].tolist() == [[0, 1], [0, 1]]
+    assert measured_of_fleet(patches, empty_bank(3, "a" * 64), whitening, MemoryGenerator(3), NO_FLOOR).shape == (0, 2)
+
+
 @pytest.mark.parametrize("work", [4.0], ids=["placed"], indirect=True)
 def test_a_fleet_memory_without_places_is_used_without_them(work: TorchSiteTrainer, tmp_path: Path) -> None:
     work.write_initial_model(InitialTask(out=str(tmp_path / "base")))
     work.train(task(tmp_path, 1, "base", None, "1"), no_progress)
     sent = read_bank(tmp_path / "1")
-    write_bank(tmp_path / "plain", replace(sent, places=None, spreads=None))
+    write_bank(tmp_path / "plain", replace(sent, places=None, spreads=None, measured=None))
     work.train(task(tmp_path, 2, "plain", "1.private", "2"), no_progress)
     assert read_bank(tmp_path / "2").places is None
     finish = FinishTask(

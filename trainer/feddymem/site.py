@@ -17,6 +17,7 @@ from edgeflame.errors import FederationError
 from edgeflame.log import EventLog, Progress, no_progress
 from edgeflame.methods import Learning
 from edgeflame.statistics.memory import MemoryBank, MemoryStatistics, empty_bank, read_bank, write_bank
+from edgeflame.tensors import F32
 from fitting.crossfit import (
     HeldOutScores,
     HeldOutScoring,
@@ -42,9 +43,9 @@ from trainer.feddymem.learning import (
     sample_patches,
     train_memory,
 )
-from trainer.feddymem.metric import Whitening, combined_transform
+from trainer.feddymem.metric import Whitening, aligned_tensor, combined_transform, comparable, nearest_index
 from trainer.feddymem.reduce import NO_FLOOR, PrivacyFloor, ReducedMemory, entry_contents, reduce_memory
-from trainer.feddymem.spread import measured_spreads, nearest_prototypes
+from trainer.feddymem.spread import PRIOR_PATCHES, measured_of_fleet, measured_spreads, nearest_prototypes
 from trainer.model import build_model, embedding_space_id, load_private, save_private
 
 log = EventLog("feddymem")
@@ -55,9 +56,16 @@ SPREAD_RIDGE = 0.5
 
 
 def shareable_memory(
-    memory: SiteMemory, patches: PatchSample, whitening: Whitening, learning: Learning, *, space: str
+    memory: SiteMemory,
+    patches: PatchSample,
+    fleet: MemoryBank | None,
+    whitening: Whitening,
+    learning: Learning,
+    *,
+    space: str,
 ) -> MemoryBank:
-    """What leaves the site: at most ``memory.prototypes`` averages, each above the privacy floor.
+    """What leaves the site: at most ``memory.prototypes`` averages, each above the privacy floor, and how much its
+    patches differ from the fleet's.
 
     Raises:
         DataError: nothing is above the floor.
@@ -71,7 +79,11 @@ def shareable_memory(
     spreads = measured_spreads(
         patches, bank.prototypes, bank.places, reduced.prototype_of, whitening, memory.generator, prior=bank.spreads
     )
-    return replace(bank, spreads=spreads)
+    measured = None
+    if learning.memory.measure_spreads:
+        known = empty_bank(bank.num_channels, space) if fleet is None else fleet
+        measured = measured_of_fleet(patches, known, whitening, memory.generator, floor)
+    return replace(bank, spreads=spreads, measured=measured)
 
 
 def memory_statistics(
@@ -97,7 +109,14 @@ def memory_statistics(
     assert prototypes is not None
     if places is not None and spreads is not None:
         nearest = nearest_prototypes(patches, prototypes, places, whitening, memory.generator)
-        spreads = measured_spreads(patches, prototypes, places, nearest, whitening, memory.generator, prior=spreads)
+        worth = np.full(len(prototypes), PRIOR_PATCHES, dtype=np.float32)
+        # What a site sends is of another memory's prototypes, should it be given in the fleet's place.
+        if shared is not None and shared.measured is not None and len(shared.measured) == len(shared):
+            spreads = _with_spreads_of_fleet(own, shared, whitening, memory, spreads)
+            worth[len(own) :] += shared.measured[:, 0]
+        spreads = measured_spreads(
+            patches, prototypes, places, nearest, whitening, memory.generator, prior=spreads, prior_patches=worth
+        )
         spreads = ((spreads + SPREAD_RIDGE) / (1 + SPREAD_RIDGE)).astype(np.float32)
     return MemoryStatistics(
         grid=grid,
@@ -110,6 +129,23 @@ def memory_statistics(
         spreads=spreads,
         position_weight=0.0 if places is None else learning.memory.position_weight,
     )
+
+
+def _with_spreads_of_fleet(
+    own: MemoryBank, fleet: MemoryBank, whitening: Whitening, memory: SiteMemory, spreads: F32
+) -> F32:
+    """``spreads`` of own and the fleet's prototypes, the own ones' replaced by what was measured of the nearest."""
+    assert own.places is not None
+    assert fleet.places is not None
+    assert fleet.measured is not None
+    values, at, known, known_at = (
+        aligned_tensor(one).to(whitening.matrix.device)
+        for one in (own.prototypes, own.places, fleet.prototypes, fleet.places)
+    )
+    generator = memory.generator
+    of = nearest_index(comparable(whitening, generator, values, at), comparable(whitening, generator, known, known_at))
+    nearest, mine, theirs = of.cpu().numpy(), spreads[: len(own)], spreads[len(own) :]
+    return np.concatenate([np.where(fleet.measured[nearest, 0] > 0, theirs[nearest], mine), theirs])
 
 
 def held_out_scores(
@@ -203,7 +239,7 @@ class MemoryLearner:
         memory, metrics = self._train(before, fleet, images, seed=task.seed, progress=progress)
         _, patches = self.embed(images)
         whitening = fit_metric(patches, memory, fleet, self.learning)
-        bank = shareable_memory(memory, patches, whitening, self.learning, space=self.space)
+        bank = shareable_memory(memory, patches, fleet, whitening, self.learning, space=self.space)
         write_bank(Path(task.out), bank)
         if task.private_out is not None:
             save_private(Path(task.private_out), memory.tensors())
