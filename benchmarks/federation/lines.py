@@ -124,6 +124,8 @@ def measure(num_lines: int, rate: float, seconds: float, folder: Path) -> Iterat
         BrokerProcess("mosquitto", folder, mosquitto_lines="allow_anonymous true\nmax_connections -1") as broker,
         selectors.DefaultSelector() as selector,
     ):
+        # First: its thread waits by select(), which knows descriptors up to 1024 only.
+        received = Subscriber(broker.port)
         empty_kb = resident_kb(broker.pid)
         lines = []
         for number in range(num_lines):
@@ -133,7 +135,6 @@ def measure(num_lines: int, rate: float, seconds: float, folder: Path) -> Iterat
         announced = [line.announce() for line in lines]
         drive(selector, 2.0)
         connected_kb = resident_kb(broker.pid)
-        received = Subscriber(broker.port)
         before_s, began = cpu_s(broker.pid), time.monotonic()
         sent = result_bytes = 0
         while (elapsed := time.monotonic() - began) < seconds:
