@@ -70,7 +70,7 @@ class KMeansMemory:
         sums = np.array([row[2] for row in ordered])
         measured = None
         if placed and settings.measure_spreads:
-            whiten = Whitening.of(prototypes, weights, ridge=settings.ridge)
+            whiten = PrototypeWhitening.of(prototypes, weights, ridge=settings.ridge)
             measured = _measured_by_all(read_bank(base), banks, contributions, whiten, centres, merged, settings)
             merged[:, 2] = measured[:, 1]
         merged = merged.astype(np.float32)
@@ -94,7 +94,7 @@ def _measured_by_all(
     base: MemoryBank,
     banks: list[MemoryBank],
     contributions: tuple[Contribution, ...],
-    whiten: Whitening,
+    whiten: PrototypeWhitening,
     centres: F64,
     carried: F64,
     settings: Memory,
@@ -144,14 +144,14 @@ def _carried(bank: MemoryBank) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whitening:
+class PrototypeWhitening:
     """``(x - centre) @ matrix``: ``[C]`` and ``[C, C]``."""
 
     centre: F64
     matrix: F64
 
     @classmethod
-    def of(cls, prototypes: F64, weights: F64, *, ridge: float) -> Whitening:
+    def of(cls, prototypes: F64, weights: F64, *, ridge: float) -> PrototypeWhitening:
         """It turns the weighted covariance of ``[M, C]`` prototypes into the identity, but for the ridge."""
         share = weights / weights.sum()
         centre = share @ prototypes
@@ -195,7 +195,7 @@ def kmeans_labels(
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1):
-        points = np.hstack([Whitening.of(prototypes, weights, ridge=ridge)(prototypes), places])
+        points = np.hstack([PrototypeWhitening.of(prototypes, weights, ridge=ridge)(prototypes), places])
         # Weights of 1 on average: a tiny scale would fall under the method's tolerances.
         fitted = KMeans(n_clusters=count, n_init=1, max_iter=MAX_ITERATIONS, random_state=seed).fit(
             points, sample_weight=weights / weights.mean()
