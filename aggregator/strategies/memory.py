@@ -70,8 +70,11 @@ class KMeansMemory:
         sums = np.array([row[2] for row in ordered])
         measured = None
         if placed and settings.measure_spreads:
-            whiten = PrototypeWhitening.of(prototypes, weights, ridge=settings.ridge)
-            measured = _measured_by_all(read_bank(base), banks, contributions, whiten, centres, merged, settings)
+            from threadpoolctl import threadpool_limits
+
+            with threadpool_limits(limits=1):
+                whiten = PrototypeWhitening.of(prototypes, weights, ridge=settings.ridge)
+                measured = _measured_by_all(read_bank(base), banks, contributions, whiten, centres, merged, settings)
             merged[:, 2] = measured[:, 1]
         merged = merged.astype(np.float32)
         write_bank(
