@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import FILE, FOLDER, BrokerOptions, broker_options, metrics_option
+from cli.options import BrokerOptions, broker_options, metrics_option
+from cli.paths import FILE, FOLDER
 from edgeflame.methods import FEDERATED_METHODS, PRESETS
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from cli.options import PATH
 from cli.output import echo
+from cli.paths import PATH
 
 if TYPE_CHECKING:
     from edge.runtimes.bench import BenchReport

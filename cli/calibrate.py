@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.options import (
-    PATH,
     cost_of_a_miss,
     dataset_options,
     defects_options,
@@ -26,6 +25,7 @@ from cli.output import (
     progress_bar,
     share_above,
 )
+from cli.paths import PATH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

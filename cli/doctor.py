@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from cli.options import PATH, BrokerOptions, broker_options
+from cli.options import BrokerOptions, broker_options
 from cli.output import print_findings
+from cli.paths import PATH
 from edgeflame import __version__
 from edgeflame.cpus import usable_cpus
 from edgeflame.errors import EdgeFlameError, StorageError

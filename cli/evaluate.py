@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from cli.options import PATH, dataset_options, device_option, json_option, model_option
+from cli.options import dataset_options, device_option, json_option, model_option
 from cli.output import echo, print_json, print_promises, print_threshold, progress_bar, reconcile
+from cli.paths import PATH
 
 if TYPE_CHECKING:
     from edgeflame.package import Manifest

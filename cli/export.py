@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from cli.options import PATH
 from cli.output import cell, echo
+from cli.paths import PATH
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
 from edgeflame.images import MAX_INPUT_SIDE
 

@@ -12,16 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 import msgspec
 
-from cli.options import (
-    PATH,
-    cost_of_a_miss,
-    dataset_options,
-    defects_options,
-    prior_option,
-    promise_options,
-    scores_option,
-)
+from cli.options import cost_of_a_miss, dataset_options, defects_options, prior_option, promise_options, scores_option
 from cli.output import echo, influential_in_words, print_promises, print_threshold, progress_bar
+from cli.paths import PATH
 from edgeflame.config import load_config
 from edgeflame.errors import MissingDependencyError, UsageError, require_extra
 from edgeflame.images import MAX_INPUT_SIDE, Region

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cli.fleet_run import report, status
-from cli.options import FILE, FOLDER, SECONDS
+from cli.options import SECONDS
 from cli.output import cell, echo
+from cli.paths import FILE, FOLDER
 
 if TYPE_CHECKING:
     from fleet.folder import FleetFolder

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, FOLDER, BrokerOptions, broker_options
+from cli.options import BrokerOptions, broker_options
 from cli.output import cell, echo
+from cli.paths import FILE, FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,9 @@ from typing import Literal
 
 import click
 
-from cli.options import PATH, cost_of_a_miss, dataset_options, json_option, model_option, prior_option, scores_option
+from cli.options import cost_of_a_miss, dataset_options, json_option, model_option, prior_option, scores_option
 from cli.output import echo, print_json, print_threshold, progress_bar
+from cli.paths import PATH
 
 
 @click.command()

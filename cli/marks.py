@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import PATH, json_option
+from cli.options import json_option
 from cli.output import cell, echo, print_json
+from cli.paths import PATH
 
 if TYPE_CHECKING:
     from edgeflame.marks import MarkStore

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cli.model_release import fetch, publish, rollback, status, switch, withdraw
-from cli.options import PATH
 from cli.output import cell, echo
+from cli.paths import PATH
 
 if TYPE_CHECKING:
     from edgeflame.package import Package, PackageHead

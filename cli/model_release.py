@@ -9,8 +9,9 @@ import click
 
 from cli.line import rollback as roll_back
 from cli.line import switch_model
-from cli.options import PATH, SECONDS, BrokerOptions, broker_options, former_name
+from cli.options import SECONDS, BrokerOptions, broker_options, former_name
 from cli.output import cell, echo
+from cli.paths import PATH
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

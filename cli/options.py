@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from cli.output import echo
+from cli.paths import FILE, PATH
 from edgeflame.methods import DEFAULT_COST_OF_MISS, RejectUnit, ThresholdMode
 
 if TYPE_CHECKING:
@@ -37,22 +38,6 @@ class _Seconds(click.FloatRange):
 
 
 SECONDS = _Seconds(min=0, max=366 * 86_400)
-
-
-class _NonEmptyPath(click.Path):
-    """A path. An empty text, as a variable that is not set leaves it, would name the current folder: it is refused."""
-
-    def __init__(self, **kinds: bool) -> None:
-        super().__init__(path_type=Path, **kinds)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("it is empty; was a variable not set?", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-PATH, FILE, FOLDER = _NonEmptyPath(), _NonEmptyPath(dir_okay=False), _NonEmptyPath(file_okay=False)
-"""Of options that take the path of anything, of a file, of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

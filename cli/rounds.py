@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from cli.options import FOLDER, former_name
+from cli.options import former_name
+from cli.paths import FOLDER
 from cli.site import ask_aggregator, check_reason, pause, resume
 
 _STATE = click.option(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.options import FILE, FOLDER
+from cli.paths import FILE, FOLDER
 from edgeflame.log import LOGGER_NAME
 
 if TYPE_CHECKING:

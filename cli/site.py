@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import FOLDER
 from cli.output import echo
+from cli.paths import FOLDER
 
 if TYPE_CHECKING:
     from aggregator.control import OperatorRequest

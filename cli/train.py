@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import click
 import msgspec
 
-from cli.options import FILE, FOLDER, BrokerOptions, broker_options, metrics_option, option_or_kit
+from cli.options import BrokerOptions, broker_options, metrics_option, option_or_kit
 from cli.output import echo
+from cli.paths import FILE, FOLDER
 from cli.programs import program
 from cli.train_worker import DEVICE_OPTION, REFERENCES_OPTION
 from edgeflame.bounds import BASIC, NotEmpty

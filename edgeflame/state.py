@@ -123,6 +123,15 @@ def _claim(path: Path, kind: StateKind) -> None:
         )
 
 
+def is_claimed(path: Path, kind: StateKind) -> bool:
+    """Whether a directory holds state of this kind, in a format that this version writes."""
+    try:
+        marker = _read_marker(path / MARKER)
+    except StorageError:
+        return False
+    return marker is not None and marker.holds == kind and marker.format <= STATE_FORMAT
+
+
 def _read_marker(path: Path) -> _Marker | None:
     with storage_errors(path, "read"):
         try:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cli.options import FOLDER
+from cli.paths import FOLDER
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from edgeflame.errors import (
     StorageError,
 )
 from edgeflame.onnx_session import import_library
-from edgeflame.state import read_json, write_record
+from edgeflame.state import is_claimed, read_json, write_record
 
 TRIAL_TIMEOUT_S = 120.0
 """A large backbone takes seconds for an image on a slow CPU, with all of its start a few more."""
@@ -80,16 +80,17 @@ class TriedGraphs:
     """Packages whose graph has run here once, by SHA-256 and version of ONNX Runtime.
 
     Args:
-        state: the line's state folder, where they are remembered over restarts, if it exists; None: they are not.
+        state: the line's state folder, where they are remembered over restarts once a daemon has run with it; None:
+            they are not.
     """
 
     def __init__(self, state: Path | None = None) -> None:
-        self._file = None if state is None else state / TRIED_FILE
+        self._state = state
         self._known: list[str] = []
-        if self._file is not None:
+        if state is not None and is_claimed(state, "line"):
             # Without what it says, graphs are tried again.
             with contextlib.suppress(StorageError):
-                record = read_json(self._file, _Tried, advice="it is made again")
+                record = read_json(state / TRIED_FILE, _Tried, advice="it is made again")
                 self._known = [] if record is None else record.tried
 
     def __contains__(self, package_sha256: object) -> bool:
@@ -98,9 +99,9 @@ class TriedGraphs:
     def add(self, package_sha256: str) -> None:
         """Remember one."""
         self._known = [*self._known, _tried_as(package_sha256)][-MAX_REMEMBERED:]
-        if self._file is not None and self._file.parent.is_dir():
+        if self._state is not None and is_claimed(self._state, "line"):
             with contextlib.suppress(StorageError):
-                write_record(self._file, _Tried(tried=self._known))
+                write_record(self._state / TRIED_FILE, _Tried(tried=self._known))
 
 
 class _Tried(msgspec.Struct):

@@ -23,6 +23,7 @@ from edge.runtimes.trial import TRIED_FILE, try_graph
 from edgeflame.errors import EdgeFlameError, PackageError
 from edgeflame.operators import ALLOWED_OPERATORS, check_operators
 from edgeflame.package import Package, write_package
+from edgeflame.state import locked_state_dir
 from export.precision import PRECISIONS, with_precision
 from tests.support.paths import RECORDED
 from tests.support.small_package import good_image
@@ -258,6 +259,10 @@ def test_a_graph_is_tried_once_for_each_state_folder_and_runtime(
             loader.open(signed, InspectConfig(), camera=camera, is_live=False)
         return len(tries)
 
+    assert open_line() == 1
+    assert list(tmp_path.iterdir()) == [], "no daemon has run with the folder yet"
+    with locked_state_dir(tmp_path, kind="line"):
+        pass
     assert [open_line(), open_line()] == [1, 0]
     record = tmp_path / TRIED_FILE
     whole = record.read_bytes()
