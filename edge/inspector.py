@@ -411,7 +411,7 @@ class InspectorLoader:
     def _try(self, package: Package) -> None:
         with self._lock:
             # Engines are made of a graph on this machine, and may run where ONNX Runtime is not installed.
-            if package.sha256 not in self._tried and self._device not in TENSORRT_KINDS:
+            if self._device not in TENSORRT_KINDS and package.sha256 not in self._tried:
                 try_graph(package.model_onnx)
                 self._tried.add(package.sha256)
 

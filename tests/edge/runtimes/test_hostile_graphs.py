@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,16 @@ def test_a_graph_is_tried_once_for_each_state_folder_and_runtime(
     record.rmdir()
     monkeypatch.setattr("onnxruntime.__version__", "1.99")
     assert [open_line(), open_line()] == [1, 0]
+
+
+def test_an_engine_is_looked_for_where_onnx_runtime_is_not_installed(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    loader = InspectorLoader(device="rtx", engines=tmp_path, state=tmp_path)
+    with pytest.raises(EdgeFlameError) as raised:
+        loader.open(signed, InspectConfig(), camera="a", is_live=False)
+    assert "ONNX Runtime" not in str(raised.value)
 
 
 def test_a_graph_of_the_first_version_passes() -> None:
