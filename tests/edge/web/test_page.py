@@ -657,7 +657,7 @@ new PerformanceObserver((list) => { for (const entry of list.getEntries()) windo
 
 
 def unexpected(complaints: list[str]) -> list[str]:
-    """What a page complained of, but for refusals that a test provokes (401, 400) and a stream of events that broke off.
+    """What a page complained of, but for refusals that a test provokes (401, 400) and a stream of events that ended.
 
     On a machine that stood still for long the kernel gives the connection up, and the browser opens another.
     """
