@@ -42,6 +42,8 @@ class _Peer:
     host: str
     idle_since: float | None
     """Monotonic, seconds; None while a request is answered."""
+    num_requests: int = 0
+    """Requests being answered: the next may begin before the end of the one before is known here."""
 
 
 class BoundedListener(socket.socket):
@@ -117,11 +119,14 @@ class BoundedListener(socket.socket):
     @contextlib.contextmanager
     def answering(self, client: tuple[str, int] | None) -> Any:
         """While a request of a client is answered its connection is not idle."""
-        self._set_idle(client, None)
+        with self._guard:
+            # Kept, for another connection may come from the same address before the answer's end.
+            peer = None if client is None else self._peers.get(client)
+        self._count_request(peer, 1)
         try:
             yield
         finally:
-            self._set_idle(client, time.monotonic())
+            self._count_request(peer, -1)
 
     def close_idle(self) -> None:
         """Close the connections that have been without a request for ``IDLE_S``."""
@@ -132,10 +137,11 @@ class BoundedListener(socket.socket):
                 if peer.idle_since is not None and peer.idle_since < before:
                     self._dismiss(key, "idle")
 
-    def _set_idle(self, client: tuple[str, int] | None, since: float | None) -> None:
-        with self._guard:
-            if client is not None and (peer := self._peers.get(client)) is not None:
-                peer.idle_since = since
+    def _count_request(self, peer: _Peer | None, change: int) -> None:
+        if peer is not None:
+            with self._guard:
+                peer.num_requests += change
+                peer.idle_since = None if peer.num_requests else time.monotonic()
 
     def _forget_closed(self) -> None:
         # A socket that its server has closed has no descriptor.

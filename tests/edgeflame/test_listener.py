@@ -124,3 +124,21 @@ def test_figures_are_served_beside_a_crowd_that_says_nothing() -> None:
             asked.request("GET", "/metrics")
             assert b"edgeflame_x 3.0" in asked.getresponse().read()
             asked.close()
+
+
+def test_a_connection_whose_next_request_has_begun_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may begin the next request of a connection before the end of the one before is known to it."""
+    listener = BoundedListener.bound_to("127.0.0.1", 0)
+    with accepting(listener) as accepted, idlers(listener.getsockname()[1], 1) as (connection,):
+        wait_for(lambda: len(accepted) == 1, "it is taken")
+        client = connection.getsockname()
+        first, events = listener.answering(client), listener.answering(client)
+        first.__enter__()
+        events.__enter__()
+        first.__exit__(None, None, None)
+        monkeypatch.setattr(listeners, "IDLE_S", -1.0)
+        listener.close_idle()
+        assert not ended(connection)
+        events.__exit__(None, None, None)
+        listener.close_idle()
+        wait_for(lambda: ended(connection), "it is closed when nothing is asked any more")

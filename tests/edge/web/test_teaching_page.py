@@ -20,7 +20,7 @@ from edge.web.marks import PartMarks
 from edge.web.metrics import LineMetrics
 from edge.web.page import OperatorPage
 from edge.web.server import serve_page
-from tests.edge.web.test_page import browser, unexpected
+from tests.edge.web.test_page import browser
 from tests.support.taught_line import HEIGHT, WIDTH, TaughtLine, bad_part, part, taught_line
 from tests.support.waiting import wait_for
 
@@ -197,7 +197,7 @@ def test_a_product_is_taught_in_the_browser(
         page.locator("#product").get_by_text("tile", exact=True).wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.close()
-    assert unexpected(complaints) == []
+    assert [text for text in complaints if not re.search(r"\b(401|400)\b", text)] == []
 
 
 @pytest.mark.timeout(600)
@@ -246,4 +246,4 @@ def test_what_was_marked_is_learnt_from_in_the_browser(
         of_mark.click()
         page.locator("#marks-found").wait_for()
         page.close()
-        assert unexpected(complaints) == []
+        assert complaints == []
