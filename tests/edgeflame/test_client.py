@@ -230,9 +230,13 @@ def test_nothing_is_heard_before_the_start(broker: BrokerProcess) -> None:
 
 
 def test_a_client_that_was_never_started_is_closed(broker: BrokerProcess) -> None:
-    client = MqttClient(parse_broker_url(broker.url), client_id="x", filters=["t"], sink=Inbox())
+    inbox = Inbox()
+    client = MqttClient(parse_broker_url(broker.url), client_id="x", filters=["t"], sink=inbox)
+    client.publish("t", b"never sent")
     client.close()
     client.close()
+    assert (inbox.events, client.bytes_out) == ([], 0)
+    assert client._shared.wake_read.fileno() == client._shared.wake_write.fileno() == -1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
